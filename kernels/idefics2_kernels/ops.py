@@ -1,0 +1,211 @@
+"""The table of operations the model is written against, and its two fillings.
+
+A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation that cannot run
+raises. ``dataclasses.replace(TRITON, flash_attention=reference.flash_attention)`` swaps one, to find which of them
+a wrong logit comes from. What each operation computes is written in ``reference``; shapes are repeated here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels import reference
+
+
+class MissingOperationError(RuntimeError):
+    """An operation that this filling of ``Ops`` does not have was called."""
+
+
+class Linear(Protocol):
+    """``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
+
+
+class RmsNorm(Protocol):
+    """``x`` (..., N), ``weight`` (N,) -> (..., N)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...  # noqa: D102
+
+
+class AddRmsNorm(Protocol):
+    """``x`` and ``residual`` (..., N), ``weight`` (N,) -> norm of the sum (..., N), sum (..., N)."""
+
+    def __call__(  # noqa: D102
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class LayerNorm(Protocol):
+    """``x`` (..., N), ``weight`` and ``bias`` (N,) -> (..., N)."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...  # noqa: D102
+
+
+class AddLayerNorm(Protocol):
+    """``x`` and ``residual`` (..., N), ``weight`` and ``bias`` (N,) -> norm of the sum, sum (..., N)."""
+
+    def __call__(  # noqa: D102
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class SiluMul(Protocol):
+    """``gate_up`` (..., 2F) -> (..., F)."""
+
+    def __call__(self, gate_up: Tensor) -> Tensor: ...  # noqa: D102
+
+
+class GeluTanh(Protocol):
+    """``x`` (..., N), ``bias`` (N,) -> (..., N)."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
+
+
+class Rotary(Protocol):
+    """``q`` (T, H, D), ``k`` (T, H_KV, D), ``positions`` (T,), ``cos_sin`` (positions, D) -> q, k."""
+
+    def __call__(  # noqa: D102
+        self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class RotaryAndCache(Protocol):
+    """As ``Rotary``; ``k`` and ``v`` (T, H_KV, D) go to ``slots`` (T,) of the caches (pages, H_KV, P, D) -> q."""
+
+    def __call__(  # noqa: D102
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor: ...
+
+
+class FlashAttention(Protocol):
+    """``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D), ``cu_seqlens`` (B + 1,) -> (T, H, D)."""
+
+    def __call__(  # noqa: D102
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        causal: bool,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor: ...
+
+
+class PagedAttention(Protocol):
+    """``q`` (T, H, D), caches (pages, H_KV, P, D), ``block_table`` (B, pages), ``context_lens`` (B,) -> (T, H, D)."""
+
+    def __call__(  # noqa: D102
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        context_lens: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+    ) -> Tensor: ...
+
+
+class PerceiverAttention(Protocol):
+    """``q`` (N, L, H, D), context k, v (P, H_KV, D), latents' k, v (N, L, H_KV, D) -> (N, L, H, D)."""
+
+    def __call__(  # noqa: D102
+        self,
+        q: Tensor,
+        k_context: Tensor,
+        v_context: Tensor,
+        k_latents: Tensor,
+        v_latents: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        *,
+        scale: float | None = None,
+    ) -> Tensor: ...
+
+
+class Patches(Protocol):
+    """``pixels`` uint8, ``cu_seqlens`` (N + 1,), ``widths`` (N,) -> (P, C * patch_size**2)."""
+
+    def __call__(  # noqa: D102
+        self,
+        pixels: Tensor,
+        cu_seqlens: Tensor,
+        widths: Tensor,
+        patch_size: int,
+        rescale_factor: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+class Sample(Protocol):
+    """``logits`` (B, V); temperature, top-k, top-p, min-p, seed, index (B,) each -> (B,) int64."""
+
+    def __call__(  # noqa: D102
+        self,
+        logits: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seed: Tensor,
+        index: Tensor,
+        *,
+        min_p_first: bool = True,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every operation."""
+
+    linear: Linear
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    layer_norm: LayerNorm
+    add_layer_norm: AddLayerNorm
+    silu_mul: SiluMul
+    gelu_tanh: GeluTanh
+    rotary: Rotary
+    rotary_and_cache: RotaryAndCache
+    flash_attention: FlashAttention
+    paged_attention: PagedAttention
+    perceiver_attention: PerceiverAttention
+    patches: Patches
+    sample: Sample
+
+
+def _missing(name: str) -> Any:
+    def raise_missing(*_args: object, **_kwargs: object) -> NoReturn:
+        raise MissingOperationError(
+            f"TRITON has no {name!r} yet: use REFERENCE, or dataclasses.replace(TRITON, {name}=reference.{name})"
+        )
+
+    return raise_missing
+
+
+_KERNELS: dict[str, Any] = {}  # operations that have a Triton kernel
+
+REFERENCE = Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
+TRITON = Ops(
+    **{field.name: _KERNELS.get(field.name, _missing(field.name)) for field in fields(Ops)}
+)
