@@ -1,0 +1,23 @@
+"""Idefics2 on hand-written Triton kernels: a processor, a model, an engine and a command line.
+
+Importing this package is cheap: torch is loaded by the first name that needs it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from idefics2_engine.llm import LLM
+    from idefics2_engine.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+_HOMES = {"LLM": "llm", "SamplingParams": "sampling_params"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that ``name`` lives in, on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,306 @@
+"""Checkpoints in the hub's form to parameters and back; the only file that knows checkpoint names.
+
+A parameter here may be several tensors there: queries, keys and values lie in one matrix, gate and up in another, and
+the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from idefics2_engine.config import ModelConfig, read_json
+from idefics2_engine.errors import CheckpointError
+from idefics2_engine.model import Idefics2
+from idefics2_kernels import REFERENCE, Ops
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class HubTensor:
+    """One tensor of a checkpoint and the rows of the parameter it fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    first_row: int = 0
+
+
+def hub_tensors(config: ModelConfig) -> list[HubTensor]:
+    """List every tensor that a checkpoint of ``config`` holds."""
+    return [*_vision(config), *_connector(config), *_text(config)]
+
+
+def _fused(
+    hub: str, names: tuple[str, ...], rows: tuple[int, ...], tail: tuple[int, ...], parameter: str
+) -> Iterator[HubTensor]:
+    """Stack tensors ``hub.format(name)`` of ``rows`` each, in order, into one parameter."""
+    first = 0
+    for name, n in zip(names, rows, strict=True):
+        yield HubTensor(hub.format(name), (n, *tail), parameter, first)
+        first += n
+
+
+def _vision(config: ModelConfig) -> Iterator[HubTensor]:
+    c = config.vision
+    hidden, inner = c.hidden_size, c.intermediate_size
+    hub = "model.vision_model."
+    conv = (hidden, c.num_channels, c.patch_size, c.patch_size)
+    yield HubTensor(
+        f"{hub}embeddings.patch_embedding.weight", conv, "vision.patch_embedding.weight"
+    )
+    yield HubTensor(
+        f"{hub}embeddings.patch_embedding.bias", (hidden,), "vision.patch_embedding.bias"
+    )
+    yield HubTensor(
+        f"{hub}embeddings.position_embedding.weight",
+        (c.grid**2, hidden),
+        "vision.position_embedding",
+    )
+    for i in range(c.num_layers):
+        theirs, ours = f"{hub}encoder.layers.{i}.", f"vision.layers.{i}."
+        for kind, tail in (("weight", (hidden,)), ("bias", ())):
+            yield from _fused(
+                f"{theirs}self_attn.{{}}_proj.{kind}",
+                ("q", "k", "v"),
+                (hidden,) * 3,
+                tail,
+                f"{ours}attention.qkv_proj.{kind}",
+            )
+            yield HubTensor(
+                f"{theirs}self_attn.out_proj.{kind}",
+                (hidden, *tail),
+                f"{ours}attention.out_proj.{kind}",
+            )
+            yield HubTensor(
+                f"{theirs}layer_norm1.{kind}", (hidden,), f"{ours}attention_norm.{kind}"
+            )
+            yield HubTensor(f"{theirs}layer_norm2.{kind}", (hidden,), f"{ours}mlp_norm.{kind}")
+            yield HubTensor(f"{theirs}mlp.fc1.{kind}", (inner, *tail), f"{ours}mlp.fc1.{kind}")
+            inner_tail = (inner,) if kind == "weight" else ()
+            yield HubTensor(
+                f"{theirs}mlp.fc2.{kind}", (hidden, *inner_tail), f"{ours}mlp.fc2.{kind}"
+            )
+    for kind in ("weight", "bias"):
+        yield HubTensor(f"{hub}post_layernorm.{kind}", (hidden,), f"vision.norm.{kind}")
+
+
+def _gated_mlp(theirs: str, ours: str, hidden: int, inner: int, out: int) -> Iterator[HubTensor]:
+    yield from _fused(
+        f"{theirs}{{}}_proj.weight",
+        ("gate", "up"),
+        (inner, inner),
+        (hidden,),
+        f"{ours}gate_up_proj.weight",
+    )
+    yield HubTensor(f"{theirs}down_proj.weight", (out, inner), f"{ours}down_proj.weight")
+
+
+def _connector(config: ModelConfig) -> Iterator[HubTensor]:
+    c, hub = config.perceiver, "model.connector."
+    hidden = c.hidden_size
+    width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    yield from _gated_mlp(
+        f"{hub}modality_projection.",
+        "connector.projection.",
+        config.vision.hidden_size,
+        config.text.intermediate_size,
+        hidden,
+    )
+    hub, own = f"{hub}perceiver_resampler.", "connector.perceiver."
+    yield HubTensor(f"{hub}latents", (c.num_latents, hidden), f"{own}latents")
+    for i in range(c.num_layers):
+        theirs, ours = f"{hub}layers.{i}.", f"{own}layers.{i}."
+        for name, norm in (
+            ("input_latents_norm", "latents_norm"),
+            ("input_context_norm", "context_norm"),
+            ("post_attention_layernorm", "mlp_norm"),
+        ):
+            yield HubTensor(f"{theirs}{name}.weight", (hidden,), f"{ours}{norm}.weight")
+        yield HubTensor(
+            f"{theirs}self_attn.q_proj.weight", (width, hidden), f"{ours}attention.q_proj.weight"
+        )
+        yield from _fused(
+            f"{theirs}self_attn.{{}}_proj.weight",
+            ("k", "v"),
+            (kv_width, kv_width),
+            (hidden,),
+            f"{ours}attention.kv_proj.weight",
+        )
+        yield HubTensor(
+            f"{theirs}self_attn.o_proj.weight", (hidden, width), f"{ours}attention.o_proj.weight"
+        )
+        yield from _gated_mlp(f"{theirs}mlp.", f"{ours}mlp.", hidden, c.intermediate_size, hidden)
+    yield HubTensor(f"{hub}norm.weight", (hidden,), f"{own}norm.weight")
+
+
+def _text(config: ModelConfig) -> Iterator[HubTensor]:
+    c, hub = config.text, "model.text_model."
+    hidden = c.hidden_size
+    width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    yield HubTensor(f"{hub}embed_tokens.weight", (c.vocab_size, hidden), "text.embedding")
+    for i in range(c.num_layers):
+        theirs, ours = f"{hub}layers.{i}.", f"text.layers.{i}."
+        yield from _fused(
+            f"{theirs}self_attn.{{}}_proj.weight",
+            ("q", "k", "v"),
+            (width, kv_width, kv_width),
+            (hidden,),
+            f"{ours}attention.qkv_proj.weight",
+        )
+        yield HubTensor(
+            f"{theirs}self_attn.o_proj.weight", (hidden, width), f"{ours}attention.o_proj.weight"
+        )
+        yield from _gated_mlp(f"{theirs}mlp.", f"{ours}mlp.", hidden, c.intermediate_size, hidden)
+        yield HubTensor(
+            f"{theirs}input_layernorm.weight", (hidden,), f"{ours}attention_norm.weight"
+        )
+        yield HubTensor(
+            f"{theirs}post_attention_layernorm.weight", (hidden,), f"{ours}mlp_norm.weight"
+        )
+    yield HubTensor(f"{hub}norm.weight", (hidden,), "text.norm.weight")
+    if not config.tie_word_embeddings:
+        yield HubTensor("lm_head.weight", (c.vocab_size, hidden), "lm_head")
+
+
+def load_checkpoint(
+    folder: Path | str,
+    ops: Ops = REFERENCE,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Idefics2:
+    """Build the model of ``folder`` on ``device`` in ``dtype``.
+
+    Files are memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed.
+
+    Raises:
+        ConfigError: ``config.json`` is missing or wrong.
+        CheckpointError: A file or tensor is missing, cannot be read, has another shape, or is not expected.
+    """
+    folder = Path(folder)
+    config = ModelConfig.load(folder)
+    model = Idefics2(config, ops, device, dtype)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    expected = {tensor.name: tensor for tensor in hub_tensors(config)}
+    missing = dict(expected)
+    with torch.no_grad():
+        for table in {model.text.embedding, model.lm_head}:
+            table[config.text.vocab_size :] = 0.0
+        for file, names in _shards(folder).items():
+            for name, tensor in _read(folder / file, names):
+                if name == "lm_head.weight" and config.tie_word_embeddings:
+                    continue  # saved by some writers although it is the embedding
+                _fill(parameters, expected, name, tensor)
+                missing.pop(name, None)
+    if missing:
+        raise CheckpointError(_listing(f"{folder}: tensors are missing", missing))
+    return model
+
+
+def _fill(
+    parameters: dict[str, torch.nn.Parameter],
+    expected: dict[str, HubTensor],
+    name: str,
+    tensor: Tensor,
+) -> None:
+    if name not in expected:
+        raise CheckpointError(f"tensor {name!r} is not part of this model")
+    place = expected[name]
+    if tuple(tensor.shape) != place.shape:
+        raise CheckpointError(
+            f"tensor {name!r} must have shape {place.shape}, got {tuple(tensor.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"tensor {name!r} must be floating-point, got {tensor.dtype}")
+    rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
+    rows.copy_(tensor.view(rows.shape))
+
+
+def _shards(folder: Path) -> dict[str, list[str] | None]:
+    """Map each weight file to the tensors to take from it; ``None`` takes all."""
+    if (folder / _INDEX).exists():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / _INDEX}: must hold a 'weight_map' object")
+        shards: dict[str, list[str] | None] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{folder / _INDEX}: {name!r} names no file of the folder: {file!r}"
+                )
+            names = shards.setdefault(file, [])
+            assert names is not None
+            names.append(name)
+        return shards
+    if (folder / _SINGLE).exists():
+        return {_SINGLE: None}
+    raise CheckpointError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _read(file: Path, names: list[str] | None) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in opened.keys() if names is None else names:
+                yield name, opened.get_tensor(name)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: does not exist") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: is not readable as safetensors: {error}") from None
+
+
+def save_checkpoint(
+    model: Idefics2,
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    *,
+    config_from: Path | str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
+
+    Weights are sharded by size. The JSON files and the tokenizer are copied from the folder ``config_from``; without
+    it those of ``folder`` stay as they are.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shards: list[dict[str, Tensor]] = [{}]
+    for place in hub_tensors(model.config):
+        rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
+        tensor = rows.detach().to("cpu", dtype or model.dtype).reshape(place.shape).contiguous()
+        if shards[-1] and _bytes(shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][place.name] = tensor.clone()
+    if len(shards) == 1:
+        save_file(shards[0], folder / _SINGLE, metadata={"format": "pt"})
+    else:
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards, start=1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+        total = sum(_bytes(shard) for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if config_from is not None:
+        for source in Path(config_from).glob("*.json"):
+            if source.name != _INDEX:
+                shutil.copy(source, folder / source.name)
+
+
+def _bytes(shard: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())
+
+
+def _listing(problem: str, names: dict[str, HubTensor]) -> str:
+    first = ", ".join(list(names)[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{problem}: {first}{more}"

@@ -1,0 +1,293 @@
+"""Images to tiles: read, split, resize; uint8 until somebody asks for floats.
+
+A tile is one picture that the vision tower sees: a whole image or, with splitting, a quarter of
+one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit for bit.
+"""
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from idefics2_engine.config import read_json
+from idefics2_engine.errors import ConfigError, ImageError
+
+ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+"""What ``load_image`` reads."""
+
+QUARTERS = 4  # tiles that splitting adds in front of the whole image
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How a checkpoint wants its images prepared: ``preprocessor_config.json``."""
+
+    longest_edge: int  # pixels
+    shortest_edge: int  # pixels
+    split: bool
+    resample: int  # Pillow's number of the filter: 2 is bilinear
+    rescale_factor: float
+    mean: tuple[float, ...]  # (3,)
+    std: tuple[float, ...]  # (3,)
+
+    @classmethod
+    def load(cls, folder: Path) -> "ImageConfig":
+        """Read ``folder/preprocessor_config.json``; what it leaves out is transformers' default.
+
+        Raises:
+            ConfigError: The file is missing, is not JSON, or asks for what Idefics2 does not do.
+        """
+        path = folder / "preprocessor_config.json"
+        values = read_json(path)
+
+        def read(key: str, default: Any) -> Any:
+            value = values.get(key)
+            return default if value is None else value
+
+        def fail(key: str, wanted: str, got: object) -> ConfigError:
+            return ConfigError(f"{path}: {key} must be {wanted}, got {got!r}")
+
+        for step in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"):
+            if read(step, True) is not True:
+                raise fail(step, "true", values[step])
+        split = read("do_image_splitting", False)
+        if type(split) is not bool:
+            raise fail("do_image_splitting", "true or false", split)
+        resample = read("resample", int(Image.Resampling.BILINEAR))
+        if type(resample) is not int or resample not in list(Image.Resampling):
+            raise fail("resample", "the number of a Pillow filter", resample)
+        size = read("size", {"longest_edge": 980, "shortest_edge": 378})
+        if (
+            not isinstance(size, dict)
+            or size.keys() != {"longest_edge", "shortest_edge"}
+            or any(type(edge) is not int for edge in size.values())
+            or not 0 < size["shortest_edge"] <= size["longest_edge"]
+        ):
+            raise fail("size", "0 < shortest_edge <= longest_edge in pixels", size)
+        factor = read("rescale_factor", 1 / 255)
+        if not _is_positive(factor):
+            raise fail("rescale_factor", "a positive number", factor)
+        mean = read("image_mean", [0.5, 0.5, 0.5])
+        if not isinstance(mean, list) or [_is_number(m) for m in mean] != [True] * 3:
+            raise fail("image_mean", "three numbers", mean)
+        std = read("image_std", [0.5, 0.5, 0.5])
+        if not isinstance(std, list) or [_is_positive(s) for s in std] != [True] * 3:
+            raise fail("image_std", "three positive numbers", std)
+        return cls(
+            longest_edge=size["longest_edge"],
+            shortest_edge=size["shortest_edge"],
+            split=split,
+            resample=resample,
+            rescale_factor=float(factor),
+            mean=tuple(float(m) for m in mean),
+            std=tuple(float(s) for s in std),
+        )
+
+    @property
+    def tiles_per_image(self) -> int:
+        """Tiles that every image becomes."""
+        return QUARTERS + 1 if self.split else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One resized picture and the patches that the vision tower cuts it into."""
+
+    pixels: npt.NDArray[np.uint8]  # (H, W, 3)
+    patch_size: int  # pixels per side
+    grid_side: int  # trained positions per side
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; a patch counts when all of its pixels are real."""
+        height, width, _ = self.pixels.shape
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Rows x columns."""
+        rows, columns = self.grid
+        return rows * columns
+
+    def position_ids(self) -> npt.NDArray[np.int64]:
+        """Return the trained position of each patch, (num_patches,), row by row."""
+        return position_ids(*self.grid, self.grid_side)
+
+    def patch_pixels(self) -> npt.NDArray[np.uint8]:
+        """Return the pixels of whole patches, contiguous, (rows * patch, columns * patch, 3)."""
+        rows, columns = self.grid
+        crop = self.pixels[: rows * self.patch_size, : columns * self.patch_size]
+        return np.ascontiguousarray(crop)
+
+
+def position_ids(rows: int, columns: int, grid_side: int) -> npt.NDArray[np.int64]:
+    """Return the trained position of each patch of a tile, (rows * columns,), row by row.
+
+    Raises:
+        ImageError: The tile has more patches to a side than there are trained positions.
+    """
+    if max(rows, columns) > grid_side:
+        raise ImageError(
+            f"tile: at most {grid_side} x {grid_side} patches have a position, "
+            f"got {rows} x {columns}"
+        )
+    return (_buckets(rows, grid_side)[:, None] * grid_side + _buckets(columns, grid_side)).ravel()
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Read one image, upright and in RGB.
+
+    Args:
+        source: A path, a ``data:`` URI with base64, the bytes of an image file, a Pillow image, or
+            a uint8 array (H, W, 3). EXIF rotation is applied and alpha is dropped, as by
+            transformers' ``load_image``; an animation gives its first frame.
+
+    Raises:
+        ImageError: ``source`` is none of these, cannot be decoded, or has no pixels.
+    """
+    if isinstance(source, Image.Image):
+        with _decoding("image"):
+            return _upright_rgb(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ImageError(f"image: must be a local file or a data URI, got the address {source!r}")
+    file: Path | io.BytesIO
+    if isinstance(source, bytes):
+        file, name = io.BytesIO(source), "image bytes"
+    elif isinstance(source, str) and source.startswith("data:"):
+        file, name = io.BytesIO(_data_uri_bytes(source)), "data URI"
+    elif isinstance(source, str | Path):
+        file, name = Path(source), str(source)
+    else:
+        raise ImageError(
+            "image: must be a path, a data URI, bytes, a Pillow image or a uint8 array (H, W, 3), "
+            f"got {type(source).__name__}"
+        )
+    with _decoding(name), Image.open(file) as image:
+        return _upright_rgb(image)
+
+
+def resized_size(width: int, height: int, longest: int, shortest: int) -> tuple[int, int]:
+    """Return the (width, height) that an image is resized to.
+
+    A longer side above ``longest`` shrinks to it, the other side in proportion, rounded down; then
+    a side below ``shortest`` grows to it, whatever becomes of the aspect ratio.
+    """
+    aspect = width / height  # not the integer formula: the rounding is part of the rule
+    if width >= height and width > longest:
+        width, height = longest, int(longest / aspect)
+    elif height > width and height > longest:
+        width, height = int(longest * aspect), longest
+    return max(width, shortest), max(height, shortest)
+
+
+def split_image(image: Image.Image) -> list[Image.Image]:
+    """Return the top left, top right, bottom left and bottom right quarters, then ``image`` itself.
+
+    The cuts are at half the width and half the height, rounded down. An image one pixel wide or
+    high would leave empty quarters there (transformers raises ZeroDivisionError), so both sides of
+    that cut are the one pixel.
+    """
+    width, height = image.size
+    lefts = (0, max(width // 2, 1)), (min(width // 2, width - 1), width)
+    tops = (0, max(height // 2, 1)), (min(height // 2, height - 1), height)
+    quarters = [
+        image.crop((left, top, right, bottom)) for top, bottom in tops for left, right in lefts
+    ]
+    return [*quarters, image]
+
+
+def make_tiles(
+    image: Image.Image, config: ImageConfig, patch_size: int, grid_side: int
+) -> list[Tile]:
+    """Split an RGB image if ``config`` says so, and resize each part on its own."""
+    tiles = []
+    for part in split_image(image) if config.split else [image]:
+        size = resized_size(*part.size, config.longest_edge, config.shortest_edge)
+        resized = part.resize(size, Image.Resampling(config.resample))
+        tiles.append(Tile(np.array(resized), patch_size, grid_side))
+    return tiles
+
+
+def normalise(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
+    """Return the pixels as the vision tower's numbers, (3, H, W).
+
+    A channel has 256 values, so each is computed once: the product in float64, rounded to float32,
+    then mean and deviation in float32, which is transformers' order.
+    """
+    rescaled = (np.arange(256, dtype=np.float64) * config.rescale_factor).astype(np.float32)
+    mean = np.array(config.mean, dtype=np.float32)
+    std = np.array(config.std, dtype=np.float32)
+    tables = (rescaled[:, None] - mean) / std  # (256, 3)
+    return np.stack([tables[:, c][tile.pixels[:, :, c]] for c in range(3)])
+
+
+@cache
+def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
+    """Return the trained position of each of ``count`` patches along one side, (count,).
+
+    In float32 on the CPU, with the step itself a float32: other roundings move patches into a
+    neighbouring bucket (on a grid of 70: counts 25, 49, 50, 55 and 58).
+    """
+    coordinates = torch.arange(0, 1 - 1e-6, float(1 / torch.tensor(count)))
+    boundaries = torch.arange(1 / grid_side, 1, 1 / grid_side)
+    buckets = torch.bucketize(coordinates, boundaries, right=True).numpy()
+    buckets.setflags(write=False)  # shared by every caller
+    return buckets
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises on a file it cannot read into ``ImageError``."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name}: cannot be read as an image: {error}") from None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"image: must have pixels, got {image.width} x {image.height}")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _data_uri_bytes(uri: str) -> bytes:
+    head, comma, payload = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError(f"data URI: must be base64, got {payload[:40]!r}") from None
+
+
+def _from_array(array: npt.NDArray[Any]) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ImageError(
+            f"image array: must be uint8 (H, W, 3), got {array.dtype} {tuple(array.shape)}"
+        )
+    if 0 in array.shape:
+        raise ImageError(f"image array: must have pixels, got {tuple(array.shape)}")
+    return Image.fromarray(array)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and bool(value > 0)

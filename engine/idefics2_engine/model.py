@@ -1,0 +1,147 @@
+"""The whole network: vision tower, connector, text model and head, written once against ``Ops``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from idefics2_engine.batch import ImageBatch, TextBatch
+from idefics2_engine.config import ModelConfig
+from idefics2_engine.perceiver import Connector
+from idefics2_engine.text import LayerCache, TextModel
+from idefics2_engine.vision import VisionTower
+from idefics2_kernels import REFERENCE, Ops
+
+IGNORED_LABEL = -100
+
+
+class Idefics2(nn.Module):
+    """Idefics2 over packed tiles and packed tokens.
+
+    Parameters are allocated on ``device`` in ``dtype`` and not initialised: load a checkpoint into them or call
+    ``init_weights``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops = REFERENCE,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        with torch.device(device), _default_dtype(dtype):
+            self.vision = VisionTower(config.vision, ops)
+            self.connector = Connector(config, ops)
+            self.text = TextModel(config.text, ops)
+            if config.tie_word_embeddings:
+                self.lm_head = self.text.embedding
+            else:
+                self.lm_head = nn.Parameter(torch.empty_like(self.text.embedding))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lm_head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters, and of everything computed."""
+        return self.lm_head.dtype
+
+    def image_features(self, images: ImageBatch) -> Tensor:
+        """Encode N tiles to (N, latents, hidden) embeddings of the text model, reusable across calls."""
+        patches = self.ops.patches(
+            images.pixels,
+            images.cu_seqlens,
+            images.widths,
+            self.config.vision.patch_size,
+            images.rescale_factor,
+            images.mean,
+            images.std,
+            self.dtype,
+        )
+        return self.encode(patches, images.position_ids, images.cu_seqlens, images.max_seqlen)
+
+    def encode(
+        self, patches: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """Encode normalised ``patches`` (P, patch_dim) of N tiles to (N, latents, hidden)."""
+        features = self.vision(patches, position_ids, cu_seqlens, max_seqlen)
+        encoded: Tensor = self.connector(features, cu_seqlens, max_seqlen)
+        return encoded
+
+    def forward(
+        self,
+        batch: TextBatch,
+        image_features: Tensor | None = None,
+        kv_cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Return logits (rows, vocabulary) for ``batch.logits_indices``, or for every token.
+
+        ``image_features`` (..., hidden) take the places of the image token, in order: as many rows as there are such
+        tokens in the batch. Without them an image token keeps its own embedding.
+        """
+        hidden = self.text(self.embed(batch.input_ids, image_features), batch, kv_cache)
+        if batch.logits_indices is not None:
+            hidden = hidden[batch.logits_indices]
+        logits = self.ops.linear(hidden, self.lm_head)
+        return logits[:, : self.config.text.vocab_size]
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Look up ``input_ids`` (T,) and put ``image_features`` in the image tokens' places: (T, hidden)."""
+        embeds = self.text.embedding[input_ids]
+        if image_features is None:
+            return embeds
+        is_image = (input_ids == self.config.image_token_id)[:, None]
+        return embeds.masked_scatter(is_image, image_features.to(embeds.dtype))
+
+    def loss(
+        self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean cross entropy of each token's successor in its sequence, in fp32 or wider.
+
+        ``labels`` (T,) are aligned with the tokens; -100 is ignored, and the caller sets it for image and padding tokens.
+        """
+        return next_token_loss(self(batch, image_features), labels, batch)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02) -> None:
+        """Draw random weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms at one, biases at zero.
+
+        Latents start apart, for equal latents would stay equal in training.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("latents"):
+                parameter.normal_(generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=std, generator=generator)
+        for table in (self.text.embedding, self.lm_head):
+            table[self.config.text.vocab_size :] = 0.0
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, batch: TextBatch) -> Tensor:
+    """Return the mean cross entropy of ``logits`` (T, V) against each token's successor among ``labels`` (T,)."""
+    if batch.logits_indices is not None:
+        raise ValueError("the loss needs logits for every token, got a batch with logits_indices")
+    targets = labels.roll(-1).index_fill(0, batch.cu_seqlens[1:].long() - 1, IGNORED_LABEL)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, targets, ignore_index=IGNORED_LABEL)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,244 @@
+"""The reference path against transformers, same weights and dtype, stage by stage."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from idefics2_engine.batch import TextBatch
+from idefics2_engine.checkpoint import hub_tensors, load_checkpoint
+from idefics2_engine.model import Idefics2
+from idefics2_engine.padded import forward_padded
+from oracle import CASES, TinyCase, build_oracle, image_batch, padded_pixels, save_oracle
+
+RELATIVE = 1e-5
+
+Hook = Callable[[nn.Module, Any, Any], None]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference over the largest magnitude."""
+    assert ours.shape == theirs.shape
+    if ours.numel() == 0:
+        return 0.0
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def make_pair(
+    case: TinyCase, folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Idefics2]:
+    oracle = build_oracle(case, dtype)
+    return oracle, load_checkpoint(save_oracle(oracle, folder), dtype=dtype)
+
+
+def padded_ids(case: TinyCase, side: str = "right") -> tuple[Tensor, Tensor]:
+    rows = case.token_ids()
+    width = max(len(ids) for ids in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(input_ids)
+    for i, ids in enumerate(rows):
+        place = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
+        input_ids[i, place] = torch.tensor(ids)
+        mask[i, place] = 1
+    return input_ids, mask
+
+
+def oracle_inputs(case: TinyCase) -> dict[str, Tensor]:
+    input_ids, mask = padded_ids(case)
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    if any(case.tiles):
+        inputs["pixel_values"], inputs["pixel_attention_mask"] = padded_pixels(case.make_tiles())
+    return inputs
+
+
+def make_labels(inputs: dict[str, Tensor], image_token: int) -> Tensor:
+    ignored = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == image_token)
+    return inputs["input_ids"].masked_fill(ignored, -100)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_stages_and_logits(case: TinyCase, tmp_path: Path) -> None:
+    oracle, model = make_pair(case, tmp_path)
+    inputs = oracle_inputs(case)
+    stages: dict[str, list[Tensor]] = {}
+
+    def record(name: str) -> Hook:
+        def hook(_module: nn.Module, _args: object, output: Any) -> None:
+            tensor = getattr(output, "last_hidden_state", output)
+            stages.setdefault(name, []).append(tensor[0] if isinstance(tensor, tuple) else tensor)
+
+        return hook
+
+    theirs = oracle.model
+    theirs.vision_model.embeddings.register_forward_hook(record("their patches"))
+    for i, layer in enumerate(theirs.vision_model.encoder.layers):
+        layer.register_forward_hook(record(f"their vision {i}"))
+    theirs.vision_model.post_layernorm.register_forward_hook(record("their vision"))
+    theirs.connector.modality_projection.register_forward_hook(record("their projection"))
+    for i, layer in enumerate(theirs.connector.perceiver_resampler.layers):
+        layer.register_forward_hook(record(f"their perceiver {i}"))
+    for i, layer in enumerate(theirs.text_model.layers):
+        layer.register_forward_hook(record(f"their text {i}"))
+    for i, layer in enumerate(model.vision.layers):
+        layer.register_forward_hook(record(f"vision {i}"))
+    model.vision.patch_embedding.register_forward_hook(record("patches"))
+    model.vision.register_forward_hook(record("vision"))
+    model.connector.projection.register_forward_hook(record("projection"))
+
+    def sum_of_branch(name: str) -> Hook:
+        def hook(_module: nn.Module, _args: object, output: Any) -> None:
+            stages.setdefault(name, []).append(output[0] + output[1])
+
+        return hook
+
+    for kind, layers in (
+        ("vision", model.vision.layers),
+        ("perceiver", model.connector.perceiver.layers),
+        ("text", model.text.layers),
+    ):
+        for i, layer in enumerate(layers):
+            layer._forward_hooks.clear()
+            layer.register_forward_hook(sum_of_branch(f"{kind} {i}"))
+
+    with torch.no_grad():
+        expected = oracle(**inputs)
+        images = image_batch(case.make_tiles())
+        features = None if images is None else model.image_features(images)
+        logits = model(TextBatch.from_ids(case.token_ids()), features)
+
+    kept = inputs["attention_mask"].bool()
+    assert relative_error(logits, expected.logits[kept]) < RELATIVE
+    for i in range(len(model.text.layers)):
+        assert relative_error(stages[f"text {i}"][0], stages[f"their text {i}"][0][kept]) < RELATIVE
+    if images is None:
+        return
+    assert features is not None
+    assert relative_error(features.flatten(0, 1), expected.image_hidden_states) < RELATIVE
+    counts = images.cu_seqlens.diff().tolist()
+    offsets = images.cu_seqlens.tolist()
+
+    def check(ours: str, their: str) -> None:
+        packed, padded = stages[ours][0], stages[their][0]
+        columns = max(w for s in case.tiles for _, w in s) // 14
+        for n, (count, width) in enumerate(zip(counts, images.widths.tolist(), strict=True)):
+            # their rows of patches are as wide as the widest image's
+            at = torch.arange(count)
+            rows = padded[n][at // width * columns + at % width]
+            assert relative_error(packed[offsets[n] : offsets[n + 1]], rows) < RELATIVE, ours
+
+    for i in range(len(model.vision.layers)):
+        check(f"vision {i}", f"their vision {i}")
+    check("vision", "their vision")
+    check("projection", "their projection")
+    for i in range(len(model.connector.perceiver.layers)):
+        assert (
+            relative_error(stages[f"perceiver {i}"][0], stages[f"their perceiver {i}"][0])
+            < RELATIVE
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_loss_and_gradients(case: TinyCase, tmp_path: Path) -> None:
+    oracle, model = make_pair(case, tmp_path)
+    inputs = oracle_inputs(case)
+    labels = make_labels(inputs, model.config.image_token_id)
+    expected = oracle(**inputs, labels=labels).loss
+
+    truth = load_checkpoint(tmp_path, dtype=torch.float64)
+    loss = forward_padded(model, **inputs, labels=labels).loss
+    exact_loss = forward_padded(truth, **inputs, labels=labels).loss
+    assert loss is not None
+    assert exact_loss is not None
+    assert abs(loss.item() - expected.item()) < RELATIVE * expected.item()
+    torch.autograd.backward([expected, loss, exact_loss])
+
+    theirs = dict(oracle.named_parameters())
+    ours, exact = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, truth))
+    for name, parameter in exact.items():
+        places = [place for place in hub_tensors(model.config) if place.parameter == name]
+        grads = [theirs[place.name].grad for place in places]
+        if not places:  # a tied head is the embedding
+            continue
+        if all(grad is None for grad in grads):
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        # relative to a whole fused parameter: a key bias has no gradient but rounding, its query and value have
+        mine, true = ours[name].grad, parameter.grad
+        assert mine is not None, name
+        assert true is not None, name
+        scale = true.abs().max()
+        want = torch.cat([grad.reshape(-1, *parameter.shape[1:]) for grad in grads])
+        got, true = mine[: want.shape[0]], true[: want.shape[0]]
+        assert (got - true).abs().max() <= RELATIVE * scale, name
+        their_error = (want - true).abs().max()
+        assert (got - want).abs().max() <= RELATIVE * scale + their_error, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_to_float64_as_transformers(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    case = next(c for c in CASES if c.name == "mixed-batch")
+    # weights that the half type can hold, so that all three models are the same one
+    oracle = build_oracle(case, dtype)
+    folder = save_oracle(oracle, tmp_path)
+    inputs = oracle_inputs(case)
+    with torch.no_grad():
+        theirs = oracle(**inputs).logits.double()
+        ours = forward_padded(load_checkpoint(folder, dtype=dtype), **inputs).logits.double()
+        exact = forward_padded(load_checkpoint(folder, dtype=torch.float64), **inputs).logits
+    kept = inputs["attention_mask"].bool()
+    theirs, ours, exact = theirs[kept], ours[kept], exact[kept]
+    floor = torch.finfo(dtype).eps * exact.abs().amax(-1)
+    budget = 2 * ((theirs - exact).abs().amax(-1).max() + floor)
+    assert ((ours - exact).abs().amax(-1) <= budget).all()
+
+
+def test_padding_side_and_reused_features_change_nothing(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "mixed-batch")
+    _, model = make_pair(case, tmp_path)
+    inputs = oracle_inputs(case)
+    kept = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        right = forward_padded(model, **inputs)
+        left_ids, left_mask = padded_ids(case, "left")
+        left = forward_padded(model, left_ids, left_mask, image_features=right.image_features)
+        packed = model(
+            replace(TextBatch.from_ids(case.token_ids()), logits_indices=torch.tensor([3, 0, 20])),
+            right.image_features,
+        )
+    assert torch.equal(left.logits[left_mask.bool()], right.logits[kept])
+    assert relative_error(packed, right.logits[kept][[3, 0, 20]]) < 1e-6
+
+
+def test_a_batch_equals_its_samples_alone(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "mixed-batch")
+    _, model = make_pair(case, tmp_path)
+    tiles, ids = case.make_tiles(), case.token_ids()
+    with torch.no_grad():
+        images = image_batch(tiles)
+        assert images is not None
+        together = model(TextBatch.from_ids(ids), model.image_features(images))
+        alone = []
+        for sample_tiles, sample_ids in zip(tiles, ids, strict=True):
+            batch = image_batch([sample_tiles])
+            assert batch is not None
+            alone.append(model(TextBatch.from_ids([sample_ids]), model.image_features(batch)))
+    assert relative_error(together, torch.cat(alone)) < 1e-6
+
+
+def test_random_weights_are_the_seeds(tmp_path: Path) -> None:
+    _, model = make_pair(CASES[0], tmp_path)
+    first, again, other = (Idefics2(model.config) for _ in range(3))
+    first.init_weights(1)
+    again.init_weights(1)
+    other.init_weights(2)
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+    assert not torch.equal(first.lm_head, other.lm_head)
+    latents = first.connector.perceiver.latents
+    assert latents.std(0).min() > 0.1, "equal latents would never part"
+    assert not first.lm_head[model.config.text.vocab_size :].any()
