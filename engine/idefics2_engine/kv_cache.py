@@ -1,0 +1,27 @@
+"""Keys and values of every layer, in pages."""
+
+import torch
+from torch import Tensor
+
+from idefics2_engine.config import TextConfig
+from idefics2_engine.text import LayerCache
+
+
+class KVCache:
+    """Two tensors a layer, (pages, H_KV, page size, D): a page of one head is one run of memory."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+
+        def allocate() -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        self.layers: list[LayerCache] = [(allocate(), allocate()) for _ in range(config.num_layers)]
+        self.page_size = page_size

@@ -1,0 +1,269 @@
+"""The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
+
+import random
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from idefics2_engine.checkpoint import load_checkpoint
+from idefics2_engine.config import EngineConfig, GenerationConfig, ModelConfig
+from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.engine import Engine
+from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.processor import ProcessedPrompt, Processor
+from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.sequence import Request
+from idefics2_kernels import REFERENCE, Ops
+
+Prompt = str | Mapping[str, Any]
+"""A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
+``"multi_modal_data": {"image": image or images}``."""
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages ``{"role": …, "content": …}`` in OpenAI's or transformers' shape."""
+
+_KV_CACHE_TOKENS = 65536  # 8 GiB at the 8B model's shape in 16 bit
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LLM:
+    """An Idefics2 model that answers questions about images.
+
+    Args:
+        model: Folder of a checkpoint in the hub's form; the demo checkpoint if ``None``.
+        device: ``"auto"`` takes a CUDA device if there is one.
+        dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
+        split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
+        max_model_len: Tokens of a prompt with its answer; the model's positions if ``None``.
+        max_num_seqs: Answers that are generated at once.
+        kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
+            one alone needs more, if ``None``.
+        seed: Fixes the random numbers of requests without a seed of their own.
+        ops: Filling of the operations to run on.
+
+    Raises:
+        ConfigError: A file of the checkpoint is missing or wrong, or an argument does not fit it.
+        CheckpointError: The weights are missing or do not fit the config.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        split_images: bool | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        kv_cache_tokens: int | None = None,
+        seed: int = 0,
+        ops: Ops = REFERENCE,
+    ) -> None:
+        folder = DEMO_MODEL if model is None else Path(model)
+        if not folder.is_dir():
+            raise ConfigError(f"model must be a checkpoint's folder, got {str(model)!r}")
+        self.config = ModelConfig.load(folder)
+        self.processor = Processor.load(folder, self.config, split_images)
+        self.engine_config = _engine_config(
+            self.config, max_model_len, max_num_seqs, kv_cache_tokens
+        )
+        on = _device(device)
+        self.model = load_checkpoint(folder, ops, on, _dtype(dtype, on))
+        tokenizer = self.processor.tokenizer
+        generation = GenerationConfig.load(folder) or GenerationConfig(
+            frozenset(
+                i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None
+            ),
+            ((tokenizer.fake_image_id,), (tokenizer.image_id,)),
+        )
+        self._engine = Engine(
+            self.model, tokenizer, self.processor.image_config, generation, self.engine_config
+        )
+        self._seeds = random.Random(seed)
+        self._count = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue raw prompts; control tokens in their text are control tokens.
+
+        Args:
+            prompts: One prompt or several.
+            sampling_params: For all of them, or one each.
+
+        Returns:
+            One output a prompt, in order.
+
+        Raises:
+            PromptError: A prompt is malformed, does not fit its images, or is too long.
+            ImageError: An image cannot be read.
+        """
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        return self._answer([self._read_prompt(prompt) for prompt in several], sampling_params)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations; nothing typed in them becomes a control token.
+
+        Args:
+            messages: One conversation or several.
+            sampling_params: For all of them, or one each.
+
+        Returns:
+            One output a conversation, in order.
+
+        Raises:
+            PromptError: A conversation is malformed or too long, or the model has not learnt to chat.
+            ImageError: An image cannot be read.
+        """
+        several = [messages] if _is_conversation(messages) else list(messages)
+        prompts = [self.processor.chat(cast(Conversation, one)) for one in several]
+        return self._answer(prompts, sampling_params)
+
+    def stream(
+        self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Answer one prompt or conversation, yielding its output after every token.
+
+        Text that may turn out to be a stop string, or half a character, is held back. The iterator must be used up or
+        closed before the next request.
+        """
+        if _is_conversation(prompt):
+            processed = self.processor.chat(cast(Conversation, prompt))
+        else:
+            processed = self._read_prompt(cast(Prompt, prompt))
+        request = self._request(processed, sampling_params or SamplingParams())
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
+        self._engine.add(request)
+        try:
+            while not request.finished:
+                self._engine.step()
+                yield request.output()
+        finally:
+            self._engine.cancel()
+
+    def _answer(
+        self,
+        prompts: list[ProcessedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise PromptError(
+                f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
+            )
+        requests = [self._request(*pair) for pair in zip(prompts, params, strict=True)]
+        try:
+            for request in requests:
+                self._engine.add(request)
+            while self._engine.has_work:
+                self._engine.step()
+        finally:
+            self._engine.cancel()
+        return [request.output() for request in requests]
+
+    def _request(self, prompt: ProcessedPrompt, params: SamplingParams) -> Request:
+        room = self.engine_config.max_model_len - len(prompt.token_ids)
+        if not prompt.token_ids:
+            raise PromptError("prompt must have at least one token, got none")
+        if room < 1:
+            raise PromptError(
+                f"prompt must leave room for an answer within {self.engine_config.max_model_len} tokens, "
+                f"got {len(prompt.token_ids)}"
+            )
+        self._count += 1
+        drawn = self._seeds.getrandbits(
+            63
+        )  # always, so that a request's seed hangs on its place alone
+        return Request(
+            request_id=str(self._count - 1),
+            prompt=prompt.prompt,
+            prompt_token_ids=prompt.token_ids,
+            tiles=prompt.tiles,
+            params=params,
+            seed=drawn if params.seed is None else params.seed,
+            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+        )
+
+    def _read_prompt(self, prompt: Prompt) -> ProcessedPrompt:
+        if isinstance(prompt, str):
+            return self.processor.prompt(prompt)
+        if not isinstance(prompt, Mapping):
+            raise PromptError(f"prompt must be text or a mapping, got {type(prompt).__name__}")
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}
+        given = prompt.keys() & {"prompt", "prompt_token_ids"}
+        if unknown or len(given) != 1:
+            raise PromptError(
+                "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
+                f"got {sorted(map(str, prompt))}"
+            )
+        media = prompt.get("multi_modal_data") or {}
+        if not isinstance(media, Mapping) or media.keys() - {"image"}:
+            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {media!r:.200}")
+        images = media.get("image", [])
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if "prompt" in prompt:
+            return self.processor.prompt(prompt["prompt"], images)
+        return self.processor.token_prompt(prompt["prompt_token_ids"], images)
+
+
+def _is_conversation(value: object) -> bool:
+    """Tell one conversation from a prompt and from a list of conversations."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(message, Mapping) for message in value)
+    )
+
+
+def _engine_config(
+    config: ModelConfig, max_model_len: int | None, max_num_seqs: int, kv_cache_tokens: int | None
+) -> EngineConfig:
+    positions = config.text.max_positions
+    length = positions if max_model_len is None else max_model_len
+    if not 1 < length <= positions:
+        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    if max_num_seqs < 1:
+        raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+    if kv_cache_tokens is None:
+        kv_cache_tokens = max(length, min(_KV_CACHE_TOKENS, max_num_seqs * length))
+    if kv_cache_tokens < length:
+        raise ConfigError(
+            f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
+        )
+    return EngineConfig(length, max_num_seqs, kv_cache_tokens)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r}: there is no CUDA device here")
+    return device
+
+
+def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(name, torch.dtype):
+        return name
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]

@@ -1,0 +1,42 @@
+"""What a request gives back, in vLLM's shape."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer to a request."""
+
+    index: int  # which of the n answers
+    text: str
+    token_ids: list[int]  # an end token included
+    cumulative_logprob: float | None  # None: log probabilities were not asked for
+    logprobs: Any | None
+    finish_reason: FinishReason | None  # None while the answer grows
+    stop_reason: int | str | None  # the stop token or string; None for the checkpoint's end token
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """When things happened, in seconds of ``time.monotonic``."""
+
+    arrival_time: float
+    first_token_time: float | None
+    finished_time: float | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request with its answers so far."""
+
+    request_id: str
+    prompt: str | None  # each image as one "<image>"; None when token ids were given
+    prompt_token_ids: list[int]  # image slots written out
+    prompt_logprobs: Any | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int  # prompt tokens taken from a prefix cache

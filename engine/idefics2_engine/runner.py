@@ -1,0 +1,78 @@
+"""One forward pass for the sequences of a step: owns the model and the KV cache."""
+
+import torch
+from torch import Tensor
+
+from idefics2_engine.batch import ImageBatch, PagedView, TextBatch
+from idefics2_engine.images import ImageConfig, Tile
+from idefics2_engine.kv_cache import KVCache
+from idefics2_engine.model import Idefics2
+from idefics2_engine.sequence import Sequence
+
+_TILES_PER_PASS = 16  # bounds the vision tower's memory
+
+
+class Runner:
+    """Turns sequences into the logits of their next tokens."""
+
+    def __init__(self, model: Idefics2, kv_cache: KVCache, image_config: ImageConfig) -> None:
+        self.model = model
+        self.image_config = image_config
+        self.kv_cache = kv_cache
+
+    @torch.inference_mode()
+    def run(self, sequences: list[Sequence]) -> Tensor:
+        """Compute what ``sequences`` (B) have not computed yet: logits (B, vocabulary) at their last tokens."""
+        tiles = [
+            tile
+            for sequence in sequences
+            if sequence.num_computed == 0
+            for tile in sequence.request.tiles
+        ]
+        features = self._encode(tiles) if tiles else None
+        batch = text_batch(sequences, self.kv_cache.page_size).to(self.model.device)
+        logits: Tensor = self.model(batch, features, self.kv_cache.layers)
+        for sequence in sequences:
+            sequence.num_computed = len(sequence.token_ids)
+        return logits
+
+    def _encode(self, tiles: list[Tile]) -> Tensor:
+        passes = [tiles[i : i + _TILES_PER_PASS] for i in range(0, len(tiles), _TILES_PER_PASS)]
+        batches = [ImageBatch.from_tiles(some, self.image_config) for some in passes]
+        return torch.cat(
+            [self.model.image_features(batch.to(self.model.device)) for batch in batches]
+        )
+
+
+def text_batch(sequences: list[Sequence], page_size: int) -> TextBatch:
+    """Pack the tokens that ``sequences`` have not computed yet, with where they go in the cache."""
+    new = [sequence.token_ids[sequence.num_computed :] for sequence in sequences]
+    positions = [
+        position
+        for sequence in sequences
+        for position in range(sequence.num_computed, len(sequence.token_ids))
+    ]
+    pages = [
+        sequence.pages[position // page_size]
+        for sequence in sequences
+        for position in range(sequence.num_computed, len(sequence.token_ids))
+    ]
+    lengths = torch.tensor([len(ids) for ids in new])
+    widest = max(len(sequence.pages) for sequence in sequences)
+    at = torch.tensor(positions)
+    ends = lengths.cumsum(0)
+    return TextBatch(
+        input_ids=torch.tensor([token for ids in new for token in ids]),
+        positions=at,
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
+        max_seqlen=int(lengths.max()),
+        logits_indices=ends - 1,
+        paged=PagedView(
+            slots=torch.tensor(pages) * page_size + at % page_size,
+            block_table=torch.tensor(
+                [sequence.pages + [0] * (widest - len(sequence.pages)) for sequence in sequences],
+                dtype=torch.int32,
+            ),
+            context_lens=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int32),
+        ),
+    )

@@ -1,0 +1,153 @@
+"""Requests and the answers growing from them: tokens, text, status and stop rules; host only."""
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+from idefics2_engine.detokenizer import Detokenizer
+from idefics2_engine.images import Tile
+from idefics2_engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from idefics2_engine.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked, and the ``n`` sequences that answer it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    tiles: Items[Tile]
+    params: SamplingParams
+    seed: int  # of the first sequence; the others count up from it
+    max_tokens: int  # of each sequence, within the model's length
+    arrival_time: float = field(default_factory=time.monotonic)
+    sequences: "list[Sequence]" = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended."""
+        return all(sequence.finish_reason for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """Describe the request as it stands."""
+        first = [s.first_token_time for s in self.sequences if s.first_token_time is not None]
+        last = [s.finished_time for s in self.sequences if s.finished_time is not None]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=None,
+            outputs=[sequence.output() for sequence in self.sequences],
+            finished=self.finished,
+            metrics=RequestMetrics(
+                arrival_time=self.arrival_time,
+                first_token_time=min(first, default=None),
+                finished_time=max(last) if self.finished else None,
+            ),
+            num_cached_tokens=0,
+        )
+
+
+class Sequence:
+    """One answer: the prompt's tokens, then generated ones, and the rules that end it."""
+
+    def __init__(
+        self, request: Request, index: int, eos_token_ids: frozenset[int], detokenizer: Detokenizer
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_computed = 0  # tokens whose keys and values are in the cache
+        self.pages: list[int] = []  # of the KV cache, given by the scheduler
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.first_token_time: float | None = None
+        self.finished_time: float | None = None
+        self._eos_token_ids = eos_token_ids
+        self._detokenizer = detokenizer
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the sequence can come to."""
+        return len(self.request.prompt_token_ids) + self.request.max_tokens
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sequence's random stream, in 64 bits."""
+        return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        eos = frozenset[int]() if self.request.params.ignore_eos else self._eos_token_ids
+        return eos | frozenset(self.request.params.stop_token_ids)
+
+    def append(self, token_id: int) -> None:
+        """Add a generated token and apply the stop rules: end token, stop string, length."""
+        params = self.request.params
+        now = time.monotonic()
+        self.first_token_time = self.first_token_time or now
+        self.token_ids.append(token_id)
+        before = len(self.text)
+        ends = token_id in self.end_token_ids and self.num_generated >= params.min_tokens
+        if not ends or params.include_stop_str_in_output:
+            self.text += self._detokenizer.add(token_id)
+        if ends:
+            self.finish_reason = "stop"
+            if token_id in params.stop_token_ids:
+                self.stop_reason = token_id
+        elif self.num_generated == self.request.max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            self.text += self._detokenizer.flush()
+        if self.num_generated >= params.min_tokens:
+            self._stop_at_string(before)
+        if self.finish_reason:
+            self.finished_time = now
+
+    def _stop_at_string(self, before: int) -> None:
+        """End at the first stop string that the text since ``before`` completes."""
+        found = [
+            (at, stop)
+            for stop in self.request.params.stop
+            if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0
+        ]
+        if found:
+            at, stop = min(found)
+            kept = at + len(stop) if self.request.params.include_stop_str_in_output else at
+            self.text = self.text[:kept]
+            self.finish_reason, self.stop_reason = "stop", stop
+
+    def output(self) -> CompletionOutput:
+        """Describe the answer as it stands; text that may become a stop string is held back."""
+        text = self.text
+        if not self.finish_reason:
+            text = text[: len(text) - self._held_back()]
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=self.token_ids[len(self.request.prompt_token_ids) :],
+            cumulative_logprob=None,
+            logprobs=None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def _held_back(self) -> int:
+        """Count the characters at the end that begin a stop string."""
+        return max(
+            (
+                length
+                for stop in self.request.params.stop
+                for length in range(1, min(len(stop), len(self.text) + 1))
+                if self.text.endswith(stop[:length])
+            ),
+            default=0,
+        )
