@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,7 +111,8 @@ def test_paged_attention_reads_its_pages_alone(window: int | None, page_size: in
     q = randn(sum(new), H, D)
     got = reference.paged_attention(
         q,
-        *caches,
+        caches[0],
+        caches[1],
         table,
         torch.tensor(context).int(),
         cumulative(new),
@@ -168,7 +170,7 @@ def test_norms_and_activations() -> None:
     normed, summed = reference.add_layer_norm(x, residual, weight, bias, 1e-3)
     assert torch.equal(summed, total)
     torch.testing.assert_close(normed, functional.layer_norm(total, (40,), weight, bias, 1e-3))
-    gate, up = x.split(20, -1)
+    gate, up = x[..., :20], x[..., 20:]
     torch.testing.assert_close(reference.silu_mul(x), gate / (1 + (-gate).exp()) * up)
     inner = math.sqrt(2 / math.pi) * ((x + bias) + 0.044715 * (x + bias) ** 3)
     torch.testing.assert_close(reference.gelu_tanh(x, bias), 0.5 * (x + bias) * (1 + inner.tanh()))
@@ -342,7 +344,7 @@ def test_equal_lengths_read_nothing_back_from_the_device() -> None:
         )
 
 
-FLOAT64_CALLS: dict[str, Any] = {
+FLOAT64_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: reference.linear(x, x),
     "rms_norm": lambda x: reference.rms_norm(x, x[0], 1e-5),
     "add_rms_norm": lambda x: reference.add_rms_norm(x, x, x[0], 1e-5)[0],
@@ -359,7 +361,8 @@ FLOAT64_CALLS: dict[str, Any] = {
     ),
     "paged_attention": lambda x: reference.paged_attention(
         x[:, None],
-        *(x.view(2, 1, 4, 8),) * 2,
+        x.view(2, 1, 4, 8),
+        x.view(2, 1, 4, 8),
         torch.tensor([[0, 1]]),
         torch.tensor([8]),
         cumulative([8]),
