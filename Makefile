@@ -1,0 +1,42 @@
+# Needs make and Python >= 3.11; everything else is installed into .venv, in the tested versions.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+WORKERS ?= 2
+
+# For every pip here and for the environments it builds in; from pip 25.3 on the latter has a name of its own.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint types wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; set PYTHON")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## answer a question about a sample image
+	$(BIN)/idefics2 generate --image examples/images/shapes.png --prompt "Where is the star?"
+
+test: $(INSTALLED)  ## run the tests, on a GPU if there is one
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(INSTALLED)  ## check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)  ## check types
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)  ## build dist/*.whl
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove everything that was built, the environment too
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find engine kernels examples tests -name __pycache__ -type d -exec rm -rf {} +

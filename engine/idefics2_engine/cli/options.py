@@ -1,0 +1,169 @@
+"""The options that commands share, and the objects made of them."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from idefics2_engine.errors import SamplingError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from idefics2_engine import LLM, SamplingParams
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_FILTERS = ("top_p", "top_k", "min_p")
+
+
+def read_image(name: str) -> "Image":
+    """Read the image file ``name``; ``ImageError`` if that cannot be."""
+    from idefics2_engine.images import load_image
+
+    return load_image(str(Path(name).expanduser()))
+
+
+def _model_folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    message = f"no such folder: {text!r}"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+        message += f"; a model on the hub comes with: hf download {text} --local-dir FOLDER"
+    raise argparse.ArgumentTypeError(message)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def add_image_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--image``, which may be repeated."""
+    parser.add_argument(
+        "--image",
+        dest="images",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="an image to ask about; repeat it for several, in order",
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``load_llm`` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="FOLDER",
+        type=_model_folder,
+        help="a checkpoint in the hub's format (default: the demo checkpoint)",
+    )
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        help="auto (the default: a GPU if any), cpu, cuda, cuda:N",
+    )
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="what to compute in (default: %(default)s)"
+    )
+    group.add_argument(
+        "--split",
+        action=argparse.BooleanOptionalAction,
+        help="also look at the four quarters of each image (default: what the checkpoint says)",
+    )
+
+
+def load_llm(args: argparse.Namespace) -> "LLM":
+    """Load the model that ``args`` asks for, with a KV cache for one answer at a time."""
+    from idefics2_engine import LLM
+
+    return LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        split_images=args.split,
+        max_num_seqs=1,
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``sampling_params`` reads."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens",
+        metavar="N",
+        type=int,
+        default=256,
+        help="most tokens in an answer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-tokens", metavar="N", type=int, default=0, help="fewest tokens in an answer"
+    )
+    group.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="0 (the default) takes the likeliest token, above 0 draws one",
+    )
+    group.add_argument(
+        "--top-p", metavar="P", type=float, help="draw from the likeliest tokens that sum to P"
+    )
+    group.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens")
+    group.add_argument(
+        "--min-p",
+        metavar="P",
+        type=float,
+        help="draw from tokens at least P times as likely as the likeliest",
+    )
+    group.add_argument(
+        "--repetition-penalty",
+        metavar="R",
+        type=float,
+        default=1.0,
+        help="above 1, tokens seen before become less likely (default: %(default)s)",
+    )
+    group.add_argument("--seed", metavar="N", type=int, help="draw the same tokens each time")
+    group.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="end the answer before TEXT; repeatable",
+    )
+    group.add_argument(
+        "--stop-token-id",
+        dest="stop_token_ids",
+        metavar="ID",
+        type=int,
+        action="append",
+        default=[],
+        help="end the answer at this token; repeatable",
+    )
+
+
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    """Return the ``SamplingParams`` that ``args`` asks for.
+
+    Raises:
+        SamplingError: A value is out of its range, or has no effect without ``--temperature``.
+    """
+    from idefics2_engine import SamplingParams
+
+    filters = {name: value for name in _FILTERS if (value := getattr(args, name)) is not None}
+    if filters and args.temperature == 0:
+        option = "--" + next(iter(filters)).replace("_", "-")
+        raise SamplingError(f"{option} has no effect without --temperature above 0")
+    return SamplingParams(
+        temperature=args.temperature,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        min_tokens=args.min_tokens,
+        stop=tuple(args.stop),
+        stop_token_ids=tuple(args.stop_token_ids),
+        **filters,
+    )
