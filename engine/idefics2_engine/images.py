@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps
 
 from idefics2_engine.config import read_json
@@ -241,8 +240,12 @@ def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
     In float32 on the CPU, with the step itself a float32: other roundings move patches into a
     neighbouring bucket (on a grid of 70: counts 25, 49, 50, 55 and 58).
     """
-    coordinates = torch.arange(0, 1 - 1e-6, float(1 / torch.tensor(count)))
-    boundaries = torch.arange(1 / grid_side, 1, 1 / grid_side)
+    import torch  # here, so that the host side of the engine does without
+
+    with torch.device("cpu"):  # and float32 by name, whatever the caller's defaults are
+        step = float(1 / torch.tensor(count, dtype=torch.float32))
+        coordinates = torch.arange(0, 1 - 1e-6, step, dtype=torch.float32)
+        boundaries = torch.arange(1 / grid_side, 1, 1 / grid_side, dtype=torch.float32)
     buckets = torch.bucketize(coordinates, boundaries, right=True).numpy()
     buckets.setflags(write=False)  # shared by every caller
     return buckets
@@ -253,9 +256,9 @@ def _decoding(name: str) -> Iterator[None]:
     """Turn what Pillow raises on a file it cannot read into ``ImageError``."""
     try:
         yield
+    except ImageError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, ImageError):
-            raise
         raise ImageError(f"{name}: cannot be read as an image: {error}") from None
 
 

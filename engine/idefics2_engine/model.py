@@ -93,7 +93,7 @@ class Idefics2(nn.Module):
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Look up ``input_ids`` (T,) and put ``image_features`` in the image tokens' places: (T, hidden)."""
-        embeds = self.text.embedding[input_ids]
+        embeds = nn.functional.embedding(input_ids, self.text.embedding)
         if image_features is None:
             return embeds
         is_image = (input_ids == self.config.image_token_id)[:, None]

@@ -75,7 +75,9 @@ class VisionTower(nn.Module):
         self, patches: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
         """Map ``patches`` (P, patch_dim) at ``position_ids`` (P,) to features (P, hidden)."""
-        branch, residual = self.patch_embedding(patches), self.position_embedding[position_ids]
+        branch = self.patch_embedding(patches)
+        # not by indexing: its backward adds up equal positions one after another
+        residual = nn.functional.embedding(position_ids, self.position_embedding)
         for layer in self.layers:
             branch, residual = layer(branch, residual, cu_seqlens, max_seqlen)
         return self.norm.add(branch, residual)[0]

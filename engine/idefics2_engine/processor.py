@@ -1,0 +1,253 @@
+"""Prompts, conversations and images to what the model takes: token ids and tiles."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from idefics2_engine.config import ModelConfig, read_json
+from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.images import (
+    ImageConfig,
+    ImageSource,
+    Tile,
+    load_image,
+    make_tiles,
+    normalise,
+)
+from idefics2_engine.messages import read_messages
+from idefics2_engine.prompt import (
+    FAKE_IMAGE,
+    IMAGE,
+    ChatTemplate,
+    Tokenizer,
+    check_text,
+    expand_image_slots,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedPrompt:
+    """One request, ready for the model."""
+
+    prompt: str  # each image is one "<image>"
+    token_ids: list[int]  # each tile is ``image_seq_len`` times the image token
+    tiles: list[Tile]  # in the order of their slots
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a checkpoint's files say about turning text and images into the model's input."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the model has not learnt to chat
+    image_config: ImageConfig
+    image_seq_len: int  # image tokens per tile
+    patch_size: int  # pixels per side
+    grid_side: int  # trained positions per side
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, split: bool | None = None) -> "Processor":
+        """Read the processor's files beside the weights in ``folder``.
+
+        Args:
+            folder: A checkpoint in the hub's format.
+            config: The model that the input is for.
+            split: Whether to split images, if not as the checkpoint says.
+
+        Raises:
+            ConfigError: A file is missing or unusable, or does not fit ``config``.
+        """
+        tokenizer = Tokenizer.load(folder)
+        image_config = ImageConfig.load(folder)
+        if split is not None:
+            image_config = replace(image_config, split=split)
+        path = folder / "processor_config.json"
+        latents = config.perceiver.num_latents
+        values = read_json(path) if path.exists() else {}
+        if values.get("image_seq_len", latents) != latents:
+            raise ConfigError(
+                f"{path}: image_seq_len must be the model's {latents} latents, "
+                f"got {values['image_seq_len']!r}"
+            )
+        if tokenizer.image_id != config.image_token_id:
+            raise ConfigError(
+                f"{folder}/tokenizer.json: {IMAGE} must have the model's id "
+                f"{config.image_token_id}, got {tokenizer.image_id}"
+            )
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise ConfigError(
+                f"{folder}/tokenizer.json: must have at most the model's {config.text.vocab_size} "
+                f"tokens, got {tokenizer.vocab_size}"
+            )
+        patch, grid = config.vision.patch_size, config.vision.grid
+        if image_config.shortest_edge < patch or image_config.longest_edge // patch > grid:
+            raise ConfigError(
+                f"{folder}/preprocessor_config.json: size must give every side 1 to {grid} patches "
+                f"of {patch} pixels, got {image_config.shortest_edge} to "
+                f"{image_config.longest_edge} pixels"
+            )
+        return cls(
+            tokenizer=tokenizer,
+            template=ChatTemplate.load(folder, tokenizer),
+            image_config=image_config,
+            image_seq_len=latents,
+            patch_size=patch,
+            grid_side=grid,
+        )
+
+    def prompt(self, text: str, images: Sequence[ImageSource] = ()) -> ProcessedPrompt:
+        """Process a raw prompt, as transformers' ``Idefics2Processor`` does.
+
+        Args:
+            text: Control tokens in it are control tokens; each ``<image>`` is a slot.
+            images: One for each slot, in order.
+
+        Raises:
+            PromptError: There are more or fewer slots than images.
+            ImageError: An image cannot be read.
+        """
+        check_text(text)
+        token_ids = self.tokenizer.encode(self._expand(text, len(images)))
+        return ProcessedPrompt(text, token_ids, self._tiles(images))
+
+    def token_prompt(
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] = ()
+    ) -> ProcessedPrompt:
+        """Take a prompt that is token ids already, image slots written out.
+
+        Raises:
+            PromptError: An id is out of range, or the image tokens do not fit the images.
+            ImageError: An image cannot be read.
+        """
+        ids = list(token_ids)
+        vocab_size = self.tokenizer.vocab_size
+        for index, id in enumerate(ids):
+            if type(id) is not int or not 0 <= id < vocab_size:
+                raise PromptError(
+                    f"token_ids[{index}]: must be an id below {vocab_size}, got {id!r}"
+                )
+        per_image = self.image_seq_len * self.image_config.tiles_per_image
+        wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
+        if got != wanted:
+            raise PromptError(
+                f"token_ids: must have {per_image} image tokens for each of {len(images)} images, "
+                f"wanted {wanted}, got {got}"
+            )
+        return ProcessedPrompt(self._collapse(ids), ids, self._tiles(images))
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] = (),
+        add_generation_prompt: bool = True,
+    ) -> ProcessedPrompt:
+        """Process a conversation; nothing in its texts or roles becomes a control token.
+
+        Args:
+            messages: In OpenAI's or transformers' shape, see ``messages.read_messages``.
+            images: For the image parts that bring none themselves, in order.
+            add_generation_prompt: End where the assistant's answer begins.
+
+        Raises:
+            PromptError: A message has an unknown shape, images and image parts differ in number, or
+                the checkpoint's template cannot render the conversation.
+            ImageError: An image cannot be read.
+        """
+        if self.template is None:
+            raise PromptError(
+                "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
+                "so it takes plain prompts only"
+            )
+        turns, sources = read_messages(messages, images)
+        marked = self.template.render(turns, add_generation_prompt)
+        bos = self.tokenizer.bos
+        add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
+        token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
+        return ProcessedPrompt(self.tokenizer.unmark(marked), token_ids, self._tiles(sources))
+
+    def padded(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[ImageSource]],
+        padding_side: Literal["left", "right"] = "right",
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Process raw prompts to transformers' rectangular form, for training and comparison.
+
+        Args:
+            texts: B raw prompts, at least one.
+            images: The images of each.
+            padding_side: Where the shorter rows get padding tokens.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, both int64 (B, T), and if there are images
+            ``pixel_values``, float32 (B, N, 3, H, W), and ``pixel_attention_mask``, int64
+            (B, N, H, W), with N the most tiles of a prompt; the tiles that others lack are zero.
+
+        Raises:
+            PromptError: Slots and images differ in number, or there is no padding token.
+            ImageError: An image cannot be read.
+        """
+        if len(texts) != len(images) or not texts:
+            raise PromptError(
+                f"images: must be one list for each of {len(texts)} texts, got {len(images)}"
+            )
+        if self.tokenizer.pad_id is None:
+            raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
+        if padding_side not in ("left", "right"):
+            raise PromptError(f"padding_side: must be 'left' or 'right', got {padding_side!r}")
+        prompts = [self.prompt(text, own) for text, own in zip(texts, images, strict=True)]
+        shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+        }
+        for row, prompt in enumerate(prompts):
+            length = len(prompt.token_ids)
+            columns = slice(length) if padding_side == "right" else slice(shape[1] - length, None)
+            arrays["input_ids"][row, columns] = prompt.token_ids
+            arrays["attention_mask"][row, columns] = 1
+        if any(prompt.tiles for prompt in prompts):
+            arrays |= self._padded_pixels([prompt.tiles for prompt in prompts])
+        return arrays
+
+    def _padded_pixels(self, tiles: Sequence[Sequence[Tile]]) -> dict[str, npt.NDArray[Any]]:
+        sizes = [tile.pixels.shape[:2] for row in tiles for tile in row]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        shape = len(tiles), max(len(row) for row in tiles)
+        pixels = np.zeros((*shape, 3, height, width), dtype=np.float32)
+        mask = np.zeros((*shape, height, width), dtype=np.int64)
+        for i, row in enumerate(tiles):
+            for j, tile in enumerate(row):
+                h, w, _ = tile.pixels.shape
+                pixels[i, j, :, :h, :w] = normalise(tile, self.image_config)
+                mask[i, j, :h, :w] = 1
+        return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+    def _expand(self, text: str, images: int) -> str:
+        """Write out the image slots of ``text``, of which there must be as many as images."""
+        slots = text.count(IMAGE)
+        if slots != images:
+            raise PromptError(
+                f"prompt: must have one {IMAGE} for each image, wanted {images}, got {slots}"
+            )
+        return expand_image_slots(text, self.image_seq_len, self.image_config.tiles_per_image)
+
+    def _tiles(self, images: Sequence[ImageSource]) -> list[Tile]:
+        return [
+            tile
+            for image in images
+            for tile in make_tiles(
+                load_image(image), self.image_config, self.patch_size, self.grid_side
+            )
+        ]
+
+    def _collapse(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` with each image as one slot."""
+        tile = FAKE_IMAGE + IMAGE * self.image_seq_len
+        image = f"(?:{tile}){{{self.image_config.tiles_per_image}}}(?:{FAKE_IMAGE}(?!{IMAGE}))?"
+        return re.sub(image, IMAGE, self.tokenizer.decode(ids, skip_special_tokens=False))

@@ -1,0 +1,343 @@
+"""Text to token ids: the tokenizer, image slots, and conversations through the chat template.
+
+Control tokens (``<image>``, ``<end_of_utterance>``, ``<s>``, ...) are spelled like any other text,
+so a conversation must tell those that the template writes from those that somebody typed. Typed
+text gets a mark behind each character that a control token could start with. The tokenizer looks
+for control tokens first, where the mark is in their way, and deletes the mark before it cuts the
+rest into pieces, so that marked text has exactly the ids that it has without marks.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from idefics2_engine.config import read_json
+from idefics2_engine.errors import ConfigError, PromptError
+
+IMAGE = "<image>"
+FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+# Two noncharacters, which Unicode sets aside for a program's own use. A text that does have them in
+# a row gets a mark between them: what deletes marks takes the inner two and leaves the outer two.
+_MARK = "\ufdd0\ufdd1"
+_ESCAPED_MARK = _MARK[0] + _MARK + _MARK[1]
+
+BUILT_IN_TEMPLATE = """\
+{%- for message in messages -%}
+    {{ message.role.capitalize() }}:
+    {%- if message.content[0].type != "image" %}{{ " " }}{% endif -%}
+    {%- for part in message.content -%}
+        {{ "<image>" if part.type == "image" else part.text }}
+    {%- endfor -%}
+    {{ "<end_of_utterance>\\n" }}
+{%- endfor -%}
+{{ "Assistant:" if add_generation_prompt }}"""
+"""Idefics2's format, for checkpoints with ``<end_of_utterance>`` that bring no template."""
+
+
+class Tokenizer:
+    """A checkpoint's ``tokenizer.json``, with its control tokens by name."""
+
+    def __init__(self, description: Mapping[str, Any], settings: Mapping[str, Any]):
+        """Build from the parsed ``tokenizer.json`` and ``tokenizer_config.json``.
+
+        Raises:
+            ConfigError: They contradict each other or lack what Idefics2 needs.
+        """
+        self._tokenizer = _build(description)
+        self._special = {
+            token.content: id
+            for id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        starts = "".join(sorted({token[0] for token in self._special}))
+        self._starts = re.compile(f"[{re.escape(starts)}]")
+        self.bos = self._named(settings, "bos_token")
+        self.eos = self._named(settings, "eos_token")
+        self.pad = self._named(settings, "pad_token")
+        self._prefix = self._bos_prefix(settings)
+        self._check_special(unknown=description["model"].get("unk_token"))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read ``tokenizer.json`` and ``tokenizer_config.json`` from ``folder``."""
+        return cls(
+            read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use, control tokens included."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text."""
+        return self._special.get(self.bos or "")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the token that ends a text."""
+        return self._special.get(self.eos or "")
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id that fills up the shorter rows of a batch."""
+        return self._special.get(self.pad or "")
+
+    @property
+    def image_id(self) -> int:
+        """Id whose embedding an image feature replaces."""
+        return self._special[IMAGE]
+
+    @property
+    def fake_image_id(self) -> int:
+        """Id that stands before and behind an image's features."""
+        return self._special[FAKE_IMAGE]
+
+    @property
+    def end_of_utterance_id(self) -> int | None:
+        """Id that ends a turn; None in the base model."""
+        return self._special.get(END_OF_UTTERANCE)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of every control token."""
+        return frozenset(self._special.values())
+
+    def byte_ids(self) -> frozenset[int]:
+        """Return the ids of pieces that stand for one byte: a character may need several."""
+        ids = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return frozenset(id for id in ids if id is not None)
+
+    def mark_typed(self, text: str) -> str:
+        """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""
+        check_text(text)
+        text = text.replace(_MARK, _ESCAPED_MARK)
+        return self._starts.sub(lambda start: start[0] + _MARK, text)
+
+    def unmark(self, text: str) -> str:
+        """Return ``text`` as it was typed."""
+        return text.replace(_MARK, "")
+
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """Return the ids of ``text``, control tokens recognised wherever they stand.
+
+        Args:
+            text: Any text.
+            add_bos: Begin with ``<s>`` if the checkpoint's tokenizer does.
+
+        Raises:
+            PromptError: ``text`` is no string or cannot be written in UTF-8.
+        """
+        check_text(text)
+        return self.encode_marked(text.replace(_MARK, _ESCAPED_MARK), add_bos)
+
+    def encode_marked(self, text: str, add_bos: bool = True) -> list[int]:
+        """Return the ids of ``text``, parts of which come from ``mark_typed``."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [*self._prefix, *ids] if add_bos else ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of typed ``text``: no control token, no ``<s>``."""
+        return self.encode_marked(self.mark_typed(text), add_bos=False)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of ``ids``, without the space that begins a SentencePiece text."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _named(self, settings: Mapping[str, Any], key: str) -> str | None:
+        token = settings.get(key)
+        if isinstance(token, Mapping):  # with flags, as older releases of transformers save it
+            token = token.get("content")
+        if token is not None and token not in self._special:
+            raise ConfigError(
+                f"tokenizer_config.json: {key} must be a special token of tokenizer.json, "
+                f"got {token!r}"
+            )
+        return token
+
+    def _bos_prefix(self, settings: Mapping[str, Any]) -> list[int]:
+        """Return what begins every text: ``[bos]`` or nothing."""
+        bos = [] if self.bos_id is None else [self.bos_id]
+        added: list[int] = self._tokenizer.encode("").ids
+        if added not in ([], bos):
+            raise ConfigError(
+                f"tokenizer.json: post_processor must add nothing but the bos {bos}, got {added}"
+            )
+        if settings.get("add_eos_token"):
+            raise ConfigError("tokenizer_config.json: add_eos_token must be false, got true")
+        add_bos = settings.get("add_bos_token")
+        if add_bos is None:
+            return added
+        if add_bos and not bos:
+            raise ConfigError("tokenizer_config.json: add_bos_token needs a bos_token, got none")
+        return bos if add_bos else []
+
+    def _check_special(self, unknown: str | None) -> None:
+        for token in (IMAGE, FAKE_IMAGE):
+            if token not in self._special:
+                raise ConfigError(f"tokenizer.json: added_tokens must have {token}, got none")
+        for token, id in self._special.items():
+            # A mark goes behind the first character, so there must be another. And pieces must not
+            # merge into the token, but what the model does not know may become ``unknown``.
+            plain = self.encode_plain(token) + self.encode_plain("a" + token)
+            if len(token) < 2 or (id in plain and token != unknown):
+                raise ConfigError(
+                    f"tokenizer.json: no plain text may become the special token {token!r}"
+                )
+
+
+class ChatTemplate:
+    """The Jinja template that turns a conversation into a prompt."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer):
+        """Compile ``source`` in a sandbox that can reach and change nothing but what it is given.
+
+        Raises:
+            ConfigError: ``source`` is no Jinja template.
+        """
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = _to_json
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
+        """Find the template of the checkpoint in ``folder``, in transformers' order.
+
+        That is ``processor_config.json``, ``chat_template.json``, ``chat_template.jinja``,
+        ``tokenizer_config.json``, and failing these the built-in one. None if its
+        ``<end_of_utterance>`` is unknown to the tokenizer: a base model has not learnt to chat.
+        """
+        source = _find_template(folder)
+        if source is None and tokenizer.end_of_utterance_id is None:
+            return None
+        return cls(BUILT_IN_TEMPLATE if source is None else source, tokenizer)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """Return the conversation as a prompt for ``Tokenizer.encode_marked``.
+
+        Args:
+            messages: As ``messages.read_messages`` returns them. The template sees roles and texts
+                marked, which only matters to one that looks for ``<`` inside them.
+            add_generation_prompt: End with the words after which the assistant answers.
+
+        Raises:
+            PromptError: The template refuses the conversation or fails on it.
+        """
+        marked = [
+            {
+                "role": self._tokenizer.mark_typed(message["role"]),
+                "content": [self._mark_part(part) for part in message["content"]],
+            }
+            for message in messages
+        ]
+        names = {f"{name}_token": getattr(self._tokenizer, name) for name in ("bos", "eos", "pad")}
+        try:
+            return self._template.render(
+                messages=marked,
+                add_generation_prompt=add_generation_prompt,
+                **{name: token for name, token in names.items() if token is not None},
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise PromptError(f"chat template: {type(error).__name__}: {error}") from error
+
+    def _mark_part(self, part: Mapping[str, str]) -> dict[str, str]:
+        if part["type"] == "text":
+            return {"type": "text", "text": self._tokenizer.mark_typed(part["text"])}
+        return {"type": "image"}
+
+
+def check_text(text: str) -> None:
+    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8."""
+    if not isinstance(text, str):
+        raise PromptError(f"text: must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"text: must be Unicode characters, got half of a surrogate pair at {error.start}"
+        ) from None
+
+
+def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> str:
+    """Write out each ``<image>`` as its tokens, as transformers' ``Idefics2Processor`` does.
+
+    A tile is ``image_seq_len`` times ``<image>`` between two ``<fake_token_around_image>``; two of
+    these in a row become one; a word right behind one gets a space.
+    """
+    tile = FAKE_IMAGE + IMAGE * image_seq_len + FAKE_IMAGE
+    text = text.replace(IMAGE, tile * tiles_per_image)
+    text = text.replace(FAKE_IMAGE * 2, FAKE_IMAGE)
+    return re.sub(rf"{FAKE_IMAGE}(?=[^\s<])", f"{FAKE_IMAGE} ", text)
+
+
+def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Build the tokenizer with a normalizer in front that deletes marks."""
+    added = []
+    for token in description.get("added_tokens") or []:
+        if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):
+            # A normalized token is looked for after the normalizer, where marks are gone
+            token = {**token, "special": True, "normalized": False}
+        added.append(token)
+    normalizers = [{"type": "Replace", "pattern": {"String": _MARK}, "content": ""}]
+    if description.get("normalizer") is not None:
+        normalizers.append(description["normalizer"])
+    marked = {
+        **description,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "padding": None,
+        "truncation": None,
+    }
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(marked))
+    except Exception as error:  # the library raises no narrower class
+        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error}") from None
+
+
+def _find_template(folder: Path) -> str | None:
+    def in_json(name: str) -> object:
+        path = folder / name
+        return read_json(path).get("chat_template") if path.exists() else None
+
+    found = in_json("processor_config.json") or in_json("chat_template.json")
+    jinja_file = folder / "chat_template.jinja"
+    if not found and jinja_file.exists():
+        try:
+            found = jinja_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{jinja_file}: cannot be read: {error}") from None
+    found = found or in_json("tokenizer_config.json")
+    if isinstance(found, list):  # several templates by name
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        found = found.get("default")
+    if found is not None and not isinstance(found, str):
+        raise ConfigError(f"{folder}: chat_template must be a string, got {type(found).__name__}")
+    return found
+
+
+def _raise_exception(message: str) -> NoReturn:
+    """Let a template refuse a conversation, by the name that templates on the hub know."""
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    """Write JSON without HTML escapes, as templates on the hub expect."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
