@@ -312,6 +312,7 @@ class TestChatAtATerminal:
         assert texts(FakeLLM.asked[1][0]) == [("user", "Where?")]
 
 
+@pytest.mark.demo
 class TestDemo:
     """The demo checkpoint, in processes of its own."""
 

@@ -256,7 +256,10 @@ def test_other_colours_become_rgb(mode: str) -> None:
         (np.zeros((0, 4, 3), np.uint8), r"must have pixels, got \(0, 4, 3\)"),
         (Image.new("RGB", (0, 3)), "must have pixels, got 0 x 3"),
     ],
-    ids=str,
+    ids=[
+        *("bytes", "file", "address", "no-base64", "bad-base64", "type", "gray-array"),
+        *("float-array", "empty-array", "empty-image"),
+    ],
 )
 def test_what_is_no_image_is_an_error(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):

@@ -313,6 +313,7 @@ def test_ties_stay_together_and_barred_tokens_stay_out() -> None:
     assert set(sample(logits, 3000, top_p=0.01).tolist()) == {0, 1, 2}
     assert set(sample(logits, 3000).tolist()) == {0, 1, 2, 4}
     assert set(sample(logits, 10, temperature=0.0).tolist()) == {0}
+    assert set(sample(torch.tensor([3.0, 1e4, 9e3]), 10, temperature=1e-30).tolist()) == {1}
 
 
 def test_each_row_has_its_own_parameters() -> None:

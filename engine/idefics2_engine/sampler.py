@@ -29,6 +29,8 @@ class Sampler:
         for row, sequence in zip(logits, sequences, strict=True):
             self._penalise_repetition(row, sequence)
             self._bar(row, sequence)
+        if all(p.temperature == 0 for p in params):
+            return logits.argmax(-1).tolist()
         return self.ops.sample(
             logits,
             torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),

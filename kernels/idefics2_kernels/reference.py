@@ -335,13 +335,15 @@ def sample(
     """
     V = logits.shape[-1]
     greedy = temperature == 0
-    scores = _wide(logits) / torch.where(greedy, 1.0, temperature)[:, None]
+    wide = _wide(logits)
+    # the largest at zero: no temperature, however low, makes it overflow
+    scores = (wide - wide.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)[:, None]
     if min_p_first:
         scores = _keep_min_p(scores, min_p)
-    kth = torch.where((top_k > 0) & (top_k < V), top_k, V).long()
     descending = scores.sort(-1, descending=True).values
-    scores = scores.masked_fill(scores < descending.gather(-1, kth[:, None] - 1), float("-inf"))
-    scores = _keep_top_p(scores, top_p)
+    rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
+    descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
+    scores = scores.masked_fill(scores < _least_of_top_p(descending, top_p), float("-inf"))
     if not min_p_first:
         scores = _keep_min_p(scores, min_p)
     weights = scores.softmax(-1).double()
@@ -357,12 +359,10 @@ def _keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
     return scores.masked_fill(scores < floor, float("-inf"))
 
 
-def _keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
-    descending = scores.sort(-1, descending=True).values
+def _least_of_top_p(descending: Tensor, top_p: Tensor) -> Tensor:
+    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already: (B, 1)."""
     above = descending.softmax(-1).cumsum(-1).roll(1, -1)
     above[:, 0] = 0.0  # probability before each rank
-    ranks = (above < top_p[:, None]).sum(-1, keepdim=True)
-    last = descending.gather(-1, ranks.clamp_min(1) - 1)
-    return torch.where(
-        top_p[:, None] >= 1, scores, scores.masked_fill(scores < last, float("-inf"))
-    )
+    kept = (above < top_p[:, None]) | (top_p >= 1)[:, None]
+    kept &= descending > float("-inf")
+    return descending.gather(-1, kept.sum(-1, keepdim=True).clamp_min(1) - 1)
