@@ -42,7 +42,7 @@ GOOD: dict[str, list[Any]] = {
 @pytest.mark.parametrize(
     ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=lambda x: repr(x)
 )
-def test_out_of_range(name: str, value: object) -> None:
+def test_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(SamplingError, match=rf"^{name} must"):
         SamplingParams(**{name: value})
 
@@ -50,7 +50,7 @@ def test_out_of_range(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [(n, v) for n, vs in GOOD.items() for v in vs], ids=lambda x: repr(x)
 )
-def test_in_range(name: str, value: object) -> None:
+def test_in_range(name: str, value: Any) -> None:
     SamplingParams(**{name: value})
 
 
