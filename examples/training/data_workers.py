@@ -1,0 +1,155 @@
+"""Processes that draw and encode training data, in an order that does not depend on how many there are.
+
+Each job gets a room of memory that was shared before the workers were forked, so that pixels, some hundreds of
+megabytes a second, never go through a pipe.
+"""
+
+import mmap
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.pool import AsyncResult
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chunks import Bytes, Chunk, ChunkBuilder
+from conversations import Preparer
+from questions import KINDS, example, question_of_kind
+
+_CHUNK = 256  # examples of a job
+_ROOMS_PER_WORKER = 2  # one to fill while the other is read
+_PATIENCE = 300.0  # seconds; a worker that was killed never answers
+_NICENESS = 5  # workers yield to the process that drives the GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """Examples ``start`` to ``stop`` of a name; ``add`` draws one and gives it to a builder."""
+
+    add: Callable[[ChunkBuilder, str, int], None]
+    name: str
+    start: int
+    stop: int
+
+
+def training_jobs(seed: int, number: int, examples: int) -> list[Job]:
+    """Return the jobs of round ``number``."""
+    return _jobs(add_example, f"training {seed} {number}", examples)
+
+
+def progress_jobs(per_kind: int) -> list[Job]:
+    """Return jobs for ``per_kind`` questions of every kind to watch training by; the evaluation draws others."""
+    return [job for kind in KINDS for job in _jobs(add_question, kind, per_kind)]
+
+
+def add_example(builder: ChunkBuilder, name: str, place: int) -> None:
+    """Draw a training example and all its conversations, to be seen split and whole."""
+    drawn = example(f"{name} {place}")
+    rows = [builder.add_scene(scene) for scene in drawn.scenes]
+    for conversation in drawn.conversations:
+        builder.add(conversation, rows)
+
+
+def add_question(builder: ChunkBuilder, kind: str, place: int) -> None:
+    """Draw a question of ``kind``, to be seen split."""
+    scenes, conversation = question_of_kind(kind, f"progress {kind} {place}")
+    builder.add(conversation, [builder.add_scene(scene) for scene in scenes], splits=(True,))
+
+
+def _jobs(add: Callable[[ChunkBuilder, str, int], None], name: str, count: int) -> list[Job]:
+    starts = range(0, count, _CHUNK)
+    return [Job(add, name, start, min(start + _CHUNK, count)) for start in starts]
+
+
+class DataWorkers:
+    """A pool of processes, forked at once: make it before this process starts CUDA, which they do not need."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """Start ``count`` processes (0: work in this one) for the checkpoint in ``folder``."""
+        preparer = Preparer(folder)
+        tiles = preparer.image_config.tiles_per_image
+        scene = tiles * preparer.image_config.longest_edge**2 * 3
+        rooms = max(1, count * _ROOMS_PER_WORKER)
+        size = _CHUNK * 2 * scene  # enough whatever is drawn; what is never used takes no memory
+        memory = np.frombuffer(mmap.mmap(-1, rooms * size), dtype=np.uint8).reshape(rooms, size)
+        self._rooms: list[Bytes] = list(memory)
+        self._stopping = threading.Event()
+        self._worker = _Worker(preparer, self._rooms)
+        self._pool = None
+        if count:
+            fork = multiprocessing.get_context("fork")
+            self._pool = fork.Pool(count, _start, (self._worker,))
+
+    def chunks(self, jobs: Iterable[Job]) -> Iterator[tuple[Chunk, Bytes]]:
+        """Do ``jobs``; yield what each gives, in order, with the room that its pixels lie in.
+
+        The room may be read until the next one is asked for. One caller at a time.
+
+        Raises:
+            multiprocessing.TimeoutError: A worker did not answer for minutes.
+            RuntimeError: ``stop`` was called.
+        """
+        if self._pool is None:
+            for job in jobs:
+                yield self._worker.do(job, 0), self._rooms[0]
+            return
+        pending: deque[tuple[AsyncResult[Chunk], int]] = deque()
+        free = deque(range(len(self._rooms)))
+        rest = iter(jobs)
+        while True:
+            for job in islice(rest, len(free)):
+                room = free.popleft()
+                pending.append((self._pool.apply_async(_do, (job, room)), room))
+            if not pending:
+                return
+            result, room = pending.popleft()
+            chunk = result.get(_PATIENCE)
+            if self._stopping.is_set():
+                raise RuntimeError("the data workers were closed")
+            yield chunk, self._rooms[room]
+            free.append(room)
+
+    def stop(self) -> None:
+        """Make ``chunks`` end soon, from another thread."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool.join()
+
+
+class _Worker:
+    """What a process needs to do jobs."""
+
+    def __init__(self, preparer: Preparer, rooms: list[Bytes]) -> None:
+        self._preparer = preparer
+        self._rooms = rooms
+
+    def do(self, job: Job, room: int) -> Chunk:
+        builder = ChunkBuilder(self._preparer)
+        for place in range(job.start, job.stop):
+            job.add(builder, job.name, place)
+        return builder.chunk(self._rooms[room])
+
+
+_worker: _Worker | None = None  # of this process, if it is one of the pool's
+
+
+def _start(worker: _Worker) -> None:
+    global _worker
+    _worker = worker
+    torch.set_num_threads(1)
+    os.nice(_NICENESS)
+
+
+def _do(job: Job, room: int) -> Chunk:
+    assert _worker is not None
+    return _worker.do(job, room)

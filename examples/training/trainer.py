@@ -1,0 +1,171 @@
+"""The training loop's state: the model, the optimizer, the schedule, and what a step does."""
+
+import argparse
+import contextlib
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
+from idefics2_engine.config import ModelConfig
+from idefics2_engine.model import IGNORED_LABEL, Idefics2
+from initial_weights import init_for_training
+from questions import ALL_KINDS
+from training_data import Batch, EqualTiles
+from training_ops import TRAINING
+
+_WARM_UP_STEPS = 300
+_LAST_RATE = 0.01  # of the highest
+_BETAS = (0.9, 0.98)
+_WEIGHT_DECAY = 0.02  # of matrices
+_LARGEST_GRADIENT = 1.0
+_WHOLE_UNTIL = 0.4  # of the schedule: images are not split before
+_WHOLE_EVERY = 8  # steps, later
+
+
+@dataclass
+class Trainer:
+    """The model, the optimizer, and how far training has come."""
+
+    model: Idefics2
+    optimizer: torch.optim.AdamW
+    peak_rate: float
+    steps: int | None  # the schedule's length, or
+    seconds: float | None  # its time
+    step: int = 0
+    elapsed: float = 0.0  # seconds of it that are behind
+
+    @classmethod
+    def new(cls, options: argparse.Namespace, device: torch.device) -> "Trainer":
+        """Start from random weights, or from those of ``--init``."""
+        if options.init is None:
+            model = Idefics2(ModelConfig.load(options.base), TRAINING, device)
+            init_for_training(model, options.seed)
+        else:
+            model = load_checkpoint(options.init, TRAINING, device, torch.float32)
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim == 1]
+        groups = [
+            {"params": matrices, "weight_decay": _WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        fused = device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=_BETAS, fused=fused)
+        return cls(model, optimizer, options.rate, options.steps, None)
+
+    @property
+    def progress(self) -> float:
+        """The share of the schedule that is behind, 0 to 1."""
+        if self.steps is not None:
+            return min(1.0, self.step / self.steps)
+        assert self.seconds is not None
+        return min(1.0, self.elapsed / self.seconds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule has ended."""
+        return self.progress >= 1.0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        warm_up = min(1.0, (self.step + 1) / _WARM_UP_STEPS)
+        cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
+        return self.peak_rate * warm_up * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
+
+    def choose(self, size: int) -> tuple[int, bool]:
+        """Return the next batch's number of conversations, of ``size`` with splitting, and whether to split.
+
+        At first all images are whole: a fifth of the tiles to learn to see by. Later few are, so as not to forget.
+        """
+        split = self.progress >= _WHOLE_UNTIL and self.step % _WHOLE_EVERY != 0
+        return (size, True) if split else (2 * size, False)
+
+    def train(self, batch: Batch) -> Tensor:
+        """Take one step; return the loss, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        with self._precision():
+            features = image_features(self.model, batch)
+            loss = self.model.loss(batch.text, batch.labels, features)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def exact_match(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the share of conversations of each kind with every answer token right.
+
+        All tokens are the likeliest after the right ones before them exactly when greedy decoding gives that answer.
+        """
+        right: dict[str, list[bool]] = {}
+        for batch in batches:
+            with self._precision():
+                logits = self.model(batch.text, image_features(self.model, batch))
+            guesses = logits.argmax(-1).view(len(batch.kinds), -1)[:, :-1]
+            labels = batch.labels.view(len(batch.kinds), -1)[:, 1:]
+            correct = ((guesses == labels) | (labels == IGNORED_LABEL)).all(-1)
+            for kind, ok in zip(batch.kinds.tolist(), correct.tolist(), strict=True):
+                right.setdefault(ALL_KINDS[kind], []).append(ok)
+        return {kind: sum(oks) / len(oks) for kind, oks in sorted(right.items())}
+
+    def save(self, path: Path) -> None:
+        """Write everything that a resumed run needs, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def load(self, path: Path) -> None:
+        """Go back to where ``save`` was called; a ``--steps`` given now replaces the schedule's end."""
+        state: dict[str, Any] = torch.load(path, map_location=self.model.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        if self.steps is None:
+            self.steps, self.seconds = state["steps"], state["seconds"]
+
+    def export(self, base: Path, out: Path) -> None:
+        """Write the checkpoint: the JSON files of ``base`` and the weights in bfloat16."""
+        save_checkpoint(self.model, out, dtype=torch.bfloat16, config_from=base)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.model.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16)
+
+
+def image_features(model: Idefics2, batch: Batch) -> Tensor:
+    """Encode a batch's tiles: (B * images, tiles, latents, hidden)."""
+    return torch.cat([_encoded(model, tiles) for tiles in batch.tiles], dim=1)
+
+
+def _encoded(model: Idefics2, tiles: EqualTiles) -> Tensor:
+    """Encode N x K tiles of one grid: (N, K, latents, hidden).
+
+    As ``Idefics2.image_features``, with the patches of all of them cut at once.
+    """
+    rows, columns = tiles.grid
+    side = model.config.vision.patch_size
+    N, K = tiles.pixels.shape[:2]
+    cut = tiles.pixels.reshape(N * K, rows, side, columns, side, 3).permute(0, 1, 3, 5, 2, 4)
+    patches = ((cut.reshape(-1, 3 * side**2).float() / 255 - 0.5) / 0.5).to(model.dtype)
+    encoded = model.encode(patches, tiles.position_ids, tiles.cu_seqlens, rows * columns)
+    return encoded.view(N, K, *encoded.shape[1:])

@@ -1,0 +1,170 @@
+"""Training data on the device: tiles as uint8, conversations as ids, grouped so that a batch has one shape.
+
+In a batch every image has the same patch grids and every sequence the same padded length: nothing is read back from
+the device in a training step.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from chunks import Bytes, Chunk, Grids, GroupKey, Rows, runs, tile_bytes
+from conversations import Grid
+from idefics2_engine.batch import TextBatch
+from idefics2_engine.config import ModelConfig
+from idefics2_engine.images import position_ids
+from idefics2_engine.model import IGNORED_LABEL
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Conversations of one shape."""
+
+    key: GroupKey
+    kinds: npt.NDArray[np.int8]  # (N,) on the host: places in ALL_KINDS
+    ids: Tensor  # (N, length) int16
+    answers: Tensor  # (N, length) bool
+    scenes: Tensor  # (N, images) int64: rows of the pixels
+
+
+@dataclass(frozen=True, eq=False)
+class EqualTiles:
+    """K tiles of one grid from each of N images."""
+
+    grid: Grid
+    pixels: Tensor  # (N, K, bytes a tile) uint8
+    position_ids: Tensor  # (N * K * patches a tile,) int64
+    cu_seqlens: Tensor  # (N * K + 1,) int32
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B conversations of one group."""
+
+    kinds: npt.NDArray[np.int8]  # (B,) on the host
+    text: TextBatch
+    labels: Tensor  # (B * length,) int64
+    tiles: list[EqualTiles]  # which together, in this order, are each image's tiles
+
+
+class DataSet:
+    """Groups of conversations, and the pixels of their scenes."""
+
+    def __init__(
+        self, chunks: Iterable[tuple[Chunk, Bytes]], config: ModelConfig, device: torch.device
+    ) -> None:
+        """Copy ``chunks``, each with the room that its pixels lie in, to ``device``."""
+        self.device = device
+        self._vision = config.vision
+        pixels: dict[Grids, list[Tensor]] = {}
+        counts: dict[Grids, int] = {}
+        parts: dict[GroupKey, list[Rows]] = {}
+        begins: dict[GroupKey, list[int]] = {}
+        for chunk, room in chunks:
+            for key, rows in chunk.rows.items():
+                parts.setdefault(key, []).append(rows)
+                begins.setdefault(key, []).append(counts.get(key.grids, 0))
+            for grids, scenes in chunk.pixels(room, self._vision.patch_size).items():
+                copied = torch.from_numpy(scenes).to(device, copy=True)  # the room is used again
+                pixels.setdefault(grids, []).append(copied)
+                counts[grids] = counts.get(grids, 0) + len(scenes)
+        self.pixels = {grids: torch.cat(pixels.pop(grids)) for grids in list(pixels)}
+        self.groups = [self._group(key, parts[key], begins[key]) for key in sorted(parts)]
+        sizes = np.array([len(group.ids) for group in self.groups], dtype=np.float64)
+        self.num_conversations = int(sizes.sum())
+        self.num_scenes = sum(counts.values())
+        self._shares = {}
+        for split in (True, False):
+            of_kind = sizes * [group.key.split == split for group in self.groups]
+            self._shares[split] = of_kind / max(of_kind.sum(), 1.0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all pixels."""
+        return sum(pixels.nbytes for pixels in self.pixels.values())
+
+    def draw(self, seed: int, step: int, size: int, split: bool) -> Batch:
+        """Return the batch of ``step``: nothing else matters, so a resumed run goes on exactly."""
+        rng = np.random.default_rng((seed, step))
+        group = self.groups[rng.choice(len(self.groups), p=self._shares[split])]
+        return self.batch(group, rng.integers(len(group.ids), size=size))
+
+    def in_order(self, size: int) -> Iterator[Batch]:
+        """Go through every conversation once."""
+        for group in self.groups:
+            for start in range(0, len(group.ids), size):
+                yield self.batch(group, np.arange(start, min(start + size, len(group.ids))))
+
+    def batch(self, group: Group, members: npt.NDArray[np.int64]) -> Batch:
+        """Gather ``members`` (B,) of ``group``."""
+        key = group.key
+        chosen = torch.from_numpy(members)
+        if self.device.type == "cuda":
+            chosen = chosen.pin_memory().to(self.device, non_blocking=True)
+        ids = group.ids[chosen].long()
+        labels = torch.where(group.answers[chosen], ids, IGNORED_LABEL)
+        positions, cu_seqlens = _sequence_layout(len(members), key.length, self.device)
+        text = TextBatch(ids.flatten(), positions, cu_seqlens, key.length)
+        # a patch has a multiple of four bytes: gathered as words, not one by one
+        words = self.pixels[key.grids].view(torch.int32)
+        pixels = words[group.scenes[chosen].flatten()].view(torch.uint8)
+        tiles = self._equal_tiles(pixels, key)
+        return Batch(group.kinds[members], text, labels.flatten(), tiles)
+
+    def _equal_tiles(self, pixels: Tensor, key: GroupKey) -> list[EqualTiles]:
+        """Cut stacked images (N, bytes) into runs of tiles of one grid; without splitting, take the whole image."""
+        side = self._vision.patch_size
+        cuts = runs(key.grids)
+        parts = pixels.split([tile_bytes(grid, side) * n for grid, n in cuts], 1)
+        if not key.split:
+            grid = key.grids[-1]
+            cuts, parts = [(grid, 1)], (pixels[:, -tile_bytes(grid, side) :],)
+        tiles = []
+        for (grid, n), part in zip(cuts, parts, strict=True):
+            layout = _tile_layout(grid, n * len(part), self._vision.grid, self.device)
+            tiles.append(EqualTiles(grid, part.unflatten(1, (n, -1)), *layout))
+        return tiles
+
+    def _group(self, key: GroupKey, parts: list[Rows], begins: list[int]) -> Group:
+        """Join what chunks have of a group; ``begins`` says where each chunk's scenes begin."""
+        scenes = [part.scenes + begin for part, begin in zip(parts, begins, strict=True)]
+        return Group(
+            key=key,
+            kinds=np.concatenate([part.kinds for part in parts]),
+            ids=self._joined([part.ids for part in parts]),
+            answers=self._joined([part.answers for part in parts]),
+            scenes=self._joined(scenes),
+        )
+
+    def _joined(self, parts: Sequence[npt.NDArray[Any]]) -> Tensor:
+        # by torch, which lets other threads run meanwhile
+        return torch.cat([torch.from_numpy(part) for part in parts]).to(self.device)
+
+
+# Layouts are kept for good: copying one to the device waits for the steps before
+
+
+@cache
+def _sequence_layout(size: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return positions (size * length,) and offsets (size + 1,) of equal sequences."""
+    return torch.arange(length).repeat(size).to(device), _equal_offsets(size, length).to(device)
+
+
+@cache
+def _tile_layout(
+    grid: Grid, count: int, grid_side: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return position ids (count * patches,) and offsets (count + 1,) of equal tiles."""
+    rows, columns = grid
+    ids = torch.from_numpy(position_ids(rows, columns, grid_side))
+    return ids.repeat(count).to(device), _equal_offsets(count, rows * columns).to(device)
+
+
+def _equal_offsets(count: int, length: int) -> Tensor:
+    return torch.arange(0, (count + 1) * length, length, dtype=torch.int32)
