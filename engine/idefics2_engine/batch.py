@@ -46,7 +46,7 @@ class ImageBatch(_Movable):
             ),
             widths=torch.tensor([tile.grid[1] for tile in tiles], dtype=torch.int32),
             position_ids=torch.from_numpy(np.concatenate([tile.position_ids() for tile in tiles])),
-            cu_seqlens=_cumulative(patches),
+            cu_seqlens=cumulative(patches),
             max_seqlen=max(patches),
         )
         if config is None:
@@ -83,11 +83,11 @@ class TextBatch(_Movable):
         return cls(
             input_ids=torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64),
             positions=torch.cat([torch.arange(n) for n in lengths]),
-            cu_seqlens=_cumulative(lengths),
+            cu_seqlens=cumulative(lengths),
             max_seqlen=max(lengths),
         )
 
 
-def _cumulative(lengths: Sequence[int]) -> Tensor:
+def cumulative(lengths: Sequence[int]) -> Tensor:
     """Turn lengths (N) into offsets (N + 1)."""
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from idefics2_engine.batch import ImageBatch, PagedView, TextBatch
+from idefics2_engine.batch import ImageBatch, PagedView, TextBatch, cumulative
 from idefics2_engine.images import ImageConfig, Tile
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
@@ -46,32 +46,22 @@ class Runner:
 
 def text_batch(sequences: list[Sequence], page_size: int) -> TextBatch:
     """Pack the tokens that ``sequences`` have not computed yet, with where they go in the cache."""
-    new = [sequence.token_ids[sequence.num_computed :] for sequence in sequences]
-    positions = [
-        position
-        for sequence in sequences
-        for position in range(sequence.num_computed, len(sequence.token_ids))
-    ]
-    pages = [
-        sequence.pages[position // page_size]
-        for sequence in sequences
-        for position in range(sequence.num_computed, len(sequence.token_ids))
-    ]
-    lengths = torch.tensor([len(ids) for ids in new])
-    widest = max(len(sequence.pages) for sequence in sequences)
-    at = torch.tensor(positions)
-    ends = lengths.cumsum(0)
+    spans = [range(s.num_computed, len(s.token_ids)) for s in sequences]
+    tokens = [(s, position) for s, span in zip(sequences, spans, strict=True) for position in span]
+    widest = max(len(s.pages) for s in sequences)
+    cu_seqlens = cumulative([len(span) for span in spans])
     return TextBatch(
-        input_ids=torch.tensor([token for ids in new for token in ids]),
-        positions=at,
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int(),
-        max_seqlen=int(lengths.max()),
-        logits_indices=ends - 1,
+        input_ids=torch.tensor([s.token_ids[position] for s, position in tokens]),
+        positions=torch.tensor([position for _, position in tokens]),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(len(span) for span in spans),
+        logits_indices=cu_seqlens[1:].long() - 1,
         paged=PagedView(
-            slots=torch.tensor(pages) * page_size + at % page_size,
+            slots=torch.tensor(
+                [s.pages[p // page_size] * page_size + p % page_size for s, p in tokens]
+            ),
             block_table=torch.tensor(
-                [sequence.pages + [0] * (widest - len(sequence.pages)) for sequence in sequences],
-                dtype=torch.int32,
+                [s.pages + [0] * (widest - len(s.pages)) for s in sequences], dtype=torch.int32
             ),
             context_lens=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int32),
         ),
