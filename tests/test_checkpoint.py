@@ -143,7 +143,7 @@ def test_rope_theta_in_either_place() -> None:
 
 
 def test_generation_config(tmp_path: Path) -> None:
-    assert GenerationConfig.load(tmp_path) is None
+    assert GenerationConfig.load(tmp_path) == GenerationConfig(frozenset(), ())
     assert GenerationConfig.load(HUB) == GenerationConfig(
         frozenset({2, 32002}), ((32000,), (32001,))
     )
@@ -263,3 +263,19 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="weight_map"):
         load_checkpoint(tmp_path)
+
+
+def test_saving_replaces_what_was_there(tmp_path: Path) -> None:
+    oracle = make_checkpoint(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    model = load_checkpoint(tmp_path)
+    for number, shard_bytes in enumerate((40_000, 10**9, 40_000)):
+        with torch.no_grad():
+            model.text.norm.weight.fill_(number)
+        save_checkpoint(model, tmp_path, config_from=tmp_path, max_shard_bytes=shard_bytes)
+        assert torch.equal(load_checkpoint(tmp_path).text.norm.weight, model.text.norm.weight)
+        back = Idefics2ForConditionalGeneration.from_pretrained(tmp_path)
+        assert torch.equal(back.model.text_model.norm.weight, model.text.norm.weight)
+    assert len(oracle.state_dict()) == len(hub_tensors(model.config))
+    save_checkpoint(model, tmp_path / "copy", config_from=tmp_path)
+    assert (tmp_path / "copy" / "chat_template.jinja").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import ConfigError, PromptError, SamplingError
 from oracle import TinyCase, build_oracle, random_image, save_oracle
 
 DATA = Path(__file__).parent / "data" / "idefics2-8b"
@@ -317,3 +317,55 @@ def test_malformed_arguments(checkpoint: tuple[Path, Any], llm: LLM, tmp_path: P
         LLM(checkpoint[0], kv_cache_tokens=100)
     with pytest.raises(PromptError, match="sampling_params"):
         llm.generate(["a", "b"], [SamplingParams()])
+
+
+def test_a_call_beside_an_open_stream_is_refused_and_harms_neither(llm: LLM) -> None:
+    prompt = make_prompts()[3]
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    whole = llm.generate(prompt, params)[0].outputs[0].text
+    stream = llm.stream(prompt, params)
+    next(stream)
+    with pytest.raises(RuntimeError, match="earlier stream is unfinished"):
+        llm.generate(prompt, params)
+    assert list(stream)[-1].outputs[0].text == whole
+    assert llm.generate(prompt, params)[0].outputs[0].text == whole
+
+
+def test_a_bare_generation_config_lets_no_image_token_through(
+    checkpoint: tuple[Path, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"_from_model_config": true}')
+    llm = LLM(tmp_path, device="cpu")
+    with torch.no_grad():
+        llm.model.lm_head.zero_()
+    prompt = {"prompt": "a", "multi_modal_data": {}}
+    tokens = llm.generate(prompt, SamplingParams(seed=0, max_tokens=400))[0].outputs[0].token_ids
+    assert not {FAKE, IMAGE} & set(tokens)
+    assert llm._engine.sampler.bad_words_ids == [[FAKE], [IMAGE]]
+    assert llm._engine.generation.eos_token_ids == {EOS, END_OF_UTTERANCE}
+
+
+def test_stop_ids_outside_the_vocabulary_are_refused(llm: LLM) -> None:
+    with pytest.raises(SamplingError, match="below the vocabulary's 32003, got 40000"):
+        llm.generate(["a", "b"], [SamplingParams(), SamplingParams(stop_token_ids=[40000])])
+    assert not llm._engine.has_work
+
+
+def test_repetition_penalty_on_image_tokens_alone(llm: LLM) -> None:
+    prompt = {
+        "prompt_token_ids": [IMAGE] * LATENTS,
+        "multi_modal_data": {"image": random_image(60, 60)},
+    }
+    params = SamplingParams(temperature=0.0, repetition_penalty=1.1, max_tokens=2)
+    assert len(llm.generate(prompt, params)[0].outputs[0].token_ids) == 2
+
+
+def test_the_default_cache_holds_every_full_sequence(checkpoint: tuple[Path, Any]) -> None:
+    config = LLM(checkpoint[0], device="cpu", max_model_len=65, max_num_seqs=8).engine_config
+    assert config.num_pages == 8 * 2
+
+
+def test_no_prompts_no_outputs(llm: LLM) -> None:
+    assert llm.generate([]) == []
+    assert llm.chat([]) == []

@@ -242,3 +242,15 @@ def test_random_weights_are_the_seeds(tmp_path: Path) -> None:
     latents = first.connector.perceiver.latents
     assert latents.std(0).min() > 0.1, "equal latents would never part"
     assert not first.lm_head[model.config.text.vocab_size :].any()
+
+
+def test_image_tokens_and_features_must_be_as_many(tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "mixed-batch")
+    _, model = make_pair(case, tmp_path)
+    inputs = oracle_inputs(case)
+    inputs["attention_mask"][0, :3] = 0  # cuts an image's tokens
+    with pytest.raises(ValueError, match="wanted 20, got 18"):
+        forward_padded(model, **inputs)
+    inputs["pixel_attention_mask"].zero_()
+    with pytest.raises(ValueError, match="whole patch of some image"):
+        forward_padded(model, **inputs)

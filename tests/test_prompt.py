@@ -180,7 +180,7 @@ def test_named_ids() -> None:
     assert (tokenizer.fake_image_id, tokenizer.image_id) == (32000, 32001)
     assert tokenizer.end_of_utterance_id == 32002
     assert tokenizer.control_ids == {0, 1, 2, 32000, 32001, 32002}
-    pieces = [tokenizer.decode([id]) for id in sorted(tokenizer.byte_ids())]
+    pieces = [tokenizer.decode([id]) for id in sorted(tokenizer.byte_values())]
     assert len(pieces) == 256
     assert pieces[ord("A")] == "A"
 
@@ -456,9 +456,13 @@ def test_streamed_text_joins_to_the_decoded(kind: str, skip: bool) -> None:
     rng = random.Random(0)
     special = sorted(tokenizer.control_ids)
     spaces = [i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]).strip()]
-    pools = [sorted(tokenizer.byte_ids()) or special, special, spaces, range(tokenizer.vocab_size)]
+    of_byte = {value[0]: id for id, value in tokenizer.byte_values().items()}
+    pieces = sorted(set(range(tokenizer.vocab_size)) - set(of_byte.values()))
+    pools = [[[id] for id in ids] for ids in (special, spaces, pieces)]
+    if of_byte:  # whole characters: broken ones have a test of their own
+        pools.append([[of_byte[byte] for byte in text.encode()] for text in "\n é漢🙂"])
     for _ in range(300):
-        ids = [rng.choice(rng.choice(pools)) for _ in range(rng.randint(0, 20))]
+        ids = [id for _ in range(rng.randint(0, 12)) for id in rng.choice(rng.choice(pools))]
         assert "".join(stream(kind, ids, skip)) == tokenizer.decode(ids, skip)
 
 
@@ -477,8 +481,18 @@ def test_streamed_text_is_whole_characters(kind: str, text: str) -> None:
 
 def test_text_comes_as_early_as_it_is_complete() -> None:
     ids = build().encode("Hello big 🦩 world", add_bos=False)
-    assert build().byte_ids() & set(ids)  # the flamingo is four bytes
-    assert stream("8b", ids) == ["Hello", " big", " ", "", "", "", "", "🦩 world", ""]
+    assert build().byte_values().keys() & set(ids)  # the flamingo is four bytes
+    assert stream("8b", ids) == ["Hello", " big", " ", "", "", "", "🦩", " world", ""]
+
+
+def test_broken_characters_spoil_no_whole_ones() -> None:
+    of_byte = {value[0]: id for id, value in build().byte_values().items()}
+    bird, half = ([of_byte[byte] for byte in part] for part in ("🦩".encode(), "🦩".encode()[:2]))
+    word = build().encode("word", add_bos=False)
+    newline = [of_byte[ord("\n")]]
+    assert stream("8b", word + newline) == ["word", "\n", ""]
+    assert "".join(stream("8b", word + newline + bird + half)) == "word\n🦩\ufffd"
+    assert "".join(stream("8b", bird + half + word + half + bird)) == "🦩\ufffd word\ufffd🦩"
 
 
 def test_a_detokenizer_starts_anew_after_flush() -> None:

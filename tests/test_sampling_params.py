@@ -9,17 +9,17 @@ from idefics2_engine.errors import SamplingError
 from idefics2_engine.sampling_params import SamplingParams
 
 BAD: dict[str, list[Any]] = {
-    "temperature": [-0.1, math.nan, math.inf, "1", None, True],
+    "temperature": [-0.1, math.nan, math.inf, 1e39, 10**400, "1", None, True],
     "top_p": [0, -0.5, 1.01, math.nan, None],
-    "top_k": [-2, 1.5, "5", True],
+    "top_k": [-2, 1.5, 2**63, "5", True],
     "min_p": [-0.1, 1.1, math.nan],
-    "repetition_penalty": [0, -1, math.inf, math.nan],
+    "repetition_penalty": [0, -1, 1e-40, math.inf, math.nan],
     "seed": [1.0, 2**63, -(2**63) - 1, "0", True],
     "n": [0, -1, 1.0],
     "max_tokens": [0, -1, 2.0],
     "min_tokens": [-1, 1.0, None],
-    "stop": [[""], [1], ["a", None], ""],
-    "stop_token_ids": [[-1], [1.5], ["2"]],
+    "stop": [[""], [1], ["a", None], "", None],
+    "stop_token_ids": [[-1], [1.5], ["2"], None, 7],
     "include_stop_str_in_output": [1, None],
     "ignore_eos": [0],
     "skip_special_tokens": ["yes"],

@@ -27,7 +27,7 @@ class Letters:
 def make_sequence(prompt: int, max_tokens: int, **params: object) -> Sequence:
     request = Request(
         request_id="0",
-        prompt=None,
+        prompt="",
         prompt_token_ids=[5] * prompt,
         tiles=(),
         params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def test_fuzz() -> None:
                 scheduler.add(sequence)
                 added.append(sequence)
             if rng.random() < 0.005:
-                scheduler.cancel()
+                scheduler.cancel(list(added))
                 added = [s for s in added if s.num_generated]
                 admitted = [s for s in admitted if s.num_generated]
             if not scheduler.has_work:

@@ -266,11 +266,13 @@ def save_checkpoint(
 ) -> None:
     """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
 
-    Weights are sharded by size. The JSON files and the tokenizer are copied from the folder ``config_from``; without
+    Weights are sharded by size and replace those that are there. The JSON files, the chat template and the tokenizer are copied from the folder ``config_from``; without
     it those of ``folder`` stay as they are.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / _INDEX, *folder.glob("*.safetensors")):  # readers would take these first
+        old.unlink(missing_ok=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shards: list[dict[str, Tensor]] = [{}]
     for place in hub_tensors(model.config):
@@ -291,9 +293,10 @@ def save_checkpoint(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if config_from is not None:
-        for source in Path(config_from).glob("*.json"):
-            if source.name != _INDEX:
-                shutil.copy(source, folder / source.name)
+        for source in (*Path(config_from).glob("*.json"), *Path(config_from).glob("*.jinja")):
+            target = folder / source.name
+            if source.name != _INDEX and source.resolve() != target.resolve():
+                shutil.copy(source, target)
 
 
 def _bytes(shard: dict[str, Tensor]) -> int:

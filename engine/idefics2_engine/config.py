@@ -6,13 +6,14 @@ the text model's, which is what a missing ``rms_norm_eps`` means here.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError
 
+PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
 
 
@@ -185,16 +186,14 @@ class GenerationConfig:
     bad_words_ids: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def load(cls, folder: Path) -> "GenerationConfig | None":
-        """Read ``folder/generation_config.json``; ``None`` if there is none.
+    def load(cls, folder: Path) -> "GenerationConfig":
+        """Read ``folder/generation_config.json``; empty if there is none.
 
         Raises:
             ConfigError: The file holds something else than token ids.
         """
         path = folder / "generation_config.json"
-        if not path.exists():
-            return None
-        values = read_json(path)
+        values = read_json(path) if path.exists() else {}
         eos = values.get("eos_token_id")
         eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
         bad_words = values.get("bad_words_ids") or []
@@ -205,6 +204,13 @@ class GenerationConfig:
                 f"{path}: bad_words_ids must be lists of token ids, got {bad_words!r}"
             )
         return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
+
+    def with_defaults(
+        self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]
+    ) -> "GenerationConfig":
+        """End at ``eos_token_ids`` where the file names none, and bar ``bad_words_ids`` in any case."""
+        bad_words = dict.fromkeys((*self.bad_words_ids, *bad_words_ids))
+        return GenerationConfig(self.eos_token_ids or frozenset(eos_token_ids), tuple(bad_words))
 
 
 def _are_ids(value: object) -> bool:
@@ -219,7 +225,7 @@ class EngineConfig:
     max_num_seqs: int  # sequences that run at once
     kv_cache_tokens: int  # tokens that the KV cache holds
     max_prefill_tokens: int = 8192  # prompt tokens of one step
-    page_size: int = 64  # tokens
+    page_size: int = PAGE_SIZE  # tokens
 
     @property
     def num_pages(self) -> int:

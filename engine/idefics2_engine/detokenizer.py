@@ -1,23 +1,26 @@
 """Token ids to text as they come, whole characters at a time."""
 
+import codecs
+
 from idefics2_engine.prompt import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what bytes decode to that are no character, or none yet
+_REPLACEMENT = "\ufffd"  # what a part of a character decodes to
+_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
     """Text of one growing sequence; what ``add`` and ``flush`` return joins to its ``decode``.
 
-    A piece decodes differently behind others (its leading space stays) and a byte may wait for the
-    rest of its character. So new text is what decoding the last settled pieces with the new ones
-    adds, and it is held back until it cannot change any more.
+    A piece decodes differently behind another (its leading space stays), so new text is what decoding adds to the
+    pieces before. It is held back until its last character is whole. Pieces that are bytes and make no character
+    become U+FFFD; ``decode`` then gives up every byte around them too, and here the whole characters stay.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.control_ids if skip_special_tokens else frozenset()
-        # A run of byte pieces decodes as a whole: one wrong byte at its end spoils all of it
-        self._unsettled = tokenizer.byte_ids()
+        self._bytes = tokenizer.byte_values()
+        self._utf8 = _utf8_decoder("replace")
         self._settled: list[int] = []  # the last ids whose text is out
         self._pending: list[int] = []  # ids after these
 
@@ -25,19 +28,29 @@ class Detokenizer:
         """Take the next id and return the text that is now complete, often empty for a byte."""
         if token_id in self._skipped:
             return ""
+        if token_id in self._bytes:
+            text = self._settle()
+            character = self._utf8.decode(self._bytes[token_id])
+            if not self._settled:
+                character = character.removeprefix(" ")  # as at the beginning of any text
+            self._settled = [token_id]
+            return text + character
+        broken = self._utf8.decode(b"", True)
         self._pending.append(token_id)
-        if token_id in self._unsettled:
-            return ""
         text = self._new_text()
-        if not text or text.endswith(_REPLACEMENT):
-            return ""
-        self._settled, self._pending = self._pending, []
-        return text
+        return broken if not text or text.endswith(_REPLACEMENT) else broken + self._settle()
 
     def flush(self) -> str:
         """Return what is held back, at the end of the sequence; then begin anew."""
+        text = self._settle() + self._utf8.decode(b"", True)
+        self._settled = []
+        return text
+
+    def _settle(self) -> str:
+        """Return the pending pieces' text, which is out then."""
         text = self._new_text()
-        self._settled, self._pending = [], []
+        if self._pending:
+            self._settled, self._pending = self._pending, []
         return text
 
     def _new_text(self) -> str:

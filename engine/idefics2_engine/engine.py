@@ -59,6 +59,6 @@ class Engine:
         self.scheduler.finish(sequences)
         return sequences
 
-    def cancel(self) -> None:
-        """Drop every unfinished request."""
-        self.scheduler.cancel()
+    def cancel(self, request: Request) -> None:
+        """Drop what is unfinished of ``request``."""
+        self.scheduler.cancel(request.sequences)

@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 
 from idefics2_engine.checkpoint import load_checkpoint
-from idefics2_engine.config import EngineConfig, GenerationConfig, ModelConfig
+from idefics2_engine.config import PAGE_SIZE, EngineConfig, GenerationConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.engine import Engine
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import ConfigError, PromptError, SamplingError
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.processor import ProcessedPrompt, Processor
 from idefics2_engine.sampling_params import SamplingParams
@@ -78,12 +78,9 @@ class LLM:
         on = _device(device)
         self.model = load_checkpoint(folder, ops, on, _dtype(dtype, on))
         tokenizer = self.processor.tokenizer
-        generation = GenerationConfig.load(folder) or GenerationConfig(
-            frozenset(
-                i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None
-            ),
-            ((tokenizer.fake_image_id,), (tokenizer.image_id,)),
-        )
+        ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
+        never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
+        generation = GenerationConfig.load(folder).with_defaults(ends, never)
         self._engine = Engine(
             self.model, tokenizer, self.processor.image_config, generation, self.engine_config
         )
@@ -139,7 +136,7 @@ class LLM:
         """Answer one prompt or conversation, yielding its output after every token.
 
         Text that may turn out to be a stop string, or half a character, is held back. The iterator must be used up or
-        closed before the next request.
+        closed before the next request, which raises ``RuntimeError`` otherwise.
         """
         if _is_conversation(prompt):
             processed = self.processor.chat(cast(Conversation, prompt))
@@ -149,13 +146,19 @@ class LLM:
         return self._stream(request)
 
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
-        self._engine.add(request)
+        self._begin([request])
         try:
             while not request.finished:
                 self._engine.step()
                 yield request.output()
         finally:
-            self._engine.cancel()
+            self._engine.cancel(request)
+
+    def _begin(self, requests: list[Request]) -> None:
+        if self._engine.has_work:
+            raise RuntimeError("an earlier stream is unfinished: use it up or close it first")
+        for request in requests:
+            self._engine.add(request)
 
     def _answer(
         self,
@@ -166,18 +169,21 @@ class LLM:
             params = [sampling_params or SamplingParams()] * len(prompts)
         else:
             params = list(sampling_params)
+        for one in params:
+            if not isinstance(one, SamplingParams):
+                raise SamplingError(f"sampling_params must be SamplingParams, got {one!r:.80}")
         if len(params) != len(prompts):
             raise PromptError(
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
             )
         requests = [self._request(*pair) for pair in zip(prompts, params, strict=True)]
+        self._begin(requests)
         try:
-            for request in requests:
-                self._engine.add(request)
             while self._engine.has_work:
                 self._engine.step()
         finally:
-            self._engine.cancel()
+            for request in requests:
+                self._engine.cancel(request)
         return [request.output() for request in requests]
 
     def _request(self, prompt: ProcessedPrompt, params: SamplingParams) -> Request:
@@ -189,10 +195,14 @@ class LLM:
                 f"prompt must leave room for an answer within {self.engine_config.max_model_len} tokens, "
                 f"got {len(prompt.token_ids)}"
             )
+        vocab_size = self.config.text.vocab_size
+        if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
+            raise SamplingError(
+                f"stop_token_ids must be below the vocabulary's {vocab_size}, "
+                f"got {max(params.stop_token_ids)}"
+            )
         self._count += 1
-        drawn = self._seeds.getrandbits(
-            63
-        )  # always, so that a request's seed hangs on its place alone
+        drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
         return Request(
             request_id=str(self._count - 1),
             prompt=prompt.prompt,
@@ -230,6 +240,7 @@ def _is_conversation(value: object) -> bool:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
+        and len(value) > 0
         and all(isinstance(message, Mapping) for message in value)
     )
 
@@ -244,7 +255,8 @@ def _engine_config(
     if max_num_seqs < 1:
         raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
     if kv_cache_tokens is None:
-        kv_cache_tokens = max(length, min(_KV_CACHE_TOKENS, max_num_seqs * length))
+        whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
+        kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, max_num_seqs * whole_pages))
     if kv_cache_tokens < length:
         raise ConfigError(
             f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
@@ -265,10 +277,10 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(name, torch.dtype):
+    if isinstance(name, torch.dtype) and name.is_floating_point:
         return name
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if name not in _DTYPES:
         raise ConfigError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
+    return _DTYPES[str(name)]

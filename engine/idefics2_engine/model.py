@@ -82,8 +82,8 @@ class Idefics2(nn.Module):
     ) -> Tensor:
         """Return logits (rows, vocabulary) for ``batch.logits_indices``, or for every token.
 
-        ``image_features`` (..., hidden) take the places of the image token, in order: as many rows as there are such
-        tokens in the batch. Without them an image token keeps its own embedding.
+        ``image_features`` (..., hidden) take the places of the image token, in order. There must be as many rows as such
+        tokens in the batch: not checked here, as that would wait for the device. Without them an image token keeps its own embedding.
         """
         hidden = self.text(self.embed(batch.input_ids, image_features), batch, kv_cache)
         if batch.logits_indices is not None:

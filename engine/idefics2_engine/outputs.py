@@ -33,7 +33,7 @@ class RequestOutput:
     """A request with its answers so far."""
 
     request_id: str
-    prompt: str | None  # each image as one "<image>"; None when token ids were given
+    prompt: str  # each image as one "<image>"; decoded where token ids were given
     prompt_token_ids: list[int]  # image slots written out
     prompt_logprobs: Any | None
     outputs: list[CompletionOutput]

@@ -54,6 +54,12 @@ def forward_padded(
     batch = batch.to(input_ids.device)
     if pixel_values is not None:
         image_features = encode_padded(model, pixel_values, pixel_attention_mask)
+    slots = int((input_ids[kept] == model.config.image_token_id).sum())
+    if image_features is not None and slots != image_features.shape[:-1].numel():
+        raise ValueError(
+            "input_ids must have an image token for each image feature, "
+            f"wanted {image_features.shape[:-1].numel()}, got {slots}"
+        )
     packed = model(batch, image_features)
     loss = None
     if labels is not None:
@@ -86,6 +92,8 @@ def encode_padded(
         )
         if rows
     ]
+    if not grids:
+        raise ValueError("pixel_attention_mask must keep a whole patch of some image, got none")
     counts = [rows * columns for rows, columns in grids]
     ids = [position_ids(*grid, model.config.vision.grid) for grid in grids]
     offsets = torch.tensor([0, *counts]).cumsum(0).int()

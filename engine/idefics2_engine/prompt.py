@@ -112,10 +112,10 @@ class Tokenizer:
         """Ids of every control token."""
         return frozenset(self._special.values())
 
-    def byte_ids(self) -> frozenset[int]:
-        """Return the ids of pieces that stand for one byte: a character may need several."""
-        ids = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        return frozenset(id for id in ids if id is not None)
+    def byte_values(self) -> dict[int, bytes]:
+        """Return the pieces that stand for one byte, by id: a character may need several."""
+        ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
 
     def mark_typed(self, text: str) -> str:
         """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""

@@ -45,9 +45,8 @@ class Sampler:
         penalty = sequence.request.params.repetition_penalty
         if penalty == 1.0:
             return
-        seen = torch.tensor(
-            sorted({*sequence.token_ids} - {self.image_token_id}), device=row.device
-        )
+        ids = sorted({*sequence.token_ids} - {self.image_token_id})
+        seen = torch.tensor(ids, dtype=torch.int64, device=row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / penalty, values * penalty)
 
@@ -59,4 +58,5 @@ class Sampler:
         ]
         if sequence.num_generated < sequence.request.params.min_tokens:
             barred.extend(sequence.end_token_ids)
-        row[barred] = float("-inf")
+        # a config may name tokens that a smaller vocabulary does not have
+        row[[token for token in barred if token < row.shape[0]]] = float("-inf")

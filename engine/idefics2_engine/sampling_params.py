@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from idefics2_engine.errors import SamplingError
 
+_LARGEST = 1e6  # far beyond it fp32 logits overflow
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -49,11 +51,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every bound."""
-        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("temperature", self.temperature, 0.0, _LARGEST)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
-        _integer("top_k", self.top_k, -1)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
         _number("min_p", self.min_p, 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
+        _number("repetition_penalty", self.repetition_penalty, 1 / _LARGEST, _LARGEST)
         if self.seed is not None:
             _integer("seed", self.seed, -(2**63), 2**63 - 1)
         _integer("n", self.n, 1)
@@ -65,9 +67,13 @@ class SamplingParams:
                 f"min_tokens must be at most max_tokens {self.max_tokens}, got {self.min_tokens}"
             )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not all(isinstance(text, str) and text for text in stop):
+        if not isinstance(stop, (list, tuple)) or not all(
+            isinstance(text, str) and text for text in stop
+        ):
             raise SamplingError(f"stop must hold non-empty strings, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(stop))
+        if not isinstance(self.stop_token_ids, (list, tuple)):
+            raise SamplingError(f"stop_token_ids must be token ids, got {self.stop_token_ids!r}")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -81,8 +87,7 @@ def _number(name: str, value: float, low: float, high: float, *, above: bool = F
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not low <= value <= high
+        or not low <= value <= high  # NaN is in no range
         or (above and value == low)
     ):
         bracket = "(" if above else "["

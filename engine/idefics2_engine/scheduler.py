@@ -55,9 +55,12 @@ class Scheduler:
                 self.pages.free(sequence.pages)
                 sequence.pages = []
 
-    def cancel(self) -> None:
-        """Drop everything that waits or runs."""
-        for sequence in self.running:
-            self.pages.free(sequence.pages)
-        self.running.clear()
-        self.waiting.clear()
+    def cancel(self, sequences: list[Sequence]) -> None:
+        """Drop those of ``sequences`` that wait or run."""
+        for sequence in sequences:
+            if sequence in self.running:
+                self.running.remove(sequence)
+                self.pages.free(sequence.pages)
+                sequence.pages = []
+            elif sequence in self.waiting:
+                self.waiting.remove(sequence)

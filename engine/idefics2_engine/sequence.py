@@ -15,7 +15,7 @@ class Request:
     """What was asked, and the ``n`` sequences that answer it."""
 
     request_id: str
-    prompt: str | None
+    prompt: str
     prompt_token_ids: list[int]
     tiles: Items[Tile]
     params: SamplingParams

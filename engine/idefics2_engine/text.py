@@ -117,6 +117,9 @@ class TextModel(nn.Module):
 def rotary_table(config: TextConfig) -> Tensor:
     """Build the rotary table (positions, D) on the CPU, in fp32 throughout as the model was trained."""
     D = config.head_dim
-    inv_freq = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D)
-    angles = torch.arange(config.max_positions, dtype=torch.float32)[:, None] * inv_freq
+    inv_freq = 1.0 / config.rope_theta ** (
+        torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D
+    )
+    positions = torch.arange(config.max_positions, dtype=torch.float32, device="cpu")
+    angles = positions[:, None] * inv_freq
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
