@@ -213,8 +213,11 @@ class TestGenerate:
     def test_greedy_with_the_checkpoint_s_settings_by_default(self) -> None:
         assert main(["generate", "--prompt", "x"]) == 0
         settings = {"device": "auto", "dtype": "auto", "split_images": None, "max_num_seqs": 1}
+        seed = FakeLLM.built[1].pop("seed")
         assert FakeLLM.built == (None, settings)
         assert FakeLLM.asked[0][1] == SamplingParams(temperature=0.0, max_tokens=256)
+        assert main(["generate", "--prompt", "x"]) == 0
+        assert FakeLLM.built[1]["seed"] != seed, "drawn answers differ from run to run"
 
     def test_every_option_arrives(self, tmp_path: Path) -> None:
         model = ["--model", str(tmp_path), "--device", "cuda:1", "--dtype", "float16", "--no-split"]
@@ -223,6 +226,7 @@ class TestGenerate:
             "--max-tokens 9 --min-tokens 2 --stop a --stop b --stop-token-id 4 --stop-token-id 5"
         )
         assert main(["generate", "--prompt", "x", *model, *sampling.split()]) == 0
+        del FakeLLM.built[1]["seed"]
         assert FakeLLM.built == (
             tmp_path,
             {"device": "cuda:1", "dtype": "float16", "split_images": False, "max_num_seqs": 1},

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import build_tokenizer
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.processor import Processor
 from idefics2_engine.prompt import Tokenizer
@@ -71,3 +72,10 @@ def test_demo_folder_is_a_small_checkpoint() -> None:
     assert generation["bad_words_ids"] == [[tokens.fake_image_id], [tokens.image_id]]
     files = [*DEMO.iterdir(), *(EXAMPLES / "images").iterdir()]
     assert sum(file.stat().st_size for file in files) <= 16_000_000
+
+
+def test_the_tokenizer_is_what_its_script_makes() -> None:
+    tokenizer = build_tokenizer.trained_tokenizer()
+    assert tokenizer == json.loads((DEMO / "tokenizer.json").read_text())
+    settings = json.loads((DEMO / "tokenizer_config.json").read_text())
+    assert build_tokenizer.tokenizer_config(tokenizer) == settings

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -369,3 +370,24 @@ def test_the_default_cache_holds_every_full_sequence(checkpoint: tuple[Path, Any
 def test_no_prompts_no_outputs(llm: LLM) -> None:
     assert llm.generate([]) == []
     assert llm.chat([]) == []
+
+
+def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
+    params = SamplingParams(temperature=np.float32(0.5), seed=np.int64(3), max_tokens=np.int64(2))  # type: ignore[arg-type]
+    plain = SamplingParams(temperature=0.5, seed=3, max_tokens=2)
+    ids = np.array([1, 330, 13088])
+    one, other = (llm.generate({"prompt_token_ids": ids}, p)[0] for p in (params, plain))
+    assert one.outputs[0].token_ids == other.outputs[0].token_ids
+    assert one.prompt_token_ids == ids.tolist()
+
+
+@pytest.mark.parametrize("messages", ["hello", {"role": "user", "content": "x"}])
+def test_what_is_no_conversation(llm: LLM, messages: Any) -> None:
+    with pytest.raises(PromptError, match="messages must be a list"):
+        llm.chat(messages)
+
+
+def test_devices(checkpoint: tuple[Path, Any]) -> None:
+    for device in ("meta", "mps", "tpu", f"cuda:{torch.cuda.device_count()}"):
+        with pytest.raises(ConfigError, match="device"):
+            LLM(checkpoint[0], device=device)

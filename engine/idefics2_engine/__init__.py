@@ -1,4 +1,4 @@
-"""Idefics2 on hand-written Triton kernels: a processor, a model, an engine and a command line.
+"""Idefics2: a processor, a model, an engine and a command line.
 
 Importing this package is cheap: torch is loaded by the first name that needs it.
 """

@@ -126,6 +126,10 @@ class LLM:
             PromptError: A conversation is malformed or too long, or the model has not learnt to chat.
             ImageError: An image cannot be read.
         """
+        if isinstance(messages, (str, Mapping)):
+            raise PromptError(
+                f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
+            )
         several = [messages] if _is_conversation(messages) else list(messages)
         prompts = [self.processor.chat(cast(Conversation, one)) for one in several]
         return self._answer(prompts, sampling_params)
@@ -209,8 +213,8 @@ class LLM:
             prompt_token_ids=prompt.token_ids,
             tiles=prompt.tiles,
             params=params,
-            seed=drawn if params.seed is None else params.seed,
-            max_tokens=room if params.max_tokens is None else min(room, params.max_tokens),
+            seed=drawn if params.seed is None else int(params.seed),
+            max_tokens=room if params.max_tokens is None else min(room, int(params.max_tokens)),
         )
 
     def _read_prompt(self, prompt: Prompt) -> ProcessedPrompt:
@@ -271,8 +275,12 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r}: there is no CUDA device here")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices here"
+        )
     return device
 
 

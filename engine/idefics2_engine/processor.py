@@ -1,8 +1,9 @@
 """Prompts, conversations and images to what the model takes: token ids and tiles."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,13 +125,16 @@ class Processor:
             PromptError: An id is out of range, or the image tokens do not fit the images.
             ImageError: An image cannot be read.
         """
+        if isinstance(token_ids, str) or not isinstance(token_ids, Iterable):
+            raise PromptError(f"token_ids: must be a list of ids, got {token_ids!r:.80}")
         ids = list(token_ids)
         vocab_size = self.tokenizer.vocab_size
         for index, id in enumerate(ids):
-            if type(id) is not int or not 0 <= id < vocab_size:
+            if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
                 raise PromptError(
                     f"token_ids[{index}]: must be an id below {vocab_size}, got {id!r}"
                 )
+        ids = [int(id) for id in ids]
         per_image = self.image_seq_len * self.image_config.tiles_per_image
         wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
         if got != wanted:

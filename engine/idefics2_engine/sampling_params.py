@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from idefics2_engine.errors import SamplingError
 
@@ -86,7 +87,7 @@ def _number(name: str, value: float, low: float, high: float, *, above: bool = F
     """Refuse what is not a finite number in [low, high], or in (low, high] with ``above``."""
     if (
         isinstance(value, bool)
-        or not isinstance(value, (int, float))
+        or not isinstance(value, Real)
         or not low <= value <= high  # NaN is in no range
         or (above and value == low)
     ):
@@ -97,5 +98,6 @@ def _number(name: str, value: float, low: float, high: float, *, above: bool = F
 
 
 def _integer(name: str, value: int, low: int, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise SamplingError(f"{name} must be an integer from {low} to {high:g}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise SamplingError(f"{name} must be an integer {bounds}, got {value!r}")

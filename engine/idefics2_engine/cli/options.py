@@ -1,11 +1,13 @@
 """The options that commands share, and the objects made of them."""
 
 import argparse
+import os
 import re
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import ImageError, SamplingError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,12 +22,14 @@ def read_image(name: str) -> "Image":
     """Read the image file ``name``; ``ImageError`` if that cannot be."""
     from idefics2_engine.images import load_image
 
-    return load_image(str(Path(name).expanduser()))
+    if not name.strip():
+        raise ImageError("image: must be the name of a file, got none")
+    return load_image(os.path.expanduser(name))
 
 
 def _model_folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if text and path.is_dir():
         return path
     message = f"no such folder: {text!r}"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
@@ -86,6 +90,7 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         dtype=args.dtype,
         split_images=args.split,
         max_num_seqs=1,
+        seed=secrets.randbits(63),  # so that answers without --seed differ
     )
 
 
