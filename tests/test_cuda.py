@@ -49,7 +49,7 @@ def test_logits(case, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         ours, theirs = (
             (logits[device, dtype] - exact).abs().amax(-1) for device in ("cuda", "cpu")
         )
-        assert (ours <= 2 * (theirs.max() + torch.finfo(dtype).eps * scale)).all(), dtype
+        assert (ours <= 2 * (theirs + torch.finfo(dtype).eps * scale)).all(), dtype
 
 
 @pytest.mark.demo
