@@ -254,3 +254,10 @@ def test_image_tokens_and_features_must_be_as_many(tmp_path: Path) -> None:
     inputs["pixel_attention_mask"].zero_()
     with pytest.raises(ValueError, match="whole patch of some image"):
         forward_padded(model, **inputs)
+
+
+def test_a_cache_without_a_paged_view_is_refused(tmp_path: Path) -> None:
+    _, model = make_pair(CASES[0], tmp_path)
+    batch = TextBatch.from_ids([[3, 4]])
+    with pytest.raises(ValueError, match="must have none"):
+        model(batch, None, [])

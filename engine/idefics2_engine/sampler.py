@@ -1,6 +1,6 @@
 """Logits to tokens for a whole batch, each sequence by its own parameters and its own random stream.
 
-Order: bad words and end tokens that come too early are barred, repeated tokens are penalised, then temperature, min-p,
+Order: repeated tokens are penalised, bad words and end tokens that come too early are barred, then temperature, min-p,
 top-k and top-p, as in vLLM. The stream is keyed by (seed, token index), so batching cannot change what is drawn.
 """
 

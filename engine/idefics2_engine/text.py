@@ -96,6 +96,10 @@ class TextModel(nn.Module):
         self, embeds: Tensor, batch: TextBatch, kv_cache: list[LayerCache] | None = None
     ) -> Tensor:
         """Map ``embeds`` (T, hidden) to hidden states (T, hidden)."""
+        if (batch.paged is None) != (kv_cache is None):
+            raise ValueError(
+                "a batch with a paged view needs kv_cache, and one without must have none"
+            )
         cos_sin = self.cos_sin(embeds.device)
         layers = cast(Sequence[Layer], self.layers)
         next_norms = [*(layer.attention_norm for layer in layers[1:]), self.norm]
