@@ -1,25 +1,43 @@
 """What a caller may catch: one class per kind of bad input, all of them ``ValueError``."""
 
+from typing import ClassVar
+
 
 class Idefics2Error(ValueError):
-    """Base of every error that bad input causes; the message names what, wanted and got."""
+    """Base of every error that bad input causes; the message names what, wanted and got.
+
+    Attributes:
+        code: Short name of the class for machines, in ``--json`` and in the error rows of jobs; it never changes.
+    """
+
+    code: ClassVar[str] = "bad_input"
 
 
 class ConfigError(Idefics2Error):
     """A checkpoint's JSON files are missing, unreadable or describe an impossible model."""
 
+    code = "config"
+
 
 class CheckpointError(Idefics2Error):
     """Weights are missing, unreadable or do not fit the config."""
+
+    code = "checkpoint"
 
 
 class ImageError(Idefics2Error):
     """An image cannot be read or used."""
 
+    code = "image"
+
 
 class PromptError(Idefics2Error):
     """A prompt or a conversation cannot be turned into token ids."""
 
+    code = "prompt"
+
 
 class SamplingError(Idefics2Error):
     """A sampling parameter is out of its range."""
+
+    code = "sampling"
