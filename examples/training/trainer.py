@@ -17,6 +17,7 @@ from idefics2_engine.config import ModelConfig
 from idefics2_engine.model import IGNORED_LABEL, Idefics2
 from initial_weights import init_for_training
 from questions import ALL_KINDS
+from step_graphs import Step, StepGraphs
 from training_data import Batch, EqualTiles
 from training_ops import TRAINING
 
@@ -41,6 +42,11 @@ class Trainer:
     step: int = 0
     elapsed: float = 0.0  # seconds of it that are behind
 
+    def __post_init__(self) -> None:
+        """Run steps from CUDA graphs where there is CUDA."""
+        on_gpu = self.model.device.type == "cuda"
+        self._take_step: Step = StepGraphs(self._update) if on_gpu else self._update
+
     @classmethod
     def new(cls, options: argparse.Namespace, device: torch.device) -> "Trainer":
         """Start from random weights, or from those of ``--init``."""
@@ -55,8 +61,12 @@ class Trainer:
             {"params": matrices, "weight_decay": _WEIGHT_DECAY},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        fused = device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=_BETAS, fused=fused)
+        on_gpu = device.type == "cuda"
+        # a tensor, so that a captured step reads each step's own
+        rate = torch.tensor(0.0, device=device)
+        optimizer = torch.optim.AdamW(
+            groups, lr=rate, betas=_BETAS, fused=on_gpu, capturable=on_gpu
+        )
         return cls(model, optimizer, options.rate, options.steps, None)
 
     @property
@@ -90,7 +100,13 @@ class Trainer:
     def train(self, batch: Batch) -> Tensor:
         """Take one step; return the loss, still on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            group["lr"].fill_(self.rate)
+        loss = self._take_step(batch)
+        self.step += 1
+        return loss
+
+    def _update(self, batch: Batch) -> Tensor:
+        """Do all of a step that happens on the device."""
         with self._precision():
             features = image_features(self.model, batch)
             loss = self.model.loss(batch.text, batch.labels, features)
@@ -98,7 +114,6 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _LARGEST_GRADIENT)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return loss.detach()
 
     @torch.no_grad()
