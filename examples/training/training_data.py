@@ -133,9 +133,7 @@ class DataSet:
         words = self.pixels[key.grids].view(torch.int32)
         pixels = words[group.scenes[chosen].flatten()].view(torch.uint8)
         tiles = self._equal_tiles(pixels, key)
-        return Batch(
-            (key, len(members)), group.kinds[members], text, labels.flatten(), tiles
-        )
+        return Batch((key, len(members)), group.kinds[members], text, labels.flatten(), tiles)
 
     def _equal_tiles(self, pixels: Tensor, key: GroupKey) -> list[EqualTiles]:
         """Cut stacked images (N, bytes) into runs of tiles of one grid; without splitting, take the whole image."""
