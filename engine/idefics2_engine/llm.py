@@ -63,11 +63,6 @@ class LLM:
         ops: Ops = REFERENCE,
     ) -> None:
         folder = DEMO_MODEL if model is None else Path(model)
-        if model is None and not (folder / "model.safetensors").exists():
-            raise ConfigError(
-                "the demo checkpoint has no weights in this release: name a model, or train it "
-                "(examples/demo/README.md)"
-            )
         if not folder.is_dir():
             raise ConfigError(f"model must be a checkpoint's folder, got {str(model)!r}")
         self.config = ModelConfig.load(folder)

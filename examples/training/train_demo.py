@@ -1,6 +1,6 @@
 """Train the demo checkpoint on drawn scenes: meant for one GPU beside sixteen CPU cores, and some minutes.
 
-    PYTHONPATH=engine:kernels python examples/training/train_demo.py --out trained --minutes 22 --train-minutes 20
+    PYTHONPATH=engine:kernels python examples/training/train_demo.py --out trained --steps 30000
 
 The folder ``--base`` gives the config, the processor's files and the tokenizer; ``--out`` gets copies of them and the
 weights in bfloat16. Worker processes draw new scenes all the time, in rounds that last ``--round-steps`` steps. The
@@ -145,11 +145,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--matrix-rate", type=float, default=2e-3, help="highest learning rate of Muon")
     add("--rate", type=float, default=1e-3, help="highest learning rate of AdamW, for the rest")
-    add("--round-steps", type=int, default=500, help="steps that a round of data lasts")
+    add("--round-steps", type=int, default=750, help="steps that a round of data lasts")
     add("--round-examples", type=int, default=20_000, help="examples of a round, 1.3 scenes each")
     add("--test-per-kind", type=int, default=256, help="questions a kind to watch progress by")
-    add("--test-every", type=int, default=2000, help="steps")
-    add("--log-every", type=int, default=100, help="steps")
+    add("--test-every", type=int, default=6000, help="steps")
+    add("--log-every", type=int, default=500, help="steps")
     add("--seed", type=int, default=0)
     workers = max(1, (os.cpu_count() or 1) - 1)
     add("--data-workers", type=int, default=workers, help="processes; 0: in this one")
