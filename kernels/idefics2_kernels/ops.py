@@ -7,6 +7,7 @@ a wrong logit comes from. What each operation computes is written in ``reference
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -197,15 +198,30 @@ class Ops:
 def _missing(name: str) -> Any:
     def raise_missing(*_args: object, **_kwargs: object) -> NoReturn:
         raise MissingOperationError(
-            f"TRITON has no {name!r} yet: use REFERENCE, or dataclasses.replace(TRITON, {name}=reference.{name})"
+            f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=reference.{name})"
         )
 
     return raise_missing
 
 
-_KERNELS: dict[str, Any] = {}  # operations that have a Triton kernel
+def _kernels() -> dict[str, Any]:
+    """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
+    if find_spec("triton") is None:
+        return {}
+    from idefics2_kernels import rms_norm
+
+    return {
+        "rms_norm": rms_norm.rms_norm,
+        "add_rms_norm": rms_norm.add_rms_norm,
+    }
+
+
+def _triton() -> Ops:
+    kernels = _kernels()
+    return Ops(
+        **{field.name: kernels.get(field.name, _missing(field.name)) for field in fields(Ops)}
+    )
+
 
 REFERENCE = Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
-TRITON = Ops(
-    **{field.name: _KERNELS.get(field.name, _missing(field.name)) for field in fields(Ops)}
-)
+TRITON = _triton()

@@ -1,0 +1,28 @@
+"""Every kernel with the inputs, cases and cost that its tests, benchmark and docs share."""
+
+from dataclasses import fields
+from typing import Literal
+
+from idefics2_kernels.catalog.norms import NORMS
+from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.ops import Ops
+
+__all__ = ["CATALOG", "Case", "Cost", "Inputs", "KernelSpec", "missing", "rows"]
+
+CATALOG: tuple[KernelSpec, ...] = (*NORMS,)
+
+
+def rows(*where: Literal["any", "gpu", "model"]) -> list[tuple[KernelSpec, str, Case]]:
+    """Pair each kernel's implementations with each of its cases for ``where``."""
+    return [
+        (spec, implementation, case)
+        for spec in CATALOG
+        for implementation in spec.implementations
+        for case in spec.cases
+        if case.where in where
+    ]
+
+
+def missing() -> set[str]:
+    """Name the operations that no row covers; a test keeps this empty."""
+    return {field.name for field in fields(Ops)} - {spec.name for spec in CATALOG}

@@ -1,0 +1,105 @@
+"""What the catalog says of an operation: inputs, cases, implementations and cost."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels.ops import REFERENCE
+
+Inputs = dict[str, Any]
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes.
+
+    ``where`` says what it is for: ``"any"`` is small enough for the interpreter and runs everywhere, ``"gpu"`` runs
+    compiled only, ``"model"`` is a shape of the model's own: compiled for GPUs that are not there, checked and timed
+    on one that is.
+    """
+
+    name: str
+    dims: Mapping[str, Any]
+    dtype: torch.dtype = torch.float16
+    where: Literal["any", "gpu", "model"] = "any"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call must move and compute: each input read once, each output written once."""
+
+    bytes: int
+    flops: int
+
+
+def as_tuple(_inputs: Inputs, result: Any) -> Outputs:
+    """Return what an operation returned as a tuple of tensors."""
+    return result if isinstance(result, tuple) else (result,)
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A row of the catalog.
+
+    Attributes:
+        name: The field of ``Ops``.
+        make_inputs: Draws the arguments of a case on a device; may use torch's global generator only.
+        cases: What it is tested and timed on.
+        cost: For the roofline.
+        implementations: Kernels by name, the first being what ``TRITON`` holds.
+        outputs: All that a call gives, of the arguments after it and its result: an operation may write in place.
+        exact: Whether outputs must equal the reference's, bit for bit.
+        checked_rows: For cases too large to check whole: places along the first axis of every output, or ``None``.
+        reference: What computes the truth, by default the field of ``REFERENCE``; with ``checked_rows`` it gets them
+            as the argument ``rows`` and returns only those.
+    """
+
+    name: str
+    make_inputs: Callable[[Case, torch.device], Inputs]
+    cases: tuple[Case, ...]
+    cost: Callable[[Case], Cost]
+    implementations: Mapping[str, Callable[..., Any]]
+    outputs: Callable[[Inputs, Any], Outputs] = as_tuple
+    exact: bool = False
+    checked_rows: Callable[[Case, Inputs], Tensor | None] = field(
+        default=lambda _case, _inputs: None
+    )
+    reference: Callable[..., Any] | None = None
+
+    def run(self, implementation: Callable[..., Any], inputs: Inputs) -> Outputs:
+        """Call ``implementation`` on ``inputs``; return everything it gave."""
+        return self.outputs(inputs, implementation(**inputs))
+
+    def expected(self, inputs: Inputs, rows: Tensor | None = None) -> Outputs:
+        """Return what the reference gives for ``inputs``, whole or at ``rows``."""
+        reference = self.reference or getattr(REFERENCE, self.name)
+        return self.run(reference, inputs if rows is None else {**inputs, "rows": rows})
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """Return ``inputs`` with floating-point tensors in float64, and everything else copied."""
+    return {name: _widened(value) for name, value in inputs.items()}
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """Return ``inputs`` with tensors of their own, strides kept: an operation may write in place."""
+    return {
+        name: _copied(value) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return own.set_(storage.clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _widened(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() else value.clone()

@@ -1,0 +1,45 @@
+"""The checks that every host wrapper makes before it launches: one line each, naming the argument."""
+
+import os
+
+import torch
+from torch import Tensor
+
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # as Triton reads it when a kernel is imported
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape; ``None`` matches any size."""
+    same = tensor.ndim == len(expected) and all(
+        e is None or e == size for e, size in zip(expected, tensor.shape, strict=True)
+    )
+    if not same:
+        want = ", ".join("*" if e is None else str(e) for e in expected)
+        raise ValueError(f"{name} must have shape ({want}), got {tuple(tensor.shape)}")
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raise ``TypeError`` unless ``tensor`` has one of the ``allowed`` dtypes."""
+    if tensor.dtype not in allowed:
+        want = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} must be {want}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all ``tensors`` are on one CUDA device; on a CPU kernels are interpreted."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, device = next((name, tensor.device) for name, tensor in given.items())
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"{first} must be on a CUDA device, got {device}")
+    for name, tensor in given.items():
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} as {first} is, got {tensor.device}")
+
+
+def check_rows(name: str, tensor: Tensor) -> None:
+    """Raise ``ValueError`` unless the last axis of ``tensor`` is contiguous."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must have a contiguous last axis, got strides {tensor.stride()}")

@@ -1,0 +1,19 @@
+"""What several kernels share: constants and small jitted functions."""
+
+import triton
+import triton.language as tl
+
+from idefics2_kernels import checks
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# The interpreter holds bfloat16 as integers, so that only loads, stores and casts of it are right.
+UPCAST = tl.constexpr(checks.INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return ``a`` @ ``b`` + ``acc`` in fp32; fp32 operands are multiplied as such, not in TF32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,0 +1,99 @@
+"""Every kernel of the catalog against its reference, judged row by row against float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from guarded import guarded_allocations
+from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, missing, rows
+from idefics2_kernels.catalog.spec import copied, widened
+from idefics2_kernels.ops import TRITON
+
+_RATIO = 2.0  # times the error of PyTorch in the same dtype
+
+
+def _ids(value: object) -> str | None:
+    if isinstance(value, (Case, KernelSpec)):
+        return value.name
+    return value if isinstance(value, str) else None
+
+
+def assert_close(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
+    """Row by row: over the whole tensor, one lost key tile of thousands would pass."""
+    assert actual.dtype == same_dtype.dtype
+    assert actual.shape == same_dtype.shape
+    if not actual.numel():
+        return
+    floor = torch.finfo(actual.dtype).eps * exact.abs().amax(-1)
+    budget = _RATIO * ((same_dtype - exact).abs().amax(-1) + floor)
+    error = (actual - exact).abs().amax(-1)
+    assert not actual.isnan().any(), "NaN in the output"
+    worst = (error / budget.clamp(min=1e-300)).max().item()
+    assert (error <= budget).all(), f"{worst:.2f} times the allowed error"
+
+
+@pytest.mark.parametrize(("spec", "implementation", "case"), rows("any"), ids=_ids)
+def test_kernel_matches_reference(
+    spec: KernelSpec, implementation: str, case: Case, device: torch.device
+) -> None:
+    check(spec, implementation, case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "implementation", "case"), rows("gpu", "model"), ids=_ids)
+def test_compiled_kernel_matches_reference(
+    spec: KernelSpec, implementation: str, case: Case, device: torch.device
+) -> None:
+    check(spec, implementation, case, device)
+
+
+def check(spec: KernelSpec, implementation: str, case: Case, device: torch.device) -> None:
+    inputs = spec.make_inputs(case, device)
+    rows = spec.checked_rows(case, inputs)
+    same_dtype = spec.expected(copied(inputs), rows)
+    with guarded_allocations():
+        actual = spec.run(spec.implementations[implementation], copied(inputs))
+    if rows is not None:
+        actual = tuple(output[rows] for output in actual)
+    if spec.exact:
+        for ours, theirs in zip(actual, same_dtype, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+        return
+    exact = spec.expected(widened(inputs), rows)
+    for ours, theirs, truth in zip(actual, same_dtype, exact, strict=True):
+        assert_close(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("spec", CATALOG, ids=_ids)
+def test_reference_keeps_float64(spec: KernelSpec, device: torch.device) -> None:
+    if spec.exact:
+        pytest.skip("exact operations have no rounding")
+    narrowed = []
+    for case in (case for case in spec.cases if case.where == "any"):
+        wide = widened(spec.make_inputs(case, device))
+        single = {
+            k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in wide.items()
+        }
+        exact, narrow = spec.expected(copied(wide)), spec.expected(copied(single))
+        assert all(output.dtype is torch.float64 for output in exact)
+        narrowed.append(all(torch.equal(a, b.double()) for a, b in zip(exact, narrow, strict=True)))
+    assert not all(narrowed), "float64 in must mean float64 throughout"
+
+
+def test_every_operation_has_a_row() -> None:
+    assert missing() == set()
+
+
+@pytest.mark.parametrize("spec", CATALOG, ids=_ids)
+def test_the_first_implementation_is_what_triton_holds(spec: KernelSpec) -> None:
+    assert next(iter(spec.implementations.values())) is getattr(TRITON, spec.name)
+
+
+@pytest.mark.parametrize("spec", CATALOG, ids=_ids)
+def test_there_are_enough_cases(spec: KernelSpec) -> None:
+    many = "attention" in spec.name or spec.name in ("linear", "nf4_matmul")
+    assert sum(case.where == "any" for case in spec.cases) >= 12
+    assert len(spec.cases) >= (200 if many else 50)
+    assert len({case.name for case in spec.cases}) == len(spec.cases)
