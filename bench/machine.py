@@ -1,0 +1,60 @@
+"""The machine that figures are from, and the two ceilings that they are compared with."""
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import triton
+
+from timing import measure
+
+_COPY_BYTES = 1 << 30
+_MATMUL_SIZE = 8192
+
+
+def describe() -> dict[str, object]:
+    """Return GPU, versions, commit, date, and measured bandwidth (TB/s) and bf16 rate (TFLOP/s)."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "copy_TBps": round(copy_bandwidth(), 3),
+        "matmul_TFLOPs": round(matmul_rate(), 1),
+    }
+
+
+def copy_bandwidth() -> float:
+    """Measure a copy on the device, read and written bytes together, in TB/s."""
+    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda").random_(256)
+    target = torch.empty_like(source)
+    time = measure({"copy": [lambda: target.copy_(source)]})["copy"]
+    return 2 * _COPY_BYTES / time.ms / 1e9
+
+
+def matmul_rate() -> float:
+    """Measure a large bf16 product of random matrices, in TFLOP/s."""
+    size = (_MATMUL_SIZE, _MATMUL_SIZE)
+    a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time = measure({"matmul": [lambda: a @ b]})["matmul"]
+    return 2 * _MATMUL_SIZE**3 / time.ms / 1e9
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
+
+
+def _commit() -> str:
+    here = str(Path(__file__).parent)
+    commit = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
+    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    return commit if changed == "unknown" else f"{commit}-changed"

@@ -1,0 +1,82 @@
+"""Results as a table to paste, as JSON, and as a roofline plot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def line(row: Row) -> str:
+    """Return one row for people who watch."""
+    head = f"{row['kernel']:20} {row['case']:20} {row['impl']:14}"
+    if "ms" not in row:
+        return f"{head} WRONG: {row['error']:.2f} times the allowed error"
+    spread = f"{row['ms_p20'] * 1e3:.1f}-{row['ms_p80'] * 1e3:.1f}"
+    figures = f"{row['ms'] * 1e3:10.1f} us ({spread}) {row['TFLOPs']:7.1f} TFLOP/s {row['GBps']:7.0f} GB/s"
+    beside = f"  {row['speedup']:.2f}x {row['peer']}" if "speedup" in row else ""
+    base = f"  {row['base_speedup']:.2f}x base" if "base_speedup" in row else ""
+    return f"{head} {figures} {row['roofline']:5.0%}{beside}{base}"
+
+
+def table(about: dict[str, Any], rows: list[Row]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        f"{about['gpu']}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}; "
+        f"copy {about['copy_TBps']} TB/s, bf16 product {about['matmul_TFLOPs']} TFLOP/s",
+        "",
+        "| kernel | case | implementation | us | TFLOP/s | GB/s | of roofline | best peer | speedup |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for row in rows:
+        head = f"| {row['kernel']} | {row['case']} | {row['impl']} |"
+        if "ms" not in row:
+            lines.append(f"{head} wrong | | | | | |")
+            continue
+        peer = f"{row['peer']}, {row['peer_ms'] * 1e3:.1f} us" if "peer" in row else ""
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        lines.append(
+            f"{head} {row['ms'] * 1e3:.1f} | {row['TFLOPs']:.0f} | {row['GBps']:.0f} | "
+            f"{row['roofline']:.0%} | {peer} | {speedup} |"
+        )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    """Write ``rows``; rows of other cases that are in the file, from the same machine and commit, stay."""
+    new = {(row["kernel"], row["case"]) for row in rows}
+    kept: list[Row] = []
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if all(
+            old["machine"].get(key) == about[key] for key in ("gpu", "commit", "torch", "triton")
+        ):
+            kept = [row for row in old["rows"] if (row["kernel"], row["case"]) not in new]
+    text = json.dumps({"machine": about, "rows": [*kept, *rows]}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    """Draw every row against the machine's two ceilings; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    bandwidth, peak = about["copy_TBps"], about["matmul_TFLOPs"]
+    intensities = [2.0**k for k in range(-4, 15)]
+    axes.loglog(intensities, [min(peak, bandwidth * x) for x in intensities], color="black")
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    for kernel in kernels:
+        own = [
+            row for row in rows if row["kernel"] == kernel and row.get("TFLOPs") and "peer" in row
+        ]
+        axes.scatter(
+            [1e3 * row["TFLOPs"] / row["GBps"] for row in own],
+            [row["TFLOPs"] for row in own],
+            label=kernel,
+        )
+    axes.set_xlabel("FLOP per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"{about['gpu']}: {bandwidth} TB/s, {peak} TFLOP/s measured")
+    axes.legend(fontsize="small")
+    figure.savefig(path)

@@ -1,0 +1,81 @@
+"""How long calls take on a GPU: CUDA graphs over rotated inputs, implementations interleaved, medians.
+
+A graph holds enough calls, each on inputs of its own, that none finds its data in the L2 cache, and that the gaps of
+launching do not count. Implementations take turns, so that a clock that drifts drifts for all.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+_REPLAYS = 25
+_WARM_UP_SECONDS = 0.05
+_LONGEST_SECONDS = 0.6  # an implementation is replayed no longer, and five times at least
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of one call."""
+
+    ms: float  # median
+    ms_p20: float
+    ms_p80: float
+
+
+def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
+    """Time each implementation's calls, which do the same on different inputs."""
+    graphs = {name: _captured(own) for name, own in calls.items()}
+    replays = {name: _replays(graph) for name, graph in graphs.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(max(replays.values())):
+        for name, graph in graphs.items():
+            if turn < replays[name]:
+                samples[name].append(_milliseconds(graph) / len(calls[name]))
+    return {name: _time(own) for name, own in samples.items()}
+
+
+def num_copies(bytes_each: int) -> int:
+    """Return how many sets of inputs of this size it takes to push each other out of the L2 cache."""
+    cache: int = torch.cuda.get_device_properties().L2_cache_size
+    return max(1, min(64, -(-3 * cache // max(1, bytes_each))))
+
+
+def _captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:  # compiles, and sets up libraries
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _replays(graph: torch.cuda.CUDAGraph) -> int:
+    """Warm up; return how often to replay."""
+    each = max(1e-3, _milliseconds(graph))
+    for _ in range(max(1, int(1e3 * _WARM_UP_SECONDS / each))):
+        graph.replay()
+    return max(5, min(_REPLAYS, int(1e3 * _LONGEST_SECONDS / each)))
+
+
+def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _time(samples: list[float]) -> Time:
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Time(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])

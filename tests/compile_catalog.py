@@ -1,0 +1,74 @@
+"""Compile every kernel of the catalog for a GPU that need not be here; run by test_compile.
+
+The host wrappers run as they are, on meta tensors, which have no memory, at the model's shapes; only the launch
+is left out. Prints a line of JSON for each kernel that was compiled.
+
+    PYTHONPATH=kernels python tests/compile_catalog.py 90
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.disasm import get_sass
+
+from idefics2_kernels import checks
+from idefics2_kernels.catalog import rows
+
+
+class _AbsentGPU:
+    """Tells Triton what it would ask a driver."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def main(arch: int) -> None:
+    """Compile for ``sm_<arch>``."""
+    driver.set_active(_AbsentGPU(arch))
+    checks.INTERPRETED = True  # tensors may be on the CPU
+    launch = JITFunction.run
+    seen: set[str] = set()
+    case_name = ""
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            sass = get_sass(compiled.asm["cubin"])
+            report = {
+                "kernel": self.__name__,
+                "case": case_name,
+                "arch": arch,
+                "triton": triton.__version__,
+                "shared": compiled.metadata.shared,
+                "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+                "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
+            }
+            print(json.dumps(report), flush=True)
+        return compiled
+
+    JITFunction.run = compile_only
+    for spec, implementation, case in rows("model"):
+        case_name = f"{spec.name}-{implementation}-{case.name}"
+        inputs = spec.make_inputs(case, torch.device("meta"))
+        spec.implementations[implementation](**inputs)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
