@@ -89,6 +89,9 @@ def test_wheel(tmp_path: Path) -> None:
             f"idefics2_engine-{idefics2_engine.__version__}.dist-info/METADATA"
         ).decode()
     code = {str(file.relative_to(ROOT)).partition("/")[2] for file in FILES}
+    scripts = {file.name for file in (ROOT / "bench").glob("*.py") if "test" not in file.name}
+    assert "micro.py" in scripts
+    code |= {f"idefics2_engine/bench/{script}" for script in scripts}
     assert {name for name in names if name.endswith(".py")} == code
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {
         "idefics2_engine",

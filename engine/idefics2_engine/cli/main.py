@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import chat, generate
+from idefics2_engine.cli import bench, chat, generate
 from idefics2_engine.errors import Idefics2Error
 
 _EPILOG = """\
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_parser(commands)
     chat.add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 
