@@ -9,7 +9,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types wheel clean
+.PHONY: help demo test lint types wheel mutants sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ types: $(INSTALLED)  ## check types
 wheel: $(INSTALLED)  ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+mutants: $(INSTALLED)  ## break every kernel on purpose and see its tests fail
+	$(BIN)/python tests/mutants.py --jobs $(WORKERS)
+
+sanitize: $(INSTALLED)  ## run every kernel under compute-sanitizer (needs a GPU)
+	$(BIN)/python tests/sanitize.py
 
 clean:  ## remove everything that was built, the environment too
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
