@@ -11,18 +11,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.sandbox import Sandbox
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
 END_OF_UTTERANCE = "<end_of_utterance>"
+_NAMED_TOKENS = ("bos", "eos", "pad", "unk")  # that templates know as bos_token and so on
 
 # Two noncharacters, which Unicode sets aside for a program's own use. A text that does have them in
 # a row gets a mark between them: what deletes marks takes the inner two and leaves the outer two.
@@ -62,6 +63,7 @@ class Tokenizer:
         self.bos = self._named(settings, "bos_token")
         self.eos = self._named(settings, "eos_token")
         self.pad = self._named(settings, "pad_token")
+        self.unk = self._unknown(settings)
         self._prefix = self._bos_prefix(settings)
         self._check_special(unknown=description["model"].get("unk_token"))
 
@@ -165,6 +167,13 @@ class Tokenizer:
             )
         return token
 
+    def _unknown(self, settings: Mapping[str, Any]) -> str | None:
+        """Return the ``unk_token``, which only templates ask for: it need not be a special token."""
+        token = settings.get("unk_token")
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        return token if isinstance(token, str) else None
+
     def _bos_prefix(self, settings: Mapping[str, Any]) -> list[int]:
         """Return what begins every text: ``[bos]`` or nothing."""
         bos = [] if self.bos_id is None else [self.bos_id]
@@ -203,17 +212,15 @@ class ChatTemplate:
         """Compile ``source`` in a sandbox that can reach and change nothing but what it is given.
 
         Raises:
-            ConfigError: ``source`` is no Jinja template.
+            ConfigError: ``source`` is no Jinja template, or too long.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        environment.filters["tojson"] = _to_json
+        self._sandbox = Sandbox()
         try:
-            self._template = environment.from_string(source)
+            self._template = self._sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
+        except Exception as error:  # Jinja's parser and Python's compiler fail in many ways
+            raise ConfigError(f"chat template: {type(error).__name__}: {error!s:.200}") from None
         self._tokenizer = tokenizer
 
     @classmethod
@@ -238,7 +245,8 @@ class ChatTemplate:
             add_generation_prompt: End with the words after which the assistant answers.
 
         Raises:
-            PromptError: The template refuses the conversation or fails on it.
+            PromptError: The template refuses the conversation, fails on it, or takes more time or
+                memory than ``sandbox`` lets it have.
         """
         marked = [
             {
@@ -247,15 +255,20 @@ class ChatTemplate:
             }
             for message in messages
         ]
-        names = {f"{name}_token": getattr(self._tokenizer, name) for name in ("bos", "eos", "pad")}
+        names = {f"{name}_token": getattr(self._tokenizer, name) for name in _NAMED_TOKENS}
+        size = sum(len(part.get("text", "")) for turn in messages for part in turn["content"])
         try:
-            return self._template.render(
-                messages=marked,
-                add_generation_prompt=add_generation_prompt,
-                **{name: token for name, token in names.items() if token is not None},
-            )
+            with self._sandbox.bounds(size):
+                return self._template.render(
+                    messages=marked,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **{name: token for name, token in names.items() if token is not None},
+                )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise PromptError(f"chat template: {type(error).__name__}: {error}") from error
+            said = self._tokenizer.unmark(str(error))
+            raise PromptError(f"chat template: {type(error).__name__}: {said:.500}") from error
 
     def _mark_part(self, part: Mapping[str, str]) -> dict[str, str]:
         if part["type"] == "text":
@@ -331,13 +344,3 @@ def _find_template(folder: Path) -> str | None:
     if found is not None and not isinstance(found, str):
         raise ConfigError(f"{folder}: chat_template must be a string, got {type(found).__name__}")
     return found
-
-
-def _raise_exception(message: str) -> NoReturn:
-    """Let a template refuse a conversation, by the name that templates on the hub know."""
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Write JSON without HTML escapes, as templates on the hub expect."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
