@@ -37,6 +37,26 @@ class PromptError(Idefics2Error):
     code = "prompt"
 
 
+class PromptTooLongError(PromptError):
+    """A prompt does not leave room for one token of an answer; a caller may cut or split it.
+
+    Attributes:
+        got: Tokens of the prompt, image tokens included.
+        limit: Tokens that a prompt may have: one fewer than the context, which the answer needs.
+    """
+
+    code = "prompt_too_long"
+
+    def __init__(self, got: int, context: int) -> None:
+        super().__init__(f"prompt must leave room for an answer within {context} tokens, got {got}")
+        self.got = got
+        self.limit = context - 1
+
+    def __reduce__(self) -> tuple[type["PromptTooLongError"], tuple[int, int]]:
+        """Let it pass between processes, which build an error anew from its arguments."""
+        return type(self), (self.got, self.limit + 1)
+
+
 class SamplingError(Idefics2Error):
     """A sampling parameter is out of its range."""
 

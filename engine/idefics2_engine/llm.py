@@ -11,10 +11,15 @@ from idefics2_engine.checkpoint import load_checkpoint
 from idefics2_engine.config import PAGE_SIZE, EngineConfig, GenerationConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.engine import Engine
-from idefics2_engine.errors import ConfigError, PromptError, SamplingError
+from idefics2_engine.errors import (
+    ConfigError,
+    PromptError,
+    PromptTooLongError,
+    SamplingError,
+)
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.processor import ProcessedPrompt, Processor
-from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.sampling_params import SamplingParams, shown
 from idefics2_engine.sequence import Request
 from idefics2_kernels import REFERENCE, Ops
 
@@ -146,7 +151,7 @@ class LLM:
             processed = self.processor.chat(cast(Conversation, prompt))
         else:
             processed = self._read_prompt(cast(Prompt, prompt))
-        request = self._request(processed, sampling_params or SamplingParams())
+        request = self._request(processed, _read_params(sampling_params))
         return self._stream(request)
 
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
@@ -169,13 +174,10 @@ class LLM:
         prompts: list[ProcessedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
+            params = [_read_params(one) for one in sampling_params]
         else:
-            params = list(sampling_params)
-        for one in params:
-            if not isinstance(one, SamplingParams):
-                raise SamplingError(f"sampling_params must be SamplingParams, got {one!r:.80}")
+            params = [_read_params(sampling_params)] * len(prompts)
         if len(params) != len(prompts):
             raise PromptError(
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
@@ -195,15 +197,18 @@ class LLM:
         if not prompt.token_ids:
             raise PromptError("prompt must have at least one token, got none")
         if room < 1:
-            raise PromptError(
-                f"prompt must leave room for an answer within {self.engine_config.max_model_len} tokens, "
-                f"got {len(prompt.token_ids)}"
-            )
+            raise PromptTooLongError(len(prompt.token_ids), self.engine_config.max_model_len)
         vocab_size = self.config.text.vocab_size
         if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
             raise SamplingError(
                 f"stop_token_ids must be below the vocabulary's {vocab_size}, "
-                f"got {max(params.stop_token_ids)}"
+                f"got {shown(max(params.stop_token_ids))}"
+            )
+        max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
+        if params.min_tokens > max_tokens:
+            raise SamplingError(
+                f"min_tokens must be at most the {room} tokens that the prompt leaves of "
+                f"{self.engine_config.max_model_len}, got {shown(params.min_tokens)}"
             )
         self._count += 1
         drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
@@ -213,8 +218,8 @@ class LLM:
             prompt_token_ids=prompt.token_ids,
             tiles=prompt.tiles,
             params=params,
-            seed=drawn if params.seed is None else int(params.seed),
-            max_tokens=room if params.max_tokens is None else min(room, int(params.max_tokens)),
+            seed=drawn if params.seed is None else params.seed,
+            max_tokens=max_tokens,
         )
 
     def _read_prompt(self, prompt: Prompt) -> ProcessedPrompt:
@@ -237,6 +242,14 @@ class LLM:
         if "prompt" in prompt:
             return self.processor.prompt(prompt["prompt"], images)
         return self.processor.token_prompt(prompt["prompt_token_ids"], images)
+
+
+def _read_params(params: object) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
+    return params
 
 
 def _is_conversation(value: object) -> bool:
