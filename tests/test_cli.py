@@ -17,7 +17,7 @@ import idefics2_engine
 from idefics2_engine import SamplingParams
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_IMAGES
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, PromptTooLongError
 
 ANSWER = "Two red circles."
 COMMAND = [sys.executable, "-m", "idefics2_engine"]
@@ -155,6 +155,29 @@ class TestErrors:
         assert out == ""
         assert err.count("\n") == 1
         assert says in err
+
+    @pytest.mark.parametrize(
+        ("argv", "error"),
+        [
+            (["--max-tokens", "0"], {"code": "sampling"}),
+            (["--image", "no/such.png"], {"code": "image"}),
+            ([], {"code": "prompt_too_long"}),  # by the engine, below
+        ],
+    )
+    def test_json_is_json_when_it_fails_too(
+        self,
+        argv: list[str],
+        error: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(FakeLLM, "failure", PromptTooLongError(12, 12))
+        assert main(["generate", "--json", "--prompt", "é", *argv]) == 2
+        out, err = capsys.readouterr()
+        result = json.loads(out)
+        assert out.count("\n") == 1
+        assert result == {"error": error | {"message": result["error"]["message"]}}
+        assert err == f"idefics2: error: {result['error']['message']}\n"
 
     def test_not_an_image(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "text.png").write_text("no pixels")

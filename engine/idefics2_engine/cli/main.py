@@ -1,6 +1,7 @@
 """The parser, and what becomes of an error."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except Idefics2Error as error:
+        if getattr(args, "json", False):  # who reads standard output as JSON gets JSON in any case
+            answer = {"error": {"code": error.code, "message": str(error)}}
+            print(json.dumps(answer, ensure_ascii=False))
         print(f"idefics2: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
