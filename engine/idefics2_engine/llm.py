@@ -1,7 +1,7 @@
 """The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
 
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,7 +110,7 @@ class LLM:
             PromptError: A prompt is malformed, does not fit its images, or is too long.
             ImageError: An image cannot be read.
         """
-        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         return self._answer([self._read_prompt(prompt) for prompt in several], sampling_params)
 
     def chat(
@@ -135,7 +135,7 @@ class LLM:
             raise PromptError(
                 f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
             )
-        several = [messages] if _is_conversation(messages) else list(messages)
+        several = [messages] if _is_conversation(messages) else _listed("messages", messages)
         prompts = [self.processor.chat(cast(Conversation, one)) for one in several]
         return self._answer(prompts, sampling_params)
 
@@ -250,6 +250,12 @@ def _read_params(params: object) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
     return params
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, Iterable):
+        raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
+    return list(values)
 
 
 def _is_conversation(value: object) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 from idefics2_engine.errors import PromptError
 from idefics2_engine.images import ImageSource
+from idefics2_engine.prompt import check_text
 
 
 def read_messages(
@@ -24,7 +25,9 @@ def read_messages(
         source of each image part.
 
     Raises:
-        PromptError: A message has another shape, or there are more or fewer images than bare parts.
+        PromptError: A message has another shape or a key that is not listed here (a ``chat_template``
+            among them: templates come with the checkpoint alone), its text cannot be written in
+            UTF-8, or there are more or fewer images than bare parts.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise PromptError(f"messages: must be a list of at least one message, got {messages!r:.80}")
@@ -50,7 +53,8 @@ def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageS
         raise PromptError(f"{where}: must be a dict with 'role' and 'content', got {got}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not role:
-        raise PromptError(f"{where}: role must be a string with characters, got {role!r}")
+        raise PromptError(f"{where}: role must be a string with characters, got {role!r:.80}")
+    check_text(role, f"{where}: role")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple) or not content:
@@ -71,6 +75,7 @@ def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageS
 def _read_text(part: Mapping[str, Any], where: str) -> str:
     match part:
         case {"text": str(text)} if len(part) == 2:
+            check_text(text, where)
             return text
     raise PromptError(f"{where}: must be {{'type': 'text', 'text': string}}, got {part!r:.80}")
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from idefics2_engine.config import ModelConfig, read_json
 from idefics2_engine.errors import ConfigError, PromptError
@@ -106,13 +108,14 @@ class Processor:
 
         Args:
             text: Control tokens in it are control tokens; each ``<image>`` is a slot.
-            images: One for each slot, in order.
+            images: One for each slot, in order; a single one may come by itself.
 
         Raises:
             PromptError: There are more or fewer slots than images.
             ImageError: An image cannot be read.
         """
         check_text(text)
+        images = _as_list(images)
         token_ids = self.tokenizer.encode(self._expand(text, len(images)))
         return ProcessedPrompt(text, token_ids, self._tiles(images))
 
@@ -135,6 +138,7 @@ class Processor:
                     f"token_ids[{index}]: must be an id below {vocab_size}, got {id!r}"
                 )
         ids = [int(id) for id in ids]
+        images = _as_list(images)
         per_image = self.image_seq_len * self.image_config.tiles_per_image
         wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
         if got != wanted:
@@ -167,7 +171,7 @@ class Processor:
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
                 "so it takes plain prompts only"
             )
-        turns, sources = read_messages(messages, images)
+        turns, sources = read_messages(messages, _as_list(images))
         marked = self.template.render(turns, add_generation_prompt)
         bos = self.tokenizer.bos
         add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
@@ -177,14 +181,14 @@ class Processor:
     def padded(
         self,
         texts: Sequence[str],
-        images: Sequence[Sequence[ImageSource]],
+        images: Sequence[Sequence[ImageSource]] | Sequence[ImageSource],
         padding_side: Literal["left", "right"] = "right",
     ) -> dict[str, npt.NDArray[Any]]:
         """Process raw prompts to transformers' rectangular form, for training and comparison.
 
         Args:
             texts: B raw prompts, at least one.
-            images: The images of each.
+            images: The images of each, or all of them one after the other, in the order of the slots.
             padding_side: Where the shorter rows get padding tokens.
 
         Returns:
@@ -196,15 +200,16 @@ class Processor:
             PromptError: Slots and images differ in number, or there is no padding token.
             ImageError: An image cannot be read.
         """
-        if len(texts) != len(images) or not texts:
-            raise PromptError(
-                f"images: must be one list for each of {len(texts)} texts, got {len(images)}"
-            )
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise PromptError(f"texts: must be a list of strings, got {type(texts).__name__}")
+        for index, text in enumerate(texts):
+            check_text(text, f"texts[{index}]")
+        nested = _nested(texts, images)
         if self.tokenizer.pad_id is None:
             raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: must be 'left' or 'right', got {padding_side!r}")
-        prompts = [self.prompt(text, own) for text, own in zip(texts, images, strict=True)]
+        prompts = [self.prompt(text, own) for text, own in zip(texts, nested, strict=True)]
         shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
         arrays: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
@@ -255,3 +260,35 @@ class Processor:
         tile = FAKE_IMAGE + IMAGE * self.image_seq_len
         image = f"(?:{tile}){{{self.image_config.tiles_per_image}}}(?:{FAKE_IMAGE}(?!{IMAGE}))?"
         return re.sub(image, IMAGE, self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
+    """Return a list of images, of a single one too: its own length is no number of images."""
+    if isinstance(images, list | tuple):
+        return list(images)
+    if isinstance(images, str | bytes | Path | Image.Image | np.ndarray):
+        return [images]
+    raise PromptError(f"images: must be a list of images, got {type(images).__name__}")
+
+
+def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:
+    """Return the images of each text; those that come in one list go to the slots in order.
+
+    Raises:
+        PromptError: There is not one list for each text, or one image for each slot.
+    """
+    lists = [isinstance(own, list | tuple) for own in _as_list(images)]
+    slots = [text.count(IMAGE) for text in texts]
+    if lists and not any(lists):
+        if sum(slots) != len(lists):
+            raise PromptError(
+                f"images: must be one for each {IMAGE} of {len(texts)} texts, "
+                f"wanted {sum(slots)}, got {len(lists)}"
+            )
+        rest = iter(_as_list(images))
+        return [list(islice(rest, count)) for count in slots]
+    if len(texts) != len(lists) or not texts or not all(lists):
+        raise PromptError(
+            f"images: must be one list for each of {len(texts)} texts, got {sum(lists)}"
+        )
+    return [_as_list(own) for own in images]

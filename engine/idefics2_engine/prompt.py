@@ -123,6 +123,8 @@ class Tokenizer:
         """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""
         check_text(text)
         text = text.replace(_MARK, _ESCAPED_MARK)
+        if text.endswith(_MARK[0]):  # the next part may begin with the other half
+            text += _MARK
         return self._starts.sub(lambda start: start[0] + _MARK, text)
 
     def unmark(self, text: str) -> str:
@@ -276,15 +278,15 @@ class ChatTemplate:
         return {"type": "image"}
 
 
-def check_text(text: str) -> None:
-    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8."""
+def check_text(text: str, name: str = "text") -> None:
+    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8; it is called ``name``."""
     if not isinstance(text, str):
-        raise PromptError(f"text: must be a string, got {type(text).__name__}")
+        raise PromptError(f"{name}: must be a string, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"text: must be Unicode characters, got half of a surrogate pair at {error.start}"
+            f"{name}: must be Unicode characters, got half of a surrogate pair at {error.start}"
         ) from None
 
 
