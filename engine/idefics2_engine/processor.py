@@ -103,7 +103,9 @@ class Processor:
             grid_side=grid,
         )
 
-    def prompt(self, text: str, images: Sequence[ImageSource] = ()) -> ProcessedPrompt:
+    def prompt(
+        self, text: str, images: Sequence[ImageSource] | ImageSource = ()
+    ) -> ProcessedPrompt:
         """Process a raw prompt, as transformers' ``Idefics2Processor`` does.
 
         Args:
@@ -120,7 +122,7 @@ class Processor:
         return ProcessedPrompt(text, token_ids, self._tiles(images))
 
     def token_prompt(
-        self, token_ids: Sequence[int], images: Sequence[ImageSource] = ()
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> ProcessedPrompt:
         """Take a prompt that is token ids already, image slots written out.
 
@@ -151,7 +153,7 @@ class Processor:
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        images: Sequence[ImageSource] = (),
+        images: Sequence[ImageSource] | ImageSource = (),
         add_generation_prompt: bool = True,
     ) -> ProcessedPrompt:
         """Process a conversation; nothing in its texts or roles becomes a control token.
