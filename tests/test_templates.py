@@ -52,6 +52,8 @@ TOO_LARGE = [
     "{{ 10**(10**10) }}",
     "{{ 2**(10**9) }}",
     GROW % ("3", "ns.x * ns.x"),
+    "{{ ('v' * 900000) | int(base=32) // (('v' * 450000) | int(base=32) + 1) }}",
+    "{{ (2**16000) * (2**16000) * (2**16000) }}",
     # Formats
     "{{ '%1000000000d' % 1 }}",
     "{{ '%.1000000000f' % 1 }}",
@@ -59,7 +61,10 @@ TOO_LARGE = [
     "{{ '%1000000000d' | format(1) }}",
     "{{ '{:1000000000}'.format(1) }}",
     "{{ '{:{}}'.format(1, 10**9) }}",
+    "{{ '{:{}}'.format(1, '1000000000') }}",
+    "{{ '{{{:{}}}}'.format(1, '1000000000') }}",
     "{{ '{0:{w}}'.format_map({'0': 1, 'w': 10**9}) }}",
+    "{{ '{x:{y[0]}}'.format(x=1, y=['1000000000']) }}",
     "{{ ('{0}' * 100000).format('a' * 100000) }}",
     "{{ ('%(a)s' * 100000) % {'a': 'a' * 100000} }}",
     # Methods
@@ -67,11 +72,9 @@ TOO_LARGE = [
     "{{ '\t'.expandtabs(10**9) }}",
     "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
     "{{ ('a' * 100000).replace('', 'b' * 100000) }}",
-    "{{ ('a' * 100000).encode().replace('a'.encode(), ('b' * 100000).encode()) }}",
     "{{ ('a' * 100000).translate({97: 'b' * 100000}) }}",
     "{{ ('a' * 100000).join(['b'] * 100000) }}",
     "{{ ''.join(range(100000) | map('center', 100000)) }}",
-    "{{ (1).to_bytes(10**9, 'big') }}",
     "{{ ('a' * 1000000).strip('b' * 1000000 ~ 'a') }}",
     "{{ ('a' * 900000).rfind('b' ~ 'a' * 500000) }}",
     # Filters
@@ -121,6 +124,10 @@ TOO_LONG = [
     AGAIN % ("range(50000) | list", "'b' in x"),
     AGAIN % ("range(50000) | list", "x[1:] == 0"),
     AGAIN % ("range(50000) | list", "x | select('in', x) | first"),
+    # Keys that have the same hash: those of a dict, and tuples of these two numbers
+    "{{ dict(range(0, 2305843009213693951 * 100000, 2305843009213693951) | batch(2)) }}",
+    "{{ namespace(range(0, 2305843009213693951 * 100000, 2305843009213693951) | batch(2)) }}",
+    "{{ range(0, 2305843009213693951 * 100000, 2305843009213693951) | unique | list | length }}",
     AGAIN % ("'x.' * 100000", "x | wordcount == 0"),
     AGAIN % ("'x.' * 100000", "x | urlencode | first"),
 ]
@@ -177,6 +184,12 @@ print((peak() - before) // 1024)
         ("{% for i in range(10**6) %}{% endfor %}", "OverflowError: Range too big"),
         ("{{ lipsum(n=10**6) }}", "'lipsum' is undefined"),
         ("{{ dict.fromkeys(range(100000), 'a') }}", "no attribute 'fromkeys'"),
+        ("{{ {}.fromkeys(range(100000), 'a') }}", "attribute 'fromkeys' of 'dict' .* unsafe"),
+        ("{{ {1: 2}.keys().isdisjoint([1]) }}", "attribute 'isdisjoint' .* unsafe"),
+        ("{{ {1: 2}.keys() - [1] }}", "the views of a dict are no operands"),
+        ("{{ ('é' * 100000).encode('punycode') }}", "attribute 'encode' of 'str' .* unsafe"),
+        ("{{ (1).to_bytes(10**9, 'big') }}", "attribute 'to_bytes' of 'int' .* unsafe"),
+        ("{{ raise_exception(2**16000) }}", "ValueError"),
         ("{{ ('9' * 100000) | int + 1 // 0 }}", "ZeroDivisionError"),
     ],
 )
@@ -194,6 +207,7 @@ def test_other_ends(source: str, message: str) -> None:
         ("{{ 'a' | bounded value }}", "expected token 'end of print statement'"),
         ("{{ ('<' * 1000000) | striptags }}", "No filter named 'striptags'"),
         ("a" * (MAX_SOURCE + 1), f"at most {MAX_SOURCE} characters"),
+        ("{{a~a}}" * (MAX_SOURCE // 7), "at most 16384 nodes"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
         ("{{ " + "9" * 5000 + " }}", "ValueError"),
         ("{% if 1 %}" * 200 + "{% endif %}" * 200, "SyntaxError|IndentationError"),
@@ -400,10 +414,14 @@ def conversations() -> list[list[dict[str, Any]]]:
     ]
 
 
+@cache
+def special_tokens() -> dict[str, Any]:
+    return dict(LlamaTokenizer.from_pretrained(DATA).special_tokens_map)
+
+
 def theirs(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
-    special = LlamaTokenizer.from_pretrained(DATA).special_tokens_map
     rendered: Any = render_jinja_template(
-        [messages], chat_template=source, add_generation_prompt=generate, **special
+        [messages], chat_template=source, add_generation_prompt=generate, **special_tokens()
     )
     return str(rendered[0][0])
 

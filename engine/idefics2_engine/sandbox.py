@@ -11,11 +11,12 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
+from string import Formatter
 from types import BuiltinMethodType
 from typing import Any, NoReturn
 
@@ -30,7 +31,8 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 0.5  # of one rendering; a conversation takes less than a thousandth
-MAX_SOURCE = 2**18  # characters of a template; the hub's have up to some 30,000
+MAX_SOURCE = 2**16  # characters of a template; the hub's have up to some 30,000
+_MAX_NODES = 2**14  # of its syntax tree, each of which takes some 50 us to compile
 _BASE_SIZE = 2**20  # characters that any value may have
 _SIZE_FACTOR = 16  # and more for each character of the conversation
 _TOTAL_FACTOR = 32  # and as many times this for all values of a rendering together
@@ -74,7 +76,7 @@ class _Budget:
         rest: list[Any] = [value]
         while rest and total <= self.max_size:
             value = rest.pop()
-            if isinstance(value, str | bytes):
+            if isinstance(value, str):
                 total += len(value)
             elif isinstance(value, int):
                 total += value.bit_length() // 8
@@ -164,14 +166,28 @@ def _replaced(budget: _Budget, values: list[Any]) -> float:
 
 
 def _formatted(budget: _Budget, values: list[Any]) -> float:
-    """Bound ``text % values`` and ``text.format(*values)``, widths included."""
-    text, *rest = values
-    text = text.decode("latin-1") if isinstance(text, bytes) else str(text)
-    digits = max((len(digits) for digits in re.findall(r"\d+", text)), default=0)
-    width: float = 10 ** min(digits, 18)
-    if "*" in text or re.search(r"\{[^{}]*\{", text):  # a width among the values
+    """Bound ``text % values``, widths included."""
+    text, *rest = str(values[0]), *values[1:]
+    width = _largest_number(text)
+    if "*" in text:  # a width among the values
         width += _product(budget, [number for value in rest for number in _numbers(value)])
-    return len(text) + (text.count("%") + text.count("{")) * (width + _sum(budget, rest))
+    return len(text) + text.count("%") * (width + _sum(budget, rest))
+
+
+def _braced(budget: _Budget, values: list[Any]) -> float:
+    """Bound ``text.format(*values)``, widths included, but for one that comes from a value."""
+    text, *rest = str(values[0]), *values[1:]
+    try:
+        nested = any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(text))
+    except ValueError:  # which format raises itself
+        return 0
+    fields = text.count("{") * (_largest_number(text) + _sum(budget, rest))
+    return math.inf if nested else len(text) + fields
+
+
+def _largest_number(text: str) -> float:
+    digits: int = max((len(number) for number in re.findall(r"\d+", text)), default=0)
+    return float(10 ** min(digits, 18))
 
 
 def _encoded(budget: _Budget, values: list[Any]) -> float:
@@ -207,9 +223,11 @@ _METHODS = _table(
         "count endswith find get index partition removeprefix removesuffix split startswith",
     ),
     padded=(_padded, "center ljust rjust zfill"),
-    formatted=(_formatted, "format format_map"),
+    braced=(_braced, "format format_map"),
     replaced=(_replaced, "replace"),
 )
+# Bytes, which some codecs take quadratic time for; and what compares many keys at once, which may have the same hash
+_UNSAFE_METHODS = {"encode", "to_bytes", "fromkeys", "isdisjoint"}
 _FILTERS = _table(
     free=(_nothing, "abs attr count d default first last length max min random safe"),
     linear=(
@@ -233,7 +251,7 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, args = args[0], args[1:]
-        attributes = dict(*args, **kwargs)
+        attributes = _make_dict(*args, **kwargs)
         for name in attributes:
             _check_public(name)
         Namespace.__init__(self, attributes)
@@ -360,7 +378,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """
         if len(source) > MAX_SOURCE:
             raise jinja2.TemplateSyntaxError(f"must have at most {MAX_SOURCE} characters", 1)
-        return self.from_string(_Rewrite().visit(self.parse(source)))
+        tree = self.parse(source)
+        if sum(1 for _ in tree.find_all(nodes.Node)) > _MAX_NODES:
+            raise jinja2.TemplateSyntaxError(f"must have at most {_MAX_NODES} nodes", 1)
+        return self.from_string(_Rewrite().visit(tree))
 
     @contextmanager
     def bounds(self, input_size: int) -> Iterator[None]:
@@ -386,15 +407,22 @@ class Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget.get()
         if _is_number(left) and _is_number(right):
             budget.look()
-            if isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
-                bits = left.bit_length()
-                if (bits + right.bit_length() if operator == "*" else bits * right) > _MAX_BITS:
-                    raise TemplateLimitError(f"an integer must have at most {_MAX_BITS} bits")
+            if isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length(), right.bit_length()
+                power = bits[0] * right if operator == "**" else 0
+                if max(sum(bits), power) > _MAX_BITS:
+                    raise TemplateLimitError(f"integers must have at most {_MAX_BITS} bits")
+        elif isinstance(left, Set) or isinstance(right, Set):
+            raise SecurityError("the views of a dict are no operands")
         elif operator == "%":
-            budget.allow(_formatted(budget, [left, right]) if isinstance(left, str | bytes) else 0)
+            budget.allow(_formatted(budget, [left, right]) if isinstance(left, str) else 0)
         else:
             budget.allow((_product if operator == "*" else _sum)(budget, [left, right]))
         return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Tell whether a template may reach ``obj.attr``."""
+        return attr not in _UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Return ``obj[argument]``."""
@@ -458,10 +486,16 @@ def _watch_test(function: Any) -> Any:
     return watched
 
 
-def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+def _make_dict(source: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
+    """Do what ``dict`` does, item by item: keys with the same hash, which are easy to make, take quadratic time."""
+    look = _budget.get().look
+    made = {}
+    for key, value in source.items() if isinstance(source, Mapping) else source:
+        look()
+        made[key] = value
+    return made | kwargs
 
 
 def _raise_exception(message: str) -> NoReturn:
     """Let a template refuse a conversation, by the name that templates on the hub know."""
-    raise jinja2.TemplateError(message)
+    raise jinja2.TemplateError(f"{message!s:.500}")
