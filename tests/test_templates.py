@@ -77,6 +77,12 @@ TOO_LARGE = [
     "{{ ''.join(range(100000) | map('center', 100000)) }}",
     "{{ ('a' * 1000000).strip('b' * 1000000 ~ 'a') }}",
     "{{ ('a' * 900000).rfind('b' ~ 'a' * 500000) }}",
+    "{% autoescape true %}{% set x %}{{ 'a' * 100000 }}{% endset %}{{ x.join(['a'] * 100000) }}"
+    "{% endautoescape %}",
+    "{{ ('{:1000000000}' | safe).format(1) }}",
+    "{{ ('a' | safe).ljust(10**9) }}",
+    "{{ ('a' | safe) * 10**9 }}",
+    "{{ ('%1000000000d' | safe) % 1 }}",
     # Filters
     "{{ 'a' | center(10**9) }}",
     "{{ 'a' | center(1000000000) }}",
@@ -188,6 +194,7 @@ print((peak() - before) // 1024)
         ("{{ {1: 2}.keys().isdisjoint([1]) }}", "attribute 'isdisjoint' .* unsafe"),
         ("{{ {1: 2}.keys() - [1] }}", "the views of a dict are no operands"),
         ("{{ ('é' * 100000).encode('punycode') }}", "attribute 'encode' of 'str' .* unsafe"),
+        ("{{ (('<!---->' * 100000) | safe).striptags() }}", "attribute 'striptags' .* unsafe"),
         ("{{ (1).to_bytes(10**9, 'big') }}", "attribute 'to_bytes' of 'int' .* unsafe"),
         ("{{ raise_exception(2**16000) }}", "ValueError"),
         ("{{ ('9' * 100000) | int + 1 // 0 }}", "ZeroDivisionError"),

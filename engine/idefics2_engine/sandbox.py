@@ -226,8 +226,12 @@ _METHODS = _table(
     braced=(_braced, "format format_map"),
     replaced=(_replaced, "replace"),
 )
-# Bytes, which some codecs take quadratic time for; and what compares many keys at once, which may have the same hash
-_UNSAFE_METHODS = {"encode", "to_bytes", "fromkeys", "isdisjoint"}
+# What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many keys at once, which
+# may all have the same hash
+_UNSAFE_METHODS = {
+    *("encode", "to_bytes", "striptags", "unescape"),
+    *("fromkeys", "isdisjoint"),
+}
 _FILTERS = _table(
     free=(_nothing, "abs attr count d default first last length max min random safe"),
     linear=(
@@ -434,9 +438,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget.get()
         budget.look()
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
-        if isinstance(method, BuiltinMethodType):
+        owner = getattr(method, "__self__", None)
+        if isinstance(method, BuiltinMethodType) or isinstance(owner, str):  # Markup is in Python
             estimate = _METHODS.get(method.__name__, _product)
-            budget.allow(estimate(budget, [method.__self__, *args, *kwargs.values()]))
+            budget.allow(estimate(budget, [owner, *args, *kwargs.values()]))
         result = super().call(__context, __obj, *args, **kwargs)
         budget.allow(budget.size(result))
         return result
