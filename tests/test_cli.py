@@ -161,6 +161,7 @@ class TestErrors:
         [
             (["--max-tokens", "0"], {"code": "sampling"}),
             (["--image", "no/such.png"], {"code": "image"}),
+            (["--image", "\udcff.png"], {"code": "image"}),  # a name in another encoding
             ([], {"code": "prompt_too_long"}),  # by the engine, below
         ],
     )
@@ -280,6 +281,14 @@ class TestChatOverAPipe:
         second = [*first, ("assistant", ANSWER), ("user", "Where?")]
         third = [("user", "/etc?")]
         assert [texts(messages) for messages, _ in FakeLLM.asked] == [first, second, third]
+
+    def test_what_is_no_text_ends_it(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        typed = io.TextIOWrapper(io.BytesIO(b"What?\n\xff\n"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", typed)
+        assert main(["chat"]) == 2
+        assert "standard input: must be text in UTF-8" in capsys.readouterr().err
 
     def test_images_of_the_command_line_go_with_the_first_message(
         self, picture: str, monkeypatch: pytest.MonkeyPatch

@@ -19,8 +19,9 @@ from idefics2_engine.errors import (
 )
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.processor import ProcessedPrompt, Processor
-from idefics2_engine.sampling_params import SamplingParams, shown
+from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
+from idefics2_engine.shown import shown
 from idefics2_kernels import REFERENCE, Ops
 
 Prompt = str | Mapping[str, Any]
@@ -232,11 +233,11 @@ class LLM:
         if unknown or len(given) != 1:
             raise PromptError(
                 "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
-                f"got {sorted(map(str, prompt))}"
+                f"got {shown(sorted(map(str, prompt)))}"
             )
         media = prompt.get("multi_modal_data") or {}
         if not isinstance(media, Mapping) or media.keys() - {"image"}:
-            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {media!r:.200}")
+            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {shown(media)}")
         images = media.get("image", [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if "prompt" in prompt:

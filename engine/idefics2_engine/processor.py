@@ -31,6 +31,7 @@ from idefics2_engine.prompt import (
     check_text,
     expand_image_slots,
 )
+from idefics2_engine.shown import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +132,13 @@ class Processor:
             ImageError: An image cannot be read.
         """
         if isinstance(token_ids, str) or not isinstance(token_ids, Iterable):
-            raise PromptError(f"token_ids: must be a list of ids, got {token_ids!r:.80}")
+            raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
         ids = list(token_ids)
         vocab_size = self.tokenizer.vocab_size
         for index, id in enumerate(ids):
             if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
                 raise PromptError(
-                    f"token_ids[{index}]: must be an id below {vocab_size}, got {id!r}"
+                    f"token_ids[{index}]: must be an id below {vocab_size}, got {shown(id)}"
                 )
         ids = [int(id) for id in ids]
         images = _as_list(images)
@@ -210,7 +211,7 @@ class Processor:
         if self.tokenizer.pad_id is None:
             raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
         if padding_side not in ("left", "right"):
-            raise PromptError(f"padding_side: must be 'left' or 'right', got {padding_side!r}")
+            raise PromptError(f"padding_side: must be 'left' or 'right', got {shown(padding_side)}")
         prompts = [self.prompt(text, own) for text, own in zip(texts, nested, strict=True)]
         shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
         arrays: dict[str, npt.NDArray[Any]] = {

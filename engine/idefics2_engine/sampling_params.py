@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from idefics2_engine.errors import SamplingError
+from idefics2_engine.shown import shown
 
 _LARGEST = 1e6  # far beyond it fp32 logits overflow
 _MOST_ANSWERS = 16384  # to one prompt, as in vLLM: each is a sequence that waits for its turn
@@ -136,15 +137,3 @@ def _integer(name: str, value: object, low: int, high: float = math.inf) -> int:
         bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise SamplingError(f"{name} must be an integer {bounds}, got {shown(value)}")
     return number
-
-
-def shown(value: object) -> str:
-    """Return ``value`` as an error shows it: cut, and an integer too long to be written as its size."""
-    if (
-        isinstance(value, int) and value.bit_length() > 4096
-    ):  # Python refuses to write most of these
-        return f"an integer of {value.bit_length()} bits"
-    try:
-        return f"{value!r:.80}"
-    except ValueError:  # such an integer inside
-        return f"a {type(value).__name__} that cannot be written"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,17 @@ def run(args: argparse.Namespace) -> int:
     if sys.stdin.isatty() and sys.stdout.isatty():
         _talk(chat)
     else:
-        for line in sys.stdin:
+        for line in _lines():
             if not chat.take(line.rstrip("\n")):
                 break
     return 0
+
+
+def _lines() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError:
+        raise PromptError("standard input: must be text in UTF-8") from None
 
 
 def _talk(chat: "_Chat") -> None:

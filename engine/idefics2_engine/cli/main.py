@@ -54,10 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except Idefics2Error as error:
+        message = (
+            str(error).encode(errors="backslashreplace").decode()
+        )  # a file's name may be no text
         if getattr(args, "json", False):  # who reads standard output as JSON gets JSON in any case
-            answer = {"error": {"code": error.code, "message": str(error)}}
-            print(json.dumps(answer, ensure_ascii=False))
-        print(f"idefics2: error: {error}", file=sys.stderr)
+            print(json.dumps({"error": {"code": error.code, "message": message}}))
+        print(f"idefics2: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("idefics2: interrupted", file=sys.stderr)
