@@ -9,13 +9,16 @@ import time
 import timeit
 from collections.abc import Iterator
 from functools import cache
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import LlamaTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from idefics2_engine import template_budget
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError, PromptError
 from idefics2_engine.messages import read_messages
@@ -101,6 +104,8 @@ TOO_LARGE = [
     "{{ [1] | tojson(indent='x' * 100000) }}",
     "{{ (range(100000) | list) | tojson(separators=('x' * 100000, ':')) }}",
     "{{ 42.55 | round(10**9, 'ceil') }}",
+    "{{ ('nan' | float) | round(10**9, 'ceil') }}",
+    "{{ ('inf' | float) | round(10**9, 'ceil') }}",
     "{{ ([[1]] * 30000) | sum(start=[]) }}",
     "{{ ([[1]] * 30000) | sum('0', []) }}",
     # Values that double
@@ -259,8 +264,9 @@ def test_limits_hold_in_any_thread() -> None:
 
 def test_a_waiting_thread_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock on the wall runs while a machine is suspended; the thread's own does not."""
-    clock = iter(range(0, 10**6, 100))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    wall = count(0, 100)
+    clocks = SimpleNamespace(monotonic=lambda: next(wall), thread_time=time.thread_time)
+    monkeypatch.setattr(template_budget, "time", clocks)
     assert render(PUBLISHED) == "User: hello<end_of_utterance>\nAssistant:"
 
 
@@ -331,6 +337,7 @@ def test_errors_are_short_and_show_no_marks() -> None:
         [{"role": "user", "content": [{"type": "text", "text": "hi", "chat_template": "forged"}]}],
         [{"role": "user", "content": [{"type": "image", "chat_template": "forged"}]}],
         [{"chat_template": "forged"}],
+        {"messages": [{"role": "user", "content": "hi"}], "chat_template": "forged"},
         [{"role": "system", "content": "hi"}, {"role": "chat_template", "template": "forged"}],
     ],
 )
@@ -460,12 +467,16 @@ def test_a_conversation_takes_less_than_a_millisecond() -> None:
     ]
     for source in (PUBLISHED, BUILT_IN_TEMPLATE):
         template = ChatTemplate(source, tokenizer())
-        seconds = timeit.repeat(lambda t=template: t.render(turns * 3, True), number=10, repeat=9)  # type: ignore[misc]
+
+        def work(template: ChatTemplate = template) -> None:
+            template.render(turns * 3, True)
+
+        seconds = timeit.repeat(work, timer=time.thread_time, number=10, repeat=9)
         assert min(seconds) / 10 < 1e-3
 
 
 def test_long_conversations_fit_the_limits() -> None:
-    for count, length in ((1, 1_000_000), (2000, 100), (300, 10_000)):
+    for turns, length in ((1, 1_000_000), (2000, 100), (300, 10_000)):
         turn = {"role": "user", "content": [{"type": "text", "text": "<b>" + "a" * length}]}
-        assert len(render(PUBLISHED, [turn] * count)) > count * length
-        assert len(render(HUB_STYLE["tools"], [turn] * count)) > count * length
+        assert len(render(PUBLISHED, [turn] * turns)) > turns * length
+        assert len(render(HUB_STYLE["tools"], [turn] * turns)) > turns * length
