@@ -44,10 +44,7 @@ MAX_SOURCE = 2**16  # characters of a template; the hub's have up to some 30,000
 _MAX_NODES = 2**14  # of its syntax tree, each of which takes some 50 us to compile
 # What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many keys at once, which
 # may all have the same hash
-_UNSAFE_METHODS = {
-    *("encode", "to_bytes", "striptags", "unescape"),
-    *("fromkeys", "isdisjoint"),
-}
+_UNSAFE_METHODS = {"encode", "to_bytes", "striptags", "unescape", "fromkeys", "isdisjoint"}
 
 
 class _Namespace(Namespace):
@@ -260,15 +257,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         if indent is None:
             return encoder.encode(value)
-        return self.concat(
-            encoder.iterencode(value)
-        )  # piece by piece: deep values are mostly indent
+        # Piece by piece: of deep values most is indent
+        return self.concat(encoder.iterencode(value))
 
 
 def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[..., Any]:
-    skipped = int(
-        hasattr(function, "jinja_pass_arg")
-    )  # the context or environment, before the operands
+    # Before the operands some filters get the context or the environment
+    skipped = int(hasattr(function, "jinja_pass_arg"))
 
     @wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
