@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, ImageError
+from idefics2_engine.json_file import read_json
 
 ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 """What ``load_image`` reads."""

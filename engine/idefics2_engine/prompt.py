@@ -17,8 +17,8 @@ import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.json_file import read_json
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
