@@ -16,15 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from idefics2_engine.adapter import Adapter
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.model import Idefics2
-from idefics2_engine.safetensors_file import StoredTensor
+from idefics2_engine.safetensors_file import FLOATS, StoredTensor
 from idefics2_engine.weight_files import INDEX, SINGLE, find_weights, listing
 from idefics2_kernels import REFERENCE, Ops
-
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types that weights may be stored in, in safetensors' spelling."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +178,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
+    adapter: Path | str | None = None,
     check_finite: bool = False,
 ) -> Idefics2:
     """Build the model of ``folder`` on ``device`` in ``dtype``.
@@ -192,10 +191,11 @@ def load_checkpoint(
         ops: Filling of the operations to run on.
         device: Where the parameters go.
         dtype: What they become, rounded once.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge.
         check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
 
     Raises:
-        ConfigError: ``config.json`` is missing or wrong.
+        ConfigError: ``config.json`` is missing or wrong, or the adapter's.
         CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is not expected, or with
             ``check_finite`` holds a value that is no number.
     """
@@ -206,6 +206,9 @@ def load_checkpoint(
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # saved by some writers although it is the embedding
     _check_fit(folder, places, stored)
+    changes = (
+        None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
+    )
     model = Idefics2(config, ops, device, dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -214,7 +217,9 @@ def load_checkpoint(
         for source, tensor in _read(stored.values()):
             place = places[source.name]
             if check_finite:
-                _check_finite(source, tensor, "")
+                _check_finite(source, tensor)
+            if changes is not None:
+                tensor = changes.merge(source.name, tensor, dtype, model.device)
             rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
             rows.copy_(tensor.view(rows.shape))
             if check_finite:
@@ -258,7 +263,24 @@ def _read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tenso
             raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from None
 
 
-def _check_finite(source: StoredTensor, values: Tensor, where: str) -> None:
+def _load_adapter(
+    folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
+) -> Adapter:
+    """Read the adapter in ``folder`` and check that it fits."""
+    adapter = Adapter.load(folder)
+    tied = ("model.text_model.embed_tokens.weight", "lm_head.weight")
+    if config.tie_word_embeddings and adapter.changed.keys() & set(tied):
+        raise CheckpointError(
+            f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
+        )
+    adapter.check({name: place.shape for name, place in places.items()})
+    if check_finite:
+        for name, tensor in adapter.values.items():
+            _check_finite(adapter.stored[name], tensor)
+    return adapter
+
+
+def _check_finite(source: StoredTensor, values: Tensor, where: str = "") -> None:
     """Refuse NaN and infinity among ``values``, naming the first and how many there are."""
     bad = ~torch.isfinite(values)
     count = int(bad.count_nonzero())

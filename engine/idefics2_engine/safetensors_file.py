@@ -21,6 +21,8 @@ _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that weights may be stored in."""
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,16 @@ def _check_present(folder: Path, names: set[str]) -> None:
         )
 
 
+def pickles(folder: Path) -> list[str]:
+    """Return the names of files in ``folder`` that are pickles: they are never read, because they can run code."""
+    return sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+
+
 def _nothing(folder: Path) -> str:
     message = f"{folder}: holds neither {SINGLE} nor {INDEX}"
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
+    if found := pickles(folder):
         message += (
-            f", only pickles ({listing(pickles)}), which are refused because they can run code when they are read: "
+            f", only pickles ({listing(found)}), which are refused because they can run code when they are read: "
             "convert them to safetensors where you trust them"
         )
     return message
