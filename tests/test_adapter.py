@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from idefics2_engine.adapter import Adapter, AdapterConfig
+from idefics2_engine.adapter import Adapter
+from idefics2_engine.adapter_config import AdapterConfig
 from idefics2_engine.batch import TextBatch
 from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
 from idefics2_engine.errors import CheckpointError, ConfigError
