@@ -28,15 +28,18 @@ FILES = sorted(
 )
 # The host's side of the engine: tested in milliseconds, because nothing here waits for torch.
 HOST_ONLY = {
+    "adapter_config",
     "config",
     "demo",
     "errors",
+    "hub",
     "json_file",
     "pages",
     "safetensors_file",
     "sampling_params",
     "scheduler",
     "sequence",
+    "verify",
     "weight_files",
 }
 
