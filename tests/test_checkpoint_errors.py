@@ -1,11 +1,14 @@
 """Checkpoints that are broken, in every way that was thought of: each is refused by name, before anything is allocated."""
 
+import copy
 import json
 import os
 import pickle
 import random
 import struct
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,16 @@ from safetensors.torch import load_file, save_file
 
 import idefics2_engine.checkpoint
 from idefics2_engine.checkpoint import load_checkpoint
-from idefics2_engine.config import ModelConfig
+from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.images import ImageConfig
 from idefics2_engine.model import Idefics2
+from idefics2_engine.prompt import ChatTemplate, Tokenizer
 from idefics2_engine.safetensors_file import read_header
 from oracle import CASES, build_oracle, save_oracle
 
 CONFIG: dict[str, Any] = json.loads(CASES[0].config().to_json_string())
+DEMO = Path(__file__).parents[1] / "examples" / "demo"
 KEY_PROJ = "model.text_model.layers.0.self_attn.k_proj.weight"
 
 
@@ -52,6 +58,11 @@ def shards(tmp_path: Path, pristine: dict[str, torch.Tensor]) -> Path:
         save_file({name: pristine[name] for name in names[i::4]}, tmp_path / file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return tmp_path
+
+
+@cache
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.load(DEMO)
 
 
 def refusal(folder: Path, **options: Any) -> str:
@@ -330,6 +341,19 @@ class TestShards:
         model = load_checkpoint(shards)
         assert torch.equal(model.lm_head[:99], changed["lm_head.weight"])
 
+    def test_names_are_safe_to_print(self, shards: Path) -> None:
+        last = sorted(shards.glob("model-*"))[-1]
+        names = ("\x1b[2J", "a\nb", "x" * 1000)
+        save_file(load_file(last) | {name: torch.zeros(1) for name in names}, last)
+        weight_map = dict.fromkeys(names, last.name)
+        index = shards / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        index.write_text(json.dumps({"weight_map": content["weight_map"] | weight_map}))
+        said = refusal(shards)
+        assert r"tensors are not part of this model: '\x1b[2J', 'a\nb', 'xxx" in said
+        assert said.isprintable()
+        assert len(said) < 1000
+
 
 class TestCode:
     """Nothing in a checkpoint's folder is ever run."""
@@ -508,3 +532,49 @@ class TestConfig:
         (tmp_path / "config.json").mkdir()
         with pytest.raises(ConfigError, match="must be a file"):
             ModelConfig.load(tmp_path)
+
+
+class TestAnything:
+    """Whatever stands anywhere in a JSON file, no other error comes out than ``ConfigError``."""
+
+    ODD: tuple[Any, ...] = (
+        None, True, False, 0, -1, 1, 2**40, 10**400, 1.5, float("nan"), float("inf"), "", "x",
+        [], [1], ["a"], [None], [[]], [[5]], [{}], {}, {"a": 1}, {"content": 3},
+    )  # fmt: skip
+    READERS: dict[str, Callable[[Path], object]] = {  # noqa: RUF012
+        "config": ModelConfig.load,
+        "generation_config": GenerationConfig.load,
+        "preprocessor_config": ImageConfig.load,
+        "processor_config": lambda folder: ChatTemplate.load(folder, demo_tokenizer()),
+        "tokenizer_config": Tokenizer.load,
+    }
+
+    def places(self, value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        yield place
+        if isinstance(value, (dict, list)):
+            for key in value if isinstance(value, dict) else range(len(value)):
+                yield from self.places(value[key], (*place, key))
+
+    @pytest.mark.parametrize("name", READERS)
+    def test_odd_values(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "tokenizer.json").symlink_to(DEMO / "tokenizer.json")  # the small one
+        content = json.loads((DEMO / f"{name}.json").read_text())
+        content |= {"chat_template": "{{ x }}"} if name == "processor_config" else {}
+        read = longest = 0
+        for place in self.places(content):
+            if "added_tokens_decoder" in place[:1]:
+                continue  # not read: tokenizer.json says the same
+            for odd in self.ODD if len(place) > 0 else ([], None, "x"):
+                changed = {"": copy.deepcopy(content)}
+                inner: Any = changed
+                for key in ("", *place)[:-1]:
+                    inner = inner[key]
+                inner[("", *place)[-1]] = odd
+                (tmp_path / f"{name}.json").write_text(json.dumps(changed[""]))
+                try:
+                    self.READERS[name](tmp_path)
+                    read += 1
+                except ConfigError as error:
+                    longest = max(longest, len(str(error)))
+        assert read > 10
+        assert 0 < longest < 1000

@@ -228,8 +228,11 @@ class TestErrors:
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-        with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor"):
+        with pytest.raises(CheckpointError) as caught:
             find_model("org/name@v1")
+        assert "model org/name@v1: its repository is not whole: " in str(caught.value)
+        assert "holds neither model.safetensors nor" in str(caught.value)
+        assert "(pickled weights are not downloaded)" in str(caught.value)
         assert asked == {
             "repo": "org/name",
             "revision": "v1",

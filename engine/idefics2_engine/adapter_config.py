@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.json_file import Section, read_json, shown
+from idefics2_engine.json_file import Section, printable, read_json, shown
 from idefics2_engine.weight_files import ADAPTER_CONFIG
 
 _Value = TypeVar("_Value")
@@ -85,7 +85,7 @@ class AdapterConfig:
                 key not in _SILENT | _READ and value
             ):  # as null, false and {} they are the plain kind
                 raise ConfigError(
-                    f"{path}: {key:.80} is not supported, only plain LoRA is, got {shown(value)}"
+                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {shown(value)}"
                 )
         ranks = section.section("rank_pattern")
         alphas = section.section("alpha_pattern")

@@ -21,7 +21,7 @@ _MOST_LAYERS = 1024  # 32
 _MOST_HEADS = 1024  # 32
 _MOST_PIXELS = 1 << 14  # 980 a side
 _MOST_WIDTH = 1 << 20  # 14336
-_MOST_TOKENS = 1 << 22  # 32003 in the vocabulary, 32768 positions
+_MOST_TOKENS = 1 << 20  # 32003 in the vocabulary, 32768 positions
 
 
 @dataclass(frozen=True)

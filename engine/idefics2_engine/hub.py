@@ -119,7 +119,12 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
         folder = snapshot()
     except Exception as error:  # its network library's errors are of many kinds
         raise _explained(kind, named, error) from error
-    kind.check(folder)
+    try:
+        kind.check(folder)
+    except Idefics2Error as error:
+        raise type(error)(
+            f"{kind.name} {named}: its repository is not whole: {error} (pickled weights are not downloaded)"
+        ) from None
     return folder
 
 

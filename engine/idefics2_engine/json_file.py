@@ -126,6 +126,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def printable(text: str) -> str:
+    """Return a name from a file as it is if a terminal can bear it, else as Python writes it, cut short."""
+    return text if text.isprintable() and len(text) <= 200 else f"{text!r:.200}"
+
+
 class _RepeatedKeyError(Exception):
     """A key stands twice in an object: readers differ in which of them counts."""
 

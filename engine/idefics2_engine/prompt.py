@@ -18,7 +18,7 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.json_file import read_json
+from idefics2_engine.json_file import read_json, shown
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
@@ -158,10 +158,12 @@ class Tokenizer:
         token = settings.get(key)
         if isinstance(token, Mapping):  # with flags, as older releases of transformers save it
             token = token.get("content")
-        if token is not None and token not in self._special:
+        if token is None:
+            return None
+        if not isinstance(token, str) or token not in self._special:
             raise ConfigError(
                 f"tokenizer_config.json: {key} must be a special token of tokenizer.json, "
-                f"got {token!r}"
+                f"got {shown(token)}"
             )
         return token
 
@@ -325,7 +327,8 @@ def _find_template(folder: Path) -> str | None:
             raise ConfigError(f"{jinja_file}: cannot be read: {error}") from None
     found = found or in_json("tokenizer_config.json")
     if isinstance(found, list):  # several templates by name
-        found = {entry.get("name"): entry.get("template") for entry in found}
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = {str(entry.get("name")): entry.get("template") for entry in entries}
     if isinstance(found, dict):
         found = found.get("default")
     if found is not None and not isinstance(found, str):

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from idefics2_engine.errors import CheckpointError
-from idefics2_engine.json_file import read_json, shown
+from idefics2_engine.json_file import printable, read_json, shown
 from idefics2_engine.safetensors_file import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
@@ -56,7 +56,7 @@ def weight_paths(folder: Path) -> list[Path]:
 
 def listing(names: Collection[str], most: int = 3) -> str:
     """Write out ``names``, but not more than ``most``."""
-    first = ", ".join(f"{name:.200}" for name in list(names)[:most])
+    first = ", ".join(printable(name) for name in list(names)[:most])
     return f"{first} and {len(names) - most} more" if len(names) > most else first
 
 
