@@ -1,5 +1,6 @@
 """Checkpoints that are broken, in every way that was thought of: each is refused by name, before anything is allocated."""
 
+import contextlib
 import copy
 import json
 import os
@@ -578,3 +579,22 @@ class TestAnything:
                     longest = max(longest, len(str(error)))
         assert read > 10
         assert 0 < longest < 1000
+
+    def test_odd_tokenizers(self) -> None:
+        content = json.loads((DEMO / "tokenizer.json").read_text())
+        settings = json.loads((DEMO / "tokenizer_config.json").read_text())
+        small = {key: content[key] for key in ("normalizer", "decoder", "post_processor")}
+        added = {"added_tokens": content["added_tokens"][:2]}
+        top = [(key,) for key in content]
+        read = 0
+        for place in [*top, *self.places(small), *self.places(added)]:
+            for odd in self.ODD if place else ():
+                changed = copy.deepcopy(content)
+                inner: Any = changed
+                for key in place[:-1]:
+                    inner = inner[key]
+                inner[place[-1]] = odd
+                with contextlib.suppress(ConfigError):
+                    Tokenizer(changed, settings).encode("Hello <image> world")
+                    read += 1
+        assert read > 10

@@ -58,7 +58,7 @@ class Tokenizer:
             if token.special
         }
         starts = "".join(sorted({token[0] for token in self._special}))
-        self._starts = re.compile(f"[{re.escape(starts)}]")
+        self._starts = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
         self.bos = self._named(settings, "bos_token")
         self.eos = self._named(settings, "eos_token")
         self.pad = self._named(settings, "pad_token")
@@ -292,7 +292,12 @@ def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> s
 def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Build the tokenizer with a normalizer in front that deletes marks."""
     added = []
-    for token in description.get("added_tokens") or []:
+    tokens = description.get("added_tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
+        raise ConfigError(
+            f"tokenizer.json: added_tokens must be a list of objects, got {shown(tokens)}"
+        )
+    for token in tokens:
         if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):
             # A normalized token is looked for after the normalizer, where marks are gone
             token = {**token, "special": True, "normalized": False}
@@ -308,9 +313,15 @@ def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
         "truncation": None,
     }
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(marked))
-    except Exception as error:  # the library raises no narrower class
-        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error}") from None
+        built = tokenizers.Tokenizer.from_str(json.dumps(marked))
+        built.encode("")  # the post_processor is looked into no sooner
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises no narrower class, and its panics are no Exception
+        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error!s:.300}") from None
+    return built
 
 
 def _find_template(folder: Path) -> str | None:
