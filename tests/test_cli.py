@@ -146,6 +146,8 @@ class TestErrors:
             (["generate", "--prompt", "x", "--model", "no/such/folder"], "no such folder"),
             (["generate", "--prompt", "x", "--model", "no/such@"], "no such folder"),
             (["generate", "--prompt", "x", "--model", __file__], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "o" * 5000], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "~nosuchuser"], "no such folder"),
             (["generate", "--prompt", "x", "--adapter", "nosuch"], "--adapter: no such folder"),
             (["chat", "--image", "no/such.png"], "no/such.png"),
         ],

@@ -74,7 +74,7 @@ class TestNames:
         [
             "", ".../x", "nosuch", "no/such/folder", "/no/such", "../name", "org/..", "./org/name", "org/name@",
             "org/name@../../x", "org/name@/x", "org/name@a b", "org/name@-x", "org/na me", "org/name\n", "-org/name",
-            "org/name\0", "org@main/name", "https://huggingface.co/org/name", "o" * 200 + "/name",
+            "org/name\0", "org@main/name", "https://huggingface.co/org/name", "o" * 200 + "/name", "o" * 5000, "~nosuchuser/x",
         ],
     )  # fmt: skip
     def test_neither_folder_nor_id(self, name: str, cache: Path) -> None:

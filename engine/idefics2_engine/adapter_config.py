@@ -81,9 +81,8 @@ class AdapterConfig:
         section.require("bias", "none")
         section.require("init_lora_weights", *_INITS)
         for key, value in values.items():
-            if (
-                key not in _SILENT | _READ and value
-            ):  # as null, false and {} they are the plain kind
+            # as null, false and {} they mean the plain kind
+            if key not in _SILENT | _READ and value:
                 raise ConfigError(
                     f"{path}: {printable(key)} is not supported, only plain LoRA is, got {shown(value)}"
                 )

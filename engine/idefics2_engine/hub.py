@@ -4,6 +4,7 @@ The only file that knows ``huggingface_hub``, which is imported when a name is n
 ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …) hold here.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,8 +58,10 @@ def _is_revision(text: str) -> bool:
 
 
 def _find(kind: _Kind, name: str | Path, revision: str | None) -> Path:
-    folder = Path(name).expanduser()
-    if str(name) and folder.is_dir():
+    folder = Path(
+        os.path.expanduser(name)
+    )  # pathlib's raises on an unknown ~user, its is_dir on a long name
+    if str(name) and os.path.isdir(folder):
         if revision is not None:
             raise ConfigError(
                 f"revision is for models on the hub, got {revision!r:.80} for the folder {str(folder)!r}"

@@ -71,9 +71,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
     """Read the header of a file of ``size`` bytes."""
     start = opened.read(512)
-    if (
-        start[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{"
-    ):  # with it, nothing but a length can stand before
+    if start[_LENGTH_BYTES:][:1] != b"{":  # before one, any eight bytes may be a length
         _check_foreign(file, start)
     if size < _LENGTH_BYTES:
         raise CheckpointError(

@@ -30,10 +30,10 @@ def read_image(name: str) -> "Image":
 def _folder_or_hub_id(text: str) -> Path | str:
     from idefics2_engine.hub import is_hub_id
 
-    path = Path(os.path.expanduser(text))
-    if text and path.is_dir():
-        return path
-    if is_hub_id(text) and not path.exists():
+    path = os.path.expanduser(text)
+    if text and os.path.isdir(path):
+        return Path(path)
+    if is_hub_id(text) and not os.path.exists(path):
         return text
     raise argparse.ArgumentTypeError(
         f"no such folder, and no hub id (org/name or org/name@revision): {text!r}"
