@@ -1,14 +1,17 @@
 """The checkpoints that there are: chat models, the base model, fine-tunes with another vocabulary or a tied head."""
 
+import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import CheckpointError, ConfigError, PromptError
 from oracle import random_image
 from tiny_checkpoint import edit_json, write_checkpoint
 
@@ -103,3 +106,38 @@ def test_a_config_that_was_not_resized_with_the_weights(tmp_path: Path) -> None:
 def test_a_tied_head(tmp_path: Path) -> None:
     llm = answer(tmp_path, write_checkpoint(tmp_path, tied=True))
     assert llm.model.lm_head is llm.model.text.embedding
+
+
+def test_an_adapter_answers_as_peft_s_model(tmp_path: Path) -> None:
+    oracle = write_checkpoint(tmp_path / "base")
+    plain = LLM(tmp_path / "base", device="cpu").generate("The chicken sits on", GREEDY)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained: Any = peft.get_peft_model(
+            oracle, peft.LoraConfig(r=4, target_modules="all-linear")
+        )
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_(std=0.3)
+        trained.save_pretrained(str(tmp_path / "lora"))
+    llm = answer(tmp_path / "base", trained, adapter=tmp_path / "lora", check_finite=True)
+    changed = llm.generate("The chicken sits on", GREEDY)[0]
+    assert changed.outputs[0].token_ids != plain.outputs[0].token_ids
+
+
+def test_an_adapter_is_verified_too(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (lora / name).write_bytes(b"{}")
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "SHA256SUMS").write_text(f"{digest}  model.safetensors\n")
+    LLM(tmp_path, device="cpu", verify=True)
+    with pytest.raises(CheckpointError) as caught:
+        LLM(tmp_path, device="cpu", adapter=lora, verify=True)
+    assert f"{lora / 'adapter_model.safetensors'}: has no checksum" in str(caught.value)
+    (lora / "SHA256SUMS").write_text(f"{'0' * 64}  adapter_model.safetensors\n")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: checksum must be 0000"):
+        LLM(tmp_path, device="cpu", adapter=lora, verify=True)
