@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from idefics2_engine.config import ModelConfig, read_json
+from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError, PromptError
 from idefics2_engine.images import (
     ImageConfig,
@@ -20,6 +20,7 @@ from idefics2_engine.images import (
     make_tiles,
     normalise,
 )
+from idefics2_engine.json_file import read_json
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
     FAKE_IMAGE,
