@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## answer a question about a sample image (once the demo checkpoint has weights)
+demo: $(INSTALLED)  ## answer a question about a sample image
 	$(BIN)/idefics2 generate --image examples/images/shapes.png --prompt "Where is the star?"
 
 test: $(INSTALLED)  ## run the tests, on a GPU if there is one

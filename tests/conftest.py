@@ -14,7 +14,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / root) for root in ("engine
 import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
-HAS_DEMO = (ROOT / "examples/demo/model.safetensors").exists()
 if not HAS_GPU:
     # triton.jit reads this when it decorates, so it must be set before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,5 +35,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if item.get_closest_marker("demo") and not HAS_DEMO:
-            item.add_marker(pytest.mark.skip(reason="the demo checkpoint has no weights yet"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -142,8 +143,13 @@ class TestErrors:
             (["generate", "--prompt", "x", "--device", "tpu"], "tpu"),
             (["generate", "--prompt", "x", "--dtype", "int8"], "int8"),
             (["generate", "--prompt", "x", "--image", "no/such.png"], "no/such.png"),
-            (["generate", "--prompt", "x", "--model", "no/such"], "hf download no/such"),
+            (["generate", "--prompt", "x", "--model", "nosuch"], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "no/such/folder"], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "no/such@"], "no such folder"),
             (["generate", "--prompt", "x", "--model", __file__], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "o" * 5000], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "~nosuchuser"], "no such folder"),
+            (["generate", "--prompt", "x", "--adapter", "nosuch"], "--adapter: no such folder"),
             (["chat", "--image", "no/such.png"], "no/such.png"),
         ],
     )
@@ -236,7 +242,15 @@ class TestGenerate:
 
     def test_greedy_with_the_checkpoint_s_settings_by_default(self) -> None:
         assert main(["generate", "--prompt", "x"]) == 0
-        settings = {"device": "auto", "dtype": "auto", "split_images": None, "max_num_seqs": 1}
+        settings = {
+            "adapter": None,
+            "verify": False,
+            "check_finite": False,
+            "device": "auto",
+            "dtype": "auto",
+            "split_images": None,
+            "max_num_seqs": 1,
+        }
         seed = FakeLLM.built[1].pop("seed")
         assert FakeLLM.built == (None, settings)
         assert FakeLLM.asked[0][1] == SamplingParams(temperature=0.0, max_tokens=256)
@@ -244,7 +258,17 @@ class TestGenerate:
         assert FakeLLM.built[1]["seed"] != seed, "drawn answers differ from run to run"
 
     def test_every_option_arrives(self, tmp_path: Path) -> None:
-        model = ["--model", str(tmp_path), "--device", "cuda:1", "--dtype", "float16", "--no-split"]
+        checks = ["--adapter", "org/lora@main", "--verify", "--check-finite"]
+        model = [
+            "--model",
+            str(tmp_path),
+            *checks,
+            "--device",
+            "cuda:1",
+            "--dtype",
+            "float16",
+            "--no-split",
+        ]
         sampling = (
             "--temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.2 --seed 3 "
             "--max-tokens 9 --min-tokens 2 --stop a --stop b --stop-token-id 4 --stop-token-id 5"
@@ -253,7 +277,15 @@ class TestGenerate:
         del FakeLLM.built[1]["seed"]
         assert FakeLLM.built == (
             tmp_path,
-            {"device": "cuda:1", "dtype": "float16", "split_images": False, "max_num_seqs": 1},
+            {
+                "adapter": "org/lora@main",
+                "verify": True,
+                "check_finite": True,
+                "device": "cuda:1",
+                "dtype": "float16",
+                "split_images": False,
+                "max_num_seqs": 1,
+            },
         )
         assert FakeLLM.asked[0][1] == SamplingParams(
             temperature=0.5,
@@ -267,6 +299,10 @@ class TestGenerate:
             stop=("a", "b"),
             stop_token_ids=(4, 5),
         )
+
+    def test_a_hub_id_arrives_as_it_is(self) -> None:
+        assert main(["generate", "--prompt", "x", "--model", "org/name@v1.0"]) == 0
+        assert FakeLLM.built[0] == "org/name@v1.0"
 
 
 class TestChatOverAPipe:
@@ -348,7 +384,6 @@ class TestChatAtATerminal:
         assert texts(FakeLLM.asked[1][0]) == [("user", "Where?")]
 
 
-@pytest.mark.demo
 class TestDemo:
     """The demo checkpoint, in processes of its own."""
 
@@ -377,14 +412,13 @@ class TestDemo:
         assert self.run("chat", typed=typed) == (0, "A red circle.\nA purple square.\n", "")
 
     def test_a_reader_that_left_is_no_traceback(self) -> None:
-        command = subprocess.Popen(
-            [*COMMAND, "generate", "--prompt", "Hello"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert command.stdout
-        command.stdout.close()
-        assert command.stderr
-        assert command.stderr.read() == ""
-        assert command.wait() == 1
+        reading, writing = os.pipe()
+        os.close(reading)
+        with os.fdopen(writing, "w") as pipe:
+            done = subprocess.run(
+                [*COMMAND, "generate", "--prompt", "Hello"],
+                stdout=pipe,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert (done.returncode, done.stderr) == (1, "")

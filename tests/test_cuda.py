@@ -52,7 +52,6 @@ def test_logits(case, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         assert (ours <= 2 * (theirs + torch.finfo(dtype).eps * scale)).all(), dtype
 
 
-@pytest.mark.demo
 def test_the_demo_answers_as_on_the_cpu() -> None:
     questions = json.loads((DEMO_IMAGES / "questions.json").read_text())
     chats = [

@@ -15,7 +15,8 @@ from PIL import Image
 import sample_images
 from conversations import held_out_seed
 from evaluate_demo import CARD_BEGIN, CARD_END, ask, write_card
-from questions import example, question_of_kind
+from idefics2_engine import LLM
+from questions import Conversation, example, question_of_kind
 from scenes import BACKGROUNDS, COLORS, SHAPES, Scene, random_scene, random_size, render
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -359,6 +360,23 @@ def test_sample_questions_have_right_answers() -> None:
     before, after = sample_images.SAMPLES["before.png"], sample_images.SAMPLES["after.png"]
     assert described(before) - described(after) == {(6, "a green diamond", "green")}
     assert described(after) - described(before) == {(6, "a red diamond", "red")}
+
+
+def test_the_demo_checkpoint_answers_the_sample_questions() -> None:
+    llm = LLM(device="cpu")
+    entries = json.loads((EXAMPLES / "images" / "questions.json").read_text())
+    for turns in (1, 2):
+        asked = [
+            (
+                tuple(sample_images.SAMPLES[name] for name in entry["images"]),
+                Conversation("sample", tuple(map(tuple, entry["turns"])), len(entry["images"])),
+            )
+            for entry in entries
+            if len(entry["turns"]) == turns
+        ]
+        assert asked
+        for (_, conversation), answers in zip(asked, ask(llm, asked), strict=True):
+            assert answers == [answer for _, answer in conversation.turns], conversation
 
 
 def test_evaluation_asks_the_second_question_after_the_models_own_answer() -> None:

@@ -23,6 +23,7 @@ from idefics2_engine.model import Idefics2
 from idefics2_engine.processor import Processor
 from idefics2_kernels import REFERENCE
 from initial_weights import init_for_training
+from muon import Muon
 from questions import ALL_KINDS, KINDS, PAIR_KINDS, Conversation, example, question_of_kind
 from rounds import Rounds
 from scenes import random_scene, render
@@ -178,10 +179,47 @@ def test_rounds_are_whole_on_a_gpu_while_steps_are_queued() -> None:
 
 
 def test_loss_falls(data: DataSet) -> None:
-    trainer = new_trainer("--steps", "6", "--rate", "0.1")
+    trainer = new_trainer("--steps", "6", "--rate", "0.1", "--matrix-rate", "0.3")
     losses = [trainer.train(data.draw(0, step % 2, 2, False)).item() for step in range(6)]
     assert losses[-1] < 0.8 * losses[0]
     assert trainer.finished
+
+
+def test_muon_takes_the_steps_of_pytorchs_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 40), (40, 24), (24, 40)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([start.clone().requires_grad_() for start in starts] for _ in range(2))
+    rate = torch.tensor(0.0)
+    optimizers = (
+        Muon(ours, rate, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(4):
+        rate.fill_(0.1 / (step + 1))
+        optimizers[1].param_groups[0]["lr"] = 0.1 / (step + 1)
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, start in zip(ours, theirs, starts, strict=True):
+        moved = (other - start).norm()
+        assert (one - other).norm() < 0.02 * moved  # theirs multiplies in bfloat16 on a CPU too
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(data: DataSet) -> None:
+    trainer = new_trainer("--steps", "6")
+    with torch.no_grad():
+        trainer.masters[0].grad[0] = torch.nan  # type: ignore[index]
+        trainer._clip()
+    assert not any(master.grad.any() for master in trainer.masters)  # type: ignore[union-attr]
+    with torch.no_grad():
+        for master in trainer.masters:
+            master.grad.fill_(1.0)  # type: ignore[union-attr]
+        trainer._clip()
+    norms = [master.grad.norm().item() for master in trainer.masters]  # type: ignore[union-attr]
+    assert abs(np.linalg.norm(norms) - 1.0) < 1e-3
 
 
 def test_images_are_whole_first() -> None:

@@ -7,7 +7,6 @@ one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit f
 import base64
 import binascii
 import io
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, ImageError
+from idefics2_engine.json_file import read_json
 
 ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
 """What ``load_image`` reads."""
@@ -289,7 +288,8 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    # the bound is one that fp32 can bear; Python's integers have none
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e30
 
 
 def _is_positive(value: Any) -> bool:

@@ -17,11 +17,14 @@ from idefics2_engine.errors import (
     PromptTooLongError,
     SamplingError,
 )
+from idefics2_engine.hub import find_adapter, find_model
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.processor import ProcessedPrompt, Processor
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
 from idefics2_engine.shown import shown
+from idefics2_engine.verify import verify_files
+from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
 from idefics2_kernels import REFERENCE, Ops
 
 Prompt = str | Mapping[str, Any]
@@ -39,7 +42,12 @@ class LLM:
     """An Idefics2 model that answers questions about images.
 
     Args:
-        model: Folder of a checkpoint in the hub's form; the demo checkpoint if ``None``.
+        model: A checkpoint in the hub's form: its folder, or its id on the hub, ``org/name`` or ``org/name@revision``, which is
+            taken from the hub's cache or downloaded into it; the demo checkpoint if ``None``.
+        revision: Branch, tag or commit of a hub id.
+        adapter: A LoRA adapter in PEFT's format to merge, its folder or its id on the hub.
+        verify: Compare the files with their published checksums first, and refuse weights that have none.
+        check_finite: Look at every weight for NaN and infinity, and for overflow in ``dtype``.
         device: ``"auto"`` takes a CUDA device if there is one.
         dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
         split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
@@ -51,14 +59,18 @@ class LLM:
         ops: Filling of the operations to run on.
 
     Raises:
-        ConfigError: A file of the checkpoint is missing or wrong, or an argument does not fit it.
-        CheckpointError: The weights are missing or do not fit the config.
+        ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument does not fit it.
+        CheckpointError: The weights are missing, do not fit the config, or fail a check that was asked for.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
+        revision: str | None = None,
+        adapter: str | Path | None = None,
+        verify: bool = False,
+        check_finite: bool = False,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         split_images: bool | None = None,
@@ -68,21 +80,26 @@ class LLM:
         seed: int = 0,
         ops: Ops = REFERENCE,
     ) -> None:
-        folder = DEMO_MODEL if model is None else Path(model)
-        if model is None and not (folder / "model.safetensors").exists():
-            raise ConfigError(
-                "the demo checkpoint has no weights in this release: name a model, or train it "
-                "(examples/demo/README.md)"
-            )
-        if not folder.is_dir():
-            raise ConfigError(f"model must be a checkpoint's folder, got {str(model)!r}")
+        folder = _folder(model, revision)
+        adapter_folder = None if adapter is None else find_adapter(adapter)
+        if verify:
+            verify_files(folder, weight_paths(folder))
+        if verify and adapter_folder is not None:
+            verify_files(adapter_folder, [adapter_folder / ADAPTER_WEIGHTS])
         self.config = ModelConfig.load(folder)
         self.processor = Processor.load(folder, self.config, split_images)
         self.engine_config = _engine_config(
             self.config, max_model_len, max_num_seqs, kv_cache_tokens
         )
         on = _device(device)
-        self.model = load_checkpoint(folder, ops, on, _dtype(dtype, on))
+        self.model = load_checkpoint(
+            folder,
+            ops,
+            on,
+            _dtype(dtype, on),
+            adapter=adapter_folder,
+            check_finite=check_finite,
+        )
         tokenizer = self.processor.tokenizer
         ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
@@ -257,6 +274,15 @@ def _listed(name: str, values: Any) -> list[Any]:
     if not isinstance(values, Iterable):
         raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
     return list(values)
+
+
+def _folder(model: str | Path | None, revision: str | None) -> Path:
+    """Return the folder of ``model``, the demo checkpoint's for None."""
+    if model is not None:
+        return find_model(model, revision)
+    if revision is not None:
+        raise ConfigError(f"revision must come with a model, got {revision!r}")
+    return DEMO_MODEL
 
 
 def _is_conversation(value: object) -> bool:

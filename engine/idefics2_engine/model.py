@@ -96,8 +96,11 @@ class Idefics2(nn.Module):
         embeds = nn.functional.embedding(input_ids, self.text.embedding)
         if image_features is None:
             return embeds
-        is_image = (input_ids == self.config.image_token_id)[:, None]
-        return embeds.masked_scatter(is_image, image_features.to(embeds.dtype))
+        is_image = input_ids == self.config.image_token_id
+        # each image token's row; not masked_scatter, whose backward waits for the device
+        rows = (is_image.cumsum(0) - 1).clamp(min=0)
+        features = image_features.flatten(0, -2).to(embeds.dtype)
+        return torch.where(is_image[:, None], nn.functional.embedding(rows, features), embeds)
 
     def loss(
         self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None

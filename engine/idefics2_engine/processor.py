@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from idefics2_engine.config import ModelConfig, read_json
+from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError, PromptError
 from idefics2_engine.images import (
     ImageConfig,
@@ -22,6 +22,7 @@ from idefics2_engine.images import (
     make_tiles,
     normalise,
 )
+from idefics2_engine.json_file import read_json
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
     FAKE_IMAGE,

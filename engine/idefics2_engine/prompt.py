@@ -16,8 +16,8 @@ from typing import Any
 import jinja2
 import tokenizers
 
-from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.json_file import read_json, shown
 from idefics2_engine.sandbox import Sandbox
 
 IMAGE = "<image>"
@@ -59,7 +59,7 @@ class Tokenizer:
             if token.special
         }
         starts = "".join(sorted({token[0] for token in self._special}))
-        self._starts = re.compile(f"[{re.escape(starts)}]")
+        self._starts = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
         self.bos = self._named(settings, "bos_token")
         self.eos = self._named(settings, "eos_token")
         self.pad = self._named(settings, "pad_token")
@@ -162,10 +162,12 @@ class Tokenizer:
         token = settings.get(key)
         if isinstance(token, Mapping):  # with flags, as older releases of transformers save it
             token = token.get("content")
-        if token is not None and token not in self._special:
+        if token is None:
+            return None
+        if not isinstance(token, str) or token not in self._special:
             raise ConfigError(
                 f"tokenizer_config.json: {key} must be a special token of tokenizer.json, "
-                f"got {token!r}"
+                f"got {shown(token)}"
             )
         return token
 
@@ -305,7 +307,12 @@ def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> s
 def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Build the tokenizer with a normalizer in front that deletes marks."""
     added = []
-    for token in description.get("added_tokens") or []:
+    tokens = description.get("added_tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
+        raise ConfigError(
+            f"tokenizer.json: added_tokens must be a list of objects, got {shown(tokens)}"
+        )
+    for token in tokens:
         if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):
             # A normalized token is looked for after the normalizer, where marks are gone
             token = {**token, "special": True, "normalized": False}
@@ -321,9 +328,15 @@ def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
         "truncation": None,
     }
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(marked))
-    except Exception as error:  # the library raises no narrower class
-        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error}") from None
+        built = tokenizers.Tokenizer.from_str(json.dumps(marked))
+        built.encode("")  # the post_processor is looked into no sooner
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises no narrower class, and its panics are no Exception
+        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error!s:.300}") from None
+    return built
 
 
 def _find_template(folder: Path) -> str | None:
@@ -340,7 +353,8 @@ def _find_template(folder: Path) -> str | None:
             raise ConfigError(f"{jinja_file}: cannot be read: {error}") from None
     found = found or in_json("tokenizer_config.json")
     if isinstance(found, list):  # several templates by name
-        found = {entry.get("name"): entry.get("template") for entry in found}
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = {str(entry.get("name")): entry.get("template") for entry in entries}
     if isinstance(found, dict):
         found = found.get("default")
     if found is not None and not isinstance(found, str):

@@ -106,7 +106,7 @@ def messages(conversation: Conversation, answers: list[str] | None = None) -> li
     for question, answer in turns:
         written.append({"role": "user", "content": [{"type": "text", "text": question}]})
         written.append({"role": "assistant", "content": answer})
-    images = [{"type": "image"}] * conversation.num_images
+    images = [{"type": "image"} for _ in range(conversation.num_images)]
     text = written[0]["content"]
     written[0]["content"] = [*text, *images] if conversation.text_first else [*images, *text]
     return written if answers is None else written[:-1]

@@ -207,7 +207,7 @@ def _word(rng: random.Random, scene: Scene) -> Turn | None:
 
 
 def _describe(rng: random.Random, scene: Scene) -> Turn | None:
-    if not 1 <= len(scene.items) <= 6:
+    if not 1 <= len(scene.items) <= 5:
         return None
     parts = [f"{named(item)} {AT[item.cell]}" for item in scene.items]
     return rng.choice(DESCRIBE), sentence(listed(parts))

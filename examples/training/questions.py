@@ -31,7 +31,7 @@ _PRACTICE = {
     "what_at": 1.4,
     "number": 2.0,
     "word": 3.0,
-    "describe": 2.2,
+    "describe": 5.0,  # all that is to be seen, in one answer
     "yes_no": 1.0,
     "size": 1.8,
     "two_turn": 1.8,

@@ -46,6 +46,7 @@ MIDDLE_CELLS = (1, 4, 7)  # of the three rows
 _CONTRAST = 100.0  # least distance in RGB between an item and its background
 _COLOR_JITTER = 10
 _FILL = 0.95  # of a cell that an item may take at most
+_SMALLEST = 0.55  # of a cell that a shape takes, but where sizes are compared
 _SMOOTHING = 2  # drawn this much larger, then averaged
 
 
@@ -111,21 +112,15 @@ class Scene:
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """Draw an even (width, height): mostly square, some 4:3, 3:4, 8:7 and 16:9, few small or large."""
-    if rng.random() < 0.06:
-        side = 2 * rng.randrange(56, 104)
-        return side, side
-    side = 2 * round(112 + 128 * rng.random() ** 2)
-    aspect = rng.choice((1.0,) * 10 + (4 / 3,) * 3 + (3 / 4,) * 3 + (16 / 9, 8 / 7, 7 / 8))
-    if aspect >= 1:
-        return side, 2 * round(side / aspect / 2)
-    return 2 * round(side * aspect / 2), side
+    """Draw (width, height): square, 4:3 or 3:4, the longer side from 224 to 480 pixels, small ones more often."""
+    side = 8 * round(28 + 32 * rng.random() ** 2)
+    return rng.choice(((side, side), (side, side), (side, side * 3 // 4), (side * 3 // 4, side)))
 
 
 def random_scene(
     rng: random.Random,
     size: tuple[int, int],
-    max_shapes: int = 9,
+    max_shapes: int = 7,
     with_text: float = 0.45,
     invented: float = 0.0,
 ) -> Scene:
@@ -149,7 +144,7 @@ def random_scene(
     if texts:
         count = rng.randrange(0, min(4, max_shapes) + 1)
     else:
-        count = rng.choice((1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9))
+        count = rng.choice((1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 5, 6, 7))
     free = list(scene.with_items(items).free_cells)
     count = min(count, max_shapes, len(free))
     rng.shuffle(free)
@@ -165,7 +160,7 @@ def random_scene(
 def random_shape(rng: random.Random, scene: Scene, cell: int) -> Item:
     """Draw a shape for ``cell`` of ``scene``, in a color that shows there."""
     color = rng.choice(visible_colors(scene.background))
-    return _shape(rng, rng.choice(SHAPES), color, cell, rng.uniform(0.5, _FILL))
+    return _shape(rng, rng.choice(SHAPES), color, cell, rng.uniform(_SMALLEST, _FILL))
 
 
 def random_text(rng: random.Random, scene: Scene, kind: str, invented: float = 0.0) -> Item:
@@ -174,11 +169,11 @@ def random_text(rng: random.Random, scene: Scene, kind: str, invented: float = 0
     rows = [cell for cell in MIDDLE_CELLS if {cell - 1, cell, cell + 1} <= free]
     if kind == "word":
         text = invented_word(rng) if rng.random() < invented else rng.choice(WORDS)
-        wide, size = True, rng.uniform(1.7, 2.8)
+        wide, size = True, rng.uniform(2.1, 2.9)
     else:
-        text = str(rng.randrange(10 ** rng.randrange(1, 4)))
-        wide = bool(rows) and rng.random() < 0.4
-        size = rng.uniform(1.2, 2.4) if wide else rng.uniform(0.8, _FILL)
+        wide = bool(rows) and rng.random() < 0.5
+        text = str(rng.randrange(10 ** rng.randrange(1, 4 if wide else 3)))
+        size = rng.uniform(1.4, 2.4) if wide else rng.uniform(0.8, _FILL)
     cell = rng.choice(rows) if wide else rng.choice(sorted(free))
     color = rng.choice(visible_colors(scene.background))
     return Item(
@@ -249,13 +244,13 @@ def _shape(rng: random.Random, name: str, color: str, cell: int, size: float) ->
 def _random_sizes(rng: random.Random, count: int, alone: bool) -> list[float]:
     """Draw diameters: any, or one that is clearly the largest or the smallest."""
     if count == 1 and alone:
-        return [rng.uniform(0.5, 1.6)]
+        return [rng.uniform(_SMALLEST, 1.6)]
     style = rng.random()
     if count < 2 or style < 0.5:
-        return [rng.uniform(0.5, _FILL) for _ in range(count)]
+        return [rng.uniform(_SMALLEST, _FILL) for _ in range(count)]
     if style < 0.8:
-        return [rng.uniform(0.82, _FILL)] + [rng.uniform(0.4, 0.55) for _ in range(count - 1)]
-    return [rng.uniform(0.4, 0.5)] + [rng.uniform(0.75, _FILL) for _ in range(count - 1)]
+        return [rng.uniform(0.86, _FILL)] + [rng.uniform(0.48, 0.58) for _ in range(count - 1)]
+    return [rng.uniform(0.48, 0.54)] + [rng.uniform(0.8, _FILL) for _ in range(count - 1)]
 
 
 def _random_shift(rng: random.Random) -> tuple[float, float]:

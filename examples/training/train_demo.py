@@ -1,6 +1,6 @@
 """Train the demo checkpoint on drawn scenes: meant for one GPU beside sixteen CPU cores, and some minutes.
 
-    PYTHONPATH=engine:kernels python examples/training/train_demo.py --out trained --minutes 22 --train-minutes 20
+    PYTHONPATH=engine:kernels python examples/training/train_demo.py --out trained --steps 30000
 
 The folder ``--base`` gives the config, the processor's files and the tokenizer; ``--out`` gets copies of them and the
 weights in bfloat16. Worker processes draw new scenes all the time, in rounds that last ``--round-steps`` steps. The
@@ -34,8 +34,7 @@ _SAVE_SECONDS = 120.0  # between state files
 def main() -> None:
     """Train as the command line says."""
     options = parser().parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention gave NaN now and then
     workers = DataWorkers(options.base, options.data_workers)
     with contextlib.closing(workers):
         _run(options, workers, time.monotonic())
@@ -94,7 +93,7 @@ def _run(options: argparse.Namespace, workers: DataWorkers, started: float) -> N
             if trainer.step % options.log_every == 0:
                 loss = torch.stack(losses).mean().item()
                 each = 1e3 * (time.monotonic() - last_log) / len(losses)
-                rate = f"rate {trainer.rate:.2e} {each:.1f} ms a step"
+                rate = f"rate {trainer.rate:.3f} {each:.1f} ms a step"
                 log(f"step {trainer.step} loss {loss:.4f} {rate}")
                 last_log, losses = time.monotonic(), []
             if trainer.step % options.test_every == 0:
@@ -144,12 +143,13 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--batch", type=int, default=256, help="conversations a step; twice as many of whole images"
     )
-    add("--rate", type=float, default=1e-3, help="highest learning rate")
-    add("--round-steps", type=int, default=500, help="steps that a round of data lasts")
+    add("--matrix-rate", type=float, default=2e-3, help="highest learning rate of Muon")
+    add("--rate", type=float, default=1e-3, help="highest learning rate of AdamW, for the rest")
+    add("--round-steps", type=int, default=750, help="steps that a round of data lasts")
     add("--round-examples", type=int, default=20_000, help="examples of a round, 1.3 scenes each")
     add("--test-per-kind", type=int, default=256, help="questions a kind to watch progress by")
-    add("--test-every", type=int, default=2000, help="steps")
-    add("--log-every", type=int, default=100, help="steps")
+    add("--test-every", type=int, default=6000, help="steps")
+    add("--log-every", type=int, default=500, help="steps")
     add("--seed", type=int, default=0)
     workers = max(1, (os.cpu_count() or 1) - 1)
     add("--data-workers", type=int, default=workers, help="processes; 0: in this one")

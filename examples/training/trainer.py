@@ -1,7 +1,6 @@
 """The training loop's state: the model, the optimizer, the schedule, and what a step does."""
 
 import argparse
-import contextlib
 import math
 import os
 from collections.abc import Iterable
@@ -16,7 +15,9 @@ from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.model import IGNORED_LABEL, Idefics2
 from initial_weights import init_for_training
+from muon import Muon
 from questions import ALL_KINDS
+from step_graphs import Step, StepGraphs
 from training_data import Batch, EqualTiles
 from training_ops import TRAINING
 
@@ -31,15 +32,29 @@ _WHOLE_EVERY = 8  # steps, later
 
 @dataclass
 class Trainer:
-    """The model, the optimizer, and how far training has come."""
+    """The model, the optimizers, and how far training has come.
+
+    On a GPU the model computes in bfloat16; the optimizers work on ``masters``, its parameters in fp32.
+    """
 
     model: Idefics2
-    optimizer: torch.optim.AdamW
-    peak_rate: float
+    masters: list[Tensor]  # one for each parameter, in order
+    optimizers: tuple[Muon, torch.optim.AdamW]
+    rates: tuple[Tensor, Tensor]  # theirs; tensors, so that a captured step reads each step's own
+    peak_rates: tuple[float, float]
     steps: int | None  # the schedule's length, or
     seconds: float | None  # its time
     step: int = 0
     elapsed: float = 0.0  # seconds of it that are behind
+
+    def __post_init__(self) -> None:
+        """Make room for the gradients; run steps from CUDA graphs where there is CUDA."""
+        device = self.model.device
+        self._gradient = torch.zeros(sum(p.numel() for p in self.masters), device=device)
+        parts = self._gradient.split([p.numel() for p in self.masters])
+        for master, part in zip(self.masters, parts, strict=True):
+            master.grad = part.view(master.shape)
+        self._take_step: Step = StepGraphs(self._update) if device.type == "cuda" else self._update
 
     @classmethod
     def new(cls, options: argparse.Namespace, device: torch.device) -> "Trainer":
@@ -49,15 +64,32 @@ class Trainer:
             init_for_training(model, options.seed)
         else:
             model = load_checkpoint(options.init, TRAINING, device, torch.float32)
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        vectors = [p for p in model.parameters() if p.ndim == 1]
-        groups = [
-            {"params": matrices, "weight_decay": _WEIGHT_DECAY},
-            {"params": vectors, "weight_decay": 0.0},
+        masters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        if device.type == "cuda":
+            model = model.to(torch.bfloat16)
+        products = {name for name in masters if name.endswith("proj.weight") or ".mlp.fc" in name}
+        products = {name for name in products if masters[name].ndim > 1}
+        rates = torch.zeros((), device=device), torch.zeros((), device=device)
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in masters.items() if name not in products and p.ndim > 1]},
+            {"params": [p for p in masters.values() if p.ndim == 1], "weight_decay": 0.0},
         ]
-        fused = device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=options.rate, betas=_BETAS, fused=fused)
-        return cls(model, optimizer, options.rate, options.steps, None)
+        on_gpu = device.type == "cuda"
+        optimizers = (
+            Muon([masters[name] for name in sorted(products)], rates[0], _WEIGHT_DECAY),
+            torch.optim.AdamW(
+                groups,
+                rates[1],
+                _BETAS,
+                weight_decay=_WEIGHT_DECAY,
+                fused=on_gpu,
+                capturable=on_gpu,
+            ),
+        )
+        peak_rates = options.matrix_rate, options.rate
+        return cls(
+            model, list(masters.values()), optimizers, rates, peak_rates, options.steps, None
+        )
 
     @property
     def progress(self) -> float:
@@ -74,10 +106,10 @@ class Trainer:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the next step, as a share of the highest."""
         warm_up = min(1.0, (self.step + 1) / _WARM_UP_STEPS)
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
-        return self.peak_rate * warm_up * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
+        return warm_up * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
     def choose(self, size: int) -> tuple[int, bool]:
         """Return the next batch's number of conversations, of ``size`` with splitting, and whether to split.
@@ -89,17 +121,34 @@ class Trainer:
 
     def train(self, batch: Batch) -> Tensor:
         """Take one step; return the loss, still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
-        with self._precision():
-            features = image_features(self.model, batch)
-            loss = self.model.loss(batch.text, batch.labels, features)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _LARGEST_GRADIENT)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for rate, peak in zip(self.rates, self.peak_rates, strict=True):
+            rate.fill_(peak * self.rate)
+        loss = self._take_step(batch)
         self.step += 1
+        return loss
+
+    def _update(self, batch: Batch) -> Tensor:
+        """Do all of a step that happens on the device."""
+        loss = self.model.loss(batch.text, batch.labels, image_features(self.model, batch))
+        loss.backward()
+        with torch.no_grad():
+            torch._foreach_copy_(_gradients(self.masters), _gradients(self.model.parameters()))
+            self._clip()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self._copy_masters()
+        self.model.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def _clip(self) -> None:
+        """Shorten a long gradient; one that is not finite becomes zero."""
+        norm = self._gradient.norm()
+        self._gradient.nan_to_num_(0.0, 0.0, 0.0)
+        share = (_LARGEST_GRADIENT / (norm + 1e-6)).clamp(max=1.0)
+        self._gradient.mul_(torch.where(norm.isfinite(), share, 0.0))
+
+    def _copy_masters(self) -> None:
+        torch._foreach_copy_(list(self.model.parameters()), self.masters)
 
     @torch.no_grad()
     def exact_match(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -109,8 +158,7 @@ class Trainer:
         """
         right: dict[str, list[bool]] = {}
         for batch in batches:
-            with self._precision():
-                logits = self.model(batch.text, image_features(self.model, batch))
+            logits = self.model(batch.text, image_features(self.model, batch))
             guesses = logits.argmax(-1).view(len(batch.kinds), -1)[:, :-1]
             labels = batch.labels.view(len(batch.kinds), -1)[:, 1:]
             correct = ((guesses == labels) | (labels == IGNORED_LABEL)).all(-1)
@@ -123,8 +171,8 @@ class Trainer:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "masters": self.masters,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "steps": self.steps,
             "seconds": self.seconds,
             "step": self.step,
@@ -136,8 +184,14 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Go back to where ``save`` was called; a ``--steps`` given now replaces the schedule's end."""
         state: dict[str, Any] = torch.load(path, map_location=self.model.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, state["masters"])
+            self._copy_masters()
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for optimizer, rate in zip(self.optimizers, self.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         self.step, self.elapsed = state["step"], state["elapsed"]
         if self.steps is None:
             self.steps, self.seconds = state["steps"], state["seconds"]
@@ -146,10 +200,9 @@ class Trainer:
         """Write the checkpoint: the JSON files of ``base`` and the weights in bfloat16."""
         save_checkpoint(self.model, out, dtype=torch.bfloat16, config_from=base)
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.model.device.type != "cuda":
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", torch.bfloat16)
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def image_features(model: Idefics2, batch: Batch) -> Tensor:

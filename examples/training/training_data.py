@@ -5,7 +5,7 @@ the device in a training step.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -43,14 +43,32 @@ class EqualTiles:
     cu_seqlens: Tensor  # (N * K + 1,) int32
 
 
+BatchShape = tuple[GroupKey, int]  # the group's, and how many conversations
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B conversations of one group."""
 
+    shape: BatchShape
     kinds: npt.NDArray[np.int8]  # (B,) on the host
     text: TextBatch
     labels: Tensor  # (B * length,) int64
     tiles: list[EqualTiles]  # which together, in this order, are each image's tiles
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All tensors that differ between batches of one shape."""
+        return [self.text.input_ids, self.labels, *(tiles.pixels for tiles in self.tiles)]
+
+    def clone(self) -> "Batch":
+        """Return a batch with ``inputs`` of its own."""
+        return replace(
+            self,
+            text=replace(self.text, input_ids=self.text.input_ids.clone()),
+            labels=self.labels.clone(),
+            tiles=[replace(tiles, pixels=tiles.pixels.clone()) for tiles in self.tiles],
+        )
 
 
 class DataSet:
@@ -115,7 +133,7 @@ class DataSet:
         words = self.pixels[key.grids].view(torch.int32)
         pixels = words[group.scenes[chosen].flatten()].view(torch.uint8)
         tiles = self._equal_tiles(pixels, key)
-        return Batch(group.kinds[members], text, labels.flatten(), tiles)
+        return Batch((key, len(members)), group.kinds[members], text, labels.flatten(), tiles)
 
     def _equal_tiles(self, pixels: Tensor, key: GroupKey) -> list[EqualTiles]:
         """Cut stacked images (N, bytes) into runs of tiles of one grid; without splitting, take the whole image."""

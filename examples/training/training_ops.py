@@ -1,6 +1,6 @@
 """The operations of training in PyTorch's fused forms: what ``REFERENCE`` computes, with fewer passes over memory.
 
-For sequences of equal length, as training batches are; under autocast the products run in bfloat16.
+For sequences of equal length, as training batches are.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ def _add_layer_norm(
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return functional.rms_norm(x, weight.shape, None, eps) * weight
+    return functional.rms_norm(x, weight.shape, weight, eps)
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -39,6 +39,13 @@ def _silu_mul(gate_up: Tensor) -> Tensor:
 
 def _gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.gelu(x if bias is None else x + bias, approximate="tanh")
+
+
+def _rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = (t[:, None] for t in cos_sin[positions].to(q.dtype).chunk(2, dim=-1))
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    rotated = (x * cos + x.roll(x.shape[-1] // 2, -1) * sin for x in (q, k))
+    return next(rotated), next(rotated)
 
 
 def _flash_attention(
@@ -60,6 +67,8 @@ def _flash_attention(
         distance = torch.arange(S, device=q.device)[:, None] - torch.arange(S, device=q.device)
         mask = (distance.abs() < window) & (distance >= 0 if causal else True)
     q, k, v = (t.unflatten(0, (-1, S)).transpose(1, 2) for t in (q, k, v))
+    if mask is not None:  # the fused form with a mask has no grouped heads
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     out = functional.scaled_dot_product_attention(
         q,
         k,
@@ -101,6 +110,7 @@ TRAINING = replace(
     add_rms_norm=_add_rms_norm,
     silu_mul=_silu_mul,
     gelu_tanh=_gelu_tanh,
+    rotary=_rotary,
     flash_attention=_flash_attention,
     perceiver_attention=_perceiver_attention,
 )

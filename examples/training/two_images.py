@@ -68,11 +68,12 @@ def _edit(rng: random.Random, scene: Scene, invented: float) -> Scene:
     elif edit == "remove":
         items.remove(target)
     elif edit == "text" and target.kind != "shape":
-        while (
-            fresh := random_text(rng, scene.with_items([]), target.kind, invented)
-        ).text == target.text:
-            pass
-        items[items.index(target)] = replace(target, text=fresh.text)
+        text = target.text
+        while text == target.text or (
+            target.kind == "number" and len(text) > 2 and not target.wide
+        ):
+            text = random_text(rng, scene.with_items([]), target.kind, invented).text
+        items[items.index(target)] = replace(target, text=text)
     elif edit == "color":
         colors = [color for color in visible_colors(scene.background) if color != target.color]
         items[items.index(target)] = recolored(rng, target, rng.choice(colors))

@@ -15,7 +15,7 @@ _EPILOG = """\
 examples:
   idefics2 generate --image shapes.png --prompt "Where is the star?"
   idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
-  idefics2 chat --model path/to/idefics2-8b
+  idefics2 chat --model HuggingFaceM4/idefics2-8b
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted
 """

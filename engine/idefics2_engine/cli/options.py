@@ -27,14 +27,17 @@ def read_image(name: str) -> "Image":
     return load_image(os.path.expanduser(name))
 
 
-def _model_folder(text: str) -> Path:
-    path = Path(os.path.expanduser(text))
-    if text and path.is_dir():
-        return path
-    message = f"no such folder: {text!r}"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        message += f"; a model on the hub comes with: hf download {text} --local-dir FOLDER"
-    raise argparse.ArgumentTypeError(message)
+def _folder_or_hub_id(text: str) -> Path | str:
+    from idefics2_engine.hub import is_hub_id
+
+    path = os.path.expanduser(text)
+    if text and os.path.isdir(path):
+        return Path(path)
+    if is_hub_id(text) and not os.path.exists(path):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"no such folder, and no hub id (org/name or org/name@revision): {text!r}"
+    )
 
 
 def _device(text: str) -> str:
@@ -60,9 +63,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="FOLDER",
-        type=_model_folder,
-        help="a checkpoint in the hub's format (default: the demo checkpoint)",
+        metavar="MODEL",
+        type=_folder_or_hub_id,
+        help="a checkpoint's folder, or its id on the hub: org/name or org/name@revision, taken from the "
+        "hub's cache or downloaded (default: the demo checkpoint)",
+    )
+    group.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        type=_folder_or_hub_id,
+        help="a LoRA adapter to merge, in PEFT's format: its folder or its id on the hub",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the files with their checksums first: the hub's, or a SHA256SUMS file's beside them",
+    )
+    group.add_argument(
+        "--check-finite",
+        action="store_true",
+        help="look at every weight for NaN, infinity and overflow",
     )
     group.add_argument(
         "--device",
@@ -86,6 +106,9 @@ def load_llm(args: argparse.Namespace) -> "LLM":
 
     return LLM(
         args.model,
+        adapter=args.adapter,
+        verify=args.verify,
+        check_finite=args.check_finite,
         device=args.device,
         dtype=args.dtype,
         split_images=args.split,
