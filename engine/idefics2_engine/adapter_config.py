@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.json_file import Section, printable, read_json, shown
+from idefics2_engine.json_file import Section, printable, read_json
+from idefics2_engine.shown import shown
 from idefics2_engine.weight_files import ADAPTER_CONFIG
 
 _Value = TypeVar("_Value")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.json_file import Section, read_json, shown
+from idefics2_engine.json_file import Section, read_json
+from idefics2_engine.shown import shown
 
 PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows

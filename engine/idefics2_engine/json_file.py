@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.shown import shown
 
 _MOST_BYTES = 1 << 26  # 64 MiB; the largest there is, a tokenizer, has 4
 
@@ -118,12 +119,6 @@ class Section:
     def error(self, key: str, wanted: str, got: object) -> ConfigError:
         """Make the error that names the place, what it must be and what it is."""
         return ConfigError(f"{self.name}: {key} must be {wanted}, got {shown(got)}")
-
-
-def shown(value: object) -> str:
-    """Return ``value`` as Python writes it, cut short: a file may hold megabytes where a number belongs."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def printable(text: str) -> str:

@@ -17,8 +17,9 @@ import jinja2
 import tokenizers
 
 from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.json_file import read_json, shown
+from idefics2_engine.json_file import read_json
 from idefics2_engine.sandbox import Sandbox
+from idefics2_engine.shown import shown
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings

@@ -4,8 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from idefics2_engine.errors import CheckpointError
-from idefics2_engine.json_file import printable, read_json, shown
+from idefics2_engine.json_file import printable, read_json
 from idefics2_engine.safetensors_file import StoredTensor, read_header
+from idefics2_engine.shown import shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
