@@ -7,8 +7,7 @@ refused before memory is taken for it, without touching Pillow's own limit, whic
 
 import io
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import (
@@ -23,8 +22,9 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
-from idefics2_engine.errors import ImageError, ImageWarning
+from idefics2_engine.errors import ImageError
 from idefics2_engine.image_policy import ImagePolicy, upright_rgb
+from idefics2_engine.pillow_errors import reading
 
 _MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole picture
 
@@ -81,21 +81,6 @@ def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
         raise ImageError(f"{name}: must have pixels, got {width} x {height}")
     if width * height > max_pixels:
         raise ImageError(f"{name}: must have at most {max_pixels} pixels, got {width} x {height}")
-
-
-@contextmanager
-def reading(message: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into ``ImageError(message)``.
-
-    Pillow's plugins raise errors of a dozen kinds on damaged files, and some of their messages hold
-    addresses in memory, so neither class nor text gets out.
-    """
-    try:
-        yield
-    except (ImageError, ImageWarning):
-        raise
-    except Exception:
-        raise ImageError(message) from None
 
 
 def _format(data: bytes) -> _Format | None:

@@ -21,7 +21,7 @@ class ImagePolicy(StrEnum):
     """How to read a picture that can be read in several ways."""
 
     PARITY = "parity"
-    """As transformers' processor: alpha dropped, 16 bits saturate, the first frame without a word."""
+    """As transformers' processor: alpha channels dropped, 16 bits saturate, the first frame without a word."""
     CORRECT = "correct"
     """As a viewer would show it: alpha on white, 16 bits and floats scaled, a warning for more frames."""
     STRICT = "strict"
@@ -48,7 +48,9 @@ def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Ima
         ImageError: The policy refuses the picture. What Pillow raises comes through as it is.
     """
     if policy is ImagePolicy.PARITY:
-        return _rgb(_upright(image))
+        rgb = _rgb(_upright(image))
+        # Alpha is gone, but a transparent colour is still known, and transformers' second step sees it
+        return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
     several = getattr(image, "is_animated", False)  # before loading: it moves between frames
     if policy is ImagePolicy.STRICT:
         _refuse_doubtful(image, several, name)
@@ -123,8 +125,10 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
         grey = scale_16_bits(values)
         grey[values == image.info.get("transparency")] = 255
         return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        straight = image.convert(_STRAIGHT.get(image.mode, image.mode)).convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, straight).convert("RGB")
-    return _rgb(image)
+    return _on_white(image) if image.has_transparency_data else _rgb(image)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    straight = image.convert(_STRAIGHT.get(image.mode, image.mode)).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, straight).convert("RGB")

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from idefics2_engine.decode import check_size, decode, reading
+from idefics2_engine.decode import check_size, decode
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.fetch import FetchRules, Network, fetch
 from idefics2_engine.image_policy import ImagePolicy, upright_rgb
+from idefics2_engine.pillow_errors import reading
 from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_array
 
 if TYPE_CHECKING:
