@@ -72,7 +72,11 @@ def sixteen_bits_rgb() -> bytes:
 
 
 def png_file(
-    width: int, height: int, compressed: bytes, bits: int = 8, more: tuple[bytes, bytes] | None = None
+    width: int,
+    height: int,
+    compressed: bytes,
+    bits: int = 8,
+    more: tuple[bytes, bytes] | None = None,
 ) -> bytes:
     """Return an RGB PNG written by hand, with one more chunk (name, body) before the pixels."""
     header = width.to_bytes(4) + height.to_bytes(4) + bytes([bits, 2, 0, 0, 0])

@@ -9,6 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_utils import load_image as transformers_load_image
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
+from idefics2_engine.image_policy import ImagePolicy
+from idefics2_engine.images import ImageConfig, make_tiles, normalise
+from idefics2_engine.media import ImageSource, MediaConfig, load_image
 from pictures import (
     FORMATS,
     MODES,
@@ -20,13 +27,6 @@ from pictures import (
     sixteen_bits_rgb,
     transparent_palette,
 )
-from transformers.image_utils import load_image as transformers_load_image
-from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
-
-from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
-from idefics2_engine.image_policy import ImagePolicy
-from idefics2_engine.images import ImageConfig, make_tiles, normalise
-from idefics2_engine.media import ImageSource, MediaConfig, load_image
 
 DATA = Path(__file__).parent / "data" / "idefics2-8b"
 PARITY = MediaConfig(image_policy=ImagePolicy.PARITY)
