@@ -1,5 +1,6 @@
 """Files from outside: damaged, forged, oversized and foreign ones; each is an image or an ImageError."""
 
+import contextlib
 import io
 import random
 import struct
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_utils import load_image as transformers_load_image
 
 from idefics2_engine.decode import decode
 from idefics2_engine.errors import ImageError
@@ -101,6 +103,18 @@ def test_flipped_bytes() -> None:
         for policy in (PARITY, CORRECT):
             outcomes[attempt(data, policy) is not None] += 1
     assert min(outcomes.values()) > 100  # both happen, or the flips are no test
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")  # of theirs; ours lets none out
+def test_flipped_bytes_are_read_as_by_transformers_or_refused_by_both() -> None:
+    for name, data in flips():
+        wanted = None
+        with contextlib.suppress(Exception):
+            wanted = np.array(transformers_load_image(Image.open(io.BytesIO(data))))
+        got = attempt(data)
+        assert (got is None) == (wanted is None), name
+        if got is not None:
+            np.testing.assert_array_equal(np.array(got), wanted, name)
 
 
 def test_strict_takes_no_more_than_parity() -> None:

@@ -47,7 +47,7 @@ def opened(source: bytes | Image.Image) -> Any:
 
 def as_transformers(source: bytes | Image.Image) -> Any:
     """What ``Idefics2Processor`` makes of an image before it splits and resizes."""
-    theirs = Idefics2ImageProcessorPil()
+    theirs: Any = Idefics2ImageProcessorPil()
     return theirs.convert_to_rgb(transformers_load_image(opened(source)))
 
 
@@ -147,7 +147,9 @@ def test_correct_shows_alpha_on_white(mode: str) -> None:
     wanted = alpha * values[:, :, :3] + (1 - alpha) * 255
     assert np.abs(pixels(image, CORRECT) - wanted).max() <= 1
     if mode in ("RGBA", "LA", "PA"):  # and in the very arithmetic of transformers' image processor
-        theirs = Idefics2ImageProcessorPil(do_resize=False, do_rescale=False, do_normalize=False)
+        theirs: Any = Idefics2ImageProcessorPil(
+            do_resize=False, do_rescale=False, do_normalize=False
+        )
         whole = theirs([[image]], return_tensors="np").pixel_values[0, 0].transpose(1, 2, 0)
         np.testing.assert_array_equal(pixels(image, CORRECT), whole)
 

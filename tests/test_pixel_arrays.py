@@ -55,7 +55,8 @@ def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: 
     if kind == "tensor" and name == "strided":
         array = array[:, ::-1]  # torch has no negative strides
     source: Any = torch.from_numpy(array) if kind == "tensor" else array
-    wanted = Idefics2ImageProcessorPil(do_image_splitting=split)([[source]], return_tensors="np")
+    oracle: Any = Idefics2ImageProcessorPil(do_image_splitting=split)
+    wanted = oracle([[source]], return_tensors="np")
     config = ImageConfig(980, 378, split, 2, 1 / 255, HALF, HALF)
     tiles = make_tiles(load_image(source), config, 14, 70)
     for tile, pixels in zip(tiles, wanted.pixel_values[0], strict=True):
@@ -65,7 +66,8 @@ def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: 
 
 def test_parity_refuses_what_transformers_would_divide_twice() -> None:
     picture = values(30, 30, 3) / 255
-    seen = Idefics2ImageProcessorPil()([[picture]], return_tensors="np").pixel_values
+    oracle: Any = Idefics2ImageProcessorPil()
+    seen = oracle([[picture]], return_tensors="np").pixel_values
     assert seen.max() < -0.99  # black
     with pytest.raises(ImageError, match="divides by 255 twice; pass uint8, or choose"):
         load_image(picture)

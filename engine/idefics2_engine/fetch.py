@@ -138,7 +138,7 @@ def is_global(address: str) -> bool:
 def _host(parts: SplitResult) -> str:
     """Return the host in lower case: a name, or an address in its one usual spelling."""
     host = (parts.hostname or "").removesuffix(".")
-    if ":" in host:
+    if ":" in host and "%" not in host:  # a scope is local by its nature
         try:
             return str(ipaddress.IPv6Address(host))
         except ValueError:
@@ -168,7 +168,7 @@ def _covers(entry: str, host: str, port: int) -> bool:
 def _get(parts: SplitResult, rules: FetchRules, deadline: float) -> bytes | str:
     """Return the body, or the address that the server redirects to."""
     where = _short(parts)
-    connection = http.client.HTTPConnection(_host(parts))
+    connection = http.client.HTTPConnection(_host(parts), parts.port or _PORTS[parts.scheme])
     opened = None
     try:
         opened = connection.sock = _open(parts, rules, deadline)

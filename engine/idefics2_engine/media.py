@@ -185,12 +185,13 @@ def _data_uri_bytes(uri: str, config: MediaConfig) -> bytes:
     comma = uri[:1024].find(",")  # a head is short, and the rest may be long
     if comma < 0 or not uri[:comma].lower().endswith(";base64"):
         raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
-    _check_bytes((len(uri) - comma) * 3 // 4 - 3, config, "data URI")  # at least so many
+    _check_bytes((len(uri) - comma) * 3 // 4 - 3, config, "data URI")  # before it is copied
     payload = uri[comma + 1 :].translate(_BASE64_SPACE)
     try:
         data = base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
         raise ImageError(f"data URI: must be base64, got {payload[:40]!r}") from None
+    _check_bytes(len(data), config, "data URI")
     return data
 
 
