@@ -201,7 +201,11 @@ def normalise(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
     mean = np.array(config.mean, dtype=np.float32)
     std = np.array(config.std, dtype=np.float32)
     tables = (rescaled[:, None] - mean) / std  # (256, 3)
-    return np.stack([tables[:, c][tile.pixels[:, :, c]] for c in range(3)])
+    values = np.empty((3, *tile.pixels.shape[:2]), dtype=np.float32)
+    for channel in range(3):  # "clip" because every byte is an index, so that none need be checked
+        table, pixels = tables[:, channel], tile.pixels[:, :, channel]
+        np.take(table, pixels, out=values[channel], mode="clip")
+    return values
 
 
 @cache
