@@ -243,6 +243,7 @@ def test_strict_takes_plain_files_as_they_are(kind: str) -> None:
         (transparent_palette(), "transparency"),
         (sixteen_bits(), "16 bits a channel"),
         (sixteen_bits_rgb(), "16 bits a channel"),
+        (opened(sixteen_bits_rgb()), "16 bits a channel"),
         (file(noise(8, 8, "CMYK"), "JPEG"), "mode CMYK"),
         (oriented(noise(8, 8), "JPEG", 3), "EXIF orientation 3"),
         *((file(noise(64, 64), kind)[:-12], f"a {kind} cut off") for kind in ("JPEG", "PNG")),
@@ -267,6 +268,19 @@ def test_images_are_left_as_they_are() -> None:
     assert image.getexif()[0x0112] == 6
     plain = noise(3, 3)
     assert load_image(plain, PARITY) is plain  # no copy where there is nothing to do
+
+
+@pytest.mark.parametrize("kind", ["WebP", "PNG", "GIF", "TIFF"])
+def test_what_was_read_once_is_plain(kind: str) -> None:
+    with pytest.warns(ImageWarning):
+        image = load_image(frames(kind), CORRECT)
+    assert type(image) is Image.Image
+    for config in (
+        PARITY,
+        CORRECT,
+        STRICT,
+    ):  # as the command line does: it reads before the model is there
+        assert load_image(image, config) is image
 
 
 def test_an_unknown_policy_is_an_error() -> None:

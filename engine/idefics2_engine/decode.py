@@ -63,12 +63,10 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
             raise ImageError(f"{name}: must have at most {_MAX_JPEG_SCANS} scans, got more")
         with kind.open(io.BytesIO(data)) as image:
             check_size(image.size, max_pixels, name)
-            if policy is ImagePolicy.STRICT:
-                if not kind.is_whole(data):
-                    raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
-                if _sixteen_bits(image):
-                    raise ImageError(f"{name}: image_policy='strict' refuses 16 bits a channel")
-            return upright_rgb(image, policy, name)
+            if policy is ImagePolicy.STRICT and not kind.is_whole(data):
+                raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
+            rgb = upright_rgb(image, policy, name)
+            return rgb.copy() if rgb is image else rgb  # without the file's frames
 
 
 def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
@@ -93,10 +91,6 @@ def _format(data: bytes) -> _Format | None:
 
 def _glimpse(data: bytes) -> str:
     return f"{data[:12]!r}…" if data else "no bytes"
-
-
-def _sixteen_bits(image: ImageFile) -> bool:
-    return any(";16" in str(tile.args) for tile in image.tile)
 
 
 def _jpeg_scans(data: bytes) -> int:

@@ -102,6 +102,8 @@ def _refuse_doubtful(image: Image.Image, several: bool, name: str) -> None:
         doubt = "several frames or pages"
     elif image.has_transparency_data:
         doubt = "transparency"
+    elif any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):  # not read yet
+        doubt = "16 bits a channel"
     elif image.mode not in _PLAIN_MODES:
         doubt = f"mode {image.mode}"
     elif _orientation(image) != 1:
