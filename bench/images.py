@@ -4,7 +4,8 @@
 
 Every image is a photograph-like picture of 1280x960 of its own. Each round times every contender
 once, one after the other, so that a change of the machine's speed meets all of them; the figures
-are medians over the rounds. Before anything is timed, the pixels are compared bit for bit.
+are medians over the rounds. ``cpu_ms`` is the processor's time, all threads together: on one thread
+it is the figure to compare where other programs share the cores. Before anything is timed, the pixels are compared bit for bit.
 
 ``tiles`` is what the engine takes: uint8, normalised later on the device. ``floats`` normalises them
 on the host, which is what transformers returns; ``transformers`` is one image a call, as a caller
@@ -105,16 +106,17 @@ def check(data: bytes, split: bool) -> None:
 
 def measure(
     contenders: dict[str, Callable[[Files], None]], files: Files, rounds: int
-) -> dict[str, list[float]]:
-    """Return the milliseconds an image of each contender in each round."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Return the milliseconds an image of each contender in each round, by the clock and of CPU."""
     for run in contenders.values():
         run(files[:2])  # imports, tables, memory
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
-            began = time.perf_counter()
+            clock, processor = time.perf_counter(), time.process_time()
             run(files)
-            times[name].append((time.perf_counter() - began) * 1e3 / len(files))
+            spent = time.perf_counter() - clock, time.process_time() - processor
+            times[name].append((spent[0] * 1e3 / len(files), spent[1] * 1e3 / len(files)))
     return times
 
 
@@ -124,7 +126,8 @@ def rows(kind: str, split: bool, files: Files, threads: Sequence[int], rounds: i
     contenders: dict[str, Callable[[Files], None]] = {"transformers": Theirs(split)}
     contenders["floats, 1 thread"] = Ours(split, 1, floats=True)
     contenders |= {f"tiles, {count} threads": Ours(split, count) for count in threads}
-    times = measure(contenders, files, rounds)
+    measured = measure(contenders, files, rounds)
+    times = {name: [clock for clock, _ in values] for name, values in measured.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     one = medians[f"tiles, {threads[0]} threads"]
     return [
@@ -135,6 +138,7 @@ def rows(kind: str, split: bool, files: Files, threads: Sequence[int], rounds: i
             "ms": round(medians[name], 3),
             "ms_min": round(min(values), 3),
             "ms_max": round(max(values), 3),
+            "cpu_ms": round(statistics.median(cpu for _, cpu in measured[name]), 3),
             "images_per_s": round(1e3 / medians[name], 1),
             "times_transformers": round(medians["transformers"] / medians[name], 2),
             "times_first_tiles": round(one / medians[name], 2),
@@ -162,6 +166,7 @@ def main() -> None:
             for row in found:
                 print(
                     f"{row['case']:12} {row['impl']:18} {row['ms']:8.2f} ms an image  "
+                    f"{row['cpu_ms']:8.2f} of CPU  "
                     f"x{row['times_transformers']:<6} x{row['times_first_tiles']}",
                     file=sys.stderr,
                     flush=True,

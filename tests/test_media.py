@@ -34,6 +34,8 @@ SOURCES: dict[str, Callable[[Path, Image.Image], Any]] = {
     "path": lambda path, image: path,
     "str": lambda path, image: str(path),
     "bytes": lambda path, image: file(image, "PNG"),
+    "bytearray": lambda path, image: bytearray(file(image, "PNG")),
+    "memoryview": lambda path, image: memoryview(file(image, "PNG")),
     "data URI": lambda path, image: data_uri(file(image, "PNG")),
     "shouted data URI": lambda path, image: "DATA:;BASE64" + data_uri(file(image, "PNG"))[21:],
     "broken data URI": lambda path, image: "\r\n".join(

@@ -25,7 +25,9 @@ from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_array
 if TYPE_CHECKING:
     from torch import Tensor
 
-ImageSource = Union[str, Path, bytes, Image.Image, npt.NDArray[Any], "Tensor"]
+ImageSource = Union[
+    str, Path, bytes, bytearray, memoryview, Image.Image, npt.NDArray[Any], "Tensor"
+]
 """What ``load_image`` reads."""
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn: a quarter of a gigabyte as RGB
@@ -148,9 +150,10 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     if is_tensor(source):
         array = tensor_array(source, "image tensor")
         return array_rgb(array, policy, budget, "image tensor", channels_lead=True)
-    if isinstance(source, bytes):
-        name, data = "image bytes", source
-        _check_bytes(len(data), config, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        name = "image bytes"
+        _check_bytes(memoryview(source).nbytes, config, name)
+        data = bytes(source)
     elif isinstance(source, str) and source[:5].lower() == "data:":
         name, data = "data URI", _data_uri_bytes(source, config)
     elif isinstance(source, str) and _SCHEME.match(source):
