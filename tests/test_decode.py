@@ -193,6 +193,18 @@ def test_the_budget_is_ours_and_pillow_s_stays() -> None:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
+def test_the_budget_holds_for_every_kind_of_file() -> None:
+    alpha = noise(37, 23, "RGBA")
+    more = {"VP8X": file(alpha, "WebP"), "lossless alpha": file(alpha, "WebP", lossless=True)}
+    for name, data in (samples() | more).items():
+        picture = attempt(data)
+        assert picture is not None
+        width, height = picture.size
+        with pytest.raises(ImageError, match=f"a: must have at most .* got {width} x {height}$"):
+            decode(data, PARITY, width * height - 1, "a")
+        assert decode(data, PARITY, width * height, name).size == picture.size
+
+
 def test_a_low_limit_of_pillow_is_the_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # it would raise above 80
     assert decode(file(noise(10, 10), "PNG"), PARITY, 100, "a").size == (10, 10)
@@ -225,7 +237,9 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_formats_are_refused(name: str) -> None:
-    with pytest.raises(ImageError, match=r"a: must be an image file \(PNG, JPEG, .* PPM\), got "):
+    got = "another kind of file" if FOREIGN[name] else "no bytes"  # and none of its contents
+    message = rf"^a: must be an image file \(PNG, JPEG, .* PPM\), got {got}$"
+    with pytest.raises(ImageError, match=message):
         decode(FOREIGN[name], PARITY, MAX_PIXELS, "a")
 
 

@@ -55,7 +55,8 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
     kind = _format(data)
     if kind is None:
         names = ", ".join(one.name for one in _FORMATS)
-        raise ImageError(f"{name}: must be an image file ({names}), got {_glimpse(data)}")
+        got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
+        raise ImageError(f"{name}: must be an image file ({names}), got {got}")
     with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
         if kind.name == "WebP":  # whose plugin takes memory for the picture when it is opened
             check_size(_webp_size(data), max_pixels, name)
@@ -87,10 +88,6 @@ def _format(data: bytes) -> _Format | None:
         if data.startswith(kind.beginnings) and (kind.name != "WebP" or data[8:12] == b"WEBP"):
             return kind
     return None
-
-
-def _glimpse(data: bytes) -> str:
-    return f"{data[:12]!r}…" if data else "no bytes"
 
 
 def _jpeg_scans(data: bytes) -> int:
