@@ -182,7 +182,7 @@ def _get(parts: SplitResult, rules: FetchRules, deadline: float) -> bytes | str:
             if response.status in _REDIRECTS and response.headers.get("Location"):
                 return str(response.headers["Location"])
             return _body(response, where, rules.max_bytes)
-    except (TimeoutError, ssl.SSLError, OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, (MediaNotAllowedError, MediaFetchError)):
             raise
         raise MediaFetchError(f"{where}: {_reason(error, rules)}") from None
