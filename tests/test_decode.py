@@ -214,8 +214,54 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     data = file(noise(16, 16), "JPEG", progressive=True)
     assert 1 < data.count(b"\xff\xda") <= 100
     at = data.rindex(b"\xff\xda")
-    with pytest.raises(ImageError, match="must have at most 100 scans"):
-        decode(data[:at] + data[at:-2] * 100 + data[-2:], PARITY, MAX_PIXELS, "a")
+    many = data[:at] + data[at:-2] * 100 + data[-2:]
+    with pytest.raises(ImageError, match="a: must have at most 100 scans at its size, got 1"):
+        decode(many, PARITY, MAX_PIXELS, "a")
+    few = data.count(b"\xff\xda")
+    assert decode(data, PARITY, 256, "a").size == (16, 16)
+    some = data[:at] + data[at:-2] * 20 + data[-2:]
+    with pytest.raises(ImageError, match=f"at most 20 scans at its size, got {few + 19}"):
+        decode(some, PARITY, 256, "a")
+    assert decode(some, PARITY, 2560, "a").size == (16, 16)
+
+
+def slow() -> dict[str, bytes]:
+    """Files of some MB that took Pillow many seconds, or would with more MB."""
+    jpeg, gif, png = (file(noise(4, 4), kind) for kind in ("JPEG", "GIF", "PNG"))
+    exif = b"\xff\xe1\0\x0aExif\0\0xx"
+    screen = 13 + 3 * (2 << (gif[10] & 7))
+    empty = bytes(4) + b"abCd" + zlib.crc32(b"abCd").to_bytes(4)
+    return {
+        "comments among digits": b"P3 10 10 255\n" + b"# x\n" * 1_000_000 + b"1 " * 300,
+        "comments before digits": b"P2 " + b"#\n" * 1_000_000 + b"3 2 255\n" + b"1 " * 6,
+        "parts of EXIF": jpeg[:2] + exif * 400_000 + jpeg[2:],
+        "comments of a GIF": gif[:screen] + b"!\xfe\1x\0" * 400_000 + gif[screen:],
+        "chunks of a PNG": png[:33] + empty * 200_000 + png[33:],
+    }
+
+
+@pytest.mark.parametrize("name", slow())
+def test_time_grows_no_faster_than_a_file(name: str) -> None:
+    began = time.process_time()
+    picture = attempt(slow()[name])
+    assert time.process_time() - began < 3
+    assert (picture is None) == (name == "parts of EXIF")
+
+
+def test_comments_cut_out_by_us_leave_what_pillow_leaves() -> None:
+    rng = random.Random(2)
+    for kind, most in (("P1", 1), ("P2", 255), ("P3", 255)):
+        count = 120 if kind == "P3" else 40
+        digits = "".join(
+            f"{rng.randint(0, most)}"
+            + rng.choice((" ", "\n", " # 1 2\n", " #\r", "#\n ", "\n##\n"))
+            for _ in range(count * 9)
+        )
+        depth = "" if kind == "P1" else f"{most}\n"
+        data = f"{kind} #a\n 40 9 {depth}{digits}".encode()
+        assert data.count(b"#") > 100
+        wanted = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(np.array(decode(data, PARITY, MAX_PIXELS, "a")), wanted)
 
 
 FOREIGN = {

@@ -6,6 +6,7 @@ refused before memory is taken for it, without touching Pillow's own limit, whic
 """
 
 import io
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from idefics2_engine.image_policy import ImagePolicy, upright_rgb
 from idefics2_engine.pillow_errors import reading
 
 _MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole picture
+_MAX_JPEG_PASSES = 20  # over as many pixels as a picture may have
+_MAX_JPEG_EXIFS = 100  # Pillow appends each to those before it, in quadratic time
+_MAX_PPM_COMMENTS = 100  # in a file of digits; Pillow cuts them out one by one, in quadratic time
+_PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,12 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
     with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
         if kind.name == "WebP":  # whose plugin takes memory for the picture when it is opened
             check_size(_webp_size(data), max_pixels, name)
-        if kind.name == "JPEG" and _jpeg_scans(data) > _MAX_JPEG_SCANS:
-            raise ImageError(f"{name}: must have at most {_MAX_JPEG_SCANS} scans, got more")
+        if kind.name == "JPEG" and data.count(b"Exif\0\0") > _MAX_JPEG_EXIFS:
+            raise ImageError(f"{name}: must have at most {_MAX_JPEG_EXIFS} EXIF parts, got more")
         with kind.open(io.BytesIO(data)) as image:
             check_size(image.size, max_pixels, name)
+            if kind.name == "JPEG":
+                _check_scans(_jpeg_scans(data), image.size, max_pixels, name)
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
             rgb = upright_rgb(image, policy, name)
@@ -94,6 +101,19 @@ def _jpeg_scans(data: bytes) -> int:
     """Count the markers that begin a scan, without holding up other threads as bytes.count does."""
     values = np.frombuffer(data, np.uint8)
     return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
+
+
+def _check_scans(scans: int, size: tuple[int, int], max_pixels: int, name: str) -> None:
+    most = min(_MAX_JPEG_SCANS, _MAX_JPEG_PASSES * max_pixels // (size[0] * size[1]))
+    if scans > most:
+        raise ImageError(f"{name}: must have at most {most} scans at its size, got {scans}")
+
+
+def _open_ppm(file: io.BytesIO) -> ImageFile:
+    data = file.getvalue()
+    if data[1:2] in (b"1", b"2", b"3") and data.count(b"#") > _MAX_PPM_COMMENTS:
+        file = io.BytesIO(_PPM_COMMENT.sub(b"", data))
+    return PpmImagePlugin.PpmImageFile(file)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -151,7 +171,7 @@ _FORMATS = (
     _Format(
         "PPM",
         tuple(b"P%d" % number for number in range(1, 7)),
-        PpmImagePlugin.PpmImageFile,
+        _open_ppm,
         lambda _data: True,  # decoding needs every byte
     ),
 )
