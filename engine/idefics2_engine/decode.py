@@ -30,7 +30,9 @@ from idefics2_engine.pillow_errors import reading
 
 _MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole picture
 _MAX_JPEG_PASSES = 20  # over as many pixels as a picture may have
-_MAX_JPEG_EXIFS = 100  # Pillow appends each to those before it, in quadratic time
+_MAX_JPEG_APP1 = (
+    200  # EXIF and XMP; Pillow appends each EXIF part to those before, in quadratic time
+)
 _MAX_PPM_COMMENTS = 100  # in a file of digits; Pillow cuts them out one by one, in quadratic time
 _PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
 
@@ -65,12 +67,12 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
     with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
         if kind.name == "WebP":  # whose plugin takes memory for the picture when it is opened
             check_size(_webp_size(data), max_pixels, name)
-        if kind.name == "JPEG" and data.count(b"Exif\0\0") > _MAX_JPEG_EXIFS:
-            raise ImageError(f"{name}: must have at most {_MAX_JPEG_EXIFS} EXIF parts, got more")
+        if kind.name == "JPEG" and _jpeg_markers(data, 0xE1) > _MAX_JPEG_APP1:
+            raise ImageError(f"{name}: must have at most {_MAX_JPEG_APP1} APP1 parts, got more")
         with kind.open(io.BytesIO(data)) as image:
             check_size(image.size, max_pixels, name)
             if kind.name == "JPEG":
-                _check_scans(_jpeg_scans(data), image.size, max_pixels, name)
+                _check_scans(_jpeg_markers(data, 0xDA), image.size, max_pixels, name)
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
             rgb = upright_rgb(image, policy, name)
@@ -97,10 +99,10 @@ def _format(data: bytes) -> _Format | None:
     return None
 
 
-def _jpeg_scans(data: bytes) -> int:
-    """Count the markers that begin a scan, without holding up other threads as bytes.count does."""
+def _jpeg_markers(data: bytes, code: int) -> int:
+    """Count the markers of one kind, without holding up other threads as bytes.count does."""
     values = np.frombuffer(data, np.uint8)
-    return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == 0xDA)))
+    return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == code)))
 
 
 def _check_scans(scans: int, size: tuple[int, int], max_pixels: int, name: str) -> None:
