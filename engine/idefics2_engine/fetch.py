@@ -1,8 +1,8 @@
 """An image from a URL, and only from where it may come: listed hosts at global addresses, in bounds.
 
 A name is resolved once, every address it has is checked, and the connection goes to a checked address,
-so that no second answer can point elsewhere. Redirects pass the same door. Proxies, cookies,
-credentials and the environment play no part.
+so that no second answer can point elsewhere. Redirects pass the same door. Proxies, cookies
+and credentials play no part.
 """
 
 import http.client
