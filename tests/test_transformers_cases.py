@@ -202,7 +202,7 @@ def test_counts_of_a_single_prompt(split: bool) -> None:
         with pytest.raises(PromptError, match="must have one <image> for each image"):
             ours(split).prompt(text, images)
     nothing: Any = None
-    with pytest.raises(PromptError, match="images: must be a list of images, got NoneType"):
+    with pytest.raises(PromptError, match="images: must be a list of images, got None"):
         ours(split).prompt("<image>", nothing)
 
 
@@ -217,7 +217,7 @@ def test_neither_text_nor_images() -> None:
             ours(False).padded(not_texts, [[]])  # type: ignore[arg-type]
     with pytest.raises(PromptError, match=r"texts\[0\]: must be a string, got int"):
         ours(False).padded([7], [[]])  # type: ignore[list-item]
-    with pytest.raises(PromptError, match="text: must be a string, got NoneType"):
+    with pytest.raises(PromptError, match="text: must be a string, got None"):
         ours(False).prompt(nothing)
     with pytest.raises(PromptError, match="one list for each of 1 texts"):
         ours(False).padded(["a"], [])
@@ -303,7 +303,7 @@ def expected_size(height: int, width: int) -> tuple[int, int]:
 def test_call(kind: str, split: bool) -> None:
     """Mirror ``test_call_numpy``, ``test_call_pil`` and ``test_call_pytorch``: shapes, and here values too.
 
-    A tensor has its channels first; it comes to ours as the array that it is, channels last.
+    An array has its channels last, a tensor first.
     """
     arrays = batch()
     images: list[Any]
@@ -313,8 +313,7 @@ def test_call(kind: str, split: bool) -> None:
         case "pil":
             images = [Image.fromarray(array) for array in arrays]
         case _:
-            tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
-            images = [tensor.permute(1, 2, 0).numpy() for tensor in tensors]
+            images = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     tiles = 5 if split else 1
     one = ours(split).padded(["<image>"], [images[:1]])["pixel_values"]
     assert one.shape[:3] == (1, tiles, 3)

@@ -31,6 +31,22 @@ class ImageError(Idefics2Error):
     code = "image"
 
 
+class MediaNotAllowedError(ImageError):
+    """An image lies where this process may not read: a host, an address, a folder or a scheme."""
+
+    code = "media_not_allowed"
+
+
+class MediaFetchError(ImageError):
+    """An allowed address did not give an image in time; another try may."""
+
+    code = "media_fetch"
+
+
+class ImageWarning(UserWarning):
+    """An image was read, but not all of it."""
+
+
 class PromptError(Idefics2Error):
     """A prompt or a conversation cannot be turned into token ids."""
 

@@ -18,8 +18,9 @@ from idefics2_engine.errors import (
     SamplingError,
 )
 from idefics2_engine.hub import find_adapter, find_model
+from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
 from idefics2_engine.outputs import RequestOutput
-from idefics2_engine.processor import ProcessedPrompt, Processor
+from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
 from idefics2_engine.shown import shown
@@ -56,6 +57,14 @@ class LLM:
         kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
             one alone needs more, if ``None``.
         seed: Fixes the random numbers of requests without a seed of their own.
+        image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
+            which refuses them (README, Images).
+        max_image_pixels: Largest width x height of an image, checked before it is decoded.
+        max_media_bytes: Largest image file, data URI or download.
+        allowed_media_root: Folder that image files must lie below; anywhere if ``None``.
+        allowed_media_hosts: Hosts that image URLs may name; none by default (``MediaConfig``).
+        media_timeout: Seconds that a download may take.
+        image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
         ops: Filling of the operations to run on.
 
     Raises:
@@ -78,6 +87,13 @@ class LLM:
         max_num_seqs: int = 64,
         kv_cache_tokens: int | None = None,
         seed: int = 0,
+        image_policy: str = "parity",
+        max_image_pixels: int = MAX_PIXELS,
+        max_media_bytes: int = MAX_BYTES,
+        allowed_media_root: str | Path | None = None,
+        allowed_media_hosts: Sequence[str] = (),
+        media_timeout: float = MEDIA_TIMEOUT,
+        image_threads: int | None = None,
         ops: Ops = REFERENCE,
     ) -> None:
         folder = _folder(model, revision)
@@ -87,7 +103,16 @@ class LLM:
         if verify and adapter_folder is not None:
             verify_files(adapter_folder, [adapter_folder / ADAPTER_WEIGHTS])
         self.config = ModelConfig.load(folder)
-        self.processor = Processor.load(folder, self.config, split_images)
+        media = media_config(
+            image_policy=image_policy,
+            max_image_pixels=max_image_pixels,
+            max_media_bytes=max_media_bytes,
+            allowed_media_root=allowed_media_root,
+            allowed_media_hosts=allowed_media_hosts,
+            media_timeout=media_timeout,
+            image_threads=image_threads,
+        )
+        self.processor = Processor.load(folder, self.config, split_images, media)
         self.engine_config = _engine_config(
             self.config, max_model_len, max_num_seqs, kv_cache_tokens
         )
@@ -129,7 +154,8 @@ class LLM:
             ImageError: An image cannot be read.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
-        return self._answer([self._read_prompt(prompt) for prompt in several], sampling_params)
+        drafts = [self._read_prompt(prompt) for prompt in several]
+        return self._answer(self.processor.finish(drafts), sampling_params)
 
     def chat(
         self,
@@ -154,8 +180,8 @@ class LLM:
                 f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
             )
         several = [messages] if _is_conversation(messages) else _listed("messages", messages)
-        prompts = [self.processor.chat(cast(Conversation, one)) for one in several]
-        return self._answer(prompts, sampling_params)
+        drafts = [self.processor.draft_chat(cast(Conversation, one)) for one in several]
+        return self._answer(self.processor.finish(drafts), sampling_params)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -166,9 +192,10 @@ class LLM:
         closed before the next request, which raises ``RuntimeError`` otherwise.
         """
         if _is_conversation(prompt):
-            processed = self.processor.chat(cast(Conversation, prompt))
+            draft = self.processor.draft_chat(cast(Conversation, prompt))
         else:
-            processed = self._read_prompt(cast(Prompt, prompt))
+            draft = self._read_prompt(cast(Prompt, prompt))
+        (processed,) = self.processor.finish([draft])
         request = self._request(processed, _read_params(sampling_params))
         return self._stream(request)
 
@@ -240,9 +267,9 @@ class LLM:
             max_tokens=max_tokens,
         )
 
-    def _read_prompt(self, prompt: Prompt) -> ProcessedPrompt:
+    def _read_prompt(self, prompt: Prompt) -> PromptDraft:
         if isinstance(prompt, str):
-            return self.processor.prompt(prompt)
+            return self.processor.draft_prompt(prompt)
         if not isinstance(prompt, Mapping):
             raise PromptError(f"prompt must be text or a mapping, got {type(prompt).__name__}")
         unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}
@@ -258,8 +285,8 @@ class LLM:
         images = media.get("image", [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if "prompt" in prompt:
-            return self.processor.prompt(prompt["prompt"], images)
-        return self.processor.token_prompt(prompt["prompt_token_ids"], images)
+            return self.processor.draft_prompt(prompt["prompt"], images)
+        return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
 
 
 def _read_params(params: object) -> SamplingParams:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idefics2_engine.errors import PromptError
-from idefics2_engine.images import ImageSource
+from idefics2_engine.media import ImageSource
 from idefics2_engine.prompt import check_text
 from idefics2_engine.shown import shown
 

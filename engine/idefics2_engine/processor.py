@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -10,19 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from idefics2_engine.config import ModelConfig
-from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.images import (
-    ImageConfig,
-    ImageSource,
-    Tile,
-    load_image,
-    make_tiles,
-    normalise,
-)
+from idefics2_engine.errors import ConfigError, ImageError, PromptError
+from idefics2_engine.image_threads import read_all
+from idefics2_engine.images import ImageConfig, Tile, make_tiles, normalise
 from idefics2_engine.json_file import read_json
+from idefics2_engine.media import ImageSource, MediaConfig, load_image
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
     FAKE_IMAGE,
@@ -44,6 +38,15 @@ class ProcessedPrompt:
     tiles: list[Tile]  # in the order of their slots
 
 
+@dataclass(frozen=True, eq=False)
+class PromptDraft:
+    """A request whose images have not been read yet."""
+
+    prompt: str
+    token_ids: list[int]
+    images: Sequence[ImageSource]
+
+
 @dataclass(frozen=True)
 class Processor:
     """What a checkpoint's files say about turning text and images into the model's input."""
@@ -54,15 +57,23 @@ class Processor:
     image_seq_len: int  # image tokens per tile
     patch_size: int  # pixels per side
     grid_side: int  # trained positions per side
+    media: MediaConfig = field(default_factory=MediaConfig)
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, split: bool | None = None) -> "Processor":
+    def load(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        split: bool | None = None,
+        media: MediaConfig | None = None,
+    ) -> "Processor":
         """Read the processor's files beside the weights in ``folder``.
 
         Args:
             folder: A checkpoint in the hub's format.
             config: The model that the input is for.
             split: Whether to split images, if not as the checkpoint says.
+            media: The rules for images; those of ``MediaConfig()`` if ``None``.
 
         Raises:
             ConfigError: A file is missing or unusable, or does not fit ``config``.
@@ -103,6 +114,7 @@ class Processor:
             image_seq_len=latents,
             patch_size=patch,
             grid_side=grid,
+            media=media or MediaConfig(),
         )
 
     def prompt(
@@ -118,10 +130,16 @@ class Processor:
             PromptError: There are more or fewer slots than images.
             ImageError: An image cannot be read.
         """
+        return self.finish([self.draft_prompt(text, images)])[0]
+
+    def draft_prompt(
+        self, text: str, images: Sequence[ImageSource] | ImageSource = ()
+    ) -> PromptDraft:
+        """Do as ``prompt`` does, but leave the images to ``finish``."""
         check_text(text)
         images = _as_list(images)
         token_ids = self.tokenizer.encode(self._expand(text, len(images)))
-        return ProcessedPrompt(text, token_ids, self._tiles(images))
+        return PromptDraft(text, token_ids, images)
 
     def token_prompt(
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
@@ -132,6 +150,12 @@ class Processor:
             PromptError: An id is out of range, or the image tokens do not fit the images.
             ImageError: An image cannot be read.
         """
+        return self.finish([self.draft_token_prompt(token_ids, images)])[0]
+
+    def draft_token_prompt(
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
+    ) -> PromptDraft:
+        """Do as ``token_prompt`` does, but leave the images to ``finish``."""
         if isinstance(token_ids, str) or not isinstance(token_ids, Iterable):
             raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
         ids = list(token_ids)
@@ -150,7 +174,7 @@ class Processor:
                 f"token_ids: must have {per_image} image tokens for each of {len(images)} images, "
                 f"wanted {wanted}, got {got}"
             )
-        return ProcessedPrompt(self._collapse(ids), ids, self._tiles(images))
+        return PromptDraft(self._collapse(ids), ids, images)
 
     def chat(
         self,
@@ -170,6 +194,15 @@ class Processor:
                 the checkpoint's template cannot render the conversation.
             ImageError: An image cannot be read.
         """
+        return self.finish([self.draft_chat(messages, images, add_generation_prompt)])[0]
+
+    def draft_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | ImageSource = (),
+        add_generation_prompt: bool = True,
+    ) -> PromptDraft:
+        """Do as ``chat`` does, but leave the images to ``finish``."""
         if self.template is None:
             raise PromptError(
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
@@ -180,7 +213,39 @@ class Processor:
         bos = self.tokenizer.bos
         add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
         token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
-        return ProcessedPrompt(self.tokenizer.unmark(marked), token_ids, self._tiles(sources))
+        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources)
+
+    def finish(self, drafts: Sequence[PromptDraft]) -> list[ProcessedPrompt]:
+        """Read the images of all ``drafts``, several at a time, and return the drafts with them.
+
+        Raises:
+            ImageError: An image cannot be read; the message says which, if there are several.
+        """
+        places = [
+            (f"images[{index}]" + (f" of prompts[{number}]" if len(drafts) > 1 else ""), image)
+            for number, draft in enumerate(drafts)
+            for index, image in enumerate(draft.images)
+        ]
+
+        def read(index: int) -> list[Tile]:
+            name, source = places[index]
+            try:
+                image = load_image(source, self.media)
+                return make_tiles(image, self.image_config, self.patch_size, self.grid_side)
+            except ImageError as error:
+                if len(places) == 1:
+                    raise
+                raise type(error)(f"{name}: {error}") from None
+
+        tiles = iter(read_all(read, [source for _, source in places], self.media.num_threads))
+        return [
+            ProcessedPrompt(
+                draft.prompt,
+                draft.token_ids,
+                [tile for _ in draft.images for tile in next(tiles)],
+            )
+            for draft in drafts
+        ]
 
     def padded(
         self,
@@ -213,7 +278,8 @@ class Processor:
             raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
         if padding_side not in ("left", "right"):
             raise PromptError(f"padding_side: must be 'left' or 'right', got {shown(padding_side)}")
-        prompts = [self.prompt(text, own) for text, own in zip(texts, nested, strict=True)]
+        pairs = zip(texts, nested, strict=True)
+        prompts = self.finish([self.draft_prompt(text, own) for text, own in pairs])
         shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
         arrays: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
@@ -250,15 +316,6 @@ class Processor:
             )
         return expand_image_slots(text, self.image_seq_len, self.image_config.tiles_per_image)
 
-    def _tiles(self, images: Sequence[ImageSource]) -> list[Tile]:
-        return [
-            tile
-            for image in images
-            for tile in make_tiles(
-                load_image(image), self.image_config, self.patch_size, self.grid_side
-            )
-        ]
-
     def _collapse(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` with each image as one slot."""
         tile = FAKE_IMAGE + IMAGE * self.image_seq_len
@@ -268,11 +325,10 @@ class Processor:
 
 def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
     """Return a list of images, of a single one too: its own length is no number of images."""
-    if isinstance(images, list | tuple):
-        return list(images)
-    if isinstance(images, str | bytes | Path | Image.Image | np.ndarray):
-        return [images]
-    raise PromptError(f"images: must be a list of images, got {type(images).__name__}")
+    if images is None:
+        raise PromptError("images: must be a list of images, got None")
+    several: Any = images if isinstance(images, list | tuple) else [images]
+    return list(several)
 
 
 def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:

@@ -43,8 +43,8 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends and return the exit code."""
     params = options.sampling_params(args)
-    images = [options.read_image(name) for name in args.images]
-    chat = _Chat(options.load_llm(args), params, images)
+    images = [options.read_image(name, args) for name in args.images]
+    chat = _Chat(options.load_llm(args), params, args, images)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _talk(chat)
     else:
@@ -86,6 +86,7 @@ class _Chat:
 
     llm: "LLM"
     params: "SamplingParams"
+    args: argparse.Namespace  # the rules for images
     images: "list[Image]" = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,7 +100,7 @@ class _Chat:
         match command:
             case "/image":
                 name = rest.strip().strip("'\"")  # a file dropped on a terminal comes in quotes
-                self.images.append(options.read_image(name))
+                self.images.append(options.read_image(name, self.args))
             case "/reset":
                 self.messages.clear()
                 self.images.clear()

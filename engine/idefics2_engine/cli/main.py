@@ -4,12 +4,13 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
 from idefics2_engine.cli import chat, generate
-from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.errors import Idefics2Error, ImageWarning
 
 _EPILOG = """\
 examples:
@@ -43,6 +44,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours in one line, and others as Python does."""
+    if issubclass(category, ImageWarning):
+        text = f"idefics2: warning: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (the process's own if None) and return the exit code.
 
@@ -51,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except Idefics2Error as error:
         message = (

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import ImageError, SamplingError
 
@@ -18,13 +18,21 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _FILTERS = ("top_p", "top_k", "min_p")
 
 
-def read_image(name: str) -> "Image":
-    """Read the image file ``name``; ``ImageError`` if that cannot be."""
-    from idefics2_engine.images import load_image
+_MEDIA = ("image_policy", "max_image_pixels", "allowed_media_hosts")
+
+
+def read_image(name: str, args: argparse.Namespace) -> "Image":
+    """Read the image file or URL ``name`` by the rules of ``args``; ``ImageError`` if that cannot be."""
+    from idefics2_engine.media import load_image, media_config
 
     if not name.strip():
         raise ImageError("image: must be the name of a file, got none")
-    return load_image(os.path.expanduser(name))
+    return load_image(os.path.expanduser(name), media_config(**_media_settings(args)))
+
+
+def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of the rules for images, by the names of ``LLM``'s arguments."""
+    return {name: value for name in _MEDIA if (value := getattr(args, name)) is not None}
 
 
 def _folder_or_hub_id(text: str) -> Path | str:
@@ -47,7 +55,7 @@ def _device(text: str) -> str:
 
 
 def add_image_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--image``, which may be repeated."""
+    """Add ``--image``, which may be repeated, and the rules for images."""
     parser.add_argument(
         "--image",
         dest="images",
@@ -55,6 +63,23 @@ def add_image_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="an image to ask about; repeat it for several, in order",
+    )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--image-policy",
+        choices=("parity", "correct", "strict"),
+        help="how to read alpha, rotation, 16 bits and animations: as transformers (the default), "
+        "as a viewer would, or not at all",
+    )
+    group.add_argument(
+        "--max-image-pixels", metavar="N", type=int, help="largest width x height of an image"
+    )
+    group.add_argument(
+        "--allow-host",
+        dest="allowed_media_hosts",
+        metavar="HOST",
+        action="append",
+        help="let --image name https:// addresses on HOST; repeatable (default: none)",
     )
 
 
@@ -114,6 +139,7 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         split_images=args.split,
         max_num_seqs=1,
         seed=secrets.randbits(63),  # so that answers without --seed differ
+        **_media_settings(args),
     )
 
 
