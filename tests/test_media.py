@@ -172,6 +172,20 @@ def test_many_are_read_at_once_and_stay_in_order() -> None:
     assert read_all(read, [object() for _ in range(8)], 4) == [n * n for n in range(8)]
 
 
+def test_pillow_keeps_memory_for_the_threads_and_never_less_than_it_did() -> None:
+    memory = Image.core  # type: ignore[attr-defined]
+    before = memory.get_blocks_max()
+    try:
+        memory.set_blocks_max(0)
+        read_all(lambda index: index, [object()], 3)
+        assert memory.get_blocks_max() == 6
+        memory.set_blocks_max(50)
+        read_all(lambda index: index, [object()], 3)
+        assert memory.get_blocks_max() == 50
+    finally:
+        memory.set_blocks_max(before)
+
+
 def test_one_object_is_read_once() -> None:
     count: list[int] = []
     one, other = object(), object()

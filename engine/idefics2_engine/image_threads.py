@@ -4,7 +4,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from PIL import Image
+
 Result = TypeVar("Result")
+
+_BLOCKS_PER_THREAD = 2  # a picture and what it is resized to
 
 
 def read_all(
@@ -18,6 +22,7 @@ def read_all(
     Raises:
         Exception: What ``read`` raised for the first source that failed; the rest is abandoned.
     """
+    _keep_blocks(_BLOCKS_PER_THREAD * threads)
     first: dict[int, int] = {}  # id of a source -> where it comes first
     for index, source in enumerate(sources):
         first.setdefault(id(source), index)
@@ -33,3 +38,14 @@ def read_all(
                 pool.shutdown(wait=False, cancel_futures=True)
     by_index = dict(zip(indices, results, strict=True))
     return [by_index[first[id(source)]] for source in sources]
+
+
+def _keep_blocks(count: int) -> None:
+    """Let Pillow keep ``count`` blocks of memory, 16 MiB each at most, for its next pictures.
+
+    By default it gives every block back, and the system clears its pages anew for each picture: 4,000 page faults for
+    one of 1280x960 with splitting, a third of the time, during which threads wait for each other.
+    """
+    memory = Image.core  # type: ignore[attr-defined]
+    if memory.get_blocks_max() < count:
+        memory.set_blocks_max(count)
