@@ -230,10 +230,10 @@ def damaged(folder: Path, change: str) -> None:
     ("change", "message"),
     [
         ("missing", "tensors are missing: model.text_model.layers.0.self_attn.k_proj.weight"),
-        ("extra", "tensor 'model.text_model.extra' is not part of this model"),
+        ("extra", "tensors are not part of this model: model.text_model.extra"),
         ("shape", r"k_proj.weight' must have shape \(32, 64\), got \(31, 64\)"),
         ("transposed", r"'lm_head.weight' must have shape \(99, 64\), got \(64, 99\)"),
-        ("type", "k_proj.weight' must be floating-point, got torch.int32"),
+        ("type", "k_proj.weight' must be F64, F32, F16, BF16, got I32"),
     ],
 )
 def test_tensors_that_do_not_fit(change: str, message: str, tmp_path: Path) -> None:
@@ -247,18 +247,18 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     oracle = make_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="is not readable as safetensors"):
+    with pytest.raises(CheckpointError, match="is cut short"):
         load_checkpoint(tmp_path)
     file.unlink()
     with pytest.raises(CheckpointError, match="holds neither"):
         load_checkpoint(tmp_path)
     oracle.save_pretrained(tmp_path, max_shard_size=40_000)
     sorted(tmp_path.glob("model-*"))[1].unlink()
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="weight files are missing"):
         load_checkpoint(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}))
-    with pytest.raises(CheckpointError, match="names no file of the folder"):
+    with pytest.raises(CheckpointError, match="of this folder, got"):
         load_checkpoint(tmp_path)
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="weight_map"):

@@ -18,7 +18,7 @@ import idefics2_engine
 from idefics2_engine import SamplingParams
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_IMAGES
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, PromptTooLongError
 
 ANSWER = "Two red circles."
 COMMAND = [sys.executable, "-m", "idefics2_engine"]
@@ -143,8 +143,13 @@ class TestErrors:
             (["generate", "--prompt", "x", "--device", "tpu"], "tpu"),
             (["generate", "--prompt", "x", "--dtype", "int8"], "int8"),
             (["generate", "--prompt", "x", "--image", "no/such.png"], "no/such.png"),
-            (["generate", "--prompt", "x", "--model", "no/such"], "hf download no/such"),
+            (["generate", "--prompt", "x", "--model", "nosuch"], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "no/such/folder"], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "no/such@"], "no such folder"),
             (["generate", "--prompt", "x", "--model", __file__], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "o" * 5000], "no such folder"),
+            (["generate", "--prompt", "x", "--model", "~nosuchuser"], "no such folder"),
+            (["generate", "--prompt", "x", "--adapter", "nosuch"], "--adapter: no such folder"),
             (["chat", "--image", "no/such.png"], "no/such.png"),
         ],
     )
@@ -156,6 +161,30 @@ class TestErrors:
         assert out == ""
         assert err.count("\n") == 1
         assert says in err
+
+    @pytest.mark.parametrize(
+        ("argv", "error"),
+        [
+            (["--max-tokens", "0"], {"code": "sampling"}),
+            (["--image", "no/such.png"], {"code": "image"}),
+            (["--image", "\udcff.png"], {"code": "image"}),  # a name in another encoding
+            ([], {"code": "prompt_too_long"}),  # by the engine, below
+        ],
+    )
+    def test_json_is_json_when_it_fails_too(
+        self,
+        argv: list[str],
+        error: dict[str, str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(FakeLLM, "failure", PromptTooLongError(12, 12))
+        assert main(["generate", "--json", "--prompt", "é", *argv]) == 2
+        out, err = capsys.readouterr()
+        result = json.loads(out)
+        assert out.count("\n") == 1
+        assert result == {"error": error | {"message": result["error"]["message"]}}
+        assert err == f"idefics2: error: {result['error']['message']}\n"
 
     def test_not_an_image(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "text.png").write_text("no pixels")
@@ -213,7 +242,15 @@ class TestGenerate:
 
     def test_greedy_with_the_checkpoint_s_settings_by_default(self) -> None:
         assert main(["generate", "--prompt", "x"]) == 0
-        settings = {"device": "auto", "dtype": "auto", "split_images": None, "max_num_seqs": 1}
+        settings = {
+            "adapter": None,
+            "verify": False,
+            "check_finite": False,
+            "device": "auto",
+            "dtype": "auto",
+            "split_images": None,
+            "max_num_seqs": 1,
+        }
         seed = FakeLLM.built[1].pop("seed")
         assert FakeLLM.built == (None, settings)
         assert FakeLLM.asked[0][1] == SamplingParams(temperature=0.0, max_tokens=256)
@@ -221,7 +258,17 @@ class TestGenerate:
         assert FakeLLM.built[1]["seed"] != seed, "drawn answers differ from run to run"
 
     def test_every_option_arrives(self, tmp_path: Path) -> None:
-        model = ["--model", str(tmp_path), "--device", "cuda:1", "--dtype", "float16", "--no-split"]
+        checks = ["--adapter", "org/lora@main", "--verify", "--check-finite"]
+        model = [
+            "--model",
+            str(tmp_path),
+            *checks,
+            "--device",
+            "cuda:1",
+            "--dtype",
+            "float16",
+            "--no-split",
+        ]
         sampling = (
             "--temperature 0.5 --top-p 0.9 --top-k 7 --min-p 0.1 --repetition-penalty 1.2 --seed 3 "
             "--max-tokens 9 --min-tokens 2 --stop a --stop b --stop-token-id 4 --stop-token-id 5"
@@ -230,7 +277,15 @@ class TestGenerate:
         del FakeLLM.built[1]["seed"]
         assert FakeLLM.built == (
             tmp_path,
-            {"device": "cuda:1", "dtype": "float16", "split_images": False, "max_num_seqs": 1},
+            {
+                "adapter": "org/lora@main",
+                "verify": True,
+                "check_finite": True,
+                "device": "cuda:1",
+                "dtype": "float16",
+                "split_images": False,
+                "max_num_seqs": 1,
+            },
         )
         assert FakeLLM.asked[0][1] == SamplingParams(
             temperature=0.5,
@@ -245,6 +300,10 @@ class TestGenerate:
             stop_token_ids=(4, 5),
         )
 
+    def test_a_hub_id_arrives_as_it_is(self) -> None:
+        assert main(["generate", "--prompt", "x", "--model", "org/name@v1.0"]) == 0
+        assert FakeLLM.built[0] == "org/name@v1.0"
+
 
 class TestChatOverAPipe:
     def test_prints_the_answers_alone_and_remembers(
@@ -258,6 +317,14 @@ class TestChatOverAPipe:
         second = [*first, ("assistant", ANSWER), ("user", "Where?")]
         third = [("user", "/etc?")]
         assert [texts(messages) for messages, _ in FakeLLM.asked] == [first, second, third]
+
+    def test_what_is_no_text_ends_it(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        typed = io.TextIOWrapper(io.BytesIO(b"What?\n\xff\n"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", typed)
+        assert main(["chat"]) == 2
+        assert "standard input: must be text in UTF-8" in capsys.readouterr().err
 
     def test_images_of_the_command_line_go_with_the_first_message(
         self, picture: str, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ import build_tokenizer
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.processor import Processor
 from idefics2_engine.prompt import Tokenizer
+from idefics2_engine.verify import verify_files
 from words import WORDS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -79,3 +80,7 @@ def test_the_tokenizer_is_what_its_script_makes() -> None:
     assert tokenizer == json.loads((DEMO / "tokenizer.json").read_text())
     settings = json.loads((DEMO / "tokenizer_config.json").read_text())
     assert build_tokenizer.tokenizer_config(tokenizer) == settings
+
+
+def test_the_demo_folder_passes_its_checksums() -> None:
+    verify_files(DEMO, [DEMO / "model.safetensors"])

@@ -353,6 +353,51 @@ def test_stop_ids_outside_the_vocabulary_are_refused(llm: LLM) -> None:
     assert not llm._engine.has_work
 
 
+def test_every_stop_id_of_the_vocabulary_is_taken(llm: LLM) -> None:
+    params = SamplingParams(stop_token_ids=[0, 32002], max_tokens=2, seed=0)
+    assert llm.generate("a", params)[0].finished
+    with pytest.raises(SamplingError, match="below the vocabulary's 32003, got 32003"):
+        llm.generate("a", SamplingParams(stop_token_ids=[0, 32003]))
+
+
+def test_more_tokens_than_there_is_room_for_are_refused(checkpoint: tuple[Path, Any]) -> None:
+    short = LLM(checkpoint[0], device="cpu", max_model_len=12)
+    prompt = {"prompt_token_ids": [1] * 8}
+    four = SamplingParams(max_tokens=None, min_tokens=4)
+    assert len(short.generate(prompt, four)[0].outputs[0].token_ids) == 4
+    for max_tokens in (None, 16):
+        with pytest.raises(
+            SamplingError, match=r"min_tokens must be at most the 4 .* of 12, got 5"
+        ):
+            short.generate(prompt, SamplingParams(max_tokens=max_tokens, min_tokens=5))
+    assert not short._engine.has_work
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0}, {}, "", "greedy", 7, [{}, {}], [SamplingParams(), 7]]
+)
+def test_what_is_no_sampling_params(llm: LLM, params: Any) -> None:
+    with pytest.raises(SamplingError, match="sampling_params must be SamplingParams, got "):
+        llm.generate(["a", "b"] if isinstance(params, list) else "a", params)
+    if not isinstance(params, list):
+        with pytest.raises(SamplingError, match="sampling_params must be SamplingParams, got "):
+            next(llm.stream("a", params))
+    assert not llm._engine.has_work
+
+
+def test_the_smallest_temperature_and_top_p_are_the_most_likely_token(llm: LLM) -> None:
+    """In fp32 both are 0, which is no number to divide by."""
+    prompts = make_prompts()[:4]
+    greedy = ours(llm, prompts, max_tokens=4)
+    for params in (
+        SamplingParams(temperature=5e-324, max_tokens=4),
+        SamplingParams(top_p=5e-324, max_tokens=4),
+        SamplingParams(temperature=1e-30, top_p=1e-30, min_p=1, top_k=1, max_tokens=4),
+    ):
+        got = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        assert got == greedy
+
+
 def test_repetition_penalty_on_image_tokens_alone(llm: LLM) -> None:
     prompt = {
         "prompt_token_ids": [IMAGE] * LATENTS,

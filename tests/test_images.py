@@ -1,9 +1,6 @@
-"""Images against transformers' own processor, bit for bit, and the trained position rule."""
+"""Tiles against transformers' own processor, bit for bit, and the trained position rule."""
 
-import base64
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,10 @@ from idefics2_engine.errors import ConfigError, ImageError
 from idefics2_engine.images import (
     ImageConfig,
     Tile,
-    load_image,
     make_tiles,
     normalise,
     resized_size,
-    split_image,
+    split_boxes,
 )
 
 DATA = Path(__file__).parent / "data" / "idefics2-8b"
@@ -64,7 +60,7 @@ def test_pixels_equal_transformers(size: tuple[int, int], split: bool, tmp_path:
     image = Image.fromarray(noise(*size))
     wanted = oracle(split)([[image]], return_tensors="np")
     settings = config(tmp_path, do_image_splitting=split)
-    tiles = make_tiles(load_image(image), settings, patch_size=14, grid_side=70)
+    tiles = make_tiles(image, settings, patch_size=14, grid_side=70)
     assert len(tiles) == len(wanted.pixel_values[0]) == (5 if split else 1)
     masked = zip(tiles, wanted.pixel_values[0], wanted.pixel_attention_mask[0], strict=True)
     for tile, pixels, mask in masked:
@@ -115,7 +111,7 @@ def test_size_rule(size: tuple[int, int], wanted: tuple[int, int]) -> None:
 
 def test_split_is_four_quarters_and_the_image() -> None:
     pixels = noise(7, 5)
-    parts = [np.array(part) for part in split_image(Image.fromarray(pixels))]
+    parts = [pixels[top:bottom, left:right] for left, top, right, bottom in split_boxes(7, 5)]
     wanted = [pixels[:2, :3], pixels[:2, 3:], pixels[2:, :3], pixels[2:, 3:], pixels]
     for got, part in zip(parts, wanted, strict=True):
         np.testing.assert_array_equal(got, part)
@@ -125,7 +121,8 @@ def test_split_is_four_quarters_and_the_image() -> None:
 def test_one_pixel_splits_into_itself(size: tuple[int, int], tmp_path: Path) -> None:
     width, height = size
     image = Image.fromarray(noise(width, height))
-    sizes = [part.size for part in split_image(image)]
+    boxes = split_boxes(width, height)
+    sizes = [(right - left, bottom - top) for left, top, right, bottom in boxes]
     halves = [max(side // 2, 1) for side in size]
     rests = [side - side // 2 for side in size]
     assert sizes[0] == tuple(halves)
@@ -195,81 +192,6 @@ def test_positions_are_the_callers_own() -> None:
     tile = Tile(np.zeros((28, 28, 3), np.uint8), 14, 70)
     tile.position_ids()[:] = -1
     assert tile.position_ids().tolist() == [0, 35, 35 * 70, 35 * 70 + 35]
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
-
-
-SOURCES: dict[str, Callable[[Path, Image.Image], Any]] = {
-    "path": lambda path, image: path,
-    "str": lambda path, image: str(path),
-    "bytes": lambda path, image: png(image),
-    "data URI": lambda path, image: (
-        "data:image/png;base64," + base64.b64encode(png(image)).decode()
-    ),
-    "Pillow": lambda path, image: image,
-    "array": lambda path, image: np.array(image),
-}
-
-
-@pytest.mark.parametrize("kind", SOURCES)
-def test_every_source_gives_the_same_pixels(kind: str, tmp_path: Path) -> None:
-    pixels = noise(11, 17)
-    image = Image.fromarray(pixels)
-    path = tmp_path / "a.png"
-    image.save(path)
-    loaded = load_image(SOURCES[kind](path, image))
-    assert loaded.mode == "RGB"
-    np.testing.assert_array_equal(np.array(loaded), pixels)
-
-
-def test_rotation_of_the_camera_is_applied() -> None:
-    pixels = noise(8, 4)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera stood on its side: 90 degrees clockwise
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png", exif=exif)
-    wanted = np.rot90(pixels, -1)
-    np.testing.assert_array_equal(np.array(load_image(buffer.getvalue())), wanted)
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
-def test_other_colours_become_rgb(mode: str) -> None:
-    image = Image.fromarray(noise(6, 5)).convert(mode)
-    np.testing.assert_array_equal(np.array(load_image(image)), np.array(image.convert("RGB")))
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (b"no image", "image bytes: cannot be read as an image"),
-        ("missing.png", "missing.png: cannot be read as an image"),
-        ("https://example.org/a.png", "must be a local file or a data URI"),
-        ("data:image/png,abc", "data URI: must hold ';base64,'"),
-        ("data:image/png;base64,§", "data URI: must be base64"),
-        (None, "must be a path, .* got NoneType"),
-        (np.zeros((4, 4), np.uint8), r"must be uint8 \(H, W, 3\), got uint8 \(4, 4\)"),
-        (np.zeros((4, 4, 3)), r"must be uint8 \(H, W, 3\), got float64"),
-        (np.zeros((0, 4, 3), np.uint8), r"must have pixels, got \(0, 4, 3\)"),
-        (Image.new("RGB", (0, 3)), "must have pixels, got 0 x 3"),
-    ],
-    ids=[
-        *("bytes", "file", "address", "no-base64", "bad-base64", "type", "gray-array"),
-        *("float-array", "empty-array", "empty-image"),
-    ],
-)
-def test_what_is_no_image_is_an_error(source: Any, message: str) -> None:
-    with pytest.raises(ImageError, match=message):
-        load_image(source)
-
-
-def test_a_cut_off_file_is_an_error() -> None:
-    whole = png(Image.fromarray(noise(64, 64)))
-    with pytest.raises(ImageError, match="cannot be read as an image"):
-        load_image(whole[: len(whole) // 2])
 
 
 def test_config_of_the_checkpoint() -> None:

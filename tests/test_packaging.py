@@ -27,7 +27,21 @@ FILES = sorted(
     for file in (ROOT / package).rglob("*.py")
 )
 # The host's side of the engine: tested in milliseconds, because nothing here waits for torch.
-HOST_ONLY = {"config", "demo", "errors", "pages", "sampling_params", "scheduler", "sequence"}
+HOST_ONLY = {
+    "adapter_config",
+    "config",
+    "demo",
+    "errors",
+    "hub",
+    "json_file",
+    "pages",
+    "safetensors_file",
+    "sampling_params",
+    "scheduler",
+    "sequence",
+    "verify",
+    "weight_files",
+}
 
 
 def module_name(file: Path) -> str:

@@ -167,6 +167,14 @@ def test_marks_change_no_ordinary_id(kind: str, text: str, before: str) -> None:
     assert build(kind).encode_marked(marked, add_bos=False) == wanted
 
 
+def test_a_mark_typed_in_two_parts_is_kept() -> None:
+    for texts in (MARK, (MARK[0], "", MARK[1]), (MARK[0] * 2, MARK[1] * 2), (MARK, MARK)):
+        marked = "".join(build().mark_typed(text) for text in texts)
+        assert build().unmark(marked) == "".join(texts)
+        ids = build().encode_marked("a" + marked, add_bos=False)
+        assert build().decode(ids) == "a" + "".join(texts)
+
+
 def test_encode_plain_has_no_control_token() -> None:
     ids = build().encode_plain("<s>a<image>")
     assert control(ids) == []

@@ -6,8 +6,9 @@ the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from idefics2_engine.config import ModelConfig, read_json
+from idefics2_engine.adapter import Adapter
+from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.model import Idefics2
+from idefics2_engine.safetensors_file import FLOATS, StoredTensor
+from idefics2_engine.weight_files import INDEX, SINGLE, find_weights, listing
 from idefics2_kernels import REFERENCE, Ops
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -176,84 +177,119 @@ def load_checkpoint(
     ops: Ops = REFERENCE,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    adapter: Path | str | None = None,
+    check_finite: bool = False,
 ) -> Idefics2:
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
-    Files are memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed.
+    The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
+    memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed.
+
+    Args:
+        folder: A checkpoint in the hub's form.
+        ops: Filling of the operations to run on.
+        device: Where the parameters go.
+        dtype: What they become, rounded once.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge.
+        check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
 
     Raises:
-        ConfigError: ``config.json`` is missing or wrong.
-        CheckpointError: A file or tensor is missing, cannot be read, has another shape, or is not expected.
+        ConfigError: ``config.json`` is missing or wrong, or the adapter's.
+        CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is not expected, or with
+            ``check_finite`` holds a value that is no number.
     """
     folder = Path(folder)
     config = ModelConfig.load(folder)
+    places = {place.name: place for place in hub_tensors(config)}
+    stored = find_weights(folder)
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)  # saved by some writers although it is the embedding
+    _check_fit(folder, places, stored)
+    changes = (
+        None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
+    )
     model = Idefics2(config, ops, device, dtype)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    expected = {tensor.name: tensor for tensor in hub_tensors(config)}
-    missing = dict(expected)
     with torch.no_grad():
         for table in {model.text.embedding, model.lm_head}:
             table[config.text.vocab_size :] = 0.0
-        for file, names in _shards(folder).items():
-            for name, tensor in _read(folder / file, names):
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue  # saved by some writers although it is the embedding
-                _fill(parameters, expected, name, tensor)
-                missing.pop(name, None)
-    if missing:
-        raise CheckpointError(_listing(f"{folder}: tensors are missing", missing))
+        for source, tensor in _read(stored.values()):
+            place = places[source.name]
+            if check_finite:
+                _check_finite(source, tensor)
+            if changes is not None:
+                tensor = changes.merge(source.name, tensor, dtype, model.device)
+            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
+            rows.copy_(tensor.view(rows.shape))
+            if check_finite:
+                _check_finite(source, rows, f" in {dtype}")
     return model
 
 
-def _fill(
-    parameters: dict[str, torch.nn.Parameter],
-    expected: dict[str, HubTensor],
-    name: str,
-    tensor: Tensor,
-) -> None:
-    if name not in expected:
-        raise CheckpointError(f"tensor {name!r} is not part of this model")
-    place = expected[name]
-    if tuple(tensor.shape) != place.shape:
+def _check_fit(folder: Path, places: dict[str, HubTensor], stored: dict[str, StoredTensor]) -> None:
+    """Check that ``stored`` is what the model needs, no more and no less."""
+    extra = stored.keys() - places.keys()
+    if extra:
+        names = sorted(extra)
         raise CheckpointError(
-            f"tensor {name!r} must have shape {place.shape}, got {tuple(tensor.shape)}"
+            f"{stored[names[0]].file}: tensors are not part of this model: {listing(names)}"
         )
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"tensor {name!r} must be floating-point, got {tensor.dtype}")
-    rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-    rows.copy_(tensor.view(rows.shape))
+    missing = [name for name in places if name not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: tensors are missing: {listing(missing)}")
+    for name, tensor in stored.items():
+        if tensor.shape != places[name].shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} must have shape {places[name].shape}, got {tensor.shape}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} must be {', '.join(FLOATS)}, got {tensor.dtype}"
+            )
 
 
-def _shards(folder: Path) -> dict[str, list[str] | None]:
-    """Map each weight file to the tensors to take from it; ``None`` takes all."""
-    if (folder / _INDEX).exists():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / _INDEX}: must hold a 'weight_map' object")
-        shards: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise CheckpointError(
-                    f"{folder / _INDEX}: {name!r} names no file of the folder: {file!r}"
-                )
-            names = shards.setdefault(file, [])
-            assert names is not None
-            names.append(name)
-        return shards
-    if (folder / _SINGLE).exists():
-        return {_SINGLE: None}
-    raise CheckpointError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
+def _read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """Yield the values of ``tensors``, each file's together."""
+    for file, of_file in groupby(tensors, key=lambda tensor: tensor.file):
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for tensor in of_file:
+                    yield tensor, opened.get_tensor(tensor.name)
+        except (
+            SafetensorError,
+            OSError,
+        ) as error:  # the header was read: the file has changed since
+            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from None
 
 
-def _read(file: Path, names: list[str] | None) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys() if names is None else names:
-                yield name, opened.get_tensor(name)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: does not exist") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: is not readable as safetensors: {error}") from None
+def _load_adapter(
+    folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
+) -> Adapter:
+    """Read the adapter in ``folder`` and check that it fits."""
+    adapter = Adapter.load(folder)
+    tied = ("model.text_model.embed_tokens.weight", "lm_head.weight")
+    if config.tie_word_embeddings and adapter.changed.keys() & set(tied):
+        raise CheckpointError(
+            f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
+        )
+    adapter.check({name: place.shape for name, place in places.items()})
+    if check_finite:
+        for name, tensor in adapter.values.items():
+            _check_finite(adapter.stored[name], tensor)
+    return adapter
+
+
+def _check_finite(source: StoredTensor, values: Tensor, where: str = "") -> None:
+    """Refuse NaN and infinity among ``values``, naming the first and how many there are."""
+    bad = ~torch.isfinite(values)
+    count = int(bad.count_nonzero())
+    if count:
+        first = tuple(bad.nonzero()[0].tolist())
+        raise CheckpointError(
+            f"{source.file}: tensor {source.name!r} must be finite{where}, "
+            f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
+        )
 
 
 def save_checkpoint(
@@ -271,7 +307,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / _INDEX, *folder.glob("*.safetensors")):  # readers would take these first
+    for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
         old.unlink(missing_ok=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shards: list[dict[str, Tensor]] = [{}]
@@ -282,7 +318,7 @@ def save_checkpoint(
             shards.append({})
         shards[-1][place.name] = tensor.clone()
     if len(shards) == 1:
-        save_file(shards[0], folder / _SINGLE, metadata={"format": "pt"})
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
     else:
         weight_map: dict[str, str] = {}
         for i, shard in enumerate(shards, start=1):
@@ -291,19 +327,13 @@ def save_checkpoint(
             weight_map |= dict.fromkeys(shard, file)
         total = sum(_bytes(shard) for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if config_from is not None:
         for source in (*Path(config_from).glob("*.json"), *Path(config_from).glob("*.jinja")):
             target = folder / source.name
-            if source.name != _INDEX and source.resolve() != target.resolve():
+            if source.name != INDEX and source.resolve() != target.resolve():
                 shutil.copy(source, target)
 
 
 def _bytes(shard: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in shard.values())
-
-
-def _listing(problem: str, names: dict[str, HubTensor]) -> str:
-    first = ", ".join(list(names)[:3])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{problem}: {first}{more}"

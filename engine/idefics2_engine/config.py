@@ -5,16 +5,24 @@ transformers' Idefics2 and Mistral configurations, except the perceiver's norm e
 the text model's, which is what a missing ``rms_norm_eps`` means here.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.json_file import Section, read_json
+from idefics2_engine.shown import shown
 
 PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
+# Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in the file, and should
+# say so before anything is allocated or counted to.
+_MOST_LAYERS = 1024  # 32
+_MOST_HEADS = 1024  # 32
+_MOST_PIXELS = 1 << 14  # 980 a side
+_MOST_WIDTH = 1 << 20  # 14336
+_MOST_TOKENS = 1 << 20  # 32003 in the vocabulary, 32768 positions
 
 
 @dataclass(frozen=True)
@@ -109,64 +117,82 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Build from the parsed JSON of a ``config.json``."""
-        model_type = config.get("model_type")
-        if model_type != "idefics2":
-            raise ConfigError(f"config.json: model_type must be 'idefics2', got {model_type!r}")
+        top = Section("config.json", config)
+        if config.get("model_type") is None:
+            raise ConfigError("config.json: model_type must be 'idefics2', got none")
+        top.require("model_type", "idefics2")
+        if config.get("quantization_config") is not None:
+            raise ConfigError(
+                "config.json: quantization_config: quantised checkpoints are not supported yet; "
+                "load the one that this was made from"
+            )
         vision, perceiver, text = (
-            _Section(name, config.get(name) or {})
-            for name in ("vision_config", "perceiver_config", "text_config")
+            top.section(name) for name in ("vision_config", "perceiver_config", "text_config")
         )
         vision.require("hidden_act", "gelu_pytorch_tanh")
         perceiver.require("hidden_act", "silu")
         text.require("hidden_act", "silu")
         text.require("model_type", "mistral")
-        hidden = text.size("hidden_size", 4096)
-        heads = text.size("num_attention_heads", 32)
+        hidden = text.size("hidden_size", 4096, _MOST_WIDTH)
+        heads = text.size("num_attention_heads", 32, _MOST_HEADS)
         # Mistral's own defaults apply inside a text_config, Idefics2's where there is none
         eps = text.positive("rms_norm_eps", 1e-6 if text.values else 1e-5)
         built = cls(
             vision=VisionConfig(
-                hidden_size=vision.size("hidden_size", 768),
-                intermediate_size=vision.size("intermediate_size", 3072),
-                num_layers=vision.size("num_hidden_layers", 12),
-                num_heads=vision.size("num_attention_heads", 12),
-                num_channels=vision.size("num_channels", 3),
-                image_size=vision.size("image_size", 224),
-                patch_size=vision.size("patch_size", 32),
+                hidden_size=vision.size("hidden_size", 768, _MOST_WIDTH),
+                intermediate_size=vision.size("intermediate_size", 3072, _MOST_WIDTH),
+                num_layers=vision.size("num_hidden_layers", 12, _MOST_LAYERS),
+                num_heads=vision.size("num_attention_heads", 12, _MOST_HEADS),
+                num_channels=vision.size("num_channels", 3, _MOST_WIDTH),
+                image_size=vision.size("image_size", 224, _MOST_PIXELS),
+                patch_size=vision.size("patch_size", 32, _MOST_PIXELS),
                 layer_norm_eps=vision.positive("layer_norm_eps", 1e-6),
             ),
             perceiver=PerceiverConfig(
                 hidden_size=hidden,
-                num_latents=perceiver.size("resampler_n_latents", 64),
-                num_layers=perceiver.size("resampler_depth", 3),
-                num_heads=perceiver.size("resampler_n_heads", 16),
-                num_kv_heads=perceiver.size("num_key_value_heads", 4),
-                head_dim=perceiver.size("resampler_head_dim", 96),
+                num_latents=perceiver.size("resampler_n_latents", 64, _MOST_WIDTH),
+                num_layers=perceiver.size("resampler_depth", 3, _MOST_LAYERS),
+                num_heads=perceiver.size("resampler_n_heads", 16, _MOST_HEADS),
+                num_kv_heads=perceiver.size("num_key_value_heads", 4, _MOST_HEADS),
+                head_dim=perceiver.size("resampler_head_dim", 96, _MOST_WIDTH),
                 rms_norm_eps=perceiver.positive("rms_norm_eps", eps),
             ),
             text=TextConfig(
-                vocab_size=text.size("vocab_size", 32000),
+                vocab_size=text.size("vocab_size", 32000, _MOST_TOKENS),
                 hidden_size=hidden,
-                intermediate_size=text.size("intermediate_size", 14336),
-                num_layers=text.size("num_hidden_layers", 32),
+                intermediate_size=text.size("intermediate_size", 14336, _MOST_WIDTH),
+                num_layers=text.size("num_hidden_layers", 32, _MOST_LAYERS),
                 num_heads=heads,
-                num_kv_heads=text.size("num_key_value_heads", 8),
-                head_dim=text.size("head_dim", hidden // heads),
+                num_kv_heads=text.size("num_key_value_heads", 8, _MOST_HEADS),
+                head_dim=text.size("head_dim", hidden // heads, _MOST_WIDTH),
                 max_positions=text.size(
-                    "max_position_embeddings", 131072 if text.values else 32768
+                    "max_position_embeddings", 131072 if text.values else 32768, _MOST_TOKENS
                 ),
                 rms_norm_eps=eps,
                 rope_theta=_rope_theta(text),
-                sliding_window=text.size_or_none("sliding_window", 4096),
+                sliding_window=text.size_or_none("sliding_window", 4096, 2**31 - 1),
                 pad_token_id=text.index("pad_token_id", 0),
             ),
-            image_token_id=_Section("config.json", config).index("image_token_id", 32001),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            image_token_id=top.index("image_token_id", 32001),
+            tie_word_embeddings=top.flag("tie_word_embeddings"),
         )
         if built.vision.hidden_size % built.vision.num_heads:
             raise ConfigError(
                 f"vision_config: hidden_size must be a multiple of num_attention_heads, "
                 f"got {built.vision.hidden_size} and {built.vision.num_heads}"
+            )
+        if built.vision.grid < 1:
+            raise ConfigError(
+                f"vision_config: image_size must be at least patch_size {built.vision.patch_size}, "
+                f"got {built.vision.image_size}"
+            )
+        if built.vision.num_channels != 3:
+            raise ConfigError(
+                f"vision_config: num_channels must be 3, got {built.vision.num_channels}"
+            )
+        if built.text.head_dim % 2:
+            raise ConfigError(
+                f"text_config: head_dim must be even for rotary angles, got {built.text.head_dim}"
             )
         _check_heads("perceiver_config", built.perceiver.num_heads, built.perceiver.num_kv_heads)
         _check_heads("text_config", built.text.num_heads, built.text.num_kv_heads)
@@ -198,10 +224,10 @@ class GenerationConfig:
         eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
         bad_words = values.get("bad_words_ids") or []
         if not _are_ids(eos):
-            raise ConfigError(f"{path}: eos_token_id must be token ids, got {eos!r}")
+            raise ConfigError(f"{path}: eos_token_id must be token ids, got {shown(eos)}")
         if not isinstance(bad_words, list) or not all(map(_are_ids, bad_words)):
             raise ConfigError(
-                f"{path}: bad_words_ids must be lists of token ids, got {bad_words!r}"
+                f"{path}: bad_words_ids must be lists of token ids, got {shown(bad_words)}"
             )
         return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
 
@@ -233,66 +259,14 @@ class EngineConfig:
         return -(-self.kv_cache_tokens // self.page_size)
 
 
-@dataclass(frozen=True)
-class _Section:
-    """One JSON object with typed reads; ``None`` means absent, as in transformers."""
-
-    name: str
-    values: Mapping[str, Any]
-
-    def require(self, key: str, wanted: str) -> None:
-        got = self.values.get(key)
-        if got not in (None, wanted):
-            raise ConfigError(f"{self.name}: {key} must be {wanted!r}, got {got!r}")
-
-    def size(self, key: str, default: int) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ConfigError(f"{self.name}: {key} must be a positive integer, got {value!r}")
-        return value
-
-    def size_or_none(self, key: str, default: int) -> int | None:
-        if key in self.values and self.values[key] is None:
-            return None
-        return self.size(key, default)
-
-    def index(self, key: str, default: int) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 <= value < 2**31:
-            raise ConfigError(f"{self.name}: {key} must be a token id, got {value!r}")
-        return value
-
-    def positive(self, key: str, default: float) -> float:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise ConfigError(f"{self.name}: {key} must be a positive number, got {value!r}")
-        return float(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from ``path``, or raise ``ConfigError`` naming it."""
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ConfigError(f"{path}: is not JSON") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, got {type(parsed).__name__}")
-    return parsed
-
-
-def _rope_theta(text: _Section) -> float:
+def _rope_theta(text: Section) -> float:
     """Read the rotary base, at the top level before transformers 5 and in ``rope_parameters`` since."""
-    nested = text.values.get("rope_parameters") or text.values.get("rope_scaling") or {}
-    rope_type = nested.get("rope_type", nested.get("type", "default"))
+    parameters, scaling = text.section("rope_parameters"), text.section("rope_scaling")
+    nested = parameters if parameters.values else scaling
+    rope_type = nested.values.get("rope_type", nested.values.get("type", "default"))
     if rope_type != "default":
-        raise ConfigError(f"{text.name}: rope_type must be 'default', got {rope_type!r}")
-    top = text.positive("rope_theta", 10000.0)
-    return _Section(f"{text.name}.rope_parameters", nested).positive("rope_theta", top)
+        raise ConfigError(f"{text.name}: rope_type must be 'default', got {shown(rope_type)}")
+    return nested.positive("rope_theta", text.positive("rope_theta", 10000.0))
 
 
 def _check_heads(name: str, heads: int, kv_heads: int) -> None:

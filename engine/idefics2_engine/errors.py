@@ -31,10 +31,46 @@ class ImageError(Idefics2Error):
     code = "image"
 
 
+class MediaNotAllowedError(ImageError):
+    """An image lies where this process may not read: a host, an address, a folder or a scheme."""
+
+    code = "media_not_allowed"
+
+
+class MediaFetchError(ImageError):
+    """An allowed address did not give an image in time; another try may."""
+
+    code = "media_fetch"
+
+
+class ImageWarning(UserWarning):
+    """An image was read, but not all of it."""
+
+
 class PromptError(Idefics2Error):
     """A prompt or a conversation cannot be turned into token ids."""
 
     code = "prompt"
+
+
+class PromptTooLongError(PromptError):
+    """A prompt does not leave room for one token of an answer; a caller may cut or split it.
+
+    Attributes:
+        got: Tokens of the prompt, image tokens included.
+        limit: Tokens that a prompt may have: one fewer than the context, which the answer needs.
+    """
+
+    code = "prompt_too_long"
+
+    def __init__(self, got: int, context: int) -> None:
+        super().__init__(f"prompt must leave room for an answer within {context} tokens, got {got}")
+        self.got = got
+        self.limit = context - 1
+
+    def __reduce__(self) -> tuple[type["PromptTooLongError"], tuple[int, int]]:
+        """Let it pass between processes, which build an error anew from its arguments."""
+        return type(self), (self.got, self.limit + 1)
 
 
 class SamplingError(Idefics2Error):

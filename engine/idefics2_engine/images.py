@@ -1,15 +1,9 @@
-"""Images to tiles: read, split, resize; uint8 until somebody asks for floats.
+"""Pictures to tiles: split, resize; uint8 until somebody asks for floats.
 
 A tile is one picture that the vision tower sees: a whole image or, with splitting, a quarter of
 one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit for bit.
 """
 
-import base64
-import binascii
-import io
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
-from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, ImageError
+from idefics2_engine.json_file import read_json
 
-ImageSource = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
-"""What ``load_image`` reads."""
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom of a part in pixels, the last two exclusive."""
 
 QUARTERS = 4  # tiles that splitting adds in front of the whole image
 
@@ -144,40 +138,6 @@ def position_ids(rows: int, columns: int, grid_side: int) -> npt.NDArray[np.int6
     return (_buckets(rows, grid_side)[:, None] * grid_side + _buckets(columns, grid_side)).ravel()
 
 
-def load_image(source: ImageSource) -> Image.Image:
-    """Read one image, upright and in RGB.
-
-    Args:
-        source: A path, a ``data:`` URI with base64, the bytes of an image file, a Pillow image, or
-            a uint8 array (H, W, 3). EXIF rotation is applied and alpha is dropped, as by
-            transformers' ``load_image``; an animation gives its first frame.
-
-    Raises:
-        ImageError: ``source`` is none of these, cannot be decoded, or has no pixels.
-    """
-    if isinstance(source, Image.Image):
-        with _decoding("image"):
-            return _upright_rgb(source)
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        raise ImageError(f"image: must be a local file or a data URI, got the address {source!r}")
-    file: Path | io.BytesIO
-    if isinstance(source, bytes):
-        file, name = io.BytesIO(source), "image bytes"
-    elif isinstance(source, str) and source.startswith("data:"):
-        file, name = io.BytesIO(_data_uri_bytes(source)), "data URI"
-    elif isinstance(source, str | Path):
-        file, name = Path(source), str(source)
-    else:
-        raise ImageError(
-            "image: must be a path, a data URI, bytes, a Pillow image or a uint8 array (H, W, 3), "
-            f"got {type(source).__name__}"
-        )
-    with _decoding(name), Image.open(file) as image:
-        return _upright_rgb(image)
-
-
 def resized_size(width: int, height: int, longest: int, shortest: int) -> tuple[int, int]:
     """Return the (width, height) that an image is resized to.
 
@@ -192,31 +152,41 @@ def resized_size(width: int, height: int, longest: int, shortest: int) -> tuple[
     return max(width, shortest), max(height, shortest)
 
 
-def split_image(image: Image.Image) -> list[Image.Image]:
-    """Return the top left, top right, bottom left and bottom right quarters, then ``image`` itself.
+def split_boxes(width: int, height: int) -> list[Box]:
+    """Return the top left, top right, bottom left and bottom right quarters, then the whole.
 
     The cuts are at half the width and half the height, rounded down. An image one pixel wide or
     high would leave empty quarters there (transformers raises ZeroDivisionError), so both sides of
     that cut are the one pixel.
     """
-    width, height = image.size
     lefts = (0, max(width // 2, 1)), (min(width // 2, width - 1), width)
     tops = (0, max(height // 2, 1)), (min(height // 2, height - 1), height)
-    quarters = [
-        image.crop((left, top, right, bottom)) for top, bottom in tops for left, right in lefts
-    ]
-    return [*quarters, image]
+    quarters = [(left, top, right, bottom) for top, bottom in tops for left, right in lefts]
+    return [*quarters, (0, 0, width, height)]
 
 
 def make_tiles(
     image: Image.Image, config: ImageConfig, patch_size: int, grid_side: int
 ) -> list[Tile]:
-    """Split an RGB image if ``config`` says so, and resize each part on its own."""
+    """Split an RGB image if ``config`` says so, and resize each part on its own.
+
+    The tiles' pixels are read-only, and those of parts that keep their size share one array.
+    """
+    whole = (0, 0, *image.size)
+    pixels: npt.NDArray[np.uint8] | None = None
     tiles = []
-    for part in split_image(image) if config.split else [image]:
-        size = resized_size(*part.size, config.longest_edge, config.shortest_edge)
-        resized = part.resize(size, Image.Resampling(config.resample))
-        tiles.append(Tile(np.array(resized), patch_size, grid_side))
+    for box in split_boxes(*image.size) if config.split else [whole]:
+        left, top, right, bottom = box
+        width, height = right - left, bottom - top
+        size = resized_size(width, height, config.longest_edge, config.shortest_edge)
+        if size == (width, height):
+            if pixels is None:
+                pixels = np.asarray(image)  # the costly way out of Pillow, once
+            part = pixels[top:bottom, left:right]
+        else:  # resizing with box= would let neighbours bleed over the cut
+            cut = image if box == whole else image.crop(box)
+            part = np.asarray(cut.resize(size, Image.Resampling(config.resample)))
+        tiles.append(Tile(part, patch_size, grid_side))
     return tiles
 
 
@@ -230,7 +200,11 @@ def normalise(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
     mean = np.array(config.mean, dtype=np.float32)
     std = np.array(config.std, dtype=np.float32)
     tables = (rescaled[:, None] - mean) / std  # (256, 3)
-    return np.stack([tables[:, c][tile.pixels[:, :, c]] for c in range(3)])
+    values = np.empty((3, *tile.pixels.shape[:2]), dtype=np.float32)
+    for channel in range(3):  # "clip" because every byte is an index, so that none need be checked
+        table, pixels = tables[:, channel], tile.pixels[:, :, channel]
+        np.take(table, pixels, out=values[channel], mode="clip")
+    return values
 
 
 @cache
@@ -251,45 +225,9 @@ def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
     return buckets
 
 
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Turn what Pillow raises on a file it cannot read into ``ImageError``."""
-    try:
-        yield
-    except ImageError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name}: cannot be read as an image: {error}") from None
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ImageError(f"image: must have pixels, got {image.width} x {image.height}")
-    return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _data_uri_bytes(uri: str) -> bytes:
-    head, comma, payload = uri.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
-    try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
-        raise ImageError(f"data URI: must be base64, got {payload[:40]!r}") from None
-
-
-def _from_array(array: npt.NDArray[Any]) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ImageError(
-            f"image array: must be uint8 (H, W, 3), got {array.dtype} {tuple(array.shape)}"
-        )
-    if 0 in array.shape:
-        raise ImageError(f"image array: must have pixels, got {tuple(array.shape)}")
-    return Image.fromarray(array)
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+    # the bound is one that fp32 can bear; Python's integers have none
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e30
 
 
 def _is_positive(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
 
 import random
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +11,21 @@ from idefics2_engine.checkpoint import load_checkpoint
 from idefics2_engine.config import PAGE_SIZE, EngineConfig, GenerationConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.engine import Engine
-from idefics2_engine.errors import ConfigError, PromptError, SamplingError
+from idefics2_engine.errors import (
+    ConfigError,
+    PromptError,
+    PromptTooLongError,
+    SamplingError,
+)
+from idefics2_engine.hub import find_adapter, find_model
+from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
 from idefics2_engine.outputs import RequestOutput
-from idefics2_engine.processor import ProcessedPrompt, Processor
+from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
+from idefics2_engine.shown import shown
+from idefics2_engine.verify import verify_files
+from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
 from idefics2_kernels import REFERENCE, Ops
 
 Prompt = str | Mapping[str, Any]
@@ -33,7 +43,12 @@ class LLM:
     """An Idefics2 model that answers questions about images.
 
     Args:
-        model: Folder of a checkpoint in the hub's form; the demo checkpoint if ``None``.
+        model: A checkpoint in the hub's form: its folder, or its id on the hub, ``org/name`` or ``org/name@revision``, which is
+            taken from the hub's cache or downloaded into it; the demo checkpoint if ``None``.
+        revision: Branch, tag or commit of a hub id.
+        adapter: A LoRA adapter in PEFT's format to merge, its folder or its id on the hub.
+        verify: Compare the files with their published checksums first, and refuse weights that have none.
+        check_finite: Look at every weight for NaN and infinity, and for overflow in ``dtype``.
         device: ``"auto"`` takes a CUDA device if there is one.
         dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
         split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
@@ -42,17 +57,29 @@ class LLM:
         kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
             one alone needs more, if ``None``.
         seed: Fixes the random numbers of requests without a seed of their own.
+        image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
+            which refuses them (README, Images).
+        max_image_pixels: Largest width x height of an image, checked before it is decoded.
+        max_media_bytes: Largest image file, data URI or download.
+        allowed_media_root: Folder that image files must lie below; anywhere if ``None``.
+        allowed_media_hosts: Hosts that image URLs may name; none by default (``MediaConfig``).
+        media_timeout: Seconds that a download may take.
+        image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
         ops: Filling of the operations to run on.
 
     Raises:
-        ConfigError: A file of the checkpoint is missing or wrong, or an argument does not fit it.
-        CheckpointError: The weights are missing or do not fit the config.
+        ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument does not fit it.
+        CheckpointError: The weights are missing, do not fit the config, or fail a check that was asked for.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
+        revision: str | None = None,
+        adapter: str | Path | None = None,
+        verify: bool = False,
+        check_finite: bool = False,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         split_images: bool | None = None,
@@ -60,18 +87,44 @@ class LLM:
         max_num_seqs: int = 64,
         kv_cache_tokens: int | None = None,
         seed: int = 0,
+        image_policy: str = "parity",
+        max_image_pixels: int = MAX_PIXELS,
+        max_media_bytes: int = MAX_BYTES,
+        allowed_media_root: str | Path | None = None,
+        allowed_media_hosts: Sequence[str] = (),
+        media_timeout: float = MEDIA_TIMEOUT,
+        image_threads: int | None = None,
         ops: Ops = REFERENCE,
     ) -> None:
-        folder = DEMO_MODEL if model is None else Path(model)
-        if not folder.is_dir():
-            raise ConfigError(f"model must be a checkpoint's folder, got {str(model)!r}")
+        folder = _folder(model, revision)
+        adapter_folder = None if adapter is None else find_adapter(adapter)
+        if verify:
+            verify_files(folder, weight_paths(folder))
+        if verify and adapter_folder is not None:
+            verify_files(adapter_folder, [adapter_folder / ADAPTER_WEIGHTS])
         self.config = ModelConfig.load(folder)
-        self.processor = Processor.load(folder, self.config, split_images)
+        media = media_config(
+            image_policy=image_policy,
+            max_image_pixels=max_image_pixels,
+            max_media_bytes=max_media_bytes,
+            allowed_media_root=allowed_media_root,
+            allowed_media_hosts=allowed_media_hosts,
+            media_timeout=media_timeout,
+            image_threads=image_threads,
+        )
+        self.processor = Processor.load(folder, self.config, split_images, media)
         self.engine_config = _engine_config(
             self.config, max_model_len, max_num_seqs, kv_cache_tokens
         )
         on = _device(device)
-        self.model = load_checkpoint(folder, ops, on, _dtype(dtype, on))
+        self.model = load_checkpoint(
+            folder,
+            ops,
+            on,
+            _dtype(dtype, on),
+            adapter=adapter_folder,
+            check_finite=check_finite,
+        )
         tokenizer = self.processor.tokenizer
         ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
@@ -100,8 +153,9 @@ class LLM:
             PromptError: A prompt is malformed, does not fit its images, or is too long.
             ImageError: An image cannot be read.
         """
-        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        return self._answer([self._read_prompt(prompt) for prompt in several], sampling_params)
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
+        drafts = [self._read_prompt(prompt) for prompt in several]
+        return self._answer(self.processor.finish(drafts), sampling_params)
 
     def chat(
         self,
@@ -125,9 +179,9 @@ class LLM:
             raise PromptError(
                 f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
             )
-        several = [messages] if _is_conversation(messages) else list(messages)
-        prompts = [self.processor.chat(cast(Conversation, one)) for one in several]
-        return self._answer(prompts, sampling_params)
+        several = [messages] if _is_conversation(messages) else _listed("messages", messages)
+        drafts = [self.processor.draft_chat(cast(Conversation, one)) for one in several]
+        return self._answer(self.processor.finish(drafts), sampling_params)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -138,10 +192,11 @@ class LLM:
         closed before the next request, which raises ``RuntimeError`` otherwise.
         """
         if _is_conversation(prompt):
-            processed = self.processor.chat(cast(Conversation, prompt))
+            draft = self.processor.draft_chat(cast(Conversation, prompt))
         else:
-            processed = self._read_prompt(cast(Prompt, prompt))
-        request = self._request(processed, sampling_params or SamplingParams())
+            draft = self._read_prompt(cast(Prompt, prompt))
+        (processed,) = self.processor.finish([draft])
+        request = self._request(processed, _read_params(sampling_params))
         return self._stream(request)
 
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
@@ -164,13 +219,10 @@ class LLM:
         prompts: list[ProcessedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[RequestOutput]:
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
+            params = [_read_params(one) for one in sampling_params]
         else:
-            params = list(sampling_params)
-        for one in params:
-            if not isinstance(one, SamplingParams):
-                raise SamplingError(f"sampling_params must be SamplingParams, got {one!r:.80}")
+            params = [_read_params(sampling_params)] * len(prompts)
         if len(params) != len(prompts):
             raise PromptError(
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
@@ -190,15 +242,18 @@ class LLM:
         if not prompt.token_ids:
             raise PromptError("prompt must have at least one token, got none")
         if room < 1:
-            raise PromptError(
-                f"prompt must leave room for an answer within {self.engine_config.max_model_len} tokens, "
-                f"got {len(prompt.token_ids)}"
-            )
+            raise PromptTooLongError(len(prompt.token_ids), self.engine_config.max_model_len)
         vocab_size = self.config.text.vocab_size
         if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
             raise SamplingError(
                 f"stop_token_ids must be below the vocabulary's {vocab_size}, "
-                f"got {max(params.stop_token_ids)}"
+                f"got {shown(max(params.stop_token_ids))}"
+            )
+        max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
+        if params.min_tokens > max_tokens:
+            raise SamplingError(
+                f"min_tokens must be at most the {room} tokens that the prompt leaves of "
+                f"{self.engine_config.max_model_len}, got {shown(params.min_tokens)}"
             )
         self._count += 1
         drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
@@ -208,13 +263,13 @@ class LLM:
             prompt_token_ids=prompt.token_ids,
             tiles=prompt.tiles,
             params=params,
-            seed=drawn if params.seed is None else int(params.seed),
-            max_tokens=room if params.max_tokens is None else min(room, int(params.max_tokens)),
+            seed=drawn if params.seed is None else params.seed,
+            max_tokens=max_tokens,
         )
 
-    def _read_prompt(self, prompt: Prompt) -> ProcessedPrompt:
+    def _read_prompt(self, prompt: Prompt) -> PromptDraft:
         if isinstance(prompt, str):
-            return self.processor.prompt(prompt)
+            return self.processor.draft_prompt(prompt)
         if not isinstance(prompt, Mapping):
             raise PromptError(f"prompt must be text or a mapping, got {type(prompt).__name__}")
         unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}
@@ -222,16 +277,39 @@ class LLM:
         if unknown or len(given) != 1:
             raise PromptError(
                 "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
-                f"got {sorted(map(str, prompt))}"
+                f"got {shown(sorted(map(str, prompt)))}"
             )
         media = prompt.get("multi_modal_data") or {}
         if not isinstance(media, Mapping) or media.keys() - {"image"}:
-            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {media!r:.200}")
+            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {shown(media)}")
         images = media.get("image", [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if "prompt" in prompt:
-            return self.processor.prompt(prompt["prompt"], images)
-        return self.processor.token_prompt(prompt["prompt_token_ids"], images)
+            return self.processor.draft_prompt(prompt["prompt"], images)
+        return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
+
+
+def _read_params(params: object) -> SamplingParams:
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
+    return params
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, Iterable):
+        raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
+    return list(values)
+
+
+def _folder(model: str | Path | None, revision: str | None) -> Path:
+    """Return the folder of ``model``, the demo checkpoint's for None."""
+    if model is not None:
+        return find_model(model, revision)
+    if revision is not None:
+        raise ConfigError(f"revision must come with a model, got {revision!r}")
+    return DEMO_MODEL
 
 
 def _is_conversation(value: object) -> bool:

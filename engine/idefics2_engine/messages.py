@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idefics2_engine.errors import PromptError
-from idefics2_engine.images import ImageSource
+from idefics2_engine.media import ImageSource
+from idefics2_engine.prompt import check_text
+from idefics2_engine.shown import shown
 
 
 def read_messages(
@@ -24,10 +26,14 @@ def read_messages(
         source of each image part.
 
     Raises:
-        PromptError: A message has another shape, or there are more or fewer images than bare parts.
+        PromptError: A message has another shape or a key that is not listed here (a ``chat_template``
+            among them: templates come with the checkpoint alone), its text cannot be written in
+            UTF-8, or there are more or fewer images than bare parts.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise PromptError(f"messages: must be a list of at least one message, got {messages!r:.80}")
+        raise PromptError(
+            f"messages: must be a list of at least one message, got {shown(messages)}"
+        )
     turns = []
     sources: list[ImageSource | None] = []
     for index, message in enumerate(messages):
@@ -46,16 +52,19 @@ def read_messages(
 
 def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageSource | None]]:
     if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-        got = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+        got = type(message).__name__
+        if isinstance(message, Mapping):
+            got = shown(sorted(map(str, message)))
         raise PromptError(f"{where}: must be a dict with 'role' and 'content', got {got}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not role:
-        raise PromptError(f"{where}: role must be a string with characters, got {role!r}")
+        raise PromptError(f"{where}: role must be a string with characters, got {shown(role)}")
+    check_text(role, f"{where}: role")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple) or not content:
         raise PromptError(
-            f"{where}: content must be a string or a list of at least one part, got {content!r:.80}"
+            f"{where}: content must be a string or a list of at least one part, got {shown(content)}"
         )
     parts = []
     sources: list[ImageSource | None] = []
@@ -71,8 +80,9 @@ def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageS
 def _read_text(part: Mapping[str, Any], where: str) -> str:
     match part:
         case {"text": str(text)} if len(part) == 2:
+            check_text(text, where)
             return text
-    raise PromptError(f"{where}: must be {{'type': 'text', 'text': string}}, got {part!r:.80}")
+    raise PromptError(f"{where}: must be {{'type': 'text', 'text': string}}, got {shown(part)}")
 
 
 def _read_source(part: Any, where: str) -> ImageSource | None:
@@ -88,4 +98,4 @@ def _read_source(part: Any, where: str) -> ImageSource | None:
         ) if len(part) == 2 and source is not None:
             found: ImageSource = source
             return found
-    raise PromptError(f"{where}: must be a text, image or image_url part, got {part!r:.80}")
+    raise PromptError(f"{where}: must be a text, image or image_url part, got {shown(part)}")

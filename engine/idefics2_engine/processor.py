@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from idefics2_engine.config import ModelConfig, read_json
-from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.images import (
-    ImageConfig,
-    ImageSource,
-    Tile,
-    load_image,
-    make_tiles,
-    normalise,
-)
+from idefics2_engine.config import ModelConfig
+from idefics2_engine.errors import ConfigError, ImageError, PromptError
+from idefics2_engine.image_threads import read_all
+from idefics2_engine.images import ImageConfig, Tile, make_tiles, normalise
+from idefics2_engine.json_file import read_json
+from idefics2_engine.media import ImageSource, MediaConfig, load_image
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
     FAKE_IMAGE,
@@ -29,6 +26,7 @@ from idefics2_engine.prompt import (
     check_text,
     expand_image_slots,
 )
+from idefics2_engine.shown import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +36,15 @@ class ProcessedPrompt:
     prompt: str  # each image is one "<image>"
     token_ids: list[int]  # each tile is ``image_seq_len`` times the image token
     tiles: list[Tile]  # in the order of their slots
+
+
+@dataclass(frozen=True, eq=False)
+class PromptDraft:
+    """A request whose images have not been read yet."""
+
+    prompt: str
+    token_ids: list[int]
+    images: Sequence[ImageSource]
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,23 @@ class Processor:
     image_seq_len: int  # image tokens per tile
     patch_size: int  # pixels per side
     grid_side: int  # trained positions per side
+    media: MediaConfig = field(default_factory=MediaConfig)
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, split: bool | None = None) -> "Processor":
+    def load(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        split: bool | None = None,
+        media: MediaConfig | None = None,
+    ) -> "Processor":
         """Read the processor's files beside the weights in ``folder``.
 
         Args:
             folder: A checkpoint in the hub's format.
             config: The model that the input is for.
             split: Whether to split images, if not as the checkpoint says.
+            media: The rules for images; those of ``MediaConfig()`` if ``None``.
 
         Raises:
             ConfigError: A file is missing or unusable, or does not fit ``config``.
@@ -99,25 +114,35 @@ class Processor:
             image_seq_len=latents,
             patch_size=patch,
             grid_side=grid,
+            media=media or MediaConfig(),
         )
 
-    def prompt(self, text: str, images: Sequence[ImageSource] = ()) -> ProcessedPrompt:
+    def prompt(
+        self, text: str, images: Sequence[ImageSource] | ImageSource = ()
+    ) -> ProcessedPrompt:
         """Process a raw prompt, as transformers' ``Idefics2Processor`` does.
 
         Args:
             text: Control tokens in it are control tokens; each ``<image>`` is a slot.
-            images: One for each slot, in order.
+            images: One for each slot, in order; a single one may come by itself.
 
         Raises:
             PromptError: There are more or fewer slots than images.
             ImageError: An image cannot be read.
         """
+        return self.finish([self.draft_prompt(text, images)])[0]
+
+    def draft_prompt(
+        self, text: str, images: Sequence[ImageSource] | ImageSource = ()
+    ) -> PromptDraft:
+        """Do as ``prompt`` does, but leave the images to ``finish``."""
         check_text(text)
+        images = _as_list(images)
         token_ids = self.tokenizer.encode(self._expand(text, len(images)))
-        return ProcessedPrompt(text, token_ids, self._tiles(images))
+        return PromptDraft(text, token_ids, images)
 
     def token_prompt(
-        self, token_ids: Sequence[int], images: Sequence[ImageSource] = ()
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> ProcessedPrompt:
         """Take a prompt that is token ids already, image slots written out.
 
@@ -125,16 +150,23 @@ class Processor:
             PromptError: An id is out of range, or the image tokens do not fit the images.
             ImageError: An image cannot be read.
         """
+        return self.finish([self.draft_token_prompt(token_ids, images)])[0]
+
+    def draft_token_prompt(
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
+    ) -> PromptDraft:
+        """Do as ``token_prompt`` does, but leave the images to ``finish``."""
         if isinstance(token_ids, str) or not isinstance(token_ids, Iterable):
-            raise PromptError(f"token_ids: must be a list of ids, got {token_ids!r:.80}")
+            raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
         ids = list(token_ids)
         vocab_size = self.tokenizer.vocab_size
         for index, id in enumerate(ids):
             if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
                 raise PromptError(
-                    f"token_ids[{index}]: must be an id below {vocab_size}, got {id!r}"
+                    f"token_ids[{index}]: must be an id below {vocab_size}, got {shown(id)}"
                 )
         ids = [int(id) for id in ids]
+        images = _as_list(images)
         per_image = self.image_seq_len * self.image_config.tiles_per_image
         wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
         if got != wanted:
@@ -142,12 +174,12 @@ class Processor:
                 f"token_ids: must have {per_image} image tokens for each of {len(images)} images, "
                 f"wanted {wanted}, got {got}"
             )
-        return ProcessedPrompt(self._collapse(ids), ids, self._tiles(images))
+        return PromptDraft(self._collapse(ids), ids, images)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        images: Sequence[ImageSource] = (),
+        images: Sequence[ImageSource] | ImageSource = (),
         add_generation_prompt: bool = True,
     ) -> ProcessedPrompt:
         """Process a conversation; nothing in its texts or roles becomes a control token.
@@ -162,29 +194,70 @@ class Processor:
                 the checkpoint's template cannot render the conversation.
             ImageError: An image cannot be read.
         """
+        return self.finish([self.draft_chat(messages, images, add_generation_prompt)])[0]
+
+    def draft_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | ImageSource = (),
+        add_generation_prompt: bool = True,
+    ) -> PromptDraft:
+        """Do as ``chat`` does, but leave the images to ``finish``."""
         if self.template is None:
             raise PromptError(
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
                 "so it takes plain prompts only"
             )
-        turns, sources = read_messages(messages, images)
+        turns, sources = read_messages(messages, _as_list(images))
         marked = self.template.render(turns, add_generation_prompt)
         bos = self.tokenizer.bos
         add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
         token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
-        return ProcessedPrompt(self.tokenizer.unmark(marked), token_ids, self._tiles(sources))
+        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources)
+
+    def finish(self, drafts: Sequence[PromptDraft]) -> list[ProcessedPrompt]:
+        """Read the images of all ``drafts``, several at a time, and return the drafts with them.
+
+        Raises:
+            ImageError: An image cannot be read; the message says which, if there are several.
+        """
+        places = [
+            (f"images[{index}]" + (f" of prompts[{number}]" if len(drafts) > 1 else ""), image)
+            for number, draft in enumerate(drafts)
+            for index, image in enumerate(draft.images)
+        ]
+
+        def read(index: int) -> list[Tile]:
+            name, source = places[index]
+            try:
+                image = load_image(source, self.media)
+                return make_tiles(image, self.image_config, self.patch_size, self.grid_side)
+            except ImageError as error:
+                if len(places) == 1:
+                    raise
+                raise type(error)(f"{name}: {error}") from None
+
+        tiles = iter(read_all(read, [source for _, source in places], self.media.num_threads))
+        return [
+            ProcessedPrompt(
+                draft.prompt,
+                draft.token_ids,
+                [tile for _ in draft.images for tile in next(tiles)],
+            )
+            for draft in drafts
+        ]
 
     def padded(
         self,
         texts: Sequence[str],
-        images: Sequence[Sequence[ImageSource]],
+        images: Sequence[Sequence[ImageSource]] | Sequence[ImageSource],
         padding_side: Literal["left", "right"] = "right",
     ) -> dict[str, npt.NDArray[Any]]:
         """Process raw prompts to transformers' rectangular form, for training and comparison.
 
         Args:
             texts: B raw prompts, at least one.
-            images: The images of each.
+            images: The images of each, or all of them one after the other, in the order of the slots.
             padding_side: Where the shorter rows get padding tokens.
 
         Returns:
@@ -196,15 +269,17 @@ class Processor:
             PromptError: Slots and images differ in number, or there is no padding token.
             ImageError: An image cannot be read.
         """
-        if len(texts) != len(images) or not texts:
-            raise PromptError(
-                f"images: must be one list for each of {len(texts)} texts, got {len(images)}"
-            )
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise PromptError(f"texts: must be a list of strings, got {type(texts).__name__}")
+        for index, text in enumerate(texts):
+            check_text(text, f"texts[{index}]")
+        nested = _nested(texts, images)
         if self.tokenizer.pad_id is None:
             raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
         if padding_side not in ("left", "right"):
-            raise PromptError(f"padding_side: must be 'left' or 'right', got {padding_side!r}")
-        prompts = [self.prompt(text, own) for text, own in zip(texts, images, strict=True)]
+            raise PromptError(f"padding_side: must be 'left' or 'right', got {shown(padding_side)}")
+        pairs = zip(texts, nested, strict=True)
+        prompts = self.finish([self.draft_prompt(text, own) for text, own in pairs])
         shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
         arrays: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
@@ -241,17 +316,39 @@ class Processor:
             )
         return expand_image_slots(text, self.image_seq_len, self.image_config.tiles_per_image)
 
-    def _tiles(self, images: Sequence[ImageSource]) -> list[Tile]:
-        return [
-            tile
-            for image in images
-            for tile in make_tiles(
-                load_image(image), self.image_config, self.patch_size, self.grid_side
-            )
-        ]
-
     def _collapse(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` with each image as one slot."""
         tile = FAKE_IMAGE + IMAGE * self.image_seq_len
         image = f"(?:{tile}){{{self.image_config.tiles_per_image}}}(?:{FAKE_IMAGE}(?!{IMAGE}))?"
         return re.sub(image, IMAGE, self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
+    """Return a list of images, of a single one too: its own length is no number of images."""
+    if images is None:
+        raise PromptError("images: must be a list of images, got None")
+    several: Any = images if isinstance(images, list | tuple) else [images]
+    return list(several)
+
+
+def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:
+    """Return the images of each text; those that come in one list go to the slots in order.
+
+    Raises:
+        PromptError: There is not one list for each text, or one image for each slot.
+    """
+    lists = [isinstance(own, list | tuple) for own in _as_list(images)]
+    slots = [text.count(IMAGE) for text in texts]
+    if lists and not any(lists):
+        if sum(slots) != len(lists):
+            raise PromptError(
+                f"images: must be one for each {IMAGE} of {len(texts)} texts, "
+                f"wanted {sum(slots)}, got {len(lists)}"
+            )
+        rest = iter(_as_list(images))
+        return [list(islice(rest, count)) for count in slots]
+    if len(texts) != len(lists) or not texts or not all(lists):
+        raise PromptError(
+            f"images: must be one list for each of {len(texts)} texts, got {sum(lists)}"
+        )
+    return [_as_list(own) for own in images]

@@ -11,18 +11,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from idefics2_engine.config import read_json
 from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.json_file import read_json
+from idefics2_engine.sandbox import Sandbox
+from idefics2_engine.shown import shown
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
 END_OF_UTTERANCE = "<end_of_utterance>"
+_NAMED_TOKENS = ("bos", "eos", "pad", "unk")  # that templates know as bos_token and so on
 
 # Two noncharacters, which Unicode sets aside for a program's own use. A text that does have them in
 # a row gets a mark between them: what deletes marks takes the inner two and leaves the outer two.
@@ -58,10 +60,11 @@ class Tokenizer:
             if token.special
         }
         starts = "".join(sorted({token[0] for token in self._special}))
-        self._starts = re.compile(f"[{re.escape(starts)}]")
+        self._starts = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
         self.bos = self._named(settings, "bos_token")
         self.eos = self._named(settings, "eos_token")
         self.pad = self._named(settings, "pad_token")
+        self.unk = self._unknown(settings)
         self._prefix = self._bos_prefix(settings)
         self._check_special(unknown=description["model"].get("unk_token"))
 
@@ -121,6 +124,8 @@ class Tokenizer:
         """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""
         check_text(text)
         text = text.replace(_MARK, _ESCAPED_MARK)
+        if text.endswith(_MARK[0]):  # the next part may begin with the other half
+            text += _MARK
         return self._starts.sub(lambda start: start[0] + _MARK, text)
 
     def unmark(self, text: str) -> str:
@@ -158,12 +163,21 @@ class Tokenizer:
         token = settings.get(key)
         if isinstance(token, Mapping):  # with flags, as older releases of transformers save it
             token = token.get("content")
-        if token is not None and token not in self._special:
+        if token is None:
+            return None
+        if not isinstance(token, str) or token not in self._special:
             raise ConfigError(
                 f"tokenizer_config.json: {key} must be a special token of tokenizer.json, "
-                f"got {token!r}"
+                f"got {shown(token)}"
             )
         return token
+
+    def _unknown(self, settings: Mapping[str, Any]) -> str | None:
+        """Return the ``unk_token``, which only templates ask for: it need not be a special token."""
+        token = settings.get("unk_token")
+        if isinstance(token, Mapping):
+            token = token.get("content")
+        return token if isinstance(token, str) else None
 
     def _bos_prefix(self, settings: Mapping[str, Any]) -> list[int]:
         """Return what begins every text: ``[bos]`` or nothing."""
@@ -203,17 +217,15 @@ class ChatTemplate:
         """Compile ``source`` in a sandbox that can reach and change nothing but what it is given.
 
         Raises:
-            ConfigError: ``source`` is no Jinja template.
+            ConfigError: ``source`` is no Jinja template, or too long.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        environment.filters["tojson"] = _to_json
+        self._sandbox = Sandbox()
         try:
-            self._template = environment.from_string(source)
+            self._template = self._sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
+        except Exception as error:  # Jinja's parser and Python's compiler fail in many ways
+            raise ConfigError(f"chat template: {type(error).__name__}: {error!s:.200}") from None
         self._tokenizer = tokenizer
 
     @classmethod
@@ -238,7 +250,8 @@ class ChatTemplate:
             add_generation_prompt: End with the words after which the assistant answers.
 
         Raises:
-            PromptError: The template refuses the conversation or fails on it.
+            PromptError: The template refuses the conversation, fails on it, or takes more time or
+                memory than ``sandbox`` lets it have.
         """
         marked = [
             {
@@ -247,15 +260,20 @@ class ChatTemplate:
             }
             for message in messages
         ]
-        names = {f"{name}_token": getattr(self._tokenizer, name) for name in ("bos", "eos", "pad")}
+        names = {f"{name}_token": getattr(self._tokenizer, name) for name in _NAMED_TOKENS}
+        size = sum(len(part.get("text", "")) for turn in messages for part in turn["content"])
         try:
-            return self._template.render(
-                messages=marked,
-                add_generation_prompt=add_generation_prompt,
-                **{name: token for name, token in names.items() if token is not None},
-            )
+            with self._sandbox.bounds(size):
+                return self._template.render(
+                    messages=marked,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **{name: token for name, token in names.items() if token is not None},
+                )
         except Exception as error:  # a template is a program: it may fail in any way
-            raise PromptError(f"chat template: {type(error).__name__}: {error}") from error
+            said = self._tokenizer.unmark(str(error))
+            raise PromptError(f"chat template: {type(error).__name__}: {said:.500}") from error
 
     def _mark_part(self, part: Mapping[str, str]) -> dict[str, str]:
         if part["type"] == "text":
@@ -263,15 +281,15 @@ class ChatTemplate:
         return {"type": "image"}
 
 
-def check_text(text: str) -> None:
-    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8."""
+def check_text(text: str, name: str = "text") -> None:
+    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8; it is called ``name``."""
     if not isinstance(text, str):
-        raise PromptError(f"text: must be a string, got {type(text).__name__}")
+        raise PromptError(f"{name}: must be a string, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"text: must be Unicode characters, got half of a surrogate pair at {error.start}"
+            f"{name}: must be Unicode characters, got half of a surrogate pair at {error.start}"
         ) from None
 
 
@@ -290,7 +308,12 @@ def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> s
 def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """Build the tokenizer with a normalizer in front that deletes marks."""
     added = []
-    for token in description.get("added_tokens") or []:
+    tokens = description.get("added_tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
+        raise ConfigError(
+            f"tokenizer.json: added_tokens must be a list of objects, got {shown(tokens)}"
+        )
+    for token in tokens:
         if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):
             # A normalized token is looked for after the normalizer, where marks are gone
             token = {**token, "special": True, "normalized": False}
@@ -306,9 +329,15 @@ def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
         "truncation": None,
     }
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(marked))
-    except Exception as error:  # the library raises no narrower class
-        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error}") from None
+        built = tokenizers.Tokenizer.from_str(json.dumps(marked))
+        built.encode("")  # the post_processor is looked into no sooner
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises no narrower class, and its panics are no Exception
+        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error!s:.300}") from None
+    return built
 
 
 def _find_template(folder: Path) -> str | None:
@@ -325,19 +354,10 @@ def _find_template(folder: Path) -> str | None:
             raise ConfigError(f"{jinja_file}: cannot be read: {error}") from None
     found = found or in_json("tokenizer_config.json")
     if isinstance(found, list):  # several templates by name
-        found = {entry.get("name"): entry.get("template") for entry in found}
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = {str(entry.get("name")): entry.get("template") for entry in entries}
     if isinstance(found, dict):
         found = found.get("default")
     if found is not None and not isinstance(found, str):
         raise ConfigError(f"{folder}: chat_template must be a string, got {type(found).__name__}")
     return found
-
-
-def _raise_exception(message: str) -> NoReturn:
-    """Let a template refuse a conversation, by the name that templates on the hub know."""
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Write JSON without HTML escapes, as templates on the hub expect."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,22 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends and return the exit code."""
     params = options.sampling_params(args)
-    images = [options.read_image(name) for name in args.images]
-    chat = _Chat(options.load_llm(args), params, images)
+    images = [options.read_image(name, args) for name in args.images]
+    chat = _Chat(options.load_llm(args), params, args, images)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _talk(chat)
     else:
-        for line in sys.stdin:
+        for line in _lines():
             if not chat.take(line.rstrip("\n")):
                 break
     return 0
+
+
+def _lines() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError:
+        raise PromptError("standard input: must be text in UTF-8") from None
 
 
 def _talk(chat: "_Chat") -> None:
@@ -78,6 +86,7 @@ class _Chat:
 
     llm: "LLM"
     params: "SamplingParams"
+    args: argparse.Namespace  # the rules for images
     images: "list[Image]" = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -91,7 +100,7 @@ class _Chat:
         match command:
             case "/image":
                 name = rest.strip().strip("'\"")  # a file dropped on a terminal comes in quotes
-                self.images.append(options.read_image(name))
+                self.images.append(options.read_image(name, self.args))
             case "/reset":
                 self.messages.clear()
                 self.images.clear()

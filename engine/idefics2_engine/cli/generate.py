@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> Any:
     """Return the prompt for ``--raw``, a conversation of one turn otherwise."""
-    images = [options.read_image(name) for name in args.images]
+    images = [options.read_image(name, args) for name in args.images]
     if args.raw:
         return {"prompt": args.prompt, "multi_modal_data": {"image": images}}
     shown = [{"type": "image", "image": image} for image in images]

@@ -1,20 +1,22 @@
 """The parser, and what becomes of an error."""
 
 import argparse
+import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
 from idefics2_engine.cli import bench, chat, generate
-from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.errors import Idefics2Error, ImageWarning
 
 _EPILOG = """\
 examples:
   idefics2 generate --image shapes.png --prompt "Where is the star?"
   idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
-  idefics2 chat --model path/to/idefics2-8b
+  idefics2 chat --model HuggingFaceM4/idefics2-8b
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted
 """
@@ -43,6 +45,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours in one line, and others as Python does."""
+    if issubclass(category, ImageWarning):
+        text = f"idefics2: warning: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (the process's own if None) and return the exit code.
 
@@ -51,10 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code: int = args.run(args)
         sys.stdout.flush()  # here, where a closed pipe can still be handled
     except Idefics2Error as error:
-        print(f"idefics2: error: {error}", file=sys.stderr)
+        message = (
+            str(error).encode(errors="backslashreplace").decode()
+        )  # a file's name may be no text
+        if getattr(args, "json", False):  # who reads standard output as JSON gets JSON in any case
+            print(json.dumps({"error": {"code": error.code, "message": message}}))
+        print(f"idefics2: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("idefics2: interrupted", file=sys.stderr)

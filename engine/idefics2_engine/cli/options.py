@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import ImageError, SamplingError
 
@@ -18,23 +18,34 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _FILTERS = ("top_p", "top_k", "min_p")
 
 
-def read_image(name: str) -> "Image":
-    """Read the image file ``name``; ``ImageError`` if that cannot be."""
-    from idefics2_engine.images import load_image
+_MEDIA = ("image_policy", "max_image_pixels", "allowed_media_hosts")
+
+
+def read_image(name: str, args: argparse.Namespace) -> "Image":
+    """Read the image file or URL ``name`` by the rules of ``args``; ``ImageError`` if that cannot be."""
+    from idefics2_engine.media import load_image, media_config
 
     if not name.strip():
         raise ImageError("image: must be the name of a file, got none")
-    return load_image(os.path.expanduser(name))
+    return load_image(os.path.expanduser(name), media_config(**_media_settings(args)))
 
 
-def _model_folder(text: str) -> Path:
-    path = Path(os.path.expanduser(text))
-    if text and path.is_dir():
-        return path
-    message = f"no such folder: {text!r}"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        message += f"; a model on the hub comes with: hf download {text} --local-dir FOLDER"
-    raise argparse.ArgumentTypeError(message)
+def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what was given of the rules for images, by the names of ``LLM``'s arguments."""
+    return {name: value for name in _MEDIA if (value := getattr(args, name)) is not None}
+
+
+def _folder_or_hub_id(text: str) -> Path | str:
+    from idefics2_engine.hub import is_hub_id
+
+    path = os.path.expanduser(text)
+    if text and os.path.isdir(path):
+        return Path(path)
+    if is_hub_id(text) and not os.path.exists(path):
+        return text
+    raise argparse.ArgumentTypeError(
+        f"no such folder, and no hub id (org/name or org/name@revision): {text!r}"
+    )
 
 
 def _device(text: str) -> str:
@@ -44,7 +55,7 @@ def _device(text: str) -> str:
 
 
 def add_image_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``--image``, which may be repeated."""
+    """Add ``--image``, which may be repeated, and the rules for images."""
     parser.add_argument(
         "--image",
         dest="images",
@@ -53,6 +64,23 @@ def add_image_option(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an image to ask about; repeat it for several, in order",
     )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--image-policy",
+        choices=("parity", "correct", "strict"),
+        help="how to read alpha, rotation, 16 bits and animations: as transformers (the default), "
+        "as a viewer would, or not at all",
+    )
+    group.add_argument(
+        "--max-image-pixels", metavar="N", type=int, help="largest width x height of an image"
+    )
+    group.add_argument(
+        "--allow-host",
+        dest="allowed_media_hosts",
+        metavar="HOST",
+        action="append",
+        help="let --image name https:// addresses on HOST; repeatable (default: none)",
+    )
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +88,26 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="FOLDER",
-        type=_model_folder,
-        help="a checkpoint in the hub's format (default: the demo checkpoint)",
+        metavar="MODEL",
+        type=_folder_or_hub_id,
+        help="a checkpoint's folder, or its id on the hub: org/name or org/name@revision, taken from the "
+        "hub's cache or downloaded (default: the demo checkpoint)",
+    )
+    group.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        type=_folder_or_hub_id,
+        help="a LoRA adapter to merge, in PEFT's format: its folder or its id on the hub",
+    )
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the files with their checksums first: the hub's, or a SHA256SUMS file's beside them",
+    )
+    group.add_argument(
+        "--check-finite",
+        action="store_true",
+        help="look at every weight for NaN, infinity and overflow",
     )
     group.add_argument(
         "--device",
@@ -86,11 +131,15 @@ def load_llm(args: argparse.Namespace) -> "LLM":
 
     return LLM(
         args.model,
+        adapter=args.adapter,
+        verify=args.verify,
+        check_finite=args.check_finite,
         device=args.device,
         dtype=args.dtype,
         split_images=args.split,
         max_num_seqs=1,
         seed=secrets.randbits(63),  # so that answers without --seed differ
+        **_media_settings(args),
     )
 
 

@@ -1,0 +1,179 @@
+"""The bytes of an image file to a picture: which formats, how large, and errors in our own words.
+
+Each file goes to the one Pillow plugin that its first bytes ask for, and never through Pillow's
+search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget is
+refused before memory is taken for it, without touching Pillow's own limit, which belongs to the process.
+"""
+
+import io
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.ImageFile import ImageFile
+
+from idefics2_engine.errors import ImageError
+from idefics2_engine.image_policy import ImagePolicy, upright_rgb
+from idefics2_engine.pillow_errors import reading
+
+_MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole picture
+_MAX_JPEG_PASSES = 20  # over as many pixels as a picture may have
+_MAX_JPEG_APP1 = (
+    200  # EXIF and XMP; Pillow appends each EXIF part to those before, in quadratic time
+)
+_MAX_PPM_COMMENTS = 100  # in a file of digits; Pillow cuts them out one by one, in quadratic time
+_PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A kind of file: how it begins, and what opens and checks it."""
+
+    name: str
+    beginnings: tuple[bytes, ...]
+    open: Callable[[io.BytesIO], ImageFile]
+    is_whole: Callable[[bytes], bool]  # what can be told without decoding; for ``strict``
+
+
+def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
+    """Return the picture in an image file, upright and in RGB.
+
+    Args:
+        data: A PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file.
+        policy: What becomes of alpha, rotation, 16 bits and further frames.
+        max_pixels: Largest width x height.
+        name: What messages call the file.
+
+    Raises:
+        ImageError: It is no such file, damaged, too large, or refused by the policy.
+    """
+    kind = _format(data)
+    if kind is None:
+        names = ", ".join(one.name for one in _FORMATS)
+        got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
+        raise ImageError(f"{name}: must be an image file ({names}), got {got}")
+    with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
+        if kind.name == "WebP":  # whose plugin takes memory for the picture when it is opened
+            check_size(_webp_size(data), max_pixels, name)
+        if kind.name == "JPEG" and _jpeg_markers(data, 0xE1) > _MAX_JPEG_APP1:
+            raise ImageError(f"{name}: must have at most {_MAX_JPEG_APP1} APP1 parts, got more")
+        with kind.open(io.BytesIO(data)) as image:
+            check_size(image.size, max_pixels, name)
+            if kind.name == "JPEG":
+                _check_scans(_jpeg_markers(data, 0xDA), image.size, max_pixels, name)
+            if policy is ImagePolicy.STRICT and not kind.is_whole(data):
+                raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
+            rgb = upright_rgb(image, policy, name)
+            return rgb.copy() if rgb is image else rgb  # without the file's frames
+
+
+def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Hold a (width, height) to the budget.
+
+    Raises:
+        ImageError: It has too many pixels, or none.
+    """
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: must have pixels, got {width} x {height}")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: must have at most {max_pixels} pixels, got {width} x {height}")
+
+
+def _format(data: bytes) -> _Format | None:
+    for kind in _FORMATS:
+        if data.startswith(kind.beginnings) and (kind.name != "WebP" or data[8:12] == b"WEBP"):
+            return kind
+    return None
+
+
+def _jpeg_markers(data: bytes, code: int) -> int:
+    """Count the markers of one kind, without holding up other threads as bytes.count does."""
+    values = np.frombuffer(data, np.uint8)
+    return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == code)))
+
+
+def _check_scans(scans: int, size: tuple[int, int], max_pixels: int, name: str) -> None:
+    most = min(_MAX_JPEG_SCANS, _MAX_JPEG_PASSES * max_pixels // (size[0] * size[1]))
+    if scans > most:
+        raise ImageError(f"{name}: must have at most {most} scans at its size, got {scans}")
+
+
+def _open_ppm(file: io.BytesIO) -> ImageFile:
+    data = file.getvalue()
+    if data[1:2] in (b"1", b"2", b"3") and data.count(b"#") > _MAX_PPM_COMMENTS:
+        file = io.BytesIO(_PPM_COMMENT.sub(b"", data))
+    return PpmImagePlugin.PpmImageFile(file)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) of a WebP file from its header."""
+    chunk, body = data[12:16], data[20:30]
+    if chunk == b"VP8X":  # the canvas, 24 bits a side
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if chunk == b"VP8L":  # a signature of one byte, then 14 bits a side
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    return width, height
+
+
+def _whole_png(data: bytes) -> bool:
+    """Every chunk has its checksum, and the last is the end."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            return False
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at = end + 4
+    return False
+
+
+def _whole_webp(data: bytes) -> bool:
+    return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+
+
+def _whole_bmp(data: bytes) -> bool:
+    return len(data) >= int.from_bytes(data[2:6], "little")
+
+
+_FORMATS = (
+    _Format("PNG", (b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile, _whole_png),
+    _Format(
+        "JPEG",
+        (b"\xff\xd8\xff",),
+        JpegImagePlugin.JpegImageFile,
+        lambda data: b"\xff\xd9" in data[-1024:],  # cameras append padding
+    ),
+    _Format("WebP", (b"RIFF",), WebPImagePlugin.WebPImageFile, _whole_webp),
+    _Format(
+        "GIF", (b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile, lambda data: b";" in data[-16:]
+    ),
+    _Format("BMP", (b"BM",), BmpImagePlugin.BmpImageFile, _whole_bmp),
+    _Format(
+        "TIFF",
+        (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+        TiffImagePlugin.TiffImageFile,
+        lambda _data: True,  # its parts lie in any order
+    ),
+    _Format(
+        "PPM",
+        tuple(b"P%d" % number for number in range(1, 7)),
+        _open_ppm,
+        lambda _data: True,  # decoding needs every byte
+    ),
+)

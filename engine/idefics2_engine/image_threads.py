@@ -1,0 +1,51 @@
+"""Many images at once: Pillow decodes and resizes without holding up other threads."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from PIL import Image
+
+Result = TypeVar("Result")
+
+_BLOCKS_PER_THREAD = 2  # a picture and what it is resized to
+
+
+def read_all(
+    read: Callable[[int], Result], sources: Sequence[object], threads: int
+) -> list[Result]:
+    """Return ``read(index)`` for each of ``sources``, in order, at most ``threads`` at a time.
+
+    An object that is among them several times is read once: that is cheaper, and two threads must
+    not load one Pillow image. The threads live as long as the call, which costs less than an image.
+
+    Raises:
+        Exception: What ``read`` raised for the first source that failed; the rest is abandoned.
+    """
+    _keep_blocks(_BLOCKS_PER_THREAD * threads)
+    first: dict[int, int] = {}  # id of a source -> where it comes first
+    for index, source in enumerate(sources):
+        first.setdefault(id(source), index)
+    indices = list(first.values())
+    if min(threads, len(indices)) < 2:
+        results = [read(index) for index in indices]
+    else:
+        with ThreadPoolExecutor(min(threads, len(indices)), "images") as pool:
+            futures = [pool.submit(read, index) for index in indices]
+            try:
+                results = [future.result() for future in futures]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+    by_index = dict(zip(indices, results, strict=True))
+    return [by_index[first[id(source)]] for source in sources]
+
+
+def _keep_blocks(count: int) -> None:
+    """Let Pillow keep ``count`` blocks of memory, 16 MiB each at most, for its next pictures.
+
+    By default it gives every block back, and the system clears its pages anew for each picture: 4,000 page faults for
+    one of 1280x960 with splitting, a third of the time, during which threads wait for each other.
+    """
+    memory = Image.core  # type: ignore[attr-defined]
+    if memory.get_blocks_max() < count:
+        memory.set_blocks_max(count)

@@ -1,0 +1,234 @@
+"""The one door for images: whatever a caller calls an image, read within the rules, comes out as RGB."""
+
+import base64
+import binascii
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from idefics2_engine.decode import check_size, decode
+from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
+from idefics2_engine.fetch import FetchRules, Network, fetch
+from idefics2_engine.image_policy import ImagePolicy, upright_rgb
+from idefics2_engine.pillow_errors import reading
+from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ImageSource = Union[
+    str, Path, bytes, bytearray, memoryview, Image.Image, npt.NDArray[Any], "Tensor"
+]
+"""What ``load_image`` reads."""
+
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn: a quarter of a gigabyte as RGB
+MAX_BYTES = 256 << 20
+MEDIA_TIMEOUT = 20.0  # seconds
+MAX_THREADS = 8
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BASE64_SPACE = str.maketrans("", "", " \t\r\n")
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """What images may cost, where they may come from, and how doubtful ones are read.
+
+    Attributes:
+        image_policy: See ``ImagePolicy``.
+        max_image_pixels: Largest width x height, checked before anything is decoded.
+        max_media_bytes: Largest file, data URI or download.
+        allowed_media_root: Files must lie below it; any file will do if ``None``.
+        allowed_media_hosts: Hosts that URLs may name: ``"name"``, ``"name:port"``, ``".name"`` for
+            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected to.
+        media_timeout: Longest a download may take in seconds, redirects included.
+        image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
+        allow_http: Whether URLs may do without TLS.
+        network: How hosts are found and connected to.
+    """
+
+    image_policy: ImagePolicy = ImagePolicy.PARITY
+    max_image_pixels: int = MAX_PIXELS
+    max_media_bytes: int = MAX_BYTES
+    allowed_media_root: Path | None = None
+    allowed_media_hosts: tuple[str, ...] = ()
+    media_timeout: float = MEDIA_TIMEOUT
+    image_threads: int | None = None
+    allow_http: bool = False
+    network: Network = field(default_factory=Network)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no image could meet; ``ConfigError`` says which."""
+        for name in ("max_image_pixels", "max_media_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, got {value!r}")
+        seconds = self.media_timeout
+        if (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, int | float)
+            or not 0 < seconds < inf
+        ):
+            raise ConfigError(f"media_timeout must be seconds above 0, got {seconds!r}")
+        threads = self.image_threads
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ConfigError(f"image_threads must be at least 1, got {threads!r}")
+        for host in self.allowed_media_hosts:
+            if not isinstance(host, str) or not host or not set(host).isdisjoint("/@ "):
+                raise ConfigError(f"allowed_media_hosts must be names of hosts, got {host!r}")
+        root = self.allowed_media_root
+        if root is not None and not root.is_dir():
+            raise ConfigError(f"allowed_media_root must be a folder, got {str(root)!r}")
+
+    @property
+    def num_threads(self) -> int:
+        """Images that are read at once."""
+        return self.image_threads or min(MAX_THREADS, os.cpu_count() or 1)
+
+
+def media_config(
+    *,
+    image_policy: str = ImagePolicy.PARITY,
+    max_image_pixels: int = MAX_PIXELS,
+    max_media_bytes: int = MAX_BYTES,
+    allowed_media_root: str | Path | None = None,
+    allowed_media_hosts: Sequence[str] = (),
+    media_timeout: float = MEDIA_TIMEOUT,
+    image_threads: int | None = None,
+) -> MediaConfig:
+    """Return the rules that ``LLM``'s arguments and the command line's options spell.
+
+    Raises:
+        ConfigError: A value makes no sense.
+    """
+    if isinstance(allowed_media_hosts, str):
+        raise ConfigError(
+            f"allowed_media_hosts must be a list of names, got {allowed_media_hosts!r}"
+        )
+    return MediaConfig(
+        image_policy=ImagePolicy.named(image_policy),
+        max_image_pixels=max_image_pixels,
+        max_media_bytes=max_media_bytes,
+        allowed_media_root=None if allowed_media_root is None else Path(allowed_media_root),
+        allowed_media_hosts=tuple(allowed_media_hosts),
+        media_timeout=media_timeout,
+        image_threads=image_threads,
+    )
+
+
+def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.Image:
+    """Read one image, upright and in RGB; a Pillow image that is so already comes back itself.
+
+    Args:
+        source: A path, a URL on an allowed host, a ``data:`` URI with base64, the bytes of an image
+            file, a Pillow image, or an array or tensor (see ``pixel_arrays.array_rgb``).
+        config: The rules; those of ``MediaConfig()`` if ``None``.
+
+    Raises:
+        MediaNotAllowedError: The rules do not let the source be read.
+        MediaFetchError: A URL gave no image in time.
+        ImageError: ``source`` is none of these, cannot be decoded, is too large, or is refused by
+            the policy.
+    """
+    config = config or MediaConfig()
+    policy, budget = config.image_policy, config.max_image_pixels
+    if isinstance(source, Image.Image):
+        check_size(source.size, budget, "image")
+        with reading("image: Pillow cannot read it as RGB"):
+            return upright_rgb(source, policy, "image")
+    if isinstance(source, np.ndarray):
+        return array_rgb(source, policy, budget, "image array")
+    if is_tensor(source):
+        array = tensor_array(source, "image tensor")
+        return array_rgb(array, policy, budget, "image tensor", channels_lead=True)
+    if isinstance(source, bytes | bytearray | memoryview):
+        name = "image bytes"
+        _check_bytes(memoryview(source).nbytes, config, name)
+        data = bytes(source)
+    elif isinstance(source, str) and source[:5].lower() == "data:":
+        name, data = "data URI", _data_uri_bytes(source, config)
+    elif isinstance(source, str) and _SCHEME.match(source):
+        name, data = "downloaded image", _fetch(source, config)
+    elif isinstance(source, str | Path):
+        name, data = _shortened(str(source)), _file_bytes(source, config)
+    else:
+        raise ImageError(
+            "image: must be a path, a URL, a data URI, bytes, a Pillow image, an array or a tensor, "
+            f"got {type(source).__name__}"
+        )
+    return decode(data, policy, budget, name)
+
+
+def _fetch(url: str, config: MediaConfig) -> bytes:
+    if not config.allowed_media_hosts:
+        raise MediaNotAllowedError(
+            f"image: must be a local file or a data URI, got the address {_shortened(url)!r} "
+            "and no allowed host (allowed_media_hosts, --allow-host)"
+        )
+    rules = FetchRules(
+        hosts=config.allowed_media_hosts,
+        allow_http=config.allow_http,
+        max_bytes=config.max_media_bytes,
+        seconds=config.media_timeout,
+        network=config.network,
+    )
+    return fetch(url, rules)
+
+
+def _data_uri_bytes(uri: str, config: MediaConfig) -> bytes:
+    comma = uri[:1024].find(",")  # a head is short, and the rest may be long
+    if comma < 0 or not uri[:comma].lower().endswith(";base64"):
+        raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
+    _check_bytes((len(uri) - comma) * 3 // 4 - 3, config, "data URI")  # before it is copied
+    payload = uri[comma + 1 :].translate(_BASE64_SPACE)
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise ImageError(f"data URI: must be base64, got {payload[:40]!r}") from None
+    _check_bytes(len(data), config, "data URI")
+    return data
+
+
+def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
+    """Read a regular file; symbolic links are followed first, and judged by where they lead."""
+    name = _shortened(str(source))
+    try:
+        path = Path(source).resolve()
+        if config.allowed_media_root is not None and not path.is_relative_to(
+            config.allowed_media_root.resolve()
+        ):
+            raise MediaNotAllowedError(f"{name}: must lie below the allowed folder")
+        # A pipe or a device would block or never end, so neither is waited for
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+        with open(path, "rb", opener=lambda at, _flags: os.open(at, flags)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{name}: cannot be read as an image: it is no regular file")
+            _check_bytes(status.st_size, config, name)
+            return file.read(config.max_media_bytes)
+    except ImageError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else "the system refuses"
+        raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
+    except (ValueError, RuntimeError):  # a null character; a loop of links
+        raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+
+
+def _check_bytes(size: int, config: MediaConfig, name: str) -> None:
+    if size > config.max_media_bytes:
+        raise ImageError(f"{name}: must have at most {config.max_media_bytes} bytes, got {size}")
+
+
+def _shortened(text: str) -> str:
+    """Return text for a message: a caller may have passed a whole file's worth as a name."""
+    return text if len(text) <= 120 else text[:117] + "…"

@@ -1,0 +1,64 @@
+"""Pillow's errors and warnings on odd files, kept from callers: they get our own words."""
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from idefics2_engine.errors import ImageError, ImageWarning
+
+_FROM_PILLOW = r"PIL\.(?#idefics2)"  # a pattern that no other filter has
+
+
+@contextmanager
+def reading(message: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into ``ImageError(message)``, and let it warn nobody.
+
+    Pillow's plugins raise errors of a dozen kinds on damaged files, and some of their messages hold
+    addresses in memory, so neither class nor text gets out. Its warnings would be errors or not by
+    the caller's filters, and so would the image.
+    """
+    try:
+        with _HUSH:
+            yield
+    except (ImageError, ImageWarning):
+        raise
+    except Exception:
+        raise ImageError(message) from None
+
+
+class _Hush:
+    """A filter against Pillow's warnings, there while any thread reads.
+
+    ``warnings.catch_warnings`` is not made for threads: the last to leave would bring back what the
+    last to enter found. Here the first adds one filter and the last removes it again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._lists: list[Any] = []  # the filters may be another list by the time we leave
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._readers += 1
+            if self._readers == 1:
+                warnings.filterwarnings("ignore", module=_FROM_PILLOW)
+                self._lists.append(warnings.filters)
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0:
+                self._lists.append(warnings.filters)
+                for filters in self._lists:
+                    filters[:] = [one for one in filters if not _is_ours(one)]
+                self._lists.clear()
+
+
+def _is_ours(entry: tuple[Any, ...]) -> bool:
+    return getattr(entry[3], "pattern", None) == _FROM_PILLOW
+
+
+_HUSH = _Hush()

@@ -1,0 +1,176 @@
+"""The header of a safetensors file, checked whole before anything trusts it; no tensor is read here.
+
+A file is eight bytes with the header's length, the header (a JSON object: name to dtype, shape and the range of its bytes) and
+the tensors' bytes without a gap. The library checks most of this too, but takes a name that stands twice, and calls a Git LFS
+pointer or a web page a header that is too large.
+"""
+
+import math
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.json_file import parse_json
+from idefics2_engine.shown import shown
+
+_LENGTH_BYTES = 8
+_MOST_HEADER_BYTES = 1 << 25  # 32 MiB; the 8B model's seven have 0.1
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that weights may be stored in."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file: where it is and what it is, without its values."""
+
+    file: Path
+    name: str
+    dtype: str  # in safetensors' spelling
+    shape: tuple[int, ...]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of ``file`` by name.
+
+    Raises:
+        CheckpointError: The file is missing, is something else than safetensors, is cut short, or its header contradicts
+            itself or the file's length.
+    """
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file}: must be a file")
+        with file.open("rb") as opened:
+            header = _header_bytes(file, opened, status.st_size)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: does not exist") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    if header.lstrip()[:1] != b"{":
+        raise CheckpointError(f"{file}: header must be a JSON object")
+    try:
+        parsed = parse_json(header, file)
+    except ConfigError as error:
+        raise CheckpointError(f"{error} (in the header)") from None
+    _check_metadata(file, parsed.pop("__metadata__", None))
+    ranges: list[tuple[int, int, str]] = []
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in parsed.items():
+        tensors[name], start, end = _tensor(file, name, entry)
+        ranges.append((start, end, name))
+    _check_ranges(file, ranges, status.st_size - _LENGTH_BYTES - len(header))
+    return tensors
+
+
+def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
+    """Read the header of a file of ``size`` bytes."""
+    start = opened.read(512)
+    if start[_LENGTH_BYTES:][:1] != b"{":  # before one, any eight bytes may be a length
+        _check_foreign(file, start)
+    if size < _LENGTH_BYTES:
+        raise CheckpointError(
+            f"{file}: must begin with {_LENGTH_BYTES} bytes for the header's length, got {size} bytes"
+        )
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if length > _MOST_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file}: is no safetensors file: header must have at most {_MOST_HEADER_BYTES} bytes, "
+            f"got {length}"
+        )
+    if length > size - _LENGTH_BYTES:
+        raise CheckpointError(
+            f"{file}: is cut short: header has {length} bytes, the file {size - _LENGTH_BYTES} after its length"
+        )
+    opened.seek(_LENGTH_BYTES)
+    return opened.read(length)
+
+
+def _check_foreign(file: Path, start: bytes) -> None:
+    """Name what often lies where weights should."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        raise CheckpointError(f"{file}: is empty")
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{file}: is a Git LFS pointer, not the weights: run `git lfs pull` in its repository, "
+            "or download the file itself"
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise CheckpointError(
+            f"{file}: is a web page, not the weights: the download was answered with a page, "
+            "as for an error or a log-in"
+        )
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        raise CheckpointError(
+            f"{file}: is a pickle under another name; only safetensors are read, as a pickle can run code"
+        )
+
+
+def _check_metadata(file: Path, metadata: object) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(
+            f"{file}: __metadata__ must map names to strings, got {shown(metadata)}"
+        )
+
+
+def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, int]:
+    """Check the header's ``entry`` for ``name``; return the tensor and the range of its bytes."""
+    where = f"{file}: tensor {name!r:.200}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(
+            f"{where} must have dtype, shape and data_offsets, got {shown(entry)}"
+        )
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise CheckpointError(f"{where} has an unknown dtype: {shown(dtype)}")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{where}: shape must be sizes, got {shown(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(
+            f"{where}: data_offsets must be where it begins and ends, got {shown(offsets)}"
+        )
+    bits = math.prod(shape) * _BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise CheckpointError(
+            f"{where}: {dtype} of shape {shown(tuple(shape))} is {bits / 8:.15g} bytes, "
+            f"got {offsets[1] - offsets[0]}"
+        )
+    return StoredTensor(file, name, dtype, tuple(shape)), offsets[0], offsets[1]
+
+
+def _are_sizes(value: object) -> bool:
+    """Whether ``value`` is a short list of integers that fit in memory."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    )
+
+
+def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> None:
+    """Check that the tensors fill the file's ``size`` bytes after the header, one after another."""
+    filled = 0
+    for start, end, name in sorted(ranges):
+        if start != filled:
+            what = (
+                "begins inside another"
+                if start < filled
+                else f"leaves {start - filled} bytes before it unused"
+            )
+            raise CheckpointError(f"{file}: tensor {name!r:.200} {what}")
+        filled = end
+    if filled > size:
+        raise CheckpointError(
+            f"{file}: is cut short: its tensors have {filled} bytes, of which {size} are there"
+        )
+    if filled < size:
+        raise CheckpointError(f"{file}: has {size - filled} bytes after its last tensor")

@@ -1,0 +1,242 @@
+"""What the rendering of a chat template may take: a clock, and the sizes of values before they are made.
+
+Sizes are characters; an element of a container counts eight. An estimate bounds the size of a result from the operands,
+in whatever order keywords bring them. Of what is in no table here it is the product of lengths and numbers, which bounds
+all that repeats or pads.
+"""
+
+import math
+import re
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+import jinja2
+from jinja2.runtime import LoopContext
+
+SECONDS = 0.5  # of one rendering; a conversation takes less than a thousandth
+_BASE_SIZE = 2**20  # characters that any value may have
+_SIZE_FACTOR = 16  # and more for each character of the conversation
+_TOTAL_FACTOR = 32  # and as many times this for all values of a rendering together
+MAX_BITS = 2**15  # of an integer
+_MAX_DEPTH = 1000  # of nested values: Python's own limit of recursion
+_SLOT = 8  # what an element of a container counts beside its own size: memory, and time to visit
+
+
+class TemplateLimitError(jinja2.TemplateRuntimeError):
+    """A template takes more time or memory than it may."""
+
+
+@dataclass
+class Budget:
+    """What one rendering may still take.
+
+    Attributes:
+        max_size: Characters that one value may have; all values together may have some times more.
+        taken: Characters of all values so far.
+        cpu: The thread's own clock at the beginning, in seconds.
+        deadline: On the wall's clock, in seconds.
+    """
+
+    max_size: int
+    taken: float = 0
+    cpu: float = field(default_factory=time.thread_time)
+    deadline: float = field(default_factory=lambda: time.monotonic() + SECONDS)
+
+    @classmethod
+    def for_input(cls, size: int) -> "Budget":
+        """Begin a rendering of ``size`` characters."""
+        return cls(_BASE_SIZE + _SIZE_FACTOR * size)
+
+    def look(self) -> None:
+        """Raise once the time is over, and the thread has really worked that long."""
+        if time.monotonic() > self.deadline and time.thread_time() - self.cpu > SECONDS:
+            raise TemplateLimitError(f"must take at most {SECONDS} s")
+
+    def allow(self, size: float) -> None:
+        """Raise if the time is over or a value of ``size`` too much; all are counted, as if none went away."""
+        self.look()
+        if not size <= self.max_size:  # NaN, which a template can make, neither
+            raise TemplateLimitError(f"a value must have a size of at most {self.max_size}")
+        self.taken += size
+        if self.taken > _TOTAL_FACTOR * self.max_size:
+            raise TemplateLimitError(
+                f"values must have a size of at most {_TOTAL_FACTOR * self.max_size} together"
+            )
+
+    def size(self, value: Any) -> int:
+        """Return the characters of ``value``, a shared part counted each time; stop above the limit."""
+        total = 0
+        rest: list[Any] = [value]
+        while rest and total <= self.max_size:
+            value = rest.pop()
+            if isinstance(value, str):
+                total += len(value)
+            elif isinstance(value, int):
+                total += value.bit_length() // 8
+            elif isinstance(value, Mapping):
+                total += 2 * _SLOT * len(value)
+                rest += value.keys()
+                rest += value.values()
+            elif isinstance(value, range):
+                total += _SLOT * len(value)
+            elif isinstance(value, _Settled):
+                total += value.size
+            elif isinstance(value, _CONTAINERS):
+                total += _SLOT * len(value)
+                rest += value
+        return total
+
+    def settle(self, value: object) -> object:
+        """Return ``value``, or if it is lazy an iterator over what it yields, now that its size is known."""
+        if not isinstance(value, Iterator) or isinstance(value, _Settled | LoopContext):
+            return value
+        total = 0
+        items = []
+        for item in value:
+            size = _SLOT + self.size(item)
+            self.allow(size)
+            total += size
+            items.append(item)
+        self.allow(total)
+        return _Settled(iter(items), total)
+
+
+@dataclass
+class _Settled:
+    """An iterator of known size: like the lazy one it replaces it is true, has no length and ends."""
+
+    items: Iterator[Any]
+    size: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+    def __next__(self) -> Any:
+        return next(self.items)
+
+
+_CONTAINERS: tuple[type[Collection[Any]], ...] = (
+    list,
+    tuple,
+    set,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
+current: ContextVar[Budget] = ContextVar("budget of the rendering")
+"""Set while a template renders, in its thread: what looks at it runs at no other time."""
+
+Estimate = Callable[[Budget, list[Any]], float]
+
+
+def total(budget: Budget, values: list[Any]) -> float:
+    """Bound what is as long as the operands together."""
+    return sum(budget.size(value) for value in values)
+
+
+def _extent(budget: Budget, value: Any) -> float:
+    return abs(value) if is_number(value) else budget.size(value)
+
+
+def _padded(budget: Budget, values: list[Any]) -> float:
+    return sum(_extent(budget, value) for value in values)
+
+
+def product(budget: Budget, values: list[Any]) -> float:
+    """Bound what repeats or pads, by lengths and numbers."""
+    return math.prod(1 + _extent(budget, value) for value in values)
+
+
+def nothing(budget: Budget, values: list[Any]) -> float:
+    """Leave out what makes nothing new."""
+    return 0
+
+
+def _replaced(budget: Budget, values: list[Any]) -> float:
+    text, *rest = values
+    words = [value for value in rest if isinstance(value, str)]
+    if not isinstance(text, str) or len(words) < 2:
+        return product(budget, values)
+    return len(text) + max(text.count(word) for word in words) * sum(map(len, words))
+
+
+def formatted(budget: Budget, values: list[Any]) -> float:
+    """Bound ``text % values``, widths included."""
+    text, *rest = str(values[0]), *values[1:]
+    width = _largest_number(text)
+    if "*" in text:  # a width among the values
+        width += product(budget, [number for value in rest for number in _numbers(value)])
+    return len(text) + text.count("%") * (width + total(budget, rest))
+
+
+def _braced(budget: Budget, values: list[Any]) -> float:
+    """Bound ``text.format(*values)``, widths included, but for one that comes from a value."""
+    text, *rest = str(values[0]), *values[1:]
+    try:
+        nested = any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(text))
+    except ValueError:  # which format raises itself
+        return 0
+    fields = text.count("{") * (_largest_number(text) + total(budget, rest))
+    return math.inf if nested else len(text) + fields
+
+
+def _largest_number(text: str) -> float:
+    digits: int = max((len(number) for number in re.findall(r"\d+", text)), default=0)
+    return float(10 ** min(digits, 18))
+
+
+def _encoded(budget: Budget, values: list[Any]) -> float:
+    """Bound ``tojson`` but for the indent of deep values, which is written piece by piece."""
+    value, *options = values
+    indent = max((_extent(budget, option) for option in options), default=0)
+    return budget.size(value) * (1 + total(budget, options) / _SLOT) + _MAX_DEPTH * indent
+
+
+def _summed(budget: Budget, values: list[Any]) -> float:
+    """Bound ``sum``, which takes quadratic time unless it starts with a number."""
+    return math.inf if any(isinstance(value, _CONTAINERS) for value in values[1:]) else 0
+
+
+def _numbers(value: object) -> list[Any]:
+    items = value.values() if isinstance(value, Mapping) else value
+    return [item for item in (items if isinstance(items, Iterable) else [items]) if is_number(item)]
+
+
+def is_number(value: object) -> bool:
+    """Tell numbers from truth values, which are numbers to Python."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _table(**names: tuple[Estimate, str]) -> dict[str, Estimate]:
+    return {name: estimate for estimate, listed in names.values() for name in listed.split()}
+
+
+METHODS = _table(
+    linear=(
+        total,
+        "count endswith find get index partition removeprefix removesuffix split startswith",
+    ),
+    padded=(_padded, "center ljust rjust zfill"),
+    braced=(_braced, "format format_map"),
+    replaced=(_replaced, "replace"),
+)
+FILTERS = _table(
+    free=(nothing, "abs attr count d default first last length max min random safe"),
+    linear=(
+        total,
+        "capitalize dictsort e escape filesizeformat float forceescape groupby int items list "
+        "lower map reject rejectattr reverse select selectattr sort string title truncate unique "
+        "upper urlencode wordcount",
+    ),
+    multiplied=(product, "batch indent join round slice trim"),
+    padded=(_padded, "center"),
+    formatted=(formatted, "format"),
+    replaced=(_replaced, "replace"),
+    encoded=(_encoded, "tojson"),
+    summed=(_summed, "sum"),
+)
+"""The filters there are; Jinja's others are for web pages, and some of them take quadratic time."""

@@ -1,0 +1,122 @@
+"""Checksums: whether a folder's files are those that somebody published.
+
+Three sources name them, and every one that there is must agree: sums files in the folder (``SHA256SUMS``, ``*.sha256``); the hub's cache,
+where a file is a link to a blob that is called by its checksum; and what the hub's client notes beside a download into a folder.
+For large files the hub's checksum is sha256, for others the one that git gives a blob.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from idefics2_engine.errors import CheckpointError
+
+_NOTES = Path(".cache/huggingface/download")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+_SUM_LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](?:\./)?(\S.*))?")
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """What the checksum of a file must be, and who says so."""
+
+    digest: str  # 64 hexadecimal digits: sha256; 40: git's blob
+    source: str
+
+
+def verify_files(folder: Path, weights: Iterable[Path]) -> None:
+    """Compare the files of ``folder`` with their published checksums.
+
+    Args:
+        folder: A checkpoint's or an adapter's.
+        weights: Files that must have a checksum. JSON files and templates are compared where they have one.
+
+    Raises:
+        CheckpointError: A file differs, a weight file has no checksum, or a sums file is malformed.
+    """
+    sums = _sums_files(folder)
+    weights = set(weights)
+    texts = {*folder.glob("*.json"), *folder.glob("*.jinja")}
+    expected = [
+        (file, wanted)
+        for file in sorted(weights | texts)
+        for wanted in (*sums.get(file.name, ()), *_cache_sums(file), *_note_sums(file))
+    ]
+    unknown = sorted(weights - {file for file, _ in expected})
+    if unknown:
+        raise CheckpointError(
+            f"{unknown[0]}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
+            "names it, or a download from the hub"
+        )
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        found = list(pool.map(lambda pair: _digest(pair[0], len(pair[1].digest)), expected))
+    wrong = [
+        f"{file}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
+        for (file, wanted), got in zip(expected, found, strict=True)
+        if got != wanted.digest
+    ]
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+
+
+def _digest(file: Path, length: int) -> str:
+    """Return the checksum of ``file`` that has ``length`` hexadecimal digits."""
+    try:
+        with file.open("rb") as opened:
+            if length == 64:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+            blob = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+            return hashlib.file_digest(opened, lambda: blob).hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
+    """Return what the folder's sums files say, by file name; lines of subfolders' files are passed over."""
+    sums: dict[str, list[_Sum]] = {}
+    for path in sorted({*folder.glob("SHA256SUMS"), *folder.glob("*.sha256")}):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise CheckpointError(f"{path}: cannot be read as text") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            match = _SUM_LINE.fullmatch(line.rstrip())
+            alone = path.name.removesuffix(".sha256") if path.suffix == ".sha256" else None
+            name = match and (match[2] or alone)
+            if not match or not name:
+                raise CheckpointError(
+                    f"{path}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
+                )
+            sums.setdefault(name, []).append(_Sum(match[1].lower(), path.name))
+    return sums
+
+
+def _cache_sums(file: Path) -> list[_Sum]:
+    """Return the name of the blob behind ``file``, if it lies in the hub's cache."""
+    if not file.is_symlink():
+        return []
+    blob = file.resolve()
+    return (
+        _hub_sums(blob.name, "its name in the hub's cache") if blob.parent.name == "blobs" else []
+    )
+
+
+def _note_sums(file: Path) -> list[_Sum]:
+    """Return what the hub's client wrote down when it downloaded ``file`` into its folder: commit, checksum, time."""
+    note = file.parent / _NOTES / f"{file.name}.metadata"
+    try:
+        lines = note.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return _hub_sums(lines[1].strip(), str(_NOTES / note.name)) if len(lines) > 1 else []
+
+
+def _hub_sums(digest: str, source: str) -> list[_Sum]:
+    known = _SHA256.fullmatch(digest) or _GIT_SHA1.fullmatch(digest)
+    return [_Sum(digest, source)] if known else []

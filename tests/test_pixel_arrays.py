@@ -1,0 +1,181 @@
+"""Arrays and tensors: which shapes and values are read how, and parity with the image processor."""
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+from idefics2_engine.errors import ImageError
+from idefics2_engine.image_policy import ImagePolicy
+from idefics2_engine.images import ImageConfig, make_tiles, normalise
+from idefics2_engine.media import ImageSource, MediaConfig, load_image
+
+EVERY = tuple(ImagePolicy)
+PARITY, CORRECT, STRICT = EVERY
+HALF = (0.5, 0.5, 0.5)
+
+
+def values(*shape: int, high: int = 256) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(shape).integers(0, high, shape)
+
+
+def rgb(source: ImageSource, policy: ImagePolicy) -> Any:
+    return np.array(load_image(source, MediaConfig(image_policy=policy)))
+
+
+ARRAYS: dict[str, npt.NDArray[Any]] = {
+    "uint8 HWC": values(31, 401, 3).astype(np.uint8),
+    "uint8 CHW": values(3, 31, 401).astype(np.uint8),
+    "uint8 grey HWC": values(9, 14, 1).astype(np.uint8),
+    "uint8 grey CHW": values(1, 9, 14).astype(np.uint8),
+    "uint8 alpha HWC": values(23, 17, 4).astype(np.uint8),
+    "uint8 alpha CHW": values(4, 23, 17).astype(np.uint8),
+    "both ends": values(3, 50, 3).astype(np.uint8),
+    "both ends, small": values(3, 2, 3).astype(np.uint8),
+    "strided": values(60, 60, 3).astype(np.uint8)[::2, ::-1],
+    "int64": values(20, 21, 3),
+    "int64 alpha": values(20, 21, 4),
+    "uint16 of 8 bits": values(20, 21, 3).astype(np.uint16),
+    "bool": values(20, 21, 3, high=2).astype(np.bool_),
+    "float of whole numbers": values(20, 21, 3).astype(np.float32),
+    "float of zeros and ones": values(20, 21, 3, high=2).astype(np.float64),
+}
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: bool) -> None:
+    array = ARRAYS[name]
+    if kind == "tensor" and name == "strided":
+        array = array[:, ::-1]  # torch has no negative strides
+    source: Any = torch.from_numpy(array) if kind == "tensor" else array
+    oracle: Any = Idefics2ImageProcessorPil(do_image_splitting=split)
+    wanted = oracle([[source]], return_tensors="np")
+    config = ImageConfig(980, 378, split, 2, 1 / 255, HALF, HALF)
+    tiles = make_tiles(load_image(source), config, 14, 70)
+    for tile, pixels in zip(tiles, wanted.pixel_values[0], strict=True):
+        height, width, _ = tile.pixels.shape
+        np.testing.assert_array_equal(normalise(tile, config), pixels[:, :height, :width])
+
+
+def test_parity_refuses_what_transformers_would_divide_twice() -> None:
+    picture = values(30, 30, 3) / 255
+    oracle: Any = Idefics2ImageProcessorPil()
+    seen = oracle([[picture]], return_tensors="np").pixel_values
+    assert seen.max() < -0.99  # black
+    with pytest.raises(ImageError, match="divides by 255 twice; pass uint8, or choose"):
+        load_image(picture)
+    np.testing.assert_array_equal(rgb(picture, CORRECT), values(30, 30, 3))
+
+
+@pytest.mark.parametrize("policy", [CORRECT, STRICT])
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64", "bfloat16"])
+def test_eight_bits_survive_every_type(dtype: str, policy: ImagePolicy) -> None:
+    pixels = values(16, 17, 3).astype(np.uint8)
+    array = pixels if dtype == "uint8" else None
+    tensor = torch.from_numpy(pixels.copy())
+    if dtype != "uint8":
+        tensor = tensor.double().div(255).to(getattr(torch, dtype))
+        array = None if dtype == "bfloat16" else tensor.numpy()
+    if array is not None:
+        np.testing.assert_array_equal(rgb(array, policy), pixels)
+    error = 1 if dtype == "bfloat16" else 0  # it has 8 bits, and one of them is spent above a half
+    got = rgb(tensor.permute(2, 0, 1), policy)
+    assert np.abs(got.astype(int) - pixels).max() <= error
+
+
+def test_correct_scales_and_blends() -> None:
+    deep = values(9, 8, 3, high=65536).astype(np.uint16)
+    np.testing.assert_array_equal(rgb(deep, CORRECT), np.rint(deep / 257))
+    mask = values(9, 8, high=2).astype(np.bool_)
+    np.testing.assert_array_equal(rgb(mask, CORRECT)[:, :, 2], mask * 255)
+    clear = np.zeros((2, 2, 4), np.uint8)
+    assert (rgb(clear, CORRECT) == 255).all()
+    half = np.full((2, 2, 4), 0.5)
+    assert (np.abs(rgb(half, CORRECT).astype(int) - 191) <= 1).all()
+
+
+@pytest.mark.parametrize("policy", EVERY)
+def test_grey_needs_no_channel_axis(policy: ImagePolicy) -> None:
+    grey = values(7, 11).astype(np.uint8)
+    np.testing.assert_array_equal(rgb(grey, policy), np.repeat(grey[:, :, None], 3, axis=2))
+
+
+def test_channels_at_both_ends() -> None:
+    array = values(3, 50, 3).astype(np.uint8)
+    lead, last = array.transpose(1, 2, 0), array
+    np.testing.assert_array_equal(rgb(array, PARITY), lead)
+    np.testing.assert_array_equal(rgb(torch.from_numpy(array), PARITY), lead)
+    np.testing.assert_array_equal(rgb(array, CORRECT), last)
+    np.testing.assert_array_equal(rgb(torch.from_numpy(array), CORRECT), lead)
+    with pytest.raises(ImageError, match="refuses a shape with channels at either end"):
+        rgb(array, STRICT)
+
+
+NAN = np.array([[0.0, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("array", "policies", "message"),
+    [
+        (NAN, EVERY, "must be finite"),
+        (np.array([[0.0, np.inf]]), EVERY, "must be finite"),
+        (np.zeros((4, 4), complex), EVERY, "must hold numbers, got complex128"),
+        (np.zeros((4, 4), object), EVERY, "must hold numbers, got object"),
+        (np.zeros((4, 4), "M8[s]"), EVERY, "must hold numbers"),
+        (np.zeros((5, 4, 2), np.uint8), EVERY, r"1, 3 or 4 channels, got shape \(5, 4, 2\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), EVERY, r"got shape \(2, 4, 4, 3\)"),
+        (np.zeros(3, np.uint8), EVERY, r"got shape \(3,\)"),
+        (np.zeros((), np.uint8), EVERY, r"got shape \(\)"),
+        (np.zeros((0, 4, 3), np.uint8), EVERY, r"must have pixels, got shape \(0, 4, 3\)"),
+        (np.zeros((0, 4)), EVERY, r"must have pixels"),
+        (np.full((4, 4), 256), (PARITY,), "whole numbers from 0 to 255, got 256 to 256"),
+        (np.full((4, 4), -1), (PARITY,), "whole numbers from 0 to 255"),
+        (np.array([[0.5, 200.0]]), (PARITY,), "whole numbers from 0 to 255, got 0.5 to 200"),
+        (np.full((5, 5, 4), 2.0), (PARITY, CORRECT), r"must lie in \[0, 1\]"),
+        (np.array([[0.5, 200.0]]), (CORRECT, STRICT), r"must lie in \[0, 1\], got 0.5 to 200"),
+        (np.zeros((4, 4), int), (CORRECT,), "must be uint8, uint16, bool or float, got int64"),
+        (np.zeros((4, 4), np.uint16), (STRICT,), "must be uint8 or float, got uint16"),
+        (np.zeros((4, 4), np.bool_), (STRICT,), "must be uint8 or float, got bool"),
+        (np.zeros((9, 9, 4), np.uint8), (STRICT,), "refuses transparency"),
+    ],
+)
+def test_what_no_rule_covers_is_an_error(
+    array: npt.NDArray[Any], policies: tuple[ImagePolicy, ...], message: str
+) -> None:
+    for policy in policies:
+        with pytest.raises(ImageError, match=f"image array: .*({message})"):
+            rgb(array, policy)
+
+
+def test_the_budget_holds_for_arrays() -> None:
+    with pytest.raises(ImageError, match="image array: must have at most 99 pixels, got 10 x 10"):
+        load_image(np.zeros((10, 10), np.uint8), MediaConfig(max_image_pixels=99))
+
+
+def test_tensors_without_values_are_errors() -> None:
+    for tensor in (torch.empty(3, 4, 4, device="meta"), torch.ones(4, 4).to_sparse()):
+        with pytest.raises(ImageError, match="image tensor: must be a dense tensor with values"):
+            load_image(tensor)
+
+
+def test_tensors_with_gradients_are_read() -> None:
+    tensor = torch.full((3, 4, 4), 255.0, requires_grad=True)
+    assert (rgb(tensor, PARITY) == 255).all()
+
+
+def test_torch_is_not_imported_for_what_is_no_tensor() -> None:
+    script = (
+        "import sys, numpy; from idefics2_engine.media import load_image;"
+        "load_image(numpy.zeros((3, 4), numpy.uint8)); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
