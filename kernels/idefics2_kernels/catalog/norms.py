@@ -4,7 +4,7 @@ from itertools import product
 
 import torch
 
-from idefics2_kernels import rms_norm
+from idefics2_kernels import layer_norm, rms_norm
 from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 
@@ -64,6 +64,11 @@ def _rms_norm_inputs(case: Case, device: torch.device) -> Inputs:
     }
 
 
+def _layer_norm_inputs(case: Case, device: torch.device) -> Inputs:
+    bias = normal(case.dims["shape"][-1], dtype=case.dtype, device=device)
+    return {**_rms_norm_inputs(case, device), "bias": bias}
+
+
 def _with_residual(inputs: Inputs) -> Inputs:
     x = inputs["x"]
     return {**inputs, "residual": normal(*x.shape, dtype=x.dtype, device=x.device)}
@@ -90,5 +95,19 @@ NORMS = (
         cases=_cases(4096),
         cost=lambda case: _cost(case, passes=4, vectors=1, flops=5),
         implementations={"triton": rms_norm.add_rms_norm},
+    ),
+    KernelSpec(
+        name="layer_norm",
+        make_inputs=_layer_norm_inputs,
+        cases=_cases(1152),
+        cost=lambda case: _cost(case, passes=2, vectors=2, flops=7),
+        implementations={"triton": layer_norm.layer_norm},
+    ),
+    KernelSpec(
+        name="add_layer_norm",
+        make_inputs=lambda case, device: _with_residual(_layer_norm_inputs(case, device)),
+        cases=_cases(1152),
+        cost=lambda case: _cost(case, passes=4, vectors=2, flops=8),
+        implementations={"triton": layer_norm.add_layer_norm},
     ),
 )
