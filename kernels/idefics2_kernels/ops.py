@@ -208,7 +208,7 @@ def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import activation, layer_norm, patches, rms_norm, rotary
+    from idefics2_kernels import activation, layer_norm, patches, rms_norm, rotary, sample
 
     return {
         "rms_norm": rms_norm.rms_norm,
@@ -220,6 +220,7 @@ def _kernels() -> dict[str, Any]:
         "rotary": rotary.rotary,
         "rotary_and_cache": rotary.rotary_and_cache,
         "patches": patches.patches,
+        "sample": sample.sample,
     }
 
 
