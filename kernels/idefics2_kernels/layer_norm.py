@@ -96,9 +96,6 @@ def add_layer_norm(
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    check_shape("residual", residual, tuple(x.shape))
-    check_dtype("residual", residual, x.dtype)
-    check_rows("residual", residual)
     out, total = _launch(x, residual, weight, bias, eps)
     assert total is not None
     return out, total
@@ -113,6 +110,10 @@ def _launch(
         check_shape(name, vector, (N,))
         check_dtype(name, vector, x.dtype)
     check_rows("x", x)
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+        check_dtype("residual", residual, x.dtype)
+        check_rows("residual", residual)
     check_device(x=x, residual=residual, weight=weight, bias=bias)
     rows = x.reshape(-1, N)
     residual_rows = None if residual is None else residual.reshape(-1, N)

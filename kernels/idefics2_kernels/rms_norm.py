@@ -90,9 +90,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    check_shape("residual", residual, tuple(x.shape))
-    check_dtype("residual", residual, x.dtype)
-    check_rows("residual", residual)
     out, total = _launch(x, residual, weight, eps)
     assert total is not None
     return out, total
@@ -106,6 +103,10 @@ def _launch(
     check_shape("weight", weight, (N,))
     check_dtype("weight", weight, x.dtype)
     check_rows("x", x)
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+        check_dtype("residual", residual, x.dtype)
+        check_rows("residual", residual)
     check_device(x=x, residual=residual, weight=weight)
     rows = x.reshape(-1, N)
     residual_rows = None if residual is None else residual.reshape(-1, N)
