@@ -50,7 +50,9 @@ def _patches_kernel(
     BLOCK_E: tl.constexpr,
 ):
     E: tl.constexpr = C * S * S
-    offs_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    first_p = tl.program_id(0).to(tl.int64) * BLOCK_P
+    offs_i = tl.arange(0, BLOCK_P)[:, None]
+    offs_p = first_p + offs_i
     mask_p = offs_p < P
 
     # the last tile that begins at or before each patch: an empty one begins where the next does
@@ -61,25 +63,27 @@ def _patches_kernel(
         begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
         tile = tl.where(begins <= offs_p, middle, tile)
         end = tl.where(begins <= offs_p, end, middle)
-    first = tl.load(cu_seqlens_ptr + tile, mask=mask_p, other=0).to(tl.int64)
+    local = (offs_p - tl.load(cu_seqlens_ptr + tile, mask=mask_p, other=0)).to(tl.int32)
     width = tl.load(widths_ptr + tile, mask=mask_p, other=1).to(tl.int32)
-    local = (offs_p - first).to(tl.int32)
-    patch_row, patch_column = local // width, local % width
-    corners = pixels_ptr + (first + patch_row.to(tl.int64) * width) * E + patch_column * (S * C)
+    # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits hold what is
+    # added to the program's first pixel
+    back = local % width
+    corners = (offs_i - back) * E + back * (S * C)
+    pixels_row, out_row = pixels_ptr + first_p * E, out_ptr + first_p * stride_out
 
-    for begin in tl.static_range(0, E, BLOCK_E):
+    for begin in range(0, E, BLOCK_E):
         offs_e = begin + tl.arange(0, BLOCK_E)[None, :]
         mask = mask_p & (offs_e < E)
         channel, row, column = offs_e // (S * S), offs_e // S % S, offs_e % S
         within = row * (width * (S * C)) + (column * C + channel)
-        pixel = tl.load(corners + within, mask=mask, other=0).to(tl.float32)
+        pixel = tl.load(pixels_row + (corners + within), mask=mask, other=0).to(tl.float32)
         centre = tl.zeros([1, BLOCK_E], dtype=tl.float32)
         spread = centre + 1.0
         for c in tl.static_range(C):
             centre = tl.where(channel == c, mean[c], centre)
             spread = tl.where(channel == c, std[c], spread)
         out = (pixel * rescale_factor - centre) * (1.0 / spread)
-        out_ptrs = out_ptr + offs_p * stride_out + offs_e
+        out_ptrs = out_row + (offs_i * stride_out + offs_e)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
