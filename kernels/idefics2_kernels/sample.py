@@ -192,7 +192,7 @@ def _sample_kernel(
         if not MIN_P_FIRST:
             bound = tl.minimum(bound, min_p_bound)
         uniform = _philox_uniform(tl.load(seed_ptr + row), tl.load(index_ptr + row))
-        drawn = _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V)
+        drawn = _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V // 2)  # sums of 64 bits
         token = tl.where(drawn < 0, token, drawn)
     tl.store(out_ptr + row, token.to(tl.int64))
 
