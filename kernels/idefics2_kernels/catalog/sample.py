@@ -145,7 +145,8 @@ def _logits(case: Case, device: torch.device) -> Tensor:
 
 def _decided(inputs: Inputs) -> Tensor:
     """Say of which rows the token is the same for every top-p within the margin, and every number drawn: (B,)."""
-    top_p, greedy = inputs["top_p"].double(), inputs["temperature"] == 0
+    top_p: Tensor = inputs["top_p"].double()
+    greedy: Tensor = inputs["temperature"] == 0
     decided, tokens = torch.ones_like(greedy), []
     for factor in (1 - _MARGIN, 1.0, 1 + _MARGIN):
         varied = torch.where(top_p < 1, top_p * factor, top_p)
