@@ -9,6 +9,7 @@ INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # as Triton reads it when a kernel is imported
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INTS = (torch.int32, torch.int64)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:

@@ -208,11 +208,19 @@ def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import rms_norm
+    from idefics2_kernels import activation, layer_norm, patches, rms_norm, rotary, sample
 
     return {
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
+        "layer_norm": layer_norm.layer_norm,
+        "add_layer_norm": layer_norm.add_layer_norm,
+        "silu_mul": activation.silu_mul,
+        "gelu_tanh": activation.gelu_tanh,
+        "rotary": rotary.rotary,
+        "rotary_and_cache": rotary.rotary_and_cache,
+        "patches": patches.patches,
+        "sample": sample.sample,
     }
 
 

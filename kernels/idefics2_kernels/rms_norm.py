@@ -1,7 +1,9 @@
-"""Root-mean-square norm, alone and after adding a residual: one program a row, the whole row in registers.
+"""Root-mean-square norm, alone and after adding a residual: whole rows in registers, several to a program if short.
 
 The model rounds to its dtype before it scales by the weight, and so does the kernel.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,8 +13,20 @@ from torch import Tensor
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 
 
-def _num_warps(N: int) -> int:
-    return 4 if N <= 2048 else 8
+@dataclass(frozen=True)
+class LaunchConfig:
+    """A tile of whole rows, and the warps that share it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def _launch_config(N: int) -> LaunchConfig:
+    # not measured yet; made so that a thread holds 16 to 32 elements, two to four loads of 16 bytes
+    block_n = max(128, triton.next_power_of_2(N))
+    block_m = max(1, min(16, 2048 // block_n))
+    return LaunchConfig(block_m, block_n, num_warps=4 if block_n <= 2048 else 8)
 
 
 @triton.jit
@@ -24,25 +38,37 @@ def _rms_norm_kernel(
     total_ptr,  # (M, N), contiguous, if HAS_RESIDUAL
     stride_x,
     stride_residual,
+    M,
     N,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask_n = offs_n < N
+    mask = (offs_m < M) & mask_n
 
-    x = tl.load(x_ptr + row * stride_x + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * stride_residual + offs_n, mask=mask_n, other=0.0)
-        total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * N + offs_n, total, mask=mask_n)
-        x = total.to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / N + eps)
-    x_hat = (x * rstd).to(out_ptr.dtype.element_ty).to(tl.float32)
+    # what streams past must not push the weight, which every program reads, out of the cache
+    x = tl.load(
+        x_ptr + offs_m * stride_x + offs_n, mask=mask, other=0.0, eviction_policy="evict_first"
+    ).to(tl.float32)
     weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * N + offs_n, (x_hat * weight).to(out_ptr.dtype.element_ty), mask=mask_n)
+    if HAS_RESIDUAL:
+        residual = tl.load(
+            residual_ptr + offs_m * stride_residual + offs_n,
+            mask=mask,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offs_m * N + offs_n, total, mask=mask)
+        x = total.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / N + eps)
+    x_hat = (x * rstd).to(out_ptr.dtype.element_ty).to(tl.float32)
+    out = (x_hat * weight).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs_m * N + offs_n, out, mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,9 +90,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    check_shape("residual", residual, tuple(x.shape))
-    check_dtype("residual", residual, x.dtype)
-    check_rows("residual", residual)
     out, total = _launch(x, residual, weight, eps)
     assert total is not None
     return out, total
@@ -80,13 +103,18 @@ def _launch(
     check_shape("weight", weight, (N,))
     check_dtype("weight", weight, x.dtype)
     check_rows("x", x)
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+        check_dtype("residual", residual, x.dtype)
+        check_rows("residual", residual)
     check_device(x=x, residual=residual, weight=weight)
     rows = x.reshape(-1, N)
     residual_rows = None if residual is None else residual.reshape(-1, N)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(out)
     if out.numel():
-        _rms_norm_kernel[(rows.shape[0],)](
+        config = _launch_config(N)
+        _rms_norm_kernel[(triton.cdiv(rows.shape[0], config.block_m),)](
             rows,
             residual_rows,
             weight.contiguous(),
@@ -94,10 +122,12 @@ def _launch(
             total,
             rows.stride(0),
             0 if residual_rows is None else residual_rows.stride(0),
+            rows.shape[0],
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
-            BLOCK_N=triton.next_power_of_2(N),
-            num_warps=_num_warps(N),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
         )
     return out.view(x.shape), None if total is None else total.view(x.shape)

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Layout = Literal["plain", "sliced", "offset", "transposed"]
-LAYOUTS: tuple[Layout, ...] = ("plain", "sliced", "offset", "transposed")
+Layout = Literal["plain", "sliced", "offset", "transposed", "far"]
+LAYOUTS: tuple[Layout, ...] = ("plain", "sliced", "offset", "transposed")  # those of any machine
 
 POISON = float("nan")
 
@@ -16,7 +16,8 @@ def laid_out(tensor: Tensor, layout: Layout) -> Tensor:
 
     ``"sliced"`` is every row of a wider buffer, as queries are in a fused projection; ``"offset"`` begins in the
     middle of a buffer, an odd number of elements in; ``"transposed"`` has its first two axes swapped in memory. What
-    surrounds the values is NaN.
+    surrounds the values is NaN. ``"far"`` puts 2^30 elements between the starts of entries of the first axis, so that
+    from the third on 32 bits do not hold an offset: several GiB, for a GPU.
     """
     if layout == "plain" or not tensor.numel():
         return tensor
@@ -26,6 +27,10 @@ def laid_out(tensor: Tensor, layout: Layout) -> Tensor:
     elif layout == "offset":
         flat = tensor.new_full((tensor.numel() + 26,), POISON)
         view = flat[13 : 13 + tensor.numel()].view(tensor.shape)
+    elif layout == "far":
+        size, inner = tensor.shape[0], tensor.shape[1:]
+        flat = tensor.new_full(((size - 1) * 2**30 + inner.numel(),), POISON)
+        view = flat.as_strided(tensor.shape, (2**30, *tensor[0].contiguous().stride()))
     else:
         if tensor.ndim < 3:
             raise ValueError(f"transposed needs three axes or more, got {tuple(tensor.shape)}")

@@ -80,9 +80,9 @@ class KernelSpec:
         return self.run(reference, inputs if rows is None else {**inputs, "rows": rows})
 
 
-def widened(inputs: Inputs) -> Inputs:
-    """Return ``inputs`` with floating-point tensors in float64, and everything else copied."""
-    return {name: _widened(value) for name, value in inputs.items()}
+def widened(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
+    """Return ``inputs`` with all that is floating-point in ``dtype``, and everything else copied."""
+    return {name: _widened(value, dtype) for name, value in inputs.items()}
 
 
 def copied(inputs: Inputs) -> Inputs:
@@ -99,7 +99,9 @@ def _copied(tensor: Tensor) -> Tensor:
     return own.set_(storage.clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _widened(value: Any) -> Any:
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.dtype):  # the type an operation is told to return
+        return dtype if value.is_floating_point else value
     if not isinstance(value, Tensor):
         return value
-    return value.double() if value.is_floating_point() else value.clone()
+    return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()

@@ -1,0 +1,203 @@
+"""Row of the catalog: logits to tokens.
+
+The token must be the reference's. Inputs are drawn again until neither top-p nor the draw is decided by less than
+rounding could change; counts, distances and min-p's bound have no rounding of their own and get no such care.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels import sample
+from idefics2_kernels.catalog.layouts import LAYOUTS, laid_out
+from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.reference import _keep_min_p, _least_of_top_p, philox_uniform
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_MARGIN = 2.0**-18  # of the whole probability
+_MIXED = {
+    "temperature": (1.0, 0.0, 0.6, 1.7, 1.0),
+    "top_k": (0, 7, 3, 40, 1, 12, 0),
+    "top_p": (0.9, 1.0, 0.5, 0.97),
+    "min_p": (0.0, 0.1, 0.02),
+}
+_FILTERS: Mapping[str, Mapping[str, tuple[float, ...]]] = {  # each taken in turn by the rows
+    "greedy": {"temperature": (0.0,)},
+    "plain": {},
+    "temperature": {"temperature": (0.01, 0.6, 1.7, 30.0)},
+    "top-k": {"top_k": (1, 7, 2, 45, 10**6, 0)},
+    "top-p": {"top_p": (0.9, 0.05, 0.5, 0.99, 1.0)},
+    "min-p": {"min_p": (0.1, 0.0, 1.0, 0.01)},
+    "mixed": _MIXED,
+    "order": {"min_p": (0.3,), "top_p": (0.7,)},  # what min-p removes first is not in top-p's whole
+    "serving": {"temperature": (0.7,), "top_p": (0.9,)},
+}
+
+
+def _case(name: str, B: int, V: int, filters: str = "mixed", **options: Any) -> Case:
+    dtype, where = options.pop("dtype", torch.float32), options.pop("where", "any")
+    return Case(name, {"B": B, "V": V, "filters": filters, **options}, dtype, where)
+
+
+def _cases() -> tuple[Case, ...]:
+    cases = [_case(filters, 6, 50, filters) for filters in _FILTERS if filters != "order"]
+    cases += [
+        _case("min-p-last", 6, 50, min_p_first=False),
+        _case("one-token", 2, 1),
+        _case("two-tokens", 6, 2),
+        _case("empty", 0, 50),
+        _case("order-last", 12, 12, "order", scale=0.8, min_p_first=False),
+        _case("two-blocks", 3, 8197),
+        _case("two-blocks-plain", 6, 12289, "plain"),
+        _case("two-blocks-equal", 2, 8197, "greedy", values="equal"),
+        _case("prime", 4, 997, min_p_first=False),
+        _case("ties", 8, 64, values="ties"),
+        _case("equal", 8, 33, values="equal"),
+        _case("barred", 6, 70, values="barred"),
+        _case("one-allowed", 3, 70, values="one allowed"),
+        _case("large", 2, 50, scale=1000.0),
+        _case("tiny", 3, 50, scale=1e-4, integers=torch.int32),
+    ]
+    cases += [
+        _case(f"{layout}-half", 3, 60, layout=layout, dtype=torch.float16)
+        for layout in LAYOUTS[1:3]
+    ]
+    sizes = (1023, 1024, 1025, 8191, 8192, 8193, 32003, 65537)
+    cases += [
+        _case(
+            f"gpu-{V}-{first}-{dtype}".replace("torch.", ""),
+            32,
+            V,
+            min_p_first=first,
+            dtype=dtype,
+            where="gpu",
+        )
+        for V in sizes
+        for first, dtype in ((True, torch.float32), (False, torch.float32), (True, torch.bfloat16))
+    ]
+    cases += [_case(f"gpu-{filters}", 67, 32003, filters, where="gpu") for filters in _FILTERS]
+    cases += [
+        _case(f"gpu-{values.replace(' ', '-')}", 67, 32003, values=values, where="gpu")
+        for values in ("ties", "equal", "barred", "one allowed")
+    ]
+    cases += [
+        _case("gpu-large", 67, 32003, scale=1000.0, where="gpu"),
+        _case("gpu-far", 3, 32003, layout="far", dtype=torch.float16, where="gpu"),
+        _case("b64", 64, 32003, "serving", where="model"),
+        _case("b1", 1, 32003, "serving", where="model"),
+        _case("b64-greedy", 64, 32003, "greedy", where="model"),
+    ]
+    return tuple(cases)
+
+
+def _inputs(case: Case, device: torch.device) -> Inputs:
+    B, integers = case.dims["B"], case.dims.get("integers", torch.int64)
+    filters = _FILTERS[case.dims["filters"]]
+
+    def column(name: str, default: float, dtype: torch.dtype) -> Tensor:
+        values = filters.get(name, (default,))
+        return torch.tensor([values[b % len(values)] for b in range(B)], dtype=dtype, device=device)
+
+    inputs: Inputs = {
+        "logits": _logits(case, device),
+        "temperature": column("temperature", 1.0, torch.float32),
+        "top_k": column("top_k", 0, integers),
+        "top_p": column("top_p", 1.0, torch.float32),
+        "min_p": column("min_p", 0.0, torch.float32),
+        "seed": _words(B, device),
+        "index": torch.arange(B, device=device) * 2**31,
+        "min_p_first": case.dims.get("min_p_first", True),
+    }
+    for _ in range(100):
+        undecided = ~_decided(inputs)
+        if not undecided.any():
+            break
+        inputs["logits"] = torch.where(undecided[:, None], _logits(case, device), inputs["logits"])
+        inputs["seed"] = torch.where(undecided, _words(B, device), inputs["seed"])
+    else:
+        raise AssertionError(f"{case.name}: no inputs found that rounding cannot decide")
+    inputs["logits"] = laid_out(inputs["logits"], case.dims.get("layout", "plain"))
+    return inputs
+
+
+def _words(B: int, device: torch.device) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (B,), device=device)
+
+
+def _logits(case: Case, device: torch.device) -> Tensor:
+    B, V = case.dims["B"], case.dims["V"]
+    logits = torch.randn(B, V, device=device) * case.dims.get("scale", 2.5)
+    values = case.dims.get("values")
+    if values == "ties":
+        logits = logits.round()
+    elif values == "equal":
+        logits = torch.full_like(logits, 1.5)
+    elif values == "barred":
+        logits[torch.rand(B, V, device=device) < 0.8] = float("-inf")
+        logits[:, V // 2] = 1.0
+    elif values == "one allowed":
+        logits[:, torch.arange(V, device=device) != V // 3] = float("-inf")
+    drawn: Tensor = logits.to(case.dtype)
+    return drawn
+
+
+def _decided(inputs: Inputs) -> Tensor:
+    """Say of which rows the token is the same for every top-p within the margin, and every number drawn: (B,)."""
+    top_p: Tensor = inputs["top_p"].double()
+    greedy: Tensor = inputs["temperature"] == 0
+    decided, tokens = torch.ones_like(greedy), []
+    for factor in (1 - _MARGIN, 1.0, 1 + _MARGIN):
+        varied = torch.where(top_p < 1, top_p * factor, top_p)
+        cumulative = _cumulative(**{**inputs, "top_p": varied})
+        distance = cumulative - philox_uniform(inputs["seed"], inputs["index"])[:, None]
+        tokens.append((distance > 0).int().argmax(-1))
+        # no number drawn reaches the last sum, which is 1
+        distance = distance.masked_fill(cumulative > 1 - _MARGIN / 2, 1.0)
+        decided &= distance.abs().amin(-1) > _MARGIN
+    decided &= (tokens[0] == tokens[1]) & (tokens[1] == tokens[2])
+    return decided | greedy
+
+
+def _cumulative(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    min_p_first: bool,
+) -> Tensor:
+    """Give the probability of every token or one before it (B, V), in float64 and as the reference does."""
+    V, wide = logits.shape[1], logits.double()
+    divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
+    scores = (wide - wide.amax(-1, keepdim=True)) / divisor
+    if min_p_first:
+        scores = _keep_min_p(scores, min_p)
+    descending = scores.sort(-1, descending=True).values
+    rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
+    descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
+    scores = scores.masked_fill(scores < _least_of_top_p(descending, top_p), float("-inf"))
+    if not min_p_first:
+        scores = _keep_min_p(scores, min_p)
+    return scores.softmax(-1).cumsum(-1)
+
+
+def _cost(case: Case) -> Cost:
+    B, V = case.dims["B"], case.dims["V"]
+    parameters = B * (3 * 4 + 3 * 8 + 8)
+    return Cost(bytes=B * V * case.dtype.itemsize + parameters, flops=4 * B * V)
+
+
+SAMPLE = (
+    KernelSpec(
+        name="sample",
+        make_inputs=_inputs,
+        cases=_cases(),
+        cost=_cost,
+        implementations={"triton": sample.sample},
+        exact=True,
+    ),
+)

@@ -1,0 +1,278 @@
+"""Rotary positions for queries and keys, alone or with keys and values written to their slots of the paged cache.
+
+One program a token: it reads the token's row of cosines and sines once and takes its heads a block at a time, the two
+halves of a head as two tiles, since column d is rotated together with column d + D/2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idefics2_kernels.checks import (
+    FLOATS,
+    INTS,
+    check_device,
+    check_dtype,
+    check_rows,
+    check_shape,
+)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Heads and half columns of a tile, and the warps that share it."""
+
+    block_h: int
+    block_d: int
+    num_warps: int
+
+
+def _launch_config(half: int) -> LaunchConfig:
+    # not measured yet; with D = 128 a thread moves 16 bytes of each half of 16 heads
+    return LaunchConfig(block_h=16, block_d=max(32, triton.next_power_of_2(half)), num_warps=4)
+
+
+@triton.jit
+def _rotate_heads(
+    x_ptr,  # (H, D) of one token
+    out_ptr,  # (H, D) of one token, contiguous columns
+    stride_x,
+    stride_out,
+    cos,  # (1, BLOCK_D)
+    sin,  # (1, BLOCK_D)
+    H,
+    HALF,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    for begin in range(0, H, BLOCK_H):
+        offs_h = begin + tl.arange(0, BLOCK_H)[:, None]
+        mask = (offs_h < H) & (offs_d < HALF)
+        ptrs = x_ptr + offs_h.to(tl.int64) * stride_x + offs_d
+        first = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(ptrs + HALF, mask=mask, other=0.0).to(tl.float32)
+        out_ptrs = out_ptr + offs_h.to(tl.int64) * stride_out + offs_d
+        dtype = out_ptr.dtype.element_ty
+        tl.store(out_ptrs, (first * cos - second * sin).to(dtype), mask=mask)
+        tl.store(out_ptrs + HALF, (second * cos + first * sin).to(dtype), mask=mask)
+
+
+@triton.jit
+def _copy_heads(
+    x_ptr,  # (H, D) of one token
+    out_ptr,  # (H, D) of one token
+    stride_x,
+    stride_out,
+    H,
+    D,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    for begin in range(0, H, BLOCK_H):
+        offs_h = begin + tl.arange(0, BLOCK_H)[:, None]
+        mask = (offs_h < H) & (offs_d < D)
+        x = tl.load(x_ptr + offs_h.to(tl.int64) * stride_x + offs_d, mask=mask, other=0.0)
+        tl.store(out_ptr + offs_h.to(tl.int64) * stride_out + offs_d, x, mask=mask)
+
+
+@triton.jit
+def _rotary_kernel(
+    q_ptr,  # (T, H, D)
+    k_ptr,  # (T, H_KV, D)
+    v_ptr,  # (T, H_KV, D), if HAS_CACHE
+    positions_ptr,  # (T,)
+    cos_sin_ptr,  # (positions, D): D/2 cosines, then D/2 sines
+    slots_ptr,  # (T,), if HAS_CACHE
+    q_out_ptr,  # (T, H, D)
+    k_out_ptr,  # (T, H_KV, D), or (pages, H_KV, P, D) if HAS_CACHE
+    v_out_ptr,  # (pages, H_KV, P, D), if HAS_CACHE
+    q_strides,  # token, head
+    k_strides,  # token, head
+    v_strides,  # token, head
+    stride_cos_sin,
+    q_out_strides,  # token, head
+    k_out_strides,  # token, head, or page, head, offset
+    v_out_strides,  # page, head, offset
+    H,
+    H_KV,
+    HALF,
+    P,
+    HAS_CACHE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    mask_d = offs_d < HALF
+    table = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * stride_cos_sin + offs_d
+    cos = tl.load(table, mask=mask_d, other=0.0).to(tl.float32)
+    sin = tl.load(table + HALF, mask=mask_d, other=0.0).to(tl.float32)
+
+    q_row = q_ptr + token * q_strides[0]
+    q_out_row = q_out_ptr + token * q_out_strides[0]
+    _rotate_heads(
+        q_row, q_out_row, q_strides[1], q_out_strides[1], cos, sin, H, HALF, BLOCK_H, BLOCK_D
+    )
+
+    k_row = k_ptr + token * k_strides[0]
+    if HAS_CACHE:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        if slot >= 0:  # a negative slot is padding
+            page, offset = slot // P, slot % P
+            k_out_row = k_out_ptr + page * k_out_strides[0] + offset * k_out_strides[2]
+            _rotate_heads(
+                k_row,
+                k_out_row,
+                k_strides[1],
+                k_out_strides[1],
+                cos,
+                sin,
+                H_KV,
+                HALF,
+                BLOCK_H,
+                BLOCK_D,
+            )
+            v_row = v_ptr + token * v_strides[0]
+            v_out_row = v_out_ptr + page * v_out_strides[0] + offset * v_out_strides[2]
+            _copy_heads(
+                v_row,
+                v_out_row,
+                v_strides[1],
+                v_out_strides[1],
+                H_KV,
+                2 * HALF,
+                BLOCK_H,
+                2 * BLOCK_D,
+            )
+    else:
+        k_out_row = k_out_ptr + token * k_out_strides[0]
+        _rotate_heads(
+            k_row, k_out_row, k_strides[1], k_out_strides[1], cos, sin, H_KV, HALF, BLOCK_H, BLOCK_D
+        )
+
+
+def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate ``q`` (T, H, D) and ``k`` (T, H_KV, D) by their ``positions`` (T,), rounding once.
+
+    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2. Every position must be
+    a row of it. Any strides but contiguous last axes.
+
+    Raises:
+        ValueError: A shape, stride or device does not fit.
+        TypeError: A dtype is none of bf16, fp16, fp32, ``k``'s is not ``q``'s, or positions are no integers.
+    """
+    _check(q, k, positions, cos_sin)
+    check_device(q=q, k=k, positions=positions, cos_sin=cos_sin)
+    q_out, k_out = (torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device) for x in (q, k))
+    _launch(q, k, None, positions, cos_sin, None, q_out, k_out, None)
+    return q_out, k_out
+
+
+def rotary_and_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Rotate ``q`` and ``k`` as ``rotary`` does; write ``k`` and ``v`` (T, H_KV, D) into the cache; return ``q``.
+
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page * P + offset, each
+    of which must be in the cache and no two the same; for a negative slot nothing is written. Any strides but
+    contiguous last axes.
+
+    Raises:
+        ValueError: A shape, stride or device does not fit.
+        TypeError: A dtype is none of bf16, fp16, fp32, a cache's or ``k``'s or ``v``'s is not ``q``'s, or positions
+            or slots are no integers.
+    """
+    _check(q, k, positions, cos_sin)
+    T, H_KV, D = k.shape
+    check_shape("v", v, (T, H_KV, D))
+    check_shape("k_cache", k_cache, (None, H_KV, None, D))
+    check_shape("v_cache", v_cache, tuple(k_cache.shape))
+    check_shape("slots", slots, (T,))
+    check_dtype("slots", slots, *INTS)
+    for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dtype(name, tensor, q.dtype)
+        check_rows(name, tensor)
+    check_device(
+        q=q,
+        k=k,
+        v=v,
+        positions=positions,
+        cos_sin=cos_sin,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        slots=slots,
+    )
+    q_out = torch.empty(tuple(q.shape), dtype=q.dtype, device=q.device)
+    _launch(q, k, v, positions, cos_sin, slots, q_out, k_cache, v_cache)
+    return q_out
+
+
+def _check(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    check_shape("q", q, (None, None, None))
+    T, _, D = q.shape
+    if D % 2:
+        raise ValueError(f"q must have an even last axis, got {tuple(q.shape)}")
+    check_shape("k", k, (T, None, D))
+    check_shape("positions", positions, (T,))
+    check_shape("cos_sin", cos_sin, (None, D))
+    check_dtype("q", q, *FLOATS)
+    check_dtype("k", k, q.dtype)
+    check_dtype("positions", positions, *INTS)
+    check_dtype("cos_sin", cos_sin, *FLOATS)
+    for name, tensor in (("q", q), ("k", k), ("cos_sin", cos_sin)):
+        check_rows(name, tensor)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    positions: Tensor,
+    cos_sin: Tensor,
+    slots: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor,
+    v_out: Tensor | None,
+) -> None:
+    T, H, D = q.shape
+    if T == 0:
+        return
+    config = _launch_config(D // 2)
+    _rotary_kernel[(T,)](
+        q,
+        k,
+        v,
+        positions.contiguous(),
+        cos_sin,
+        None if slots is None else slots.contiguous(),
+        q_out,
+        k_out,
+        v_out,
+        q.stride()[:2],
+        k.stride()[:2],
+        (0, 0) if v is None else v.stride()[:2],
+        cos_sin.stride(0),
+        q_out.stride()[:2],
+        k_out.stride()[:-1],
+        (0, 0, 0) if v_out is None else v_out.stride()[:-1],
+        H,
+        k.shape[1],
+        D // 2,
+        1 if v_out is None else v_out.shape[2],
+        HAS_CACHE=v_out is not None,
+        BLOCK_H=config.block_h,
+        BLOCK_D=config.block_d,
+        num_warps=config.num_warps,
+    )
