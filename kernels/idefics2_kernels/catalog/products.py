@@ -1,0 +1,126 @@
+"""Rows of the catalog: products."""
+
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels import linear
+from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
+from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FP32, _FP16, _BF16 = _DTYPES
+_WEIGHT_SCALE = 0.05
+_TINY = (  # M, N, K
+    (1, 1, 1, _FP16),
+    (1, 65, 63, _FP32),
+    (5, 7, 65, _BF16),
+    (2, 70, 1088, _BF16),  # two splits; the last block of K is half full
+    (3, 33, 1100, _FP16),  # two splits
+    (16, 64, 128, _FP16),
+    (4, 63, 64, _FP32),
+    (17, 40, 192, _BF16),
+    (70, 66, 100, _FP32),
+    (0, 8, 16, _FP16),
+)
+_ROWS = (*range(1, 18), 31, 63, 64, 65, 127, 257, 1000)
+_WEIGHTS = ((257, 1151), (1025, 1024), (641, 4304))  # N, K
+_MODEL = {
+    **{f"{N}x{K}-m{M}": (M, N, K)
+       for (N, K), M in product(((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)), (1, 16, 64, 2048))},
+    "lm-head-m1": (1, 32064, 4096),
+    "vision-fc1": (39200, 4304, 1152),
+}  # fmt: skip
+
+
+def _name(*parts: Any) -> str:
+    return "-".join(str(part) for part in parts).replace("torch.", "")
+
+
+def _product_cases() -> tuple[Case, ...]:
+    cases = []
+    dims: dict[str, Any]
+    for i, (M, N, K, dtype) in enumerate(_TINY):
+        dims = {"M": M, "N": N, "K": K, "bias": i % 2 == 0}
+        cases.append(Case(_name(f"{M}x{N}x{K}", dtype), dims, dtype))
+    base = {"M": 3, "N": 20, "K": 64, "bias": False}
+    cases += [
+        Case("sliced", {**base, "layout": "sliced"}, _BF16),
+        Case("offset", {**base, "layout": "offset"}),
+        Case("transposed", {**base, "B": 2, "layout": "transposed"}),
+        Case("tiny", {**base, "scale": 1e-3}),
+        Case("large", {**base, "scale": 100.0}, _BF16),
+        Case("integers", {**base, "N": 33, "integers": True}, _BF16),
+    ]
+    for i, (M, (N, K), dtype) in enumerate(product(_ROWS, _WEIGHTS, _DTYPES)):
+        dims = {"M": M, "N": N, "K": K, "bias": i % 2 == 0}
+        cases.append(Case(_name("gpu", f"{M}x{N}x{K}", dtype), dims, dtype, "gpu"))
+    layouts: tuple[Layout, ...] = ("sliced", "offset", "transposed")
+    for layout, dtype, M in product(layouts, _DTYPES, (3, 70)):
+        dims = {"M": M, "N": 300, "K": 1024, "bias": False, "layout": layout}
+        if layout == "transposed":
+            dims["B"] = 2
+        cases.append(Case(_name("gpu", layout, f"m{M}", dtype), dims, dtype, "gpu"))
+    for M, K, dtype in product((1, 16, 64), (1024, 4096, 14336), (_FP16, _BF16)):
+        dims = {"M": M, "N": 512, "K": K, "bias": False, "integers": True}
+        cases.append(Case(_name("gpu-integers", f"{M}x512x{K}", dtype), dims, dtype, "gpu"))
+    for name, (M, N, K) in _MODEL.items():
+        dims = {"M": M, "N": N, "K": K, "bias": name.startswith("vision")}
+        cases.append(Case(name, dims, _BF16, "model"))
+    return tuple(cases)
+
+
+def _x(case: Case, device: torch.device) -> Tensor:
+    dims = case.dims
+    layout = dims.get("layout", "plain")
+    shape = (dims["B"], dims["M"], dims["K"]) if "B" in dims else (dims["M"], dims["K"])
+    if dims.get("integers"):
+        return torch.randint(-1, 2, shape, device=device).to(case.dtype)
+    return normal(
+        *shape, dtype=case.dtype, device=device, layout=layout, scale=dims.get("scale", 1.0)
+    )
+
+
+def _weight(case: Case, device: torch.device, integers: int) -> Tensor:
+    shape = (case.dims["N"], case.dims["K"])
+    if case.dims.get("integers"):
+        return integers * torch.randint(-1, 2, shape, device=device).to(case.dtype)
+    return normal(*shape, dtype=case.dtype, device=device, scale=_WEIGHT_SCALE)
+
+
+def _bias(case: Case, device: torch.device) -> Tensor | None:
+    return normal(case.dims["N"], dtype=case.dtype, device=device) if case.dims["bias"] else None
+
+
+def _linear_inputs(case: Case, device: torch.device) -> Inputs:
+    weight = _weight(case, device, integers=1)
+    if case.dims.get("layout") == "offset":  # only there, so that strides of x and weight differ
+        weight = laid_out(weight, "sliced")
+    return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
+
+
+def _product_cost(case: Case, weight_bytes: int) -> Cost:
+    M, N, K = case.dims.get("B", 1) * case.dims["M"], case.dims["N"], case.dims["K"]
+    activations = M * (N + K) + (N if case.dims["bias"] else 0)
+    return Cost(bytes=activations * case.dtype.itemsize + weight_bytes, flops=2 * M * N * K)
+
+
+def _linear_cost(case: Case) -> Cost:
+    return _product_cost(case, case.dims["N"] * case.dims["K"] * case.dtype.itemsize)
+
+
+PRODUCTS = (
+    KernelSpec(
+        name="linear",
+        make_inputs=_linear_inputs,
+        cases=_product_cases(),
+        cost=_linear_cost,
+        implementations={
+            "triton": linear.linear,
+            "split_k": linear.split_k,
+            "tiled": linear.tiled,
+        },
+    ),
+)
