@@ -1,14 +1,16 @@
-"""Rows of the catalog: products."""
+"""Rows of the catalog: products with dense weights, and NF4."""
 
+import math
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from idefics2_kernels import linear
+from idefics2_kernels import linear, nf4, reference_nf4
 from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FP32, _FP16, _BF16 = _DTYPES
@@ -18,7 +20,7 @@ _TINY = (  # M, N, K
     (1, 65, 63, _FP32),
     (5, 7, 65, _BF16),
     (2, 70, 1088, _BF16),  # two splits; the last block of K is half full
-    (3, 33, 1100, _FP16),  # two splits
+    (3, 33, 1100, _FP16),  # two splits; rows begin inside a block of NF4
     (16, 64, 128, _FP16),
     (4, 63, 64, _FP32),
     (17, 40, 192, _BF16),
@@ -52,6 +54,7 @@ def _product_cases() -> tuple[Case, ...]:
         Case("transposed", {**base, "B": 2, "layout": "transposed"}),
         Case("tiny", {**base, "scale": 1e-3}),
         Case("large", {**base, "scale": 100.0}, _BF16),
+        Case("plain-statistics", {**base, "double_quant": False}, _FP32),
         Case("integers", {**base, "N": 33, "integers": True}, _BF16),
     ]
     for i, (M, (N, K), dtype) in enumerate(product(_ROWS, _WEIGHTS, _DTYPES)):
@@ -101,6 +104,12 @@ def _linear_inputs(case: Case, device: torch.device) -> Inputs:
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
+def _nf4_bytes(elements: int) -> int:
+    """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
+    blocks = -(-elements // BLOCK)
+    return -(-elements // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK)
+
+
 def _product_cost(case: Case, weight_bytes: int) -> Cost:
     M, N, K = case.dims.get("B", 1) * case.dims["M"], case.dims["N"], case.dims["K"]
     activations = M * (N + K) + (N if case.dims["bias"] else 0)
@@ -109,6 +118,68 @@ def _product_cost(case: Case, weight_bytes: int) -> Cost:
 
 def _linear_cost(case: Case) -> Cost:
     return _product_cost(case, case.dims["N"] * case.dims["K"] * case.dtype.itemsize)
+
+
+_SHAPES = ((1,), (7,), (64,), (65,), (3, 21), (5, 72), (8, 130), (2, 3, 50), (260, 64))
+_GPU_SHAPES = (
+    *((63,), (127,), (128,), (129,), (4095,), (4097,), (16384,), (16385,)),
+    *((1, 1), (31, 33), (257, 63), (1151, 577), (1024, 4096), (1152, 4304), (3, 5, 7, 11)),
+)
+
+
+def _quantise_cases() -> tuple[Case, ...]:
+    cases = []
+    for i, shape in enumerate(_SHAPES):
+        dims = {"shape": shape, "double_quant": i % 3 != 1}
+        dtype = _DTYPES[i % 3]
+        cases.append(Case(_name("x".join(map(str, shape)), dtype), dims, dtype))
+    cases += [
+        Case("sliced", {"shape": (5, 72), "layout": "sliced"}, _FP32),
+        Case("zeros", {"shape": (4, 70), "values": "zeros"}, _BF16),
+        Case("ties", {"shape": (30, 64), "values": "ties", "double_quant": False}, _FP32),
+        Case("wide-range", {"shape": (6, 70), "values": "wide"}, _FP32),
+        Case("subnormal", {"shape": (3, 70), "values": "subnormal", "double_quant": False}, _FP32),
+    ]
+    for shape, dtype in product(_GPU_SHAPES, _DTYPES):
+        dims = {"shape": shape, "double_quant": dtype is not _FP16}
+        cases.append(Case(_name("gpu", "x".join(map(str, shape)), dtype), dims, dtype, "gpu"))
+    cases += [
+        Case(f"{N}x{K}", {"shape": (N, K)}, _BF16, "model")
+        for N, K in ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (4304, 1152))
+    ]
+    return tuple(cases)
+
+
+def _values(case: Case, device: torch.device) -> Tensor:
+    shape, values = case.dims["shape"], case.dims.get("values", "normal")
+    drawn = normal(*shape, dtype=_FP32, device=device, scale=_WEIGHT_SCALE)
+    if values == "zeros":  # a block, and the last one, which is not full
+        drawn.view(-1)[BLOCK : 2 * BLOCK] = 0
+        drawn.view(-1)[drawn.numel() // BLOCK * BLOCK :] = 0
+    elif values == "ties":  # each block begins with 1, then numbers midway between two of NF4
+        code = nf4_code(device)
+        middle = (code[:-1] + code[1:]) / 2
+        drawn = torch.cat([code[-1:], middle.repeat(5)])[:BLOCK].repeat(shape[0], 1)
+        drawn *= torch.linspace(1, 3, shape[0], device=device)[:, None]
+    elif values == "wide":
+        drawn *= 10.0 ** torch.linspace(-35, 38, drawn.numel(), device=device).view(shape)
+    elif values == "subnormal":
+        drawn *= 1e-38
+    return laid_out(drawn.to(case.dtype), case.dims.get("layout", "plain"))
+
+
+def _quantise_inputs(case: Case, device: torch.device) -> Inputs:
+    double_quant = case.dims.get("double_quant", True)
+    return {"weight": _values(case, device), "double_quant": double_quant}
+
+
+def _dequantise_inputs(case: Case, device: torch.device) -> Inputs:
+    return {"weight": reference_nf4.nf4_quantize(**_quantise_inputs(case, device))}
+
+
+def _quantise_cost(case: Case) -> Cost:
+    elements = math.prod(case.dims["shape"])
+    return Cost(bytes=elements * case.dtype.itemsize + _nf4_bytes(elements), flops=2 * elements)
 
 
 PRODUCTS = (
@@ -122,5 +193,22 @@ PRODUCTS = (
             "split_k": linear.split_k,
             "tiled": linear.tiled,
         },
+    ),
+    KernelSpec(
+        name="nf4_quantize",
+        make_inputs=_quantise_inputs,
+        cases=_quantise_cases(),
+        cost=_quantise_cost,
+        implementations={"triton": nf4.nf4_quantize},
+        outputs=lambda _inputs, result: tuple(result.tensors.values()),
+        exact=True,
+    ),
+    KernelSpec(
+        name="nf4_dequantize",
+        make_inputs=_dequantise_inputs,
+        cases=_quantise_cases(),
+        cost=_quantise_cost,
+        implementations={"triton": nf4.nf4_dequantize},
+        exact=True,
     ),
 )
