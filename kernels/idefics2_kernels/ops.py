@@ -230,12 +230,13 @@ def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import linear, nf4, rms_norm
+    from idefics2_kernels import linear, nf4, nf4_matmul, rms_norm
 
     return {
         "linear": linear.linear,
         "nf4_quantize": nf4.nf4_quantize,
         "nf4_dequantize": nf4.nf4_dequantize,
+        "nf4_matmul": nf4_matmul.nf4_matmul,
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
     }

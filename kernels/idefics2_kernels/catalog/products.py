@@ -1,4 +1,4 @@
-"""Rows of the catalog: products with dense weights, and NF4."""
+"""Rows of the catalog: products with dense and with NF4 weights, and NF4 itself."""
 
 import math
 from itertools import product
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import linear, nf4, reference_nf4
+from idefics2_kernels import linear, nf4, nf4_matmul, reference_nf4
 from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
@@ -104,6 +104,14 @@ def _linear_inputs(case: Case, device: torch.device) -> Inputs:
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
+def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
+    dense = _weight(case, device, integers=2)
+    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantisation
+    double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
+    weight = reference_nf4.nf4_quantize(dense, double_quant=double_quant)
+    return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
+
+
 def _nf4_bytes(elements: int) -> int:
     """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
     blocks = -(-elements // BLOCK)
@@ -118,6 +126,10 @@ def _product_cost(case: Case, weight_bytes: int) -> Cost:
 
 def _linear_cost(case: Case) -> Cost:
     return _product_cost(case, case.dims["N"] * case.dims["K"] * case.dtype.itemsize)
+
+
+def _nf4_matmul_cost(case: Case) -> Cost:
+    return _product_cost(case, _nf4_bytes(case.dims["N"] * case.dims["K"]))
 
 
 _SHAPES = ((1,), (7,), (64,), (65,), (3, 21), (5, 72), (8, 130), (2, 3, 50), (260, 64))
@@ -193,6 +205,13 @@ PRODUCTS = (
             "split_k": linear.split_k,
             "tiled": linear.tiled,
         },
+    ),
+    KernelSpec(
+        name="nf4_matmul",
+        make_inputs=_nf4_matmul_inputs,
+        cases=_product_cases(),
+        cost=_nf4_matmul_cost,
+        implementations={"triton": nf4_matmul.nf4_matmul, "fused": nf4_matmul.fused},
     ),
     KernelSpec(
         name="nf4_quantize",
