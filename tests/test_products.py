@@ -21,6 +21,8 @@ PRODUCTS = [
     for implementation in SPECS[name].implementations
     for case in SPECS[name].cases
     if case.dims.get("integers")
+    # cuBLAS may round the partial results of its own splits
+    if (name, implementation) != ("linear", "triton") or case.dims["M"] <= linear.FEW_ROWS
 ]
 
 
@@ -68,7 +70,7 @@ def test_the_product_dequantises_bit_for_bit(
         assert torch.equal(nf4_matmul.fused(rows, weight), expected[: rows.shape[0]])
 
 
-INVARIANT: list[tuple[Callable[..., Tensor], int]] = [(linear.tiled, 130), (linear.split_k, 40)]
+INVARIANT: list[tuple[Callable[..., Tensor], int]] = [(linear.tiled, 130), (linear.split_k, 16)]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -80,7 +82,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(
         torch.randn(shape, device=device).to(dtype) for shape in ((M, 1100), (70, 1100), (70,))
     )
     whole = product(x, weight, bias)
-    for rows in ([0], [M - 1], [7, 3], range(1, 18), range(20, M)):
+    for rows in ([0], [M - 1], [7, 3], range(1, 14), range(5, M)):
         index = torch.tensor(list(rows), device=device)
         assert torch.equal(product(x[index], weight, bias), whole[index])
     other = torch.randn_like(x)
@@ -104,12 +106,12 @@ def test_many_rows_are_multiplied_by_the_dequantised_weight(device: torch.device
 @pytest.mark.parametrize("K", [0, 1, 63, 64, 1000, 1088, 4096, 4304, 14336, 14337])
 @pytest.mark.parametrize("N", [1, 64, 4096, 6144, 28672, 32003])
 def test_splits_cover_k_and_none_is_empty(N: int, K: int) -> None:
-    for block_k in (64, 128):
-        part = k_per_split(N, K, 64, block_k)
+    for block_k, programs in ((64, 264), (128, 264), (128, 528)):
+        part = k_per_split(-(-N // 64), K, block_k, programs)
         splits = max(-(-K // part), 1)
         assert part % block_k == 0
         assert K == 0 or (splits - 1) * part < K <= splits * part
-        assert splits == 1 or splits * -(-N // 64) <= 264
+        assert splits == 1 or splits * -(-N // 64) <= programs
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 0, 64), (2, 3, 64), (0, 64)])

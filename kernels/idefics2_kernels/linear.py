@@ -19,6 +19,7 @@ from idefics2_kernels.primitives import cast, dot
 from idefics2_kernels.split_k import k_per_split, sum_splits
 
 FEW_ROWS = 16  # the tensor cores' narrowest tile that serves every dtype
+PROGRAMS = 264  # of split_k, wanted at once: two for each of an H100's 132 SMs, as many as their pipelines leave room for
 
 
 @dataclass(frozen=True)
@@ -153,17 +154,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` by the kernel for few rows; it takes any number, and a row's result depends on no other row."""
+    """``linear`` by the kernel for few rows; it takes any number. Up to 16, a row's result depends on no other."""
     rows = _checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = _split_k_config(x.dtype)
-    k_split = k_per_split(N, K, config.BLOCK_N, config.BLOCK_K)
+    tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
+    k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, PROGRAMS)
     splits = max(triton.cdiv(K, k_split), 1)
     dtype = torch.float32 if splits > 1 else x.dtype
     out = torch.empty((splits, M, N), dtype=dtype, device=x.device)
     if out.numel():
-        grid = (triton.cdiv(N, config.BLOCK_N), splits, triton.cdiv(M, config.BLOCK_M))
-        _split_k_kernel[grid](
+        _split_k_kernel[(tiles_n, splits, tiles_m)](
             rows,
             weight,
             bias,

@@ -28,22 +28,30 @@ FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: tile of rows, of columns and of K; warps and pipeline stages of a program."""
+    """How a product is cut: tile of rows, of columns and of K; warps and stages of a program; programs at once."""
 
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    programs: int
 
 
 def _launch_config(M: int, K: int, dtype: torch.dtype) -> LaunchConfig:
     BLOCK_M = 16 if M <= 16 else 64
+    # An H100 has 132 SMs. Dequantising is bound by instructions and wants many warps; for more rows, the partial
+    # results of many splits would weigh as much as the weight.
+    programs = 4 * 132 if M <= 16 else 2 * 132
     # fp32 products take no tensor cores, and rows that begin inside a block an address for each element: both need
     # registers that a pipeline of larger tiles would spill
     if dtype is torch.float32 or K % tables.BLOCK:
-        return LaunchConfig(BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1)
-    return LaunchConfig(BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3)
+        return LaunchConfig(
+            BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1, programs=programs
+        )
+    return LaunchConfig(
+        BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3, programs=programs
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -135,13 +143,13 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     rows = _checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = _launch_config(M, K, x.dtype)
-    k_split = k_per_split(N, K, config.BLOCK_N, config.BLOCK_K)
+    tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
+    k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, config.programs)
     splits = max(triton.cdiv(K, k_split), 1)
     dtype = torch.float32 if splits > 1 else x.dtype
     out = torch.empty((splits, M, N), dtype=dtype, device=x.device)
     if out.numel():
-        grid = (triton.cdiv(N, config.BLOCK_N), splits, triton.cdiv(M, config.BLOCK_M))
-        _nf4_matmul_kernel[grid](
+        _nf4_matmul_kernel[(tiles_n, splits, tiles_m)](
             rows,
             weight.codes,
             weight.absmax,

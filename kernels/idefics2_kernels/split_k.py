@@ -1,7 +1,7 @@
 """What products share that cut K among programs: how many cuts, and the sum of their partial results.
 
-The sum runs over the splits in order, and the number of splits follows from N and K alone: results depend neither on
-which program ends first nor on how many rows there are.
+The sum runs over the splits in order, and their number follows from the sizes alone: results do not depend on which
+program ends first, nor on the rows beside a row as long as one tile holds them all.
 """
 
 import torch
@@ -11,16 +11,14 @@ from torch import Tensor
 
 from idefics2_kernels.primitives import cast
 
-PROGRAMS = 264  # wanted at once: two for each of an H100's 132 SMs
 MIN_STEPS = 4  # blocks of K a split has at least, to fill a pipeline
 _BLOCK = 1024
 
 
-def k_per_split(N: int, K: int, block_n: int, block_k: int) -> int:
-    """Return how much of K a program takes, a multiple of ``block_k``, so that about 264 programs run."""
+def k_per_split(tiles: int, K: int, block_k: int, programs: int) -> int:
+    """Return how much of K a program takes, a multiple of ``block_k``, so that ``tiles`` make up to ``programs``."""
     steps = max(-(-K // block_k), 1)
-    wanted = PROGRAMS // max(-(-N // block_n), 1)
-    splits = max(min(wanted, steps // MIN_STEPS), 1)
+    splits = max(min(programs // max(tiles, 1), steps // MIN_STEPS), 1)
     return -(-steps // splits) * block_k
 
 
