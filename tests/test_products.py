@@ -126,6 +126,12 @@ def test_leading_axes_are_kept(shape: tuple[int, ...], device: torch.device) -> 
     torch.testing.assert_close(nf4_matmul.fused(x, quantised, bias), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_no_rows_with_splits_to_add(device: torch.device) -> None:
+    x, weight = torch.randn(0, 2048, device=device), torch.randn(9, 2048, device=device)
+    assert linear.split_k(x, weight).shape == (0, 9)
+    assert nf4_matmul.fused(x, nf4_quantize(weight)).shape == (0, 9)
+
+
 def test_no_columns_to_multiply_leave_the_bias(device: torch.device) -> None:
     x, weight = torch.randn(3, 0, device=device), torch.randn(5, 0, device=device)
     bias = torch.randn(5, device=device)

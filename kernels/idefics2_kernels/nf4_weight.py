@@ -39,7 +39,7 @@ _NF4_CODE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NF4Weight:
     """One quantised tensor. It is a format, not numbers: nothing widens or narrows its parts.
 

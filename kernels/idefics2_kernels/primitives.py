@@ -25,5 +25,5 @@ def cast(x, dtype: tl.constexpr):
     if UPCAST and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)  # NaN stays NaN
     return x.to(dtype)

@@ -36,7 +36,8 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         scaled = torch.cat([scaled, rest / last])
     if scaled.numel() % 2:
         scaled = torch.cat([scaled, scaled.new_zeros(1)])
-    codes = torch.bucketize(scaled.clamp(-1, 1), nf4_bounds(flat.device)).to(torch.uint8)
+    scaled = scaled.clamp(-1, 1)
+    codes = torch.bucketize(scaled, nf4_bounds(flat.device), out_int32=True).to(torch.uint8)
     packed = codes[::2] << 4 | codes[1::2]
     shape = tuple(weight.shape)
     if not double_quant:
@@ -67,9 +68,9 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
         assert weight.nested_absmax is not None
         assert weight.nested_code is not None
         nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-        absmax = weight.nested_code[absmax.long()] * nested + weight.offset
+        absmax = weight.nested_code[absmax.int()] * nested + weight.offset
     scales = absmax.repeat_interleave(BLOCK)[: weight.numel]
-    values = nf4_code(weight.device)[codes.long()] * scales
+    values = nf4_code(weight.device)[codes.int()] * scales
     return values.view(weight.shape).to(weight.dtype)
 
 

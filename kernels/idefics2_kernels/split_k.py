@@ -48,15 +48,16 @@ def sum_splits(partials: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Ten
     """Add ``partials`` (splits, M, N) fp32 in order, then ``bias`` (N,), and round to ``dtype``: (M, N)."""
     splits, M, N = partials.shape
     out = torch.empty((M, N), dtype=dtype, device=partials.device)
-    _sum_kernel[(triton.cdiv(M * N, _BLOCK),)](
-        partials,
-        bias,
-        out,
-        M * N,
-        N,
-        splits,
-        HAS_BIAS=bias is not None,
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    if out.numel():
+        _sum_kernel[(triton.cdiv(M * N, _BLOCK),)](
+            partials,
+            bias,
+            out,
+            M * N,
+            N,
+            splits,
+            HAS_BIAS=bias is not None,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return out
