@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from guarded import guarded_allocations
 from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, missing, rows

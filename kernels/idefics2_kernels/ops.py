@@ -13,7 +13,8 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from idefics2_kernels import reference
+from idefics2_kernels import reference, reference_nf4
+from idefics2_kernels.nf4_weight import NF4Weight
 
 
 class MissingOperationError(RuntimeError):
@@ -24,6 +25,24 @@ class Linear(Protocol):
     """``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
+
+
+class NF4Quantize(Protocol):
+    """``weight`` of any shape -> the same in NF4."""
+
+    def __call__(self, weight: Tensor, *, double_quant: bool = True) -> NF4Weight: ...  # noqa: D102
+
+
+class NF4Dequantize(Protocol):
+    """``weight`` -> a tensor of its shape and dtype."""
+
+    def __call__(self, weight: NF4Weight) -> Tensor: ...  # noqa: D102
+
+
+class NF4Matmul(Protocol):
+    """``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
+
+    def __call__(self, x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
 
 class RmsNorm(Protocol):
@@ -180,6 +199,9 @@ class Ops:
     """One implementation of every operation."""
 
     linear: Linear
+    nf4_quantize: NF4Quantize
+    nf4_dequantize: NF4Dequantize
+    nf4_matmul: NF4Matmul
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     layer_norm: LayerNorm
@@ -208,9 +230,23 @@ def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import activation, layer_norm, patches, rms_norm, rotary, sample
+    from idefics2_kernels import (
+        activation,
+        layer_norm,
+        linear,
+        nf4,
+        nf4_matmul,
+        patches,
+        rms_norm,
+        rotary,
+        sample,
+    )
 
     return {
+        "linear": linear.linear,
+        "nf4_quantize": nf4.nf4_quantize,
+        "nf4_dequantize": nf4.nf4_dequantize,
+        "nf4_matmul": nf4_matmul.nf4_matmul,
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
         "layer_norm": layer_norm.layer_norm,
@@ -231,5 +267,10 @@ def _triton() -> Ops:
     )
 
 
-REFERENCE = Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
+def _reference() -> Ops:
+    functions = vars(reference) | vars(reference_nf4)
+    return Ops(**{field.name: functions[field.name] for field in fields(Ops)})
+
+
+REFERENCE = _reference()
 TRITON = _triton()

@@ -17,3 +17,13 @@ def dot(a, b, acc):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """Return fp32 ``x`` rounded to ``dtype``, to nearest even; interpreted, a plain cast to bf16 truncates."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)  # NaN stays NaN
+    return x.to(dtype)

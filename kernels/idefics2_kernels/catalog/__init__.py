@@ -6,6 +6,7 @@ from typing import Literal
 from idefics2_kernels.catalog.activation import ACTIVATIONS
 from idefics2_kernels.catalog.norms import NORMS
 from idefics2_kernels.catalog.patches import PATCHES
+from idefics2_kernels.catalog.products import PRODUCTS
 from idefics2_kernels.catalog.rotary import ROTARY
 from idefics2_kernels.catalog.sample import SAMPLE
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
@@ -13,7 +14,14 @@ from idefics2_kernels.ops import Ops
 
 __all__ = ["CATALOG", "Case", "Cost", "Inputs", "KernelSpec", "missing", "rows"]
 
-CATALOG: tuple[KernelSpec, ...] = (*NORMS, *ACTIVATIONS, *ROTARY, *PATCHES, *SAMPLE)
+CATALOG: tuple[KernelSpec, ...] = (
+    *PRODUCTS,
+    *NORMS,
+    *ACTIVATIONS,
+    *ROTARY,
+    *PATCHES,
+    *SAMPLE,
+)
 
 
 def rows(*where: Literal["any", "gpu", "model"]) -> list[tuple[KernelSpec, str, Case]]:

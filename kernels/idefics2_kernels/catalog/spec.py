@@ -1,7 +1,7 @@
 """What the catalog says of an operation: inputs, cases, implementations and cost."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -81,27 +81,32 @@ class KernelSpec:
 
 
 def widened(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Return ``inputs`` with all that is floating-point in ``dtype``, and everything else copied."""
+    """Return ``inputs`` with all that is floating-point in ``dtype``, and everything else copied.
+
+    The tensors in a dataclass are the parts of a format and stay as they are: what they stand for is exact.
+    """
     return {name: _widened(value, dtype) for name, value in inputs.items()}
 
 
 def copied(inputs: Inputs) -> Inputs:
     """Return ``inputs`` with tensors of their own, strides kept: an operation may write in place."""
-    return {
-        name: _copied(value) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
+    return {name: _copied(value) for name, value in inputs.items()}
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    storage = tensor.untyped_storage()
-    own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return own.set_(storage.clone(), tensor.storage_offset(), tensor.shape, tensor.stride())
+def _copied(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: getattr(value, part.name) for part in fields(value)}
+        return replace(value, **copied(parts))
+    if not isinstance(value, Tensor):
+        return value
+    own = torch.empty(0, dtype=value.dtype, device=value.device)
+    storage = value.untyped_storage().clone()
+    return own.set_(storage, value.storage_offset(), value.shape, value.stride())
 
 
 def _widened(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.dtype):  # the type an operation is told to return
         return dtype if value.is_floating_point else value
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype, copy=True)
+    return _copied(value)

@@ -1,0 +1,236 @@
+"""Rows of the catalog: products with dense and with NF4 weights, and NF4 itself."""
+
+import math
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels import linear, nf4, nf4_matmul, reference_nf4
+from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
+from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FP32, _FP16, _BF16 = _DTYPES
+_WEIGHT_SCALE = 0.05
+_TINY = (  # M, N, K
+    (1, 1, 1, _FP16),
+    (1, 65, 63, _FP32),
+    (5, 7, 65, _BF16),
+    (2, 70, 1088, _BF16),  # two splits; the last block of K is half full
+    (3, 33, 1100, _FP16),  # two splits; rows begin inside a block of NF4
+    (16, 64, 128, _FP16),
+    (4, 63, 64, _FP32),
+    (17, 40, 192, _BF16),
+    (70, 66, 100, _FP32),
+    (0, 8, 16, _FP16),
+)
+_ROWS = (*range(1, 18), 31, 63, 64, 65, 127, 257, 1000)
+_WEIGHTS = ((257, 1151), (1025, 1024), (641, 4304))  # N, K
+_MODEL = {
+    **{f"{N}x{K}-m{M}": (M, N, K)
+       for (N, K), M in product(((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)), (1, 16, 64, 2048))},
+    "lm-head-m1": (1, 32064, 4096),
+    "vision-fc1": (39200, 4304, 1152),
+}  # fmt: skip
+
+
+def _name(*parts: Any) -> str:
+    return "-".join(str(part) for part in parts).replace("torch.", "")
+
+
+def _product_cases() -> tuple[Case, ...]:
+    cases = []
+    dims: dict[str, Any]
+    for i, (M, N, K, dtype) in enumerate(_TINY):
+        dims = {"M": M, "N": N, "K": K, "bias": i % 2 == 0}
+        cases.append(Case(_name(f"{M}x{N}x{K}", dtype), dims, dtype))
+    base = {"M": 3, "N": 20, "K": 64, "bias": False}
+    cases += [
+        Case("sliced", {**base, "layout": "sliced"}, _BF16),
+        Case("offset", {**base, "layout": "offset"}),
+        Case("transposed", {**base, "B": 2, "layout": "transposed"}),
+        Case("tiny", {**base, "scale": 1e-3}),
+        Case("large", {**base, "scale": 100.0}, _BF16),
+        Case("plain-statistics", {**base, "double_quant": False}),
+        Case("integers", {**base, "N": 33, "integers": True}, _BF16),
+    ]
+    for i, (M, (N, K), dtype) in enumerate(product(_ROWS, _WEIGHTS, _DTYPES)):
+        dims = {"M": M, "N": N, "K": K, "bias": i % 2 == 0}
+        cases.append(Case(_name("gpu", f"{M}x{N}x{K}", dtype), dims, dtype, "gpu"))
+    layouts: tuple[Layout, ...] = ("sliced", "offset", "transposed")
+    for layout, dtype, M in product(layouts, _DTYPES, (3, 70)):
+        dims = {"M": M, "N": 300, "K": 1024, "bias": False, "layout": layout}
+        if layout == "transposed":
+            dims["B"] = 2
+        cases.append(Case(_name("gpu", layout, f"m{M}", dtype), dims, dtype, "gpu"))
+    for M, K, dtype in product((1, 16, 64), (1024, 4096, 14336), (_FP16, _BF16)):
+        dims = {"M": M, "N": 512, "K": K, "bias": False, "integers": True}
+        cases.append(Case(_name("gpu-integers", f"{M}x512x{K}", dtype), dims, dtype, "gpu"))
+    dims = {"M": 2, "N": 70001, "K": 32768, "bias": False}
+    cases.append(Case("gpu-2^31-elements", dims, _BF16, "gpu"))
+    for name, (M, N, K) in _MODEL.items():
+        dims = {"M": M, "N": N, "K": K, "bias": name.startswith("vision")}
+        cases.append(Case(name, dims, _BF16, "model"))
+    return tuple(cases)
+
+
+def _x(case: Case, device: torch.device) -> Tensor:
+    dims = case.dims
+    layout = dims.get("layout", "plain")
+    shape = (dims["B"], dims["M"], dims["K"]) if "B" in dims else (dims["M"], dims["K"])
+    if dims.get("integers"):
+        return torch.randint(-1, 2, shape, device=device).to(case.dtype)
+    return normal(
+        *shape, dtype=case.dtype, device=device, layout=layout, scale=dims.get("scale", 1.0)
+    )
+
+
+def _weight(case: Case, device: torch.device, integers: int) -> Tensor:
+    shape = (case.dims["N"], case.dims["K"])
+    if case.dims.get("integers"):
+        return integers * torch.randint(-1, 2, shape, device=device).to(case.dtype)
+    return normal(*shape, dtype=case.dtype, device=device, scale=_WEIGHT_SCALE)
+
+
+def _bias(case: Case, device: torch.device) -> Tensor | None:
+    return normal(case.dims["N"], dtype=case.dtype, device=device) if case.dims["bias"] else None
+
+
+def _linear_inputs(case: Case, device: torch.device) -> Inputs:
+    weight = _weight(case, device, integers=1)
+    if case.dims.get("layout") == "offset":  # only there, so that strides of x and weight differ
+        weight = laid_out(weight, "sliced")
+    return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
+
+
+def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
+    dense = _weight(case, device, integers=2)
+    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantisation
+    double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
+    weight = reference_nf4.nf4_quantize(dense, double_quant=double_quant)
+    return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
+
+
+def _nf4_bytes(elements: int) -> int:
+    """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
+    blocks = -(-elements // BLOCK)
+    return -(-elements // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK)
+
+
+def _product_cost(case: Case, weight_bytes: int) -> Cost:
+    M, N, K = case.dims.get("B", 1) * case.dims["M"], case.dims["N"], case.dims["K"]
+    activations = M * (N + K) + (N if case.dims["bias"] else 0)
+    return Cost(bytes=activations * case.dtype.itemsize + weight_bytes, flops=2 * M * N * K)
+
+
+def _linear_cost(case: Case) -> Cost:
+    return _product_cost(case, case.dims["N"] * case.dims["K"] * case.dtype.itemsize)
+
+
+def _nf4_matmul_cost(case: Case) -> Cost:
+    return _product_cost(case, _nf4_bytes(case.dims["N"] * case.dims["K"]))
+
+
+_SHAPES = ((1,), (7,), (64,), (65,), (3, 21), (5, 72), (8, 130), (2, 3, 50), (260, 64))
+_GPU_SHAPES = (
+    *((63,), (127,), (128,), (129,), (4095,), (4097,), (16384,), (16385,)),
+    *((1, 1), (31, 33), (257, 63), (1151, 577), (1024, 4096), (1152, 4304), (3, 5, 7, 11)),
+)
+
+
+def _quantise_cases() -> tuple[Case, ...]:
+    cases = []
+    for i, shape in enumerate(_SHAPES):
+        dims = {"shape": shape, "double_quant": i % 3 != 1}
+        dtype = _DTYPES[i % 3]
+        cases.append(Case(_name("x".join(map(str, shape)), dtype), dims, dtype))
+    cases += [
+        Case("sliced", {"shape": (5, 72), "layout": "sliced"}, _FP32),
+        Case("zeros", {"shape": (4, 70), "values": "zeros"}, _BF16),
+        Case("ties", {"shape": (30, 64), "values": "ties", "double_quant": False}, _FP32),
+        Case("wide-range", {"shape": (6, 70), "values": "wide"}, _FP32),
+        Case("subnormal", {"shape": (3, 70), "values": "subnormal", "double_quant": False}, _FP32),
+    ]
+    for shape, dtype in product(_GPU_SHAPES, _DTYPES):
+        dims = {"shape": shape, "double_quant": dtype is not _FP16}
+        cases.append(Case(_name("gpu", "x".join(map(str, shape)), dtype), dims, dtype, "gpu"))
+    cases.append(Case("gpu-2^31-elements", {"shape": (2**31 + 197,)}, _BF16, "gpu"))
+    cases += [
+        Case(f"{N}x{K}", {"shape": (N, K)}, _BF16, "model")
+        for N, K in ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (4304, 1152))
+    ]
+    return tuple(cases)
+
+
+def _values(case: Case, device: torch.device) -> Tensor:
+    shape, values = case.dims["shape"], case.dims.get("values", "normal")
+    drawn = normal(*shape, dtype=_FP32, device=device, scale=_WEIGHT_SCALE)
+    if values == "zeros":  # a block, and the last one, which is not full
+        drawn.view(-1)[BLOCK : 2 * BLOCK] = 0
+        drawn.view(-1)[drawn.numel() // BLOCK * BLOCK :] = 0
+    elif values == "ties":  # each block begins with 1, then numbers midway between two of NF4
+        code = nf4_code(device)
+        middle = (code[:-1] + code[1:]) / 2
+        drawn = torch.cat([code[-1:], middle.repeat(5)])[:BLOCK].repeat(shape[0], 1)
+        drawn *= torch.linspace(1, 3, shape[0], device=device)[:, None]
+    elif values == "wide":
+        drawn *= 10.0 ** torch.linspace(-35, 38, drawn.numel(), device=device).view(shape)
+    elif values == "subnormal":
+        drawn *= 1e-38
+    return laid_out(drawn.to(case.dtype), case.dims.get("layout", "plain"))
+
+
+def _quantise_inputs(case: Case, device: torch.device) -> Inputs:
+    double_quant = case.dims.get("double_quant", True)
+    return {"weight": _values(case, device), "double_quant": double_quant}
+
+
+def _dequantise_inputs(case: Case, device: torch.device) -> Inputs:
+    return {"weight": reference_nf4.nf4_quantize(**_quantise_inputs(case, device))}
+
+
+def _quantise_cost(case: Case) -> Cost:
+    elements = math.prod(case.dims["shape"])
+    return Cost(bytes=elements * case.dtype.itemsize + _nf4_bytes(elements), flops=2 * elements)
+
+
+PRODUCTS = (
+    KernelSpec(
+        name="linear",
+        make_inputs=_linear_inputs,
+        cases=_product_cases(),
+        cost=_linear_cost,
+        implementations={
+            "triton": linear.linear,
+            "split_k": linear.split_k,
+            "tiled": linear.tiled,
+        },
+    ),
+    KernelSpec(
+        name="nf4_matmul",
+        make_inputs=_nf4_matmul_inputs,
+        cases=_product_cases(),
+        cost=_nf4_matmul_cost,
+        implementations={"triton": nf4_matmul.nf4_matmul, "fused": nf4_matmul.fused},
+    ),
+    KernelSpec(
+        name="nf4_quantize",
+        make_inputs=_quantise_inputs,
+        cases=_quantise_cases(),
+        cost=_quantise_cost,
+        implementations={"triton": nf4.nf4_quantize},
+        outputs=lambda _inputs, result: tuple(result.tensors.values()),
+        exact=True,
+    ),
+    KernelSpec(
+        name="nf4_dequantize",
+        make_inputs=_dequantise_inputs,
+        cases=_quantise_cases(),
+        cost=_quantise_cost,
+        implementations={"triton": nf4.nf4_dequantize},
+        exact=True,
+    ),
+)
