@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from idefics2_kernels import reference
+from idefics2_kernels import REFERENCE, reference
 from idefics2_kernels.catalog import Inputs
 
 Call = Callable[[], object]
@@ -120,7 +120,7 @@ def _bitsandbytes_matmul(inputs: Inputs) -> Call | None:
         from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
     except ImportError:
         return None
-    dense = reference.nf4_dequantize(inputs["weight"], inputs["x"].dtype)
+    dense = REFERENCE.nf4_dequantize(inputs["weight"], inputs["x"].dtype)
     codes, state = bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
     return lambda: matmul_4bit(inputs["x"], codes.t(), quant_state=state)
 

@@ -29,4 +29,4 @@ def test_kernel(
     call()
     cost = spec.cost(case)
     benchmark.extra_info |= {"bytes": cost.bytes, "flops": cost.flops}
-    benchmark.pedantic(call, rounds=20, warmup_rounds=3)
+    benchmark.pedantic(call, rounds=20, warmup_rounds=3)  # type: ignore[no-untyped-call]
