@@ -3,13 +3,14 @@
 from dataclasses import fields
 from typing import Literal
 
+from idefics2_kernels.catalog.attention import ATTENTION
 from idefics2_kernels.catalog.norms import NORMS
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.ops import Ops
 
 __all__ = ["CATALOG", "Case", "Cost", "Inputs", "KernelSpec", "missing", "rows"]
 
-CATALOG: tuple[KernelSpec, ...] = (*NORMS,)
+CATALOG: tuple[KernelSpec, ...] = (*NORMS, *ATTENTION)
 
 
 def rows(*where: Literal["any", "gpu", "model"]) -> list[tuple[KernelSpec, str, Case]]:
