@@ -20,6 +20,7 @@ LOWEST = tl.constexpr(
     -3.4028234663852886e38
 )  # finite: a row that sees no key never makes inf - inf
 MAX_HEAD_DIM = 256
+UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
 
 
 def arch() -> int:
@@ -96,24 +97,17 @@ def base_two(scale: float | None, D: int) -> float:
 
 
 @triton.jit
-def row_offsets(rows, stride, columns):
-    """Return offsets (rows, columns), int64: a stride may be anything."""
-    return rows[:, None].to(tl.int64) * stride + columns[None, :]
-
-
-@triton.jit
 def _load_part(
     ptr,
-    rows,  # (ROWS,)
-    stride,
-    mask,  # (ROWS,), if MASKED; rows outside it are zeros, as columns past D are
+    offsets,  # (ROWS,) int64
+    mask,  # (ROWS,), if MASKED
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     columns = FIRST + tl.arange(0, WIDTH)
-    ptrs = ptr + row_offsets(rows, stride, columns)
+    ptrs = ptr + offsets[:, None] + columns[None, :]
     if FIRST + WIDTH <= D:
         if MASKED:
             return tl.load(ptrs, mask=mask[:, None], other=0.0)
@@ -129,30 +123,27 @@ def _load_part(
 @triton.jit
 def load_head(
     ptr,
-    rows,
-    stride,
-    mask,
+    offsets,  # (ROWS,) int64
+    mask,  # (ROWS,), if MASKED: rows outside it are zeros, as columns past D are
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Load both parts of rows (ROWS, D) of one head; where there is one part, the second is the first."""
-    main = _load_part(ptr, rows, stride, mask, 0, D_MAIN, D, MASKED)
+    main = _load_part(ptr, offsets, mask, 0, D_MAIN, D, MASKED)
     rest = main
     if D_REST > 0:
-        rest = _load_part(ptr, rows, stride, mask, D_MAIN, D_REST, D, MASKED)
+        rest = _load_part(ptr, offsets, mask, D_MAIN, D_REST, D, MASKED)
     return main, rest
 
 
 @triton.jit
 def store_head(
     ptr,
-    rows,
-    stride,
-    mask,
-    main,
-    rest,
+    offsets,  # (ROWS,) int64
+    mask,  # (ROWS,)
+    parts,  # (ROWS, D_MAIN), (ROWS, D_REST)
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
@@ -160,15 +151,15 @@ def store_head(
     """Round and store both parts of rows (ROWS, D) of one head."""
     columns = tl.arange(0, D_MAIN)
     tl.store(
-        ptr + row_offsets(rows, stride, columns),
-        main.to(ptr.dtype.element_ty),
+        ptr + offsets[:, None] + columns[None, :],
+        parts[0].to(ptr.dtype.element_ty),
         mask=mask[:, None] & (columns < D)[None, :],
     )
     if D_REST > 0:
         columns = D_MAIN + tl.arange(0, D_REST)
         tl.store(
-            ptr + row_offsets(rows, stride, columns),
-            rest.to(ptr.dtype.element_ty),
+            ptr + offsets[:, None] + columns[None, :],
+            parts[1].to(ptr.dtype.element_ty),
             mask=mask[:, None] & (columns < D)[None, :],
         )
 
@@ -185,39 +176,36 @@ def empty_state(ROWS: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc,  # (ROWS, D_MAIN)
-    acc_rest,  # (ROWS, D_REST)
-    m_i,  # (ROWS,)
-    l_i,  # (ROWS,)
-    q,  # (ROWS, D_MAIN)
-    q_rest,  # (ROWS, D_REST)
-    k,  # (KEYS, D_MAIN)
-    k_rest,  # (KEYS, D_REST)
-    v,  # (KEYS, D_MAIN)
-    v_rest,  # (KEYS, D_REST)
+    state,  # acc in two parts, m_i, l_i
+    q,  # (ROWS, D_MAIN), (ROWS, D_REST)
+    k,  # (KEYS, D_MAIN), (KEYS, D_REST)
+    v,  # (KEYS, D_MAIN), (KEYS, D_REST)
     visible,  # (ROWS, KEYS), if MASKED
     qk_scale,
     D_REST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Take a tile of keys and values into the softmax state and return that."""
-    qk = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32))
+    acc, acc_rest, m_i, l_i = state
+    qk = dot(q[0], tl.trans(k[0]), tl.zeros((q[0].shape[0], k[0].shape[0]), tl.float32))
     if D_REST > 0:
-        qk = dot(q_rest, tl.trans(k_rest), qk)
+        qk = dot(q[1], tl.trans(k[1]), qk)
     if MASKED:
         qk = tl.where(visible, qk, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1) * qk_scale)
     p = tl.exp2(qk * qk_scale - m_new[:, None])
     alpha = tl.exp2(m_i - m_new)
     l_i = l_i * alpha + tl.sum(p, axis=1)
-    p = p.to(v.dtype)
-    acc = dot(p, v, acc * alpha[:, None])
+    p = p.to(v[0].dtype)
+    acc = dot(p, v[0], acc * alpha[:, None])
     if D_REST > 0:
-        acc_rest = dot(p, v_rest, acc_rest * alpha[:, None])
+        acc_rest = dot(p, v[1], acc_rest * alpha[:, None])
     return acc, acc_rest, m_new, l_i
 
 
 @triton.jit
-def reciprocal(l_i):
-    """Return 1 / ``l_i``; a row that saw no key has zeros to multiply, and must not divide."""
-    return 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+def normalised(state):
+    """Return the output of rows in two parts; rows that saw no key have zeros, and must not divide."""
+    acc, acc_rest, _, l_i = state
+    inverse = (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
+    return acc * inverse, acc_rest * inverse

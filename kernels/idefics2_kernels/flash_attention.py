@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.attention_tiles import (
+    UNBOUNDED,
     alignment,
     arch,
     attend,
@@ -24,12 +25,10 @@ from idefics2_kernels.attention_tiles import (
     empty_state,
     head_parts,
     load_head,
-    reciprocal,
+    normalised,
     store_head,
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_shape
-
-_UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
 
 
 @dataclass(frozen=True)
@@ -105,14 +104,13 @@ def _flash_attention_kernel(
     q_ptr += begin.to(tl.int64) * stride_qt + head.to(tl.int64) * stride_qh
     k_ptr += begin.to(tl.int64) * stride_kt + head_kv.to(tl.int64) * stride_kh
     v_ptr += begin.to(tl.int64) * stride_vt + head_kv.to(tl.int64) * stride_vh
-    stride_ot = H_KV * GROUPS * D
-    out_ptr += begin.to(tl.int64) * stride_ot + head.to(tl.int64) * D
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
+    offs_kn, offs_vn = offs_n.to(tl.int64) * stride_kt, offs_n.to(tl.int64) * stride_vt
     mask_m = offs_m < T
-    q, q_rest = load_head(q_ptr, offs_m, stride_qt, mask_m, D, D_MAIN, D_REST, True)
-    acc, acc_rest, m_i, l_i = empty_state(BLOCK_M, D_MAIN, D_REST)
+    q = load_head(q_ptr, offs_m.to(tl.int64) * stride_qt, mask_m, D, D_MAIN, D_REST, True)
+    state = empty_state(BLOCK_M, D_MAIN, D_REST)
 
     # [first_n, full_n) edge, [full_n, edge_n) seen whole by every query, [edge_n, end_n) edge
     last_m = tl.minimum(start_m + BLOCK_M, T) - 1
@@ -131,58 +129,29 @@ def _flash_attention_kernel(
                 k_rest = k_rest.reshape(BLOCK_N, D_REST)
                 v_rest = v_rest_desc.load([begin + start_n, head_kv, D_MAIN])
                 v_rest = v_rest.reshape(BLOCK_N, D_REST)
+            k, v = (k, k_rest), (v, v_rest)
         else:
             k_tile = k_ptr + tl.cast(start_n, tl.int64) * stride_kt
             v_tile = v_ptr + tl.cast(start_n, tl.int64) * stride_vt
-            k, k_rest = load_head(k_tile, offs_n, stride_kt, mask_m, D, D_MAIN, D_REST, False)
-            v, v_rest = load_head(v_tile, offs_n, stride_vt, mask_m, D, D_MAIN, D_REST, False)
-        acc, acc_rest, m_i, l_i = attend(
-            acc,
-            acc_rest,
-            m_i,
-            l_i,
-            q,
-            q_rest,
-            k,
-            k_rest,
-            v,
-            v_rest,
-            mask_m,
-            qk_scale,
-            D_REST,
-            False,
-        )
+            k = load_head(k_tile, offs_kn, mask_m, D, D_MAIN, D_REST, False)
+            v = load_head(v_tile, offs_vn, mask_m, D, D_MAIN, D_REST, False)
+        state = attend(state, q, k, v, mask_m, qk_scale, D_REST, False)
 
     tiles_left = (full_n - first_n) // BLOCK_N
-    for i in tl.range(0, tiles_left + tl.cdiv(end_n - edge_n, BLOCK_N)):
+    tiles_right = tl.cdiv(end_n - edge_n, BLOCK_N)
+    # one stage: buffers for so few tiles would cost the registers that then spill
+    for i in tl.range(0, tiles_left + tiles_right, num_stages=1):
         skipped = tl.where(i < tiles_left, first_n, edge_n - (full_n - first_n))
         keys = skipped + i * BLOCK_N + offs_n
         mask_n = keys < T
-        k, k_rest = load_head(k_ptr, keys, stride_kt, mask_n, D, D_MAIN, D_REST, True)
-        v, v_rest = load_head(v_ptr, keys, stride_vt, mask_n, D, D_MAIN, D_REST, True)
+        k = load_head(k_ptr, keys.to(tl.int64) * stride_kt, mask_n, D, D_MAIN, D_REST, True)
+        v = load_head(v_ptr, keys.to(tl.int64) * stride_vt, mask_n, D, D_MAIN, D_REST, True)
         distance = keys[None, :] - offs_m[:, None]
         visible = mask_n[None, :] & (distance >= -left) & (distance <= right)
-        acc, acc_rest, m_i, l_i = attend(
-            acc,
-            acc_rest,
-            m_i,
-            l_i,
-            q,
-            q_rest,
-            k,
-            k_rest,
-            v,
-            v_rest,
-            visible,
-            qk_scale,
-            D_REST,
-            True,
-        )
+        state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
 
-    inverse = reciprocal(l_i)[:, None]
-    store_head(
-        out_ptr, offs_m, stride_ot, mask_m, acc * inverse, acc_rest * inverse, D, D_MAIN, D_REST
-    )
+    out_rows = (begin + offs_m).to(tl.int64) * (H_KV * GROUPS) + head
+    store_head(out_ptr, out_rows * D, mask_m, normalised(state), D, D_MAIN, D_REST)
 
 
 def flash_attention(
@@ -221,7 +190,7 @@ def flash_attention(
     B = cu_seqlens.shape[0] - 1
     if not out.numel() or B < 1:
         return out
-    reach = _UNBOUNDED if window is None else min(window - 1, _UNBOUNDED)
+    reach = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     config = _launch_config(D, q.itemsize, arch())
     ALIGN = alignment(q, k, v)
     described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
