@@ -208,12 +208,14 @@ def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import flash_attention, rms_norm
+    from idefics2_kernels import flash_attention, paged_attention, perceiver_attention, rms_norm
 
     return {
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
         "flash_attention": flash_attention.flash_attention,
+        "paged_attention": paged_attention.paged_attention,
+        "perceiver_attention": perceiver_attention.perceiver_attention,
     }
 
 

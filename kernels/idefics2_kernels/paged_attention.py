@@ -158,8 +158,12 @@ def _paged_attention_kernel(
         slots = (tile % TILES * BLOCK_N + offs_n).to(tl.int64)
         keys = tile * BLOCK_N + offs_n
         mask_n = (keys >= first_key) & (keys < T)  # others may hold anything, NaN too
-        k = load_head(k_ptr, page_id * stride_kp + slots * stride_ks, mask_n, D, D_MAIN, D_REST, True)
-        v = load_head(v_ptr, page_id * stride_vp + slots * stride_vs, mask_n, D, D_MAIN, D_REST, True)
+        k = load_head(
+            k_ptr, page_id * stride_kp + slots * stride_ks, mask_n, D, D_MAIN, D_REST, True
+        )
+        v = load_head(
+            v_ptr, page_id * stride_vp + slots * stride_vs, mask_n, D, D_MAIN, D_REST, True
+        )
         distance = keys[None, :] - positions[:, None]
         visible = mask_n[None, :] & (distance >= -left) & (distance <= 0)
         state = attend(state, q, k, v, visible, qk_scale, D_REST, True)

@@ -105,22 +105,8 @@ def _perceiver_attention_kernel(
     stride_qh = q_strides[2] // ALIGN * ALIGN
     stride_kt, stride_kh = k_strides[0] // ALIGN * ALIGN, k_strides[1] // ALIGN * ALIGN
     stride_vt, stride_vh = v_strides[0] // ALIGN * ALIGN, v_strides[1] // ALIGN * ALIGN
-    stride_kn, stride_kl = (
-        k_latents_strides[0] // ALIGN * ALIGN,
-        k_latents_strides[1] // ALIGN * ALIGN,
-    )
-    stride_vn, stride_vl = (
-        v_latents_strides[0] // ALIGN * ALIGN,
-        v_latents_strides[1] // ALIGN * ALIGN,
-    )
     k_ptr += begin.to(tl.int64) * stride_kt + head_kv.to(tl.int64) * stride_kh
     v_ptr += begin.to(tl.int64) * stride_vt + head_kv.to(tl.int64) * stride_vh
-    k_latents_ptr += image * stride_kn + head_kv.to(tl.int64) * (
-        k_latents_strides[2] // ALIGN * ALIGN
-    )
-    v_latents_ptr += image * stride_vn + head_kv.to(tl.int64) * (
-        v_latents_strides[2] // ALIGN * ALIGN
-    )
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # a latent's heads lie side by side
     latents, heads = offs_m // GROUPS, head_kv * GROUPS + offs_m % GROUPS
@@ -157,7 +143,16 @@ def _perceiver_attention_kernel(
             v = load_head(v_tile, offs_vn, mask_m, D, D_MAIN, D_REST, False)
         state = attend(state, q, k, v, mask_m, qk_scale, D_REST, False)
 
-    # one stage: buffers for so few tiles would cost the registers that then spill
+    # here and not before, for the sake of the registers of the loop above
+    stride_kl, stride_vl = (
+        k_latents_strides[1] // ALIGN * ALIGN,
+        v_latents_strides[1] // ALIGN * ALIGN,
+    )
+    k_latents_ptr += image * (k_latents_strides[0] // ALIGN * ALIGN)
+    v_latents_ptr += image * (v_latents_strides[0] // ALIGN * ALIGN)
+    k_latents_ptr += head_kv.to(tl.int64) * (k_latents_strides[2] // ALIGN * ALIGN)
+    v_latents_ptr += head_kv.to(tl.int64) * (v_latents_strides[2] // ALIGN * ALIGN)
+    # one stage: buffers for so few tiles would cost more registers still
     for tile in tl.range(tl.maximum(first_tile, whole_tiles), end_tile, num_stages=1):
         is_patches = tile < patch_tiles
         keys = tl.where(is_patches, tile, tile - patch_tiles) * BLOCK_N + offs_n

@@ -81,12 +81,12 @@ def state_buffers(
     """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D); nothing for one."""
     if num_splits == 1:
         return None, None, None
-    rows, D = out.numel() // out.shape[-1], out.shape[-1]
-    options = {"dtype": torch.float32, "device": out.device}
+    D = out.shape[-1]
+    rows = out.numel() // D
     return (
-        torch.empty((rows, num_splits, D), **options),
-        torch.empty((rows, num_splits), **options),
-        torch.empty((rows, num_splits), **options),
+        torch.empty((rows, num_splits, D), dtype=torch.float32, device=out.device),
+        torch.empty((rows, num_splits), dtype=torch.float32, device=out.device),
+        torch.empty((rows, num_splits), dtype=torch.float32, device=out.device),
     )
 
 
