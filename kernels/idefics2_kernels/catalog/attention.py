@@ -103,6 +103,8 @@ def _flash_inputs(case: Case, device: torch.device) -> Inputs:
 
     if layout == "fused":  # as a projection to queries, keys and values leaves them
         q, k, v = draw(T, H + 2 * H_KV, D).split((H, H_KV, H_KV), 1)
+    elif layout == "mixed":
+        q, k, v = draw(T, H, D), draw(T, H_KV, D), draw(T, H_KV, D, layout="sliced")
     else:
         q, k, v = (draw(T, heads, D, layout=layout) for heads in (H, H_KV, H_KV))
     return {
@@ -179,7 +181,10 @@ def _flash_cases() -> tuple[Case, ...]:
         Case("empty", _flash((0, 0), 2, 1, 72)),
         Case("one", _flash((1,), 2, 1, 72)),
         Case("tiny", _flash((70,), 2, 1, 72, False, magnitude=1e-3)),
-        Case("large", _flash((70,), 2, 1, 72, False, magnitude=6.0)),
+        Case(
+            "large", _flash((70,), 2, 1, 72, magnitude=20.0)
+        ),  # the first query's one score is low
+        Case("mixed-layouts", _flash((40, 100), 2, 2, 72, False, layout="mixed")),
         Case("scale-and-slack", _flash((70, 3), 2, 1, 72, scale=0.3, slack=200)),
     ]
     return (*cases, *_flash_gpu_cases(), *_flash_model_cases())
@@ -303,6 +308,8 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
         k_cache, v_cache = torch.stack(caches, 1).unbind(1)
     elif layout == "slot-major":  # a page's heads lie side by side
         k_cache, v_cache = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches)
+    elif layout == "mixed":
+        k_cache, v_cache = caches[0], caches[1].transpose(1, 2).contiguous().transpose(1, 2)
     else:
         k_cache, v_cache = caches
     options = {"dtype": case.dtype, "device": device}
@@ -372,7 +379,9 @@ def _paged_cases() -> tuple[Case, ...]:
         Case("decode-fused", _paged((1, 1), (70, 3), 4, 2, layout="fused", q_layout="sliced")),
         Case("chunks-fused", _paged((2, 3), (70, 3), 4, 2, layout="fused", q_layout="sliced")),
         Case("decode-slot-major", _paged((1, 1), (70, 3), 2, 2, layout="slot-major")),
-        Case("chunks-slot-major", _paged((2, 3), (70, 3), 2, 2, q_layout="transposed")),
+        Case("chunks-slot-major", _paged((2, 3), (70, 3), 2, 2, layout="slot-major")),
+        Case("decode-mixed", _paged((1, 1), (70, 3), 2, 2, layout="mixed")),
+        Case("chunks-mixed", _paged((2, 3), (70, 3), 2, 2, layout="mixed", q_layout="transposed")),
         Case("decode-offset", _paged((1, 1), (70, 3), 2, 2, 8, q_layout="offset")),
         Case("chunks-offset", _paged((2, 3), (70, 3), 2, 2, 8, q_layout="offset")),
         Case("decode-without-keys", _paged((1, 1), (0, 9), 2, 1)),
@@ -467,7 +476,7 @@ def _paged_model_cases() -> list[Case]:
 def _perceiver_inputs(case: Case, device: torch.device) -> Inputs:
     dims = case.dims
     lengths, L, H, H_KV, D = (dims[name] for name in ("lengths", "L", "H", "H_KV", "D"))
-    N, layout = len(lengths), dims.get("layout", "fused")
+    N, P, layout = len(lengths), sum(lengths), dims.get("layout", "fused")
 
     def draw(*shape: int, **options: Any) -> Tensor:
         return normal(
@@ -475,11 +484,15 @@ def _perceiver_inputs(case: Case, device: torch.device) -> Inputs:
         )
 
     if layout == "fused":  # as a projection to keys and values leaves them
-        k_context, v_context = draw(sum(lengths), 2, H_KV, D).unbind(1)
+        k_context, v_context = draw(P, 2, H_KV, D).unbind(1)
         k_latents, v_latents = draw(N, L, 2, H_KV, D).unbind(2)
         q = draw(N, L, H, D)
+    elif layout == "mixed":
+        q, k_context, v_latents = draw(N, L, H, D), draw(P, H_KV, D), draw(N, L, H_KV, D)
+        v_context = draw(P, H_KV, D, layout="sliced")
+        k_latents = draw(N, L, H_KV, D, layout="sliced")
     else:
-        k_context, v_context = (draw(sum(lengths), H_KV, D, layout=layout) for _ in range(2))
+        k_context, v_context = (draw(P, H_KV, D, layout=layout) for _ in range(2))
         k_latents, v_latents = (draw(N, L, H_KV, D, layout=layout) for _ in range(2))
         q = draw(N, L, H, D, layout=layout)
     return {
@@ -532,6 +545,7 @@ def _perceiver_cases() -> tuple[Case, ...]:
         Case(_name(layout), _perceiver((70, 30), 5, 2, 2, layout=layout)) for layout in LAYOUTS
     ]
     cases += [
+        Case("mixed-layouts", _perceiver((70, 30), 5, 2, 2, layout="mixed")),
         Case("no-images", _perceiver(())),
         Case("no-patches", _perceiver((0, 0), 5, 2, 1)),
         Case("tiny", _perceiver((70,), 5, 2, 1, magnitude=1e-3)),
