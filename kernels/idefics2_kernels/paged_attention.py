@@ -46,10 +46,10 @@ class LaunchConfig:
 def _launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> LaunchConfig:
     width = sum(head_parts(D))
     small = rows <= 64
-    if itemsize == 4:
-        return LaunchConfig(
-            BLOCK_M=64, BLOCK_N=min(P, 32), num_warps=8, num_stages=1 if width > 128 else 2
-        )
+    if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
+        if width > 128:
+            return LaunchConfig(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)
+        return LaunchConfig(BLOCK_M=32, BLOCK_N=min(P, 32), num_warps=8, num_stages=1)
     if arch != 90 and width > 128:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=min(P, 32), num_warps=4, num_stages=2)
     return LaunchConfig(

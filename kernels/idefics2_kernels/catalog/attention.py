@@ -363,15 +363,16 @@ def _paged_cases() -> tuple[Case, ...]:
     ]
     cases += [
         Case(
-            _name(kind, "window", window), _paged(queries, (200, 65), 2, 1, 16, P=32, window=window)
+            _name(kind, "window", window), _paged(queries, (200, 70), 2, 1, 16, P=32, window=window)
         )
         for (kind, queries), window in product(
-            (("decode", (1, 1)), ("chunks", (40, 2))), (1, 32, 33, 50, 300)
+            (("decode", (1, 1)), ("chunks", (40, 2))), (1, 32, 33, 40, 300)
         )
     ]
     cases += [
         Case("decode-pages-of-16", _paged((1,), (67,), 2, 2, 40, P=16)),
         Case("chunks-pages-of-16", _paged((5,), (67,), 2, 2, 40, P=16)),
+        Case("decode-many-pages", _paged((1,), (600,), 2, 1, 16, P=16)),
         Case("decode-pages-of-128", _paged((1,), (300,), 1, 1, 64, P=128, window=200)),
         Case("chunks-pages-of-128", _paged((9,), (300,), 1, 1, 64, P=128, window=200)),
         Case("decode-groups-of-32", _paged((1,), (70,), 32, 1, 96), torch.bfloat16),
@@ -545,6 +546,7 @@ def _perceiver_cases() -> tuple[Case, ...]:
         Case(_name(layout), _perceiver((70, 30), 5, 2, 2, layout=layout)) for layout in LAYOUTS
     ]
     cases += [
+        Case("several-tiles-a-split", _perceiver((1100,), 3, 2, 1, 72)),
         Case("mixed-layouts", _perceiver((70, 30), 5, 2, 2, layout="mixed")),
         Case("no-images", _perceiver(())),
         Case("no-patches", _perceiver((0, 0), 5, 2, 1)),
