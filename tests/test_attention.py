@@ -301,7 +301,9 @@ def test_flash_attention_past_two_to_the_31(window: int | None, device: torch.de
     out = flash_attention(q, k, v, cu_seqlens, T - 2 * S, causal=True, window=window)
     for part in (slice(0, S), slice(T - S, T)):
         expected = reference.flash_attention(
-            *(x[part].float() for x in (q, k, v)),
+            q[part].float(),
+            k[part].float(),
+            v[part].float(),
             cumulative(device, S),
             S,
             causal=True,
@@ -348,7 +350,11 @@ def test_perceiver_attention_past_two_to_the_31(device: torch.device) -> None:
     cu_seqlens = torch.tensor([0, P - S, P], dtype=torch.int32, device=device)
     out = perceiver_attention(q, k, v, k_latents, v_latents, cu_seqlens, P - S)
     expected = reference.perceiver_attention(
-        *(x.float() for x in (q[1:], k[-S:], v[-S:], k_latents[1:], v_latents[1:])),
+        q[1:].float(),
+        k[-S:].float(),
+        v[-S:].float(),
+        k_latents[1:].float(),
+        v_latents[1:].float(),
         cumulative(device, S),
         S,
     )

@@ -16,9 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from idefics2_kernels.checks import FLOATS, check_dtype, check_rows
 from idefics2_kernels.primitives import UPCAST, dot
 
-LOWEST = tl.constexpr(
-    -3.4028234663852886e38
-)  # finite: a row that sees no key never makes inf - inf
+# finite: a row that sees no key never makes inf - inf
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 MAX_HEAD_DIM = 256
 UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
 

@@ -312,9 +312,9 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
         k_cache, v_cache = caches[0], caches[1].transpose(1, 2).contiguous().transpose(1, 2)
     else:
         k_cache, v_cache = caches
-    options = {"dtype": case.dtype, "device": device}
+    q_layout = dims.get("q_layout", "plain")
     return {
-        "q": normal(sum(queries), H, D, layout=dims.get("q_layout", "plain"), **options),
+        "q": normal(sum(queries), H, D, dtype=case.dtype, device=device, layout=q_layout),
         "k_cache": k_cache,
         "v_cache": v_cache,
         "block_table": block_table,
