@@ -120,7 +120,7 @@ def _bitsandbytes_matmul(inputs: Inputs) -> Call | None:
         from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
     except ImportError:
         return None
-    dense = REFERENCE.nf4_dequantize(inputs["weight"], inputs["x"].dtype)
+    dense = REFERENCE.nf4_dequantize(inputs["weight"])
     codes, state = bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
     return lambda: matmul_4bit(inputs["x"], codes.t(), quant_state=state)
 

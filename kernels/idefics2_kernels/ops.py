@@ -232,11 +232,14 @@ def _kernels() -> dict[str, Any]:
         return {}
     from idefics2_kernels import (
         activation,
+        flash_attention,
         layer_norm,
         linear,
         nf4,
         nf4_matmul,
+        paged_attention,
         patches,
+        perceiver_attention,
         rms_norm,
         rotary,
         sample,
@@ -255,6 +258,9 @@ def _kernels() -> dict[str, Any]:
         "gelu_tanh": activation.gelu_tanh,
         "rotary": rotary.rotary,
         "rotary_and_cache": rotary.rotary_and_cache,
+        "flash_attention": flash_attention.flash_attention,
+        "paged_attention": paged_attention.paged_attention,
+        "perceiver_attention": perceiver_attention.perceiver_attention,
         "patches": patches.patches,
         "sample": sample.sample,
     }

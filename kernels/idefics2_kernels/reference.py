@@ -175,7 +175,8 @@ def flash_attention(
     for length, members in _groups(cu_seqlens, max_seqlen, q.shape[0]):
         visible = _visible(length, length, causal, window, q.device)
         if members is None:
-            batched = [t.reshape(-1, length, *t.shape[1:]) for t in (q, k, v)]
+            B = cu_seqlens.shape[0] - 1
+            batched = [t.reshape(B, length, *t.shape[1:]) for t in (q, k, v)]
             return _attend(batched[0], batched[1], batched[2], visible, scale).reshape(q.shape)
         rows.append(_rows(cu_seqlens, members, length))
         parts.append(_attend(q[rows[-1]], k[rows[-1]], v[rows[-1]], visible, scale))

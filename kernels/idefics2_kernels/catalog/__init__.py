@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import Literal
 
 from idefics2_kernels.catalog.activation import ACTIVATIONS
+from idefics2_kernels.catalog.attention import ATTENTION
 from idefics2_kernels.catalog.norms import NORMS
 from idefics2_kernels.catalog.patches import PATCHES
 from idefics2_kernels.catalog.products import PRODUCTS
@@ -15,6 +16,7 @@ from idefics2_kernels.ops import Ops
 __all__ = ["CATALOG", "Case", "Cost", "Inputs", "KernelSpec", "missing", "rows"]
 
 CATALOG: tuple[KernelSpec, ...] = (
+    *ATTENTION,
     *PRODUCTS,
     *NORMS,
     *ACTIVATIONS,

@@ -1,0 +1,191 @@
+"""Causal attention of one new query a sequence to its keys in pages of the KV cache.
+
+The rows of a program are the query heads of one key head; ``num_splits`` programs share the pages of a sequence. How
+many there are depends on sizes of tensors alone, so that a CUDA graph serves any lengths; what each of them takes is
+computed from ``context_lens``. The next page's id is loaded one iteration ahead, as in ``paged_attention``.
+"""
+
+from dataclasses import asdict, dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idefics2_kernels.attention_tiles import alignment, attend, empty_state, head_parts, load_head
+from idefics2_kernels.split_keys import MAX_SPLITS, combine, state_buffers, store_state
+
+MAX_GROUPS = 64  # query heads of a key head: the rows of a program
+_PROGRAMS = 528  # two waves of two on each of an H100's processors
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options; BLOCK_N keys are a page or a part of it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def _launch_config(groups: int, D: int, P: int, itemsize: int) -> LaunchConfig:
+    width = sum(head_parts(D))
+    return LaunchConfig(
+        BLOCK_M=max(16, triton.next_power_of_2(groups)),
+        BLOCK_N=min(P, 64 if itemsize == 2 else 32),
+        num_warps=4,
+        num_stages=3 if width <= 128 else 2,
+    )
+
+
+def _num_splits(programs: int, tiles: int) -> int:
+    """Return how many shall share up to ``tiles`` of keys, if without sharing there are so many ``programs``."""
+    return max(1, min(_PROGRAMS // programs, MAX_SPLITS, tiles))
+
+
+@triton.jit(do_not_specialize=["H_KV", "GROUPS", "num_splits", "left"])
+def _decode_attention_kernel(
+    q_ptr,  # (T, H, D)
+    k_ptr,  # (pages, H_KV, P, D)
+    v_ptr,  # (pages, H_KV, P, D)
+    out_ptr,  # (T, H, D), contiguous
+    acc_ptr,  # (T * H, num_splits, D), if IS_SPLIT
+    m_ptr,  # (T * H, num_splits), if IS_SPLIT
+    l_ptr,  # (T * H, num_splits), if IS_SPLIT
+    block_table_ptr,  # (B, pages of a sequence)
+    context_lens_ptr,  # (B,)
+    cu_seqlens_ptr,  # (B + 1,)
+    stride_table,
+    q_strides,  # of token and head; multiples of ALIGN
+    k_strides,  # of page, head and slot
+    v_strides,
+    H_KV,
+    GROUPS,  # query heads of a key head
+    num_splits,
+    left,  # keys a query sees before its own position
+    qk_scale,  # in base two
+    P: tl.constexpr,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    TILES: tl.constexpr = P // BLOCK_N  # of a page
+    pid = tl.program_id(0)
+    split = pid % num_splits
+    head_kv = pid // num_splits % H_KV
+    sequence = (pid // (num_splits * H_KV)).to(tl.int64)
+    token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    T = tl.load(context_lens_ptr + sequence)
+    if tl.load(cu_seqlens_ptr + sequence + 1) == token:
+        return
+
+    # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
+    stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
+    stride_kp, stride_ks = k_strides[0] // ALIGN * ALIGN, k_strides[2] // ALIGN * ALIGN
+    stride_vp, stride_vs = v_strides[0] // ALIGN * ALIGN, v_strides[2] // ALIGN * ALIGN
+    k_ptr += head_kv.to(tl.int64) * (k_strides[1] // ALIGN * ALIGN)
+    v_ptr += head_kv.to(tl.int64) * (v_strides[1] // ALIGN * ALIGN)
+    block_table_ptr += sequence * stride_table
+
+    offs_m = tl.arange(0, BLOCK_M)
+    heads = (head_kv * GROUPS + offs_m).to(tl.int64)
+    mask_m = offs_m < GROUPS
+    offs_q = token * stride_qt + heads * stride_qh
+    q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
+    state = empty_state(BLOCK_M, D_MAIN, D_REST)
+
+    first_key = tl.maximum(T - 1 - left, 0)
+    first_tile = first_key // BLOCK_N
+    tiles = tl.cdiv(T, BLOCK_N) - first_tile
+    per_split = tl.cdiv(tiles, num_splits)
+    start = first_tile + split * per_split
+    end = tl.minimum(start + per_split, first_tile + tiles)
+
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
+    page = tl.load(block_table_ptr + start // TILES, mask=start < end, other=0)
+    for tile in tl.range(start, end):
+        slot = tile % TILES * BLOCK_N
+        k_tile = k_ptr + page.to(tl.int64) * stride_kp + slot * stride_ks
+        v_tile = v_ptr + page.to(tl.int64) * stride_vp + slot * stride_vs
+        page = tl.load(block_table_ptr + (tile + 1) // TILES, mask=tile + 1 < end, other=0)
+        keys = tile * BLOCK_N + offs_n
+        mask_n = (keys >= first_key) & (keys < T)  # others may hold anything, NaN too
+        k = load_head(k_tile, offs_kn, mask_n, D, D_MAIN, D_REST, True)
+        v = load_head(v_tile, offs_vn, mask_n, D, D_MAIN, D_REST, True)
+        visible = mask_n[None, :]
+        state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
+
+    store_state(
+        out_ptr,
+        acc_ptr,
+        m_ptr,
+        l_ptr,
+        token * (H_KV * GROUPS) + heads,
+        mask_m,
+        split,
+        num_splits,
+        state,
+        D,
+        D_MAIN,
+        D_REST,
+        IS_SPLIT,
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    left: int,
+    qk_scale: float,
+) -> None:
+    """Write ``paged_attention`` of at most one query a sequence to ``out`` (T, H, D), contiguous.
+
+    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
+    """
+    B, H, D = context_lens.shape[0], q.shape[1], q.shape[2]
+    _, H_KV, P, _ = k_cache.shape
+    config = _launch_config(H // H_KV, D, P, q.itemsize)
+    D_MAIN, D_REST = head_parts(D)
+    tiles = min(block_table.shape[1] * (P // config.BLOCK_N), left // config.BLOCK_N + 2)
+    num_splits = _num_splits(B * H_KV, tiles)
+    acc, m, l = state_buffers(out, num_splits)
+    _decode_attention_kernel[(num_splits * H_KV * B,)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        acc,
+        m,
+        l,
+        block_table,
+        context_lens,
+        cu_seqlens,
+        block_table.stride(0),
+        q.stride()[:2],
+        k_cache.stride()[:3],
+        v_cache.stride()[:3],
+        H_KV,
+        H // H_KV,
+        num_splits,
+        left,
+        qk_scale,
+        P=P,
+        D=D,
+        D_MAIN=D_MAIN,
+        D_REST=D_REST,
+        ALIGN=alignment(q, k_cache, v_cache),
+        IS_SPLIT=num_splits > 1,
+        **asdict(config),
+    )
+    if acc is not None and m is not None and l is not None:
+        combine(acc, m, l, out)
