@@ -1,6 +1,7 @@
 """The whole model on the kernels against the reference path, stage by stage, by the three-way rule."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,29 @@ PAGE = 16
 
 
 @pytest.fixture(autouse=True)
-def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _no_tf32() -> Iterator[None]:
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def stage_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
+    """Return ``worst_error`` where a row of the reference counts as at least as wrong as half of its rows are.
+
+    After some layers one rounding early on (of a norm, say) moves a whole row, so that now and then a row is right by
+    luck; a kernel need not have the same luck.
+    """
+    size = exact.abs().amax(-1, keepdim=True)
+    usual = ((same_dtype - exact).abs().amax(-1, keepdim=True) / size.clamp(min=1e-300)).median()
+    off = (same_dtype - exact).abs().amax(-1, keepdim=True).maximum(usual * size)
+    return worst_error(actual, exact + off, exact)
 
 
 def random_model(
@@ -147,7 +168,7 @@ def test_every_stage(name: str, dtype: torch.dtype, paged: bool, device: torch.d
     exact = run(random_model(config, REFERENCE, device, torch.float64), case, device, False)
     assert "logits" in ours
     for stage, value in ours.items():
-        worst = worst_error(value, same[stage], exact[stage])
+        worst = stage_error(value, same[stage], exact[stage])
         assert worst <= 1, f"{stage}: {worst:.2f} times the allowed error"
 
 
@@ -212,7 +233,7 @@ class TestEightB:
         theirs = transformers_logits(batch)
         for stage, value in {**ours, "transformers": theirs}.items():
             name = "logits" if stage == "transformers" else stage
-            worst = worst_error(value.bfloat16(), same[name].bfloat16(), exact[name])
+            worst = stage_error(value.bfloat16(), same[name], exact[name])
             assert worst <= 1, f"{stage}: {worst:.2f} times the allowed error"
 
 
