@@ -362,19 +362,17 @@ def _paged_cases() -> tuple[Case, ...]:
         for dtype in _DTYPES
     ]
     cases += [
-        Case(
-            _name(kind, "window", window), _paged(queries, (200, 70), 2, 1, 16, P=32, window=window)
-        )
+        Case(_name(kind, "window", window), _paged(queries, (100, 38), 2, 1, P=16, window=window))
         for (kind, queries), window in product(
-            (("decode", (1, 1)), ("chunks", (40, 2))), (1, 32, 33, 40, 300)
+            (("decode", (1, 1)), ("chunks", (20, 2))), (1, 16, 17, 20, 300)
         )
     ]
     cases += [
-        Case("decode-pages-of-16", _paged((1,), (67,), 2, 2, 40, P=16)),
-        Case("chunks-pages-of-16", _paged((5,), (67,), 2, 2, 40, P=16)),
-        Case("decode-many-pages", _paged((1,), (600,), 2, 1, 16, P=16)),
-        Case("decode-pages-of-128", _paged((1,), (300,), 1, 1, 64, P=128, window=200)),
-        Case("chunks-pages-of-128", _paged((9,), (300,), 1, 1, 64, P=128, window=200)),
+        Case("decode-pages-of-16", _paged((1,), (67,), 2, 2, P=16)),
+        Case("chunks-pages-of-16", _paged((5,), (67,), 2, 2, P=16)),
+        Case("decode-many-pages", _paged((1,), (600,), 2, 1, P=16)),
+        Case("decode-pages-of-256", _paged((1,), (600,), 1, 1, P=256, window=400)),
+        Case("chunks-pages-of-256", _paged((9,), (600,), 1, 1, P=256, window=400)),
         Case("decode-groups-of-32", _paged((1,), (70,), 32, 1, 96), torch.bfloat16),
         Case("chunks-groups-of-8", _paged((5, 20), (70, 20), 16, 2, 96), torch.bfloat16),
         Case("decode-fused", _paged((1, 1), (70, 3), 4, 2, layout="fused", q_layout="sliced")),
