@@ -30,7 +30,7 @@ PAGE = 16
 
 @pytest.fixture(autouse=True)
 def _no_tf32() -> Iterator[None]:
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     if not torch.cuda.is_available():
         yield
         return
@@ -43,13 +43,14 @@ def _no_tf32() -> Iterator[None]:
 
 
 def stage_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
-    """Return ``worst_error`` where a row of the reference counts as at least as wrong as half of its rows are.
+    """Return ``worst_error`` where a row of the reference counts as at least as wrong as nine of ten of its rows are.
 
     After some layers one rounding early on (of a norm, say) moves a whole row, so that now and then a row is right by
-    luck; a kernel need not have the same luck.
+    luck; a kernel need not have the same luck. A row of zeros must be zeros.
     """
     size = exact.abs().amax(-1, keepdim=True)
-    usual = ((same_dtype - exact).abs().amax(-1, keepdim=True) / size.clamp(min=1e-300)).median()
+    share = (same_dtype - exact).abs().amax(-1, keepdim=True) / size.clamp(min=1e-300)
+    usual = share.flatten().quantile(0.9)
     off = (same_dtype - exact).abs().amax(-1, keepdim=True).maximum(usual * size)
     return worst_error(actual, exact + off, exact)
 
