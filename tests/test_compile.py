@@ -9,6 +9,13 @@ from pathlib import Path
 import pytest
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use
+# the tensor core instructions of Hopper that each head dim must use: 72 is 64 + 16 columns, 96 is 64 + 32
+WGMMA = {
+    "flash_attention-triton-text-causal-16k": ["64x128x16"],
+    "flash_attention-triton-vision-4900": ["64x16x16", "64x64x16"],
+    "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
+    "paged_attention-triton-chunk-512": ["64x128x16", "64x64x16"],
+}
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
@@ -27,3 +34,6 @@ def test_model_shapes_compile_and_fit(arch: int) -> None:
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY[arch], report
         assert report["spills"] == 0, report
+    if arch == 90:
+        found = {report["case"]: report["wgmma"] for report in reports if report["wgmma"]}
+        assert WGMMA.items() <= found.items()

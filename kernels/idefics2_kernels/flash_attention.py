@@ -50,8 +50,8 @@ def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     if arch != 90:  # at most 96 KB of shared memory
         if width > 128:
             return LaunchConfig(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-        return LaunchConfig(
-            BLOCK_M=128, BLOCK_N=64, num_warps=4 if width <= 96 else 8, num_stages=2
+        return LaunchConfig(  # 64 keys a tile spill
+            BLOCK_M=128, BLOCK_N=32, num_warps=4 if width <= 96 else 8, num_stages=2
         )
     if width > 128:
         return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)

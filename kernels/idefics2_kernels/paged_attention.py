@@ -52,6 +52,8 @@ def _launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> Launc
         return LaunchConfig(BLOCK_M=32, BLOCK_N=min(P, 32), num_warps=8, num_stages=1)
     if arch != 90 and width > 128:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=min(P, 32), num_warps=4, num_stages=2)
+    if arch != 90 and not small:  # 64 keys a tile spill
+        return LaunchConfig(BLOCK_M=128, BLOCK_N=min(P, 32), num_warps=8, num_stages=2)
     return LaunchConfig(
         BLOCK_M=64 if small else 128,
         BLOCK_N=min(P, 64),
