@@ -1,10 +1,18 @@
-"""Results as a table to paste, as JSON, and as a roofline plot."""
+"""Results as a table to paste, as JSON, as a roofline plot, and as the README's table of kernels.
+
+PYTHONPATH=kernels python bench/report.py      # writes the README's table anew, from catalog and results
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from idefics2_kernels.catalog import CATALOG
+
 Row = dict[str, Any]
+
+_ROOT = Path(__file__).resolve().parents[1]
+TABLE_BEGIN, TABLE_END = "<!-- kernels -->\n", "<!-- /kernels -->"
 
 
 def line(row: Row) -> str:
@@ -80,3 +88,44 @@ def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
     axes.set_title(f"{about['gpu']}: {bandwidth} TB/s, {peak} TFLOP/s measured")
     axes.legend(fontsize="small")
     figure.savefig(path)
+
+
+def kernel_table(results: list[Row]) -> str:
+    """Return the README's table: every operation, what it computes, its cases, and its best figure in ``results``."""
+    lines = [
+        "| operation | computes | cases | measured |",
+        "|---|---|---:|---|",
+    ]
+    for spec in CATALOG:
+        kernel = next(iter(spec.implementations.values()))
+        summary = (kernel.__doc__ or "").strip().splitlines()[0].replace("``", "`").rstrip(".")
+        own = [row for row in results if row["kernel"] == spec.name and "ms" in row]
+        own = [row for row in own if row["impl"] in spec.implementations]
+        best = max(own, key=lambda row: row["roofline"], default=None)
+        figure = "not yet"
+        if best is not None:
+            figure = (
+                f"{best['case']}: {best['ms'] * 1e3:.0f} us, {best['roofline']:.0%} of roofline"
+            )
+            if "speedup" in best:
+                figure += f", {best['speedup']:.2f} x {best['peer']}"
+        lines.append(f"| `{spec.name}` | {summary} | {len(spec.cases)} | {figure} |")
+    return "\n".join(lines) + "\n"
+
+
+def recorded() -> list[Row]:
+    """Return the rows of all recorded results of kernels."""
+    files = sorted((_ROOT / "bench" / "results").glob("*-kernels.json"))
+    return [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+
+
+def with_table(readme: str) -> str:
+    """Return the text ``readme`` with its table of kernels as catalog and results have it now."""
+    head, rest = readme.split(TABLE_BEGIN)
+    _, tail = rest.split(TABLE_END)
+    return f"{head}{TABLE_BEGIN}{kernel_table(recorded())}{TABLE_END}{tail}"
+
+
+if __name__ == "__main__":
+    path = _ROOT / "README.md"
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")

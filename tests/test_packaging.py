@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import idefics2_engine
+import report
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -119,6 +120,12 @@ def test_wheel(tmp_path: Path) -> None:
     assert f"\nVersion: {idefics2_engine.__version__}\n" in metadata
     assert "\nRequires-Python: >=3.11\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+def test_the_readme_has_the_catalogs_table() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "| `flash_attention` |" in readme
+    assert report.with_table(readme) == readme
 
 
 def test_version_is_in_one_place() -> None:
