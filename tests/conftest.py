@@ -31,7 +31,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    huge = "huge" in config.getoption("-m")
     for item in items:
+        if item.get_closest_marker("huge") and not huge:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU for itself: -m huge"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -288,6 +288,7 @@ _MANY = 2**31
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("window", [None, 64])
 def test_flash_attention_past_two_to_the_31(window: int | None, device: torch.device) -> None:
     H, D, S = 64, 128, 200
@@ -313,6 +314,7 @@ def test_flash_attention_past_two_to_the_31(window: int | None, device: torch.de
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 @pytest.mark.parametrize("S", [1, 40])
 def test_paged_attention_past_two_to_the_31(S: int, device: torch.device) -> None:
     H_KV, P, D, T = 8, 64, 128, 300
@@ -337,6 +339,7 @@ def test_paged_attention_past_two_to_the_31(S: int, device: torch.device) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.huge
 def test_perceiver_attention_past_two_to_the_31(device: torch.device) -> None:
     H, D, S, L = 64, 96, 200, 64
     P = _MANY // (H * D) + S

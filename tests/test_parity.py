@@ -31,6 +31,15 @@ def test_compiled_kernel_matches_reference(
     check(spec, implementation, case, device)
 
 
+@pytest.mark.gpu
+@pytest.mark.huge
+@pytest.mark.parametrize(("spec", "implementation", "case"), rows("huge"), ids=_ids)
+def test_compiled_kernel_past_two_to_the_31_elements(
+    spec: KernelSpec, implementation: str, case: Case, device: torch.device
+) -> None:
+    check(spec, implementation, case, device)
+
+
 def check(spec: KernelSpec, implementation: str, case: Case, device: torch.device) -> None:
     inputs = spec.make_inputs(case, device)
     rows = spec.checked_rows(case, inputs)

@@ -1,7 +1,6 @@
 """Every kernel with the inputs, cases and cost that its tests, benchmark and docs share."""
 
 from dataclasses import fields
-from typing import Literal
 
 from idefics2_kernels.catalog.activation import ACTIVATIONS
 from idefics2_kernels.catalog.attention import ATTENTION
@@ -10,7 +9,7 @@ from idefics2_kernels.catalog.patches import PATCHES
 from idefics2_kernels.catalog.products import PRODUCTS
 from idefics2_kernels.catalog.rotary import ROTARY
 from idefics2_kernels.catalog.sample import SAMPLE
-from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec, Where
 from idefics2_kernels.ops import Ops
 
 __all__ = ["CATALOG", "Case", "Cost", "Inputs", "KernelSpec", "missing", "rows"]
@@ -26,7 +25,7 @@ CATALOG: tuple[KernelSpec, ...] = (
 )
 
 
-def rows(*where: Literal["any", "gpu", "model"]) -> list[tuple[KernelSpec, str, Case]]:
+def rows(*where: Where) -> list[tuple[KernelSpec, str, Case]]:
     """Pair each kernel's implementations with each of its cases for ``where``."""
     return [
         (spec, implementation, case)

@@ -39,7 +39,7 @@ def _cases(model_n: int) -> tuple[Case, ...]:
         )
         for layout, dtype in product(LAYOUTS, _FLOATS)
     ]
-    cases += [Case("gpu-far", {"shape": (3, 1151), "layout": "far"}, where="gpu")]
+    cases += [Case("gpu-far", {"shape": (3, 1151), "layout": "far"}, where="huge")]
     cases += [
         Case(name, {"shape": (M, model_n)}, torch.bfloat16, "model")
         for name, M in (("8192", 8192), ("decode-b1", 1), ("decode-b64", 64))

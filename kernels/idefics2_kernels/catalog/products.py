@@ -70,7 +70,7 @@ def _product_cases() -> tuple[Case, ...]:
         dims = {"M": M, "N": 512, "K": K, "bias": False, "integers": True}
         cases.append(Case(_name("gpu-integers", f"{M}x512x{K}", dtype), dims, dtype, "gpu"))
     dims = {"M": 2, "N": 70001, "K": 32768, "bias": False}
-    cases.append(Case("gpu-2^31-elements", dims, _BF16, "gpu"))
+    cases.append(Case("gpu-2^31-elements", dims, _BF16, "huge"))
     for name, (M, N, K) in _MODEL.items():
         dims = {"M": M, "N": N, "K": K, "bias": name.startswith("vision")}
         cases.append(Case(name, dims, _BF16, "model"))
@@ -157,7 +157,7 @@ def _quantise_cases() -> tuple[Case, ...]:
     for shape, dtype in product(_GPU_SHAPES, _DTYPES):
         dims = {"shape": shape, "double_quant": dtype is not _FP16}
         cases.append(Case(_name("gpu", "x".join(map(str, shape)), dtype), dims, dtype, "gpu"))
-    cases.append(Case("gpu-2^31-elements", {"shape": (2**31 + 197,)}, _BF16, "gpu"))
+    cases.append(Case("gpu-2^31-elements", {"shape": (2**31 + 197,)}, _BF16, "huge"))
     cases += [
         Case(f"{N}x{K}", {"shape": (N, K)}, _BF16, "model")
         for N, K in ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (4304, 1152))

@@ -52,7 +52,7 @@ def _cases() -> tuple[Case, ...]:
         for layout in ("plain", "fused")
         for dtype in _FLOATS
     ]
-    cases += [Case("gpu-far", {**_named(3, 2, 1, 64), "layout": "far"}, where="gpu")]
+    cases += [Case("gpu-far", {**_named(3, 2, 1, 64), "layout": "far"}, where="huge")]
     cases += [
         Case(name, {**_named(T, 32, 8, 128), "layout": "fused"}, torch.bfloat16, "model")
         for name, T in (("8192", 8192), ("decode-b1", 1), ("decode-b64", 64))

@@ -84,7 +84,7 @@ def _cases() -> tuple[Case, ...]:
     ]
     cases += [
         _case("gpu-large", 67, 32003, scale=1000.0, where="gpu"),
-        _case("gpu-far", 3, 32003, layout="far", dtype=torch.float16, where="gpu"),
+        _case("gpu-far", 3, 32003, layout="far", dtype=torch.float16, where="huge"),
         _case("b64", 64, 32003, "serving", where="model"),
         _case("b1", 1, 32003, "serving", where="model"),
         _case("b64-greedy", 64, 32003, "greedy", where="model"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from idefics2_kernels.ops import REFERENCE
 
+Where = Literal["any", "gpu", "huge", "model"]
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 
@@ -18,14 +19,14 @@ class Case:
     """One set of sizes.
 
     ``where`` says what it is for: ``"any"`` is small enough for the interpreter and runs everywhere, ``"gpu"`` runs
-    compiled only, ``"model"`` is a shape of the model's own: compiled for GPUs that are not there, checked and timed
+    compiled only, ``"huge"`` too, alone, as it has offsets past 2^31 elements, ``"model"`` is a shape of the model's own: compiled for GPUs that are not there, checked and timed
     on one that is.
     """
 
     name: str
     dims: Mapping[str, Any]
     dtype: torch.dtype = torch.float16
-    where: Literal["any", "gpu", "model"] = "any"
+    where: Where = "any"
 
 
 @dataclass(frozen=True)
