@@ -11,7 +11,7 @@ from idefics2_kernels import perceiver_attention as perceiver_module
 from idefics2_kernels import reference
 from idefics2_kernels.attention_tiles import alignment, head_parts
 from idefics2_kernels.catalog import CATALOG, Case
-from idefics2_kernels.catalog.attention import flash_attention_rows
+from idefics2_kernels.catalog.flash_attention import flash_attention_rows
 from idefics2_kernels.flash_attention import flash_attention
 from idefics2_kernels.paged_attention import paged_attention
 from idefics2_kernels.perceiver_attention import perceiver_attention

@@ -3,9 +3,11 @@
 from dataclasses import fields
 
 from idefics2_kernels.catalog.activation import ACTIVATIONS
-from idefics2_kernels.catalog.attention import ATTENTION
+from idefics2_kernels.catalog.flash_attention import FLASH_ATTENTION
 from idefics2_kernels.catalog.norms import NORMS
+from idefics2_kernels.catalog.paged_attention import PAGED_ATTENTION
 from idefics2_kernels.catalog.patches import PATCHES
+from idefics2_kernels.catalog.perceiver_attention import PERCEIVER_ATTENTION
 from idefics2_kernels.catalog.products import PRODUCTS
 from idefics2_kernels.catalog.rotary import ROTARY
 from idefics2_kernels.catalog.sample import SAMPLE
@@ -15,7 +17,9 @@ from idefics2_kernels.ops import Ops
 __all__ = ["CATALOG", "Case", "Cost", "Inputs", "KernelSpec", "missing", "rows"]
 
 CATALOG: tuple[KernelSpec, ...] = (
-    *ATTENTION,
+    FLASH_ATTENTION,
+    PAGED_ATTENTION,
+    PERCEIVER_ATTENTION,
     *PRODUCTS,
     *NORMS,
     *ACTIVATIONS,

@@ -1,0 +1,212 @@
+"""A row of the catalog: attention to keys in pages."""
+
+from itertools import product
+from typing import Any
+
+import torch
+
+from idefics2_kernels import paged_attention
+from idefics2_kernels.catalog.attention import DTYPES, case_name, cumulative, visible_pairs
+from idefics2_kernels.catalog.layouts import POISON, normal
+from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+
+
+def _paged_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw a cache whose pages lie in any order; whatever no query may see is NaN or an impossible page."""
+    dims = case.dims
+    queries, contexts, P = dims["queries"], dims["contexts"], dims.get("P", 64)
+    H, H_KV, D, window = dims["H"], dims["H_KV"], dims["D"], dims.get("window")
+    spans = [  # pages in reach of each sequence
+        (0 if window is None else max(T - S - window + 1, 0) // P, -(-T // P))
+        for S, T in zip(queries, contexts, strict=True)
+    ]
+    widest = max((end for _, end in spans), default=0) + dims.get("spare", 1)
+    used = sum(end - first for first, end in spans)
+    order = torch.randperm(used + 2, device=device).int()
+    shape = (used + 2, H_KV, P, D)
+    caches = [normal(*shape, dtype=case.dtype, device=device) for _ in range(2)]
+    block_table = torch.full((len(queries), widest), 2**31 - 1, dtype=torch.int32, device=device)
+    given = 0
+    for b, (first, end) in enumerate(spans):
+        block_table[b, first:end] = order[given : given + end - first]
+        given += end - first
+    for cache in caches:
+        cache[order[used:].long()] = POISON
+        for (_, end), pages, T in zip(spans, block_table, contexts, strict=True):
+            if T % P:
+                cache[pages[end - 1].long(), :, T % P :] = POISON
+    layout = dims.get("layout", "plain")
+    if layout == "fused":  # keys and values of a page side by side
+        k_cache, v_cache = torch.stack(caches, 1).unbind(1)
+    elif layout == "slot-major":  # a page's heads lie side by side
+        k_cache, v_cache = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches)
+    elif layout == "mixed":
+        k_cache, v_cache = caches[0], caches[1].transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        k_cache, v_cache = caches
+    q_layout = dims.get("q_layout", "plain")
+    return {
+        "q": normal(sum(queries), H, D, dtype=case.dtype, device=device, layout=q_layout),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": block_table,
+        "context_lens": torch.tensor(contexts, dtype=torch.int32, device=device),
+        "cu_seqlens": cumulative(queries, device),
+        "max_seqlen": max(queries, default=0) + dims.get("slack", 0),
+        "window": window,
+        "scale": dims.get("scale"),
+    }
+
+
+def _paged_cost(case: Case) -> Cost:
+    dims = case.dims
+    window = dims.get("window")
+    keys = pairs = 0
+    for S, T in zip(dims["queries"], dims["contexts"], strict=True):
+        reach = T if window is None else min(T, S + window - 1)
+        keys += reach
+        # those a causal sequence of all T tokens has, less those of its first T - S
+        pairs += visible_pairs(T, True, window) - visible_pairs(T - S, True, window)
+    rows = 2 * sum(dims["queries"]) * dims["H"] + 2 * keys * dims["H_KV"]
+    return Cost(
+        bytes=rows * dims["D"] * case.dtype.itemsize, flops=4 * pairs * dims["H"] * dims["D"]
+    )
+
+
+def _paged(
+    queries: tuple[int, ...],
+    contexts: tuple[int, ...],
+    H: int,
+    H_KV: int,
+    D: int = 128,
+    **dims: Any,
+) -> dict[str, Any]:
+    return {"queries": queries, "contexts": contexts, "H": H, "H_KV": H_KV, "D": D, **dims}
+
+
+def _paged_cases() -> tuple[Case, ...]:
+    cases = [
+        Case(case_name("chunks", dtype), _paged((3, 0, 40), (130, 5, 40), 2, 1, 72), dtype)
+        for dtype in DTYPES
+    ]
+    cases += [
+        Case(case_name("decode", dtype), _paged((1, 0, 1), (130, 7, 64), 4, 2), dtype)
+        for dtype in DTYPES
+    ]
+    cases += [
+        Case(
+            case_name(kind, "window", window), _paged(queries, (100, 38), 2, 1, P=16, window=window)
+        )
+        for (kind, queries), window in product(
+            (("decode", (1, 1)), ("chunks", (20, 2))), (1, 16, 17, 20, 300)
+        )
+    ]
+    cases += [
+        Case("decode-pages-of-16", _paged((1,), (67,), 2, 2, P=16)),
+        Case("chunks-pages-of-16", _paged((5,), (67,), 2, 2, P=16)),
+        Case("decode-many-pages", _paged((1,), (600,), 2, 1, P=16)),
+        Case("decode-pages-of-256", _paged((1,), (600,), 1, 1, P=256, window=400)),
+        Case("chunks-pages-of-256", _paged((9,), (600,), 1, 1, P=256, window=400)),
+        Case("decode-groups-of-32", _paged((1,), (70,), 32, 1, 96), torch.bfloat16),
+        Case("chunks-groups-of-8", _paged((5, 20), (70, 20), 16, 2, 96), torch.bfloat16),
+        Case("decode-fused", _paged((1, 1), (70, 3), 4, 2, layout="fused", q_layout="sliced")),
+        Case("chunks-fused", _paged((2, 3), (70, 3), 4, 2, layout="fused", q_layout="sliced")),
+        Case("decode-slot-major", _paged((1, 1), (70, 3), 2, 2, layout="slot-major")),
+        Case("chunks-slot-major", _paged((2, 3), (70, 3), 2, 2, layout="slot-major")),
+        Case("decode-mixed", _paged((1, 1), (70, 3), 2, 2, layout="mixed")),
+        Case("chunks-mixed", _paged((2, 3), (70, 3), 2, 2, layout="mixed", q_layout="transposed")),
+        Case("decode-offset", _paged((1, 1), (70, 3), 2, 2, 8, q_layout="offset")),
+        Case("chunks-offset", _paged((2, 3), (70, 3), 2, 2, 8, q_layout="offset")),
+        Case("decode-without-keys", _paged((1, 1), (0, 9), 2, 1)),
+        Case("chunks-without-keys", _paged((3, 2), (2, 9), 2, 1)),
+        Case("no-queries", _paged((0, 0), (70, 3), 2, 1)),
+        Case("scale-and-slack", _paged((2,), (70,), 2, 1, 160, scale=0.3, slack=200)),
+        Case("decode-256", _paged((1,), (70,), 2, 1, 256)),
+    ]
+    return (*cases, *_paged_gpu_cases(), *_paged_model_cases())
+
+
+def _paged_gpu_cases() -> list[Case]:
+    """Products of lengths, windows and heads: sizes are run-time arguments, so that these compile little."""
+    batches = (
+        ((1, 1, 1, 0, 1), (1, 2, 63, 5, 64)),
+        ((1, 1, 1), (65, 1021, 4099)),
+        ((1,) * 9, (127, 128, 129, 255, 256, 257, 511, 512, 513)),
+        ((1,), (8191,)),
+        ((5, 1, 0, 31), (5, 300, 9, 1031)),
+        ((63, 64, 65), (1000, 64, 641)),
+        ((127, 129, 257), (128, 1153, 2047)),
+        ((2, 3, 7, 15, 16), (66, 67, 129, 640, 16)),
+        ((1, 2048, 33), (1, 2048, 33)),
+        ((512, 1, 1), (1536, 777, 64)),
+    )
+    windows = (None, 1, 63, 64, 100, 1024)
+    cases = [
+        Case(
+            case_name("gpu", "x".join(map(str, queries)), *contexts[:3], window, H, H_KV),
+            _paged(queries, contexts, H, H_KV, window=window),
+            torch.bfloat16,
+            "gpu",
+        )
+        for (queries, contexts), window, (H, H_KV) in product(batches, windows, ((32, 8), (3, 3)))
+    ]
+    cases += [
+        Case(
+            case_name("gpu-head-dim", D, dtype, *queries),
+            _paged(queries, (300, 77), 4, 2, D, window=200),
+            dtype,
+            "gpu",
+        )
+        for (D, dtype), queries in product(
+            (
+                (8, torch.float16),
+                (16, torch.float16),
+                (40, torch.float16),
+                (64, torch.float16),
+                (72, torch.bfloat16),
+                (80, torch.float16),
+                (96, torch.bfloat16),
+                (128, torch.float32),
+                (160, torch.float16),
+                (256, torch.bfloat16),
+            ),
+            ((1, 1), (40, 77)),
+        )
+    ]
+    cases += [
+        Case(
+            case_name("gpu-pages", P, layout, *queries, H_KV),
+            _paged(queries, (300, 77), H, H_KV, P=P, layout=layout),
+            torch.float16,
+            "gpu",
+        )
+        for P, layout, (queries, H, H_KV) in product(
+            (16, 64, 256),
+            ("plain", "fused", "slot-major"),
+            (((1, 1), 8, 1), ((1, 1), 4, 4), ((40, 77), 8, 1), ((3, 2), 4, 2)),
+        )
+    ]
+    return cases
+
+
+def _paged_model_cases() -> list[Case]:
+    cases = [
+        Case(
+            f"decode-b{B}-s{T}",
+            _paged((1,) * B, (T,) * B, 32, 8, window=4096, spare=0),
+            torch.bfloat16,
+            "model",
+        )
+        for B, T in ((1, 512), (1, 4096), (16, 2048), (64, 1024), (128, 512))
+    ]
+    chunk = _paged((512,) * 4, (512, 1024, 2048, 4096), 32, 8, window=4096)
+    return [*cases, Case("chunk-512", chunk, torch.bfloat16, "model")]
+
+
+PAGED_ATTENTION = KernelSpec(
+    name="paged_attention",
+    make_inputs=_paged_inputs,
+    cases=_paged_cases(),
+    cost=_paged_cost,
+    implementations={"triton": paged_attention.paged_attention},
+)
