@@ -48,7 +48,9 @@ def main() -> int:
     for (kernel, case_name), members in _chosen(options).items():
         spec, case = members[0][0], members[0][2]
         implementations = [implementation for _, implementation, _ in members]
-        for row in bench_case(spec, implementations, case, about):
+        moved = spec.cost(case).bytes
+        copies = max(1, min(num_copies(moved), _MOST_BYTES // max(1, moved)))
+        for row in bench_case(spec, implementations, case, about, torch.device("cuda"), copies):
             if (earlier := base.get((kernel, case_name, row["impl"]))) is not None:
                 row |= {"base_ms": earlier, "base_speedup": earlier / row["ms"]}
             results.append(row)
@@ -63,15 +65,18 @@ def main() -> int:
 
 
 def bench_case(
-    spec: KernelSpec, implementations: list[str], case: Case, about: dict[str, object]
+    spec: KernelSpec,
+    implementations: list[str],
+    case: Case,
+    about: dict[str, object],
+    device: torch.device,
+    copies: int,
 ) -> list[Row]:
-    """Check and time ``implementations`` and peers on ``case``: a row each, as DESIGN.md lists them."""
+    """Check and time ``implementations`` and peers on ``copies`` sets of inputs of ``case``: a row of results each."""
     torch.manual_seed(0)
     cost = spec.cost(case)
-    device = torch.device("cuda")
     inputs = spec.make_inputs(case, device)
     errors = {name: error(spec, name, case, inputs) for name in implementations}
-    copies = max(1, min(num_copies(cost.bytes), _MOST_BYTES // max(1, cost.bytes)))
     sets = [inputs, *(spec.make_inputs(case, device) for _ in range(copies - 1))]
     calls: dict[str, list[Call]] = {
         name: [_bound(spec.implementations[name], one) for one in sets]
