@@ -13,7 +13,7 @@ def _ids(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("spec", "implementation", "case"), rows("model"), ids=_ids)
 def test_kernel(
     benchmark: BenchmarkFixture, spec: KernelSpec, implementation: str, case: Case
