@@ -34,7 +34,7 @@ _SAVE_SECONDS = 120.0  # between state files
 def main() -> None:
     """Train as the command line says."""
     options = parser().parse_args()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its attention gave NaN now and then
+    torch.backends.cuda.enable_cudnn_sdp(False)  # a run with it ended in NaN; why is not known
     workers = DataWorkers(options.base, options.data_workers)
     with contextlib.closing(workers):
         _run(options, workers, time.monotonic())
