@@ -39,6 +39,7 @@ def small_case(name: str) -> tuple[KernelSpec, Case]:
     )
 
 
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # bitsandbytes' slower way
 @pytest.mark.parametrize("name", [spec.name for spec in CATALOG])
 def test_a_case_is_checked_and_timed_beside_its_peers(
     name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device

@@ -43,7 +43,11 @@ def oracle(weight: Tensor, double_quant: bool) -> tuple[dict[str, Tensor], Tenso
         parts |= {"nested_code": state.state2.code}
     # flat, and of even length: its AVX-512 code takes rows for whole numbers of blocks
     state.shape = torch.Size([weight.numel() + weight.numel() % 2])
-    values = bnb.dequantize_4bit(codes, state).view(-1)[: weight.numel()].view(weight.shape)
+    # on the CPU its CUDA library rounds ties away from zero in fp16; on CUDA it flushes small numbers to zero
+    if torch.cuda.is_available() and weight.dtype is torch.float16:
+        codes = codes.cuda()
+        state.to("cuda")  # type: ignore[no-untyped-call]
+    values = bnb.dequantize_4bit(codes, state).view(-1)[: weight.numel()].view(weight.shape).cpu()
     return parts, values
 
 

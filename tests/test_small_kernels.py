@@ -142,6 +142,7 @@ def test_a_wrong_argument_is_named(
     [
         ("std", (0.5,), ValueError),
         ("mean", (), ValueError),
+        ("std", (0.5, 0.0, 0.5), ValueError),
         ("patch_size", 0, ValueError),
         ("dtype", torch.float64, TypeError),
     ],
@@ -151,6 +152,13 @@ def test_patches_refuses(
 ) -> None:
     with pytest.raises(error, match="must"):
         TRITON.patches(**{**inputs_of("patches", device), argument: value})
+
+
+def test_patches_of_pixels_at_an_odd_address(device: torch.device) -> None:
+    inputs = inputs_of("patches", device)
+    pixels = inputs["pixels"]
+    odd = torch.zeros(pixels.numel() + 1, dtype=torch.uint8, device=device)[1:].copy_(pixels)
+    assert torch.equal(TRITON.patches(**{**inputs, "pixels": odd}), TRITON.patches(**inputs))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -174,6 +174,25 @@ def empty_state(ROWS: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
 
 
 @triton.jit
+def _scores(
+    q,  # (ROWS, D_MAIN), (ROWS, D_REST)
+    k,  # (KEYS, D_MAIN), (KEYS, D_REST)
+    D_REST: tl.constexpr,
+):
+    """Multiply queries by keys; in fp32 the sum is fp64, as an error in a score is one in all of its key's weight."""
+    if q[0].dtype == tl.float32:
+        qk = tl.dot(q[0].to(tl.float64), tl.trans(k[0]).to(tl.float64), out_dtype=tl.float64)
+        if D_REST > 0:
+            qk += tl.dot(q[1].to(tl.float64), tl.trans(k[1]).to(tl.float64), out_dtype=tl.float64)
+        return qk.to(tl.float32)
+    else:
+        qk = dot(q[0], tl.trans(k[0]), tl.zeros((q[0].shape[0], k[0].shape[0]), tl.float32))
+        if D_REST > 0:
+            qk = dot(q[1], tl.trans(k[1]), qk)
+        return qk
+
+
+@triton.jit
 def attend(
     state,  # acc in two parts, m_i, l_i
     q,  # (ROWS, D_MAIN), (ROWS, D_REST)
@@ -186,9 +205,7 @@ def attend(
 ):
     """Take a tile of keys and values into the softmax state and return that."""
     acc, acc_rest, m_i, l_i = state
-    qk = dot(q[0], tl.trans(k[0]), tl.zeros((q[0].shape[0], k[0].shape[0]), tl.float32))
-    if D_REST > 0:
-        qk = dot(q[1], tl.trans(k[1]), qk)
+    qk = _scores(q, k, D_REST)
     if MASKED:
         qk = tl.where(visible, qk, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1) * qk_scale)
@@ -203,8 +220,10 @@ def attend(
 
 
 @triton.jit
-def normalised(state):
+def normalised(state, dtype: tl.constexpr):
     """Return the output of rows in two parts; rows that saw no key have zeros, and must not divide."""
     acc, acc_rest, _, l_i = state
-    inverse = (1.0 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]
-    return acc * inverse, acc_rest * inverse
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)
+    # the plain operator may be off by two units in the last place
+    inverse = tl.div_rn(1.0, l_i) if dtype == tl.float32 else 1.0 / l_i
+    return acc * inverse[:, None], acc_rest * inverse[:, None]

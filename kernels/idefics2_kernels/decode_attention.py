@@ -15,7 +15,7 @@ from idefics2_kernels.attention_tiles import alignment, attend, empty_state, hea
 from idefics2_kernels.split_keys import MAX_SPLITS, combine, state_buffers, store_state
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
-_PROGRAMS = 528  # two waves of two on each of an H100's processors
+_PROGRAMS = 264  # two on each of an H100's processors
 
 
 @dataclass(frozen=True)

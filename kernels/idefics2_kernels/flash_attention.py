@@ -44,8 +44,8 @@ class LaunchConfig:
 def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     width = sum(head_parts(D))
     if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
-        if width > 128:
-            return LaunchConfig(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)
+        if width > 96:
+            return LaunchConfig(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=1)
         return LaunchConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
     if arch != 90:  # at most 96 KB of shared memory
         if width > 128:
@@ -153,7 +153,15 @@ def _flash_attention_kernel(
         state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
 
     out_rows = (begin + offs_m).to(tl.int64) * (H_KV * GROUPS) + head
-    store_head(out_ptr, out_rows * D, mask_m, normalised(state), D, D_MAIN, D_REST)
+    store_head(
+        out_ptr,
+        out_rows * D,
+        mask_m,
+        normalised(state, out_ptr.dtype.element_ty),
+        D,
+        D_MAIN,
+        D_REST,
+    )
 
 
 def flash_attention(

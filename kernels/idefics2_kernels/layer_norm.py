@@ -67,9 +67,11 @@ def _layer_norm_kernel(
         total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offs_m * N + offs_n, total, mask=mask)
         x = total.to(tl.float32)
-    mean = tl.sum(x, axis=1, keep_dims=True) / N
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), tl.cast(N, tl.float32))
     centred = tl.where(mask_n, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / N + eps)
+    variance = tl.div_rn(tl.sum(centred * centred, axis=1, keep_dims=True), tl.cast(N, tl.float32))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     out = (centred * rstd * weight + bias).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offs_m * N + offs_n, out, mask=mask)
 

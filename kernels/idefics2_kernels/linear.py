@@ -43,16 +43,8 @@ def _split_k_config(dtype: torch.dtype) -> LaunchConfig:
 def _tiled_config(dtype: torch.dtype) -> LaunchConfig:
     # of the dtype alone: another tile for other sizes would be another order of summation
     if dtype is torch.float32:
-        return LaunchConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3)
+        return LaunchConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
     return LaunchConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
-
-
-@triton.jit
-def accumulate(a, b, acc):
-    """Return ``a`` @ ``b`` + ``acc``; in fp32 each block of K is summed on its own, which keeps long sums exact."""
-    if a.dtype == tl.float32:
-        return acc + dot(a, b, tl.zeros_like(acc))
-    return dot(a, b, acc)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -85,7 +77,7 @@ def _split_k_kernel(
         mask_k = k + tl.arange(0, BLOCK_K) < K
         weight = tl.load(weight_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=mask_m[None, :] & mask_k[:, None], other=0.0)
-        acc = accumulate(weight, x, acc)
+        acc = dot(weight, x, acc)
         weight_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
@@ -127,7 +119,7 @@ def _tiled_kernel(
         mask_k = k + offs_k < K
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         weight = tl.load(weight_ptrs, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = accumulate(x, weight, acc)
+        acc = dot(x, weight, acc)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.linear import accumulate
 from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, unpack
 from idefics2_kernels.nf4_weight import NF4Weight
-from idefics2_kernels.primitives import cast
+from idefics2_kernels.primitives import cast, dot
 from idefics2_kernels.split_k import k_per_split, sum_splits
 
 BLOCK = tl.constexpr(tables.BLOCK)
@@ -114,7 +113,7 @@ def _nf4_matmul_kernel(
         weight = cast(values * scales, dtype)
         x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
         x = tl.load(x_ptrs, mask=mask_m[None, :] & (offs_k < K)[:, None], other=0.0)
-        acc = accumulate(weight, x, acc)
+        acc = dot(weight, x, acc)
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]

@@ -171,7 +171,15 @@ def _paged_attention_kernel(
         state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
 
     out_rows = (begin + tokens).to(tl.int64) * (H_KV * GROUPS) + heads
-    store_head(out_ptr, out_rows * D, mask_m, normalised(state), D, D_MAIN, D_REST)
+    store_head(
+        out_ptr,
+        out_rows * D,
+        mask_m,
+        normalised(state, out_ptr.dtype.element_ty),
+        D,
+        D_MAIN,
+        D_REST,
+    )
 
 
 def paged_attention(

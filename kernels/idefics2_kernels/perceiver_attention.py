@@ -48,8 +48,10 @@ def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
         return LaunchConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
     if width > 128:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=32 if arch < 90 else 64, num_warps=4, num_stages=2)
-    stages = 3 if arch == 90 and width <= 96 else 2
-    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=stages)  # 4 warps spill
+    if arch == 90 and width <= 96:
+        # on an H100 as fast as 128 rows for many images, and 1.2 times for one; 128 rows by 4 warps spill
+        return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
+    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)  # 4 warps spill
 
 
 def _num_splits(programs: int, tiles: int) -> int:

@@ -13,10 +13,17 @@ UPCAST = tl.constexpr(checks.INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc):
-    """Return ``a`` @ ``b`` + ``acc`` in fp32; fp32 operands are multiplied as such, not in TF32."""
+    """Return ``a`` @ ``b`` + ``acc`` in fp32; fp32 operands are multiplied as such, not in TF32.
+
+    Their products are summed tile by tile and only then added: one long sum would lose the digits that fp32 is for.
+    """
+    if a.dtype == tl.float32:
+        product = tl.dot(a, b, tl.zeros_like(acc), input_precision="ieee")
+        # an addition would be folded back into the product
+        return tl.fma(product, tl.full([], 1.0, tl.float32), acc)
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
 
 
 @triton.jit

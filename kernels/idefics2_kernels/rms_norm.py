@@ -65,7 +65,9 @@ def _rms_norm_kernel(
         total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offs_m * N + offs_n, total, mask=mask)
         x = total.to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / N + eps)
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    mean_square = tl.div_rn(tl.sum(x * x, axis=1, keep_dims=True), tl.cast(N, tl.float32))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
     x_hat = (x * rstd).to(out_ptr.dtype.element_ty).to(tl.float32)
     out = (x_hat * weight).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offs_m * N + offs_n, out, mask=mask)

@@ -39,7 +39,9 @@ def store_state(
         seen = mask & (l_i != 0.0)
         store_head(acc_ptr, places * D, seen, (acc, acc_rest), D, D_MAIN, D_REST)
     else:
-        store_head(out_ptr, rows * D, mask, normalised(state), D, D_MAIN, D_REST)
+        store_head(
+            out_ptr, rows * D, mask, normalised(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
+        )
 
 
 @triton.jit(do_not_specialize=["num_splits"])
@@ -67,7 +69,7 @@ def _combine_kernel(
     )
     weights = tl.exp2(m - tl.max(m, axis=0))
     l_i = tl.sum(l * weights, axis=0)
-    out = tl.sum(acc * weights[:, None], axis=0) / tl.where(l_i == 0.0, 1.0, l_i)
+    out = tl.div_rn(tl.sum(acc * weights[:, None], axis=0), tl.where(l_i == 0.0, 1.0, l_i))
     tl.store(
         out_ptr + row * D + offs_d,
         out.to(out_ptr.dtype.element_ty),
@@ -93,6 +95,7 @@ def state_buffers(
 def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
     """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out``, R rows of D."""
     R, num_splits, D = acc.shape
+    BLOCK_S, BLOCK_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
     _combine_kernel[(R,)](
         acc,
         m,
@@ -100,7 +103,7 @@ def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
         out,
         num_splits,
         D=D,
-        BLOCK_S=MAX_SPLITS,
-        BLOCK_D=triton.next_power_of_2(D),
-        num_warps=4,
+        BLOCK_S=BLOCK_S,
+        BLOCK_D=BLOCK_D,
+        num_warps=max(1, min(8, BLOCK_S * BLOCK_D // 512)),
     )
