@@ -29,7 +29,7 @@ def make_sequence(prompt: int, max_tokens: int, **params: object) -> Sequence:
         request_id="0",
         prompt="",
         prompt_token_ids=[5] * prompt,
-        tiles=(),
+        images=(),
         params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         seed=0,
         max_tokens=max_tokens,

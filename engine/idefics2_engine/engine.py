@@ -1,7 +1,10 @@
 """The step loop: schedule, run, finish."""
 
+import torch
+
 from idefics2_engine.config import EngineConfig, GenerationConfig
 from idefics2_engine.detokenizer import Detokenizer
+from idefics2_engine.encoder_cache import EncoderCache
 from idefics2_engine.images import ImageConfig
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
@@ -28,13 +31,17 @@ class Engine:
         self.generation = generation
         self.scheduler = Scheduler(
             PageAllocator(config.num_pages, config.page_size),
+            EncoderCache(config.max_cached_images),
             config.max_num_seqs,
-            config.max_prefill_tokens,
+            config.max_num_batched_tokens,
+            config.max_patches,
+            model.config.text.sliding_window,
+            config.prefix_caching,
         )
         kv_cache = KVCache(
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
-        self.runner = Runner(model, kv_cache, image_config)
+        self.runner = Runner(model, kv_cache, image_config, config.max_cached_images)
         self.sampler = Sampler(model.ops, generation.bad_words_ids, model.config.image_token_id)
 
     @property
@@ -48,12 +55,23 @@ class Engine:
             detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens)
             sequence = Sequence(request, index, self.generation.eos_token_ids, detokenizer)
             request.sequences.append(sequence)
-            self.scheduler.add(sequence)
+        self.scheduler.add(request.sequences[0])  # the others start from its prompt
 
     def step(self) -> list[Sequence]:
-        """Add one token to each sequence that runs, and return these sequences."""
-        sequences = self.scheduler.schedule()
-        logits = self.runner.run(sequences)
+        """Compute the next tokens and chunks; return the sequences that got a token."""
+        step = self.scheduler.schedule()
+        logits = self.runner.run(step)
+        self.scheduler.computed(step)
+        sequences: list[Sequence] = []
+        rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
+        for row, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
+            drawn = [chunk.sequence, *self.scheduler.fork(chunk.sequence)]
+            sequences += drawn
+            rows += [row] * len(drawn)
+        if not sequences:
+            return []
+        if len(rows) > len(logits):
+            logits = logits[torch.tensor(rows, device=logits.device)]
         for sequence, token in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
             sequence.append(token)
         self.scheduler.finish(sequences)

@@ -18,6 +18,7 @@ from idefics2_engine.errors import (
     SamplingError,
 )
 from idefics2_engine.hub import find_adapter, find_model
+from idefics2_engine.image_items import image_items
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
@@ -261,7 +262,12 @@ class LLM:
             request_id=str(self._count - 1),
             prompt=prompt.prompt,
             prompt_token_ids=prompt.token_ids,
-            tiles=prompt.tiles,
+            images=image_items(
+                prompt.token_ids,
+                prompt.tiles,
+                self.config.image_token_id,
+                self.config.perceiver.num_latents,
+            ),
             params=params,
             seed=drawn if params.seed is None else params.seed,
             max_tokens=max_tokens,

@@ -1,11 +1,13 @@
 """Requests and the answers growing from them: tokens, text, status and stop rules; host only."""
 
 import time
+from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from idefics2_engine.detokenizer import Detokenizer
-from idefics2_engine.images import Tile
+from idefics2_engine.image_items import ImageItem, items_between
 from idefics2_engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from idefics2_engine.sampling_params import SamplingParams
 
@@ -17,12 +19,14 @@ class Request:
     request_id: str
     prompt: str
     prompt_token_ids: list[int]
-    tiles: Items[Tile]
+    images: Items[ImageItem]  # in the order of their slots
     params: SamplingParams
     seed: int  # of the first sequence; the others count up from it
     max_tokens: int  # of each sequence, within the model's length
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: "list[Sequence]" = field(default_factory=list)
+    num_started: int = 0  # of the sequences; the others start from the first one's prompt
+    num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
 
     @property
     def finished(self) -> bool:
@@ -45,7 +49,7 @@ class Request:
                 first_token_time=min(first, default=None),
                 finished_time=max(last) if self.finished else None,
             ),
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached_tokens or 0,
         )
 
 
@@ -60,11 +64,13 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.pages: list[int] = []  # of the KV cache, given by the scheduler
+        self.held_images: list[ImageItem] = []  # whose embeddings are held for it
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
         self.finished_time: float | None = None
+        self._page_names: list[bytes] = []
         self._eos_token_ids = eos_token_ids
         self._detokenizer = detokenizer
 
@@ -88,6 +94,19 @@ class Sequence:
         """Tokens that end the answer."""
         eos = frozenset[int]() if self.request.params.ignore_eos else self._eos_token_ids
         return eos | frozenset(self.request.params.stop_token_ids)
+
+    def page_names(self, page_size: int) -> list[bytes]:
+        """Name the contents of all full pages, the unwritten ones too: a chain of 128-bit hashes."""
+        for begin in range(
+            len(self._page_names) * page_size, len(self.token_ids) - page_size + 1, page_size
+        ):
+            end = begin + page_size
+            digest = blake2b(self._page_names[-1] if begin else b"", digest_size=16)
+            digest.update(array("q", self.token_ids[begin:end]))
+            for item in items_between(self.request.images, begin, end):
+                digest.update(item.tile.fingerprint + array("q", [item.begin - begin]).tobytes())
+            self._page_names.append(digest.digest())
+        return self._page_names
 
     def append(self, token_id: int) -> None:
         """Add a generated token and apply the stop rules: end token, stop string, length."""
