@@ -117,8 +117,10 @@ class Tile:
     @cached_property
     def fingerprint(self) -> bytes:
         """128 bits over size and pixels: tiles with the same have the same embeddings."""
-        digest = blake2b(repr((self.grid, self.patch_size, self.grid_side)).encode(), digest_size=16)
-        digest.update(self.patch_pixels())
+        digest = blake2b(
+            repr((self.grid, self.patch_size, self.grid_side)).encode(), digest_size=16
+        )
+        digest.update(self.patch_pixels().data)
         return digest.digest()
 
     def position_ids(self) -> npt.NDArray[np.int64]:

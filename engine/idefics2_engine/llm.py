@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +56,8 @@ class LLM:
         split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
         max_model_len: Tokens of a prompt with its answer; the model's positions if ``None``.
         max_num_seqs: Answers that are generated at once.
+        max_num_batched_tokens: Tokens that one forward pass computes at most; longer prompts take several.
+        enable_prefix_caching: Whether to keep what was computed of prompts for others that begin the same, pictures included.
         kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
             one alone needs more, if ``None``.
         seed: Fixes the random numbers of requests without a seed of their own.
@@ -86,6 +89,8 @@ class LLM:
         split_images: bool | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 8192,
+        enable_prefix_caching: bool = True,
         kv_cache_tokens: int | None = None,
         seed: int = 0,
         image_policy: str = "parity",
@@ -114,8 +119,10 @@ class LLM:
             image_threads=image_threads,
         )
         self.processor = Processor.load(folder, self.config, split_images, media)
-        self.engine_config = _engine_config(
-            self.config, max_model_len, max_num_seqs, kv_cache_tokens
+        self.engine_config = replace(
+            _engine_config(self.config, max_model_len, max_num_seqs, kv_cache_tokens),
+            max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
+            prefix_caching=enable_prefix_caching,
         )
         on = _device(device)
         self.model = load_checkpoint(
@@ -204,8 +211,8 @@ class LLM:
         self._begin([request])
         try:
             while not request.finished:
-                self._engine.step()
-                yield request.output()
+                if self._engine.step():
+                    yield request.output()
         finally:
             self._engine.cancel(request)
 
@@ -335,8 +342,7 @@ def _engine_config(
     length = positions if max_model_len is None else max_model_len
     if not 1 < length <= positions:
         raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
-    if max_num_seqs < 1:
-        raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+    _at_least_one("max_num_seqs", max_num_seqs)
     if kv_cache_tokens is None:
         whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
         kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, max_num_seqs * whole_pages))
@@ -345,6 +351,12 @@ def _engine_config(
             f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
         )
     return EngineConfig(length, max_num_seqs, kv_cache_tokens)
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def _device(name: str) -> torch.device:

@@ -43,8 +43,9 @@ class PageAllocator:
     def share(self, pages: Iterable[int]) -> None:
         """Hold ``pages`` once more."""
         for page in pages:
-            self._free.pop(page, None)
-            self._holders[page] += 1
+            if page != NO_PAGE:
+                self._free.pop(page, None)
+                self._holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """Let go of ``pages`` of a sequence, in its order: of those that end up free the last are taken first."""

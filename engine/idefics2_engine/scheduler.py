@@ -25,7 +25,9 @@ class Chunk:
     begin: int
     end: int
     samples: bool  # whether they are all there are, so that the next token can be drawn
-    images: list[tuple[ImageItem, int]]  # that they have tokens of, and the slots of their embeddings
+    images: list[
+        tuple[ImageItem, int]
+    ]  # that they have tokens of, and the slots of their embeddings
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Scheduler:
         for sequence in forked:
             sequence.num_computed = first.num_computed
             sequence.pages = list(first.pages)
-            self.pages.share(page for page in first.pages if page != NO_PAGE)
+            self.pages.share(first.pages)
         at = self.running.index(first) + 1
         self.running[at:at] = forked
         self.waiting.extendleft(reversed(others[len(forked) :]))
@@ -132,6 +134,14 @@ class Scheduler:
             elif sequence in self.waiting:
                 self.waiting.remove(sequence)
 
+    def preempt_newest(self) -> Sequence:
+        """Let the newest that runs wait again, before all others, without its pages; one must run."""
+        sequence = self.running.pop()
+        self._drop(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+        return sequence
+
     def check_integrity(self) -> None:
         """Assert that pages and slots are held by those that run, and by nobody else."""
         self.pages.check_integrity([sequence.pages for sequence in self.running])
@@ -152,7 +162,7 @@ class Scheduler:
             )
             while end > begin and not self._has_room(sequence, begin, end):
                 preempted = True
-                if self._preempt_newest() is sequence:
+                if self.preempt_newest() is sequence:
                     return True
             if end > begin:
                 self._take_pages(sequence, begin, end, plan)
@@ -169,6 +179,8 @@ class Scheduler:
                 names = sequence.page_names(size)[: (len(sequence.token_ids) - 1) // size]
                 cached = self.pages.find(names)
             begin = len(cached) * size
+            behind = self._num_behind(begin)
+            cached[:behind] = [NO_PAGE] * behind
             end = self._image_limit(
                 sequence, begin, min(len(sequence.token_ids), begin + plan.tokens), plan
             )
@@ -233,17 +245,19 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
         """Add a chunk to the plan, and hold the images that it reads."""
-        images = []
-        for item in items_between(sequence.request.images, begin, end):
+        items = list(items_between(sequence.request.images, begin, end))
+        # the known ones first, before a new one takes the slot of one of them
+        for item in sorted(items, key=lambda item: item.tile.fingerprint not in self.encoder):
+            if item in sequence.held_images:
+                continue
             content = item.tile.fingerprint
             is_new = content not in self.encoder
-            if item not in sequence.held_images:
-                self.encoder.hold(content)
-                sequence.held_images.append(item)
-            images.append((item, self.encoder.slot(content)))
+            self.encoder.hold(content)
+            sequence.held_images.append(item)
             if is_new:
                 plan.patches -= item.tile.num_patches
                 plan.encodes.append((item.tile, self.encoder.slot(content)))
+        images = [(item, self.encoder.slot(item.tile.fingerprint)) for item in items]
         plan.tokens -= end - begin
         plan.chunks.append(Chunk(sequence, begin, end, end == len(sequence.token_ids), images))
 
@@ -253,21 +267,17 @@ class Scheduler:
             if item.end <= sequence.num_computed:
                 sequence.held_images.remove(item)
                 self.encoder.release(item.tile.fingerprint)
-        if self.window is None:
-            return
-        behind = max(0, sequence.num_computed - self.window + 1) // self.pages.page_size
-        for index in range(behind - 1, -1, -1):
+        for index in range(self._num_behind(sequence.num_computed) - 1, -1, -1):
             if sequence.pages[index] == NO_PAGE:
                 break
             self.pages.release([sequence.pages[index]])
             sequence.pages[index] = NO_PAGE
 
-    def _preempt_newest(self) -> Sequence:
-        sequence = self.running.pop()
-        self._drop(sequence)
-        self.waiting.appendleft(sequence)
-        self.num_preemptions += 1
-        return sequence
+    def _num_behind(self, position: int) -> int:
+        """Return how many pages neither a query at ``position`` nor a later one sees."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // self.pages.page_size
 
     def _drop(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)

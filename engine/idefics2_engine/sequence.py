@@ -26,7 +26,9 @@ class Request:
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0  # of the sequences; the others start from the first one's prompt
-    num_cached_tokens: int | None = None  # prompt tokens found in the cache when it was first admitted
+    num_cached_tokens: int | None = (
+        None  # prompt tokens found in the cache when it was first admitted
+    )
 
     @property
     def finished(self) -> bool:

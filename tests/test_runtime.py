@@ -1,0 +1,196 @@
+"""The same tokens however the work is cut: batches, chunks, preemption, known prefixes, windows, few slots."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.config import EngineConfig
+from idefics2_engine.engine import Engine
+from idefics2_engine.sequence import Request
+from oracle import random_image
+from tiny_checkpoint import write_checkpoint
+
+WINDOW, PAGE = 24, 8
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, window=WINDOW)
+    return LLM(folder, device="cpu", dtype="float32", max_model_len=200)
+
+
+def make_engine(llm: LLM, **sizes: Any) -> Engine:
+    """Build an engine on the model of ``llm`` with sizes of its own; the cache starts full of NaN."""
+    config = EngineConfig(
+        **{
+            "max_model_len": 200,
+            "max_num_seqs": 64,
+            "kv_cache_tokens": 4096,
+            "max_cached_images": 16,
+            "page_size": PAGE,
+            **sizes,
+        }
+    )
+    old = llm._engine
+    engine = Engine(llm.model, old.tokenizer, llm.processor.image_config, old.generation, config)
+    for layer in engine.runner.kv_cache.layers:
+        for tensor in layer:
+            tensor.fill_(float("nan"))
+    engine.runner.image_features.fill_(float("nan"))
+    return engine
+
+
+def make_requests(llm: LLM) -> list[Request]:
+    """Build requests of unequal length: greedy and drawn, several answers, pictures that recur, common beginnings."""
+    requests = []
+    pictures = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(4)]
+    for i in range(14):
+        images = [pictures[(i + j) % 4] for j in range(i % 4)]
+        words = "the chicken sits on a pile of money and looks at what is left of the red car"
+        text = "A common beginning that fills a page or two. " * (i % 2) + words[: 3 + 5 * i]
+        prompt = {"prompt": "<image>" * len(images) + text, "multi_modal_data": {"image": images}}
+        (processed,) = llm.processor.finish([llm._read_prompt(prompt)])
+        params = SamplingParams(
+            temperature=[0.0, 0.9][i % 2],
+            top_p=0.95,
+            seed=i,
+            n=1 + 2 * (i % 5 == 4),
+            max_tokens=6 + 3 * (i % 3),
+            min_tokens=2,
+        )
+        requests.append(llm._request(processed, params))
+    return requests
+
+
+def answers(
+    engine: Engine, requests: list[Request], between: Callable[[int], None] = lambda _: None
+) -> list[list[list[int]]]:
+    """Run ``requests`` to their ends, ``between`` before each step; return the tokens of their answers."""
+    for request in requests:
+        engine.add(request)
+    steps = 0
+    while engine.has_work:
+        between(steps)
+        engine.step()
+        engine.scheduler.check_integrity()
+        steps += 1
+    return [[output.token_ids for output in request.output().outputs] for request in requests]
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[list[int]]]:
+    """One request after the other, each with a cache of its own."""
+    return [answers(make_engine(llm), [request])[0] for request in make_requests(llm)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 50, "prefix_caching": False},
+        {"kv_cache_tokens": 208},
+        {"kv_cache_tokens": 96, "max_num_batched_tokens": 32},
+        {"max_cached_images": 1},
+        {"max_patches": 1},
+    ],
+    ids=str,
+)
+def test_the_way_the_work_is_cut_changes_no_token(
+    llm: LLM, expected: list[list[list[int]]], sizes: dict[str, Any]
+) -> None:
+    engine = make_engine(llm, **sizes)
+    assert answers(engine, make_requests(llm)) == expected
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_preempted_every_seven_steps(
+    llm: LLM, expected: list[list[list[int]]], prefix_caching: bool
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=8, prefix_caching=prefix_caching)
+
+    def preempt(step: int) -> None:
+        if step % 7 == 6 and engine.scheduler.running:
+            engine.scheduler.preempt_newest()
+
+    assert answers(engine, make_requests(llm), preempt) == expected
+    assert engine.scheduler.num_preemptions > 3
+
+
+def test_known_prefixes(llm: LLM, expected: list[list[list[int]]]) -> None:
+    engine = make_engine(llm)
+    for times in range(3):
+        requests = make_requests(llm)
+        assert answers(engine, requests) == expected
+        cached = [request.output().num_cached_tokens for request in requests]
+        whole = [(len(r.prompt_token_ids) - 1) // PAGE * PAGE for r in requests]
+        assert cached == whole or times == 0
+
+
+def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
+    engine = make_engine(llm, kv_cache_tokens=4096)
+    requests = make_requests(llm)[:2]
+    answers(engine, requests)
+    used = sum(engine.scheduler.most_pages(len(s.token_ids)) for r in requests for s in r.sequences)
+    for layer in engine.runner.kv_cache.layers:
+        for tensor in layer:
+            touched = ~tensor.isnan().flatten(1).all(1)
+            assert 0 < touched.sum() <= used
+
+
+def test_a_cancelled_request_leaves_the_others_as_they_were(
+    llm: LLM, expected: list[list[list[int]]]
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=30)
+    requests = make_requests(llm)
+
+    def cancel(step: int) -> None:
+        if step in (1, 5):
+            engine.cancel(requests[step])
+            engine.scheduler.check_integrity()
+
+    got = answers(engine, requests, cancel)
+    for index, (mine, wanted) in enumerate(zip(got, expected, strict=True)):
+        assert mine == wanted or index in (1, 5)
+
+
+def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
+    engine = make_engine(llm, max_num_seqs=100)
+
+    def serve(count: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=2)
+        for begin in range(0, count, 100):
+            prompts = [{"prompt_token_ids": [1, 5 + (begin + i) % 30000, 7]} for i in range(100)]
+            drafts = [llm._read_prompt(prompt) for prompt in prompts]
+            requests = [llm._request(p, params) for p in llm.processor.finish(drafts)]
+            answers(engine, requests)
+
+    serve(500)
+    gc.collect()
+    before = len(gc.get_objects())
+    serve(1500)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=16)
+    sizes = []
+    forward = llm.model.forward
+
+    def record(batch: Any, *args: Any) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        return forward(batch, *args)
+
+    monkeypatch.setattr(llm.model, "forward", record)
+    answers(engine, make_requests(llm))
+    assert max(sizes) == 16
