@@ -11,6 +11,7 @@ import torch
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.config import EngineConfig
 from idefics2_engine.engine import Engine
+from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.sequence import Request
 from oracle import random_image
 from tiny_checkpoint import write_checkpoint
@@ -194,3 +195,93 @@ def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> 
     monkeypatch.setattr(llm.model, "forward", record)
     answers(engine, make_requests(llm))
     assert max(sizes) == 16
+
+
+def failing(
+    engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
+) -> list[int]:
+    """Let the model raise ``error`` on batches that ``fails`` picks; return the sizes of all batches."""
+    sizes = []
+    forward = engine.runner.model.forward
+
+    def raise_or_run(batch: Any, *args: Any) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        if fails(batch):
+            raise error
+        return forward(batch, *args)
+
+    monkeypatch.setattr(engine.runner.model, "forward", raise_or_run)
+    return sizes
+
+
+@pytest.mark.parametrize("poisoned", [0, 7, 13])
+def test_a_request_that_cannot_be_run_fails_alone(
+    llm: LLM, expected: list[list[list[int]]], poisoned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=64)
+    requests = make_requests(llm)
+    poison = 9999
+    requests[poisoned].prompt_token_ids[-1] = poison
+    failing(engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken"))
+    got = answers(engine, requests)
+    assert got[:poisoned] == expected[:poisoned]
+    assert got[poisoned + 1 :] == expected[poisoned + 1 :]
+    assert not any(got[poisoned])
+    error = requests[poisoned].output().error
+    assert isinstance(error, RequestFailedError)
+    assert isinstance(error.__cause__, RuntimeError)
+    assert requests[poisoned].finished
+    assert engine.scheduler.max_num_seqs == 64
+
+
+def test_out_of_memory_makes_steps_smaller(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    sizes = failing(
+        engine, monkeypatch, lambda batch: len(batch.input_ids) > 40, torch.OutOfMemoryError()
+    )
+    assert answers(engine, make_requests(llm)) == expected
+    assert max(sizes) > 40
+    assert engine.scheduler.max_num_batched_tokens == 32
+
+
+def test_what_never_fits_into_memory_fails_alone(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    requests = make_requests(llm)
+    longest = max(requests, key=lambda request: len(request.prompt_token_ids))
+    fits = max(
+        request.sequences[0].max_length if request.sequences else len(request.prompt_token_ids) + 12
+        for request in requests
+        if request is not longest
+    )
+
+    def is_long(batch: Any) -> bool:
+        return bool((batch.paged.context_lens > fits).any())
+
+    failing(engine, monkeypatch, is_long, torch.OutOfMemoryError())
+    got = answers(engine, requests)
+    for request, mine, wanted in zip(requests, got, expected, strict=True):
+        assert mine == wanted or request is longest
+    assert isinstance(longest.output().error, RequestFailedError)
+
+
+def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    encode = llm.model.image_features
+    calls = []
+
+    def fail_once(images: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("broken")
+        return encode(images)
+
+    monkeypatch.setattr(llm.model, "image_features", fail_once)
+    requests = make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert not any(request.error for request in requests)

@@ -5,6 +5,7 @@ import torch
 from idefics2_engine.config import EngineConfig, GenerationConfig
 from idefics2_engine.detokenizer import Detokenizer
 from idefics2_engine.encoder_cache import EncoderCache
+from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.images import ImageConfig
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
@@ -12,7 +13,7 @@ from idefics2_engine.pages import PageAllocator
 from idefics2_engine.prompt import Tokenizer
 from idefics2_engine.runner import Runner
 from idefics2_engine.sampler import Sampler
-from idefics2_engine.scheduler import Scheduler
+from idefics2_engine.scheduler import Scheduler, Step
 from idefics2_engine.sequence import Request, Sequence
 
 
@@ -42,6 +43,8 @@ class Engine:
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
         self.runner = Runner(model, kv_cache, image_config, config.max_cached_images)
+        self._max_num_seqs = config.max_num_seqs
+        self._suspects: set[Request] = set()  # of a step that failed, and not in one since
         self.sampler = Sampler(model.ops, generation.bad_words_ids, model.config.image_token_id)
 
     @property
@@ -58,8 +61,45 @@ class Engine:
         self.scheduler.add(request.sequences[0])  # the others start from its prompt
 
     def step(self) -> list[Sequence]:
-        """Compute the next tokens and chunks; return the sequences that got a token."""
+        """Compute the next tokens and chunks; return the sequences that got a token.
+
+        A forward pass that fails costs no request but its own: out of memory, steps become smaller; otherwise fewer and
+        fewer sequences run at once, until one request fails alone and gets ``error``.
+        """
         step = self.scheduler.schedule()
+        requests = {chunk.sequence.request for chunk in step.chunks}
+        try:
+            drawn = self._run(step)
+        except Exception as error:
+            self._recover(requests, error)
+            return []
+        self._clear(requests)
+        return drawn
+
+    def _recover(self, requests: set[Request], error: Exception) -> None:
+        self.scheduler.start_over()
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            if self.scheduler.halve_budgets():
+                return
+        if len(requests) > 1:
+            self._suspects |= requests
+            self.scheduler.max_num_seqs = len(requests) // 2
+            return
+        (request,) = requests
+        failed = RequestFailedError(
+            f"request {request.request_id}: the model must run on it, got {type(error).__name__}"
+        )
+        failed.__cause__ = error
+        request.error = failed
+        self.cancel(request)
+
+    def _clear(self, requests: set[Request]) -> None:
+        self._suspects -= requests
+        if not self._suspects:
+            self.scheduler.max_num_seqs = self._max_num_seqs
+
+    def _run(self, step: Step) -> list[Sequence]:
         logits = self.runner.run(step)
         self.scheduler.computed(step)
         sequences: list[Sequence] = []
@@ -80,3 +120,4 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """Drop what is unfinished of ``request``."""
         self.scheduler.cancel(request.sequences)
+        self._clear({request})

@@ -213,6 +213,8 @@ class LLM:
             while not request.finished:
                 if self._engine.step():
                     yield request.output()
+            if request.error is not None:
+                raise request.error
         finally:
             self._engine.cancel(request)
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from idefics2_engine.errors import Idefics2Error
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -40,3 +42,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int  # prompt tokens taken from a prefix cache
+    error: Idefics2Error | None = None  # why there is no whole answer

@@ -142,6 +142,20 @@ class Scheduler:
         self.num_preemptions += 1
         return sequence
 
+    def start_over(self) -> None:
+        """Preempt all that run and forget every picture, as after a step that was not computed to its end."""
+        while self.running:
+            self.preempt_newest()
+        self.encoder.forget_idle()
+
+    def halve_budgets(self) -> bool:
+        """Make steps half as large from now on; return whether they could be."""
+        if self.max_num_batched_tokens <= self.pages.page_size:
+            return False
+        self.max_num_batched_tokens //= 2
+        self.max_patches = max(1, self.max_patches // 2)
+        return True
+
     def check_integrity(self) -> None:
         """Assert that pages and slots are held by those that run, and by nobody else."""
         self.pages.check_integrity([sequence.pages for sequence in self.running])

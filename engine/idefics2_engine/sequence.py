@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from idefics2_engine.detokenizer import Detokenizer
+from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.image_items import ImageItem, items_between
 from idefics2_engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
 from idefics2_engine.sampling_params import SamplingParams
@@ -26,14 +27,13 @@ class Request:
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0  # of the sequences; the others start from the first one's prompt
-    num_cached_tokens: int | None = (
-        None  # prompt tokens found in the cache when it was first admitted
-    )
+    num_cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
+    error: Idefics2Error | None = None  # set by the engine: it will not be finished
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return all(sequence.finish_reason for sequence in self.sequences)
+        """Whether every sequence has ended, or none goes on."""
+        return self.error is not None or all(s.finish_reason for s in self.sequences)
 
     def output(self) -> RequestOutput:
         """Describe the request as it stands."""
@@ -49,9 +49,10 @@ class Request:
             metrics=RequestMetrics(
                 arrival_time=self.arrival_time,
                 first_token_time=min(first, default=None),
-                finished_time=max(last) if self.finished else None,
+                finished_time=max(last, default=None) if self.finished else None,
             ),
             num_cached_tokens=self.num_cached_tokens or 0,
+            error=self.error,
         )
 
 
