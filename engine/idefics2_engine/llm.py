@@ -14,14 +14,16 @@ from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import (
     ConfigError,
+    Idefics2Error,
     PromptError,
     PromptTooLongError,
     SamplingError,
 )
 from idefics2_engine.hub import find_adapter, find_model
 from idefics2_engine.image_items import image_items
+from idefics2_engine.intake import Intake
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
-from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
@@ -142,6 +144,7 @@ class LLM:
         )
         self._seeds = random.Random(seed)
         self._count = 0
+        self._is_iterating = False
 
     def generate(
         self,
@@ -207,6 +210,73 @@ class LLM:
         request = self._request(processed, _read_params(sampling_params))
         return self._stream(request)
 
+    def iterate(
+        self,
+        prompts: Iterable[Prompt | Conversation | tuple[Prompt | Conversation, SamplingParams]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        in_flight: int | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """Answer prompts and conversations as they come, yielding each output when it is finished.
+
+        Args:
+            prompts: Read lazily, ``in_flight`` before they are answered at most; pictures are read in threads meanwhile.
+                Each may be a pair with its own parameters.
+            sampling_params: For all others.
+            in_flight: Requests begun and not yielded; twice ``max_num_seqs`` if ``None``.
+
+        Yields:
+            Outputs in the order in which they finish; ``request_id`` is the place among ``prompts``, from "0". One that is
+            malformed, does not fit or fails has its ``error`` and keeps none of the others from being answered.
+
+        The iterator must be used up or closed before the next request, which raises ``RuntimeError`` otherwise.
+        """
+        if in_flight is None:
+            in_flight = 2 * self.engine_config.max_num_seqs
+        _at_least_one("in_flight", in_flight)
+        shared = _read_params(sampling_params)
+        self._begin([])
+        return self._iterate(enumerate(prompts), shared, in_flight)
+
+    def _iterate(
+        self, rows: Iterable[tuple[int, Any]], shared: SamplingParams, in_flight: int
+    ) -> Generator[RequestOutput, None, None]:
+        live: list[Request] = []
+
+        def prepare(row: tuple[int, Any]) -> tuple[ProcessedPrompt, SamplingParams]:
+            prompt, params = row[1] if isinstance(row[1], tuple) else (row[1], shared)
+            if _is_conversation(prompt):
+                draft = self.processor.draft_chat(prompt)
+            else:
+                draft = self._read_prompt(prompt)
+            return self.processor.finish([draft])[0], _read_params(params)
+
+        threads = self.processor.media.num_threads
+        with Intake(rows, prepare, threads, ahead=in_flight) as intake:
+            self._is_iterating = True
+            try:
+                while live or not intake.is_empty:
+                    while len(live) < in_flight and (taken := intake.take(wait=not live)):
+                        (index, _), prepared = taken
+                        try:
+                            if isinstance(prepared, Idefics2Error):
+                                raise prepared
+                            request = self._request(*prepared, request_id=str(index))
+                        except Idefics2Error as error:
+                            yield failed_output(str(index), error)
+                        else:
+                            self._engine.add(request)
+                            live.append(request)
+                    if live:
+                        self._engine.step()
+                    for request in [request for request in live if request.finished]:
+                        live.remove(request)
+                        yield request.output()
+            finally:
+                self._is_iterating = False
+                for request in live:
+                    self._engine.cancel(request)
+
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
         self._begin([request])
         try:
@@ -219,7 +289,7 @@ class LLM:
             self._engine.cancel(request)
 
     def _begin(self, requests: list[Request]) -> None:
-        if self._engine.has_work:
+        if self._engine.has_work or self._is_iterating:
             raise RuntimeError("an earlier stream is unfinished: use it up or close it first")
         for request in requests:
             self._engine.add(request)
@@ -247,7 +317,9 @@ class LLM:
                 self._engine.cancel(request)
         return [request.output() for request in requests]
 
-    def _request(self, prompt: ProcessedPrompt, params: SamplingParams) -> Request:
+    def _request(
+        self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str | None = None
+    ) -> Request:
         room = self.engine_config.max_model_len - len(prompt.token_ids)
         if not prompt.token_ids:
             raise PromptError("prompt must have at least one token, got none")
@@ -268,7 +340,7 @@ class LLM:
         self._count += 1
         drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
         return Request(
-            request_id=str(self._count - 1),
+            request_id=str(self._count - 1) if request_id is None else request_id,
             prompt=prompt.prompt,
             prompt_token_ids=prompt.token_ids,
             images=image_items(

@@ -1,5 +1,6 @@
 """What a request gives back, in vLLM's shape."""
 
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,3 +44,19 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int  # prompt tokens taken from a prefix cache
     error: Idefics2Error | None = None  # why there is no whole answer
+
+
+def failed_output(request_id: str, error: Idefics2Error) -> RequestOutput:
+    """Describe a request that could not be begun."""
+    now = time.monotonic()
+    return RequestOutput(
+        request_id=request_id,
+        prompt="",
+        prompt_token_ids=[],
+        prompt_logprobs=None,
+        outputs=[],
+        finished=True,
+        metrics=RequestMetrics(arrival_time=now, first_token_time=None, finished_time=now),
+        num_cached_tokens=0,
+        error=error,
+    )
