@@ -4,6 +4,7 @@ from idefics2_engine.config import EngineConfig, GenerationConfig
 from idefics2_engine.detokenizer import Detokenizer
 from idefics2_engine.images import ImageConfig
 from idefics2_engine.kv_cache import KVCache
+from idefics2_engine.logprobs import TokenTexts
 from idefics2_engine.model import Idefics2
 from idefics2_engine.pages import PageAllocator
 from idefics2_engine.prompt import Tokenizer
@@ -23,6 +24,8 @@ class Engine:
         image_config: ImageConfig,
         generation: GenerationConfig,
         config: EngineConfig,
+        *,
+        min_p_first: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.generation = generation
@@ -35,7 +38,13 @@ class Engine:
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
         self.runner = Runner(model, kv_cache, image_config)
-        self.sampler = Sampler(model.ops, generation.bad_words_ids, model.config.image_token_id)
+        self.sampler = Sampler(
+            model.ops,
+            generation.bad_words_ids,
+            model.config.image_token_id,
+            TokenTexts(tokenizer),
+            min_p_first=min_p_first,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -53,9 +62,13 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Add one token to each sequence that runs, and return these sequences."""
         sequences = self.scheduler.schedule()
-        logits = self.runner.run(sequences)
-        for sequence, token in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
-            sequence.append(token)
+        logits, prompts = self.runner.run(sequences)
+        for request, rows in prompts:
+            number = request.params.prompt_logprobs
+            followers = request.prompt_token_ids[1:]
+            request.prompt_logprobs += self.sampler.prompt_logprobs(rows, followers, number or 0)
+        for sequence, choice in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
+            sequence.append(*choice)
         self.scheduler.finish(sequences)
         return sequences
 

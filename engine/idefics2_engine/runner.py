@@ -1,5 +1,6 @@
 """One forward pass for the sequences of a step: owns the model and the KV cache."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,7 +8,7 @@ from idefics2_engine.batch import ImageBatch, PagedView, TextBatch, cumulative
 from idefics2_engine.images import ImageConfig, Tile
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
-from idefics2_engine.sequence import Sequence
+from idefics2_engine.sequence import Request, Sequence
 
 _TILES_PER_PASS = 16  # bounds the vision tower's memory
 
@@ -21,8 +22,13 @@ class Runner:
         self.kv_cache = kv_cache
 
     @torch.inference_mode()
-    def run(self, sequences: list[Sequence]) -> Tensor:
-        """Compute what ``sequences`` (B) have not computed yet: logits (B, vocabulary) at their last tokens."""
+    def run(self, sequences: list[Sequence]) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
+        """Compute what ``sequences`` (B) have not computed yet.
+
+        Returns:
+            Logits (B, vocabulary) at their last tokens; and for each request that waits for its prompt's log
+            probabilities the logits (T - 1, vocabulary) at all tokens of the prompt but the last.
+        """
         tiles = [
             tile
             for sequence in sequences
@@ -32,9 +38,17 @@ class Runner:
         features = self._encode(tiles) if tiles else None
         batch = text_batch(sequences, self.kv_cache.page_size).to(self.model.device)
         logits: Tensor = self.model(batch, features, self.kv_cache.layers)
+        ends = np.cumsum([_num_logits(sequence) for sequence in sequences])
+        prompts = [
+            (sequence.request, logits[end - _num_logits(sequence) : end - 1])
+            for sequence, end in zip(sequences, ends, strict=True)
+            if sequence.scores_prompt
+        ]
         for sequence in sequences:
             sequence.num_computed = len(sequence.token_ids)
-        return logits
+        if prompts:
+            logits = logits[torch.from_numpy(ends - 1).to(logits.device)]
+        return logits, prompts
 
     def _encode(self, tiles: list[Tile]) -> Tensor:
         passes = [tiles[i : i + _TILES_PER_PASS] for i in range(0, len(tiles), _TILES_PER_PASS)]
@@ -42,6 +56,11 @@ class Runner:
         return torch.cat(
             [self.model.image_features(batch.to(self.model.device)) for batch in batches]
         )
+
+
+def _num_logits(sequence: Sequence) -> int:
+    """Count the last tokens of ``sequence`` that give logits in its next pass."""
+    return len(sequence.token_ids) - sequence.num_computed if sequence.scores_prompt else 1
 
 
 def text_batch(sequences: list[Sequence], page_size: int) -> TextBatch:
@@ -55,7 +74,12 @@ def text_batch(sequences: list[Sequence], page_size: int) -> TextBatch:
         positions=torch.tensor([position for _, position in tokens]),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(len(span) for span in spans),
-        logits_indices=cu_seqlens[1:].long() - 1,
+        logits_indices=torch.cat(
+            [
+                torch.arange(end - _num_logits(sequence), end)
+                for sequence, end in zip(sequences, cu_seqlens[1:].tolist(), strict=True)
+            ]
+        ),
         paged=PagedView(
             slots=torch.tensor(
                 [s.pages[p // page_size] * page_size + p % page_size for s, p in tokens]
