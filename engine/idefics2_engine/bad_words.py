@@ -19,8 +19,8 @@ def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int
     found: dict[tuple[int, ...], None] = {}
     before = tokenizer.encode(_BEFORE, add_bos=False)
     for word in words:
-        spaced = tokenizer.encode(word.lstrip(), add_bos=False)
-        inside = tokenizer.encode(_BEFORE + word.lstrip(), add_bos=False)
+        spaced = tokenizer.encode(word.lstrip(" "), add_bos=False)
+        inside = tokenizer.encode(_BEFORE + word.lstrip(" "), add_bos=False)
         found[tuple(spaced)] = None
         if inside[: len(before)] == before and len(inside) > len(before):
             found[tuple(inside[len(before) :])] = None

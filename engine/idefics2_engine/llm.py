@@ -162,6 +162,7 @@ class LLM:
         Raises:
             PromptError: A prompt is malformed, does not fit its images, or is too long.
             ImageError: An image cannot be read.
+            SamplingError: A sampling parameter does not fit the model.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         drafts = [self._read_prompt(prompt) for prompt in several]
@@ -184,6 +185,7 @@ class LLM:
         Raises:
             PromptError: A conversation is malformed or too long, or the model has not learnt to chat.
             ImageError: An image cannot be read.
+            SamplingError: A sampling parameter does not fit the model.
         """
         if isinstance(messages, (str, Mapping)):
             raise PromptError(

@@ -83,11 +83,10 @@ class SamplingParams:
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.allowed_token_ids is not None:
-            if self.allowed_token_ids in ((), []):
-                raise SamplingError(
-                    f"allowed_token_ids must have a token id, got {shown(self.allowed_token_ids)}"
-                )
+            given = self.allowed_token_ids
             self._token_ids("allowed_token_ids")
+            if not self.allowed_token_ids:
+                raise SamplingError(f"allowed_token_ids must have a token id, got {shown(given)}")
         object.__setattr__(self, "bad_words", _words(self.bad_words))
         if self.seed is not None:
             self._integer("seed", -(2**63), 2**63 - 1)
@@ -192,11 +191,13 @@ def _biases(values: object) -> dict[int, float]:
 
 
 def _words(values: object) -> tuple[str, ...]:
-    """Return ``bad_words`` as a tuple of words that can be written in UTF-8 and are not blank."""
+    """Return ``bad_words`` as a tuple of words that can be written in UTF-8 and are more than spaces."""
     if not isinstance(values, (list, tuple)) or not all(
-        isinstance(word, str) and word.strip() and _is_unicode(word) for word in values
+        isinstance(word, str) and word.strip(" ") and _is_unicode(word) for word in values
     ):
-        raise SamplingError(f"bad_words must hold words that are not blank, got {shown(values)}")
+        raise SamplingError(
+            f"bad_words must hold words, not empty ones or spaces, got {shown(values)}"
+        )
     return tuple(values)
 
 
