@@ -39,7 +39,13 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
         }
     )
     old = llm._engine
-    engine = Engine(llm.model, old.tokenizer, llm.processor.image_config, old.generation, config)
+    engine = Engine(
+        llm.model,
+        old.tokenizer,
+        llm.processor.image_config,
+        old.generation,
+        config,
+    )
     for layer in engine.runner.kv_cache.layers:
         for tensor in layer:
             tensor.fill_(float("nan"))

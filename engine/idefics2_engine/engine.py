@@ -8,6 +8,7 @@ from idefics2_engine.encoder_cache import EncoderCache
 from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.images import ImageConfig
 from idefics2_engine.kv_cache import KVCache
+from idefics2_engine.logprobs import TokenTexts
 from idefics2_engine.model import Idefics2
 from idefics2_engine.pages import PageAllocator
 from idefics2_engine.prompt import Tokenizer
@@ -27,6 +28,8 @@ class Engine:
         image_config: ImageConfig,
         generation: GenerationConfig,
         config: EngineConfig,
+        *,
+        min_p_first: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.generation = generation
@@ -45,7 +48,13 @@ class Engine:
         self.runner = Runner(model, kv_cache, image_config, config.max_cached_images)
         self._max_num_seqs = config.max_num_seqs
         self._suspects: set[Request] = set()  # of a step that failed, and not in one since
-        self.sampler = Sampler(model.ops, generation.bad_words_ids, model.config.image_token_id)
+        self.sampler = Sampler(
+            model.ops,
+            generation.bad_words_ids,
+            model.config.image_token_id,
+            TokenTexts(tokenizer),
+            min_p_first=min_p_first,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -100,7 +109,13 @@ class Engine:
             self.scheduler.max_num_seqs = self._max_num_seqs
 
     def _run(self, step: Step) -> list[Sequence]:
-        logits = self.runner.run(step)
+        logits, prompts = self.runner.run(step)
+        for request, prompt_logits in prompts:
+            begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
+            followers = request.prompt_token_ids[begin + 1 : begin + 1 + len(prompt_logits)]
+            request.prompt_logprobs += self.sampler.prompt_logprobs(
+                prompt_logits, followers, number or 0
+            )
         self.scheduler.computed(step)
         sequences: list[Sequence] = []
         rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
@@ -112,8 +127,8 @@ class Engine:
             return []
         if len(rows) > len(logits):
             logits = logits[torch.tensor(rows, device=logits.device)]
-        for sequence, token in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
-            sequence.append(token)
+        for sequence, choice in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
+            sequence.append(*choice)
         self.scheduler.finish(sequences)
         return sequences
 

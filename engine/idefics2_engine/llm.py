@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from idefics2_engine.bad_words import bad_words_ids, check_choice
 from idefics2_engine.checkpoint import load_checkpoint
 from idefics2_engine.config import PAGE_SIZE, EngineConfig, GenerationConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
@@ -63,6 +64,7 @@ class LLM:
         kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
             one alone needs more, if ``None``.
         seed: Fixes the random numbers of requests without a seed of their own.
+        sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as transformers does.
         image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
             which refuses them (README, Images).
         max_image_pixels: Largest width x height of an image, checked before it is decoded.
@@ -95,6 +97,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         kv_cache_tokens: int | None = None,
         seed: int = 0,
+        sampling_order: str = "vllm",
         image_policy: str = "parity",
         max_image_pixels: int = MAX_PIXELS,
         max_media_bytes: int = MAX_BYTES,
@@ -104,6 +107,8 @@ class LLM:
         image_threads: int | None = None,
         ops: Ops = REFERENCE,
     ) -> None:
+        if sampling_order not in ("vllm", "hf"):
+            raise ConfigError(f"sampling_order must be 'vllm' or 'hf', got {shown(sampling_order)}")
         folder = _folder(model, revision)
         adapter_folder = None if adapter is None else find_adapter(adapter)
         if verify:
@@ -140,7 +145,12 @@ class LLM:
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
         generation = GenerationConfig.load(folder).with_defaults(ends, never)
         self._engine = Engine(
-            self.model, tokenizer, self.processor.image_config, generation, self.engine_config
+            self.model,
+            tokenizer,
+            self.processor.image_config,
+            generation,
+            self.engine_config,
+            min_p_first=sampling_order == "vllm",
         )
         self._seeds = random.Random(seed)
         self._count = 0
@@ -163,6 +173,7 @@ class LLM:
         Raises:
             PromptError: A prompt is malformed, does not fit its images, or is too long.
             ImageError: An image cannot be read.
+            SamplingError: A sampling parameter does not fit the model.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         drafts = [self._read_prompt(prompt) for prompt in several]
@@ -185,6 +196,7 @@ class LLM:
         Raises:
             PromptError: A conversation is malformed or too long, or the model has not learnt to chat.
             ImageError: An image cannot be read.
+            SamplingError: A sampling parameter does not fit the model.
         """
         if isinstance(messages, (str, Mapping)):
             raise PromptError(
@@ -326,11 +338,11 @@ class LLM:
         if room < 1:
             raise PromptTooLongError(len(prompt.token_ids), self.engine_config.max_model_len)
         vocab_size = self.config.text.vocab_size
-        if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
-            raise SamplingError(
-                f"stop_token_ids must be below the vocabulary's {vocab_size}, "
-                f"got {shown(max(params.stop_token_ids))}"
-            )
+        params.check_vocabulary(vocab_size)
+        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
+        generation = self._engine.generation
+        words = (*generation.bad_words_ids, *bad_words)
+        check_choice(params, words, generation.eos_token_ids, vocab_size)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         if params.min_tokens > max_tokens:
             raise SamplingError(
@@ -352,6 +364,7 @@ class LLM:
             params=params,
             seed=drawn if params.seed is None else params.seed,
             max_tokens=max_tokens,
+            bad_words_ids=bad_words,
         )
 
     def _read_prompt(self, prompt: Prompt) -> PromptDraft:

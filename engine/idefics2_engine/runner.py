@@ -11,6 +11,7 @@ from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
 from idefics2_engine.pages import NO_PAGE
 from idefics2_engine.scheduler import Chunk, Step
+from idefics2_engine.sequence import Request
 
 
 class Runner:
@@ -26,8 +27,13 @@ class Runner:
         self.image_features = torch.empty(shape, device=model.device, dtype=model.dtype)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> Tensor:
-        """Compute ``step``: logits (B, vocabulary) for its chunks that sample, in their order."""
+    def run(self, step: Step) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
+        """Compute ``step``.
+
+        Returns:
+            Logits (B, vocabulary) for its chunks that sample, in their order; and for requests whose prompt is scored
+            the logits (S, vocabulary) at the places that their chunks name.
+        """
         if step.encodes:
             self._encode(step.encodes)
         if step.copies:
@@ -40,7 +46,18 @@ class Runner:
                 torch.from_numpy(rows).to(self.model.device)
             ]
         logits: Tensor = self.model(batch, features, self.kv_cache.layers)
-        return logits
+        scored = [len(chunk.scores) for chunk in step.chunks]
+        if not any(scored):
+            return logits, []
+        ends = np.cumsum([count + c.samples for count, c in zip(scored, step.chunks, strict=True)])
+        prompts, samples = [], []
+        for chunk, count, end in zip(step.chunks, scored, ends.tolist(), strict=True):
+            if count:
+                first = end - chunk.samples - count
+                prompts.append((chunk.sequence.request, logits[first : first + count]))
+            if chunk.samples:
+                samples.append(end - 1)
+        return logits[torch.tensor(samples, dtype=torch.int64, device=logits.device)], prompts
 
     def _encode(self, encodes: list[tuple[Tile, int]]) -> None:
         tiles, slots = zip(*encodes, strict=True)
@@ -59,7 +76,11 @@ def text_batch(chunks: list[Chunk], page_size: int) -> TextBatch:
     owners = np.repeat(np.arange(len(chunks)), lengths)
     pages = tables[owners, positions // page_size].astype(np.int64)
     cu_seqlens = cumulative(lengths)
-    samples = torch.tensor([chunk.samples for chunk in chunks])
+    wanted = [
+        place - chunk.begin + offset
+        for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)
+        for place in (*chunk.scores, *([chunk.end - 1] if chunk.samples else []))
+    ]
     tables[tables == NO_PAGE] = 0  # never read, but a page
     return TextBatch(
         input_ids=torch.tensor(
@@ -68,7 +89,7 @@ def text_batch(chunks: list[Chunk], page_size: int) -> TextBatch:
         positions=torch.from_numpy(positions),
         cu_seqlens=cu_seqlens,
         max_seqlen=max(lengths),
-        logits_indices=(cu_seqlens[1:].long() - 1)[samples],
+        logits_indices=torch.tensor(wanted, dtype=torch.int64),
         paged=PagedView(
             slots=torch.from_numpy(pages * page_size + positions % page_size),
             block_table=torch.from_numpy(tables),

@@ -25,9 +25,8 @@ class Chunk:
     begin: int
     end: int
     samples: bool  # whether they are all there are, so that the next token can be drawn
-    images: list[
-        tuple[ImageItem, int]
-    ]  # that they have tokens of, and the slots of their embeddings
+    scores: range  # places in the prompt whose logits are wanted, for the tokens behind them
+    images: list[tuple[ImageItem, int]]  # it has tokens of, and the slots of their embeddings
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,10 @@ class Scheduler:
             sequence = self.waiting[0]
             cached = []
             if self.prefix_caching:  # at least one token is computed, for its logits
-                names = sequence.page_names(size)[: (len(sequence.token_ids) - 1) // size]
+                known = len(sequence.token_ids) - 1
+                if sequence.scores_prompt:
+                    known = min(known, len(sequence.request.prompt_logprobs))
+                names = sequence.page_names(size)[: known // size]
                 cached = self.pages.find(names)
             begin = len(cached) * size
             behind = self._num_behind(begin)
@@ -273,7 +275,12 @@ class Scheduler:
                 plan.encodes.append((item.tile, self.encoder.slot(content)))
         images = [(item, self.encoder.slot(item.tile.fingerprint)) for item in items]
         plan.tokens -= end - begin
-        plan.chunks.append(Chunk(sequence, begin, end, end == len(sequence.token_ids), images))
+        samples, scores = end == len(sequence.token_ids), range(0)
+        if sequence.scores_prompt:
+            request = sequence.request
+            last = len(request.prompt_token_ids) - 1  # nothing of the prompt is behind it
+            scores = range(max(begin, len(request.prompt_logprobs)), min(end, last))
+        plan.chunks.append(Chunk(sequence, begin, end, samples, scores, images))
 
     def _let_go_behind(self, sequence: Sequence) -> None:
         """Give back images that have been read, and pages that no later query sees."""

@@ -9,7 +9,13 @@ from hashlib import blake2b
 from idefics2_engine.detokenizer import Detokenizer
 from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.image_items import ImageItem, items_between
-from idefics2_engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from idefics2_engine.outputs import (
+    CompletionOutput,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
 from idefics2_engine.sampling_params import SamplingParams
 
 
@@ -24,6 +30,8 @@ class Request:
     params: SamplingParams
     seed: int  # of the first sequence; the others count up from it
     max_tokens: int  # of each sequence, within the model's length
+    bad_words_ids: Items[tuple[int, ...]] = ()  # of ``params.bad_words``
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0  # of the sequences; the others start from the first one's prompt
@@ -43,7 +51,9 @@ class Request:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=None,
+            prompt_logprobs=(
+                None if self.params.prompt_logprobs is None else [None, *self.prompt_logprobs]
+            ),
             outputs=[sequence.output() for sequence in self.sequences],
             finished=self.finished,
             metrics=RequestMetrics(
@@ -74,6 +84,7 @@ class Sequence:
         self.first_token_time: float | None = None
         self.finished_time: float | None = None
         self._page_names: list[bytes] = []
+        self.logprobs: list[TokenLogprobs] = []  # of each generated token, if asked for
         self._eos_token_ids = eos_token_ids
         self._detokenizer = detokenizer
 
@@ -91,6 +102,13 @@ class Sequence:
     def seed(self) -> int:
         """Seed of the sequence's random stream, in 64 bits."""
         return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the request still waits for its prompt's log probabilities, which its first sequence gives."""
+        request = self.request
+        wanted = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) - 1
+        return self.index == 0 and len(request.prompt_logprobs) < wanted
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -111,12 +129,14 @@ class Sequence:
             self._page_names.append(digest.digest())
         return self._page_names
 
-    def append(self, token_id: int) -> None:
-        """Add a generated token and apply the stop rules: end token, stop string, length."""
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Add a generated token, with ``logprobs`` if asked for, and apply the stop rules: end token, stop string, length."""
         params = self.request.params
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
         self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         before = len(self.text)
         ends = token_id in self.end_token_ids and self.num_generated >= params.min_tokens
         if not ends or params.include_stop_str_in_output:
@@ -152,12 +172,20 @@ class Sequence:
         text = self.text
         if not self.finish_reason:
             text = text[: len(text) - self._held_back()]
+        tokens = self.token_ids[len(self.request.prompt_token_ids) :]
+        scored = self.request.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text=text,
-            token_ids=self.token_ids[len(self.request.prompt_token_ids) :],
-            cumulative_logprob=None,
-            logprobs=None,
+            token_ids=tokens,
+            cumulative_logprob=(
+                sum(
+                    place[token].logprob for token, place in zip(tokens, self.logprobs, strict=True)
+                )
+                if scored
+                else None
+            ),
+            logprobs=list(self.logprobs) if scored else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
