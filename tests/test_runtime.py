@@ -26,6 +26,14 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     return LLM(folder, device="cpu", dtype="float32", max_model_len=200)
 
 
+@pytest.fixture(scope="module")
+def exact(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """The same model in float64."""
+    folder: Path = tmp_path_factory.mktemp("exact")
+    write_checkpoint(folder, window=WINDOW)
+    return LLM(folder, device="cpu", dtype=torch.float64, max_model_len=200)
+
+
 def make_engine(llm: LLM, **sizes: Any) -> Engine:
     """Build an engine on the model of ``llm`` with sizes of its own; the cache starts full of NaN."""
     config = EngineConfig(
@@ -70,6 +78,8 @@ def make_requests(llm: LLM) -> list[Request]:
             n=1 + 2 * (i % 5 == 4),
             max_tokens=6 + 3 * (i % 3),
             min_tokens=2,
+            logprobs=0,
+            prompt_logprobs=0 if i % 4 == 3 else None,
         )
         requests.append(llm._request(processed, params))
     return requests
@@ -88,6 +98,38 @@ def answers(
         engine.scheduler.check_integrity()
         steps += 1
     return [[output.token_ids for output in request.output().outputs] for request in requests]
+
+
+def log_probabilities(requests: list[Request]) -> torch.Tensor:
+    """Return those of all tokens that were scored, of prompts and of answers."""
+    values = []
+    for request in requests:
+        output = request.output()
+        scored = list(zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False))[1:]
+        for answer in output.outputs:
+            scored += zip(answer.token_ids, answer.logprobs or [], strict=True)
+        values += [of_place[token].logprob for token, of_place in scored if of_place]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of one request after the other, in fp32 and in float64."""
+    found = []
+    for model in (llm, exact):
+        requests = make_requests(model)
+        for request in requests:
+            answers(make_engine(model), [request])
+        found.append(log_probabilities(requests))
+    return found[0], found[1]
+
+
+def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Apply the three-way rule to log probabilities."""
+    single, exact = one_by_one
+    eps = torch.finfo(torch.float32).eps
+    allowed = 2 * ((single - exact).abs().max() + eps * exact.abs().max())
+    assert (log_probabilities(requests) - exact).abs().max() <= allowed
 
 
 @pytest.fixture(scope="module")
@@ -113,33 +155,46 @@ def expected(llm: LLM) -> list[list[list[int]]]:
     ids=str,
 )
 def test_the_way_the_work_is_cut_changes_no_token(
-    llm: LLM, expected: list[list[list[int]]], sizes: dict[str, Any]
+    llm: LLM,
+    expected: list[list[list[int]]],
+    one_by_one: tuple[torch.Tensor, torch.Tensor],
+    sizes: dict[str, Any],
 ) -> None:
-    engine = make_engine(llm, **sizes)
-    assert answers(engine, make_requests(llm)) == expected
+    engine, requests = make_engine(llm, **sizes), make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert_scores(requests, one_by_one)
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_preempted_every_seven_steps(
-    llm: LLM, expected: list[list[list[int]]], prefix_caching: bool
+    llm: LLM,
+    expected: list[list[list[int]]],
+    one_by_one: tuple[torch.Tensor, torch.Tensor],
+    prefix_caching: bool,
 ) -> None:
+    requests = make_requests(llm)
     engine = make_engine(llm, max_num_batched_tokens=8, prefix_caching=prefix_caching)
 
     def preempt(step: int) -> None:
         if step % 7 == 6 and engine.scheduler.running:
             engine.scheduler.preempt_newest()
 
-    assert answers(engine, make_requests(llm), preempt) == expected
+    assert answers(engine, requests, preempt) == expected
     assert engine.scheduler.num_preemptions > 3
+    assert_scores(requests, one_by_one)
 
 
-def test_known_prefixes(llm: LLM, expected: list[list[list[int]]]) -> None:
+def test_known_prefixes(
+    llm: LLM, expected: list[list[list[int]]], one_by_one: tuple[torch.Tensor, torch.Tensor]
+) -> None:
     engine = make_engine(llm)
     for times in range(3):
         requests = make_requests(llm)
         assert answers(engine, requests) == expected
-        cached = [request.output().num_cached_tokens for request in requests]
-        whole = [(len(r.prompt_token_ids) - 1) // PAGE * PAGE for r in requests]
+        assert_scores(requests, one_by_one)
+        plain = [request for request in requests if request.params.prompt_logprobs is None]
+        cached = [request.output().num_cached_tokens for request in plain]
+        whole = [(len(r.prompt_token_ids) - 1) // PAGE * PAGE for r in plain]
         assert cached == whole or times == 0
 
 
