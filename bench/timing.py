@@ -5,6 +5,7 @@ launching do not count. Implementations take turns, so that a clock that drifts 
 """
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -35,7 +36,29 @@ def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
         for name, graph in graphs.items():
             if turn < replays[name]:
                 samples[name].append(_milliseconds(graph) / len(calls[name]))
-    return {name: _time(own) for name, own in samples.items()}
+    return {name: summary(own) for name, own in samples.items()}
+
+
+def alternate(
+    calls: Mapping[str, Call], rounds: int, warm_up: int, device: torch.device
+) -> dict[str, Time]:
+    """Time calls that launch as they are, one after the other in each round, from idle to idle device."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-warm_up, rounds):
+        for name, call in calls.items():
+            synchronise(device)
+            begin = time.perf_counter()
+            call()
+            synchronise(device)
+            if turn >= 0:
+                samples[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: summary(own) for name, own in samples.items()}
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what ``device`` was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def num_copies(bytes_each: int) -> int:
@@ -75,7 +98,8 @@ def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
     return float(begin.elapsed_time(end))
 
 
-def _time(samples: list[float]) -> Time:
+def summary(samples: list[float]) -> Time:
+    """Return the median and the spread of ``samples`` in milliseconds."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Time(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])

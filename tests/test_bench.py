@@ -10,7 +10,7 @@ import torch
 import micro
 import report
 from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, rows
-from timing import Call, Time, _time
+from timing import Call, Time, summary
 
 ABOUT = {
     "gpu": "a GPU",
@@ -101,4 +101,4 @@ def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
 
 
 def test_spread_is_in_percentiles() -> None:
-    assert _time([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Time(3.5, 2.0, 5.0)
+    assert summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Time(3.5, 2.0, 5.0)

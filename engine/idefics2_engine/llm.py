@@ -24,6 +24,7 @@ from idefics2_engine.hub import find_adapter, find_model
 from idefics2_engine.image_items import image_items
 from idefics2_engine.intake import Intake
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
+from idefics2_engine.model import Idefics2
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
@@ -54,6 +55,8 @@ class LLM:
         adapter: A LoRA adapter in PEFT's format to merge, its folder or its id on the hub.
         verify: Compare the files with their published checksums first, and refuse weights that have none.
         check_finite: Look at every weight for NaN and infinity, and for overflow in ``dtype``.
+        load_format: ``"auto"`` reads the weights; ``"dummy"`` draws random ones on the device, for benchmarks, and the
+            folder needs none.
         device: ``"auto"`` takes a CUDA device if there is one.
         dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
         split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
@@ -88,6 +91,7 @@ class LLM:
         adapter: str | Path | None = None,
         verify: bool = False,
         check_finite: bool = False,
+        load_format: str = "auto",
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         split_images: bool | None = None,
@@ -109,6 +113,12 @@ class LLM:
     ) -> None:
         if sampling_order not in ("vllm", "hf"):
             raise ConfigError(f"sampling_order must be 'vllm' or 'hf', got {shown(sampling_order)}")
+        if load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format must be 'auto' or 'dummy', got {shown(load_format)}")
+        if load_format == "dummy" and (adapter is not None or verify or check_finite):
+            raise ConfigError(
+                "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
+            )
         folder = _folder(model, revision)
         adapter_folder = None if adapter is None else find_adapter(adapter)
         if verify:
@@ -132,14 +142,18 @@ class LLM:
             prefix_caching=enable_prefix_caching,
         )
         on = _device(device)
-        self.model = load_checkpoint(
-            folder,
-            ops,
-            on,
-            _dtype(dtype, on),
-            adapter=adapter_folder,
-            check_finite=check_finite,
-        )
+        if load_format == "dummy":
+            self.model = Idefics2(self.config, ops, on, _dtype(dtype, on))
+            self.model.init_weights()
+        else:
+            self.model = load_checkpoint(
+                folder,
+                ops,
+                on,
+                _dtype(dtype, on),
+                adapter=adapter_folder,
+                check_finite=check_finite,
+            )
         tokenizer = self.processor.tokenizer
         ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
