@@ -50,6 +50,45 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def whole_line(row: Row) -> str:
+    """Return one row of the whole model for people who watch."""
+    head = f"{row['kernel']:8} {row['case']:20} {row['impl']:22}"
+    if "ms" not in row:
+        return f"{head} WRONG: the result is not finite"
+    spread = f" ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})" if "ms_p20" in row else ""
+    beside = f"  {row['speedup']:.2f}x {row['peer']}" if "speedup" in row else ""
+    return f"{head} {row['ms']:10.2f} ms{spread}  {_rates(row)}{beside}"
+
+
+def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
+    """Return a Markdown table of the whole model."""
+    name = about["gpu"] or about["cpu"]
+    lines = [
+        f"{name}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}",
+        "",
+        "| kernel | case | implementation | model | ms | in a second | peak GB | peer | speedup |",
+        "|---|---|---|---|---:|---|---:|---|---:|",
+    ]
+    for row in rows:
+        head = (
+            f"| {row['kernel']} | {row['case']} | {row['impl']} | {row['model']}, {row['dtype']} |"
+        )
+        if "ms" not in row:
+            lines.append(f"{head} wrong | | | | |")
+            continue
+        memory = f"{row['peak_GB']:.1f}" if "peak_GB" in row else ""
+        peer = f"{row['peer']}, {row['peer_ms']:.2f} ms" if "peer" in row else ""
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        lines.append(f"{head} {row['ms']:.2f} | {_rates(row)} | {memory} | {peer} | {speedup} |")
+    return "\n".join(lines)
+
+
+def _rates(row: Row) -> str:
+    ending = "_per_s"
+    rates = {k.removesuffix(ending): v for k, v in row.items() if k.endswith(ending)}
+    return ", ".join(f"{value:.4g} {name.replace('_', ' ')}" for name, value in rates.items())
+
+
 def write_json(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
     """Write ``rows``; rows of other cases that are in the file, from the same machine and commit, stay."""
     new = {(row["kernel"], row["case"]) for row in rows}

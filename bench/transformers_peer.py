@@ -26,14 +26,18 @@ def is_installed() -> bool:
 
 def transformers_model(model: Idefics2, folder: Path) -> Any:
     """Build transformers' model of ``folder``'s config, with SDPA attention, around the parameters of ``model``."""
-    from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+    import transformers
+
+    library: Any = transformers  # its classes are typed in part
 
     values = read_json(folder / "config.json")
     perceiver = values.get("perceiver_config") or {}
     eps = model.config.perceiver.rms_norm_eps  # its own default is not what was trained
-    config = Idefics2Config(**{**values, "perceiver_config": {**perceiver, "rms_norm_eps": eps}})
+    config = library.Idefics2Config(
+        **{**values, "perceiver_config": {**perceiver, "rms_norm_eps": eps}}
+    )
     with torch.device("meta"):
-        peer: Any = Idefics2ForConditionalGeneration._from_config(
+        peer: Any = library.Idefics2ForConditionalGeneration._from_config(
             config, attn_implementation="sdpa"
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -45,7 +49,7 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
     if model.config.tie_word_embeddings:
         peer.lm_head.weight = peer.model.text_model.embed_tokens.weight
     text = peer.model.text_model
-    text.rotary_emb = type(text.rotary_emb)(config.text_config, device=model.device)
+    text.rotary_emb = type(text.rotary_emb)(config.text_config).to(model.device)
     left = [n for n, t in [*peer.named_parameters(), *peer.named_buffers()] if t.is_meta]
     if left:
         raise RuntimeError(f"transformers' model has tensors that ours lacks: {', '.join(left)}")
@@ -93,9 +97,10 @@ def generate(
     max_new_tokens: int,
 ) -> Tensor:
     """Continue ``prompts`` greedily by ``max_new_tokens``, whatever ends come: (B, max_new_tokens)."""
-    from transformers import GenerationConfig
+    import transformers
 
-    greedy = GenerationConfig(
+    library: Any = transformers
+    greedy = library.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None, pad_token_id=pad_id
     )
     peer.generation_config = greedy  # its own would bring an end token in

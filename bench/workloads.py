@@ -126,7 +126,7 @@ def offline_requests(
         sizes = tuple(SIZES[i] for i in random.integers(0, len(SIZES), num_images))
         num_text = int(random.integers(TEXT_TOKENS[0], TEXT_TOKENS[1] + 1))
         max_tokens = int(random.choice(NEW_TOKENS))
-        text = text_tokens(processor.tokenizer, max(1, num_text // shrink), random)
+        text = text_tokens(processor.tokenizer, num_text, random)[: max(1, num_text // shrink)]
         requests.append(
             OfflineRequest(
                 [*_opening(processor, num_images), *text],

@@ -1,0 +1,82 @@
+"""Which model the benchmarks of the whole model time, on what and how: the options that they share."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import transformers_peer
+from idefics2_engine import LLM
+from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.hub import find_model
+from idefics2_kernels import REFERENCE, TRITON
+
+PEER = "transformers"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``resolve`` and ``load`` read."""
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model", help="a checkpoint's folder or hub id (default: the demo checkpoint)"
+    )
+    which.add_argument(
+        "--random-weights",
+        type=Path,
+        metavar="FOLDER",
+        help="draw weights on the device for the config, tokenizer and processor files in FOLDER",
+    )
+    add("--device", default="auto", help="auto (the default: a GPU if any), cpu or cuda")
+    add("--dtype", default="auto", help="auto (the default): bfloat16 on a GPU, float32 on a CPU")
+    add("--ops", choices=("triton", "reference"), help="default: triton on a GPU, else reference")
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument(
+        "--peer",
+        choices=(PEER,),
+        help="what to time beside it, on the same weights (default: transformers, if installed)",
+    )
+    peer.add_argument("--no-peer", action="store_true", help="time nothing beside it")
+    add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
+    add("--commit", help="what to record as the commit, where there is no git")
+
+
+def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fill in what is left to defaults: the device, the operations, the peer."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.ops is None:
+        options.ops = "triton" if options.device.startswith("cuda") else "reference"
+    if options.peer == PEER and not transformers_peer.is_installed():
+        parser.error("--peer transformers: it is not installed")
+    if options.peer is None and not options.no_peer and transformers_peer.is_installed():
+        options.peer = PEER
+
+
+def folder(options: argparse.Namespace) -> Path:
+    """Return the folder of the model's files."""
+    if options.random_weights is not None:
+        return Path(options.random_weights)
+    return DEMO_MODEL if options.model is None else find_model(options.model)
+
+
+def load(options: argparse.Namespace, **settings: Any) -> LLM:
+    """Build the model that the options ask for, images whole."""
+    return LLM(
+        folder(options),
+        load_format="auto" if options.random_weights is None else "dummy",
+        device=options.device,
+        dtype=options.dtype,
+        ops=TRITON if options.ops == "triton" else REFERENCE,
+        split_images=False,
+        **settings,
+    )
+
+
+def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
+    """Return what a row says about the model that it is of."""
+    weights = options.random_weights or options.model or "demo"
+    name = Path(weights).name if Path(weights).is_dir() else str(weights)
+    kind = " (random weights)" if options.random_weights is not None else ""
+    return {"model": f"{name}{kind}", "dtype": str(llm.model.dtype).removeprefix("torch.")}
