@@ -11,6 +11,7 @@ turns with it in the same process, on the same weights, in the same type, with S
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -103,6 +104,7 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
 
 def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int) -> list[Row]:
     """Check and time ``case``, with transformers' model ``peer`` beside it unless that is None: a row each."""
+    gc.collect()  # the caches of the case before
     rounds = steps if case.kernel == "step" else min(steps, _MOST_ROUNDS)
     ours = _OURS[case.kernel](case, llm, rounds)
     contenders: dict[str, Contender] = {ops_name: ours}
