@@ -187,13 +187,13 @@ def _weigh(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
 
 
 @gluon.jit
-def _weighed(p, acc, acc_rest, D_REST: gl.constexpr):
-    """Wait for what ``_weigh`` began; the weights stay in their registers until then."""
+def _weighed(p, weights, acc, acc_rest, D_REST: gl.constexpr):
+    """Wait for what ``_weigh`` began; ``p`` is kept until then, and the next weights come before, not after."""
     if D_REST > 0:
-        acc, acc_rest, p = warpgroup_mma_wait(0, deps=(acc, acc_rest, p))
+        acc, acc_rest, p, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, weights))
     else:
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-    return acc, acc_rest
+        acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
+    return acc, acc_rest, weights
 
 
 @gluon.jit
@@ -212,7 +212,6 @@ def _step(
     barriers,
     step,  # tiles of keys so far
     turns,  # calls so far
-    is_last,  # of this query tile
     visible,  # first and last key of each row, if MASKED
     qk_scale,
     D_REST: gl.constexpr,
@@ -224,7 +223,7 @@ def _step(
     """Take the scores of a tile of keys while the weights of the tile before are multiplied by its values."""
     acc, acc_rest, m_i, l_i, p = state
     q_smem, k_smem, v_smem, _ = smem
-    _, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    _, _, k_full, k_empty, v_full, v_empty, turn = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     QK: gl.constexpr = m_i.type.layout.parent
     buffer, before = step % BUFFERS, (step - 1) % BUFFERS
@@ -238,12 +237,12 @@ def _step(
         mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))
     qk = warpgroup_mma_wait(2 if D_REST > 0 else 1, deps=(qk,))
     mbarrier.arrive(k_empty.index(buffer))
-    mbarrier.arrive(q_empty.index(CONSUMER), pred=is_last)
     weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
-    acc, acc_rest = _weighed(p, acc, acc_rest, D_REST)
+    weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
     mbarrier.arrive(v_empty.index(before))
     acc, acc_rest = _times(acc, acc_rest, alpha, D_REST)
-    return acc, acc_rest, m_i, l_i, gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    return acc, acc_rest, m_i, l_i, weights
 
 
 @gluon.jit
@@ -288,7 +287,6 @@ def _consume(
             qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
             qk = warpgroup_mma_wait(0, deps=(qk,))
             mbarrier.arrive(k_empty.index(buffer))
-            mbarrier.arrive(q_empty.index(CONSUMER), pred=tiles == 1)
             m_i = gl.full([ROWS], NO_SCORE, gl.float32, gl.SliceLayout(1, QK))
             l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, QK))
             start_n = _first_key(0, begins, counts, BLOCK_N)
@@ -307,7 +305,6 @@ def _consume(
                     barriers,
                     step + tile,
                     step + tile - round - 1,
-                    tile == tiles - 1,
                     (lowest - start_n, highest - start_n),
                     qk_scale,
                     D_REST,
@@ -323,7 +320,6 @@ def _consume(
                     barriers,
                     step + tile,
                     step + tile - round - 1,
-                    tile == tiles - 1,
                     visible,
                     qk_scale,
                     D_REST,
@@ -333,13 +329,14 @@ def _consume(
                     False,
                 )
             acc, acc_rest, m_i, l_i, p = state
+            mbarrier.arrive(q_empty.index(CONSUMER))
             step += tiles
             round += 1
             buffer = (step - 1) % BUFFERS
             mbarrier.wait(v_full.index(buffer), (step - 1) // BUFFERS & 1)
             acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, buffer, D_REST)
             inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
-            acc, acc_rest = _weighed(p, acc, acc_rest, D_REST)
+            acc, acc_rest, p = _weighed(p, p, acc, acc_rest, D_REST)
             mbarrier.arrive(v_empty.index(buffer))
 
             acc, acc_rest = _times(acc, acc_rest, inverse, D_REST)
