@@ -45,18 +45,20 @@ class LaunchConfig:
     CONSUMER_REGISTERS: int  # of a thread
     PRODUCER_REGISTERS: int
     IN_TURN: int  # 1: the warpgroups issue their products one after the other
+    SOFTMAX_FIRST: int  # 1: a softmax is over before its warpgroup waits for its products
     PERSISTENT: int  # 1: as many programs as processors share the query tiles; 0: one for each
 
 
-def _launch_config(D: int) -> LaunchConfig:
+def _launch_config(max_seqlen: int) -> LaunchConfig:
     return LaunchConfig(
         CONSUMERS=2,
         BLOCK_N=128,
         BUFFERS=2,
-        CONSUMER_REGISTERS=240,
+        CONSUMER_REGISTERS=240,  # and three consumers 160, with 32 for the producer: they share 64 Ki
         PRODUCER_REGISTERS=24,
         IN_TURN=0,
-        PERSISTENT=1,
+        SOFTMAX_FIRST=0,
+        PERSISTENT=int(max_seqlen <= 2048),  # long tiles: the hardware's order balances better
     )
 
 
@@ -83,7 +85,11 @@ def _key_tiles(start_m, T, reach, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr
     full_n = gl.cdiv(gl.maximum(last_m - left, 0), BLOCK_N) * BLOCK_N
     edge_n = gl.maximum(gl.minimum(start_m + right + 1, T) // BLOCK_N * BLOCK_N, full_n)
     begins = edge_n, first_n, full_n
-    counts = gl.cdiv(end_n - edge_n, BLOCK_N), (full_n - first_n) // BLOCK_N, (edge_n - full_n) // BLOCK_N
+    counts = (
+        gl.cdiv(end_n - edge_n, BLOCK_N),
+        (full_n - first_n) // BLOCK_N,
+        (edge_n - full_n) // BLOCK_N,
+    )
     return begins, counts
 
 
@@ -206,6 +212,24 @@ def _times(acc, acc_rest, factor, D_REST: gl.constexpr):
 
 
 @gluon.jit
+def _hold(sums):
+    """Return ``sums``, which are not negative, such that the assembler leaves what leads to them before a later wait.
+
+    It moves waits for the tensor cores up to the last instruction with an effect, and would take a softmax that was
+    to run meanwhile after one. So this may store, as far as it can tell.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 zero; mov.b32 zero, 0; setp.lt.f32 p, $1, 0f00000000;"
+        " @p st.shared.f32 [zero], $1; mov.b32 $0, $1; }",
+        "=f,f",
+        [sums],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _step(
     state,  # acc in two parts, m_i, l_i, the weights of the tile before
     smem,
@@ -218,6 +242,7 @@ def _step(
     CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
     IN_TURN: gl.constexpr,
+    SOFTMAX_FIRST: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Take the scores of a tile of keys while the weights of the tile before are multiplied by its values."""
@@ -239,6 +264,8 @@ def _step(
     mbarrier.arrive(k_empty.index(buffer))
     weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
     weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    if SOFTMAX_FIRST:
+        l_i = _hold(l_i)
     acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
     mbarrier.arrive(v_empty.index(before))
     acc, acc_rest = _times(acc, acc_rest, alpha, D_REST)
@@ -256,6 +283,7 @@ def _consume(
     CONSUMER: gl.constexpr,
     CONSUMERS: gl.constexpr,
     IN_TURN: gl.constexpr,
+    SOFTMAX_FIRST: gl.constexpr,
 ):
     """Compute 64 rows of each of this program's query tiles."""
     cu_seqlens_ptr, num_tiles, sizes, reach = queries
@@ -273,7 +301,7 @@ def _consume(
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
     for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        begin, T, start_m, head, head_kv = _query_tile(index, cu_seqlens_ptr, sizes, CONSUMERS)
+        begin, T, start_m, head, _head_kv = _query_tile(index, cu_seqlens_ptr, sizes, CONSUMERS)
         if start_m < T:
             begins, counts = _key_tiles(start_m, T, reach, CONSUMERS, BLOCK_N)
             edges = counts[0] + counts[1]
@@ -292,7 +320,7 @@ def _consume(
             start_n = _first_key(0, begins, counts, BLOCK_N)
             visible = lowest - start_n, highest - start_n
             # masked wherever it is: a loop of its own would cost more than masks that change nothing
-            weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, True)
+            weights, _alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, True)
             acc = gl.zeros([ROWS, D_MAIN], gl.float32, ACC)
             acc_rest = gl.zeros([ROWS, WIDTH_REST], gl.float32, ACC_REST)
             p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, ACC, 2))
@@ -311,6 +339,7 @@ def _consume(
                     CONSUMER,
                     CONSUMERS,
                     IN_TURN,
+                    SOFTMAX_FIRST,
                     True,
                 )
             for tile in range(gl.maximum(edges, 1), tiles):
@@ -326,6 +355,7 @@ def _consume(
                     CONSUMER,
                     CONSUMERS,
                     IN_TURN,
+                    SOFTMAX_FIRST,
                     False,
                 )
             acc, acc_rest, m_i, l_i, p = state
@@ -359,13 +389,15 @@ def _consume(
 @gluon.jit
 def _tiles(descs, NUM: gl.constexpr, D_REST: gl.constexpr):
     """Return shared memory for ``NUM`` tiles in two parts; where there is one part, the second is the first."""
-    main = gl.allocate_shared_memory(
-        descs[0].dtype, [NUM] + descs[0].block_type.shape, descs[0].layout
-    )
+    desc = descs[0]
+    main = gl.allocate_shared_memory(desc.dtype, [NUM] + desc.block_type.shape, desc.layout)  # noqa: RUF005
     rest = main
     if D_REST > 0:
+        desc_rest = descs[1]
         rest = gl.allocate_shared_memory(
-            descs[1].dtype, [NUM] + descs[1].block_type.shape, descs[1].layout
+            desc_rest.dtype,
+            [NUM] + desc_rest.block_type.shape,  # noqa: RUF005
+            desc_rest.layout,
         )
     return main, rest
 
@@ -403,6 +435,7 @@ def _flash_attention_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     IN_TURN: gl.constexpr,
+    SOFTMAX_FIRST: gl.constexpr,
 ):
     q_descs, k_descs, v_descs = (q_desc, q_rest_desc), (k_desc, k_rest_desc), (v_desc, v_rest_desc)
     out_descs = out_desc, out_rest_desc
@@ -430,11 +463,33 @@ def _flash_attention_kernel(
             [
                 (
                     _consume,
-                    (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, CONSUMERS, IN_TURN),
+                    (
+                        queries,
+                        out_descs,
+                        smem,
+                        barriers,
+                        qk_scale,
+                        D_REST,
+                        0,
+                        CONSUMERS,
+                        IN_TURN,
+                        SOFTMAX_FIRST,
+                    ),
                 ),
                 (
                     _consume,
-                    (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, CONSUMERS, IN_TURN),
+                    (
+                        queries,
+                        out_descs,
+                        smem,
+                        barriers,
+                        qk_scale,
+                        D_REST,
+                        1,
+                        CONSUMERS,
+                        IN_TURN,
+                        SOFTMAX_FIRST,
+                    ),
                 ),
                 (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
             ],
@@ -447,15 +502,48 @@ def _flash_attention_kernel(
             [
                 (
                     _consume,
-                    (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, CONSUMERS, IN_TURN),
+                    (
+                        queries,
+                        out_descs,
+                        smem,
+                        barriers,
+                        qk_scale,
+                        D_REST,
+                        0,
+                        CONSUMERS,
+                        IN_TURN,
+                        SOFTMAX_FIRST,
+                    ),
                 ),
                 (
                     _consume,
-                    (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, CONSUMERS, IN_TURN),
+                    (
+                        queries,
+                        out_descs,
+                        smem,
+                        barriers,
+                        qk_scale,
+                        D_REST,
+                        1,
+                        CONSUMERS,
+                        IN_TURN,
+                        SOFTMAX_FIRST,
+                    ),
                 ),
                 (
                     _consume,
-                    (queries, out_descs, smem, barriers, qk_scale, D_REST, 2, CONSUMERS, IN_TURN),
+                    (
+                        queries,
+                        out_descs,
+                        smem,
+                        barriers,
+                        qk_scale,
+                        D_REST,
+                        2,
+                        CONSUMERS,
+                        IN_TURN,
+                        SOFTMAX_FIRST,
+                    ),
                 ),
                 (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
             ],
@@ -515,7 +603,7 @@ def flash_attention_gluon(
     if B < 1:
         return out
     reach = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
-    config = _launch_config(D)
+    config = _launch_config(max_seqlen)
     _, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen, _ROWS * config.CONSUMERS)
     num_tiles = tiles_m * H * B
@@ -539,6 +627,7 @@ def flash_attention_gluon(
         CONSUMER_REGISTERS=config.CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=config.PRODUCER_REGISTERS,
         IN_TURN=config.IN_TURN,
+        SOFTMAX_FIRST=config.SOFTMAX_FIRST,
         num_warps=4,
         maxnreg=65536 // (128 * (config.CONSUMERS + 1)) // 8 * 8,
     )

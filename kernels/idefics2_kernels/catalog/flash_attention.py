@@ -1,6 +1,7 @@
 """A row of the catalog: attention within packed sequences."""
 
 import math
+from collections.abc import Callable
 from itertools import accumulate, pairwise, product
 from typing import Any
 
@@ -11,6 +12,7 @@ from idefics2_kernels import flash_attention
 from idefics2_kernels.catalog.attention import DTYPES, case_name, cumulative, visible_pairs
 from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.flash_attention import GLUON
 from idefics2_kernels.ops import REFERENCE
 
 _WHOLE = 2**27  # scores in float64 that a GPU holds at once beside their softmax
@@ -252,12 +254,33 @@ def _flash_model_cases() -> list[Case]:
     ]
 
 
+def _implementations() -> dict[str, Callable[..., Tensor]]:
+    kernels: dict[str, Callable[..., Tensor]] = {"triton": flash_attention.flash_attention}
+    if GLUON is not None:
+        kernels |= {"tl": flash_attention.flash_attention_tl, "gluon": GLUON.flash_attention_gluon}
+    return kernels
+
+
+def _has_twin(case: Case) -> bool:
+    """Return whether Gluon's kernel takes a case; where it does not, ``TRITON``'s is the plain one."""
+    dims = case.dims
+    return (
+        GLUON is not None
+        and flash_attention.on_hopper()
+        and dims["D"] in GLUON.HEAD_DIMS
+        and case.dtype.itemsize == 2
+        and dims.get("layout") != "offset"  # its rows are not aligned
+        and sum(dims["lengths"]) > 0
+    )
+
+
 FLASH_ATTENTION = KernelSpec(
     name="flash_attention",
     make_inputs=_flash_inputs,
     cases=_flash_cases(),
     cost=_flash_cost,
-    implementations={"triton": flash_attention.flash_attention},
+    implementations=_implementations(),
+    only={"tl": _has_twin, "gluon": _has_twin},
     checked_rows=_flash_rows,
     reference=flash_attention_rows,
 )
