@@ -204,7 +204,6 @@ def flash_attention(
     check_shape("cu_seqlens", cu_seqlens, (None,))
     check_dtype("cu_seqlens", cu_seqlens, torch.int32)
     check_window(window)
-    base_two(scale, D)
     check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     kernel = flash_attention_tl
     if GLUON is not None and on_hopper() and GLUON.takes(q, k, v):
@@ -234,6 +233,7 @@ def flash_attention_tl(
     """Compute ``flash_attention`` of what it has checked, by the kernel above."""
     T, H, D = q.shape
     H_KV = k.shape[1]
+    qk_scale = base_two(scale, D)
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
     B = cu_seqlens.shape[0] - 1
     if not out.numel() or B < 1:
@@ -261,7 +261,7 @@ def flash_attention_tl(
         tiles_m,
         reach,
         0 if causal else reach,
-        base_two(scale, D),
+        qk_scale,
         D=D,
         D_MAIN=D_MAIN,
         D_REST=D_REST,

@@ -598,6 +598,7 @@ def flash_attention_gluon(
     """Compute ``flash_attention`` of what it has checked and ``takes`` says is for this kernel."""
     T, H, D = q.shape
     H_KV = k.shape[1]
+    qk_scale = base_two(scale, D)
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
     B = cu_seqlens.shape[0] - 1
     if B < 1:
@@ -620,7 +621,7 @@ def flash_attention_gluon(
         tiles_m,
         reach,
         0 if causal else reach,
-        base_two(scale, D),
+        qk_scale,
         D_REST=D_REST,
         CONSUMERS=config.CONSUMERS,
         BUFFERS=config.BUFFERS,
