@@ -8,6 +8,7 @@ barrier that is missing shows as a wrong number, and one too many as a program t
 import random
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,6 +152,7 @@ def _warpgroup_mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: boo
 
 
 def _warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
+    time.sleep(1e-3)  # for a copy that need not wait to come before
     while len(_local.products) > outstanding:
         _local.products.pop(0).finish()
     values = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)

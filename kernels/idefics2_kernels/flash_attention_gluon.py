@@ -27,6 +27,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from idefics2_kernels.attention_tiles import LOWEST, UNBOUNDED, alignment, base_two, head_parts
 
+# Triton 3.8 has new names
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 HEAD_DIMS = (72, 96, 128)
 _ROWS = 64  # queries of a warpgroup
 _END = 2**30  # the row that every sequence ends at in its descriptor's coordinates
@@ -111,11 +115,9 @@ def _load(descs, place, tiles, full, index, D_REST: gl.constexpr):
     full = full.index(index)
     D_MAIN: gl.constexpr = tiles[0].shape[5]
     mbarrier.expect(full, tiles[0].shape[3] * (D_MAIN + D_REST) * 2)
-    tma.async_copy_global_to_shared(
-        descs[0], [END, begin + T, END - T + row, head, 0], full, tiles[0].index(index)
-    )
+    async_load(descs[0], [END, begin + T, END - T + row, head, 0], full, tiles[0].index(index))
     if D_REST > 0:
-        tma.async_copy_global_to_shared(
+        async_load(
             descs[1], [END, begin + T, END - T + row, head, D_MAIN], full, tiles[1].index(index)
         )
 
@@ -376,11 +378,9 @@ def _consume(
             if D_REST > 0:
                 _matrix(out_smem[1], CONSUMER).store(acc_rest.to(dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(
-                out_descs[0], [END, begin + T, row, head, 0], out_smem[0].index(CONSUMER)
-            )
+            async_store(out_descs[0], [END, begin + T, row, head, 0], out_smem[0].index(CONSUMER))
             if D_REST > 0:
-                tma.async_copy_shared_to_global(
+                async_store(
                     out_descs[1], [END, begin + T, row, head, D_MAIN], out_smem[1].index(CONSUMER)
                 )
     tma.store_wait(0)
