@@ -23,7 +23,7 @@ _PATIENCE = 20.0  # seconds that a barrier is waited for
 _local = threading.local()
 
 
-class Array(np.ndarray):  # type: ignore[type-arg]
+class Array(np.ndarray):
     """A tensor in registers; its layout does not matter."""
 
     type = types.SimpleNamespace(layout=types.SimpleNamespace(parent=None))

@@ -266,7 +266,7 @@ def _step(
     mbarrier.arrive(k_empty.index(buffer))
     weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
     weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    if SOFTMAX_FIRST:
+    if SOFTMAX_FIRST and not MASKED:
         l_i = _hold(l_i)
     acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
     mbarrier.arrive(v_empty.index(before))
