@@ -4,7 +4,7 @@
 
 Every image is a photograph-like picture of 1280x960 of its own. Each round times every contender
 once, one after the other, so that a change of the machine's speed meets all of them; the figures
-are medians over the rounds. ``cpu_ms`` is the processor's time, all threads together: on one thread
+are medians over the rounds. ``cpu_ms`` is this process's time on the processor, all threads together: on one thread
 it is the figure to compare where other programs share the cores. Before anything is timed, the pixels are compared bit for bit.
 
 ``tiles`` is what the engine takes: uint8, normalised later on the device. ``floats`` normalises them
@@ -21,6 +21,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -79,6 +81,34 @@ class Ours:
         read_all(read, files, self.threads)
 
 
+class Processes:
+    """Our way to tiles in processes that share nothing: what the cores give, whatever threads do."""
+
+    def __init__(self, split: bool, count: int, files: Files) -> None:
+        self.count = count
+        self.pool = ProcessPoolExecutor(
+            count, get_context("spawn"), initializer=_hold, initargs=(split, list(files))
+        )
+
+    def __call__(self, files: Files) -> None:
+        """Read all files, each process its share of them on one thread."""
+        shares = [range(first, len(files), self.count) for first in range(self.count)]
+        for _ in self.pool.map(_read_held, shares):
+            pass
+
+
+_HELD: list[Any] = []  # in a process of the pool: our reader, and the files, which came once
+
+
+def _hold(split: bool, files: list[bytes]) -> None:
+    _HELD[:] = [Ours(split, 1), files]
+
+
+def _read_held(share: range) -> None:
+    ours, files = _HELD
+    ours([files[index] for index in share])
+
+
 class Theirs:
     """The way of transformers: ``load_image``, then the image processor on Pillow."""
 
@@ -109,7 +139,7 @@ def measure(
 ) -> dict[str, list[tuple[float, float]]]:
     """Return the milliseconds an image of each contender in each round, by the clock and of CPU."""
     for run in contenders.values():
-        run(files[:2])  # imports, tables, memory
+        run(files[:8])  # imports, tables, memory
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -120,12 +150,22 @@ def measure(
     return times
 
 
-def rows(kind: str, split: bool, files: Files, threads: Sequence[int], rounds: int) -> list[Any]:
+def rows(
+    kind: str,
+    split: bool,
+    files: Files,
+    threads: Sequence[int],
+    processes: Sequence[int],
+    rounds: int,
+) -> list[Any]:
     """Measure one kind of file and return the rows of the result."""
     check(files[0], split)
     contenders: dict[str, Callable[[Files], None]] = {"transformers": Theirs(split)}
     contenders["floats, 1 thread"] = Ours(split, 1, floats=True)
     contenders |= {f"tiles, {count} threads": Ours(split, count) for count in threads}
+    contenders |= {
+        f"tiles, {count} processes": Processes(split, count, files) for count in processes
+    }
     measured = measure(contenders, files, rounds)
     times = {name: [clock for clock, _ in values] for name, values in measured.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -153,15 +193,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="files of each kind (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (%(default)s)")
     parser.add_argument("--threads", default="1,2,4,8", help="thread counts (%(default)s)")
+    parser.add_argument("--processes", default="", help="process counts, beside the threads")
     parser.add_argument("--kinds", default="JPEG,PNG", help="kinds of files (%(default)s)")
     parser.add_argument("--out", help="write the JSON here instead of printing it")
     args = parser.parse_args()
     threads = [int(count) for count in args.threads.split(",")]
+    processes = [int(count) for count in args.processes.split(",") if count]
     results = []
     for kind in args.kinds.split(","):
         files = [encode(picture(seed), kind) for seed in range(args.images)]
         for split in (False, True):
-            found = rows(kind, split, files, threads, args.rounds)
+            found = rows(kind, split, files, threads, processes, args.rounds)
             results += found
             for row in found:
                 print(

@@ -10,8 +10,9 @@ import torch
 
 import gluon_on_cpu
 from guarded import guarded_allocations
-from idefics2_kernels import flash_attention, reference
+from idefics2_kernels import reference
 from idefics2_kernels.catalog import CATALOG
+from idefics2_kernels.catalog import flash_attention as catalog
 from idefics2_kernels.catalog.attention import cumulative
 
 FILE = Path(__file__).parents[1] / "kernels" / "idefics2_kernels" / "flash_attention_gluon.py"
@@ -67,14 +68,14 @@ def test_the_kernel_step_by_step(
 
 def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
-    assert flash_attention.GLUON is not None
     assert not any(spec.only["gluon"](case) for case in spec.cases), "interpreted"
-    monkeypatch.setattr(flash_attention, "on_hopper", lambda: True)
+    monkeypatch.setattr(catalog, "_on_hopper", lambda: True)
+    assert catalog._GLUON is not None
     small = [case for case in spec.cases if sum(case.dims["lengths"]) < 1000]
     takes = []
     for case in small:
         inputs = spec.make_inputs(case, torch.device("cpu"))
-        takes.append(flash_attention.GLUON.takes(*(inputs[name] for name in ("q", "k", "v"))))
+        takes.append(catalog._GLUON.takes(*(inputs[name] for name in ("q", "k", "v"))))
     assert takes == [spec.only["gluon"](case) for case in small]
     assert any(takes)
     assert not all(takes)

@@ -37,6 +37,47 @@ BAD: dict[str, list[Any]] = {
         np.array([7]),
         [-HUGE],
     ],
+    "presence_penalty": [-2.1, 2.001, math.nan, math.inf, None, "1", True],
+    "frequency_penalty": [-2.001, 3, math.nan, -math.inf, None, [1], False],
+    "logit_bias": [
+        {-1: 0},
+        {1.0: 0},
+        {True: 0},
+        {None: 0},
+        {"x": 0},
+        {"-1": 0},
+        {" 1": 0},
+        {"\u0661": 0},
+        {1: 100.5},
+        {1: -101},
+        {1: math.nan},
+        {1: math.inf},
+        {1: None},
+        {1: "1"},
+        {1: True},
+        {1: HUGE},
+        {1: 0, "1": 0},
+        [(1, 0)],
+        7,
+        "7",
+    ],
+    "allowed_token_ids": [
+        [],
+        (),
+        [-1],
+        [1.0],
+        ["2"],
+        [None],
+        [True],
+        7,
+        "7",
+        {7},
+        [-HUGE],
+        np.array([7]),
+    ],
+    "bad_words": [[""], ["  "], [1], ["a", None], "", "word", None, {"a"}, b"a", ["\ud800"]],
+    "logprobs": [-2, 1.5, 2.0, True, "5", math.nan, -HUGE, [1]],
+    "prompt_logprobs": [-2, 0.0, False, "all", math.inf, np.bool_(True)],
     "include_stop_str_in_output": [1, None, "true", np.bool_(True)],
     "ignore_eos": [0, None, "no"],
     "skip_special_tokens": ["yes", 1, None],
@@ -53,6 +94,13 @@ GOOD: dict[str, list[Any]] = {
     "min_tokens": [0, 16],
     "stop": [(), "x", ["x", "y"], ["\n", "<image>", "🦩"]],
     "stop_token_ids": [[], [0, 7], (7,), [np.int64(7)]],
+    "presence_penalty": [-2, 2, 0.5, np.float32(1.5)],
+    "frequency_penalty": [-2.0, 2, Fraction(1, 4)],
+    "logit_bias": [None, {}, {0: 100, 7: -100.0}, {10**9: 0.5}],
+    "allowed_token_ids": [None, [0], (3, 3), [np.int64(7), 2**40]],
+    "bad_words": [(), ["a"], ("a b", " c", "🦩", "\n")],
+    "logprobs": [None, 0, -1, 20, 10**6, np.int32(3)],
+    "prompt_logprobs": [None, 0, -1, 20],
     "include_stop_str_in_output": [True],
     "ignore_eos": [True],
     "skip_special_tokens": [False],
@@ -68,6 +116,12 @@ def shown(value: Any) -> str:
     """Return what an error must say of ``value``: the beginning of it is enough."""
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
         value = value[0]  # an element of a list, or the whole
+    if isinstance(value, dict) and len(value) == 1 and [*value] != [1]:
+        value = next(iter(value))  # the key is at fault
+    elif isinstance(value, dict) and len(value) == 1:
+        value = value[1]
+    elif value == {1: 0, "1": 0}:
+        value = "1"
     if isinstance(value, int) and abs(value) == HUGE:
         return f"an integer of {HUGE.bit_length()} bits"
     if isinstance(value, np.ndarray):
@@ -94,12 +148,61 @@ def test_in_range(name: str, value: Any) -> None:
     params = SamplingParams(**{name: value})
     assert params == SamplingParams.from_dict({name: value})
     kept = getattr(params, name)
-    if name in ("stop", "stop_token_ids"):
+    if name in ("logit_bias", "allowed_token_ids") and value is not None:
+        numbers = [*kept, *(kept.values() if name == "logit_bias" else ())]
+        assert kept == (value if name == "logit_bias" else tuple(value))
+        assert {type(number) for number in numbers} <= {int, float}, "numbers of Python's own"
+    elif name in ("stop", "stop_token_ids", "bad_words"):
         assert kept == ((value,) if isinstance(value, str) else tuple(value))
         assert {type(item) for item in kept} <= {str, int}
     else:
         assert kept == value
         assert type(kept) in (int, float, bool, type(None)), "a number of Python's own"
+
+
+def test_a_bias_out_of_json_has_text_for_keys() -> None:
+    bias: Any = {"7": 1, 8: 3}
+    assert SamplingParams(logit_bias=bias).logit_bias == {7: 1.0, 8: 3.0}
+    bias = {"7": 1, "007": 2}
+    with pytest.raises(SamplingError, match="logit_bias must have a token once, got '007' twice"):
+        SamplingParams(logit_bias=bias)
+
+
+def test_parameters_can_be_hashed_and_keep_a_bias_of_their_own() -> None:
+    bias = {7: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[7] = 2.0
+    assert params.logit_bias == {7: 1.0}
+    assert hash(params) == hash(SamplingParams(logit_bias={7: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stop_token_ids": [1, 10]}, "stop_token_ids must be below the vocabulary's 10, got 10"),
+        ({"allowed_token_ids": [10, 3]}, "allowed_token_ids must be below .* 10, got 10"),
+        ({"logit_bias": {3: 1, HUGE: 1}}, "logit_bias must be below .* 10, got an integer of"),
+        ({"logprobs": 11}, "logprobs must be at most the vocabulary's 10, got 11"),
+        (
+            {"prompt_logprobs": 2**70},
+            "prompt_logprobs must be at most the vocabulary's 10, got 118",
+        ),
+    ],
+)
+def test_what_a_vocabulary_does_not_have(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        SamplingParams(**values).check_vocabulary(10)
+
+
+def test_the_whole_vocabulary_may_be_named() -> None:
+    everything = list(range(10))
+    SamplingParams(
+        stop_token_ids=everything,
+        allowed_token_ids=everything,
+        logit_bias=dict.fromkeys(everything, 1.0),
+        logprobs=10,
+        prompt_logprobs=-1,
+    ).check_vocabulary(10)
 
 
 def test_min_tokens_above_max_tokens() -> None:

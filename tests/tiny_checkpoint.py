@@ -12,7 +12,13 @@ LATENTS = 4
 
 
 def write_checkpoint(
-    folder: Path, *, vocab_size: int = 32003, tied: bool = False, chat: bool = True, **saving: Any
+    folder: Path,
+    *,
+    vocab_size: int = 32003,
+    tied: bool = False,
+    chat: bool = True,
+    window: int = 4096,
+    **saving: Any,
 ) -> Any:
     """Write the checkpoint to ``folder``, like idefics2-8b or, without ``chat``, like idefics2-8b-base; return the oracle."""
     case = TinyCase(
@@ -27,6 +33,7 @@ def write_checkpoint(
             "num_hidden_layers": 2,
             "vocab_size": vocab_size,
             "max_position_embeddings": 512,
+            "sliding_window": window,
         },
         tied=tied,
     )

@@ -250,7 +250,10 @@ class EngineConfig:
     max_model_len: int  # tokens of a prompt with its answer
     max_num_seqs: int  # sequences that run at once
     kv_cache_tokens: int  # tokens that the KV cache holds
-    max_prefill_tokens: int = 8192  # prompt tokens of one step
+    max_num_batched_tokens: int = 8192  # of one step
+    max_patches: int = 16 * 4900  # that one step encodes; it bounds the vision tower's memory
+    max_cached_images: int = 256  # tiles whose embeddings are kept
+    prefix_caching: bool = True
     page_size: int = PAGE_SIZE  # tokens
 
     @property

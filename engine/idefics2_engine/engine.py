@@ -1,15 +1,20 @@
 """The step loop: schedule, run, finish."""
 
+import torch
+
 from idefics2_engine.config import EngineConfig, GenerationConfig
 from idefics2_engine.detokenizer import Detokenizer
+from idefics2_engine.encoder_cache import EncoderCache
+from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.images import ImageConfig
 from idefics2_engine.kv_cache import KVCache
+from idefics2_engine.logprobs import TokenTexts
 from idefics2_engine.model import Idefics2
 from idefics2_engine.pages import PageAllocator
 from idefics2_engine.prompt import Tokenizer
 from idefics2_engine.runner import Runner
 from idefics2_engine.sampler import Sampler
-from idefics2_engine.scheduler import Scheduler
+from idefics2_engine.scheduler import Scheduler, Step
 from idefics2_engine.sequence import Request, Sequence
 
 
@@ -23,19 +28,33 @@ class Engine:
         image_config: ImageConfig,
         generation: GenerationConfig,
         config: EngineConfig,
+        *,
+        min_p_first: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.generation = generation
         self.scheduler = Scheduler(
             PageAllocator(config.num_pages, config.page_size),
+            EncoderCache(config.max_cached_images),
             config.max_num_seqs,
-            config.max_prefill_tokens,
+            config.max_num_batched_tokens,
+            config.max_patches,
+            model.config.text.sliding_window,
+            config.prefix_caching,
         )
         kv_cache = KVCache(
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
-        self.runner = Runner(model, kv_cache, image_config)
-        self.sampler = Sampler(model.ops, generation.bad_words_ids, model.config.image_token_id)
+        self.runner = Runner(model, kv_cache, image_config, config.max_cached_images)
+        self._max_num_seqs = config.max_num_seqs
+        self._suspects: set[Request] = set()  # of a step that failed, and not in one since
+        self.sampler = Sampler(
+            model.ops,
+            generation.bad_words_ids,
+            model.config.image_token_id,
+            TokenTexts(tokenizer),
+            min_p_first=min_p_first,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -48,17 +67,72 @@ class Engine:
             detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens)
             sequence = Sequence(request, index, self.generation.eos_token_ids, detokenizer)
             request.sequences.append(sequence)
-            self.scheduler.add(sequence)
+        self.scheduler.add(request.sequences[0])  # the others start from its prompt
 
     def step(self) -> list[Sequence]:
-        """Add one token to each sequence that runs, and return these sequences."""
-        sequences = self.scheduler.schedule()
-        logits = self.runner.run(sequences)
-        for sequence, token in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
-            sequence.append(token)
+        """Compute the next tokens and chunks; return the sequences that got a token.
+
+        A forward pass that fails costs no request but its own: out of memory, steps become smaller; otherwise fewer and
+        fewer sequences run at once, until one request fails alone and gets ``error``.
+        """
+        step = self.scheduler.schedule()
+        requests = {chunk.sequence.request for chunk in step.chunks}
+        try:
+            drawn = self._run(step)
+        except Exception as error:
+            self._recover(requests, error)
+            return []
+        self._clear(requests)
+        return drawn
+
+    def _recover(self, requests: set[Request], error: Exception) -> None:
+        self.scheduler.start_over()
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            if self.scheduler.halve_budgets():
+                return
+        if len(requests) > 1:
+            self._suspects |= requests
+            self.scheduler.max_num_seqs = len(requests) // 2
+            return
+        (request,) = requests
+        failed = RequestFailedError(
+            f"request {request.request_id}: the model must run on it, got {type(error).__name__}"
+        )
+        failed.__cause__ = error
+        request.error = failed
+        self.cancel(request)
+
+    def _clear(self, requests: set[Request]) -> None:
+        self._suspects -= requests
+        if not self._suspects:
+            self.scheduler.max_num_seqs = self._max_num_seqs
+
+    def _run(self, step: Step) -> list[Sequence]:
+        logits, prompts = self.runner.run(step)
+        for request, prompt_logits in prompts:
+            begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
+            followers = request.prompt_token_ids[begin + 1 : begin + 1 + len(prompt_logits)]
+            request.prompt_logprobs += self.sampler.prompt_logprobs(
+                prompt_logits, followers, number or 0
+            )
+        self.scheduler.computed(step)
+        sequences: list[Sequence] = []
+        rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
+        for row, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
+            drawn = [chunk.sequence, *self.scheduler.fork(chunk.sequence)]
+            sequences += drawn
+            rows += [row] * len(drawn)
+        if not sequences:
+            return []
+        if len(rows) > len(logits):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        for sequence, choice in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
+            sequence.append(*choice)
         self.scheduler.finish(sequences)
         return sequences
 
     def cancel(self, request: Request) -> None:
         """Drop what is unfinished of ``request``."""
         self.scheduler.cancel(request.sequences)
+        self._clear({request})

@@ -77,3 +77,9 @@ class SamplingError(Idefics2Error):
     """A sampling parameter is out of its range."""
 
     code = "sampling"
+
+
+class RequestFailedError(Idefics2Error):
+    """The model could not be run on one request, alone in a step; the others went on."""
+
+    code = "request_failed"

@@ -5,7 +5,8 @@ one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit f
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ class Tile:
         """Rows x columns."""
         rows, columns = self.grid
         return rows * columns
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """128 bits over size and pixels: tiles with the same have the same embeddings."""
+        digest = blake2b(
+            repr((self.grid, self.patch_size, self.grid_side)).encode(), digest_size=16
+        )
+        digest.update(self.patch_pixels().data)
+        return digest.digest()
 
     def position_ids(self) -> npt.NDArray[np.int64]:
         """Return the trained position of each patch, (num_patches,), row by row."""

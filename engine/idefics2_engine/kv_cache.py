@@ -25,3 +25,10 @@ class KVCache:
 
         self.layers: list[LayerCache] = [(allocate(), allocate()) for _ in range(config.num_layers)]
         self.page_size = page_size
+
+    def copy(self, pages: list[tuple[int, int]]) -> None:
+        """Copy pages, each (from, to), in every layer; no page is on both sides."""
+        sources, targets = torch.tensor(pages, device=self.layers[0][0].device).unbind(1)
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[targets] = tensor[sources]

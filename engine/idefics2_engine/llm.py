@@ -2,24 +2,29 @@
 
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from idefics2_engine.bad_words import bad_words_ids, check_choice
 from idefics2_engine.checkpoint import load_checkpoint
 from idefics2_engine.config import PAGE_SIZE, EngineConfig, GenerationConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import (
     ConfigError,
+    Idefics2Error,
     PromptError,
     PromptTooLongError,
     SamplingError,
 )
 from idefics2_engine.hub import find_adapter, find_model
+from idefics2_engine.image_items import image_items
+from idefics2_engine.intake import Intake
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
-from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
@@ -54,9 +59,12 @@ class LLM:
         split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
         max_model_len: Tokens of a prompt with its answer; the model's positions if ``None``.
         max_num_seqs: Answers that are generated at once.
+        max_num_batched_tokens: Tokens that one forward pass computes at most; longer prompts take several.
+        enable_prefix_caching: Whether to keep what was computed of prompts for others that begin the same, pictures included.
         kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
             one alone needs more, if ``None``.
         seed: Fixes the random numbers of requests without a seed of their own.
+        sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as transformers does.
         image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
             which refuses them (README, Images).
         max_image_pixels: Largest width x height of an image, checked before it is decoded.
@@ -85,8 +93,11 @@ class LLM:
         split_images: bool | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 8192,
+        enable_prefix_caching: bool = True,
         kv_cache_tokens: int | None = None,
         seed: int = 0,
+        sampling_order: str = "vllm",
         image_policy: str = "parity",
         max_image_pixels: int = MAX_PIXELS,
         max_media_bytes: int = MAX_BYTES,
@@ -96,6 +107,8 @@ class LLM:
         image_threads: int | None = None,
         ops: Ops = REFERENCE,
     ) -> None:
+        if sampling_order not in ("vllm", "hf"):
+            raise ConfigError(f"sampling_order must be 'vllm' or 'hf', got {shown(sampling_order)}")
         folder = _folder(model, revision)
         adapter_folder = None if adapter is None else find_adapter(adapter)
         if verify:
@@ -113,8 +126,10 @@ class LLM:
             image_threads=image_threads,
         )
         self.processor = Processor.load(folder, self.config, split_images, media)
-        self.engine_config = _engine_config(
-            self.config, max_model_len, max_num_seqs, kv_cache_tokens
+        self.engine_config = replace(
+            _engine_config(self.config, max_model_len, max_num_seqs, kv_cache_tokens),
+            max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
+            prefix_caching=enable_prefix_caching,
         )
         on = _device(device)
         self.model = load_checkpoint(
@@ -130,10 +145,16 @@ class LLM:
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
         generation = GenerationConfig.load(folder).with_defaults(ends, never)
         self._engine = Engine(
-            self.model, tokenizer, self.processor.image_config, generation, self.engine_config
+            self.model,
+            tokenizer,
+            self.processor.image_config,
+            generation,
+            self.engine_config,
+            min_p_first=sampling_order == "vllm",
         )
         self._seeds = random.Random(seed)
         self._count = 0
+        self._is_iterating = False
 
     def generate(
         self,
@@ -152,6 +173,7 @@ class LLM:
         Raises:
             PromptError: A prompt is malformed, does not fit its images, or is too long.
             ImageError: An image cannot be read.
+            SamplingError: A sampling parameter does not fit the model.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         drafts = [self._read_prompt(prompt) for prompt in several]
@@ -174,6 +196,7 @@ class LLM:
         Raises:
             PromptError: A conversation is malformed or too long, or the model has not learnt to chat.
             ImageError: An image cannot be read.
+            SamplingError: A sampling parameter does not fit the model.
         """
         if isinstance(messages, (str, Mapping)):
             raise PromptError(
@@ -199,17 +222,86 @@ class LLM:
         request = self._request(processed, _read_params(sampling_params))
         return self._stream(request)
 
+    def iterate(
+        self,
+        prompts: Iterable[Prompt | Conversation | tuple[Prompt | Conversation, SamplingParams]],
+        sampling_params: SamplingParams | None = None,
+        *,
+        in_flight: int | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """Answer prompts and conversations as they come, yielding each output when it is finished.
+
+        Args:
+            prompts: Read lazily, ``in_flight`` before they are answered at most; pictures are read in threads meanwhile.
+                Each may be a pair with its own parameters.
+            sampling_params: For all others.
+            in_flight: Requests begun and not yielded; twice ``max_num_seqs`` if ``None``.
+
+        Yields:
+            Outputs in the order in which they finish; ``request_id`` is the place among ``prompts``, from "0". One that is
+            malformed, does not fit or fails has its ``error`` and keeps none of the others from being answered.
+
+        The iterator must be used up or closed before the next request, which raises ``RuntimeError`` otherwise.
+        """
+        if in_flight is None:
+            in_flight = 2 * self.engine_config.max_num_seqs
+        _at_least_one("in_flight", in_flight)
+        shared = _read_params(sampling_params)
+        self._begin([])
+        return self._iterate(enumerate(prompts), shared, in_flight)
+
+    def _iterate(
+        self, rows: Iterable[tuple[int, Any]], shared: SamplingParams, in_flight: int
+    ) -> Generator[RequestOutput, None, None]:
+        live: list[Request] = []
+
+        def prepare(row: tuple[int, Any]) -> tuple[ProcessedPrompt, SamplingParams]:
+            prompt, params = row[1] if isinstance(row[1], tuple) else (row[1], shared)
+            if _is_conversation(prompt):
+                draft = self.processor.draft_chat(prompt)
+            else:
+                draft = self._read_prompt(prompt)
+            return self.processor.finish([draft])[0], _read_params(params)
+
+        threads = self.processor.media.num_threads
+        with Intake(rows, prepare, threads, ahead=in_flight) as intake:
+            self._is_iterating = True
+            try:
+                while live or not intake.is_empty:
+                    while len(live) < in_flight and (taken := intake.take(wait=not live)):
+                        (index, _), prepared = taken
+                        try:
+                            if isinstance(prepared, Idefics2Error):
+                                raise prepared
+                            request = self._request(*prepared, request_id=str(index))
+                        except Idefics2Error as error:
+                            yield failed_output(str(index), error)
+                        else:
+                            self._engine.add(request)
+                            live.append(request)
+                    if live:
+                        self._engine.step()
+                    for request in [request for request in live if request.finished]:
+                        live.remove(request)
+                        yield request.output()
+            finally:
+                self._is_iterating = False
+                for request in live:
+                    self._engine.cancel(request)
+
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
         self._begin([request])
         try:
             while not request.finished:
-                self._engine.step()
-                yield request.output()
+                if self._engine.step():
+                    yield request.output()
+            if request.error is not None:
+                raise request.error
         finally:
             self._engine.cancel(request)
 
     def _begin(self, requests: list[Request]) -> None:
-        if self._engine.has_work:
+        if self._engine.has_work or self._is_iterating:
             raise RuntimeError("an earlier stream is unfinished: use it up or close it first")
         for request in requests:
             self._engine.add(request)
@@ -237,18 +329,20 @@ class LLM:
                 self._engine.cancel(request)
         return [request.output() for request in requests]
 
-    def _request(self, prompt: ProcessedPrompt, params: SamplingParams) -> Request:
+    def _request(
+        self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str | None = None
+    ) -> Request:
         room = self.engine_config.max_model_len - len(prompt.token_ids)
         if not prompt.token_ids:
             raise PromptError("prompt must have at least one token, got none")
         if room < 1:
             raise PromptTooLongError(len(prompt.token_ids), self.engine_config.max_model_len)
         vocab_size = self.config.text.vocab_size
-        if params.stop_token_ids and max(params.stop_token_ids) >= vocab_size:
-            raise SamplingError(
-                f"stop_token_ids must be below the vocabulary's {vocab_size}, "
-                f"got {shown(max(params.stop_token_ids))}"
-            )
+        params.check_vocabulary(vocab_size)
+        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
+        generation = self._engine.generation
+        words = (*generation.bad_words_ids, *bad_words)
+        check_choice(params, words, generation.eos_token_ids, vocab_size)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         if params.min_tokens > max_tokens:
             raise SamplingError(
@@ -258,13 +352,19 @@ class LLM:
         self._count += 1
         drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
         return Request(
-            request_id=str(self._count - 1),
+            request_id=str(self._count - 1) if request_id is None else request_id,
             prompt=prompt.prompt,
             prompt_token_ids=prompt.token_ids,
-            tiles=prompt.tiles,
+            images=image_items(
+                prompt.token_ids,
+                prompt.tiles,
+                self.config.image_token_id,
+                self.config.perceiver.num_latents,
+            ),
             params=params,
             seed=drawn if params.seed is None else params.seed,
             max_tokens=max_tokens,
+            bad_words_ids=bad_words,
         )
 
     def _read_prompt(self, prompt: Prompt) -> PromptDraft:
@@ -329,8 +429,7 @@ def _engine_config(
     length = positions if max_model_len is None else max_model_len
     if not 1 < length <= positions:
         raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
-    if max_num_seqs < 1:
-        raise ConfigError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+    _at_least_one("max_num_seqs", max_num_seqs)
     if kv_cache_tokens is None:
         whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
         kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, max_num_seqs * whole_pages))
@@ -339,6 +438,12 @@ def _engine_config(
             f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
         )
     return EngineConfig(length, max_num_seqs, kv_cache_tokens)
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}")
+    return value
 
 
 def _device(name: str) -> torch.device:

@@ -1,9 +1,25 @@
 """What a request gives back, in vLLM's shape."""
 
+import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from idefics2_engine.errors import Idefics2Error
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """How likely the model found a token, before penalties, filters and temperature."""
+
+    logprob: float  # natural logarithm; -inf where the model rules the token out
+    rank: int  # place among all tokens by likelihood, from 1; of equal ones the lower id goes first
+    decoded_token: str  # as inside a text: a word's leading space is kept
+
+
+TokenLogprobs = dict[int, Logprob]
+"""By id: the token at a place, then the likeliest that were asked for, in order."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +29,8 @@ class CompletionOutput:
     index: int  # which of the n answers
     text: str
     token_ids: list[int]  # an end token included
-    cumulative_logprob: float | None  # None: log probabilities were not asked for
-    logprobs: Any | None
+    cumulative_logprob: float | None  # of all tokens; None: log probabilities were not asked for
+    logprobs: list[TokenLogprobs] | None  # of each token
     finish_reason: FinishReason | None  # None while the answer grows
     stop_reason: int | str | None  # the stop token or string; None for the checkpoint's end token
 
@@ -35,8 +51,25 @@ class RequestOutput:
     request_id: str
     prompt: str  # each image as one "<image>"; decoded where token ids were given
     prompt_token_ids: list[int]  # image slots written out
-    prompt_logprobs: Any | None
+    prompt_logprobs: list[TokenLogprobs | None] | None  # of each prompt token; the first has none
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int  # prompt tokens taken from a prefix cache
+    error: Idefics2Error | None = None  # why there is no whole answer
+
+
+def failed_output(request_id: str, error: Idefics2Error) -> RequestOutput:
+    """Describe a request that could not be begun."""
+    now = time.monotonic()
+    return RequestOutput(
+        request_id=request_id,
+        prompt="",
+        prompt_token_ids=[],
+        prompt_logprobs=None,
+        outputs=[],
+        finished=True,
+        metrics=RequestMetrics(arrival_time=now, first_token_time=None, finished_time=now),
+        num_cached_tokens=0,
+        error=error,
+    )

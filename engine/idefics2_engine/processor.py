@@ -231,11 +231,14 @@ class Processor:
             name, source = places[index]
             try:
                 image = load_image(source, self.media)
-                return make_tiles(image, self.image_config, self.patch_size, self.grid_side)
+                tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
             except ImageError as error:
                 if len(places) == 1:
                     raise
                 raise type(error)(f"{name}: {error}") from None
+            for tile in tiles:
+                _ = tile.fingerprint  # kept by the tile: here it costs no other thread's time
+            return tiles
 
         tiles = iter(read_all(read, [source for _, source in places], self.media.num_threads))
         return [

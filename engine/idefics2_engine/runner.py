@@ -1,5 +1,7 @@
-"""One forward pass for the sequences of a step: owns the model and the KV cache."""
+"""One forward pass for a step: owns the model, the KV cache and the images' embeddings."""
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -7,62 +9,101 @@ from idefics2_engine.batch import ImageBatch, PagedView, TextBatch, cumulative
 from idefics2_engine.images import ImageConfig, Tile
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
-from idefics2_engine.sequence import Sequence
-
-_TILES_PER_PASS = 16  # bounds the vision tower's memory
+from idefics2_engine.pages import NO_PAGE
+from idefics2_engine.scheduler import Chunk, Step
+from idefics2_engine.sequence import Request
 
 
 class Runner:
-    """Turns sequences into the logits of their next tokens."""
+    """Turns steps into the logits of next tokens."""
 
-    def __init__(self, model: Idefics2, kv_cache: KVCache, image_config: ImageConfig) -> None:
+    def __init__(
+        self, model: Idefics2, kv_cache: KVCache, image_config: ImageConfig, num_images: int
+    ) -> None:
         self.model = model
         self.image_config = image_config
         self.kv_cache = kv_cache
+        shape = (num_images, model.config.perceiver.num_latents, model.config.text.hidden_size)
+        self.image_features = torch.empty(shape, device=model.device, dtype=model.dtype)
 
     @torch.inference_mode()
-    def run(self, sequences: list[Sequence]) -> Tensor:
-        """Compute what ``sequences`` (B) have not computed yet: logits (B, vocabulary) at their last tokens."""
-        tiles = [
-            tile
-            for sequence in sequences
-            if sequence.num_computed == 0
-            for tile in sequence.request.tiles
-        ]
-        features = self._encode(tiles) if tiles else None
-        batch = text_batch(sequences, self.kv_cache.page_size).to(self.model.device)
+    def run(self, step: Step) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
+        """Compute ``step``.
+
+        Returns:
+            Logits (B, vocabulary) for its chunks that sample, in their order; and for requests whose prompt is scored
+            the logits (S, vocabulary) at the places that their chunks name.
+        """
+        if step.encodes:
+            self._encode(step.encodes)
+        if step.copies:
+            self.kv_cache.copy(step.copies)
+        batch = text_batch(step.chunks, self.kv_cache.page_size).to(self.model.device)
+        rows = image_rows(step, self.image_features.shape[1])
+        features = None
+        if len(rows):
+            features = self.image_features.flatten(0, 1)[
+                torch.from_numpy(rows).to(self.model.device)
+            ]
         logits: Tensor = self.model(batch, features, self.kv_cache.layers)
-        for sequence in sequences:
-            sequence.num_computed = len(sequence.token_ids)
-        return logits
+        scored = [len(chunk.scores) for chunk in step.chunks]
+        if not any(scored):
+            return logits, []
+        ends = np.cumsum([count + c.samples for count, c in zip(scored, step.chunks, strict=True)])
+        prompts, samples = [], []
+        for chunk, count, end in zip(step.chunks, scored, ends.tolist(), strict=True):
+            if count:
+                first = end - chunk.samples - count
+                prompts.append((chunk.sequence.request, logits[first : first + count]))
+            if chunk.samples:
+                samples.append(end - 1)
+        return logits[torch.tensor(samples, dtype=torch.int64, device=logits.device)], prompts
 
-    def _encode(self, tiles: list[Tile]) -> Tensor:
-        passes = [tiles[i : i + _TILES_PER_PASS] for i in range(0, len(tiles), _TILES_PER_PASS)]
-        batches = [ImageBatch.from_tiles(some, self.image_config) for some in passes]
-        return torch.cat(
-            [self.model.image_features(batch.to(self.model.device)) for batch in batches]
-        )
+    def _encode(self, encodes: list[tuple[Tile, int]]) -> None:
+        tiles, slots = zip(*encodes, strict=True)
+        batch = ImageBatch.from_tiles(tiles, self.image_config).to(self.model.device)
+        places = torch.tensor(slots, device=self.model.device)
+        self.image_features[places] = self.model.image_features(batch)
 
 
-def text_batch(sequences: list[Sequence], page_size: int) -> TextBatch:
-    """Pack the tokens that ``sequences`` have not computed yet, with where they go in the cache."""
-    spans = [range(s.num_computed, len(s.token_ids)) for s in sequences]
-    tokens = [(s, position) for s, span in zip(sequences, spans, strict=True) for position in span]
-    widest = max(len(s.pages) for s in sequences)
-    cu_seqlens = cumulative([len(span) for span in spans])
+def text_batch(chunks: list[Chunk], page_size: int) -> TextBatch:
+    """Pack the tokens of ``chunks``, with where they go in the cache."""
+    lengths = [chunk.end - chunk.begin for chunk in chunks]
+    positions = np.concatenate([np.arange(chunk.begin, chunk.end) for chunk in chunks])
+    tables = np.zeros((len(chunks), max(len(c.sequence.pages) for c in chunks)), np.int32)
+    for row, chunk in zip(tables, chunks, strict=True):
+        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    owners = np.repeat(np.arange(len(chunks)), lengths)
+    pages = tables[owners, positions // page_size].astype(np.int64)
+    cu_seqlens = cumulative(lengths)
+    wanted = [
+        place - chunk.begin + offset
+        for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)
+        for place in (*chunk.scores, *([chunk.end - 1] if chunk.samples else []))
+    ]
+    tables[tables == NO_PAGE] = 0  # never read, but a page
     return TextBatch(
-        input_ids=torch.tensor([s.token_ids[position] for s, position in tokens]),
-        positions=torch.tensor([position for _, position in tokens]),
+        input_ids=torch.tensor(
+            [token for c in chunks for token in c.sequence.token_ids[c.begin : c.end]]
+        ),
+        positions=torch.from_numpy(positions),
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(len(span) for span in spans),
-        logits_indices=cu_seqlens[1:].long() - 1,
+        max_seqlen=max(lengths),
+        logits_indices=torch.tensor(wanted, dtype=torch.int64),
         paged=PagedView(
-            slots=torch.tensor(
-                [s.pages[p // page_size] * page_size + p % page_size for s, p in tokens]
-            ),
-            block_table=torch.tensor(
-                [s.pages + [0] * (widest - len(s.pages)) for s in sequences], dtype=torch.int32
-            ),
-            context_lens=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int32),
+            slots=torch.from_numpy(pages * page_size + positions % page_size),
+            block_table=torch.from_numpy(tables),
+            context_lens=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32),
         ),
     )
+
+
+def image_rows(step: Step, num_latents: int) -> npt.NDArray[np.int64]:
+    """Say which rows of all slots' embeddings the image tokens of ``step`` are, in order."""
+    rows = [
+        np.arange(max(item.begin, chunk.begin), min(item.end, chunk.end))
+        + (slot * num_latents - item.begin)
+        for chunk in step.chunks
+        for item, slot in chunk.images
+    ]
+    return np.concatenate(rows) if rows else np.empty(0, np.int64)

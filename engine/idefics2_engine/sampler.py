@@ -1,62 +1,168 @@
-"""Logits to tokens for a whole batch, each sequence by its own parameters and its own random stream.
+"""Logits to tokens for a whole batch on the device, each sequence by its own parameters and its own random stream.
 
-Order: repeated tokens are penalised, bad words and end tokens that come too early are barred, then temperature, min-p,
-top-k and top-p, as in vLLM. The stream is keyed by (seed, token index), so batching cannot change what is drawn.
+In this order, vLLM's:
+
+1. log probabilities to report, of the logits as the model gave them (``logprobs``);
+2. allowed ids, bad words, end tokens before ``min_tokens``, bias, then the penalties for repetition, frequency and
+   presence (``logit_edits``);
+3. temperature, min-p, top-k, top-p and the draw (``Ops.sample``); with ``min_p_first=False`` min-p comes last, as in
+   transformers.
+
+The stream is keyed by (seed, token index), so batching, preemption and resuming cannot change what is drawn. What a step
+needs goes to the device in two copies, and all that is asked for comes back in one.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from idefics2_engine.logit_edits import EditFinder, LogitEdits
+from idefics2_engine.logprobs import Scores, described, padded_rows, score, score_prompt
+from idefics2_engine.outputs import TokenLogprobs
+from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Sequence
+from idefics2_engine.transfer import to_device, to_host
 from idefics2_kernels import Ops
 
 
-class Sampler:
-    """Chooses the next token of every sequence of a step."""
+class Choice(NamedTuple):
+    """The next token of a sequence."""
 
-    def __init__(self, ops: Ops, bad_words_ids: Items[Items[int]], image_token_id: int) -> None:
+    token_id: int
+    logprobs: TokenLogprobs | None  # if asked for
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A step's tokens, on the device and perhaps not computed yet."""
+
+    token_ids: Tensor  # (B,) int64
+    tops: list[int | None]  # log probabilities that each row asks for
+    scores: Scores | None  # of the rows that ask
+    text: Callable[[int], str]
+
+    def choices(self) -> list[Choice]:
+        """Wait for the device and return one choice a row."""
+        token_ids, *scored = to_host(
+            [self.token_ids.int(), *(self.scores.tensors if self.scores else ())]
+        )
+        asked = [top for top in self.tops if top is not None]
+        places = iter(described(scored, asked, self.text) if asked else ())
+        return [
+            Choice(token, None if top is None else next(places))
+            for token, top in zip(token_ids.tolist(), self.tops, strict=True)
+        ]
+
+
+class Sampler:
+    """Chooses the next token of every sequence of a step.
+
+    Args:
+        ops: Operations; ``sample`` is used.
+        bad_words_ids: Token sequences that no answer may have; one may begin in the prompt.
+        image_token_id: Stands for an image in prompts; never penalised.
+        text: Text of a token, for log probabilities.
+        min_p_first: Whether min-p goes before top-k and top-p (vLLM) or after (transformers).
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        bad_words_ids: Items[Items[int]],
+        image_token_id: int,
+        text: Callable[[int], str],
+        *,
+        min_p_first: bool = True,
+    ) -> None:
         self.ops = ops
         self.bad_words_ids = [list(word) for word in bad_words_ids]
-        self.image_token_id = image_token_id
+        self.text = text
+        self.min_p_first = min_p_first
+        self._edits = EditFinder(image_token_id)
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
+        """Choose a token for each row of ``logits`` (B, V), which may be overwritten."""
+        return self.draw(logits, sequences).choices()
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-        """Return one token for each row of ``logits`` (B, V)."""
-        device, params = logits.device, [sequence.request.params for sequence in sequences]
-        logits = logits.float().clone()
-        for row, sequence in zip(logits, sequences, strict=True):
-            self._penalise_repetition(row, sequence)
-            self._bar(row, sequence)
-        if all(p.temperature == 0 for p in params):
-            return logits.argmax(-1).tolist()
-        return self.ops.sample(
-            logits,
-            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-            torch.tensor([max(p.top_k, 0) for p in params], device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-            torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-            torch.tensor([sequence.seed for sequence in sequences], device=device),
-            torch.tensor([sequence.num_generated for sequence in sequences], device=device),
-        ).tolist()
+    def draw(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
+        """Begin ``sample``: put the work for ``logits`` (B, V), which may be overwritten, on the device and return."""
+        V, params = logits.shape[1], [sequence.request.params for sequence in sequences]
+        tops = [None if p.logprobs is None else _top(p.logprobs, V) for p in params]
+        rows = np.array([row for row, top in enumerate(tops) if top is not None], dtype=np.int64)
+        greedy = all(p.temperature == 0 for p in params)
+        edit_ids, edit_values = self._edits.find(sequences, self.bad_words_ids, V)
+        integers = [] if greedy else _integers(params, sequences)
+        fractions = [] if greedy else _fractions(params)
+        ids = to_device([rows, *edit_ids, *integers], logits.device)
+        values = to_device([*edit_values, *fractions], logits.device)
+        split_ids, split_values = 1 + len(edit_ids), len(edit_values)
 
-    def _penalise_repetition(self, row: Tensor, sequence: Sequence) -> None:
-        penalty = sequence.request.params.repetition_penalty
-        if penalty == 1.0:
-            return
-        ids = sorted({*sequence.token_ids} - {self.image_token_id})
-        seen = torch.tensor(ids, dtype=torch.int64, device=row.device)
-        values = row[seen]
-        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        raw = padded_rows(logits, ids[0]) if len(rows) else None
+        logits = LogitEdits.of(ids[1:split_ids], values[:split_values]).apply(logits)
+        if greedy:
+            tokens = logits.argmax(-1)
+        else:
+            top_k, seed, index = ids[split_ids:]
+            temperature, top_p, min_p = values[split_values:]
+            tokens = self.ops.sample(
+                logits,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed,
+                index,
+                min_p_first=self.min_p_first,
+            )
+        most = max((top for top in tops if top is not None), default=0)
+        scores = None if raw is None else score(raw, tokens[ids[0]], most, V)
+        return Drawn(tokens, tops, scores, self.text)
 
-    def _bar(self, row: Tensor, sequence: Sequence) -> None:
-        barred = [
-            word[-1]
-            for word in self.bad_words_ids
-            if len(word) == 1 or sequence.token_ids[1 - len(word) :] == word[:-1]
-        ]
-        if sequence.num_generated < sequence.request.params.min_tokens:
-            barred.extend(sequence.end_token_ids)
-        # a config may name tokens that a smaller vocabulary does not have
-        row[[token for token in barred if token < row.shape[0]]] = float("-inf")
+    @torch.inference_mode()
+    def prompt_logprobs(
+        self, logits: Tensor, token_ids: Items[int], number: int
+    ) -> list[TokenLogprobs]:
+        """Score a prompt, or a part of it, for ``Request.prompt_logprobs``.
+
+        Args:
+            logits: As the model gave them at T places in a row, (T, V).
+            token_ids: The tokens (T) at the places behind these.
+            number: Of the likeliest tokens to report beside each; -1 for the whole vocabulary.
+        """
+        if len(logits) != len(token_ids):
+            raise ValueError(
+                f"token_ids must be as many as logits {len(logits)}, got {len(token_ids)}"
+            )
+        if not token_ids:
+            return []
+        top = _top(number, logits.shape[1])
+        parts = score_prompt(logits, token_ids, top)
+        arrays = to_host(
+            [torch.cat(some) for some in zip(*(part.tensors for part in parts), strict=True)]
+        )
+        return described(arrays, [top] * len(token_ids), self.text)
+
+
+def _top(number: int, vocab_size: int) -> int:
+    return vocab_size if number == -1 else number
+
+
+def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:
+    """Return top-k, seed and token index of each row."""
+    return [
+        np.array([max(p.top_k, 0) for p in params], dtype=np.int64),
+        np.array([sequence.seed for sequence in sequences], dtype=np.int64),
+        np.array([sequence.num_generated for sequence in sequences], dtype=np.int64),
+    ]
+
+
+def _fractions(params: list[SamplingParams]) -> list[np.ndarray]:
+    """Return temperature, top-p and min-p of each row."""
+    columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
+    return [np.array(column, dtype=np.float32) for column in columns]

@@ -1,12 +1,21 @@
 """Requests and the answers growing from them: tokens, text, status and stop rules; host only."""
 
 import time
+from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from idefics2_engine.detokenizer import Detokenizer
-from idefics2_engine.images import Tile
-from idefics2_engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.image_items import ImageItem, items_between
+from idefics2_engine.outputs import (
+    CompletionOutput,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
 from idefics2_engine.sampling_params import SamplingParams
 
 
@@ -17,17 +26,22 @@ class Request:
     request_id: str
     prompt: str
     prompt_token_ids: list[int]
-    tiles: Items[Tile]
+    images: Items[ImageItem]  # in the order of their slots
     params: SamplingParams
     seed: int  # of the first sequence; the others count up from it
     max_tokens: int  # of each sequence, within the model's length
+    bad_words_ids: Items[tuple[int, ...]] = ()  # of ``params.bad_words``
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: "list[Sequence]" = field(default_factory=list)
+    num_started: int = 0  # of the sequences; the others start from the first one's prompt
+    num_cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
+    error: Idefics2Error | None = None  # set by the engine: it will not be finished
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended."""
-        return all(sequence.finish_reason for sequence in self.sequences)
+        """Whether every sequence has ended, or none goes on."""
+        return self.error is not None or all(s.finish_reason for s in self.sequences)
 
     def output(self) -> RequestOutput:
         """Describe the request as it stands."""
@@ -37,15 +51,18 @@ class Request:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            prompt_logprobs=None,
+            prompt_logprobs=(
+                None if self.params.prompt_logprobs is None else [None, *self.prompt_logprobs]
+            ),
             outputs=[sequence.output() for sequence in self.sequences],
             finished=self.finished,
             metrics=RequestMetrics(
                 arrival_time=self.arrival_time,
                 first_token_time=min(first, default=None),
-                finished_time=max(last) if self.finished else None,
+                finished_time=max(last, default=None) if self.finished else None,
             ),
-            num_cached_tokens=0,
+            num_cached_tokens=self.num_cached_tokens or 0,
+            error=self.error,
         )
 
 
@@ -60,11 +77,14 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.num_computed = 0  # tokens whose keys and values are in the cache
         self.pages: list[int] = []  # of the KV cache, given by the scheduler
+        self.held_images: list[ImageItem] = []  # whose embeddings are held for it
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
         self.finished_time: float | None = None
+        self._page_names: list[bytes] = []
+        self.logprobs: list[TokenLogprobs] = []  # of each generated token, if asked for
         self._eos_token_ids = eos_token_ids
         self._detokenizer = detokenizer
 
@@ -84,17 +104,39 @@ class Sequence:
         return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the request still waits for its prompt's log probabilities, which its first sequence gives."""
+        request = self.request
+        wanted = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) - 1
+        return self.index == 0 and len(request.prompt_logprobs) < wanted
+
+    @property
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
         eos = frozenset[int]() if self.request.params.ignore_eos else self._eos_token_ids
         return eos | frozenset(self.request.params.stop_token_ids)
 
-    def append(self, token_id: int) -> None:
-        """Add a generated token and apply the stop rules: end token, stop string, length."""
+    def page_names(self, page_size: int) -> list[bytes]:
+        """Name the contents of all full pages, the unwritten ones too: a chain of 128-bit hashes."""
+        for begin in range(
+            len(self._page_names) * page_size, len(self.token_ids) - page_size + 1, page_size
+        ):
+            end = begin + page_size
+            digest = blake2b(self._page_names[-1] if begin else b"", digest_size=16)
+            digest.update(array("q", self.token_ids[begin:end]))
+            for item in items_between(self.request.images, begin, end):
+                digest.update(item.tile.fingerprint + array("q", [item.begin - begin]).tobytes())
+            self._page_names.append(digest.digest())
+        return self._page_names
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Add a generated token, with ``logprobs`` if asked for, and apply the stop rules: end token, stop string, length."""
         params = self.request.params
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
         self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         before = len(self.text)
         ends = token_id in self.end_token_ids and self.num_generated >= params.min_tokens
         if not ends or params.include_stop_str_in_output:
@@ -130,12 +172,20 @@ class Sequence:
         text = self.text
         if not self.finish_reason:
             text = text[: len(text) - self._held_back()]
+        tokens = self.token_ids[len(self.request.prompt_token_ids) :]
+        scored = self.request.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text=text,
-            token_ids=self.token_ids[len(self.request.prompt_token_ids) :],
-            cumulative_logprob=None,
-            logprobs=None,
+            token_ids=tokens,
+            cumulative_logprob=(
+                sum(
+                    place[token].logprob for token, place in zip(tokens, self.logprobs, strict=True)
+                )
+                if scored
+                else None
+            ),
+            logprobs=list(self.logprobs) if scored else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

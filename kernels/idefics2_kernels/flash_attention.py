@@ -4,14 +4,9 @@ One program takes BLOCK_M queries of one head and walks over the keys they see: 
 all of them see whole; then the few at the edges (window, diagonal, end of the sequence). A query sees ``left`` keys
 before its own and ``right`` after it, so that causal, full and windowed attention are one kernel. Programs of the
 heads that share keys run together, the longest tiles first, one key head after the other: its keys stay in the L2.
-
-On Hopper, for the model's own head dims, ``flash_attention_gluon`` computes the same.
 """
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import import_module
-from types import ModuleType
 
 import torch
 import triton
@@ -34,11 +29,6 @@ from idefics2_kernels.attention_tiles import (
     store_head,
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_shape
-from idefics2_kernels.primitives import UPCAST
-
-GLUON: ModuleType | None = None  # the twin's module
-with suppress(ImportError):  # Gluon changes between Triton's releases
-    GLUON = import_module("idefics2_kernels.flash_attention_gluon")
 
 
 @dataclass(frozen=True)
@@ -196,7 +186,7 @@ def flash_attention(
         TypeError: A dtype is none of bf16, fp16, fp32, they differ, or ``cu_seqlens`` is not int32.
     """
     check_shape("q", q, (None, None, None))
-    T, _, D = q.shape
+    T, H, D = q.shape
     check_shape("k", k, (T, None, D))
     H_KV = k.shape[1]
     check_shape("v", v, (T, H_KV, D))
@@ -204,36 +194,8 @@ def flash_attention(
     check_shape("cu_seqlens", cu_seqlens, (None,))
     check_dtype("cu_seqlens", cu_seqlens, torch.int32)
     check_window(window)
-    check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
-    kernel = flash_attention_tl
-    if GLUON is not None and on_hopper() and GLUON.takes(q, k, v):
-        kernel = GLUON.flash_attention_gluon
-    return kernel(q, k, v, cu_seqlens, max_seqlen, causal=causal, window=window, scale=scale)
-
-
-def on_hopper() -> bool:
-    """Return whether kernels in Gluon can be used: compiled, never interpreted, and for Hopper."""
-    try:
-        return not UPCAST.value and arch() == 90
-    except RuntimeError:  # no GPU to compile for
-        return False
-
-
-def flash_attention_tl(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    causal: bool,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Compute ``flash_attention`` of what it has checked, by the kernel above."""
-    T, H, D = q.shape
-    H_KV = k.shape[1]
     qk_scale = base_two(scale, D)
+    check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
     B = cu_seqlens.shape[0] - 1
     if not out.numel() or B < 1:

@@ -1,0 +1,348 @@
+"""The same tokens however the work is cut: batches, chunks, preemption, known prefixes, windows, few slots."""
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.config import EngineConfig
+from idefics2_engine.engine import Engine
+from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.sequence import Request
+from oracle import random_image
+from tiny_checkpoint import write_checkpoint
+
+WINDOW, PAGE = 24, 8
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, window=WINDOW)
+    return LLM(folder, device="cpu", dtype="float32", max_model_len=200)
+
+
+@pytest.fixture(scope="module")
+def exact(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """The same model in float64."""
+    folder: Path = tmp_path_factory.mktemp("exact")
+    write_checkpoint(folder, window=WINDOW)
+    return LLM(folder, device="cpu", dtype=torch.float64, max_model_len=200)
+
+
+def make_engine(llm: LLM, **sizes: Any) -> Engine:
+    """Build an engine on the model of ``llm`` with sizes of its own; the cache starts full of NaN."""
+    config = EngineConfig(
+        **{
+            "max_model_len": 200,
+            "max_num_seqs": 64,
+            "kv_cache_tokens": 4096,
+            "max_cached_images": 16,
+            "page_size": PAGE,
+            **sizes,
+        }
+    )
+    old = llm._engine
+    engine = Engine(
+        llm.model,
+        old.tokenizer,
+        llm.processor.image_config,
+        old.generation,
+        config,
+    )
+    for layer in engine.runner.kv_cache.layers:
+        for tensor in layer:
+            tensor.fill_(float("nan"))
+    engine.runner.image_features.fill_(float("nan"))
+    return engine
+
+
+def make_requests(llm: LLM) -> list[Request]:
+    """Build requests of unequal length: greedy and drawn, several answers, pictures that recur, common beginnings."""
+    requests = []
+    pictures = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(4)]
+    for i in range(14):
+        images = [pictures[(i + j) % 4] for j in range(i % 4)]
+        words = "the chicken sits on a pile of money and looks at what is left of the red car"
+        text = "A common beginning that fills a page or two. " * (i % 2) + words[: 3 + 5 * i]
+        prompt = {"prompt": "<image>" * len(images) + text, "multi_modal_data": {"image": images}}
+        (processed,) = llm.processor.finish([llm._read_prompt(prompt)])
+        params = SamplingParams(
+            temperature=[0.0, 0.9][i % 2],
+            top_p=0.95,
+            seed=i,
+            n=1 + 2 * (i % 5 == 4),
+            max_tokens=6 + 3 * (i % 3),
+            min_tokens=2,
+            logprobs=0,
+            prompt_logprobs=0 if i % 4 == 3 else None,
+        )
+        requests.append(llm._request(processed, params))
+    return requests
+
+
+def answers(
+    engine: Engine, requests: list[Request], between: Callable[[int], None] = lambda _: None
+) -> list[list[list[int]]]:
+    """Run ``requests`` to their ends, ``between`` before each step; return the tokens of their answers."""
+    for request in requests:
+        engine.add(request)
+    steps = 0
+    while engine.has_work:
+        between(steps)
+        engine.step()
+        engine.scheduler.check_integrity()
+        steps += 1
+    return [[output.token_ids for output in request.output().outputs] for request in requests]
+
+
+def log_probabilities(requests: list[Request]) -> torch.Tensor:
+    """Return those of all tokens that were scored, of prompts and of answers."""
+    values = []
+    for request in requests:
+        output = request.output()
+        scored = list(zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False))[1:]
+        for answer in output.outputs:
+            scored += zip(answer.token_ids, answer.logprobs or [], strict=True)
+        values += [of_place[token].logprob for token, of_place in scored if of_place]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of one request after the other, in fp32 and in float64."""
+    found = []
+    for model in (llm, exact):
+        requests = make_requests(model)
+        for request in requests:
+            answers(make_engine(model), [request])
+        found.append(log_probabilities(requests))
+    return found[0], found[1]
+
+
+def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Apply the three-way rule to log probabilities."""
+    single, exact = one_by_one
+    eps = torch.finfo(torch.float32).eps
+    allowed = 2 * ((single - exact).abs().max() + eps * exact.abs().max())
+    assert (log_probabilities(requests) - exact).abs().max() <= allowed
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[list[int]]]:
+    """One request after the other, each with a cache of its own."""
+    return [answers(make_engine(llm), [request])[0] for request in make_requests(llm)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 50, "prefix_caching": False},
+        {"kv_cache_tokens": 208},
+        {"kv_cache_tokens": 96, "max_num_batched_tokens": 32},
+        {"max_cached_images": 1},
+        {"max_patches": 1},
+    ],
+    ids=str,
+)
+def test_the_way_the_work_is_cut_changes_no_token(
+    llm: LLM,
+    expected: list[list[list[int]]],
+    one_by_one: tuple[torch.Tensor, torch.Tensor],
+    sizes: dict[str, Any],
+) -> None:
+    engine, requests = make_engine(llm, **sizes), make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert_scores(requests, one_by_one)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_preempted_every_seven_steps(
+    llm: LLM,
+    expected: list[list[list[int]]],
+    one_by_one: tuple[torch.Tensor, torch.Tensor],
+    prefix_caching: bool,
+) -> None:
+    requests = make_requests(llm)
+    engine = make_engine(llm, max_num_batched_tokens=8, prefix_caching=prefix_caching)
+
+    def preempt(step: int) -> None:
+        if step % 7 == 6 and engine.scheduler.running:
+            engine.scheduler.preempt_newest()
+
+    assert answers(engine, requests, preempt) == expected
+    assert engine.scheduler.num_preemptions > 3
+    assert_scores(requests, one_by_one)
+
+
+def test_known_prefixes(
+    llm: LLM, expected: list[list[list[int]]], one_by_one: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    engine = make_engine(llm)
+    for times in range(3):
+        requests = make_requests(llm)
+        assert answers(engine, requests) == expected
+        assert_scores(requests, one_by_one)
+        plain = [request for request in requests if request.params.prompt_logprobs is None]
+        cached = [request.output().num_cached_tokens for request in plain]
+        whole = [(len(r.prompt_token_ids) - 1) // PAGE * PAGE for r in plain]
+        assert cached == whole or times == 0
+
+
+def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
+    engine = make_engine(llm, kv_cache_tokens=4096)
+    requests = make_requests(llm)[:2]
+    answers(engine, requests)
+    used = sum(engine.scheduler.most_pages(len(s.token_ids)) for r in requests for s in r.sequences)
+    for layer in engine.runner.kv_cache.layers:
+        for tensor in layer:
+            touched = ~tensor.isnan().flatten(1).all(1)
+            assert 0 < touched.sum() <= used
+
+
+def test_a_cancelled_request_leaves_the_others_as_they_were(
+    llm: LLM, expected: list[list[list[int]]]
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=30)
+    requests = make_requests(llm)
+
+    def cancel(step: int) -> None:
+        if step in (1, 5):
+            engine.cancel(requests[step])
+            engine.scheduler.check_integrity()
+
+    got = answers(engine, requests, cancel)
+    for index, (mine, wanted) in enumerate(zip(got, expected, strict=True)):
+        assert mine == wanted or index in (1, 5)
+
+
+def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
+    engine = make_engine(llm, max_num_seqs=100)
+
+    def serve(count: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=2)
+        for begin in range(0, count, 100):
+            prompts = [{"prompt_token_ids": [1, 5 + (begin + i) % 30000, 7]} for i in range(100)]
+            drafts = [llm._read_prompt(prompt) for prompt in prompts]
+            requests = [llm._request(p, params) for p in llm.processor.finish(drafts)]
+            answers(engine, requests)
+
+    serve(500)
+    gc.collect()
+    before = len(gc.get_objects())
+    serve(1500)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=16)
+    sizes = []
+    forward = llm.model.forward
+
+    def record(batch: Any, *args: Any) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        return forward(batch, *args)
+
+    monkeypatch.setattr(llm.model, "forward", record)
+    answers(engine, make_requests(llm))
+    assert max(sizes) == 16
+
+
+def failing(
+    engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
+) -> list[int]:
+    """Let the model raise ``error`` on batches that ``fails`` picks; return the sizes of all batches."""
+    sizes = []
+    forward = engine.runner.model.forward
+
+    def raise_or_run(batch: Any, *args: Any) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        if fails(batch):
+            raise error
+        return forward(batch, *args)
+
+    monkeypatch.setattr(engine.runner.model, "forward", raise_or_run)
+    return sizes
+
+
+@pytest.mark.parametrize("poisoned", [0, 7, 13])
+def test_a_request_that_cannot_be_run_fails_alone(
+    llm: LLM, expected: list[list[list[int]]], poisoned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=64)
+    requests = make_requests(llm)
+    poison = 9999
+    requests[poisoned].prompt_token_ids[-1] = poison
+    failing(engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken"))
+    got = answers(engine, requests)
+    assert got[:poisoned] == expected[:poisoned]
+    assert got[poisoned + 1 :] == expected[poisoned + 1 :]
+    assert not any(got[poisoned])
+    error = requests[poisoned].output().error
+    assert isinstance(error, RequestFailedError)
+    assert isinstance(error.__cause__, RuntimeError)
+    assert requests[poisoned].finished
+    assert engine.scheduler.max_num_seqs == 64
+
+
+def test_out_of_memory_makes_steps_smaller(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    sizes = failing(
+        engine, monkeypatch, lambda batch: len(batch.input_ids) > 40, torch.OutOfMemoryError()
+    )
+    assert answers(engine, make_requests(llm)) == expected
+    assert max(sizes) > 40
+    assert engine.scheduler.max_num_batched_tokens == 32
+
+
+def test_what_never_fits_into_memory_fails_alone(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    requests = make_requests(llm)
+    longest = max(requests, key=lambda request: len(request.prompt_token_ids))
+    fits = max(
+        request.sequences[0].max_length if request.sequences else len(request.prompt_token_ids) + 12
+        for request in requests
+        if request is not longest
+    )
+
+    def is_long(batch: Any) -> bool:
+        return bool((batch.paged.context_lens > fits).any())
+
+    failing(engine, monkeypatch, is_long, torch.OutOfMemoryError())
+    got = answers(engine, requests)
+    for request, mine, wanted in zip(requests, got, expected, strict=True):
+        assert mine == wanted or request is longest
+    assert isinstance(longest.output().error, RequestFailedError)
+
+
+def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    encode = llm.model.image_features
+    calls = []
+
+    def fail_once(images: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("broken")
+        return encode(images)
+
+    monkeypatch.setattr(llm.model, "image_features", fail_once)
+    requests = make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert not any(request.error for request in requests)
