@@ -1,6 +1,7 @@
 """Sweep one kernel's launch options and print the best.
 
     python bench/tune.py flash_attention text-causal-16k BLOCK_M=64,128 BLOCK_N=64,128 num_warps=4,8 num_stages=2,3
+    python bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 SOFTMAX_FIRST=0,1 --impl gluon
 
 Every combination replaces what the kernel file's ``_launch_config`` returns. Wrong ones and those that do not compile
 are named and left out. Needs a CUDA device.

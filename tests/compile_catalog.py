@@ -8,7 +8,9 @@ is left out. Prints a line of JSON for each kernel that was compiled.
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from triton.tools.disasm import get_sass
+from triton.tools.disasm import path_to_cuobjdump
 
 from idefics2_kernels import checks
 from idefics2_kernels.catalog import rows
@@ -38,6 +40,14 @@ class _AbsentGPU:
         return 0
 
 
+def _sass(cubin: bytes) -> str:
+    """Disassemble; ``triton.tools.disasm.get_sass`` leaves off what lies behind the first 64 KiB."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([path_to_cuobjdump(), "-sass", file.name], text=True)
+
+
 def main(arch: int) -> None:
     """Compile for ``sm_<arch>``."""
     driver.set_active(_AbsentGPU(arch))
@@ -50,7 +60,7 @@ def main(arch: int) -> None:
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            sass = get_sass(compiled.asm["cubin"])
+            sass = _sass(compiled.asm["cubin"])
             report = {
                 "kernel": self.__name__,
                 "case": case_name,

@@ -1,8 +1,10 @@
 """Requests that are read lazily, prepared in threads, and yielded as they finish."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,30 @@ def test_an_intake_is_in_order_and_bounded() -> None:
     assert [row for row, _ in taken] == list(range(9))
     assert [value for row, value in taken if row != 4] == [10 * row for row in range(9) if row != 4]
     assert isinstance(taken[4][1], PromptError)
+
+
+def test_a_bar_says_how_far_it_is(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = llm.generate(prompts(5), GREEDY)
+    assert capsys.readouterr().err == ""
+    shown = llm.generate(prompts(5), GREEDY, progress=True)
+    printed = capsys.readouterr().err
+    assert "5/5" in printed
+    assert re.search(r"in \d+ tok/s, out \d+ tok/s, \d+\.\d tiles/s, cache \d+%", printed)
+    assert [o.outputs[0].token_ids for o in shown] == [o.outputs[0].token_ids for o in wanted]
+    rows: list[Any] = [*prompts(3), 7]
+    list(llm.iterate(rows, GREEDY, progress=True))
+    assert "4/4" in capsys.readouterr().err
+    list(llm.iterate(iter(prompts(3)), GREEDY, progress=True))
+    assert "3request" in capsys.readouterr().err
+
+
+def test_stats_count_pictures_and_text_apart(llm: LLM) -> None:
+    stats = llm._engine.stats
+    before = replace(stats)
+    outputs = llm.generate(prompts(4), SamplingParams(max_tokens=3, min_tokens=3))
+    assert stats.generated_tokens - before.generated_tokens == 12
+    computed = sum(len(o.prompt_token_ids) - o.num_cached_tokens + 2 for o in outputs)
+    assert stats.computed_tokens - before.computed_tokens == computed
+    assert stats.encoded_tiles - before.encoded_tiles <= 2
+    assert stats.steps > before.steps
+    assert stats.cache_usage == 0.0

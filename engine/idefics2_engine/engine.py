@@ -16,6 +16,7 @@ from idefics2_engine.runner import Runner
 from idefics2_engine.sampler import Sampler
 from idefics2_engine.scheduler import Scheduler, Step
 from idefics2_engine.sequence import Request, Sequence
+from idefics2_engine.stats import EngineStats
 
 
 class Engine:
@@ -46,6 +47,7 @@ class Engine:
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
         self.runner = Runner(model, kv_cache, image_config, config.max_cached_images)
+        self.stats = EngineStats()
         self._max_num_seqs = config.max_num_seqs
         self._suspects: set[Request] = set()  # of a step that failed, and not in one since
         self.sampler = Sampler(
@@ -83,6 +85,7 @@ class Engine:
             self._recover(requests, error)
             return []
         self._clear(requests)
+        self._count(step, len(drawn))
         return drawn
 
     def _recover(self, requests: set[Request], error: Exception) -> None:
@@ -131,6 +134,15 @@ class Engine:
             sequence.append(*choice)
         self.scheduler.finish(sequences)
         return sequences
+
+    def _count(self, step: Step, num_drawn: int) -> None:
+        stats, pages = self.stats, self.scheduler.pages
+        stats.steps += 1
+        stats.computed_tokens += sum(chunk.end - chunk.begin for chunk in step.chunks)
+        stats.generated_tokens += num_drawn
+        stats.encoded_tiles += len(step.encodes)
+        stats.encoded_patches += sum(tile.num_patches for tile, _ in step.encodes)
+        stats.cache_usage = 1 - pages.num_free / pages.num_pages
 
     def cancel(self, request: Request) -> None:
         """Drop what is unfinished of ``request``."""

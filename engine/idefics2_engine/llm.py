@@ -1,7 +1,7 @@
 """The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
 
 import random
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_co
 from idefics2_engine.model import Idefics2
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.progress import Progress
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
 from idefics2_engine.shown import shown
@@ -174,12 +175,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Continue raw prompts; control tokens in their text are control tokens.
 
         Args:
             prompts: One prompt or several.
             sampling_params: For all of them, or one each.
+            progress: Whether to show a progress bar.
 
         Returns:
             One output a prompt, in order.
@@ -191,18 +195,21 @@ class LLM:
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         drafts = [self._read_prompt(prompt) for prompt in several]
-        return self._answer(self.processor.finish(drafts), sampling_params)
+        return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def chat(
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer conversations; nothing typed in them becomes a control token.
 
         Args:
             messages: One conversation or several.
             sampling_params: For all of them, or one each.
+            progress: Whether to show a progress bar.
 
         Returns:
             One output a conversation, in order.
@@ -218,7 +225,7 @@ class LLM:
             )
         several = [messages] if _is_conversation(messages) else _listed("messages", messages)
         drafts = [self.processor.draft_chat(cast(Conversation, one)) for one in several]
-        return self._answer(self.processor.finish(drafts), sampling_params)
+        return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -242,6 +249,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         in_flight: int | None = None,
+        progress: bool = False,
     ) -> Generator[RequestOutput, None, None]:
         """Answer prompts and conversations as they come, yielding each output when it is finished.
 
@@ -250,6 +258,7 @@ class LLM:
                 Each may be a pair with its own parameters.
             sampling_params: For all others.
             in_flight: Requests begun and not yielded; twice ``max_num_seqs`` if ``None``.
+            progress: Whether to show a progress bar; its total is known if ``prompts`` has a length.
 
         Yields:
             Outputs in the order in which they finish; ``request_id`` is the place among ``prompts``, from "0". One that is
@@ -262,10 +271,16 @@ class LLM:
         _at_least_one("in_flight", in_flight)
         shared = _read_params(sampling_params)
         self._begin([])
-        return self._iterate(enumerate(prompts), shared, in_flight)
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        bar = Progress(self._engine.stats, total, progress)
+        return self._iterate(enumerate(prompts), shared, in_flight, bar)
 
     def _iterate(
-        self, rows: Iterable[tuple[int, Any]], shared: SamplingParams, in_flight: int
+        self,
+        rows: Iterable[tuple[int, Any]],
+        shared: SamplingParams,
+        in_flight: int,
+        bar: Progress,
     ) -> Generator[RequestOutput, None, None]:
         live: list[Request] = []
 
@@ -278,7 +293,7 @@ class LLM:
             return self.processor.finish([draft])[0], _read_params(params)
 
         threads = self.processor.media.num_threads
-        with Intake(rows, prepare, threads, ahead=in_flight) as intake:
+        with bar, Intake(rows, prepare, threads, ahead=in_flight) as intake:
             self._is_iterating = True
             try:
                 while live or not intake.is_empty:
@@ -289,14 +304,17 @@ class LLM:
                                 raise prepared
                             request = self._request(*prepared, request_id=str(index))
                         except Idefics2Error as error:
+                            bar.update(1)
                             yield failed_output(str(index), error)
                         else:
                             self._engine.add(request)
                             live.append(request)
                     if live:
                         self._engine.step()
-                    for request in [request for request in live if request.finished]:
-                        live.remove(request)
+                    finished = [request for request in live if request.finished]
+                    live = [request for request in live if not request.finished]
+                    bar.update(len(finished))
+                    for request in finished:
                         yield request.output()
             finally:
                 self._is_iterating = False
@@ -324,6 +342,7 @@ class LLM:
         self,
         prompts: list[ProcessedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool,
     ) -> list[RequestOutput]:
         if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
             params = [_read_params(one) for one in sampling_params]
@@ -335,12 +354,17 @@ class LLM:
             )
         requests = [self._request(*pair) for pair in zip(prompts, params, strict=True)]
         self._begin(requests)
-        try:
-            while self._engine.has_work:
-                self._engine.step()
-        finally:
-            for request in requests:
-                self._engine.cancel(request)
+        with Progress(self._engine.stats, len(requests), progress) as bar:
+            try:
+                unfinished = len(requests)
+                while self._engine.has_work:
+                    self._engine.step()
+                    now = sum(not request.finished for request in requests) if progress else 0
+                    bar.update(unfinished - now)
+                    unfinished = now
+            finally:
+                for request in requests:
+                    self._engine.cancel(request)
         return [request.output() for request in requests]
 
     def _request(

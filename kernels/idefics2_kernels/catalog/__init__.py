@@ -30,14 +30,18 @@ CATALOG: tuple[KernelSpec, ...] = (
 
 
 def rows(*where: Where) -> list[tuple[KernelSpec, str, Case]]:
-    """Pair each kernel's implementations with each of its cases for ``where``."""
+    """Pair each kernel's implementations with each of the cases for ``where`` that they run here."""
     return [
         (spec, implementation, case)
         for spec in CATALOG
         for implementation in spec.implementations
         for case in spec.cases
-        if case.where in where
+        if case.where in where and spec.only.get(implementation, _every)(case)
     ]
+
+
+def _every(_case: Case) -> bool:
+    return True
 
 
 def missing() -> set[str]:

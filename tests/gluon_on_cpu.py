@@ -1,0 +1,352 @@
+"""Runs a kernel file written in Gluon on a CPU, each warp group in a thread of its own, in float64.
+
+Gluon has no interpreter. This one knows what ``flash_attention_gluon`` uses, and takes the hardware at its latest:
+products read shared memory when they are waited for, copies run in any order, and shared memory begins as NaN. So a
+barrier that is missing shows as a wrong number, and one too many as a program that never ends.
+"""
+
+import random
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PATIENCE = 20.0  # seconds that a barrier is waited for
+_local = threading.local()
+
+
+class Array(np.ndarray):
+    """A tensor in registers; its layout does not matter."""
+
+    type = types.SimpleNamespace(layout=types.SimpleNamespace(parent=None))
+    dtype_name = None
+
+    def to(self, _dtype: object) -> "Array":
+        return self
+
+
+def _array(values: Any) -> Array:
+    return np.asarray(values, dtype=np.float64).view(Array)
+
+
+class Shared:
+    """A piece of shared memory."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self.shape = list(values.shape)
+
+    def index(self, i: int) -> Any:
+        piece = self.values[int(i)]
+        return piece[0] if piece.dtype == object else Shared(piece)
+
+    def reshape(self, shape: list[int]) -> "Shared":
+        view = self.values.reshape(shape)
+        assert view.base is not None
+        return Shared(view)
+
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return Shared(self.values.transpose(order))
+
+    def store(self, values: Any) -> None:
+        self.values[...] = values
+
+
+class Barrier:
+    """An mbarrier: a phase ends when all have arrived and all announced bytes are there."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.phase = self.bytes = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def arrive(self, arrivals: int, announced: int = 0) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += announced
+            assert self.pending >= 0, "more arrivals than the barrier counts"
+            if self.pending == 0 and self.bytes == 0:
+                self.phase += 1
+                self.pending = self.count
+                self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        assert parity in (0, 1)
+        with self.changed:
+            done = self.changed.wait_for(lambda: self.phase & 1 != parity, _PATIENCE)
+        assert done, "waited for ever"
+
+
+class Descriptor:
+    """A tensor in global memory, read and written in boxes; what lies outside its shape reads as zero."""
+
+    def __init__(
+        self, base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: object
+    ) -> None:
+        self.base, self.shape, self.strides = base, shape, strides
+        self.block_type = types.SimpleNamespace(shape=block)
+        self.dtype, self.layout = base.dtype, layout
+
+    def _places(self, corner: list[int]) -> tuple[Any, Any]:
+        """Return where the box's elements lie in the storage, and which of them lie within the shape."""
+        places = np.zeros(self.block_type.shape, dtype=object)
+        inside = np.ones(self.block_type.shape, dtype=bool)
+        for axis, (first, size) in enumerate(zip(corner, self.block_type.shape, strict=True)):
+            along = [1] * len(corner)
+            along[axis] = size
+            index = np.array([int(first) + i for i in range(size)], dtype=object).reshape(along)
+            inside &= (index >= 0) & (index < self.shape[axis])
+            places = places + index * self.strides[axis]
+        return places % (2**64 // self.base.itemsize), inside
+
+    def load(self, corner: list[int]) -> Any:
+        places, inside = self._places(corner)
+        values = np.zeros(places.shape)
+        values[inside] = self._flat()[self._indices(places[inside])].double()
+        return values
+
+    def store(self, corner: list[int], values: Any) -> None:
+        places, inside = self._places(corner)
+        self._flat()[self._indices(places[inside])] = torch.tensor(values[inside]).to(
+            self.base.dtype
+        )
+
+    @staticmethod
+    def _indices(places: Any) -> Tensor:
+        return torch.tensor([int(place) for place in places], dtype=torch.int64)
+
+    def _flat(self) -> Tensor:
+        extent = sum((n - 1) * s for n, s in zip(self.base.shape, self.base.stride(), strict=True))
+        return self.base.as_strided((extent + 1,), (1,))
+
+
+class Product:
+    """A product on its way; it is computed when it is waited for."""
+
+    type = Array.type
+
+    def __init__(self, a: Any, b: Any, acc: Any) -> None:
+        self.a, self.b, self.acc = a, b, acc
+        self.value: Array | None = None
+        _local.products.append(self)
+
+    def finish(self) -> None:
+        acc = self.acc.value if isinstance(self.acc, Product) else self.acc
+        a, b = (x.values if isinstance(x, Shared) else x for x in (self.a, self.b))
+        self.value = _array(a @ b + acc)
+
+
+def _warpgroup_mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+    assert is_async
+    return Product(a, b, acc if use_acc else 0.0)
+
+
+def _warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
+    time.sleep(1e-3)  # for a copy that need not wait to come before
+    while len(_local.products) > outstanding:
+        _local.products.pop(0).finish()
+    values = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)
+    assert all(value is not None for value in values), "a result that was not waited for"
+    return values[0] if len(values) == 1 else values
+
+
+class _Copies:
+    """The copy engine: a thread that takes copies in any order."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.waiting: list[Callable[[], None]] = []
+        self.changed = threading.Condition()
+        self.over = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def add(self, copy: Callable[[], None]) -> None:
+        with self.changed:
+            self.waiting.append(copy)
+            self.changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.over)
+                if not self.waiting:
+                    return
+                copy = self.waiting.pop(self.random.randrange(len(self.waiting)))
+            copy()
+
+    def end(self) -> None:
+        with self.changed:
+            self.over = True
+            self.changed.notify()
+        self.thread.join()
+
+
+class _Kernel:
+    """A jitted function: a plain one when called, a kernel when launched."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int, maxnreg: int, **kwargs: Any) -> None:
+            assert num_warps == 4
+            assert maxnreg % 8 == 0
+            args = tuple(_Pointer(a) if isinstance(a, Tensor) else a for a in args)
+            for program in range(grid[0]):
+                _local.program, _local.programs = program, grid[0]
+                _local.copies = _Copies(program)
+                self.function(*args, **kwargs)
+                _local.copies.end()
+
+        return launch
+
+
+class _Pointer:
+    def __init__(self, tensor: Tensor, offset: int = 0) -> None:
+        self.tensor, self.offset = tensor, offset
+
+    def __add__(self, offset: int) -> "_Pointer":
+        return _Pointer(self.tensor, self.offset + int(offset))
+
+
+def _warp_specialize(partitions: list[Any], warps: list[int], registers: list[int]) -> None:
+    assert len(partitions) == len(warps) + 1 == len(registers) + 1
+    here = dict(vars(_local))
+    failures: list[BaseException] = []
+
+    def run(function: Callable[..., None], args: tuple[Any, ...]) -> None:
+        vars(_local).update(here)
+        _local.products, _local.stores = [], []
+        try:
+            function(*args)
+            assert not _local.products, "a product that was never waited for"
+            assert not _local.stores, "a store that was never waited for"
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
+    if dtype == "int64":
+        barriers = np.empty(shape, dtype=object)
+        for place in np.ndindex(*shape):
+            barriers[place] = Barrier()
+        return Shared(barriers)
+    return Shared(np.full(shape, np.nan))
+
+
+def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:
+    def copy() -> None:
+        tile.values[...] = desc.load(corner)
+        barrier.arrive(0, -tile.values.size * desc.base.itemsize)
+
+    _local.copies.add(copy)
+
+
+def _store_wait(pending: int) -> None:
+    while len(_local.stores) > pending:
+        desc, corner, tile = _local.stores.pop(0)
+        desc.store(corner, tile.values)
+
+
+def _jit(function: Any = None, **_options: Any) -> Any:
+    return _Kernel if function is None else _Kernel(function)
+
+
+def _modules() -> dict[str, Any]:
+    """Return what stands for Gluon's modules."""
+    gl: Any = types.ModuleType("gl")
+    gl.constexpr = lambda value: value
+    gl.int64, gl.float32 = "int64", "float32"
+    gl.program_id = lambda _axis: _local.program
+    gl.num_programs = lambda _axis: _local.programs
+    gl.load = lambda pointer: int(pointer.tensor[pointer.offset])
+    gl.static_range = range
+    gl.static_assert = lambda condition: None
+    gl.minimum, gl.maximum = np.minimum, np.maximum
+    gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
+    gl.where, gl.exp2 = np.where, np.exp2
+    gl.max, gl.sum = np.max, np.sum
+    gl.arange = lambda begin, end, _layout: np.arange(begin, end)
+    gl.full = lambda shape, value, _dtype, _layout: _array(np.full(shape, value))
+    gl.zeros = lambda shape, _dtype, _layout: _array(np.zeros(shape))
+    gl.convert_layout = lambda value, _layout: value
+    gl.inline_asm_elementwise = lambda _asm, _constraints, args, **_options: args[0]
+    gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
+    gl.NVMMASharedLayout = lambda **_options: None
+    gl.allocate_shared_memory = _allocate
+    gl.warp_specialize = _warp_specialize
+    gluon: Any = types.ModuleType("gluon")
+    gluon.jit, gluon.language = _jit, gl
+    hopper: Any = types.ModuleType("hopper")
+    hopper.fence_async_shared = lambda: None
+    hopper.warpgroup_mma, hopper.warpgroup_mma_wait = _warpgroup_mma, _warpgroup_mma_wait
+    hopper.mbarrier = types.SimpleNamespace(
+        MBarrierLayout=lambda: None,
+        init=lambda barrier, count: barrier.init(count),
+        expect=lambda barrier, size: barrier.arrive(1, size),
+        arrive=lambda barrier: barrier.arrive(1),
+        wait=lambda barrier, parity: barrier.wait(int(parity)),
+    )
+    hopper.tma = types.SimpleNamespace(
+        async_copy_global_to_shared=_load_tile,
+        async_copy_shared_to_global=lambda *copy: _local.stores.append(copy),
+        store_wait=_store_wait,
+    )
+    host: Any = types.ModuleType("host")
+    host.TensorDescriptor = Descriptor
+    experimental: Any = types.ModuleType("experimental")
+    experimental.gluon = gluon
+    root = "triton.experimental.gluon"
+    return {
+        "triton.experimental": experimental,
+        root: gluon,
+        f"{root}.language": gl,
+        f"{root}.language.nvidia.hopper": hopper,
+        f"{root}.nvidia.hopper": host,
+    }
+
+
+@contextmanager
+def _replaced(modules: dict[str, Any]) -> Iterator[None]:
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def load(path: Path) -> Any:
+    """Return the kernel file as a module whose kernels run here."""
+    module: Any = types.ModuleType(path.stem)
+    with _replaced(_modules()):
+        sys.modules[path.stem] = module  # dataclasses look their module up
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
+        del sys.modules[path.stem]
+    return module

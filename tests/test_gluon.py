@@ -1,0 +1,81 @@
+"""The attention kernel in Gluon, run on a CPU: which tiles it visits, what it waits for, where it reads and writes."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gluon_on_cpu
+from guarded import guarded_allocations
+from idefics2_kernels import reference
+from idefics2_kernels.catalog import CATALOG
+from idefics2_kernels.catalog import flash_attention as catalog
+from idefics2_kernels.catalog.attention import cumulative
+
+FILE = Path(__file__).parents[1] / "kernels" / "idefics2_kernels" / "flash_attention_gluon.py"
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Any:
+    return gluon_on_cpu.load(FILE)
+
+
+CASES: list[dict[str, Any]] = [
+    {"lengths": (130, 1, 0, 67), "D": 72, "causal": False},
+    {"lengths": (300,), "D": 128, "causal": True},
+    {"lengths": (5, 129, 64), "D": 96, "causal": True, "window": 40},
+    {"lengths": (257,), "D": 72, "causal": False, "window": 33},
+    {"lengths": (193, 128), "D": 128, "causal": True, "window": 1},
+    {"lengths": (256,), "D": 72, "causal": False},
+    {"lengths": (400, 3), "D": 72, "causal": True, "window": 129},
+]
+OPTIONS: list[dict[str, int]] = [
+    {},
+    {"PERSISTENT": 0},
+    {"IN_TURN": 1, "BLOCK_N": 32, "BUFFERS": 3},
+    {"CONSUMERS": 3, "IN_TURN": 1, "BLOCK_N": 64},
+]
+
+
+@pytest.mark.parametrize(("case", "options"), [*product(CASES, OPTIONS)])
+def test_the_kernel_step_by_step(
+    case: dict[str, Any],
+    options: dict[str, int],
+    kernel: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lengths, D = case["lengths"], case["D"]
+    T, H, H_KV = sum(lengths), 2, 1
+    # a few programs, so that each has several tiles
+    monkeypatch.setattr(kernel, "_processors", lambda _device: 2)
+    config = kernel._launch_config
+    monkeypatch.setattr(kernel, "_launch_config", lambda n: replace(config(n), **options))
+    wide = torch.randn(T + 2, H + 2 * H_KV, D).half()
+    wide[0] = wide[-1] = float("nan")
+    q, k, v = wide[1:-1].split((H, H_KV, H_KV), 1)
+    masks = {"causal": case["causal"], "window": case.get("window")}
+    cu_seqlens = cumulative(lengths, torch.device("cpu"))
+    with guarded_allocations():
+        out = kernel.flash_attention_gluon(q, k, v, cu_seqlens, max(lengths), **masks)
+    exact = reference.flash_attention(
+        q.double(), k.double(), v.double(), cu_seqlens, max(lengths), **masks
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=2**-10, atol=1e-6)
+
+
+def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
+    assert not any(spec.only["gluon"](case) for case in spec.cases), "interpreted"
+    monkeypatch.setattr(catalog, "_on_hopper", lambda: True)
+    assert catalog._GLUON is not None
+    small = [case for case in spec.cases if sum(case.dims["lengths"]) < 1000]
+    takes = []
+    for case in small:
+        inputs = spec.make_inputs(case, torch.device("cpu"))
+        takes.append(catalog._GLUON.takes(*(inputs[name] for name in ("q", "k", "v"))))
+    assert takes == [spec.only["gluon"](case) for case in small]
+    assert any(takes)
+    assert not all(takes)
