@@ -13,24 +13,35 @@ from idefics2_engine.config import EngineConfig
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.sequence import Request
+from idefics2_kernels import REFERENCE, TRITON
 from oracle import random_image
 from tiny_checkpoint import write_checkpoint
 
-WINDOW, PAGE = 24, 8
+WINDOW, PAGE = 24, 16
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder, window=WINDOW)
-    return LLM(folder, device="cpu", dtype="float32", max_model_len=200)
+    return folder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", REFERENCE), id="cpu"),
+        pytest.param(("cuda", TRITON), id="kernels", marks=pytest.mark.gpu),
+    ],
+)
+def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
+    device, ops = request.param
+    return LLM(folder, device=device, dtype="float32", max_model_len=200, ops=ops)
 
 
 @pytest.fixture(scope="module")
-def exact(llm: LLM, tmp_path_factory: pytest.TempPathFactory) -> LLM:
+def exact(folder: Path) -> LLM:
     """The same model in float64."""
-    folder: Path = tmp_path_factory.mktemp("exact")
-    write_checkpoint(folder, window=WINDOW)
     return LLM(folder, device="cpu", dtype=torch.float64, max_model_len=200)
 
 

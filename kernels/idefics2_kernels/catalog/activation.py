@@ -13,7 +13,11 @@ _SIZES = ((1, 1), (1, 64), (5, 123), (3, 513), (7, 31), (0, 64))
 _GPU_SIZES = ((1, 14336), (257, 1151), (1023, 4097), (131, 997), (64, 8192), (4, 511), (5, 512))
 
 
-def _cases(model_n: int) -> tuple[Case, ...]:
+_TEXT_ROWS = {"8192": 8192, "decode-b1": 1, "decode-b64": 64}
+_VISION_ROWS = {"8192": 8192, "39200": 39200}  # the second is eight images of 4,900 patches
+
+
+def _cases(model_n: int, rows: dict[str, int]) -> tuple[Case, ...]:
     """Give cases by the shape of the output."""
     cases = [
         Case(f"{M}x{N}-{dtype}".replace("torch.", ""), {"shape": (M, N)}, dtype)
@@ -41,8 +45,7 @@ def _cases(model_n: int) -> tuple[Case, ...]:
     ]
     cases += [Case("gpu-far", {"shape": (3, 1151), "layout": "far"}, where="huge")]
     cases += [
-        Case(name, {"shape": (M, model_n)}, torch.bfloat16, "model")
-        for name, M in (("8192", 8192), ("decode-b1", 1), ("decode-b64", 64))
+        Case(name, {"shape": (M, model_n)}, torch.bfloat16, "model") for name, M in rows.items()
     ]
     return tuple(cases)
 
@@ -81,14 +84,14 @@ ACTIVATIONS = (
     KernelSpec(
         name="silu_mul",
         make_inputs=_silu_mul_inputs,
-        cases=_cases(14336),
+        cases=_cases(14336, _TEXT_ROWS),
         cost=lambda case: _cost(case, passes=3, vectors=0, flops=5),
         implementations={"triton": activation.silu_mul},
     ),
     KernelSpec(
         name="gelu_tanh",
         make_inputs=_gelu_tanh_inputs,
-        cases=_cases(4304),
+        cases=_cases(4304, _VISION_ROWS),
         cost=lambda case: _cost(case, passes=2, vectors=1, flops=9),
         implementations={"triton": activation.gelu_tanh},
     ),

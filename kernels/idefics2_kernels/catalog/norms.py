@@ -13,7 +13,11 @@ _SIZES = ((1, 1), (1, 64), (5, 123), (3, 127), (17, 129), (7, 31), (0, 64), (4, 
 _GPU_SIZES = ((1, 4096), (257, 1151), (1023, 4097), (131, 997), (64, 8192))
 
 
-def _cases(model_n: int) -> tuple[Case, ...]:
+_TEXT_ROWS = {"8192": 8192, "decode-b1": 1, "decode-b64": 64}
+_VISION_ROWS = {"8192": 8192, "39200": 39200}  # the second is eight images of 4,900 patches
+
+
+def _cases(model_n: int, rows: dict[str, int]) -> tuple[Case, ...]:
     cases = [
         Case(f"{M}x{N}-{dtype}".replace("torch.", ""), {"shape": (M, N)}, dtype)
         for (M, N), dtype in product(_SIZES, (torch.float32, torch.bfloat16))
@@ -41,8 +45,7 @@ def _cases(model_n: int) -> tuple[Case, ...]:
     ]
     cases += [Case("gpu-far", {"shape": (3, 1151), "layout": "far"}, where="huge")]
     cases += [
-        Case(name, {"shape": (M, model_n)}, torch.bfloat16, "model")
-        for name, M in (("8192", 8192), ("decode-b1", 1), ("decode-b64", 64))
+        Case(name, {"shape": (M, model_n)}, torch.bfloat16, "model") for name, M in rows.items()
     ]
     return tuple(cases)
 
@@ -85,28 +88,28 @@ NORMS = (
     KernelSpec(
         name="rms_norm",
         make_inputs=_rms_norm_inputs,
-        cases=_cases(4096),
+        cases=_cases(4096, _TEXT_ROWS),
         cost=lambda case: _cost(case, passes=2, vectors=1, flops=4),
         implementations={"triton": rms_norm.rms_norm},
     ),
     KernelSpec(
         name="add_rms_norm",
         make_inputs=lambda case, device: _with_residual(_rms_norm_inputs(case, device)),
-        cases=_cases(4096),
+        cases=_cases(4096, _TEXT_ROWS),
         cost=lambda case: _cost(case, passes=4, vectors=1, flops=5),
         implementations={"triton": rms_norm.add_rms_norm},
     ),
     KernelSpec(
         name="layer_norm",
         make_inputs=_layer_norm_inputs,
-        cases=_cases(1152),
+        cases=_cases(1152, _VISION_ROWS),
         cost=lambda case: _cost(case, passes=2, vectors=2, flops=7),
         implementations={"triton": layer_norm.layer_norm},
     ),
     KernelSpec(
         name="add_layer_norm",
         make_inputs=lambda case, device: _with_residual(_layer_norm_inputs(case, device)),
-        cases=_cases(1152),
+        cases=_cases(1152, _VISION_ROWS),
         cost=lambda case: _cost(case, passes=4, vectors=2, flops=8),
         implementations={"triton": layer_norm.add_layer_norm},
     ),
