@@ -25,7 +25,7 @@ class LaunchConfig:
 
 
 def _launch_config(E: int) -> LaunchConfig:
-    # on an H100 77 % of a copy's bandwidth for eight images, the same within 5 % for 4 to 16 patches and 1 to 8 warps
+    # on an H100 77 % of a copy's bandwidth for eight images, the same within 5 % for 4 to 16 patches and 2 to 4 warps
     return LaunchConfig(block_p=max(1, min(8, 8192 // E)), num_warps=2)
 
 
