@@ -161,6 +161,26 @@ def _gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
     return functional.gelu(x + bias, approximate="tanh")
 
 
+def _sample(inputs: Inputs) -> Call:
+    """Sort, cut where the counts and the sums say, and draw, as it is done without a kernel; no timed case has min-p."""
+
+    def call() -> Tensor:
+        scores = inputs["logits"].float() / inputs["temperature"].clamp(min=1e-5)[:, None]
+        scores, order = scores.sort(-1, descending=True)
+        top_k = torch.where(inputs["top_k"] > 0, inputs["top_k"], scores.shape[1])
+        ranks = torch.arange(scores.shape[1], device=scores.device)
+        scores = scores.masked_fill(ranks >= top_k[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+        before = weights.cumsum(-1) - weights
+        weights = weights.masked_fill(before > inputs["top_p"][:, None], 0.0)
+        # an exponential race: multinomial would wait for the device
+        places = (weights / torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
+        drawn: Tensor = order.gather(-1, places)[:, 0]
+        return drawn
+
+    return call
+
+
 PEERS: dict[str, dict[str, Peer]] = {
     "flash_attention": {
         "torch-flash2": _flash_sdpa(SDPBackend.FLASH_ATTENTION),
@@ -183,6 +203,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "add_layer_norm": {"torch": _torch(_add_layer_norm, "x", "residual", "weight", "bias", "eps")},
     "silu_mul": {"torch": _torch(_silu_mul, "gate_up")},
     "gelu_tanh": {"torch": _torch(_gelu_tanh, "x", "bias")},
+    "sample": {"torch-sort": _sample},
     "rotary": {"torch": _torch(reference.rotary, "q", "k", "positions", "cos_sin")},
 }
 """By operation and name; where an operation has none, the reference is timed instead."""

@@ -33,6 +33,7 @@ _FILTERS: Mapping[str, Mapping[str, tuple[float, ...]]] = {  # each taken in tur
     "mixed": _MIXED,
     "order": {"min_p": (0.3,), "top_p": (0.7,)},  # what min-p removes first is not in top-p's whole
     "serving": {"temperature": (0.7,), "top_p": (0.9,)},
+    "top-k-and-p": {"temperature": (0.7,), "top_k": (50,), "top_p": (0.9,)},
 }
 
 
@@ -85,6 +86,7 @@ def _cases() -> tuple[Case, ...]:
     cases += [
         _case("gpu-large", 67, 32003, scale=1000.0, where="gpu"),
         _case("gpu-far", 3, 32003, layout="far", dtype=torch.float16, where="huge"),
+        _case("b128", 128, 32003, "top-k-and-p", where="model"),
         _case("b64", 64, 32003, "serving", where="model"),
         _case("b1", 1, 32003, "serving", where="model"),
         _case("b64-greedy", 64, 32003, "greedy", where="model"),
