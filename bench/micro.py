@@ -24,8 +24,7 @@ import torch
 import machine
 import report
 from idefics2_kernels.catalog import Case, Inputs, KernelSpec, rows
-from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.catalog.spec import copied, widened
+from idefics2_kernels.catalog.criterion import case_error
 from peers import prepared
 from timing import Call, Time, measure, num_copies
 
@@ -77,7 +76,7 @@ def bench_case(
     torch.manual_seed(0)
     cost = spec.cost(case)
     inputs = spec.make_inputs(case, device)
-    errors = {name: error(spec, name, case, inputs) for name in implementations}
+    errors = {name: case_error(spec, name, case, inputs) for name in implementations}
     sets = [inputs, *(spec.make_inputs(case, device) for _ in range(copies - 1))]
     calls: dict[str, list[Call]] = {
         name: [_bound(spec.implementations[name], one) for one in sets]
@@ -108,20 +107,6 @@ def bench_case(
                 }
         rows.append(row)
     return rows
-
-
-def error(spec: KernelSpec, implementation: str, case: Case, inputs: Inputs) -> float:
-    """Return the worst row's error as a share of what is allowed; an inexact copy is infinitely wrong."""
-    checked = spec.checked_rows(case, inputs)
-    same_dtype = spec.expected(copied(inputs), checked)
-    actual = spec.run(spec.implementations[implementation], copied(inputs))
-    if checked is not None:
-        actual = tuple(output[checked] for output in actual)
-    if spec.exact:
-        equal = all(torch.equal(a, b) for a, b in zip(actual, same_dtype, strict=True))
-        return 0.0 if equal else float("inf")
-    exact = spec.expected(widened(inputs), checked)
-    return max(worst_error(*each) for each in zip(actual, same_dtype, exact, strict=True))
 
 
 def _bound(function: Callable[..., object], inputs: Inputs) -> Call:

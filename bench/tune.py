@@ -15,7 +15,7 @@ from itertools import product
 import torch
 
 from idefics2_kernels.catalog import Inputs, KernelSpec, rows
-from micro import error
+from idefics2_kernels.catalog.criterion import case_error
 from timing import measure, num_copies
 
 
@@ -52,7 +52,7 @@ def main() -> int:
         )
         text = ", ".join(f"{name}={value}" for name, value in chosen.items())
         try:
-            wrong = error(spec, implementation, case, sets[0])
+            wrong = case_error(spec, implementation, case, sets[0])
             if wrong > 1:
                 print(f"{text}: wrong, {wrong:.2f} times the allowed error", flush=True)
                 continue

@@ -1,7 +1,11 @@
 """When a kernel is right: the one criterion of parity tests and benchmark."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+from idefics2_kernels.catalog.spec import Case, Inputs, KernelSpec, copied, widened
 
 RATIO = 2.0  # times the error of PyTorch in the same dtype
 
@@ -22,3 +26,30 @@ def worst_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
     error = (actual - exact).abs().amax(-1)
     # an exact zero has no budget and needs none
     return torch.where(error > 0, error / budget.clamp(min=1e-300), 0.0).max().item()
+
+
+def case_error(
+    spec: KernelSpec,
+    implementation: str,
+    case: Case,
+    inputs: Inputs,
+    during: AbstractContextManager[object] | None = None,
+) -> float:
+    """Run an implementation on a copy of ``inputs``, in a context if given; return its worst row's share of the allowed.
+
+    An inexact copy, another dtype or another shape is infinitely wrong.
+    """
+    checked = spec.checked_rows(case, inputs)
+    same_dtype = spec.expected(copied(inputs), checked)
+    with during or nullcontext():
+        actual = spec.run(spec.implementations[implementation], copied(inputs))
+    if checked is not None:
+        actual = tuple(output[checked] for output in actual)
+    for ours, theirs in zip(actual, same_dtype, strict=True):
+        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+            return float("inf")
+    if spec.exact:
+        equal = all(torch.equal(*pair) for pair in zip(actual, same_dtype, strict=True))
+        return 0.0 if equal else float("inf")
+    exact = spec.expected(widened(inputs), checked)
+    return max(worst_error(*each) for each in zip(actual, same_dtype, exact, strict=True))
