@@ -82,11 +82,6 @@ class PageAllocator:
         """Count those of ``pages`` that nobody holds."""
         return sum(page in self._free for page in pages)
 
-    def forget_all(self) -> None:
-        """Drop every name, as when contents are no longer to be trusted."""
-        for page in list(self._name_of):
-            self._forget(page)
-
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
         """Assert that holders are as ``held`` by sequences, that all other pages are free, and that names agree."""
         counts = Counter(page for pages in held for page in pages if page != NO_PAGE)

@@ -235,14 +235,8 @@ class Scheduler:
         return end
 
     def _has_room(self, sequence: Sequence, begin: int, end: int) -> bool:
-        return self._num_new_pages(sequence, begin, end) <= self.pages.num_free
-
-    def _num_new_pages(self, sequence: Sequence, begin: int, end: int) -> int:
-        return (
-            self.pages.pages_for(end)
-            - len(sequence.pages)
-            + self._writes_shared_page(sequence, begin)
-        )
+        missing = self.pages.pages_for(end) - len(sequence.pages)
+        return missing + self._writes_shared_page(sequence, begin) <= self.pages.num_free
 
     def _writes_shared_page(self, sequence: Sequence, begin: int) -> bool:
         index = begin // self.pages.page_size
