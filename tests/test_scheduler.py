@@ -20,18 +20,9 @@ from idefics2_engine.pages import NO_PAGE, PageAllocator
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduler import Scheduler, Step
 from idefics2_engine.sequence import Request, Sequence
+from letters import Letters
 
 END, IMAGE, LATENTS = 30, 9, 4
-
-
-class Letters:
-    """Stands for a detokenizer: every token is one letter."""
-
-    def add(self, token_id: int) -> str:
-        return chr(ord("a") + token_id % 26)
-
-    def flush(self) -> str:
-        return ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,18 +5,9 @@ from typing import cast
 from idefics2_engine.detokenizer import Detokenizer
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request, Sequence
+from letters import Letters
 
 END = 30
-
-
-class Letters:
-    """Stands for a detokenizer: every token is one letter."""
-
-    def add(self, token_id: int) -> str:
-        return chr(ord("a") + token_id % 26)
-
-    def flush(self) -> str:
-        return ""
 
 
 def make_sequence(prompt: int, max_tokens: int, **params: object) -> Sequence:
