@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +9,7 @@ import torch
 
 from idefics2_engine.bad_words import bad_words_ids, check_choice
 from idefics2_engine.checkpoint import load_checkpoint
-from idefics2_engine.config import PAGE_SIZE, EngineConfig, GenerationConfig, ModelConfig
-from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import (
     ConfigError,
@@ -20,9 +18,16 @@ from idefics2_engine.errors import (
     PromptTooLongError,
     SamplingError,
 )
-from idefics2_engine.hub import find_adapter, find_model
+from idefics2_engine.hub import find_adapter
 from idefics2_engine.image_items import image_items
 from idefics2_engine.intake import Intake
+from idefics2_engine.llm_arguments import (
+    at_least_one,
+    engine_config,
+    model_folder,
+    torch_device,
+    torch_dtype,
+)
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
 from idefics2_engine.model import Idefics2
 from idefics2_engine.outputs import RequestOutput, failed_output
@@ -41,9 +46,6 @@ Prompt = str | Mapping[str, Any]
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages ``{"role": …, "content": …}`` in OpenAI's or transformers' shape."""
-
-_KV_CACHE_TOKENS = 65536  # 8 GiB at the 8B model's shape in 16 bit
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LLM:
@@ -120,7 +122,7 @@ class LLM:
             raise ConfigError(
                 "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
             )
-        folder = _folder(model, revision)
+        folder = model_folder(model, revision)
         adapter_folder = None if adapter is None else find_adapter(adapter)
         if verify:
             verify_files(folder, weight_paths(folder))
@@ -137,21 +139,24 @@ class LLM:
             image_threads=image_threads,
         )
         self.processor = Processor.load(folder, self.config, split_images, media)
-        self.engine_config = replace(
-            _engine_config(self.config, max_model_len, max_num_seqs, kv_cache_tokens),
-            max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
+        self.engine_config = engine_config(
+            self.config,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_tokens=kv_cache_tokens,
             prefix_caching=enable_prefix_caching,
         )
-        on = _device(device)
+        on = torch_device(device)
         if load_format == "dummy":
-            self.model = Idefics2(self.config, ops, on, _dtype(dtype, on))
+            self.model = Idefics2(self.config, ops, on, torch_dtype(dtype, on))
             self.model.init_weights()
         else:
             self.model = load_checkpoint(
                 folder,
                 ops,
                 on,
-                _dtype(dtype, on),
+                torch_dtype(dtype, on),
                 adapter=adapter_folder,
                 check_finite=check_finite,
             )
@@ -268,7 +273,7 @@ class LLM:
         """
         if in_flight is None:
             in_flight = 2 * self.engine_config.max_num_seqs
-        _at_least_one("in_flight", in_flight)
+        at_least_one("in_flight", in_flight)
         shared = _read_params(sampling_params)
         self._begin([])
         total = len(prompts) if isinstance(prompts, Sized) else None
@@ -441,15 +446,6 @@ def _listed(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _folder(model: str | Path | None, revision: str | None) -> Path:
-    """Return the folder of ``model``, the demo checkpoint's for None."""
-    if model is not None:
-        return find_model(model, revision)
-    if revision is not None:
-        raise ConfigError(f"revision must come with a model, got {revision!r}")
-    return DEMO_MODEL
-
-
 def _is_conversation(value: object) -> bool:
     """Tell one conversation from a prompt and from a list of conversations."""
     return (
@@ -458,53 +454,3 @@ def _is_conversation(value: object) -> bool:
         and len(value) > 0
         and all(isinstance(message, Mapping) for message in value)
     )
-
-
-def _engine_config(
-    config: ModelConfig, max_model_len: int | None, max_num_seqs: int, kv_cache_tokens: int | None
-) -> EngineConfig:
-    positions = config.text.max_positions
-    length = positions if max_model_len is None else max_model_len
-    if not 1 < length <= positions:
-        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
-    _at_least_one("max_num_seqs", max_num_seqs)
-    if kv_cache_tokens is None:
-        whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
-        kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, max_num_seqs * whole_pages))
-    if kv_cache_tokens < length:
-        raise ConfigError(
-            f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
-        )
-    return EngineConfig(length, max_num_seqs, kv_cache_tokens)
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices here"
-        )
-    return device
-
-
-def _dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(name, torch.dtype) and name.is_floating_point:
-        return name
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype must be 'auto' or one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[str(name)]
