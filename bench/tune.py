@@ -1,9 +1,9 @@
 """Sweep one kernel's launch options and print the best.
 
     python bench/tune.py flash_attention text-causal-16k BLOCK_M=64,128 BLOCK_N=64,128 num_warps=4,8 num_stages=2,3
-    python bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 SOFTMAX_FIRST=0,1 --impl gluon
+    python bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 --module flash_attention_gluon
 
-Every combination replaces what the kernel file's ``_launch_config`` returns. Wrong ones and those that do not compile
+Every combination replaces what the module's ``_launch_config`` returns. Wrong ones and those that do not compile
 are named and left out. Needs a CUDA device.
 """
 
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("case")
     parser.add_argument("options", nargs="+", metavar="NAME=VALUE,VALUE")
     parser.add_argument("--impl", help="implementation; the first unless given")
+    parser.add_argument("--module", help="where its launch options are; its own unless given")
     arguments = parser.parse_args()
     named = [option.split("=") for option in arguments.options]
     choices = {name: [int(value) for value in values.split(",")] for name, values in named}
@@ -42,7 +43,8 @@ def main() -> int:
     torch.manual_seed(0)
     device = torch.device("cuda")
     sets = [spec.make_inputs(case, device) for _ in range(num_copies(spec.cost(case).bytes))]
-    module = sys.modules[spec.implementations[implementation].__module__]
+    own = spec.implementations[implementation].__module__
+    module = sys.modules[f"idefics2_kernels.{arguments.module}" if arguments.module else own]
     default = vars(module)["_launch_config"]
     timed: list[tuple[float, str]] = []
     for values in product(*choices.values()):

@@ -11,10 +11,10 @@ import pytest
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use
 # the tensor core instructions of Hopper that each head dim must use: 72 is 64 + 16 columns, 96 is 64 + 32
 WGMMA = {
+    "flash_attention-plain-text-causal-16k": ["64x128x16"],
+    "flash_attention-plain-vision-4900": ["64x16x16", "64x64x16"],
     "flash_attention-triton-text-causal-16k": ["64x128x16"],
-    "flash_attention-triton-vision-4900": ["64x16x16", "64x64x16"],
-    "flash_attention-gluon-text-causal-16k": ["64x128x16"],
-    "flash_attention-gluon-vision-4900": ["64x128x16", "64x16x16", "64x64x16"],
+    "flash_attention-triton-vision-4900": ["64x128x16", "64x16x16", "64x64x16"],
     "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16", "64x64x16"],
 }

@@ -29,6 +29,8 @@ from idefics2_kernels.attention_tiles import (
     store_head,
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_shape
+from idefics2_kernels.flash_attention_gluon import flash_attention_gluon, takes
+from idefics2_kernels.primitives import UPCAST
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,14 @@ def flash_attention(
     causal: bool,
     window: int | None = None,
     scale: float | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
 
     ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the longest one's length.
     Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied
-    by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at most 256.
+    by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at most 256. On Hopper some heads
+    have a faster kernel of their own (``flash_attention_gluon.takes``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -197,10 +201,30 @@ def flash_attention(
     qk_scale = base_two(scale, D)
     check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
-    B = cu_seqlens.shape[0] - 1
-    if not out.numel() or B < 1:
+    if not out.numel() or cu_seqlens.shape[0] < 2:
         return out
-    reach = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
+    left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
+    arguments = (q, k, v, cu_seqlens, max_seqlen, out, left, 0 if causal else left, qk_scale)
+    if not plain and not UPCAST.value and arch() == 90 and takes(q, k, v):
+        flash_attention_gluon(*arguments)
+    else:
+        _flash_attention_plain(*arguments)
+    return out
+
+
+def _flash_attention_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    out: Tensor,
+    left: int,
+    right: int,
+    qk_scale: float,
+) -> None:
+    H, D = q.shape[1:]
+    H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
     config = _launch_config(D, q.itemsize, arch())
     ALIGN = alignment(q, k, v)
     described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
@@ -221,8 +245,8 @@ def flash_attention(
         H_KV,
         H // H_KV,
         tiles_m,
-        reach,
-        0 if causal else reach,
+        left,
+        right,
         qk_scale,
         D=D,
         D_MAIN=D_MAIN,
@@ -231,4 +255,3 @@ def flash_attention(
         HAS_DESCRIPTORS=described,
         **asdict(config),
     )
-    return out

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from idefics2_kernels.attention_tiles import LOWEST, UNBOUNDED, alignment, base_two, head_parts
+from idefics2_kernels.attention_tiles import LOWEST, alignment, head_parts
 
 # Triton 3.8 has new names
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -34,7 +34,11 @@ async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_glob
 HEAD_DIMS = (72, 96, 128)
 _ROWS = 64  # queries of a warpgroup
 _END = 2**30  # the row that every sequence ends at in its descriptor's coordinates
+_CONSUMERS = 2  # warpgroups that compute
 ROWS = gl.constexpr(_ROWS)
+CONSUMERS = gl.constexpr(_CONSUMERS)
+CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
+PRODUCER_REGISTERS = gl.constexpr(24)
 END = gl.constexpr(_END)
 NO_SCORE = gl.constexpr(LOWEST.value)
 
@@ -43,31 +47,18 @@ NO_SCORE = gl.constexpr(LOWEST.value)
 class LaunchConfig:
     """Tile sizes and launch options."""
 
-    CONSUMERS: int  # warpgroups that compute: 2 or 3
     BLOCK_N: int
     BUFFERS: int  # tiles of keys, and as many of values, in shared memory
-    CONSUMER_REGISTERS: int  # of a thread
-    PRODUCER_REGISTERS: int
     IN_TURN: int  # 1: the warpgroups issue their products one after the other
-    SOFTMAX_FIRST: int  # 1: a softmax is over before its warpgroup waits for its products
-    PERSISTENT: int  # 1: as many programs as processors share the query tiles; 0: one for each
 
 
-def _launch_config(max_seqlen: int) -> LaunchConfig:
-    return LaunchConfig(
-        CONSUMERS=2,
-        BLOCK_N=128,
-        BUFFERS=2,
-        CONSUMER_REGISTERS=240,  # and three consumers 160, with 32 for the producer: they share 64 Ki
-        PRODUCER_REGISTERS=24,
-        IN_TURN=0,
-        SOFTMAX_FIRST=0,
-        PERSISTENT=int(max_seqlen <= 2048),  # long tiles: the hardware's order balances better
-    )
+def _launch_config(D: int) -> LaunchConfig:
+    # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are what takes longest
+    return LaunchConfig(BLOCK_N=128, BUFFERS=2, IN_TURN=int(D <= 96))
 
 
 @gluon.jit
-def _query_tile(index, cu_seqlens_ptr, sizes, CONSUMERS: gl.constexpr):
+def _query_tile(index, cu_seqlens_ptr, sizes):
     """Return a query tile's place: where its sequence begins, its length, the tile's first row in it, its heads."""
     H_KV, GROUPS, tiles_m = sizes
     pid_m = tiles_m - 1 - index // GROUPS % tiles_m  # longest first
@@ -80,7 +71,7 @@ def _query_tile(index, cu_seqlens_ptr, sizes, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def _key_tiles(start_m, T, reach, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr):
+def _key_tiles(start_m, T, reach, BLOCK_N: gl.constexpr):
     """Return where keys begin at the right edge, the left edge and between, and how many tiles there are of each."""
     left, right = reach
     last_m = gl.minimum(start_m + ROWS * CONSUMERS, T) - 1
@@ -127,28 +118,34 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
     """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
     cu_seqlens_ptr, num_tiles, sizes, reach = queries
     q_smem, k_smem, v_smem, _ = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
-    CONSUMERS: gl.constexpr = q_smem[0].shape[0]
+    q_full, q_empty, k_full, v_full, freed, _ = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     BLOCK_N: gl.constexpr = k_smem[0].shape[3]
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
     for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        begin, T, start_m, head, head_kv = _query_tile(index, cu_seqlens_ptr, sizes, CONSUMERS)
+        begin, T, start_m, head, head_kv = _query_tile(index, cu_seqlens_ptr, sizes)
         if start_m < T:
             for c in gl.static_range(CONSUMERS):
                 place = begin, T, start_m + c * ROWS, head
                 mbarrier.wait(q_empty.index(c), round & 1 ^ 1)
                 _load(q_descs, place, q_smem, q_full, c, D_REST)
-            begins, counts = _key_tiles(start_m, T, reach, CONSUMERS, BLOCK_N)
-            for tile in range(counts[0] + counts[1] + counts[2]):
-                place = begin, T, _first_key(tile, begins, counts, BLOCK_N), head_kv
-                buffer, free = step % BUFFERS, step // BUFFERS & 1 ^ 1
-                mbarrier.wait(k_empty.index(buffer), free)
-                _load(k_descs, place, k_smem, k_full, buffer, D_REST)
-                mbarrier.wait(v_empty.index(buffer), free)
-                _load(v_descs, place, v_smem, v_full, buffer, D_REST)
+            begins, counts = _key_tiles(start_m, T, reach, BLOCK_N)
+            tiles = counts[0] + counts[1] + counts[2]
+            before_n = 0
+            # values follow the next tile's keys: the scores are taken first
+            for tile in range(tiles + 1):
+                mbarrier.wait(freed.index(step % BUFFERS), step // BUFFERS & 1 ^ 1)
+                start_n = _first_key(tile, begins, counts, BLOCK_N)
+                if tile < tiles:
+                    place = begin, T, start_n, head_kv
+                    _load(k_descs, place, k_smem, k_full, step % BUFFERS, D_REST)
+                if tile > 0:
+                    place = begin, T, before_n, head_kv
+                    _load(v_descs, place, v_smem, v_full, (step - 1) % BUFFERS, D_REST)
+                before_n = start_n
                 step += 1
+            step -= 1
             round += 1
 
 
@@ -214,24 +211,6 @@ def _times(acc, acc_rest, factor, D_REST: gl.constexpr):
 
 
 @gluon.jit
-def _hold(sums):
-    """Return ``sums``, which are not negative, such that the assembler leaves what leads to them before a later wait.
-
-    It moves waits for the tensor cores up to the last instruction with an effect, and would take a softmax that was
-    to run meanwhile after one. So this may store, as far as it can tell.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 zero; mov.b32 zero, 0; setp.lt.f32 p, $1, 0f00000000;"
-        " @p st.shared.f32 [zero], $1; mov.b32 $0, $1; }",
-        "=f,f",
-        [sums],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _step(
     state,  # acc in two parts, m_i, l_i, the weights of the tile before
     smem,
@@ -242,15 +221,13 @@ def _step(
     qk_scale,
     D_REST: gl.constexpr,
     CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     IN_TURN: gl.constexpr,
-    SOFTMAX_FIRST: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Take the scores of a tile of keys while the weights of the tile before are multiplied by its values."""
     acc, acc_rest, m_i, l_i, p = state
     q_smem, k_smem, v_smem, _ = smem
-    _, _, k_full, k_empty, v_full, v_empty, turn = barriers
+    _, _, k_full, v_full, freed, turn = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     QK: gl.constexpr = m_i.type.layout.parent
     buffer, before = step % BUFFERS, (step - 1) % BUFFERS
@@ -263,13 +240,10 @@ def _step(
     if IN_TURN:
         mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))
     qk = warpgroup_mma_wait(2 if D_REST > 0 else 1, deps=(qk,))
-    mbarrier.arrive(k_empty.index(buffer))
     weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
     weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    if SOFTMAX_FIRST and not MASKED:
-        l_i = _hold(l_i)
     acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
-    mbarrier.arrive(v_empty.index(before))
+    mbarrier.arrive(freed.index(buffer))
     acc, acc_rest = _times(acc, acc_rest, alpha, D_REST)
     return acc, acc_rest, m_i, l_i, weights
 
@@ -283,14 +257,12 @@ def _consume(
     qk_scale,
     D_REST: gl.constexpr,
     CONSUMER: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     IN_TURN: gl.constexpr,
-    SOFTMAX_FIRST: gl.constexpr,
 ):
     """Compute 64 rows of each of this program's query tiles."""
     cu_seqlens_ptr, num_tiles, sizes, reach = queries
     q_smem, k_smem, v_smem, out_smem = smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
+    q_full, q_empty, k_full, v_full, freed, _ = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     BLOCK_N: gl.constexpr = k_smem[0].shape[3]
     D_MAIN: gl.constexpr = k_smem[0].shape[5]
@@ -303,9 +275,9 @@ def _consume(
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
     for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        begin, T, start_m, head, _head_kv = _query_tile(index, cu_seqlens_ptr, sizes, CONSUMERS)
+        begin, T, start_m, head, _head_kv = _query_tile(index, cu_seqlens_ptr, sizes)
         if start_m < T:
-            begins, counts = _key_tiles(start_m, T, reach, CONSUMERS, BLOCK_N)
+            begins, counts = _key_tiles(start_m, T, reach, BLOCK_N)
             edges = counts[0] + counts[1]
             tiles = edges + counts[2]
             lowest = start_m + offs_m - reach[0]
@@ -316,7 +288,7 @@ def _consume(
             mbarrier.wait(k_full.index(buffer), step // BUFFERS & 1)
             qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
             qk = warpgroup_mma_wait(0, deps=(qk,))
-            mbarrier.arrive(k_empty.index(buffer))
+            mbarrier.arrive(freed.index(buffer))
             m_i = gl.full([ROWS], NO_SCORE, gl.float32, gl.SliceLayout(1, QK))
             l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, QK))
             start_n = _first_key(0, begins, counts, BLOCK_N)
@@ -339,9 +311,7 @@ def _consume(
                     qk_scale,
                     D_REST,
                     CONSUMER,
-                    CONSUMERS,
                     IN_TURN,
-                    SOFTMAX_FIRST,
                     True,
                 )
             for tile in range(gl.maximum(edges, 1), tiles):
@@ -355,9 +325,7 @@ def _consume(
                     qk_scale,
                     D_REST,
                     CONSUMER,
-                    CONSUMERS,
                     IN_TURN,
-                    SOFTMAX_FIRST,
                     False,
                 )
             acc, acc_rest, m_i, l_i, p = state
@@ -369,7 +337,6 @@ def _consume(
             acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, buffer, D_REST)
             inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
             acc, acc_rest, p = _weighed(p, p, acc, acc_rest, D_REST)
-            mbarrier.arrive(v_empty.index(buffer))
 
             acc, acc_rest = _times(acc, acc_rest, inverse, D_REST)
             row = END - T + start_m + CONSUMER * ROWS
@@ -430,12 +397,8 @@ def _flash_attention_kernel(
     right,  # and after it
     qk_scale,  # in base two
     D_REST: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     BUFFERS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
     IN_TURN: gl.constexpr,
-    SOFTMAX_FIRST: gl.constexpr,
 ):
     q_descs, k_descs, v_descs = (q_desc, q_rest_desc), (k_desc, k_rest_desc), (v_desc, v_rest_desc)
     out_descs = out_desc, out_rest_desc
@@ -449,107 +412,29 @@ def _flash_attention_kernel(
         _barriers(CONSUMERS, 1),  # queries are there
         _barriers(CONSUMERS, 1),  # and no longer needed
         _barriers(BUFFERS, 1),  # keys
-        _barriers(BUFFERS, CONSUMERS),
         _barriers(BUFFERS, 1),  # values
-        _barriers(BUFFERS, CONSUMERS),
+        _barriers(BUFFERS, CONSUMERS),  # a tile of keys and the values before them are no longer needed
         _barriers(CONSUMERS, 1),  # whose turn it is
     )
     fence_async_shared()
     sizes, reach = (H_KV, GROUPS, tiles_m), (left, right)
     queries = cu_seqlens_ptr, num_tiles, sizes, reach
-    # a constexpr that is given a name is one no longer
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        queries,
-                        out_descs,
-                        smem,
-                        barriers,
-                        qk_scale,
-                        D_REST,
-                        0,
-                        CONSUMERS,
-                        IN_TURN,
-                        SOFTMAX_FIRST,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        queries,
-                        out_descs,
-                        smem,
-                        barriers,
-                        qk_scale,
-                        D_REST,
-                        1,
-                        CONSUMERS,
-                        IN_TURN,
-                        SOFTMAX_FIRST,
-                    ),
-                ),
-                (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.static_assert(CONSUMERS == 3)
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        queries,
-                        out_descs,
-                        smem,
-                        barriers,
-                        qk_scale,
-                        D_REST,
-                        0,
-                        CONSUMERS,
-                        IN_TURN,
-                        SOFTMAX_FIRST,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        queries,
-                        out_descs,
-                        smem,
-                        barriers,
-                        qk_scale,
-                        D_REST,
-                        1,
-                        CONSUMERS,
-                        IN_TURN,
-                        SOFTMAX_FIRST,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        queries,
-                        out_descs,
-                        smem,
-                        barriers,
-                        qk_scale,
-                        D_REST,
-                        2,
-                        CONSUMERS,
-                        IN_TURN,
-                        SOFTMAX_FIRST,
-                    ),
-                ),
-                (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, IN_TURN),
+            ),
+            (
+                _consume,
+                (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, IN_TURN),
+            ),
+            (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -590,26 +475,21 @@ def flash_attention_gluon(
     v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    *,
-    causal: bool,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Compute ``flash_attention`` of what it has checked and ``takes`` says is for this kernel."""
-    T, H, D = q.shape
+    out: Tensor,
+    left: int,
+    right: int,
+    qk_scale: float,
+) -> None:
+    """Write ``flash_attention`` of what ``takes`` says is for this kernel to ``out`` (T, H, D), contiguous.
+
+    Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own and ``right`` after.
+    """
+    _, H, D = q.shape
     H_KV = k.shape[1]
-    qk_scale = base_two(scale, D)
-    out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
-    B = cu_seqlens.shape[0] - 1
-    if B < 1:
-        return out
-    reach = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
-    config = _launch_config(max_seqlen)
-    _, D_REST = head_parts(D)
-    tiles_m = triton.cdiv(max_seqlen, _ROWS * config.CONSUMERS)
-    num_tiles = tiles_m * H * B
-    programs = min(num_tiles, _processors(q.device)) if config.PERSISTENT else num_tiles
-    _flash_attention_kernel[(programs,)](
+    config = _launch_config(D)
+    tiles_m = triton.cdiv(max_seqlen, _ROWS * _CONSUMERS)
+    num_tiles = tiles_m * H * (cu_seqlens.shape[0] - 1)
+    _flash_attention_kernel[(min(num_tiles, _processors(q.device)),)](
         *_descriptors(q, _ROWS),
         *_descriptors(k, config.BLOCK_N),
         *_descriptors(v, config.BLOCK_N),
@@ -619,20 +499,15 @@ def flash_attention_gluon(
         H_KV,
         H // H_KV,
         tiles_m,
-        reach,
-        0 if causal else reach,
+        left,
+        right,
         qk_scale,
-        D_REST=D_REST,
-        CONSUMERS=config.CONSUMERS,
+        D_REST=head_parts(D)[1],
         BUFFERS=config.BUFFERS,
-        CONSUMER_REGISTERS=config.CONSUMER_REGISTERS,
-        PRODUCER_REGISTERS=config.PRODUCER_REGISTERS,
         IN_TURN=config.IN_TURN,
-        SOFTMAX_FIRST=config.SOFTMAX_FIRST,
         num_warps=4,
-        maxnreg=65536 // (128 * (config.CONSUMERS + 1)) // 8 * 8,
+        maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
     )
-    return out
 
 
 def _processors(device: torch.device) -> int:

@@ -1,5 +1,8 @@
 """Layer norm, alone and after adding a residual: whole rows in registers, several to a program if short.
 
+A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 + 128: padded to 2048
+it would waste nearly half of the loads. Up to 2047 columns a warp has rows of its own, and sums them without a barrier.
+
 The mean is taken out before the squares are summed, so that a large mean costs no digits of the variance.
 """
 
@@ -15,18 +18,48 @@ from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_row
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """A tile of whole rows, and the warps that share it."""
+    """A tile of whole rows, in two parts, and the warps that share it."""
 
     block_m: int
-    block_n: int
+    block_n: int  # columns of the first part, a power of two
+    block_rest: int  # and of the second, or 0
     num_warps: int
 
 
 def _launch_config(N: int) -> LaunchConfig:
-    # a thread holds 16 to 32 elements, two to four loads of 16 bytes; on an H100 72 % of a copy's bandwidth at 8192 x 1152
-    block_n = max(128, triton.next_power_of_2(N))
-    block_m = max(1, min(16, 2048 // block_n))
-    return LaunchConfig(block_m, block_n, num_warps=4 if block_n <= 2048 else 8)
+    block_n = 1 << (N.bit_length() - 1)
+    block_rest = triton.next_power_of_2(N - block_n) if block_n < N else 0
+    # rows within a warp need no barrier
+    num_warps = 1 if block_n <= 1024 else 4 if block_n <= 4096 else 8
+    return LaunchConfig(max(1, min(16, 512 // block_n)), block_n, block_rest, num_warps)
+
+
+@triton.jit
+def _load(ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Load columns ``FIRST`` to ``FIRST + WIDTH`` of rows; those past N, if MASKED, as zeros."""
+    offs_n = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = mask_m & (offs_n < N) if MASKED else mask_m
+    # what streams past must not push weight and bias, which every program reads, out of the cache
+    x = tl.load(ptr + rows + offs_n, mask=mask, other=0.0, eviction_policy="evict_first")
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, rows, x, mask_m, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
+    mask = mask_m & (offs_n < N) if MASKED else mask_m
+    tl.store(ptr + rows + offs_n, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
+    if MASKED:
+        weight = tl.load(weight_ptr + offs_n, mask=offs_n < N, other=0.0)
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+    else:
+        weight, bias = tl.load(weight_ptr + offs_n), tl.load(bias_ptr + offs_n)
+    return x * weight.to(tl.float32) + bias.to(tl.float32)
 
 
 @triton.jit
@@ -45,35 +78,45 @@ def _layer_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    offs_n = tl.arange(0, BLOCK_N)[None, :]
-    mask_n = offs_n < N
-    mask = (offs_m < M) & mask_n
+    mask_m = offs_m < M
+    rows = offs_m * N
 
-    # what streams past must not push weight and bias, which every program reads, out of the cache
-    x = tl.load(
-        x_ptr + offs_m * stride_x + offs_n, mask=mask, other=0.0, eviction_policy="evict_first"
-    ).to(tl.float32)
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    x = _load(x_ptr, offs_m * stride_x, mask_m, N, 0, BLOCK_N, False)
+    rest = x
+    if BLOCK_REST > 0:
+        rest = _load(x_ptr, offs_m * stride_x, mask_m, N, BLOCK_N, BLOCK_REST, True)
     if HAS_RESIDUAL:
-        residual = tl.load(
-            residual_ptr + offs_m * stride_residual + offs_n,
-            mask=mask,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + offs_m * N + offs_n, total, mask=mask)
-        x = total.to(tl.float32)
+        rows_r = offs_m * stride_residual
+        x += _load(residual_ptr, rows_r, mask_m, N, 0, BLOCK_N, False)
+        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
+        _store(total_ptr, rows, x, mask_m, N, 0, False)
+        if BLOCK_REST > 0:
+            rest += _load(residual_ptr, rows_r, mask_m, N, BLOCK_N, BLOCK_REST, True)
+            rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
+            _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
+
     # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
-    mean = tl.div_rn(tl.sum(x, axis=1, keep_dims=True), tl.cast(N, tl.float32))
-    centred = tl.where(mask_n, x - mean, 0.0)
-    variance = tl.div_rn(tl.sum(centred * centred, axis=1, keep_dims=True), tl.cast(N, tl.float32))
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    out = (centred * rstd * weight + bias).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offs_m * N + offs_n, out, mask=mask)
+    count = tl.cast(N, tl.float32)
+    sum_x = tl.sum(x, axis=1, keep_dims=True)
+    if BLOCK_REST > 0:
+        sum_x += tl.sum(rest, axis=1, keep_dims=True)
+    mean = tl.div_rn(sum_x, count)
+    x -= mean
+    squares = tl.sum(x * x, axis=1, keep_dims=True)
+    if BLOCK_REST > 0:
+        offs_rest = BLOCK_N + tl.arange(0, BLOCK_REST)[None, :]
+        rest = tl.where(offs_rest < N, rest - mean, 0.0)
+        squares += tl.sum(rest * rest, axis=1, keep_dims=True)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
+
+    out = _scaled(x * rstd, weight_ptr, bias_ptr, N, 0, False)
+    _store(out_ptr, rows, out, mask_m, N, 0, False)
+    if BLOCK_REST > 0:
+        out = _scaled(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
+        _store(out_ptr, rows, out, mask_m, N, BLOCK_N, True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -138,6 +181,7 @@ def _launch(
             HAS_RESIDUAL=residual is not None,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            BLOCK_REST=config.block_rest,
             num_warps=config.num_warps,
         )
     return out.view(x.shape), None if total is None else total.view(x.shape)

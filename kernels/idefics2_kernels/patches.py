@@ -16,6 +16,9 @@ from torch import Tensor
 from idefics2_kernels.checks import FLOATS, INTS, check_device, check_dtype, check_shape
 
 
+WIDE, VECTOR = 1, 0
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """Patches of a program, and the warps that share them."""
@@ -51,6 +54,8 @@ def _patches_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
     V: tl.constexpr,  # pixels of a load
+    WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -61,13 +66,20 @@ def _patches_kernel(
     mask_p = offs_p < P
 
     # the last tile that begins at or before each patch: an empty one begins where the next does
-    tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
-    end = tile + N
-    for _ in range(steps):
-        middle = (tile + end) // 2
-        begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
-        tile = tl.where(begins <= offs_p, middle, tile)
-        end = tl.where(begins <= offs_p, end, middle)
+    if VECTOR:
+        tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32) - 1
+        for first in range(0, N, 64):
+            offs_n = first + tl.arange(0, 64)[None, :]
+            begins = tl.load(cu_seqlens_ptr + offs_n, mask=offs_n < N, other=2**31 - 1)
+            tile += tl.sum((begins <= offs_p).to(tl.int32), axis=1, keep_dims=True)
+    else:
+        tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
+        end = tile + N
+        for _ in range(steps):
+            middle = (tile + end) // 2
+            begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
+            tile = tl.where(begins <= offs_p, middle, tile)
+            end = tl.where(begins <= offs_p, end, middle)
     local = (offs_p - tl.load(cu_seqlens_ptr + tile, mask=mask_p, other=0)).to(tl.int32)
     width = tl.load(widths_ptr + tile, mask=mask_p, other=1).to(tl.int32)
     # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits hold what is
@@ -77,24 +89,34 @@ def _patches_kernel(
     pixels_row, out_row = pixels_ptr + first_p * E, out_ptr + first_p * E
 
     # V pixels side by side are C words of V bytes
-    word: tl.constexpr = tl.uint16 if V == 2 else tl.uint8
     offs_w = tl.arange(0, BLOCK_W)[None, :]
     row, column = offs_w * V // S, offs_w * V % S
-    # halved by a shift: of what may be negative, a division takes three instructions
-    within = (corners >> V - 1) + row * (strides >> V - 1) + column // V * C
-    word_ptrs = pixels_row.to(tl.pointer_type(word)) + within
     mask_w = mask_p & (offs_w < S * S // V)
-    words = (tl.load(word_ptrs, mask=mask_w, other=0),)
-    for w in tl.static_range(1, C):
-        words += (tl.load(word_ptrs + w, mask=mask_w, other=0),)  # type: ignore[assignment]
+    if WIDE:
+        # two words of 32 bits hold the 6 bytes, which begin at the first one's byte 0 or 2
+        within = corners + row * strides + column * C
+        word_ptrs = pixels_row.to(tl.pointer_type(tl.uint32)) + (within >> 2)
+        low = tl.load(word_ptrs, mask=mask_w, other=0).to(tl.uint64)
+        high = tl.load(word_ptrs + 1, mask=mask_w, other=0).to(tl.uint64)
+        six = (low | high << 32) >> ((within & 2) * 8).to(tl.uint64)
+        words = ((six & 0xFFFFFFFF).to(tl.uint32), (six >> 32).to(tl.uint32))
+    else:
+        word: tl.constexpr = tl.uint16 if V == 2 else tl.uint8
+        # halved by a shift: of what may be negative, a division takes three instructions
+        within = (corners >> V - 1) + row * (strides >> V - 1) + column // V * C
+        word_ptrs = pixels_row.to(tl.pointer_type(word)) + within
+        words = (tl.load(word_ptrs, mask=mask_w, other=0),)
+        for w in tl.static_range(1, C):
+            words += (tl.load(word_ptrs + w, mask=mask_w, other=0),)  # type: ignore[assignment]
 
     offs_s = tl.arange(0, BLOCK_W * V)[None, :]
     out_ptrs = out_row + (offs_i * (stride_out * V) + offs_s)
     mask_s = mask_p & (offs_s < S * S)
+    W: tl.constexpr = 4 if WIDE else V  # bytes of a word
     for c in tl.static_range(C):
-        pixel = _byte(words[c // V], c % V)
+        pixel = _byte(words[c // W], c % W)
         if V == 2:
-            other = _byte(words[(C + c) // V], (C + c) % V)
+            other = _byte(words[(C + c) // W], (C + c) % W)
             pixel = tl.reshape(tl.join(pixel, other), [BLOCK_P, BLOCK_W * V])
         out = tl.fma(pixel, scale[c], shift[c]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptrs + c * S * S, out, mask=mask_s)
@@ -161,6 +183,8 @@ def patches(
             C=C,
             S=patch_size,
             V=V,
+            WIDE=bool(WIDE and V == 2 and C == 3 and E % 4 == 0 and pixels.data_ptr() % 4 == 0),
+            VECTOR=bool(VECTOR),
             BLOCK_P=config.block_p,
             BLOCK_W=triton.next_power_of_2(patch_size**2 // V),
             num_warps=config.num_warps,

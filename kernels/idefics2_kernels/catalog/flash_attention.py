@@ -1,11 +1,8 @@
 """A row of the catalog: attention within packed sequences."""
 
 import math
-from collections.abc import Callable
-from contextlib import suppress
-from importlib import import_module
+from functools import wraps
 from itertools import accumulate, pairwise, product
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,12 +13,9 @@ from idefics2_kernels.attention_tiles import arch
 from idefics2_kernels.catalog.attention import DTYPES, case_name, cumulative, visible_pairs
 from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.flash_attention_gluon import HEAD_DIMS
 from idefics2_kernels.ops import REFERENCE
 from idefics2_kernels.primitives import UPCAST
-
-_GLUON: ModuleType | None = None
-with suppress(ImportError):  # Gluon changes between Triton's releases
-    _GLUON = import_module("idefics2_kernels.flash_attention_gluon")
 
 _WHOLE = 2**27  # scores in float64 that a GPU holds at once beside their softmax
 _BLOCK = 2**24  # of them that one block of rows takes
@@ -262,20 +256,17 @@ def _flash_model_cases() -> list[Case]:
     ]
 
 
-def _implementations() -> dict[str, Callable[..., Tensor]]:
-    kernels: dict[str, Callable[..., Tensor]] = {"triton": flash_attention.flash_attention}
-    if _GLUON is not None:
-        kernels["gluon"] = _GLUON.flash_attention_gluon
-    return kernels
+@wraps(flash_attention.flash_attention)
+def _plain(*args: Any, **kwargs: Any) -> Tensor:
+    return flash_attention.flash_attention(*args, **kwargs, plain=True)
 
 
-def _gluon_takes(case: Case) -> bool:
-    """Return whether the kernel in Gluon runs a case: compiled for Hopper, never interpreted."""
+def _has_gluon(case: Case) -> bool:
+    """Return whether a case goes to the kernel in Gluon: compiled for Hopper, never interpreted."""
     dims = case.dims
     return (
-        _GLUON is not None
-        and _on_hopper()
-        and dims["D"] in _GLUON.HEAD_DIMS
+        _on_hopper()
+        and dims["D"] in HEAD_DIMS
         and case.dtype.itemsize == 2
         and dims.get("layout") != "offset"  # its rows are not aligned
         and sum(dims["lengths"]) > 0
@@ -294,8 +285,8 @@ FLASH_ATTENTION = KernelSpec(
     make_inputs=_flash_inputs,
     cases=_flash_cases(),
     cost=_flash_cost,
-    implementations=_implementations(),
-    only={"gluon": _gluon_takes},
+    implementations={"triton": flash_attention.flash_attention, "plain": _plain},
+    only={"plain": _has_gluon},
     checked_rows=_flash_rows,
     reference=flash_attention_rows,
 )

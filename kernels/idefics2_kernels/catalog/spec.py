@@ -52,7 +52,7 @@ class KernelSpec:
         cases: What it is tested and timed on.
         cost: For the roofline.
         implementations: Kernels by name, the first being what ``TRITON`` holds.
-        only: For those that cannot run every case everywhere, whether one runs a case on the GPU compiled for.
+        only: For those that are not for every case, whether one runs a case on the GPU compiled for.
         outputs: All that a call gives, of the arguments after it and its result: an operation may write in place.
         exact: Whether outputs must equal the reference's, bit for bit.
         checked_rows: For cases too large to check whole: places along the first axis of every output, or ``None``.
