@@ -4,10 +4,10 @@
     idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h100-latency.json
     idefics2 bench latency --case decode-b4-s64 --case image-112-b2 --case prefill-64
 
-A step is ``Engine.step``, all of it: scheduling, the forward pass, sampling, the tokens on the host. Prefill is one such
-step of a whole prompt. Images are timed from pixels on the device to embeddings; ms is for all of them. transformers takes
+A step is ``Engine.step``, all of it: scheduling, the forward pass, sampling, the tokens on the host; the mean of eight in
+a row, as the engine runs ahead of the device. Prefill is one such step of a whole prompt. Images are timed from pixels on the device to embeddings; ms is for all of them. transformers takes
 turns with it in the same process, on the same weights, in the same type, with SDPA attention: its forward pass with a
-``DynamicCache`` and the choice of the likeliest token, without what ``generate`` does around it. Launches are not recorded into CUDA graphs.
+``DynamicCache`` and the choice of the likeliest token, without what ``generate`` does around it and without graphs.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from workloads import LATENCY_CASES, Counts, LatencyCase, latency_case, text_tok
 
 Row = dict[str, Any]
 
-_STEPS = 50
+_STEPS = 80
+_STEPS_IN_A_ROW = 8
 _MOST_ROUNDS = 20  # of images and prefill, which take longer than a step
 _WARM_UP = 3
 
@@ -65,7 +66,9 @@ def main() -> int:
     if options.commit:
         about["commit"] = options.commit
     # its own cache stays unused: each case builds an engine of the size it needs
-    llm = whole_model.load(options, max_model_len=PAGE_SIZE, max_num_seqs=1)
+    llm = whole_model.load(
+        options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
+    )
     peer = None
     if options.peer is not None:
         peer = transformers_peer.transformers_model(llm.model, whole_model.folder(options))
@@ -94,7 +97,8 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
         if longest // vision.patch_size > vision.grid:
             return f"{case.name}: the model's images have at most {vision.image_size} pixels a side, got {longest}"
         return None
-    wanted = case.length + (steps + _WARM_UP + 2 if case.kernel == "step" else 1)
+    new = 2 + _rounds(case, steps, _WARM_UP) * _STEPS_IN_A_ROW if case.kernel == "step" else 1
+    wanted = case.length + new
     if wanted > text.max_positions:
         return (
             f"{case.name}: the model must have {wanted} positions for it, got {text.max_positions}"
@@ -102,10 +106,17 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
     return None
 
 
+def _rounds(case: LatencyCase, steps: int, more: int = 0) -> int:
+    """Return how often ``case`` is called for ``steps``, and ``more`` times."""
+    return more + (
+        -(-steps // _STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
+    )
+
+
 def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int) -> list[Row]:
     """Check and time ``case``, with transformers' model ``peer`` beside it unless that is None: a row each."""
     gc.collect()  # the caches of the case before
-    rounds = steps if case.kernel == "step" else min(steps, _MOST_ROUNDS)
+    rounds = _rounds(case, steps)
     ours = _OURS[case.kernel](case, llm, rounds)
     contenders: dict[str, Contender] = {ops_name: ours}
     if peer is not None:
@@ -115,6 +126,8 @@ def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int
         finite = {name: bool(first.isfinite().all()) for name, first in firsts.items()}
         calls: dict[str, Callable[[], object]] = {n: contenders[n] for n in finite if finite[n]}
         times = alternate(calls, rounds, _WARM_UP, llm.model.device)
+    if case.kernel == "step":
+        times = {name: time.shared_by(_STEPS_IN_A_ROW) for name, time in times.items()}
     counts = _counts(case, llm)
     rows = []
     for name in contenders:
@@ -155,6 +168,8 @@ class EngineCalls:
                 max_num_batched_tokens=case.batch * case.length,  # a prompt, or all, in one step
                 max_cached_images=1,
                 prefix_caching=False,
+                cuda_graphs=llm.engine_config.cuda_graphs,
+                run_ahead=llm.engine_config.run_ahead and case.kernel == "step",
             ),
         )
         self.case = case
@@ -179,38 +194,29 @@ class EngineCalls:
                 f"{self.case.name}: {len(drawn)} of {self.case.batch} sequences got a token"
             ) from next((one.error for one in self.requests if one.error is not None), None)
 
-    def step_logits(self) -> Tensor:
-        """Run one step; return the logits that its tokens were chosen by."""
-        seen: list[Tensor] = []
-        hook = self.engine.runner.model.register_forward_hook(
-            lambda _module, _inputs, output: seen.append(
-                output.clone()
-            )  # the sampler bars tokens in it
-        )
-        try:
-            self.step()
-        finally:
-            hook.remove()
-        return seen[-1]
-
 
 class OurSteps(EngineCalls):
     """Decode steps."""
 
     def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
-        super().__init__(case, llm, rounds + _WARM_UP + 2)
+        super().__init__(case, llm, (rounds + _WARM_UP) * _STEPS_IN_A_ROW + 2)
         self.first_tokens: list[int] = []
 
     def first(self) -> Tensor:
         """Compute the prompts and a step."""
         requests = [self.add(prompt) for prompt in self.prompts]
-        self.step()
-        self.first_tokens = [request.sequences[0].token_ids[-1] for request in requests]
-        return self.step_logits()
+        with whole_model.watched_logits(self.engine) as seen:
+            while len(seen) < 2:
+                self.engine.step()
+        self.first_tokens = [
+            request.sequences[0].token_ids[self.case.length] for request in requests
+        ]
+        return seen[1]
 
     def __call__(self) -> None:
-        """Run the next step."""
-        self.step()
+        """Run the next steps."""
+        for _ in range(_STEPS_IN_A_ROW):
+            self.step()
 
 
 class OurPrefill(EngineCalls):
@@ -221,8 +227,9 @@ class OurPrefill(EngineCalls):
 
     def first(self) -> Tensor:
         """Compute the prompt."""
-        self.add(self.prompts[0])
-        return self.step_logits()
+        with whole_model.watched_logits(self.engine) as seen:
+            self()
+        return seen[0]
 
     def __call__(self) -> None:
         """Compute it again; nothing of it is remembered."""
@@ -287,8 +294,9 @@ class TheirSteps(TheirTokens):
         return logits
 
     def __call__(self) -> None:
-        """Run the next step."""
-        self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
+        """Run the next steps."""
+        for _ in range(_STEPS_IN_A_ROW):
+            self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
 
 
 class TheirPrefill(TheirTokens):

@@ -19,7 +19,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import machine
 import report
@@ -102,14 +101,11 @@ def run_ours(
 ) -> Row:
     """Answer ``requests`` through ``LLM.iterate``, after ``warm_up``, whose logits must be finite."""
     device = llm.model.device
-    finite: list[Tensor] = []
-    hook = llm.model.register_forward_hook(
-        lambda _module, _inputs, logits: finite.append(logits.isfinite().all())
-    )
-    _answer(llm, warm_up)
-    hook.remove()
-    if not all(finite):
+    with whole_model.watched_logits(llm._engine) as seen:
+        _answer(llm, warm_up)
+    if not all(bool(logits.isfinite().all()) for logits in seen):
         raise RuntimeError("the model's logits are not all finite: nothing was timed")
+    del seen
     _start_memory(device)
     begin = time.perf_counter()
     _answer(llm, requests)

@@ -26,6 +26,10 @@ class Time:
     ms_p20: float
     ms_p80: float
 
+    def shared_by(self, calls: int) -> "Time":
+        """Return the time of one of ``calls`` that were timed together."""
+        return Time(self.ms / calls, self.ms_p20 / calls, self.ms_p80 / calls)
+
 
 def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
     """Time each implementation's calls, which do the same on different inputs."""

@@ -1,14 +1,19 @@
 """Which model the benchmarks of the whole model time, on what and how: the options that they share."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 import transformers_peer
 from idefics2_engine import LLM
 from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.engine import Engine
 from idefics2_engine.hub import find_model
 from idefics2_kernels import REFERENCE, TRITON
 
@@ -72,6 +77,21 @@ def load(options: argparse.Namespace, **settings: Any) -> LLM:
         split_images=False,
         **settings,
     )
+
+
+@contextmanager
+def watched_logits(engine: Engine) -> Iterator[list[Tensor]]:
+    """Collect copies of the logits that each step of ``engine`` draws from."""
+    seen: list[Tensor] = []
+    run = engine.runner.run
+
+    def watch(*arguments: Any) -> Any:
+        found = run(*arguments)
+        seen.append(found[0].clone())  # the sampler bars tokens in it
+        return found
+
+    with patch.object(engine.runner, "run", watch):
+        yield seen
 
 
 def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:

@@ -1,7 +1,10 @@
 """The same tokens however the work is cut: batches, chunks, preemption, known prefixes, windows, few slots."""
 
 import gc
+import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,10 @@ import torch
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.config import EngineConfig
+from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.sequence import Request
-from idefics2_kernels import REFERENCE, TRITON
 from oracle import random_image
 from tiny_checkpoint import write_checkpoint
 
@@ -30,13 +33,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("cpu", REFERENCE), id="cpu"),
-        pytest.param(("cuda", TRITON), id="kernels", marks=pytest.mark.gpu),
+        pytest.param(("cpu", False), id="cpu"),
+        pytest.param(("cpu", True), id="ahead"),
+        pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu),
     ],
 )
 def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
-    device, ops = request.param
-    return LLM(folder, device=device, dtype="float32", max_model_len=200, ops=ops)
+    """The model, in fp32; on a CPU with the reference's operations, on a GPU with kernels and graphs."""
+    device, run_ahead = request.param
+    llm = LLM(folder, device=device, dtype="float32", max_model_len=200, kv_cache_tokens=208)
+    llm.engine_config = replace(llm.engine_config, run_ahead=run_ahead)
+    return llm
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,8 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
             "kv_cache_tokens": 4096,
             "max_cached_images": 16,
             "page_size": PAGE,
+            "run_ahead": llm.engine_config.run_ahead,
+            "cuda_graphs": llm.engine_config.cuda_graphs,
             **sizes,
         }
     )
@@ -162,6 +171,8 @@ def expected(llm: LLM) -> list[list[list[int]]]:
         {"kv_cache_tokens": 96, "max_num_batched_tokens": 32},
         {"max_cached_images": 1},
         {"max_patches": 1},
+        {"run_ahead": False},
+        {"cuda_graphs": False},
     ],
     ids=str,
 )
@@ -256,7 +267,7 @@ def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
 
 
 def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
-    engine = make_engine(llm, max_num_batched_tokens=16)
+    engine = make_engine(llm, max_num_batched_tokens=16, cuda_graphs=False)
     sizes = []
     forward = llm.model.forward
 
@@ -290,7 +301,7 @@ def failing(
 def test_a_request_that_cannot_be_run_fails_alone(
     llm: LLM, expected: list[list[list[int]]], poisoned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(llm, max_num_batched_tokens=64)
+    engine = make_engine(llm, max_num_batched_tokens=64, cuda_graphs=False)
     requests = make_requests(llm)
     poison = 9999
     requests[poisoned].prompt_token_ids[-1] = poison
@@ -309,7 +320,7 @@ def test_a_request_that_cannot_be_run_fails_alone(
 def test_out_of_memory_makes_steps_smaller(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(llm)
+    engine = make_engine(llm, cuda_graphs=False)
     sizes = failing(
         engine, monkeypatch, lambda batch: len(batch.input_ids) > 40, torch.OutOfMemoryError()
     )
@@ -321,7 +332,7 @@ def test_out_of_memory_makes_steps_smaller(
 def test_what_never_fits_into_memory_fails_alone(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(llm)
+    engine = make_engine(llm, cuda_graphs=False)
     requests = make_requests(llm)
     longest = max(requests, key=lambda request: len(request.prompt_token_ids))
     fits = max(
@@ -357,3 +368,100 @@ def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
     requests = make_requests(llm)
     assert answers(engine, requests) == expected
     assert not any(request.error for request in requests)
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow(llm: LLM) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=100)
+    taken = []
+    for _ in range(18):
+        answers(engine, make_requests(llm))
+        gc.collect()
+        torch.cuda.synchronize()
+        taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(taken[2:])) == 1  # before, kernels are compiled and graphs recorded
+
+
+@pytest.mark.gpu
+def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, land = make_engine(llm), llm._engine.__class__._land
+
+    def may_wait(self: Engine, flight: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return land(self, flight)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def serve() -> list[list[list[int]]]:
+        requests = make_requests(llm)
+        unscored = [request for request in requests if request.params.prompt_logprobs is None]
+        return answers(engine, unscored)
+
+    wanted = serve()  # compiles and records
+    monkeypatch.setattr(Engine, "_land", may_wait)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode is a prototype, it says
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert serve() == wanted
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+)
+def test_half_precision(device: str, dtype: torch.dtype) -> None:
+    """Scores keep to the three-way rule, and where two tokens are further apart than it allows, the better one is drawn."""
+    questions = json.loads((DEMO_IMAGES / "questions.json").read_text())[:6]
+    ours, same, exact = (
+        LLM(device=where, dtype=kind, max_model_len=400, kv_cache_tokens=448)
+        for where, kind in ((device, dtype), ("cpu", dtype), ("cpu", torch.float64))
+    )
+    cut = {"max_model_len": 400, "max_num_batched_tokens": 50}
+
+    def asked(llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None) -> Any:
+        """Make requests of the questions, with what is ``behind`` them."""
+        requests = []
+        for index, one in enumerate(questions):
+            images = [str(DEMO_IMAGES / name) for name in one["images"]]
+            content = [*({"type": "image", "image": path} for path in images)]
+            content.append({"type": "text", "text": one["turns"][0][0]})
+            draft = llm.processor.draft_chat([{"role": "user", "content": content}])
+            (prompt,) = llm.processor.finish([draft])
+            if behind:
+                prompt = replace(prompt, token_ids=[*prompt.token_ids, *behind[index]])
+            requests.append(llm._request(prompt, params))
+        return requests
+
+    def scores(llm: LLM, texts: list[list[int]], sizes: dict[str, Any]) -> list[torch.Tensor]:
+        """Return the log probabilities (places, vocabulary) of the answers given."""
+        requests = asked(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
+        answers(make_engine(llm, **sizes), requests)
+        return [
+            torch.tensor(
+                [[p[i].logprob for i in range(len(p))] for p in r.prompt_logprobs[-len(text) :]]
+            )
+            for r, text in zip(requests, texts, strict=True)
+        ]
+
+    greedy = asked(ours, SamplingParams(temperature=0.0, max_tokens=20))
+    texts = [answer[0] for answer in answers(make_engine(ours, **cut), greedy)]
+    mine = torch.cat(scores(ours, texts, cut))
+    reference, truth = (
+        torch.cat(scores(llm, texts, {"max_model_len": 400})) for llm in (same, exact)
+    )
+    error, eps = (reference - truth).abs().max(), torch.finfo(dtype).eps
+    allowed = 2 * (error + eps * truth.abs().max())
+    assert (mine - truth).abs().max() <= allowed
+    best = truth.topk(2)
+    decided = best.values[:, 0] - best.values[:, 1] > 2 * allowed
+    assert decided.sum() > 10
+    drawn = torch.tensor([token for text in texts for token in text])
+    assert torch.equal(drawn[decided], best.indices[decided, 0])

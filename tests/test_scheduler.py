@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.strategies import integers, sampled_from
+from hypothesis.strategies import booleans, integers, sampled_from
 
 from idefics2_engine.encoder_cache import EncoderCache
 from idefics2_engine.image_items import ImageItem, image_items, items_between
@@ -67,12 +67,21 @@ def make_scheduler(
 
 
 class Machine:
-    """Runs steps on a cache of what tokens depend on."""
+    """Runs steps on a cache of what tokens depend on; ``ahead``, a step is planned before the last one's tokens are told."""
 
-    def __init__(self, scheduler: Scheduler, rng: random.Random, end_rate: float = 0.1) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        rng: random.Random,
+        end_rate: float = 0.1,
+        *,
+        ahead: bool = False,
+    ) -> None:
         self.scheduler = scheduler
         self.rng = rng
         self.end_rate = end_rate
+        self.ahead = ahead
+        self.drawn: list[tuple[Sequence, int]] = []  # and not told yet
         self.size = scheduler.pages.page_size
         self.cache: list[object] = ["NaN"] * (scheduler.pages.num_pages * self.size)
         self.slots: list[object] = ["NaN"] * scheduler.encoder.num_slots
@@ -85,10 +94,10 @@ class Machine:
     def step(self) -> Step:
         scheduler = self.scheduler
         step = scheduler.schedule()
-        assert step.chunks, "work that never runs"
+        assert step.chunks or self.drawn, "work that never runs"
         assert sum(c.end - c.begin for c in step.chunks) <= scheduler.max_num_batched_tokens
         patches = [tile.num_patches for tile, _ in step.encodes]
-        assert len(patches) == 1 or sum(patches) <= scheduler.max_patches
+        assert len(patches) <= 1 or sum(patches) <= scheduler.max_patches
         assert len({slot for _, slot in step.encodes}) == len(patches)
         self._run(step)
         scheduler.computed(step)
@@ -99,12 +108,26 @@ class Machine:
                 self.begun.append(chunk.sequence.request)
             if chunk.samples:
                 drawn += [chunk.sequence, *scheduler.fork(chunk.sequence)]
+        before = self.drawn
+        self.drawn = [(sequence, self._token()) for sequence in drawn]
         for sequence in drawn:
-            sequence.append(END if self.rng.random() < self.end_rate else self.rng.randrange(5, 9))
-        scheduler.finish(drawn)
+            sequence.num_pending += 1
+        self._tell(before)
+        if not self.ahead:
+            self._tell(self.drawn)
+            self.drawn = []
         scheduler.check_integrity()
         assert len(scheduler.running) <= scheduler.max_num_seqs
         return step
+
+    def _token(self) -> int:
+        return END if self.rng.random() < self.end_rate else self.rng.randrange(5, 9)
+
+    def _tell(self, drawn: list[tuple[Sequence, int]]) -> None:
+        for sequence, token in drawn:
+            if sequence.num_pending:  # neither ended nor cancelled since
+                sequence.append(token)
+        self.scheduler.finish(sequence for sequence, _ in drawn)
 
     def _run(self, step: Step) -> None:
         for tile, slot in step.encodes:
@@ -147,9 +170,10 @@ class Machine:
         pictures: dict[int, ImageItem] = {
             at: item for item in sequence.request.images for at in range(item.begin, item.end)
         }
-        for at in range(len(known), len(sequence.token_ids)):
+        tokens = [*sequence.token_ids, *(token for one, token in self.drawn if one is sequence)]
+        for at in range(len(known), len(tokens)):
             item = pictures.get(at)
-            own = (item.tile.fingerprint, at - item.begin) if item else sequence.token_ids[at]
+            own = (item.tile.fingerprint, at - item.begin) if item else tokens[at]
             known.append(hash((known[-1] if known else 0, own)))
         return known
 
@@ -193,7 +217,7 @@ def test_fuzz() -> None:
             window=rng.choice([None, None, 3, 17]),
             prefix_caching=rng.random() < 0.8,
         )
-        machine = Machine(scheduler, rng, rng.choice([0.05, 0.3]))
+        machine = Machine(scheduler, rng, rng.choice([0.05, 0.3]), ahead=rng.random() < 0.5)
         added: list[Request] = []
         order: list[Request] = []
         for _ in range(400):
@@ -225,11 +249,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         tokens=sampled_from([1, 5, 64]),
         window=sampled_from([None, 6]),
         slots=integers(1, 3),
+        ahead=booleans(),
     )
-    def build(self, num_pages: int, tokens: int, window: int | None, slots: int) -> None:
+    def build(
+        self, num_pages: int, tokens: int, window: int | None, slots: int, ahead: bool
+    ) -> None:
         self.rng = random.Random(num_pages)
         scheduler = make_scheduler(num_pages, 4, slots, 3, tokens, 25, window)
-        self.machine = Machine(scheduler, self.rng)
+        self.machine = Machine(scheduler, self.rng, ahead=ahead)
         self.requests: list[Request] = []
 
     @rule(seed=integers(0, 10**6))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,12 +15,22 @@ class _Movable:
     """Tensors in a frozen dataclass that go to a device together."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Return a copy with every tensor on ``device``."""
-        moved = {}
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, (Tensor, _Movable)) else value
+        """Return a copy with every tensor on ``device``, without waiting for it."""
+        moved = {
+            field.name: _moved(getattr(self, field.name), torch.device(device))
+            for field in fields(self)  # type: ignore[arg-type]
+        }
         return type(self)(**moved)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, _Movable):
+        return value.to(device)
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" and device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 @dataclass(frozen=True)

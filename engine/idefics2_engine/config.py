@@ -255,6 +255,10 @@ class EngineConfig:
     max_cached_images: int = 256  # tiles whose embeddings are kept
     prefix_caching: bool = True
     page_size: int = PAGE_SIZE  # tokens
+    cuda_graphs: bool = False  # whether decode steps are recorded and replayed
+    run_ahead: bool = (
+        False  # whether a step is launched before the last one's tokens have been read
+    )
 
     @property
     def num_pages(self) -> int:

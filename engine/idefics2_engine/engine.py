@@ -1,5 +1,13 @@
-"""The step loop: schedule, run, finish."""
+"""The step loop: schedule, launch, finish.
 
+With ``run_ahead`` the next step is planned and launched before the tokens of the last one are known to the host, so that
+the device need not wait for it: they are read on the device, and an answer that turns out to have ended is computed
+once for nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from idefics2_engine.config import EngineConfig, GenerationConfig
@@ -13,10 +21,21 @@ from idefics2_engine.model import Idefics2
 from idefics2_engine.pages import PageAllocator
 from idefics2_engine.prompt import Tokenizer
 from idefics2_engine.runner import Runner
-from idefics2_engine.sampler import Sampler
+from idefics2_engine.sampler import Drawn, Sampler
 from idefics2_engine.scheduler import Scheduler, Step
 from idefics2_engine.sequence import Request, Sequence
 from idefics2_engine.stats import EngineStats
+from idefics2_engine.transfer import to_device
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that has been launched, and whose tokens the host has not read."""
+
+    step: Step
+    requests: set[Request]
+    sequences: list[Sequence]  # that draw a token, in the order of its rows
+    drawn: Drawn | None  # if any do
 
 
 class Engine:
@@ -46,8 +65,17 @@ class Engine:
         kv_cache = KVCache(
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
-        self.runner = Runner(model, kv_cache, image_config, config.max_cached_images)
+        self.runner = Runner(
+            model,
+            kv_cache,
+            image_config,
+            config.max_cached_images,
+            config.max_num_seqs,
+            self.scheduler.pages.pages_for(config.max_model_len) if config.cuda_graphs else None,
+        )
         self.stats = EngineStats()
+        self._run_ahead = config.run_ahead
+        self._flight: _Flight | None = None  # the step launched last
         self._max_num_seqs = config.max_num_seqs
         self._suspects: set[Request] = set()  # of a step that failed, and not in one since
         self.sampler = Sampler(
@@ -72,47 +100,35 @@ class Engine:
         self.scheduler.add(request.sequences[0])  # the others start from its prompt
 
     def step(self) -> list[Sequence]:
-        """Compute the next tokens and chunks; return the sequences that got a token.
+        """Launch the next step; return the sequences that got a token of it, or of the one before when running ahead.
 
         A forward pass that fails costs no request but its own: out of memory, steps become smaller; otherwise fewer and
         fewer sequences run at once, until one request fails alone and gets ``error``.
         """
-        step = self.scheduler.schedule()
-        requests = {chunk.sequence.request for chunk in step.chunks}
-        try:
-            drawn = self._run(step)
-        except Exception as error:
-            self._recover(requests, error)
-            return []
-        self._clear(requests)
-        self._count(step, len(drawn))
-        return drawn
+        before, self._flight = self._flight, None
+        got: list[Sequence] = []
+        if before is not None and any(map(self.sampler.reads_answer, before.sequences)):
+            got, before = self._land(before), None
+        if self.scheduler.has_work:
+            step = self.scheduler.schedule()
+            requests = {chunk.sequence.request for chunk in step.chunks}
+            try:
+                if step.chunks:
+                    self._flight = self._launch(step, requests, before)
+            except Exception as error:
+                got += self._land(before)
+                self._recover(requests, error)
+                return got
+        got += self._land(before)
+        if not self._run_ahead:
+            landing, self._flight = self._flight, None
+            got += self._land(landing)
+        return got
 
-    def _recover(self, requests: set[Request], error: Exception) -> None:
-        self.scheduler.start_over()
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            if self.scheduler.halve_budgets():
-                return
-        if len(requests) > 1:
-            self._suspects |= requests
-            self.scheduler.max_num_seqs = len(requests) // 2
-            return
-        (request,) = requests
-        failed = RequestFailedError(
-            f"request {request.request_id}: the model must run on it, got {type(error).__name__}"
-        )
-        failed.__cause__ = error
-        request.error = failed
-        self.cancel(request)
-
-    def _clear(self, requests: set[Request]) -> None:
-        self._suspects -= requests
-        if not self._suspects:
-            self.scheduler.max_num_seqs = self._max_num_seqs
-
-    def _run(self, step: Step) -> list[Sequence]:
-        logits, prompts = self.runner.run(step)
+    def _launch(self, step: Step, requests: set[Request], before: _Flight | None) -> _Flight:
+        """Put ``step`` on the device, behind the one ``before`` if its tokens are not read yet."""
+        known_there = {} if before is None else {s: row for row, s in enumerate(before.sequences)}
+        logits, prompts = self.runner.run(step, known_there)
         for request, prompt_logits in prompts:
             begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
             followers = request.prompt_token_ids[begin + 1 : begin + 1 + len(prompt_logits)]
@@ -127,13 +143,62 @@ class Engine:
             sequences += drawn
             rows += [row] * len(drawn)
         if not sequences:
-            return []
+            return _Flight(step, requests, [], None)
         if len(rows) > len(logits):
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        for sequence, choice in zip(sequences, self.sampler.sample(logits, sequences), strict=True):
-            sequence.append(*choice)
-        self.scheduler.finish(sequences)
-        return sequences
+            (places,) = to_device([np.array(rows, np.int64)], logits.device)
+            logits = logits[places]
+        tokens = self.sampler.draw(logits, sequences)
+        self.runner.note(tokens.token_ids)
+        for sequence in sequences:
+            sequence.num_pending += 1
+        return _Flight(step, requests, sequences, tokens)
+
+    def _land(self, flight: _Flight | None) -> list[Sequence]:
+        """Wait for a step and take its tokens, but for answers that have ended or were dropped since it was launched."""
+        if flight is None:
+            return []
+        try:
+            choices = [] if flight.drawn is None else flight.drawn.choices()
+        except Exception as error:
+            for lost in (flight, self._flight):
+                for sequence in lost.sequences if lost else ():
+                    sequence.num_pending = 0
+            self._flight = None
+            self._recover(flight.requests, error)
+            return []
+        got = []
+        for sequence, choice in zip(flight.sequences, choices, strict=True):
+            if sequence.num_pending:
+                sequence.append(*choice)
+                got.append(sequence)
+        self.scheduler.finish(got)
+        self._clear(flight.requests)
+        self._count(flight.step, len(got))
+        return got
+
+    def _recover(self, requests: set[Request], error: Exception) -> None:
+        self.scheduler.start_over()
+        requests = {request for request in requests if not request.finished}
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            if self.scheduler.halve_budgets():
+                return
+        if len(requests) > 1:
+            self._suspects |= requests
+            self.scheduler.max_num_seqs = len(requests) // 2
+            return
+        for request in requests:  # one, or none if it has ended meanwhile
+            failed = RequestFailedError(
+                f"request {request.request_id}: the model must run on it, got {type(error).__name__}"
+            )
+            failed.__cause__ = error
+            request.error = failed
+            self.cancel(request)
+
+    def _clear(self, requests: set[Request]) -> None:
+        self._suspects -= requests
+        if not self._suspects:
+            self.scheduler.max_num_seqs = self._max_num_seqs
 
     def _count(self, step: Step, num_drawn: int) -> None:
         stats, pages = self.stats, self.scheduler.pages

@@ -1,10 +1,12 @@
 """Keys and values of every layer, in pages."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from idefics2_engine.config import TextConfig
 from idefics2_engine.text import LayerCache
+from idefics2_engine.transfer import to_device
 
 
 class KVCache:
@@ -28,7 +30,8 @@ class KVCache:
 
     def copy(self, pages: list[tuple[int, int]]) -> None:
         """Copy pages, each (from, to), in every layer; no page is on both sides."""
-        sources, targets = torch.tensor(pages, device=self.layers[0][0].device).unbind(1)
+        columns = [np.array(column, np.int64) for column in zip(*pages, strict=True)]
+        sources, targets = to_device(columns, self.layers[0][0].device)
         for layer in self.layers:
             for tensor in layer:
                 tensor[targets] = tensor[sources]

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +24,14 @@ from idefics2_engine.image_items import image_items
 from idefics2_engine.intake import Intake
 from idefics2_engine.llm_arguments import (
     at_least_one,
+    check_utilization,
     engine_config,
     model_folder,
     torch_device,
     torch_dtype,
 )
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
+from idefics2_engine.memory import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.model import Idefics2
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
@@ -38,7 +41,7 @@ from idefics2_engine.sequence import Request
 from idefics2_engine.shown import shown
 from idefics2_engine.verify import verify_files
 from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
-from idefics2_kernels import REFERENCE, Ops
+from idefics2_kernels import REFERENCE, TRITON, Ops
 
 Prompt = str | Mapping[str, Any]
 """A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
@@ -67,8 +70,10 @@ class LLM:
         max_num_seqs: Answers that are generated at once.
         max_num_batched_tokens: Tokens that one forward pass computes at most; longer prompts take several.
         enable_prefix_caching: Whether to keep what was computed of prompts for others that begin the same, pictures included.
-        kv_cache_tokens: Tokens that the KV cache holds; enough for ``max_num_seqs`` full ones, but at most 65,536 unless
-            one alone needs more, if ``None``.
+        kv_cache_tokens: Tokens that the KV cache holds. If ``None``: on a CUDA device what ``gpu_memory_utilization`` leaves
+            for it, on a CPU enough for ``max_num_seqs`` full ones, but at most 65,536 unless one alone needs more.
+        gpu_memory_utilization: Share of a CUDA device's memory that weights, steps and KV cache may take in all.
+        enforce_eager: Whether to launch every kernel by itself, without CUDA graphs.
         seed: Fixes the random numbers of requests without a seed of their own.
         sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as transformers does.
         image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
@@ -79,7 +84,7 @@ class LLM:
         allowed_media_hosts: Hosts that image URLs may name; none by default (``MediaConfig``).
         media_timeout: Seconds that a download may take.
         image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
-        ops: Filling of the operations to run on.
+        ops: Filling of the operations to run on; ``TRITON`` on a CUDA device and ``REFERENCE`` on a CPU if ``None``.
 
     Raises:
         ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument does not fit it.
@@ -103,6 +108,8 @@ class LLM:
         max_num_batched_tokens: int = 8192,
         enable_prefix_caching: bool = True,
         kv_cache_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool = False,
         seed: int = 0,
         sampling_order: str = "vllm",
         image_policy: str = "parity",
@@ -112,7 +119,7 @@ class LLM:
         allowed_media_hosts: Sequence[str] = (),
         media_timeout: float = MEDIA_TIMEOUT,
         image_threads: int | None = None,
-        ops: Ops = REFERENCE,
+        ops: Ops | None = None,
     ) -> None:
         if sampling_order not in ("vllm", "hf"):
             raise ConfigError(f"sampling_order must be 'vllm' or 'hf', got {shown(sampling_order)}")
@@ -139,15 +146,21 @@ class LLM:
             image_threads=image_threads,
         )
         self.processor = Processor.load(folder, self.config, split_images, media)
-        self.engine_config = engine_config(
+        check_utilization(gpu_memory_utilization)
+        on = torch_device(device)
+        has_cuda = on.type == "cuda"
+        if ops is None:
+            ops = TRITON if has_cuda else REFERENCE
+        sizes = engine_config(
             self.config,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=kv_cache_tokens,
             prefix_caching=enable_prefix_caching,
+            cuda_graphs=has_cuda and not enforce_eager,
+            run_ahead=has_cuda,
         )
-        on = torch_device(device)
         if load_format == "dummy":
             self.model = Idefics2(self.config, ops, on, torch_dtype(dtype, on))
             self.model.init_weights()
@@ -160,6 +173,10 @@ class LLM:
                 adapter=adapter_folder,
                 check_finite=check_finite,
             )
+        if has_cuda and kv_cache_tokens is None:
+            fitting = measured_kv_cache_tokens(self.model, sizes, gpu_memory_utilization)
+            sizes = replace(sizes, kv_cache_tokens=fitting)
+        self.engine_config = sizes
         tokenizer = self.processor.tokenizer
         ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says

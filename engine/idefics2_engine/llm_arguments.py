@@ -8,6 +8,7 @@ from idefics2_engine.config import PAGE_SIZE, EngineConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.hub import find_model
+from idefics2_engine.shown import shown
 
 _KV_CACHE_TOKENS = 65536  # 8 GiB at the 8B model's shape in 16 bit
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +31,8 @@ def engine_config(
     max_num_batched_tokens: int,
     kv_cache_tokens: int | None,
     prefix_caching: bool,
+    cuda_graphs: bool,
+    run_ahead: bool,
 ) -> EngineConfig:
     """Return the sizes of the runtime; ``ConfigError`` if one does not fit the model or another."""
     positions = config.text.max_positions
@@ -51,7 +54,17 @@ def engine_config(
         kv_cache_tokens=kv_cache_tokens,
         max_num_batched_tokens=max_num_batched_tokens,
         prefix_caching=prefix_caching,
+        cuda_graphs=cuda_graphs,
+        run_ahead=run_ahead,
     )
+
+
+def check_utilization(value: float) -> None:
+    """Raise ``ConfigError`` unless ``value`` is a share of a GPU's memory."""
+    if not 0 < value <= 1:
+        raise ConfigError(
+            f"gpu_memory_utilization must be above 0 and at most 1, got {shown(value)}"
+        )
 
 
 def at_least_one(name: str, value: int) -> None:

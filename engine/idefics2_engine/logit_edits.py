@@ -126,9 +126,7 @@ class _Asked:
         self.allowed: Ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
         self.biased: Ids = np.array(list(bias), dtype=np.int64)
         self.bias: Floats = np.array(list(bias.values()), dtype=np.float32)
-        self.penalises = bool(
-            params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
-        )
+        self.penalises = params.penalises
         # the prompt counts for repetition alone; image slots are not text that is repeated
         prompt = {*request.prompt_token_ids} - {image_token_id}
         tokens = sorted(prompt) if params.repetition_penalty != 1.0 else []
@@ -156,7 +154,7 @@ def _barred(sequence: Sequence, bad_words_ids: Items[Items[int]]) -> list[int]:
     barred = [word[-1] for word in bad_words_ids if _ends_with(tokens, 0, word[:-1])]
     begin = len(request.prompt_token_ids)  # a word that was asked for may begin in the answer only
     barred += [word[-1] for word in request.bad_words_ids if _ends_with(tokens, begin, word[:-1])]
-    if sequence.num_generated < request.params.min_tokens:
+    if sequence.num_drawn < request.params.min_tokens:
         barred.extend(sequence.end_token_ids)
     return barred
 

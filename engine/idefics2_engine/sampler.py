@@ -85,6 +85,11 @@ class Sampler:
         self.min_p_first = min_p_first
         self._edits = EditFinder(image_token_id)
 
+    def reads_answer(self, sequence: Sequence) -> bool:
+        """Say whether the next token of ``sequence`` depends on its last ones otherwise than through the logits."""
+        words = (*self.bad_words_ids, *sequence.request.bad_words_ids)
+        return sequence.request.params.penalises or any(len(word) > 1 for word in words)
+
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
         """Choose a token for each row of ``logits`` (B, V), which may be overwritten."""
         return self.draw(logits, sequences).choices()
@@ -158,7 +163,7 @@ def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[n
     return [
         np.array([max(p.top_k, 0) for p in params], dtype=np.int64),
         np.array([sequence.seed for sequence in sequences], dtype=np.int64),
-        np.array([sequence.num_generated for sequence in sequences], dtype=np.int64),
+        np.array([sequence.num_drawn for sequence in sequences], dtype=np.int64),
     ]
 
 

@@ -115,6 +115,13 @@ class SamplingParams:
                     f"{name} must be True or False, got {shown(getattr(self, name))}"
                 )
 
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that have occurred change logits."""
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
         """Build from what came as JSON, where a wrong name is bad input and no wrong call.

@@ -4,6 +4,9 @@ A step has a budget of tokens, which decoding sequences and chunks of prompts sh
 that it encodes. Running sequences go first, oldest first; then waiting ones are admitted in their order. Where a
 running sequence needs a page and none is free, the newest that runs is preempted: it waits again, before all others,
 and computes again what the cache does not remember of it. So the oldest always goes on.
+
+A step may be planned while tokens of the one before are still being drawn (``Sequence.num_pending``): where they go is
+known, and steps are computed in order.
 """
 
 from collections import deque
@@ -88,16 +91,11 @@ class Scheduler:
         return Step(plan.chunks, plan.encodes, plan.copies)
 
     def computed(self, step: Step) -> None:
-        """Note that ``step`` has been computed: name full pages, let go of what is behind."""
+        """Note that ``step`` has been or is being computed: name full pages, let go of what is behind."""
         for chunk in step.chunks:
-            sequence = chunk.sequence
-            first_full = sequence.num_computed // self.pages.page_size
-            sequence.num_computed = chunk.end
-            if self.prefix_caching:
-                names = sequence.page_names(self.pages.page_size)
-                for index in range(first_full, chunk.end // self.pages.page_size):
-                    self.pages.remember(sequence.pages[index], names[index])
-            self._let_go_behind(sequence)
+            chunk.sequence.num_computed = chunk.end
+            self._name_pages(chunk.sequence)
+            self._let_go_behind(chunk.sequence)
 
     def fork(self, first: Sequence) -> list[Sequence]:
         """Start the other answers of a request whose prompt ``first`` has computed.
@@ -109,7 +107,7 @@ class Scheduler:
         request.num_started = len(request.sequences)
         forked = others[: self.max_num_seqs - len(self.running)]
         for sequence in forked:
-            sequence.num_computed = first.num_computed
+            sequence.num_computed, sequence.num_named = first.num_computed, first.num_named
             sequence.pages = list(first.pages)
             self.pages.share(first.pages)
         at = self.running.index(first) + 1
@@ -120,9 +118,14 @@ class Scheduler:
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Let go of those ``sequences`` that have ended."""
         for sequence in sequences:
-            if sequence.finish_reason and sequence in self.running:
+            if not sequence.finish_reason:
+                continue
+            if sequence in self.running:
                 self.running.remove(sequence)
+                self._name_pages(sequence)
                 self._drop(sequence)
+            elif sequence in self.waiting:  # preempted while its last token was drawn
+                self.waiting.remove(sequence)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Drop those of ``sequences`` that wait or run."""
@@ -132,6 +135,7 @@ class Scheduler:
                 self._drop(sequence)
             elif sequence in self.waiting:
                 self.waiting.remove(sequence)
+            sequence.num_pending = 0
 
     def preempt_newest(self) -> Sequence:
         """Let the newest that runs wait again, before all others, without its pages; one must run."""
@@ -169,10 +173,11 @@ class Scheduler:
         index = 0
         while index < len(self.running) and plan.tokens:
             sequence = self.running[index]
-            begin = sequence.num_computed
-            end = self._image_limit(
-                sequence, begin, min(len(sequence.token_ids), begin + plan.tokens), plan
-            )
+            begin, end = sequence.num_computed, sequence.length
+            if end == sequence.max_length:  # its last token is being drawn
+                index += 1
+                continue
+            end = self._image_limit(sequence, begin, min(end, begin + plan.tokens), plan)
             while end > begin and not self._has_room(sequence, begin, end):
                 preempted = True
                 if self.preempt_newest() is sequence:
@@ -207,7 +212,7 @@ class Scheduler:
                 return
             self.pages.share(cached)
             sequence.pages = cached
-            sequence.num_computed = begin
+            sequence.num_computed, sequence.num_named = begin, len(cached)
             if sequence.request.num_cached_tokens is None:
                 sequence.request.num_cached_tokens = begin
             self.running.append(self.waiting.popleft())
@@ -269,12 +274,24 @@ class Scheduler:
                 plan.encodes.append((item.tile, self.encoder.slot(content)))
         images = [(item, self.encoder.slot(item.tile.fingerprint)) for item in items]
         plan.tokens -= end - begin
-        samples, scores = end == len(sequence.token_ids), range(0)
+        samples, scores = end == sequence.length, range(0)
         if sequence.scores_prompt:
             request = sequence.request
             last = len(request.prompt_token_ids) - 1  # nothing of the prompt is behind it
             scores = range(max(begin, len(request.prompt_logprobs)), min(end, last))
         plan.chunks.append(Chunk(sequence, begin, end, samples, scores, images))
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Note the names of full pages, as far as their tokens are known."""
+        if not self.prefix_caching:
+            return
+        size = self.pages.page_size
+        num_full = min(sequence.num_computed, len(sequence.token_ids)) // size
+        if num_full > sequence.num_named:
+            names = sequence.page_names(size)
+            for index in range(sequence.num_named, num_full):
+                self.pages.remember(sequence.pages[index], names[index])
+            sequence.num_named = num_full
 
     def _let_go_behind(self, sequence: Sequence) -> None:
         """Give back images that have been read, and pages that no later query sees."""
@@ -297,7 +314,7 @@ class Scheduler:
     def _drop(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
         sequence.pages = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_named = 0
         for item in sequence.held_images:
             self.encoder.release(item.tile.fingerprint)
         sequence.held_images = []

@@ -75,8 +75,12 @@ class Sequence:
         self.request = request
         self.index = index
         self.token_ids = list(request.prompt_token_ids)
-        self.num_computed = 0  # tokens whose keys and values are in the cache
+        self.num_pending = 0  # tokens behind them that are being drawn
+        self.num_computed = (
+            0  # tokens whose keys and values are in the cache, or will be before they are read
+        )
         self.pages: list[int] = []  # of the KV cache, given by the scheduler
+        self.num_named = 0  # of the pages: those whose names the scheduler has noted
         self.held_images: list[ImageItem] = []  # whose embeddings are held for it
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -92,6 +96,16 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens after the prompt."""
         return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens after the prompt, with those that are being drawn."""
+        return self.num_generated + self.num_pending
+
+    @property
+    def length(self) -> int:
+        """Tokens, with those that are being drawn."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def max_length(self) -> int:
@@ -135,6 +149,7 @@ class Sequence:
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
         self.token_ids.append(token_id)
+        self.num_pending = max(0, self.num_pending - 1)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         before = len(self.text)
@@ -153,6 +168,7 @@ class Sequence:
             self._stop_at_string(before)
         if self.finish_reason:
             self.finished_time = now
+            self.num_pending = 0
 
     def _stop_at_string(self, before: int) -> None:
         """End at the first stop string that the text since ``before`` completes."""

@@ -413,7 +413,9 @@ def _flash_attention_kernel(
         _barriers(CONSUMERS, 1),  # and no longer needed
         _barriers(BUFFERS, 1),  # keys
         _barriers(BUFFERS, 1),  # values
-        _barriers(BUFFERS, CONSUMERS),  # a tile of keys and the values before them are no longer needed
+        _barriers(
+            BUFFERS, CONSUMERS
+        ),  # a tile of keys and the values before them are no longer needed
         _barriers(CONSUMERS, 1),  # whose turn it is
     )
     fence_async_shared()

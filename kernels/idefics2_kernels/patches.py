@@ -15,7 +15,6 @@ from torch import Tensor
 
 from idefics2_kernels.checks import FLOATS, INTS, check_device, check_dtype, check_shape
 
-
 WIDE, VECTOR = 1, 0
 
 
