@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 _STEPS = 80
 _STEPS_IN_A_ROW = 8
-_MOST_ROUNDS = 20  # of images and prefill, which take longer than a step
+_MOST_ROUNDS = 10  # of images and prefill, which take longer than a step
 _WARM_UP = 3
 
 

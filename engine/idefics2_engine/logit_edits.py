@@ -50,7 +50,8 @@ class LogitEdits:
             logits.index_fill_(0, self.allowed_rows, NEVER)
             logits[self.allowed] = kept
         if len(self.barred[0]):
-            logits[self.barred] = NEVER
+            never = logits.new_full((), NEVER)  # a number of the host's would have to be waited for
+            logits.index_put_(self.barred, never)
         if len(self.bias):
             logits[self.biased] = logits[self.biased] + self.bias
         if len(self.repetition):

@@ -28,14 +28,7 @@ class PackedStep:
     logits_indices: Ints  # tokens whose logits are wanted
     image_rows: Ints  # rows of all slots' embeddings that the image tokens are, in order
     max_seqlen: int
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every chunk is one token whose logits, and nothing else, are wanted."""
-        tokens = len(self.input_ids)
-        return (
-            self.max_seqlen == 1 and len(self.logits_indices) == tokens and not len(self.image_rows)
-        )
+    is_decode: bool  # whether every chunk is one text token that another is drawn behind
 
     def arrays(self) -> list[Ints]:
         """Return all arrays, flat, in the order that ``text_batch`` takes their copies in."""
@@ -77,6 +70,10 @@ def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents:
         logits_indices=_wanted(chunks, cu_seqlens),
         image_rows=_image_rows(chunks, num_latents),
         max_seqlen=int(lengths.max()),
+        is_decode=all(
+            chunk.samples and chunk.end - chunk.begin == 1 and not chunk.scores and not chunk.images
+            for chunk in chunks
+        ),
     )
 
 
@@ -91,6 +88,7 @@ NOTHING = PackedStep(
     logits_indices=_NONE,
     image_rows=_NONE,
     max_seqlen=1,
+    is_decode=True,
 )
 """A step without chunks, to be padded."""
 

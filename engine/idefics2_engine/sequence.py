@@ -82,7 +82,6 @@ class Sequence:
         self.pages: list[int] = []  # of the KV cache, given by the scheduler
         self.num_named = 0  # of the pages: those whose names the scheduler has noted
         self.held_images: list[ImageItem] = []  # whose embeddings are held for it
-        self.text = ""
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
@@ -91,6 +90,10 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []  # of each generated token, if asked for
         self._eos_token_ids = eos_token_ids
         self._detokenizer = detokenizer
+        self._text = ""
+        self._num_detokenized = 0  # of the generated tokens
+        self._end_is_hidden = False  # whether the last token ended the answer and is not shown
+        self._text_is_whole = False
 
     @property
     def num_generated(self) -> int:
@@ -152,35 +155,52 @@ class Sequence:
         self.num_pending = max(0, self.num_pending - 1)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        before = len(self.text)
-        ends = token_id in self.end_token_ids and self.num_generated >= params.min_tokens
-        if not ends or params.include_stop_str_in_output:
-            self.text += self._detokenizer.add(token_id)
-        if ends:
+        if token_id in self.end_token_ids and self.num_generated >= params.min_tokens:
             self.finish_reason = "stop"
+            self._end_is_hidden = not params.include_stop_str_in_output
             if token_id in params.stop_token_ids:
                 self.stop_reason = token_id
         elif self.num_generated == self.request.max_tokens:
             self.finish_reason = "length"
-        if self.finish_reason:
-            self.text += self._detokenizer.flush()
-        if self.num_generated >= params.min_tokens:
-            self._stop_at_string(before)
+        if params.stop:
+            before = len(self._text)
+            self._detokenize()
+            if self.num_generated >= params.min_tokens:
+                self._stop_at_string(before)
         if self.finish_reason:
             self.finished_time = now
             self.num_pending = 0
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without half a character at its end."""
+        self._detokenize()
+        return self._text
+
+    def _detokenize(self) -> None:
+        """Bring the text up to the tokens; without stop strings nobody reads it before the answer is wanted."""
+        if self._text_is_whole:
+            return
+        begin = len(self.request.prompt_token_ids) + self._num_detokenized
+        end = len(self.token_ids) - self._end_is_hidden
+        for token_id in self.token_ids[begin:end]:
+            self._text += self._detokenizer.add(token_id)
+        self._num_detokenized += max(0, end - begin)
+        if self.finish_reason:
+            self._text += self._detokenizer.flush()
+            self._text_is_whole = True
 
     def _stop_at_string(self, before: int) -> None:
         """End at the first stop string that the text since ``before`` completes."""
         found = [
             (at, stop)
             for stop in self.request.params.stop
-            if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0
+            if (at := self._text.find(stop, max(0, before - len(stop) + 1))) >= 0
         ]
         if found:
             at, stop = min(found)
             kept = at + len(stop) if self.request.params.include_stop_str_in_output else at
-            self.text = self.text[:kept]
+            self._text, self._text_is_whole = self._text[:kept], True
             self.finish_reason, self.stop_reason = "stop", stop
 
     def output(self) -> CompletionOutput:

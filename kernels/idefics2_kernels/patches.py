@@ -1,8 +1,8 @@
 """Packed uint8 tiles to normalised patch rows: a program takes a few patches and all of their columns.
 
 The tile that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is read back. A thread
-loads two pixels side by side, all channels, as 16-bit words, and stores two values for each channel: half the loads,
-stores and instructions of one value at a time, which is what bounds the kernel after memory.
+loads two pixels side by side, all channels, and stores two values for each channel: half the loads, stores and
+instructions of one value at a time, which is what bounds the kernel after memory.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from idefics2_kernels.checks import FLOATS, INTS, check_device, check_dtype, check_shape
 
-WIDE, VECTOR = 1, 0
-
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -27,8 +25,8 @@ class LaunchConfig:
 
 
 def _launch_config(E: int) -> LaunchConfig:
-    # on an H100 77 % of a copy's bandwidth for eight images, the same within 5 % for 4 to 16 patches and 2 to 4 warps
-    return LaunchConfig(block_p=max(1, min(8, 8192 // E)), num_warps=2)
+    # on an H100 the same within 3 % for 2 to 8 patches and 1 to 4 warps
+    return LaunchConfig(block_p=max(1, min(4, 8192 // E)), num_warps=4)
 
 
 @triton.jit
@@ -53,8 +51,7 @@ def _patches_kernel(
     C: tl.constexpr,
     S: tl.constexpr,
     V: tl.constexpr,  # pixels of a load
-    WIDE: tl.constexpr,
-    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,  # whether two pixels of three channels are taken from aligned words of 32 bits
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -65,20 +62,13 @@ def _patches_kernel(
     mask_p = offs_p < P
 
     # the last tile that begins at or before each patch: an empty one begins where the next does
-    if VECTOR:
-        tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32) - 1
-        for first in range(0, N, 64):
-            offs_n = first + tl.arange(0, 64)[None, :]
-            begins = tl.load(cu_seqlens_ptr + offs_n, mask=offs_n < N, other=2**31 - 1)
-            tile += tl.sum((begins <= offs_p).to(tl.int32), axis=1, keep_dims=True)
-    else:
-        tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
-        end = tile + N
-        for _ in range(steps):
-            middle = (tile + end) // 2
-            begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
-            tile = tl.where(begins <= offs_p, middle, tile)
-            end = tl.where(begins <= offs_p, end, middle)
+    tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
+    end = tile + N
+    for _ in range(steps):
+        middle = (tile + end) // 2
+        begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
+        tile = tl.where(begins <= offs_p, middle, tile)
+        end = tl.where(begins <= offs_p, end, middle)
     local = (offs_p - tl.load(cu_seqlens_ptr + tile, mask=mask_p, other=0)).to(tl.int32)
     width = tl.load(widths_ptr + tile, mask=mask_p, other=1).to(tl.int32)
     # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits hold what is
@@ -92,11 +82,13 @@ def _patches_kernel(
     row, column = offs_w * V // S, offs_w * V % S
     mask_w = mask_p & (offs_w < S * S // V)
     if WIDE:
-        # two words of 32 bits hold the 6 bytes, which begin at the first one's byte 0 or 2
+        # two words of 32 bits hold the 6 bytes, which begin at the first one's byte 0 or 2; a line of the cache is read
+        # by many threads and must outlast the stores between them
         within = corners + row * strides + column * C
         word_ptrs = pixels_row.to(tl.pointer_type(tl.uint32)) + (within >> 2)
-        low = tl.load(word_ptrs, mask=mask_w, other=0).to(tl.uint64)
-        high = tl.load(word_ptrs + 1, mask=mask_w, other=0).to(tl.uint64)
+        low = tl.load(word_ptrs, mask=mask_w, other=0, eviction_policy="evict_last").to(tl.uint64)
+        high = tl.load(word_ptrs + 1, mask=mask_w, other=0, eviction_policy="evict_last")
+        high = high.to(tl.uint64)
         six = (low | high << 32) >> ((within & 2) * 8).to(tl.uint64)
         words = ((six & 0xFFFFFFFF).to(tl.uint32), (six >> 32).to(tl.uint32))
     else:
@@ -104,7 +96,7 @@ def _patches_kernel(
         # halved by a shift: of what may be negative, a division takes three instructions
         within = (corners >> V - 1) + row * (strides >> V - 1) + column // V * C
         word_ptrs = pixels_row.to(tl.pointer_type(word)) + within
-        words = (tl.load(word_ptrs, mask=mask_w, other=0),)
+        words = (tl.load(word_ptrs, mask=mask_w, other=0),)  # type: ignore[assignment]
         for w in tl.static_range(1, C):
             words += (tl.load(word_ptrs + w, mask=mask_w, other=0),)  # type: ignore[assignment]
 
@@ -182,8 +174,7 @@ def patches(
             C=C,
             S=patch_size,
             V=V,
-            WIDE=bool(WIDE and V == 2 and C == 3 and E % 4 == 0 and pixels.data_ptr() % 4 == 0),
-            VECTOR=bool(VECTOR),
+            WIDE=V == 2 and C == 3 and E % 4 == 0 and pixels.data_ptr() % 4 == 0,
             BLOCK_P=config.block_p,
             BLOCK_W=triton.next_power_of_2(patch_size**2 // V),
             num_warps=config.num_warps,
