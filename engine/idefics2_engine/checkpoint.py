@@ -132,7 +132,6 @@ def load_checkpoint(
             table[config.text.vocab_size :] = 0.0
         for source, value in _weights(stored, places, stored_nf4, dtype):
             place = places[source.name]
-            layer = model.get_submodule(place.module)
             if isinstance(value, NF4Weight):
                 value = value.to(model.device)
             else:
@@ -140,15 +139,9 @@ def load_checkpoint(
                     _check_finite(source, value)
                 if changes is not None:
                     value = changes.merge(source.name, value, dtype, model.device)
+            layer = model.get_submodule(place.module)
             if isinstance(layer, NF4Linear) and place.is_linear:
-                if isinstance(value, Tensor):
-                    value = value.to(model.device, dtype)
-                    if check_finite:
-                        _check_finite(source, value, f" in {dtype}")
-                    value = ops.nf4_quantize(value, double_quant=double_quant)
-                elif check_finite:
-                    _check_finite(source, ops.nf4_dequantize(value), f" in {dtype}")
-                layer.weight = value
+                layer.weight = _quantised(source, value, model, double_quant, check_finite)
                 continue
             if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
                 value = ops.nf4_dequantize(value)
@@ -274,6 +267,24 @@ def _read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tenso
             OSError,
         ) as error:  # the header was read: the file has changed since
             raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from None
+
+
+def _quantised(
+    source: StoredTensor,
+    value: Tensor | NF4Weight,
+    model: Idefics2,
+    double_quant: bool,
+    check_finite: bool,
+) -> NF4Weight:
+    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantised."""
+    if isinstance(value, Tensor):
+        value = value.to(model.device, model.dtype)
+    if check_finite:
+        numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
+        _check_finite(source, numbers, f" in {model.dtype}")
+    if isinstance(value, NF4Weight):
+        return value
+    return model.ops.nf4_quantize(value, double_quant=double_quant)
 
 
 def _load_adapter(
