@@ -3,8 +3,9 @@
 import json
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
 
+import idefics2_engine.checkpoint
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint import build_model, load_checkpoint, save_checkpoint
 from idefics2_engine.cli.main import main
@@ -26,6 +28,8 @@ from idefics2_engine.linear import Linear, NF4Linear, SideBySide
 from idefics2_engine.model import Idefics2
 from idefics2_engine.padded import forward_padded
 from idefics2_engine.quantization import PARTS, Quantization
+from idefics2_engine.safetensors_file import StoredTensor
+from idefics2_engine.stored_nf4 import weight_name
 from idefics2_kernels import REFERENCE, TRITON, NF4Weight, Ops
 from idefics2_kernels.reference_nf4 import nf4_quantize
 from oracle import CASES, TinyCase, build_oracle
@@ -169,7 +173,9 @@ class TestFiles:
         model = load_checkpoint(dense, dtype=torch.bfloat16, quantization=NF4)
         save_checkpoint(model, tmp_path / "ours", config_from=dense, max_shard_bytes=9000)
         oracle = Idefics2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
-        assert oracle.dtype is torch.bfloat16  # config.json says so by now
+        assert oracle.dtype is torch.bfloat16
+        assert json.loads((dense / "config.json").read_text())["dtype"] == "float32"
+        assert json.loads((tmp_path / "ours/config.json").read_text())["dtype"] == "bfloat16"
         mine, read = tensors_of(tmp_path / "ours"), oracle.state_dict()
         assert read.keys() == mine.keys()
         for name, tensor in read.items():
@@ -306,6 +312,27 @@ class TestLogits:
 
 
 class TestLoading:
+    @pytest.mark.parametrize("shard_bytes", [10**9, 2000], ids=["single", "sharded"])
+    def test_the_tensors_of_a_weight_are_read_together(
+        self, shard_bytes: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Only a weight that lies in two shards waits while others are read."""
+        quantised_oracle(dense, torch.bfloat16).save_pretrained(
+            tmp_path, max_shard_size=shard_bytes
+        )
+        read, order = idefics2_engine.checkpoint._read, list[StoredTensor]()
+
+        def spy(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
+            for source, tensor in read(tensors):
+                order.append(source)
+                yield source, tensor
+
+        monkeypatch.setattr(idefics2_engine.checkpoint, "_read", spy)
+        load_checkpoint(tmp_path)
+        runs = [key for key, _ in groupby(order, lambda t: (t.file, weight_name(t.name)))]
+        assert len(runs) == len(set(runs))
+        assert len({t.file for t in order}) == len(list(groupby(t.file for t in order)))
+
     def test_one_dense_weight_is_there_at_a_time(
         self, dense: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
