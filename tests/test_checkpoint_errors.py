@@ -490,7 +490,7 @@ class TestConfig:
             ({"model_type": "x" * 10**6}, "model_type must be 'idefics2', got 'xxx"),
             (
                 {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
-                "quantised checkpoints are not supported yet",
+                "quantization_config: bnb_4bit_quant_type must be 'nf4', got 'fp4'",
             ),
         ],
     )

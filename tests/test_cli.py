@@ -248,6 +248,9 @@ class TestGenerate:
             "check_finite": False,
             "device": "auto",
             "dtype": "auto",
+            "quantization": None,
+            "quantized_parts": None,
+            "double_quant": True,
             "split_images": None,
             "max_num_seqs": 1,
         }
@@ -267,6 +270,13 @@ class TestGenerate:
             "cuda:1",
             "--dtype",
             "float16",
+            "--quantization",
+            "nf4",
+            "--quantized-part",
+            "text",
+            "--quantized-part",
+            "vision",
+            "--no-double-quant",
             "--no-split",
         ]
         sampling = (
@@ -283,6 +293,9 @@ class TestGenerate:
                 "check_finite": True,
                 "device": "cuda:1",
                 "dtype": "float16",
+                "quantization": "nf4",
+                "quantized_parts": ["text", "vision"],
+                "double_quant": False,
                 "split_images": False,
                 "max_num_seqs": 1,
             },

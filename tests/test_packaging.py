@@ -36,6 +36,7 @@ HOST_ONLY = {
     "hub",
     "json_file",
     "pages",
+    "quantization",
     "safetensors_file",
     "sampling_params",
     "scheduler",

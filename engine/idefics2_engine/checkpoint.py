@@ -1,13 +1,12 @@
-"""Checkpoints in the hub's form to parameters and back; the only file that knows checkpoint names.
+"""Checkpoints in the hub's form to parameters and back.
 
-A parameter here may be several tensors there: queries, keys and values lie in one matrix, gate and up in another, and
-the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
+Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the blocks and the state of a
+quantised tensor are its own.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -18,158 +17,60 @@ from torch import Tensor
 
 from idefics2_engine.adapter import Adapter
 from idefics2_engine.config import ModelConfig
-from idefics2_engine.errors import CheckpointError
+from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.hub_tensors import (
+    EMBEDDING,
+    HEAD,
+    HubTensor,
+    dense_modules,
+    hub_tensors,
+    tensor_places,
+)
+from idefics2_engine.json_file import read_json
+from idefics2_engine.linear import Linear, NF4Linear, SideBySide
 from idefics2_engine.model import Idefics2
+from idefics2_engine.quantization import Quantization, bitsandbytes_config
 from idefics2_engine.safetensors_file import FLOATS, StoredTensor
+from idefics2_engine.stored_nf4 import (
+    check_headers,
+    is_in_nf4,
+    read_weight,
+    tensor_names,
+    weight_name,
+    weight_tensors,
+)
 from idefics2_engine.weight_files import INDEX, SINGLE, find_weights, listing
-from idefics2_kernels import REFERENCE, Ops
+from idefics2_kernels import REFERENCE, NF4Weight, Ops
+from idefics2_kernels.checks import FLOATS as NF4_DTYPES
+
+__all__ = [
+    "HubTensor",
+    "build_model",
+    "hub_tensors",
+    "load_checkpoint",
+    "save_checkpoint",
+    "tensor_places",
+]
 
 
-@dataclass(frozen=True)
-class HubTensor:
-    """One tensor of a checkpoint and the rows of the parameter it fills."""
+def build_model(
+    config: ModelConfig,
+    ops: Ops = REFERENCE,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+) -> Idefics2:
+    """Build a model without weights, for ``init_weights``; its layers are in NF4 as ``quantization`` says.
 
-    name: str
-    shape: tuple[int, ...]
-    parameter: str
-    first_row: int = 0
-
-
-def hub_tensors(config: ModelConfig) -> list[HubTensor]:
-    """List every tensor that a checkpoint of ``config`` holds."""
-    return [*_vision(config), *_connector(config), *_text(config)]
-
-
-def _fused(
-    hub: str, names: tuple[str, ...], rows: tuple[int, ...], tail: tuple[int, ...], parameter: str
-) -> Iterator[HubTensor]:
-    """Stack tensors ``hub.format(name)`` of ``rows`` each, in order, into one parameter."""
-    first = 0
-    for name, n in zip(names, rows, strict=True):
-        yield HubTensor(hub.format(name), (n, *tail), parameter, first)
-        first += n
-
-
-def _vision(config: ModelConfig) -> Iterator[HubTensor]:
-    c = config.vision
-    hidden, inner = c.hidden_size, c.intermediate_size
-    hub = "model.vision_model."
-    conv = (hidden, c.num_channels, c.patch_size, c.patch_size)
-    yield HubTensor(
-        f"{hub}embeddings.patch_embedding.weight", conv, "vision.patch_embedding.weight"
-    )
-    yield HubTensor(
-        f"{hub}embeddings.patch_embedding.bias", (hidden,), "vision.patch_embedding.bias"
-    )
-    yield HubTensor(
-        f"{hub}embeddings.position_embedding.weight",
-        (c.grid**2, hidden),
-        "vision.position_embedding",
-    )
-    for i in range(c.num_layers):
-        theirs, ours = f"{hub}encoder.layers.{i}.", f"vision.layers.{i}."
-        for kind, tail in (("weight", (hidden,)), ("bias", ())):
-            yield from _fused(
-                f"{theirs}self_attn.{{}}_proj.{kind}",
-                ("q", "k", "v"),
-                (hidden,) * 3,
-                tail,
-                f"{ours}attention.qkv_proj.{kind}",
-            )
-            yield HubTensor(
-                f"{theirs}self_attn.out_proj.{kind}",
-                (hidden, *tail),
-                f"{ours}attention.out_proj.{kind}",
-            )
-            yield HubTensor(
-                f"{theirs}layer_norm1.{kind}", (hidden,), f"{ours}attention_norm.{kind}"
-            )
-            yield HubTensor(f"{theirs}layer_norm2.{kind}", (hidden,), f"{ours}mlp_norm.{kind}")
-            yield HubTensor(f"{theirs}mlp.fc1.{kind}", (inner, *tail), f"{ours}mlp.fc1.{kind}")
-            inner_tail = (inner,) if kind == "weight" else ()
-            yield HubTensor(
-                f"{theirs}mlp.fc2.{kind}", (hidden, *inner_tail), f"{ours}mlp.fc2.{kind}"
-            )
-    for kind in ("weight", "bias"):
-        yield HubTensor(f"{hub}post_layernorm.{kind}", (hidden,), f"vision.norm.{kind}")
-
-
-def _gated_mlp(theirs: str, ours: str, hidden: int, inner: int, out: int) -> Iterator[HubTensor]:
-    yield from _fused(
-        f"{theirs}{{}}_proj.weight",
-        ("gate", "up"),
-        (inner, inner),
-        (hidden,),
-        f"{ours}gate_up_proj.weight",
-    )
-    yield HubTensor(f"{theirs}down_proj.weight", (out, inner), f"{ours}down_proj.weight")
-
-
-def _connector(config: ModelConfig) -> Iterator[HubTensor]:
-    c, hub = config.perceiver, "model.connector."
-    hidden = c.hidden_size
-    width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield from _gated_mlp(
-        f"{hub}modality_projection.",
-        "connector.projection.",
-        config.vision.hidden_size,
-        config.text.intermediate_size,
-        hidden,
-    )
-    hub, own = f"{hub}perceiver_resampler.", "connector.perceiver."
-    yield HubTensor(f"{hub}latents", (c.num_latents, hidden), f"{own}latents")
-    for i in range(c.num_layers):
-        theirs, ours = f"{hub}layers.{i}.", f"{own}layers.{i}."
-        for name, norm in (
-            ("input_latents_norm", "latents_norm"),
-            ("input_context_norm", "context_norm"),
-            ("post_attention_layernorm", "mlp_norm"),
-        ):
-            yield HubTensor(f"{theirs}{name}.weight", (hidden,), f"{ours}{norm}.weight")
-        yield HubTensor(
-            f"{theirs}self_attn.q_proj.weight", (width, hidden), f"{ours}attention.q_proj.weight"
+    Raises:
+        ConfigError: ``config`` is of a checkpoint that is quantised, whose files alone say which layers are; or it is to be
+            quantised and ``dtype`` is none of bf16, fp16, fp32.
+    """
+    if config.is_quantized:
+        raise ConfigError(
+            "config.json: quantization_config must be absent where no weights are read: ask for quantization instead"
         )
-        yield from _fused(
-            f"{theirs}self_attn.{{}}_proj.weight",
-            ("k", "v"),
-            (kv_width, kv_width),
-            (hidden,),
-            f"{ours}attention.kv_proj.weight",
-        )
-        yield HubTensor(
-            f"{theirs}self_attn.o_proj.weight", (hidden, width), f"{ours}attention.o_proj.weight"
-        )
-        yield from _gated_mlp(f"{theirs}mlp.", f"{ours}mlp.", hidden, c.intermediate_size, hidden)
-    yield HubTensor(f"{hub}norm.weight", (hidden,), f"{own}norm.weight")
-
-
-def _text(config: ModelConfig) -> Iterator[HubTensor]:
-    c, hub = config.text, "model.text_model."
-    hidden = c.hidden_size
-    width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield HubTensor(f"{hub}embed_tokens.weight", (c.vocab_size, hidden), "text.embedding")
-    for i in range(c.num_layers):
-        theirs, ours = f"{hub}layers.{i}.", f"text.layers.{i}."
-        yield from _fused(
-            f"{theirs}self_attn.{{}}_proj.weight",
-            ("q", "k", "v"),
-            (width, kv_width, kv_width),
-            (hidden,),
-            f"{ours}attention.qkv_proj.weight",
-        )
-        yield HubTensor(
-            f"{theirs}self_attn.o_proj.weight", (hidden, width), f"{ours}attention.o_proj.weight"
-        )
-        yield from _gated_mlp(f"{theirs}mlp.", f"{ours}mlp.", hidden, c.intermediate_size, hidden)
-        yield HubTensor(
-            f"{theirs}input_layernorm.weight", (hidden,), f"{ours}attention_norm.weight"
-        )
-        yield HubTensor(
-            f"{theirs}post_attention_layernorm.weight", (hidden,), f"{ours}mlp_norm.weight"
-        )
-    yield HubTensor(f"{hub}norm.weight", (hidden,), "text.norm.weight")
-    if not config.tie_word_embeddings:
-        yield HubTensor("lm_head.weight", (c.vocab_size, hidden), "lm_head")
+    return _build(config, ops, device, dtype, _chosen(config, quantization))
 
 
 def load_checkpoint(
@@ -180,73 +81,178 @@ def load_checkpoint(
     *,
     adapter: Path | str | None = None,
     check_finite: bool = False,
+    quantization: Quantization | None = None,
 ) -> Idefics2:
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
     The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
-    memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed.
+    memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed, also where it is quantised.
 
     Args:
-        folder: A checkpoint in the hub's form.
+        folder: A checkpoint in the hub's form, or one that bitsandbytes quantised to NF4, which stays so.
         ops: Filling of the operations to run on.
         device: Where the parameters go.
-        dtype: What they become, rounded once.
-        adapter: Folder of a LoRA adapter in PEFT's format to merge.
+        dtype: What they become, rounded once, and what weights in NF4 are computed in.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantised.
         check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
+        quantization: What to quantise on ``device``, each tensor alone, after it was rounded to ``dtype``.
 
     Raises:
-        ConfigError: ``config.json`` is missing or wrong, or the adapter's.
+        ConfigError: ``config.json`` is missing or wrong, or the adapter's; ``quantization`` or an adapter is given and the
+            checkpoint is quantised already; or ``dtype`` is one that nothing can be quantised in.
         CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is not expected, or with
             ``check_finite`` holds a value that is no number.
     """
     folder = Path(folder)
     config = ModelConfig.load(folder)
+    if config.is_quantized and quantization is not None:
+        raise ConfigError(
+            f"{folder}: is quantised already: load it without quantization, or quantise the checkpoint it was made from"
+        )
+    if config.is_quantized and adapter is not None:
+        raise ConfigError(
+            f"{folder}: is quantised, and an adapter must be merged before that: "
+            "load the checkpoint that this was made from, with the adapter and quantization"
+        )
     places = {place.name: place for place in hub_tensors(config)}
     stored = find_weights(folder)
     if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)  # saved by some writers although it is the embedding
-    _check_fit(folder, places, stored)
+        stored.pop(HEAD, None)  # saved by some writers although it is the embedding
+    stored_nf4 = _check_fit(folder, config, places, stored)
     changes = (
         None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
     )
-    model = Idefics2(config, ops, device, dtype)
+    chosen = _chosen(config, quantization)
+    double_quant = quantization is None or quantization.double_quant
+    model = _build(config, ops, device, dtype, stored_nf4 | chosen)
+    places = {place.name: place for place in tensor_places(model)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for table in {model.text.embedding, model.lm_head}:
             table[config.text.vocab_size :] = 0.0
-        for source, tensor in _read(stored.values()):
+        for source, value in _weights(stored, places, stored_nf4, dtype):
             place = places[source.name]
-            if check_finite:
-                _check_finite(source, tensor)
-            if changes is not None:
-                tensor = changes.merge(source.name, tensor, dtype, model.device)
+            if isinstance(value, NF4Weight):
+                value = value.to(model.device)
+            else:
+                if check_finite:
+                    _check_finite(source, value)
+                if changes is not None:
+                    value = changes.merge(source.name, value, dtype, model.device)
+            layer = model.get_submodule(place.module)
+            if isinstance(layer, NF4Linear) and place.is_linear:
+                layer.weight = _quantised(source, value, model, double_quant, check_finite)
+                continue
+            if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
+                value = ops.nf4_dequantize(value)
             rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-            rows.copy_(tensor.view(rows.shape))
+            rows.copy_(value.view(rows.shape))
             if check_finite:
                 _check_finite(source, rows, f" in {dtype}")
     return model
 
 
-def _check_fit(folder: Path, places: dict[str, HubTensor], stored: dict[str, StoredTensor]) -> None:
-    """Check that ``stored`` is what the model needs, no more and no less."""
-    extra = stored.keys() - places.keys()
+def _chosen(config: ModelConfig, quantization: Quantization | None) -> frozenset[str]:
+    """Name the tensors that ``quantization`` is about."""
+    parts = () if quantization is None else quantization.parts
+    places = hub_tensors(config)
+    return frozenset(place.name for place in places if place.is_linear and place.part in parts)
+
+
+def _build(
+    config: ModelConfig,
+    ops: Ops,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    in_nf4: Collection[str],
+) -> Idefics2:
+    """Build a model in which the tensors named ``in_nf4`` have NF4 layers; the dense weights these replace are never allocated."""
+    if not in_nf4:
+        return Idefics2(config, ops, device, dtype)
+    if dtype not in NF4_DTYPES:
+        raise ConfigError(
+            f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
+        )
+    model = Idefics2(config, ops, "meta", dtype)
+    linear = (place for place in hub_tensors(config) if place.is_linear)
+    for module, group in groupby(linear, key=lambda place: place.module):
+        weights = list(group)
+        if any(weight.name in in_nf4 for weight in weights):
+            has_bias = model.get_submodule(module).bias is not None
+            with torch.device("meta"):
+                layers = [
+                    (NF4Linear if weight.name in in_nf4 else Linear)(
+                        weight.shape[1], weight.shape[0], ops, bias=has_bias
+                    ).to(dtype)
+                    for weight in weights
+                ]
+            model.set_submodule(module, layers[0] if len(layers) == 1 else SideBySide(layers))
+    model.allocate(device)
+    return model
+
+
+def _check_fit(
+    folder: Path,
+    config: ModelConfig,
+    places: Mapping[str, HubTensor],
+    stored: Mapping[str, StoredTensor],
+) -> frozenset[str]:
+    """Check that ``stored`` is what the model needs, no more and no less; return which of its tensors are in NF4."""
+    in_nf4 = frozenset(
+        name
+        for name, place in places.items()
+        if (place.is_linear or name == HEAD) and is_in_nf4(name, stored)
+    )
+    wanted = [
+        tensor
+        for name in places
+        for tensor in (tensor_names(name, stored) if name in in_nf4 else [name])
+    ]
+    extra = stored.keys() - set(wanted)
     if extra:
         names = sorted(extra)
         raise CheckpointError(
             f"{stored[names[0]].file}: tensors are not part of this model: {listing(names)}"
         )
-    missing = [name for name in places if name not in stored]
+    missing = [name for name in wanted if name not in stored]
     if missing:
         raise CheckpointError(f"{folder}: tensors are missing: {listing(missing)}")
-    for name, tensor in stored.items():
-        if tensor.shape != places[name].shape:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} must have shape {places[name].shape}, got {tensor.shape}"
-            )
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name!r} must be {', '.join(FLOATS)}, got {tensor.dtype}"
-            )
+    for name, place in places.items():
+        if name in in_nf4:
+            check_headers(name, place.shape, stored)
+        else:
+            stored[name].check(place.shape, *FLOATS)
+    if in_nf4 and not config.is_quantized:
+        raise CheckpointError(
+            f"{folder}: config.json must have a quantization_config, as tensors are in NF4: {listing(sorted(in_nf4))}"
+        )
+    if config.is_quantized and not in_nf4:
+        raise CheckpointError(
+            f"{folder}: config.json has a quantization_config, but no tensor is in NF4"
+        )
+    return in_nf4
+
+
+def _weights(
+    stored: Mapping[str, StoredTensor],
+    places: Mapping[str, HubTensor],
+    in_nf4: Collection[str],
+    dtype: torch.dtype,
+) -> Iterator[tuple[StoredTensor, Tensor | NF4Weight]]:
+    """Yield the values of every place, each file's together; a weight in NF4 when the last of its tensors is read."""
+    waiting: dict[str, dict[str, Tensor]] = {}  # only a shard's edge parts a weight for long
+    for source, tensor in _read(
+        sorted(stored.values(), key=lambda tensor: (tensor.file, weight_name(tensor.name)))
+    ):
+        name = weight_name(source.name)
+        if name not in in_nf4:
+            yield source, tensor
+            continue
+        tensors = waiting.setdefault(name, {})
+        tensors[source.name] = tensor
+        if len(tensors) == len(tensor_names(name, stored)):
+            shape = places[name].shape
+            yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
 
 
 def _read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
@@ -263,13 +269,30 @@ def _read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tenso
             raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from None
 
 
+def _quantised(
+    source: StoredTensor,
+    value: Tensor | NF4Weight,
+    model: Idefics2,
+    double_quant: bool,
+    check_finite: bool,
+) -> NF4Weight:
+    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantised."""
+    if isinstance(value, Tensor):
+        value = value.to(model.device, model.dtype)
+    if check_finite:
+        numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
+        _check_finite(source, numbers, f" in {model.dtype}")
+    if isinstance(value, NF4Weight):
+        return value
+    return model.ops.nf4_quantize(value, double_quant=double_quant)
+
+
 def _load_adapter(
     folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
 ) -> Adapter:
     """Read the adapter in ``folder`` and check that it fits."""
     adapter = Adapter.load(folder)
-    tied = ("model.text_model.embed_tokens.weight", "lm_head.weight")
-    if config.tie_word_embeddings and adapter.changed.keys() & set(tied):
+    if config.tie_word_embeddings and adapter.changed.keys() & {EMBEDDING, HEAD}:
         raise CheckpointError(
             f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
         )
@@ -302,21 +325,38 @@ def save_checkpoint(
 ) -> None:
     """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
 
-    Weights are sharded by size and replace those that are there. The JSON files, the chat template and the tokenizer are copied from the folder ``config_from``; without
+    Weights in NF4 are written as they are, in bitsandbytes' form, and ``config.json`` says so. Weights are sharded by size and replace
+    those that are there. The JSON files, the chat template and the tokenizer are copied from the folder ``config_from``; without
     it those of ``folder`` stay as they are.
+
+    Raises:
+        ValueError: Weights are in NF4 and the dtype is none of bf16, fp16, fp32.
     """
     folder = Path(folder)
+    dtype = dtype or model.dtype
+    layers = dict(model.named_modules())
+    places = tensor_places(model)
+    in_nf4 = {p.name for p in places if p.is_linear and isinstance(layers[p.module], NF4Linear)}
+    if in_nf4 and dtype not in NF4_DTYPES:
+        raise ValueError(
+            f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
         old.unlink(missing_ok=True)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shards: list[dict[str, Tensor]] = [{}]
-    for place in hub_tensors(model.config):
-        rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-        tensor = rows.detach().to("cpu", dtype or model.dtype).reshape(place.shape).contiguous()
-        if shards[-1] and _bytes(shards[-1]) + tensor.nbytes > max_shard_bytes:
+    for place in places:
+        layer = layers[place.module]
+        if isinstance(layer, NF4Linear) and place.name in in_nf4:
+            tensors = weight_tensors(place.name, layer.weight, dtype)
+        else:
+            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
+            tensor = rows.detach().to("cpu", dtype).reshape(place.shape).contiguous()
+            tensors = {place.name: tensor.clone()}
+        if shards[-1] and _bytes(shards[-1]) + _bytes(tensors) > max_shard_bytes:
             shards.append({})
-        shards[-1][place.name] = tensor.clone()
+        shards[-1] |= tensors
     if len(shards) == 1:
         save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
     else:
@@ -333,6 +373,30 @@ def save_checkpoint(
             target = folder / source.name
             if source.name != INDEX and source.resolve() != target.resolve():
                 shutil.copy(source, target)
+    if (folder / "config.json").exists():
+        nf4_layers = (layer for layer in layers.values() if isinstance(layer, NF4Linear))
+        double_quant = any(layer.weight.is_nested for layer in nf4_layers)
+        _write_quantization(folder / "config.json", places, in_nf4, dtype, double_quant)
+
+
+def _write_quantization(
+    path: Path,
+    places: list[HubTensor],
+    in_nf4: Collection[str],
+    dtype: torch.dtype,
+    double_quant: bool,
+) -> None:
+    """Make the ``config.json`` at ``path`` say which of the weights beside it are in NF4."""
+    values = read_json(path)
+    if in_nf4:
+        name = str(dtype).removeprefix("torch.")
+        values["quantization_config"] = bitsandbytes_config(
+            name, double_quant, dense_modules(places, in_nf4)
+        )
+        values["dtype" if "dtype" in values else "torch_dtype"] = name  # the newer name, the older
+    elif values.pop("quantization_config", None) is None:
+        return
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes(shard: dict[str, Tensor]) -> int:

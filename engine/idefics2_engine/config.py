@@ -12,6 +12,7 @@ from typing import Any
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.json_file import Section, read_json
+from idefics2_engine.quantization import is_nf4
 from idefics2_engine.shown import shown
 
 PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
@@ -104,6 +105,7 @@ class ModelConfig:
     text: TextConfig
     image_token_id: int
     tie_word_embeddings: bool
+    is_quantized: bool = False  # in the checkpoint's files, to NF4
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
@@ -121,11 +123,7 @@ class ModelConfig:
         if config.get("model_type") is None:
             raise ConfigError("config.json: model_type must be 'idefics2', got none")
         top.require("model_type", "idefics2")
-        if config.get("quantization_config") is not None:
-            raise ConfigError(
-                "config.json: quantization_config: quantised checkpoints are not supported yet; "
-                "load the one that this was made from"
-            )
+        is_quantized = is_nf4(top)
         vision, perceiver, text = (
             top.section(name) for name in ("vision_config", "perceiver_config", "text_config")
         )
@@ -175,6 +173,7 @@ class ModelConfig:
             ),
             image_token_id=top.index("image_token_id", 32001),
             tie_word_embeddings=top.flag("tie_word_embeddings"),
+            is_quantized=is_quantized,
         )
         if built.vision.hidden_size % built.vision.num_heads:
             raise ConfigError(

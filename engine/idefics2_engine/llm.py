@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from idefics2_engine.bad_words import bad_words_ids, check_choice
-from idefics2_engine.checkpoint import load_checkpoint
+from idefics2_engine.checkpoint import build_model, load_checkpoint
 from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import (
@@ -32,10 +32,10 @@ from idefics2_engine.llm_arguments import (
 )
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
 from idefics2_engine.memory import kv_cache_tokens as measured_kv_cache_tokens
-from idefics2_engine.model import Idefics2
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.progress import Progress
+from idefics2_engine.quantization import Quantization
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
 from idefics2_engine.shown import shown
@@ -65,6 +65,10 @@ class LLM:
             folder needs none.
         device: ``"auto"`` takes a CUDA device if there is one.
         dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
+        quantization: ``"nf4"`` quantises linear layers to bitsandbytes' NF4 while they are loaded. A checkpoint that is in NF4
+            already is loaded as it is, without this.
+        quantized_parts: Which layers: those of ``"vision"``, ``"connector"`` and ``"text"``; all of them if ``None``.
+        double_quant: Whether to quantise the blocks' absolute maxima too, which saves 0.37 bits a weight.
         split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
         max_model_len: Tokens of a prompt with its answer; the model's positions if ``None``.
         max_num_seqs: Answers that are generated at once.
@@ -102,6 +106,9 @@ class LLM:
         load_format: str = "auto",
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        quantized_parts: Sequence[str] | None = None,
+        double_quant: bool = True,
         split_images: bool | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
@@ -129,6 +136,7 @@ class LLM:
             raise ConfigError(
                 "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
             )
+        to_quantize = Quantization.from_arguments(quantization, quantized_parts, double_quant)
         folder = model_folder(model, revision)
         adapter_folder = None if adapter is None else find_adapter(adapter)
         if verify:
@@ -162,8 +170,8 @@ class LLM:
             run_ahead=has_cuda,
         )
         if load_format == "dummy":
-            self.model = Idefics2(self.config, ops, on, torch_dtype(dtype, on))
-            self.model.init_weights()
+            self.model = build_model(self.config, ops, on, torch_dtype(dtype, on), to_quantize)
+            self.model.init_weights(double_quant=double_quant)
         else:
             self.model = load_checkpoint(
                 folder,
@@ -172,6 +180,7 @@ class LLM:
                 torch_dtype(dtype, on),
                 adapter=adapter_folder,
                 check_finite=check_finite,
+                quantization=to_quantize,
             )
         if has_cuda and kv_cache_tokens is None:
             fitting = measured_kv_cache_tokens(self.model, sizes, gpu_memory_utilization)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from idefics2_engine.batch import ImageBatch, TextBatch
 from idefics2_engine.config import ModelConfig
+from idefics2_engine.linear import NF4Linear
 from idefics2_engine.perceiver import Connector
 from idefics2_engine.text import LayerCache, TextModel
 from idefics2_engine.vision import VisionTower
@@ -20,7 +21,7 @@ class Idefics2(nn.Module):
     """Idefics2 over packed tiles and packed tokens.
 
     Parameters are allocated on ``device`` in ``dtype`` and not initialised: load a checkpoint into them or call
-    ``init_weights``.
+    ``init_weights``. On the device ``"meta"`` they get memory by ``allocate``; until then layers can be replaced at no cost.
     """
 
     def __init__(
@@ -41,6 +42,12 @@ class Idefics2(nn.Module):
                 self.lm_head = self.text.embedding
             else:
                 self.lm_head = nn.Parameter(torch.empty_like(self.text.embedding))
+
+    def allocate(self, device: torch.device | str) -> None:
+        """Give the parameters memory on ``device``, uninitialised; what they held is lost."""
+        self.to_empty(device=device)
+        if self.config.tie_word_embeddings:  # two parameters now
+            self.lm_head = self.text.embedding
 
     @property
     def device(self) -> torch.device:
@@ -112,10 +119,11 @@ class Idefics2(nn.Module):
         return next_token_loss(self(batch, image_features), labels, batch)
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0, std: float = 0.02) -> None:
+    def init_weights(self, seed: int = 0, std: float = 0.02, *, double_quant: bool = True) -> None:
         """Draw random weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms at one, biases at zero.
 
-        Latents start apart, for equal latents would stay equal in training.
+        Latents start apart, for equal latents would stay equal in training. Weights in NF4 are drawn in the model's type
+        and quantised, with ``double_quant`` or without, one at a time.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -127,6 +135,11 @@ class Idefics2(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, NF4Linear):
+                drawn = torch.empty(module.shape, device=self.device, dtype=self.dtype)
+                drawn.normal_(std=std, generator=generator)
+                module.weight = self.ops.nf4_quantize(drawn, double_quant=double_quant)
         for table in (self.text.embedding, self.lm_head):
             table[self.config.text.vocab_size :] = 0.0
 

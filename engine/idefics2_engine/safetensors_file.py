@@ -35,6 +35,17 @@ class StoredTensor:
     dtype: str  # in safetensors' spelling
     shape: tuple[int, ...]
 
+    def check(self, shape: tuple[int, ...], *dtypes: str) -> None:
+        """Raise ``CheckpointError`` unless it has this shape and one of these types."""
+        if self.shape != shape:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r} must have shape {shape}, got {self.shape}"
+            )
+        if self.dtype not in dtypes:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r} must be {', '.join(dtypes)}, got {self.dtype}"
+            )
+
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of ``file`` by name.

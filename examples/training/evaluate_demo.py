@@ -31,6 +31,7 @@ def main() -> None:
         options.model,
         device=options.device,
         dtype=options.dtype,
+        quantization=options.quantization,
         split_images=False if options.no_split else None,
     )
     began = time.monotonic()
@@ -48,6 +49,7 @@ def main() -> None:
             "questions_per_kind": options.per_kind,
             "device": str(llm.model.device),
             "dtype": str(llm.model.dtype).removeprefix("torch."),
+            "quantization": options.quantization,
             "split_images": not options.no_split,
             "exact_match": {**accuracy, "overall": overall},
         }
@@ -113,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-split", action="store_true", help="show each image whole and not in quarters too")
     add("--device", default="auto")
     add("--dtype", default="auto")
+    add("--quantization", help="nf4 for layers in 4 bits; as the checkpoint is unless given")
     add("--json", type=Path, help="file for the numbers")
     add("--card", action="store_true", help="write the table into the checkpoint's README.md")
     add("--wrong", action="store_true", help="show some wrong answers")

@@ -6,7 +6,7 @@ quantisation keeps the absmax in a byte: absmax = nested_code[byte] * nested_abs
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import torch
@@ -110,6 +110,12 @@ class NF4Weight:
         """The parts that are there, by name."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+
+    def to(self, device: torch.device | str) -> "NF4Weight":
+        """Return this weight with all parts on ``device``; itself if they are there already."""
+        moved = {name: part.to(device) for name, part in self.tensors.items()}
+        is_same = all(moved[name] is part for name, part in self.tensors.items())
+        return self if is_same else replace(self, **moved)  # type: ignore[arg-type]
 
 
 @cache

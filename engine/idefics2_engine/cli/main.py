@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate
+from idefics2_engine.cli import bench, chat, generate, quantize
 from idefics2_engine.errors import Idefics2Error, ImageWarning
 
 _EPILOG = """\
@@ -17,6 +17,7 @@ examples:
   idefics2 generate --image shapes.png --prompt "Where is the star?"
   idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
   idefics2 chat --model HuggingFaceM4/idefics2-8b
+  idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted
 """
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_parser(commands)
     chat.add_parser(commands)
+    quantize.add_parser(commands)
     bench.add_parser(commands)
     return parser
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import ImageError, SamplingError
+from idefics2_engine.quantization import PARTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,8 @@ def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in _MEDIA if (value := getattr(args, name)) is not None}
 
 
-def _folder_or_hub_id(text: str) -> Path | str:
+def folder_or_hub_id(text: str) -> Path | str:
+    """Take an argument that names a checkpoint: a folder that is there, or an id on the hub."""
     from idefics2_engine.hub import is_hub_id
 
     path = os.path.expanduser(text)
@@ -48,7 +50,8 @@ def _folder_or_hub_id(text: str) -> Path | str:
     )
 
 
-def _device(text: str) -> str:
+def device(text: str) -> str:
+    """Take an argument that names a device."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
     return text
@@ -89,14 +92,33 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="MODEL",
-        type=_folder_or_hub_id,
+        type=folder_or_hub_id,
         help="a checkpoint's folder, or its id on the hub: org/name or org/name@revision, taken from the "
         "hub's cache or downloaded (default: the demo checkpoint)",
     )
+    add_loading_options(group)
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="what to compute in (default: %(default)s)"
+    )
+    group.add_argument(
+        "--quantization",
+        choices=("nf4",),
+        help="quantise linear layers to bitsandbytes' NF4, 4 bits a weight, while they are loaded",
+    )
+    add_quantization_options(group)
+    group.add_argument(
+        "--split",
+        action=argparse.BooleanOptionalAction,
+        help="also look at the four quarters of each image (default: what the checkpoint says)",
+    )
+
+
+def add_loading_options(group: "argparse._ArgumentGroup") -> None:
+    """Add what says how a checkpoint is loaded, whatever it is loaded for."""
     group.add_argument(
         "--adapter",
         metavar="ADAPTER",
-        type=_folder_or_hub_id,
+        type=folder_or_hub_id,
         help="a LoRA adapter to merge, in PEFT's format: its folder or its id on the hub",
     )
     group.add_argument(
@@ -111,17 +133,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--device",
-        type=_device,
+        type=device,
         default="auto",
         help="auto (the default: a GPU if any), cpu, cuda, cuda:N",
     )
+
+
+def add_quantization_options(group: "argparse._ArgumentGroup") -> None:
+    """Add what says how to quantise, beside that it is to be done."""
     group.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="what to compute in (default: %(default)s)"
+        "--quantized-part",
+        dest="quantized_parts",
+        metavar="PART",
+        choices=PARTS,
+        action="append",
+        help="quantise only this part's layers: vision, connector or text; repeatable (default: all three)",
     )
     group.add_argument(
-        "--split",
-        action=argparse.BooleanOptionalAction,
-        help="also look at the four quarters of each image (default: what the checkpoint says)",
+        "--no-double-quant",
+        dest="double_quant",
+        action="store_false",
+        help="keep the absolute maxima of blocks in 32 bit instead of quantising them too",
     )
 
 
@@ -136,6 +168,9 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         check_finite=args.check_finite,
         device=args.device,
         dtype=args.dtype,
+        quantization=args.quantization,
+        quantized_parts=args.quantized_parts,
+        double_quant=args.double_quant,
         split_images=args.split,
         max_num_seqs=1,
         seed=secrets.randbits(63),  # so that answers without --seed differ

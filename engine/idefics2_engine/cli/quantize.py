@@ -1,0 +1,71 @@
+"""``idefics2 quantize``: a checkpoint in 16 bit or more to one in NF4, as bitsandbytes writes it through transformers."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from idefics2_engine.cli import options
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.hub import find_adapter, find_model
+from idefics2_engine.quantization import Quantization
+from idefics2_engine.verify import verify_files
+from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
+
+
+def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "quantize",
+        help="write a checkpoint with its weights in 4 bits",
+        description="Quantise the linear layers of a checkpoint to bitsandbytes' NF4 and write it to a new folder, for this "
+        "engine and for transformers. Embeddings, norms and the head keep --dtype.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        type=options.folder_or_hub_id,
+        help="a checkpoint that is not quantised: its folder, or its id on the hub",
+    )
+    parser.add_argument("target", metavar="OUT", type=Path, help="a new folder, or an empty one")
+    options.add_loading_options(parser.add_argument_group("model"))
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="what all else is kept in, and quantised from (default: %(default)s)",
+    )
+    options.add_quantization_options(parser.add_argument_group("quantisation"))
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the checkpoint, say how large it is, and return the exit code."""
+    target = Path(os.path.expanduser(args.target))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target}: must be a new folder or an empty one")
+    from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
+    from idefics2_engine.llm_arguments import torch_device, torch_dtype
+
+    source = find_model(args.source)
+    adapter = None if args.adapter is None else find_adapter(args.adapter)
+    if args.verify:
+        verify_files(source, weight_paths(source))
+        if adapter is not None:
+            verify_files(adapter, [adapter / ADAPTER_WEIGHTS])
+    device = torch_device(args.device)
+    model = load_checkpoint(
+        source,
+        device=device,
+        dtype=torch_dtype(args.dtype, device),
+        adapter=adapter,
+        check_finite=args.check_finite,
+        quantization=Quantization.from_arguments("nf4", args.quantized_parts, args.double_quant),
+    )
+    save_checkpoint(model, target, config_from=source)
+    before, after = (
+        sum(path.stat().st_size for path in weight_paths(folder)) for folder in (source, target)
+    )
+    print(f"{target}: {after / 1e6:.1f} MB of weights, from {before / 1e6:.1f} MB")
+    return 0
