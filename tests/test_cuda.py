@@ -1,4 +1,4 @@
-"""The reference path on a CUDA device against the same path on the CPU."""
+"""A CUDA device against the CPU: the reference path's logits, and what the demo model says."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,8 @@ def test_logits(case, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
         assert (ours <= 2 * (theirs + torch.finfo(dtype).eps * scale)).all(), dtype
 
 
-def test_the_demo_answers_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_the_demo_answers_as_on_the_cpu(quantization: str | None) -> None:
     questions = json.loads((DEMO_IMAGES / "questions.json").read_text())
     chats = [
         [
@@ -70,10 +71,12 @@ def test_the_demo_answers_as_on_the_cpu() -> None:
     answers = [
         [
             output.outputs[0].token_ids
-            for output in LLM(device=device, dtype="float32").chat(chats, params)
+            for output in LLM(device=device, dtype="float32", quantization=quantization).chat(
+                chats, params
+            )
         ]
         for device in ("cpu", "cuda")
     ]
     assert answers[0] == answers[1]
-    wide = LLM(device="cuda").chat(chats, params)
+    wide = LLM(device="cuda", quantization=quantization).chat(chats, params)
     assert all(output.outputs[0].finish_reason == "stop" for output in wide)
