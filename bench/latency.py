@@ -321,12 +321,15 @@ class TheirImages:
         self.inputs = transformers_peer.padded_images(rows, config, model.device, model.dtype)
 
     def first(self) -> Tensor:
-        """Return the embeddings, row by row."""
-        return torch.cat([each.flatten(0, -2) for each in self()])
+        """Return the embeddings, row by row; transformers gives a tensor for each image, or one for all."""
+        encoded = self()
+        if isinstance(encoded, Tensor):
+            return encoded.flatten(0, -2)
+        return torch.cat([each.flatten(0, -2) for each in encoded])
 
-    def __call__(self) -> list[Tensor]:
+    def __call__(self) -> Tensor | list[Tensor]:
         """Encode."""
-        encoded: list[Tensor] = self.peer.get_image_features(**self.inputs).pooler_output
+        encoded: Tensor | list[Tensor] = self.peer.get_image_features(**self.inputs).pooler_output
         return encoded
 
 

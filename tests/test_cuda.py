@@ -1,6 +1,8 @@
 """A CUDA device against the CPU: the reference path's logits, and what the demo model says."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from idefics2_engine.batch import TextBatch
 from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.demo import DEMO_IMAGES
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.memory import bytes_per_token, kv_cache_tokens
 from idefics2_engine.model import Idefics2
+from idefics2_engine.outputs import RequestOutput
 from oracle import CASES, image_batch
 
 pytestmark = pytest.mark.gpu
@@ -68,15 +73,29 @@ def test_the_demo_answers_as_on_the_cpu(quantization: str | None) -> None:
         for q in questions
     ]
     params = SamplingParams(temperature=0.0, max_tokens=64)
-    answers = [
-        [
-            output.outputs[0].token_ids
-            for output in LLM(device=device, dtype="float32", quantization=quantization).chat(
-                chats, params
-            )
-        ]
+
+    def answers(device: str, dtype: str) -> list[RequestOutput]:
+        llm = LLM(device=device, dtype=dtype, quantization=quantization, kv_cache_tokens=8192)
+        return llm.chat(chats, params)
+
+    tokens = [
+        [output.outputs[0].token_ids for output in answers(device, "float32")]
         for device in ("cpu", "cuda")
     ]
-    assert answers[0] == answers[1]
-    wide = LLM(device="cuda", quantization=quantization).chat(chats, params)
+    assert tokens[0] == tokens[1]
+    wide = answers("cuda", "auto")
     assert all(output.outputs[0].finish_reason == "stop" for output in wide)
+
+
+def test_the_cache_takes_what_memory_is_left() -> None:
+    llm = LLM(device="cuda", kv_cache_tokens=8192, max_num_seqs=10**6)
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free + 8 * 2**30) / total
+    tokens = kv_cache_tokens(llm.model, llm.engine_config, share)
+    taken = tokens * bytes_per_token(llm.config.text, llm.model.dtype)
+    assert 2**30 < taken <= 8 * 2**30
+    few = kv_cache_tokens(llm.model, replace(llm.engine_config, max_num_seqs=2), share)
+    pages = llm.engine_config.max_model_len / llm.engine_config.page_size
+    assert few == 2 * math.ceil(pages) * llm.engine_config.page_size
+    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+        kv_cache_tokens(llm.model, llm.engine_config, (total - free) / total)

@@ -449,6 +449,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
         """Return the log probabilities (places, vocabulary) of the answers given."""
         requests = asked(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
         answers(make_engine(llm, **sizes), requests)
+        assert not any(request.error for request in requests)
         return [
             torch.tensor(
                 [[p[i].logprob for i in range(len(p))] for p in r.prompt_logprobs[-len(text) :]]

@@ -247,7 +247,9 @@ def test_the_demo_says_the_same_tokens_on_the_kernels() -> None:
     answers = [
         [
             output.outputs[0].token_ids
-            for output in LLM(device="cuda", dtype="float32", ops=ops).chat(chats, params)
+            for output in LLM(device="cuda", dtype="float32", kv_cache_tokens=8192, ops=ops).chat(
+                chats, params
+            )
         ]
         for ops in (REFERENCE, TRITON)
     ]

@@ -77,7 +77,8 @@ class LLM:
         kv_cache_tokens: Tokens that the KV cache holds. If ``None``: on a CUDA device what ``gpu_memory_utilization`` leaves
             for it, on a CPU enough for ``max_num_seqs`` full ones, but at most 65,536 unless one alone needs more.
         gpu_memory_utilization: Share of a CUDA device's memory that weights, steps and KV cache may take in all.
-        enforce_eager: Whether to launch every kernel by itself, without CUDA graphs.
+        enforce_eager: Whether to launch every kernel by itself, without CUDA graphs; ``REFERENCE`` is never recorded, and
+            any other ``ops`` that read values back must not be.
         seed: Fixes the random numbers of requests without a seed of their own.
         sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as transformers does.
         image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
@@ -166,7 +167,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_tokens=kv_cache_tokens,
             prefix_caching=enable_prefix_caching,
-            cuda_graphs=has_cuda and not enforce_eager,
+            cuda_graphs=has_cuda and not enforce_eager and ops is not REFERENCE,
             run_ahead=has_cuda,
         )
         if load_format == "dummy":

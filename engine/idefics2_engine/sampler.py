@@ -14,7 +14,6 @@ needs goes to the device in two copies, and all that is asked for comes back in 
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ from idefics2_engine.logprobs import Scores, described, padded_rows, score, scor
 from idefics2_engine.outputs import TokenLogprobs
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Sequence
-from idefics2_engine.transfer import to_device, to_host
+from idefics2_engine.transfer import ToHost, to_device
 from idefics2_kernels import Ops
 
 
@@ -37,25 +36,30 @@ class Choice(NamedTuple):
     logprobs: TokenLogprobs | None  # if asked for
 
 
-@dataclass(frozen=True)
 class Drawn:
-    """A step's tokens, on the device and perhaps not computed yet."""
+    """A step's tokens, on the device and on their way to the host."""
 
-    token_ids: Tensor  # (B,) int64
-    tops: list[int | None]  # log probabilities that each row asks for
-    scores: Scores | None  # of the rows that ask
-    text: Callable[[int], str]
+    def __init__(
+        self,
+        token_ids: Tensor,  # (B,) int64
+        tops: list[int | None],  # log probabilities that each row asks for
+        scores: Scores | None,  # of the rows that ask
+        text: Callable[[int], str],
+    ) -> None:
+        self.token_ids = token_ids
+        self.scores = scores
+        self._tops = tops
+        self._text = text
+        self._copy = ToHost([token_ids.int(), *(scores.tensors if scores else ())])
 
     def choices(self) -> list[Choice]:
         """Wait for the device and return one choice a row."""
-        token_ids, *scored = to_host(
-            [self.token_ids.int(), *(self.scores.tensors if self.scores else ())]
-        )
-        asked = [top for top in self.tops if top is not None]
-        places = iter(described(scored, asked, self.text) if asked else ())
+        token_ids, *scored = self._copy.arrays()
+        asked = [top for top in self._tops if top is not None]
+        places = iter(described(scored, asked, self._text) if asked else ())
         return [
             Choice(token, None if top is None else next(places))
-            for token, top in zip(token_ids.tolist(), self.tops, strict=True)
+            for token, top in zip(token_ids.tolist(), self._tops, strict=True)
         ]
 
 
@@ -148,10 +152,8 @@ class Sampler:
             return []
         top = _top(number, logits.shape[1])
         parts = score_prompt(logits, token_ids, top)
-        arrays = to_host(
-            [torch.cat(some) for some in zip(*(part.tensors for part in parts), strict=True)]
-        )
-        return described(arrays, [top] * len(token_ids), self.text)
+        scores = [torch.cat(some) for some in zip(*(part.tensors for part in parts), strict=True)]
+        return described(ToHost(scores).arrays(), [top] * len(token_ids), self.text)
 
 
 def _top(number: int, vocab_size: int) -> int:

@@ -28,12 +28,31 @@ def to_device(
     return [there[start : start + len(a)] for start, a in zip(starts, arrays, strict=False)]
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    """Copy ``tensors`` of any shapes, int32 or fp32, from their device at once, and wait for them."""
-    bits = [tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]
-    joined = torch.cat(bits).cpu()
-    parts = joined.split([len(part) for part in bits])
-    return [
-        part.view(tensor.dtype).numpy().reshape(tensor.shape)
-        for part, tensor in zip(parts, tensors, strict=True)
-    ]
+class ToHost:
+    """A copy of ``tensors`` of any shapes, int32 or fp32, from their device to the host, begun at once.
+
+    Work that the device is given later need not be over before it has arrived.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        bits = [tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]
+        self._kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        self._lengths = [len(part) for part in bits]
+        joined = torch.cat(bits)
+        self._arrival: torch.cuda.Event | None = None
+        if joined.device.type == "cuda":
+            there = torch.empty(joined.shape, dtype=torch.int32, pin_memory=True)
+            joined = there.copy_(joined, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+        self._joined = joined
+
+    def arrays(self) -> list[np.ndarray]:
+        """Wait for the copy and return it, an array for each tensor."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        parts = self._joined.split(self._lengths)
+        return [
+            part.view(dtype).numpy().reshape(shape)
+            for part, (dtype, shape) in zip(parts, self._kinds, strict=True)
+        ]
