@@ -114,6 +114,12 @@ def _cublas(inputs: Inputs) -> Call:
     return lambda: functional.linear(inputs["x"], inputs["weight"], inputs.get("bias"))
 
 
+def _cublas_gelu(inputs: Inputs) -> Call:
+    return lambda: functional.gelu(
+        functional.linear(inputs["x"], inputs["weight"], inputs.get("bias")), approximate="tanh"
+    )
+
+
 def _bitsandbytes_matmul(inputs: Inputs) -> Call | None:
     try:
         from bitsandbytes import functional as bnb
@@ -196,6 +202,7 @@ PEERS: dict[str, dict[str, Peer]] = {
         "torch-cudnn": _decode_sdpa(SDPBackend.CUDNN_ATTENTION),
     },
     "linear": {"cublas": _cublas},
+    "linear_gelu": {"cublas": _cublas_gelu},
     "nf4_matmul": {"bitsandbytes": _bitsandbytes_matmul},
     "rms_norm": {"torch": _torch(_rms_norm, "x", "weight", "eps")},
     "add_rms_norm": {"torch": _torch(_add_rms_norm, "x", "residual", "weight", "eps")},

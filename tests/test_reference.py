@@ -347,6 +347,7 @@ def test_equal_lengths_read_nothing_back_from_the_device() -> None:
 
 FLOAT64_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: reference.linear(x, x),
+    "linear_gelu": lambda x: reference.linear_gelu(x, x),
     "rms_norm": lambda x: reference.rms_norm(x, x[0], 1e-5),
     "add_rms_norm": lambda x: reference.add_rms_norm(x, x, x[0], 1e-5)[0],
     "layer_norm": lambda x: reference.layer_norm(x, x[0], x[1], 1e-5),

@@ -22,6 +22,10 @@ class Linear(nn.Module):
         """Map ``x`` (..., K) to (..., N)."""
         return self.ops.linear(x, self.weight, self.bias)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to the tanh form of GELU of what ``forward`` gives (..., N)."""
+        return self.ops.linear_gelu(x, self.weight, self.bias)
+
 
 class NF4Linear(nn.Module):
     """Product with a weight (N, K) in NF4 and an optional ``bias`` (N,).
@@ -52,6 +56,10 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., K) to (..., N)."""
         return self.ops.nf4_matmul(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to the tanh form of GELU of what ``forward`` gives (..., N)."""
+        return self.ops.gelu_tanh(self(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if self._weight is not None:

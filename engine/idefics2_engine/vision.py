@@ -34,11 +34,10 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, ops, bias=True)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, ops, bias=True)
-        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (P, hidden) to (P, hidden)."""
-        out: Tensor = self.fc2(self.ops.gelu_tanh(self.fc1(x)))
+        out: Tensor = self.fc2(self.fc1.gelu(x))
         return out
 
 

@@ -41,6 +41,10 @@ def _gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _gelu_tanh(functional.linear(x, weight, bias))
+
+
 def _rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = (t[:, None] for t in cos_sin[positions].to(q.dtype).chunk(2, dim=-1))
     cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -110,6 +114,7 @@ TRAINING = replace(
     add_rms_norm=_add_rms_norm,
     silu_mul=_silu_mul,
     gelu_tanh=_gelu_tanh,
+    linear_gelu=_linear_gelu,
     rotary=_rotary,
     flash_attention=_flash_attention,
     perceiver_attention=_perceiver_attention,

@@ -199,6 +199,7 @@ class Ops:
     """One implementation of every operation."""
 
     linear: Linear
+    linear_gelu: Linear  # and GELU in its tanh form
     nf4_quantize: NF4Quantize
     nf4_dequantize: NF4Dequantize
     nf4_matmul: NF4Matmul
@@ -247,6 +248,7 @@ def _kernels() -> dict[str, Any]:
 
     return {
         "linear": linear.linear,
+        "linear_gelu": linear.linear_gelu,
         "nf4_quantize": nf4.nf4_quantize,
         "nf4_dequantize": nf4.nf4_dequantize,
         "nf4_matmul": nf4_matmul.nf4_matmul,

@@ -22,6 +22,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the tanh form of GELU of ``linear``, which is rounded before: (..., N)."""
+    return gelu_tanh(linear(x, weight, bias))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide ``x`` (..., N) by its root mean square, round, and scale by ``weight`` (N,)."""
     wide = _wide(x)

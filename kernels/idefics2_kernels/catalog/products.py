@@ -210,6 +210,17 @@ PRODUCTS = (
         },
     ),
     KernelSpec(
+        name="linear_gelu",
+        make_inputs=_linear_inputs,
+        cases=tuple(
+            case
+            for case in _product_cases()
+            if case.where in ("any", "gpu") or case.name == "vision-fc1"
+        ),
+        cost=_linear_cost,
+        implementations={"triton": linear.linear_gelu},
+    ),
+    KernelSpec(
         name="nf4_matmul",
         make_inputs=_nf4_matmul_inputs,
         cases=_product_cases(),
