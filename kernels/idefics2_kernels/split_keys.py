@@ -44,36 +44,40 @@ def store_state(
         )
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["R", "num_splits"])
 def _combine_kernel(
     acc_ptr,  # (R, num_splits, D)
     m_ptr,  # (R, num_splits)
     l_ptr,  # (R, num_splits)
     out_ptr,  # (R, D)
+    R,
     num_splits,
     D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    offs_s = tl.arange(0, BLOCK_S)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_s = tl.arange(0, BLOCK_S)[None, :]
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    places = row * num_splits + offs_s
-    m = tl.load(m_ptr + places, mask=offs_s < num_splits, other=LOWEST)
-    l = tl.load(l_ptr + places, mask=offs_s < num_splits, other=0.0)
+    places = rows[:, None] * num_splits + offs_s
+    mask = (rows < R)[:, None] & (offs_s < num_splits)
+    m = tl.load(m_ptr + places, mask=mask, other=LOWEST)
+    l = tl.load(l_ptr + places, mask=mask, other=0.0)
     acc = tl.load(
-        acc_ptr + places[:, None] * D + offs_d[None, :],
-        mask=(l != 0.0)[:, None] & mask_d[None, :],  # a split that saw no key stored none
+        acc_ptr + places[:, :, None] * D + offs_d[None, None, :],
+        mask=(l != 0.0)[:, :, None] & mask_d[None, None, :],  # a split that saw no key stored none
         other=0.0,
     )
-    weights = tl.exp2(m - tl.max(m, axis=0))
-    l_i = tl.sum(l * weights, axis=0)
-    out = tl.div_rn(tl.sum(acc * weights[:, None], axis=0), tl.where(l_i == 0.0, 1.0, l_i))
+    weights = tl.exp2(m - tl.max(m, axis=1)[:, None])
+    l_i = tl.sum(l * weights, axis=1)
+    total = tl.sum(acc * weights[:, :, None], axis=1)
+    out = tl.div_rn(total, tl.where(l_i == 0.0, 1.0, l_i)[:, None])
     tl.store(
-        out_ptr + row * D + offs_d,
+        out_ptr + rows[:, None] * D + offs_d[None, :],
         out.to(out_ptr.dtype.element_ty),
-        mask=mask_d,
+        mask=(rows < R)[:, None] & mask_d[None, :],
     )
 
 
@@ -96,14 +100,19 @@ def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
     """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out``, R rows of D."""
     R, num_splits, D = acc.shape
     BLOCK_S, BLOCK_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
-    _combine_kernel[(R,)](
+    BLOCK_R = max(
+        1, 2048 // (BLOCK_S * BLOCK_D)
+    )  # few rows of few states each would be many tiny programs
+    _combine_kernel[(triton.cdiv(R, BLOCK_R),)](
         acc,
         m,
         l,
         out,
+        R,
         num_splits,
         D=D,
+        BLOCK_R=BLOCK_R,
         BLOCK_S=BLOCK_S,
         BLOCK_D=BLOCK_D,
-        num_warps=max(1, min(8, BLOCK_S * BLOCK_D // 512)),
+        num_warps=max(1, min(8, BLOCK_R * BLOCK_S * BLOCK_D // 512)),
     )
