@@ -189,6 +189,7 @@ class _Copies:
         self.waiting: list[Callable[[], None]] = []
         self.changed = threading.Condition()
         self.over = False
+        self.outside: IndexError | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -204,13 +205,18 @@ class _Copies:
                 if not self.waiting:
                     return
                 copy = self.waiting.pop(self.random.randrange(len(self.waiting)))
-            copy()
+            try:
+                copy()
+            except IndexError as error:
+                self.outside = error
 
     def end(self) -> None:
         with self.changed:
             self.over = True
             self.changed.notify()
         self.thread.join()
+        if self.outside:
+            raise self.outside
 
 
 class _Kernel:
@@ -230,8 +236,10 @@ class _Kernel:
             for program in range(grid[0]):
                 _local.program, _local.programs = program, grid[0]
                 _local.copies = _Copies(program)
-                self.function(*args, **kwargs)
-                _local.copies.end()
+                try:
+                    self.function(*args, **kwargs)
+                finally:
+                    _local.copies.end()
 
         return launch
 
@@ -291,6 +299,8 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:
+    assert all(-(2**31) <= place < 2**31 for place in corner), "a coordinate of more than 32 bits"
+
     def copy() -> None:
         tile.values[...] = desc.load(corner)
         barrier.arrive(0, -tile.values.size * desc.base.itemsize)
@@ -320,6 +330,7 @@ def _modules() -> dict[str, Any]:
     gl.static_assert = lambda condition: None
     gl.minimum, gl.maximum = np.minimum, np.maximum
     gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
+    gl.cast = lambda value, _dtype: value
     gl.where, gl.exp2 = np.where, np.exp2
     gl.max, gl.sum = np.max, np.sum
     gl.arange = lambda begin, end, _layout: np.arange(begin, end)

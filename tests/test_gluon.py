@@ -76,7 +76,7 @@ def test_the_kernel_step_by_step(
 def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
     assert not any(spec.only["plain"](case) for case in spec.cases), "interpreted"
-    monkeypatch.setattr(catalog, "_on_hopper", lambda: True)
+    monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [case for case in spec.cases if 0 < sum(case.dims["lengths"]) < 1000]
     takes = []
     for case in small:
