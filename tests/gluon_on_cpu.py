@@ -61,7 +61,7 @@ class Shared:
     def store(self, values: Any) -> None:
         self.values[...] = values
 
-    def _reinterpret(self, _dtype: object, shape: list[int], _layout: object) -> "Boxes":
+    def reinterpret(self, _dtype: object, shape: list[int], _layout: object) -> "Boxes":
         return Boxes(self, shape)
 
 
@@ -189,7 +189,7 @@ class _Copies:
         self.waiting: list[Callable[[], None]] = []
         self.changed = threading.Condition()
         self.over = False
-        self.outside: IndexError | None = None
+        self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -207,16 +207,16 @@ class _Copies:
                 copy = self.waiting.pop(self.random.randrange(len(self.waiting)))
             try:
                 copy()
-            except IndexError as error:
-                self.outside = error
+            except (AssertionError, IndexError) as error:
+                self.failure = error
 
     def end(self) -> None:
         with self.changed:
             self.over = True
             self.changed.notify()
         self.thread.join()
-        if self.outside:
-            raise self.outside
+        if self.failure:
+            raise self.failure
 
 
 class _Kernel:
@@ -341,6 +341,7 @@ def _modules() -> dict[str, Any]:
     gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
     gl.NVMMASharedLayout = lambda **_options: None
     gl.allocate_shared_memory = _allocate
+    gl.shared_memory_descriptor = Shared
     gl.warp_specialize = _warp_specialize
     gluon: Any = types.ModuleType("gluon")
     gluon.jit, gluon.language = _jit, gl

@@ -72,7 +72,7 @@ def run(
     window = inputs["window"]
     with monkeypatch.context() as patch, guarded_allocations():
         patch.setattr(kernel, "processors", lambda _device: programs)
-        patch.setattr(kernel, "_launch_config", lambda D: replace(config(D), **options))
+        patch.setattr(kernel, "_launch_config", lambda *sizes: replace(config(*sizes), **options))
         out = torch.empty(inputs["q"].shape, dtype=inputs["q"].dtype)
         kernel.paged_attention_gluon(
             **arguments,
@@ -142,6 +142,12 @@ def test_buffers_and_turns_change_nothing(
         inputs = Batch((70, 5), (400, 261), window=150, D=D, H=4).inputs()
         out = run(kernel, inputs, monkeypatch, BUFFERS=buffers, IN_TURN=in_turn)
         assert error(out, inputs) <= 1
+
+
+@pytest.mark.parametrize("pack", [1, 2, 4])
+def test_packs_change_nothing(pack: int, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Batch((70, 5), (400, 261), window=150, H=8, H_KV=2).inputs()
+    assert error(run(kernel, inputs, monkeypatch, PACK=pack), inputs) <= 1
 
 
 def test_forks_share_pages(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +273,16 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "(index * BLOCKS + block) * 2 + i",
         "(index * 2 + i) * BLOCKS + block",
         "whole-tiles",
+    ),
+    "half of a tile is waited for": (
+        "BLOCK_N * (D_MAIN + D_REST) * 2",
+        "PAGE * (D_MAIN + D_REST) * 2",
+        "long",
+    ),
+    "buffers are written while they are read": (
+        "mbarrier.wait(freed.index(step % BUFFERS), step // BUFFERS & 1 ^ 1)",
+        "pass",
+        "long",
     ),
     "positions without the context": (
         "return T - S + start_m, T - S + last_m",

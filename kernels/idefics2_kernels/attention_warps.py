@@ -25,9 +25,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from idefics2_kernels.attention_tiles import LOWEST, head_parts
 
-# Triton 3.8 has new names
+# Triton 3.8 has new names, and 3.9 another
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_shared = gl.shared_memory_descriptor
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 
 HEAD_DIMS = (72, 96, 128)
 WARPGROUP_ROWS = 64

@@ -38,6 +38,7 @@ from idefics2_kernels.attention_warps import (
     positions,
     processors,
     query_tile,
+    reinterpret,
     shared_tiles,
 )
 
@@ -51,12 +52,14 @@ _COLUMNS = 64  # of a box: as wide as a swizzle, so that the boxes of two pages 
 class LaunchConfig:
     """Launch options."""
 
+    PACK: int  # query heads that are rows of one tile
     BUFFERS: int  # tiles of keys, and as many of values, in shared memory
     IN_TURN: int  # 1: the warpgroups issue their products one after the other
 
 
-def _launch_config(D: int) -> LaunchConfig:
-    return LaunchConfig(BUFFERS=2, IN_TURN=int(D <= 96))  # as without pages
+def _launch_config(D: int, groups: int) -> LaunchConfig:
+    # packed, a tile has fewer positions, and so fewer tiles of keys at the edges; the rest is as without pages
+    return LaunchConfig(PACK=math.gcd(groups, WARPGROUP_ROWS), BUFFERS=2, IN_TURN=int(D <= 96))
 
 
 @gluon.jit
@@ -167,12 +170,12 @@ def _boxes(tiles, descs, D_REST: gl.constexpr):
     """Return the same memory as boxes: those of two pages below each other, then the next columns, the next tile."""
     COLUMNS: gl.constexpr = descs[0].block_type.shape[4]
     NUM: gl.constexpr = tiles[0].shape[0] * tiles[0].shape[5] // COLUMNS * 2
-    main = tiles[0]._reinterpret(descs[0].dtype, [NUM, 1, 1, PAGE, 1, COLUMNS], descs[0].layout)
+    main = reinterpret(tiles[0], descs[0].dtype, [NUM, 1, 1, PAGE, 1, COLUMNS], descs[0].layout)
     rest = main
     if D_REST > 0:
         NUM_REST: gl.constexpr = tiles[1].shape[0] * 2
-        rest = tiles[1]._reinterpret(
-            descs[1].dtype, [NUM_REST, 1, 1, PAGE, 1, D_REST], descs[1].layout
+        rest = reinterpret(
+            tiles[1], descs[1].dtype, [NUM_REST, 1, 1, PAGE, 1, D_REST], descs[1].layout
         )
     return main, rest
 
@@ -278,8 +281,8 @@ def paged_attention_gluon(
     """
     T, H, D = q.shape
     B, H_KV = context_lens.shape[0], k_cache.shape[1]
-    config = _launch_config(D)
-    pack = math.gcd(H // H_KV, WARPGROUP_ROWS)
+    config = _launch_config(D, H // H_KV)
+    pack = config.PACK
     tiles_m = triton.cdiv(max_seqlen * pack, TILE_ROWS)
     num_tiles = tiles_m * (H // pack) * B
     D_MAIN, D_REST = head_parts(D)
