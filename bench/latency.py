@@ -80,6 +80,7 @@ def main() -> int:
             print(f"{problem}: left out", file=sys.stderr)
             continue
         for row in bench_case(case, llm, peer, options.ops, options.steps):
+            row["case"] = whole_model.case_name(case.name, options)
             results.append({**row, **whole_model.settings_of(llm, options)})
             print(report.whole_line(row), flush=True)
     if options.json is not None:

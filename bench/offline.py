@@ -67,7 +67,8 @@ def main() -> int:
         processor, min(_WARM_UP_REQUESTS, options.requests), _WARM_UP_SEED, _WARM_UP_SHRINK
     )
     counts = offline_counts(requests, processor)
-    head: Row = {"kernel": "offline", "case": offline_name(options.requests, options.shrink)}
+    name = whole_model.case_name(offline_name(options.requests, options.shrink), options)
+    head: Row = {"kernel": "offline", "case": name}
     head |= {**whole_model.settings_of(llm, options), "requests": len(requests), **asdict(counts)}
     ours = run_ours(llm, requests, warm_up, counts)
     rows = [{**head, "impl": options.ops, **ours}]
@@ -110,7 +111,12 @@ def run_ours(
     begin = time.perf_counter()
     _answer(llm, requests)
     synchronise(device)
-    return _figures(time.perf_counter() - begin, counts, len(requests), device)
+    row = _figures(time.perf_counter() - begin, counts, len(requests), device)
+    if "peak_GB" in row:
+        row["kv_cache_GB"] = llm._engine.runner.kv_cache.num_bytes / 1e9
+        row["weights_GB"] = llm.model.num_bytes / 1e9
+        row["other_GB"] = row["peak_GB"] - row["kv_cache_GB"] - row["weights_GB"]
+    return row
 
 
 def run_theirs(

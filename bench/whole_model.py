@@ -36,6 +36,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto (the default: a GPU if any), cpu or cuda")
     add("--dtype", default="auto", help="auto (the default): bfloat16 on a GPU, float32 on a CPU")
     add("--ops", choices=("triton", "reference"), help="default: triton on a GPU, else reference")
+    add(
+        "--quantization",
+        choices=("nf4",),
+        help="quantise linear layers; nothing is timed beside it, as the peer would need weights of its own",
+    )
     peer = parser.add_mutually_exclusive_group()
     peer.add_argument(
         "--peer",
@@ -55,7 +60,10 @@ def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         options.ops = "triton" if options.device.startswith("cuda") else "reference"
     if options.peer == PEER and not transformers_peer.is_installed():
         parser.error("--peer transformers: it is not installed")
-    if options.peer is None and not options.no_peer and transformers_peer.is_installed():
+    if options.peer == PEER and options.quantization:
+        parser.error("--peer transformers: it cannot be given weights in NF4")
+    wanted = not options.no_peer and not options.quantization
+    if options.peer is None and wanted and transformers_peer.is_installed():
         options.peer = PEER
 
 
@@ -73,6 +81,7 @@ def load(options: argparse.Namespace, **settings: Any) -> LLM:
         load_format="auto" if options.random_weights is None else "dummy",
         device=options.device,
         dtype=options.dtype,
+        quantization=options.quantization,
         ops=TRITON if options.ops == "triton" else REFERENCE,
         split_images=False,
         **settings,
@@ -92,6 +101,11 @@ def watched_logits(engine: Engine) -> Iterator[list[Tensor]]:
 
     with patch.object(engine.runner, "run", watch):
         yield seen
+
+
+def case_name(name: str, options: argparse.Namespace) -> str:
+    """Return what a row calls the case ``name``: weights in NF4 make another one of it."""
+    return f"{name}-{options.quantization}" if options.quantization else name
 
 
 def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:

@@ -95,6 +95,20 @@ def test_latency_on_random_weights(bare: Path, tmp_path: Path) -> None:
     assert rows[0]["peer_difference"] < 1e-4
 
 
+def test_weights_in_nf4(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = ["--case", "decode-b2-s8", "--steps", "1", "--quantization", "nf4"]
+    _, rows = bench(tmp_path / "out.json", "latency", "--random-weights", str(bare), *case)
+    assert [(row["case"], row["impl"]) for row in rows] == [("decode-b2-s8-nf4", "reference")]
+    assert main(["bench", "latency", *CPU, *case, "--peer", "transformers"]) == 2
+    assert "cannot be given weights in NF4" in capsys.readouterr().err
+    dense, packed = (
+        LLM(bare, load_format="dummy", device="cpu", quantization=quantization).model
+        for quantization in (None, "nf4")
+    )
+    assert dense.num_bytes == 4 * sum(p.numel() for p in dense.parameters())
+    assert dense.num_bytes > packed.num_bytes > sum(p.nbytes for p in packed.parameters())
+
+
 def test_cases_that_do_not_fit(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for case, wanted in (
         ("prefill-512", "513 positions for it, got 512"),

@@ -28,6 +28,11 @@ class KVCache:
         self.layers: list[LayerCache] = [(allocate(), allocate()) for _ in range(config.num_layers)]
         self.page_size = page_size
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that all layers take."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
     def copy(self, pages: list[tuple[int, int]]) -> None:
         """Copy pages, each (from, to), in every layer; no page is on both sides."""
         columns = [np.array(column, np.int64) for column in zip(*pages, strict=True)]

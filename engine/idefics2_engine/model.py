@@ -59,6 +59,17 @@ class Idefics2(nn.Module):
         """Type of the parameters, and of everything computed."""
         return self.lm_head.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take, in whatever form."""
+        parts = [
+            part
+            for m in self.modules()
+            if isinstance(m, NF4Linear)
+            for part in m.weight.tensors.values()
+        ]
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *parts))
+
     def image_features(self, images: ImageBatch) -> Tensor:
         """Encode N tiles to (N, latents, hidden) embeddings of the text model, reusable across calls."""
         patches = self.ops.patches(
