@@ -1,6 +1,6 @@
 """Runs a kernel file written in Gluon on a CPU, each warp group in a thread of its own, in float64.
 
-Gluon has no interpreter. This one knows what ``flash_attention_gluon`` uses, and takes the hardware at its latest:
+Gluon has no interpreter. This one knows what the attention kernels use, and takes the hardware at its latest:
 products read shared memory when they are waited for, copies run in any order, and shared memory begins as NaN. So a
 barrier that is missing shows as a wrong number, and one too many as a program that never ends.
 """
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+import idefics2_kernels
 
 _PATIENCE = 20.0  # seconds that a barrier is waited for
 _local = threading.local()
@@ -58,6 +60,29 @@ class Shared:
 
     def store(self, values: Any) -> None:
         self.values[...] = values
+
+    def reinterpret(self, _dtype: object, shape: list[int], _layout: object) -> "Boxes":
+        return Boxes(self, shape)
+
+
+class Boxes:
+    """Tiles of shared memory (n, 1, 1, rows, 1, columns) as smaller ones, in the order in which they lie there.
+
+    A tile lies there column block by column block, each as wide as its swizzle, and its rows below each other.
+    """
+
+    def __init__(self, tiles: Shared, shape: list[int]) -> None:
+        num, _, _, rows, _, columns = tiles.shape
+        assert columns in (16, 32, 64, 128)
+        assert shape[5] == min(columns, 64)
+        parts = num, rows // shape[3], shape[3], columns // shape[5], shape[5]
+        self.boxes = tiles.values.reshape(parts).transpose(0, 3, 1, 2, 4)
+        self.shape = shape
+        assert shape[0] == num * parts[1] * parts[3]
+
+    def index(self, i: int) -> Shared:
+        box = self.boxes[np.unravel_index(int(i), self.boxes.shape[:3])]
+        return Shared(box[None, None, :, None, :])
 
 
 class Barrier:
@@ -112,22 +137,18 @@ class Descriptor:
     def load(self, corner: list[int]) -> Any:
         places, inside = self._places(corner)
         values = np.zeros(places.shape)
-        values[inside] = self._flat()[self._indices(places[inside])].double()
+        values[inside] = flat(self.base)[self._indices(places[inside])].double()
         return values
 
     def store(self, corner: list[int], values: Any) -> None:
         places, inside = self._places(corner)
-        self._flat()[self._indices(places[inside])] = torch.tensor(values[inside]).to(
+        flat(self.base)[self._indices(places[inside])] = torch.tensor(values[inside]).to(
             self.base.dtype
         )
 
     @staticmethod
     def _indices(places: Any) -> Tensor:
         return torch.tensor([int(place) for place in places], dtype=torch.int64)
-
-    def _flat(self) -> Tensor:
-        extent = sum((n - 1) * s for n, s in zip(self.base.shape, self.base.stride(), strict=True))
-        return self.base.as_strided((extent + 1,), (1,))
 
 
 class Product:
@@ -168,6 +189,7 @@ class _Copies:
         self.waiting: list[Callable[[], None]] = []
         self.changed = threading.Condition()
         self.over = False
+        self.failure: Exception | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -183,13 +205,18 @@ class _Copies:
                 if not self.waiting:
                     return
                 copy = self.waiting.pop(self.random.randrange(len(self.waiting)))
-            copy()
+            try:
+                copy()
+            except (AssertionError, IndexError) as error:
+                self.failure = error
 
     def end(self) -> None:
         with self.changed:
             self.over = True
             self.changed.notify()
         self.thread.join()
+        if self.failure:
+            raise self.failure
 
 
 class _Kernel:
@@ -209,8 +236,10 @@ class _Kernel:
             for program in range(grid[0]):
                 _local.program, _local.programs = program, grid[0]
                 _local.copies = _Copies(program)
-                self.function(*args, **kwargs)
-                _local.copies.end()
+                try:
+                    self.function(*args, **kwargs)
+                finally:
+                    _local.copies.end()
 
         return launch
 
@@ -221,6 +250,19 @@ class _Pointer:
 
     def __add__(self, offset: int) -> "_Pointer":
         return _Pointer(self.tensor, self.offset + int(offset))
+
+
+def _load(pointer: _Pointer, mask: bool = True, other: int = 0) -> int:
+    if not mask:
+        return other
+    assert pointer.offset >= 0, "read before a tensor"
+    return int(flat(pointer.tensor)[pointer.offset])
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return all of the memory from a tensor's first element to its last."""
+    extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((extent + 1,), (1,))
 
 
 def _warp_specialize(partitions: list[Any], warps: list[int], registers: list[int]) -> None:
@@ -257,6 +299,8 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:
+    assert all(-(2**31) <= place < 2**31 for place in corner), "a coordinate of more than 32 bits"
+
     def copy() -> None:
         tile.values[...] = desc.load(corner)
         barrier.arrive(0, -tile.values.size * desc.base.itemsize)
@@ -281,11 +325,12 @@ def _modules() -> dict[str, Any]:
     gl.int64, gl.float32 = "int64", "float32"
     gl.program_id = lambda _axis: _local.program
     gl.num_programs = lambda _axis: _local.programs
-    gl.load = lambda pointer: int(pointer.tensor[pointer.offset])
+    gl.load = _load
     gl.static_range = range
     gl.static_assert = lambda condition: None
     gl.minimum, gl.maximum = np.minimum, np.maximum
     gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
+    gl.cast = lambda value, _dtype: value
     gl.where, gl.exp2 = np.where, np.exp2
     gl.max, gl.sum = np.max, np.sum
     gl.arange = lambda begin, end, _layout: np.arange(begin, end)
@@ -296,6 +341,7 @@ def _modules() -> dict[str, Any]:
     gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
     gl.NVMMASharedLayout = lambda **_options: None
     gl.allocate_shared_memory = _allocate
+    gl.shared_memory_descriptor = Shared
     gl.warp_specialize = _warp_specialize
     gluon: Any = types.ModuleType("gluon")
     gluon.jit, gluon.language = _jit, gl
@@ -342,11 +388,18 @@ def _replaced(modules: dict[str, Any]) -> Iterator[None]:
                 sys.modules[name] = module
 
 
-def load(path: Path) -> Any:
-    """Return the kernel file as a module whose kernels run here."""
-    module: Any = types.ModuleType(path.stem)
-    with _replaced(_modules()):
-        sys.modules[path.stem] = module  # dataclasses look their module up
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), vars(module))
-        del sys.modules[path.stem]
+def load(*names: str, change: tuple[str, str] | None = None) -> Any:
+    """Return the last of the package's modules ``names`` with kernels that run here; it may import those before it.
+
+    ``change`` replaces a text that occurs once in all of them, to see a test fail.
+    """
+    package = Path(idefics2_kernels.__file__).parent
+    texts = {name: (package / f"{name}.py").read_text(encoding="utf-8") for name in names}
+    if change is not None:
+        assert sum(text.count(change[0]) for text in texts.values()) == 1, change[0]
+        texts = {name: text.replace(*change) for name, text in texts.items()}
+    modules = {name: types.ModuleType(f"idefics2_kernels.{name}") for name in names}
+    with _replaced(_modules() | {module.__name__: module for module in modules.values()}):
+        for name, module in modules.items():
+            exec(compile(texts[name], str(package / f"{name}.py"), "exec"), vars(module))
     return module

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +16,10 @@ from idefics2_kernels.catalog import flash_attention as catalog
 from idefics2_kernels.catalog.attention import cumulative
 from idefics2_kernels.catalog.criterion import worst_error
 
-FILE = Path(__file__).parents[1] / "kernels" / "idefics2_kernels" / "flash_attention_gluon.py"
-
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(FILE)
+    return gluon_on_cpu.load("attention_warps", "flash_attention_gluon")
 
 
 CASES: list[dict[str, Any]] = [
@@ -52,7 +49,7 @@ def test_the_kernel_step_by_step(
     lengths, D = case["lengths"], case["D"]
     T, H, H_KV = sum(lengths), 2, 1
     # a few programs, so that each has several tiles
-    monkeypatch.setattr(kernel, "_processors", lambda _device: 2)
+    monkeypatch.setattr(kernel, "processors", lambda _device: 2)
     config = kernel._launch_config
     monkeypatch.setattr(kernel, "_launch_config", lambda n: replace(config(n), **options))
     wide = torch.randn(T + 2, H + 2 * H_KV, D).half()
@@ -79,7 +76,7 @@ def test_the_kernel_step_by_step(
 def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
     assert not any(spec.only["plain"](case) for case in spec.cases), "interpreted"
-    monkeypatch.setattr(catalog, "_on_hopper", lambda: True)
+    monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [case for case in spec.cases if 0 < sum(case.dims["lengths"]) < 1000]
     takes = []
     for case in small:

@@ -1,46 +1,37 @@
 """Attention within packed sequences on Hopper: what ``flash_attention``'s plain kernel computes, in Gluon.
 
-A program has a warp that loads and warpgroups that compute, each on 64 queries of its own, over the same keys. While a
-warpgroup takes the softmax of one tile of scores, the tensor cores are at the product of the tile before with its
-values, and at the other warpgroups' work. Programs walk over query tiles: while one tile's output is written, the next
-one's queries and keys are on their way.
-
-Tiles of keys at the edges (window, diagonal, end of the sequence) come first and are masked; those that all queries
-see whole follow without masks. Nothing past a sequence's end is read or written: there the descriptors end.
+Who computes what is said in ``attention_warps``. Here a warp loads the queries of one head, and the keys and values
+that they see, as the descriptors of packed sequences find them.
 """
 
 from dataclasses import dataclass
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from idefics2_kernels.attention_tiles import alignment, head_parts
+from idefics2_kernels.attention_warps import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    HEAD_DIMS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    TILE_ROWS,
+    WARPGROUP_ROWS,
+    all_barriers,
+    consume,
+    descriptors,
+    first_key,
+    key_tiles,
+    load_rows,
+    positions,
+    processors,
+    query_tile,
+    shared_tiles,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-from idefics2_kernels.attention_tiles import LOWEST, alignment, head_parts
-
-# Triton 3.8 has new names
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-HEAD_DIMS = (72, 96, 128)
-_ROWS = 64  # queries of a warpgroup
-_END = 2**30  # the row that every sequence ends at in its descriptor's coordinates
-_CONSUMERS = 2  # warpgroups that compute
-ROWS = gl.constexpr(_ROWS)
-CONSUMERS = gl.constexpr(_CONSUMERS)
-CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
-PRODUCER_REGISTERS = gl.constexpr(24)
-END = gl.constexpr(_END)
-NO_SCORE = gl.constexpr(LOWEST.value)
 
 
 @dataclass(frozen=True)
@@ -58,65 +49,9 @@ def _launch_config(D: int) -> LaunchConfig:
 
 
 @gluon.jit
-def _query_tile(index, cu_seqlens_ptr, sizes):
-    """Return a query tile's place: where its sequence begins, its length, the tile's first row in it, its heads."""
-    H_KV, GROUPS, tiles_m = sizes
-    pid_m = tiles_m - 1 - index // GROUPS % tiles_m  # longest first
-    head_kv = index // (GROUPS * tiles_m) % H_KV
-    head = head_kv * GROUPS + index % GROUPS
-    sequence = index // (GROUPS * tiles_m * H_KV)
-    begin = gl.load(cu_seqlens_ptr + sequence)
-    T = gl.load(cu_seqlens_ptr + sequence + 1) - begin
-    return begin, T, pid_m * (ROWS * CONSUMERS), head, head_kv
-
-
-@gluon.jit
-def _key_tiles(start_m, T, reach, BLOCK_N: gl.constexpr):
-    """Return where keys begin at the right edge, the left edge and between, and how many tiles there are of each."""
-    left, right = reach
-    last_m = gl.minimum(start_m + ROWS * CONSUMERS, T) - 1
-    first_n = gl.maximum(start_m - left, 0) // BLOCK_N * BLOCK_N
-    end_n = gl.minimum(last_m + right + 1, T)
-    full_n = gl.cdiv(gl.maximum(last_m - left, 0), BLOCK_N) * BLOCK_N
-    edge_n = gl.maximum(gl.minimum(start_m + right + 1, T) // BLOCK_N * BLOCK_N, full_n)
-    begins = edge_n, first_n, full_n
-    counts = (
-        gl.cdiv(end_n - edge_n, BLOCK_N),
-        (full_n - first_n) // BLOCK_N,
-        (edge_n - full_n) // BLOCK_N,
-    )
-    return begins, counts
-
-
-@gluon.jit
-def _first_key(tile, begins, counts, BLOCK_N: gl.constexpr):
-    """Return where a tile of keys begins: the right edge's come first, then the left edge's, then the others."""
-    start_n = begins[2] - (counts[0] + counts[1]) * BLOCK_N
-    if tile < counts[0] + counts[1]:
-        start_n = begins[1] - counts[0] * BLOCK_N
-    if tile < counts[0]:
-        start_n = begins[0]
-    return start_n + tile * BLOCK_N
-
-
-@gluon.jit
-def _load(descs, place, tiles, full, index, D_REST: gl.constexpr):
-    """Load rows of one head of a sequence, both parts; ``full[index]`` completes when they are there."""
-    begin, T, row, head = place
-    full = full.index(index)
-    D_MAIN: gl.constexpr = tiles[0].shape[5]
-    mbarrier.expect(full, tiles[0].shape[3] * (D_MAIN + D_REST) * 2)
-    async_load(descs[0], [END, begin + T, END - T + row, head, 0], full, tiles[0].index(index))
-    if D_REST > 0:
-        async_load(
-            descs[1], [END, begin + T, END - T + row, head, D_MAIN], full, tiles[1].index(index)
-        )
-
-
-@gluon.jit
 def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
     """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
-    cu_seqlens_ptr, num_tiles, sizes, reach = queries
+    lengths, num_tiles, sizes, reach = queries
     q_smem, k_smem, v_smem, _ = smem
     q_full, q_empty, k_full, v_full, freed, _ = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
@@ -124,258 +59,30 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
     for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        begin, T, start_m, head, head_kv = _query_tile(index, cu_seqlens_ptr, sizes)
+        _sequence, begin, T, _keys, start_m, head, head_kv = query_tile(index, lengths, sizes, 1)
         if start_m < T:
             for c in gl.static_range(CONSUMERS):
                 place = begin, T, start_m + c * ROWS, head
                 mbarrier.wait(q_empty.index(c), round & 1 ^ 1)
-                _load(q_descs, place, q_smem, q_full, c, D_REST)
-            begins, counts = _key_tiles(start_m, T, reach, BLOCK_N)
+                load_rows(q_descs, place, q_smem, q_full, c, D_REST)
+            first_m, last_m = positions(start_m, T, T, 1)
+            begins, counts = key_tiles(first_m, last_m, T, reach, BLOCK_N)
             tiles = counts[0] + counts[1] + counts[2]
             before_n = 0
             # values follow the next tile's keys: the scores are taken first
             for tile in range(tiles + 1):
                 mbarrier.wait(freed.index(step % BUFFERS), step // BUFFERS & 1 ^ 1)
-                start_n = _first_key(tile, begins, counts, BLOCK_N)
+                start_n = first_key(tile, begins, counts, BLOCK_N)
                 if tile < tiles:
                     place = begin, T, start_n, head_kv
-                    _load(k_descs, place, k_smem, k_full, step % BUFFERS, D_REST)
+                    load_rows(k_descs, place, k_smem, k_full, step % BUFFERS, D_REST)
                 if tile > 0:
                     place = begin, T, before_n, head_kv
-                    _load(v_descs, place, v_smem, v_full, (step - 1) % BUFFERS, D_REST)
+                    load_rows(v_descs, place, v_smem, v_full, (step - 1) % BUFFERS, D_REST)
                 before_n = start_n
                 step += 1
             step -= 1
             round += 1
-
-
-@gluon.jit
-def _matrix(tiles, index):
-    """Return one of several tiles (1, 1, rows, 1, columns) as (rows, columns)."""
-    return tiles.index(index).reshape([tiles.shape[3], tiles.shape[5]])
-
-
-@gluon.jit
-def _scores(q_smem, k_smem, consumer, buffer, D_REST: gl.constexpr, LAYOUT: gl.constexpr):
-    """Begin to multiply a warpgroup's queries by a tile of keys."""
-    q, k = _matrix(q_smem[0], consumer), _matrix(k_smem[0], buffer)
-    BLOCK_N: gl.constexpr = k.shape[0]
-    qk = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
-    qk = warpgroup_mma(q, k.permute((1, 0)), qk, use_acc=False, is_async=True)
-    if D_REST > 0:
-        q, k = _matrix(q_smem[1], consumer), _matrix(k_smem[1], buffer)
-        qk = warpgroup_mma(q, k.permute((1, 0)), qk, is_async=True)
-    return qk
-
-
-@gluon.jit
-def _softmax(qk, m_i, l_i, visible, qk_scale, MASKED: gl.constexpr):
-    """Return a tile's weights, the factor for what was summed before it, and the new m_i and l_i."""
-    if MASKED:
-        keys = gl.arange(0, qk.shape[1], gl.SliceLayout(0, qk.type.layout))[None, :]
-        seen = (keys >= visible[0][:, None]) & (keys <= visible[1][:, None])
-        qk = gl.where(seen, qk, float("-inf"))
-    m_new = gl.maximum(m_i, gl.max(qk, axis=1) * qk_scale)
-    p = gl.exp2(qk * qk_scale - m_new[:, None])
-    alpha = gl.exp2(m_i - m_new)
-    return p, alpha, m_new, l_i * alpha + gl.sum(p, axis=1)
-
-
-@gluon.jit
-def _weigh(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
-    """Begin to add a tile of values, weighed."""
-    acc = warpgroup_mma(p, _matrix(v_smem[0], buffer), acc, is_async=True)
-    if D_REST > 0:
-        p = gl.convert_layout(p, gl.DotOperandLayout(0, acc_rest.type.layout, 2))
-        acc_rest = warpgroup_mma(p, _matrix(v_smem[1], buffer), acc_rest, is_async=True)
-    return acc, acc_rest
-
-
-@gluon.jit
-def _weighed(p, weights, acc, acc_rest, D_REST: gl.constexpr):
-    """Wait for what ``_weigh`` began; ``p`` is kept until then, and the next weights come before, not after."""
-    if D_REST > 0:
-        acc, acc_rest, p, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, weights))
-    else:
-        acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
-    return acc, acc_rest, weights
-
-
-@gluon.jit
-def _times(acc, acc_rest, factor, D_REST: gl.constexpr):
-    """Multiply both parts of the accumulator, row by row."""
-    acc *= gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
-    if D_REST > 0:
-        acc_rest *= gl.convert_layout(factor, gl.SliceLayout(1, acc_rest.type.layout))[:, None]
-    return acc, acc_rest
-
-
-@gluon.jit
-def _step(
-    state,  # acc in two parts, m_i, l_i, the weights of the tile before
-    smem,
-    barriers,
-    step,  # tiles of keys so far
-    turns,  # calls so far
-    visible,  # first and last key of each row, if MASKED
-    qk_scale,
-    D_REST: gl.constexpr,
-    CONSUMER: gl.constexpr,
-    IN_TURN: gl.constexpr,
-    MASKED: gl.constexpr,
-):
-    """Take the scores of a tile of keys while the weights of the tile before are multiplied by its values."""
-    acc, acc_rest, m_i, l_i, p = state
-    q_smem, k_smem, v_smem, _ = smem
-    _, _, k_full, v_full, freed, turn = barriers
-    BUFFERS: gl.constexpr = k_smem[0].shape[0]
-    QK: gl.constexpr = m_i.type.layout.parent
-    buffer, before = step % BUFFERS, (step - 1) % BUFFERS
-    mbarrier.wait(k_full.index(buffer), step // BUFFERS & 1)
-    if IN_TURN:
-        mbarrier.wait(turn.index(CONSUMER), turns + (CONSUMER == 0) & 1)
-    qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
-    mbarrier.wait(v_full.index(before), (step - 1) // BUFFERS & 1)
-    acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, before, D_REST)
-    if IN_TURN:
-        mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))
-    qk = warpgroup_mma_wait(2 if D_REST > 0 else 1, deps=(qk,))
-    weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
-    weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
-    mbarrier.arrive(freed.index(buffer))
-    acc, acc_rest = _times(acc, acc_rest, alpha, D_REST)
-    return acc, acc_rest, m_i, l_i, weights
-
-
-@gluon.jit
-def _consume(
-    queries,
-    out_descs,
-    smem,
-    barriers,
-    qk_scale,
-    D_REST: gl.constexpr,
-    CONSUMER: gl.constexpr,
-    IN_TURN: gl.constexpr,
-):
-    """Compute 64 rows of each of this program's query tiles."""
-    cu_seqlens_ptr, num_tiles, sizes, reach = queries
-    q_smem, k_smem, v_smem, out_smem = smem
-    q_full, q_empty, k_full, v_full, freed, _ = barriers
-    BUFFERS: gl.constexpr = k_smem[0].shape[0]
-    BLOCK_N: gl.constexpr = k_smem[0].shape[3]
-    D_MAIN: gl.constexpr = k_smem[0].shape[5]
-    dtype: gl.constexpr = out_descs[0].dtype
-    WIDTH_REST: gl.constexpr = D_REST if D_REST > 0 else 16
-    QK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_MAIN, 16])
-    ACC_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_REST, 16])
-    offs_m = CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, QK))
-    round = 0  # query tiles so far
-    step = 0  # tiles of keys so far
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        begin, T, start_m, head, _head_kv = _query_tile(index, cu_seqlens_ptr, sizes)
-        if start_m < T:
-            begins, counts = _key_tiles(start_m, T, reach, BLOCK_N)
-            edges = counts[0] + counts[1]
-            tiles = edges + counts[2]
-            lowest = start_m + offs_m - reach[0]
-            highest = gl.minimum(start_m + offs_m + reach[1], T - 1)
-
-            mbarrier.wait(q_full.index(CONSUMER), round & 1)
-            buffer = step % BUFFERS
-            mbarrier.wait(k_full.index(buffer), step // BUFFERS & 1)
-            qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
-            qk = warpgroup_mma_wait(0, deps=(qk,))
-            mbarrier.arrive(freed.index(buffer))
-            m_i = gl.full([ROWS], NO_SCORE, gl.float32, gl.SliceLayout(1, QK))
-            l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, QK))
-            start_n = _first_key(0, begins, counts, BLOCK_N)
-            visible = lowest - start_n, highest - start_n
-            # masked wherever it is: a loop of its own would cost more than masks that change nothing
-            weights, _alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, True)
-            acc = gl.zeros([ROWS, D_MAIN], gl.float32, ACC)
-            acc_rest = gl.zeros([ROWS, WIDTH_REST], gl.float32, ACC_REST)
-            p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, ACC, 2))
-            state = acc, acc_rest, m_i, l_i, p
-            for tile in range(1, edges):
-                start_n = _first_key(tile, begins, counts, BLOCK_N)
-                state = _step(
-                    state,
-                    smem,
-                    barriers,
-                    step + tile,
-                    step + tile - round - 1,
-                    (lowest - start_n, highest - start_n),
-                    qk_scale,
-                    D_REST,
-                    CONSUMER,
-                    IN_TURN,
-                    True,
-                )
-            for tile in range(gl.maximum(edges, 1), tiles):
-                state = _step(
-                    state,
-                    smem,
-                    barriers,
-                    step + tile,
-                    step + tile - round - 1,
-                    visible,
-                    qk_scale,
-                    D_REST,
-                    CONSUMER,
-                    IN_TURN,
-                    False,
-                )
-            acc, acc_rest, m_i, l_i, p = state
-            mbarrier.arrive(q_empty.index(CONSUMER))
-            step += tiles
-            round += 1
-            buffer = (step - 1) % BUFFERS
-            mbarrier.wait(v_full.index(buffer), (step - 1) // BUFFERS & 1)
-            acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, buffer, D_REST)
-            inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
-            acc, acc_rest, p = _weighed(p, p, acc, acc_rest, D_REST)
-
-            acc, acc_rest = _times(acc, acc_rest, inverse, D_REST)
-            row = END - T + start_m + CONSUMER * ROWS
-            tma.store_wait(0)  # the tile before has left
-            _matrix(out_smem[0], CONSUMER).store(acc.to(dtype))
-            if D_REST > 0:
-                _matrix(out_smem[1], CONSUMER).store(acc_rest.to(dtype))
-            fence_async_shared()
-            async_store(out_descs[0], [END, begin + T, row, head, 0], out_smem[0].index(CONSUMER))
-            if D_REST > 0:
-                async_store(
-                    out_descs[1], [END, begin + T, row, head, D_MAIN], out_smem[1].index(CONSUMER)
-                )
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _tiles(descs, NUM: gl.constexpr, D_REST: gl.constexpr):
-    """Return shared memory for ``NUM`` tiles in two parts; where there is one part, the second is the first."""
-    desc = descs[0]
-    main = gl.allocate_shared_memory(desc.dtype, [NUM] + desc.block_type.shape, desc.layout)  # noqa: RUF005
-    rest = main
-    if D_REST > 0:
-        desc_rest = descs[1]
-        rest = gl.allocate_shared_memory(
-            desc_rest.dtype,
-            [NUM] + desc_rest.block_type.shape,  # noqa: RUF005
-            desc_rest.layout,
-        )
-    return main, rest
-
-
-@gluon.jit
-def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
-    """Return ``NUM`` barriers that complete with ``COUNT`` arrivals."""
-    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUM):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "H_KV", "GROUPS", "tiles_m", "left", "right"])
@@ -403,67 +110,24 @@ def _flash_attention_kernel(
     q_descs, k_descs, v_descs = (q_desc, q_rest_desc), (k_desc, k_rest_desc), (v_desc, v_rest_desc)
     out_descs = out_desc, out_rest_desc
     smem = (
-        _tiles(q_descs, CONSUMERS, D_REST),
-        _tiles(k_descs, BUFFERS, D_REST),
-        _tiles(v_descs, BUFFERS, D_REST),
-        _tiles(out_descs, CONSUMERS, D_REST),
+        shared_tiles(q_descs, CONSUMERS, D_REST),
+        shared_tiles(k_descs, BUFFERS, D_REST),
+        shared_tiles(v_descs, BUFFERS, D_REST),
+        shared_tiles(out_descs, CONSUMERS, D_REST),
     )
-    barriers = (
-        _barriers(CONSUMERS, 1),  # queries are there
-        _barriers(CONSUMERS, 1),  # and no longer needed
-        _barriers(BUFFERS, 1),  # keys
-        _barriers(BUFFERS, 1),  # values
-        _barriers(
-            BUFFERS, CONSUMERS
-        ),  # a tile of keys and the values before them are no longer needed
-        _barriers(CONSUMERS, 1),  # whose turn it is
-    )
+    barriers = all_barriers(BUFFERS)
     fence_async_shared()
-    sizes, reach = (H_KV, GROUPS, tiles_m), (left, right)
-    queries = cu_seqlens_ptr, num_tiles, sizes, reach
+    queries = (cu_seqlens_ptr, None), num_tiles, (H_KV, GROUPS, tiles_m), (left, right)
     # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, IN_TURN),
-            ),
-            (
-                _consume,
-                (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, IN_TURN),
-            ),
+            (consume, (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, IN_TURN)),
+            (consume, (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, IN_TURN)),
             (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-
-
-def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe tiles of ``rows`` of one head of ``x`` (T, H, D), one for each part of the head; see ``_load``.
-
-    Columns past D are an axis' end and so are zeros. So are rows past a sequence's end: a row's coordinates are
-    (END, its sequence's end, END - the sequence's length + its place in the sequence), and END is where its axis
-    ends. The first axis takes 2^30 rows away again, as its END strides add up to 2^64 elements less than nothing: an
-    address wraps around. That is what triton.tools.ragged_tma does.
-    """
-    T_stride, H_stride, _ = x.stride()
-    shape = [2**31 - 2**16, 2**31 - 2**16, _END, *x.shape[1:]]
-    strides = [2**34 - T_stride, T_stride, T_stride, H_stride, 1]
-    widths = head_parts(x.shape[-1])
-    main, rest = (
-        TensorDescriptor(
-            x,
-            shape,
-            strides,
-            [1, 1, rows, 1, width or widths[0]],
-            gl.NVMMASharedLayout(
-                swizzle_byte_width=min(128, 2 * (width or widths[0])), element_bitwidth=16, rank=5
-            ),
-        )
-        for width in widths
-    )
-    return main, rest
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -489,13 +153,13 @@ def flash_attention_gluon(
     _, H, D = q.shape
     H_KV = k.shape[1]
     config = _launch_config(D)
-    tiles_m = triton.cdiv(max_seqlen, _ROWS * _CONSUMERS)
+    tiles_m = triton.cdiv(max_seqlen, TILE_ROWS)
     num_tiles = tiles_m * H * (cu_seqlens.shape[0] - 1)
-    _flash_attention_kernel[(min(num_tiles, _processors(q.device)),)](
-        *_descriptors(q, _ROWS),
-        *_descriptors(k, config.BLOCK_N),
-        *_descriptors(v, config.BLOCK_N),
-        *_descriptors(out, _ROWS),
+    _flash_attention_kernel[(min(num_tiles, processors(q.device)),)](
+        *descriptors(q, WARPGROUP_ROWS),
+        *descriptors(k, config.BLOCK_N),
+        *descriptors(v, config.BLOCK_N),
+        *descriptors(out, WARPGROUP_ROWS),
         cu_seqlens,
         num_tiles,
         H_KV,
@@ -510,9 +174,3 @@ def flash_attention_gluon(
         num_warps=4,
         maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
     )
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132  # an H100's
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

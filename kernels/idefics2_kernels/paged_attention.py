@@ -31,6 +31,8 @@ from idefics2_kernels.attention_tiles import (
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.decode_attention import MAX_GROUPS, decode_attention
+from idefics2_kernels.paged_attention_gluon import paged_attention_gluon, takes
+from idefics2_kernels.primitives import UPCAST
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def paged_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    plain: bool = False,
 ) -> Tensor:
     """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
 
@@ -201,7 +204,8 @@ def paged_attention(
     this step's queries last. ``cu_seqlens`` (B + 1,) int32 packs the queries, ``max_seqlen`` is at least the most of a
     sequence. A query sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
     query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is undefined. Any
-    strides but a contiguous last axis; D is at most 256.
+    strides but a contiguous last axis; D is at most 256. On Hopper some calls have a faster kernel of their own
+    (``paged_attention_gluon.takes``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -236,11 +240,31 @@ def paged_attention(
     if not out.numel() or not B:
         return out
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
+    arguments = (q, k_cache, v_cache, block_table, context_lens, cu_seqlens)
     if max_seqlen == 1 and H // H_KV <= MAX_GROUPS:
-        decode_attention(
-            q, k_cache, v_cache, block_table, context_lens, cu_seqlens, out, left, qk_scale
-        )
-        return out
+        decode_attention(*arguments, out, left, qk_scale)
+    elif not plain and not UPCAST.value and arch() == 90 and takes(q, k_cache, v_cache, left):
+        paged_attention_gluon(*arguments, max_seqlen, out, left, qk_scale)
+    else:
+        _paged_attention_plain(*arguments, max_seqlen, out, left, qk_scale)
+    return out
+
+
+def _paged_attention_plain(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    out: Tensor,
+    left: int,
+    qk_scale: float,
+) -> None:
+    H, D = q.shape[1:]
+    _, H_KV, P, _ = k_cache.shape
+    B = context_lens.shape[0]
     config = _launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, arch())
     ALIGN = alignment(q, k_cache, v_cache)
     described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
@@ -274,4 +298,3 @@ def paged_attention(
         HAS_DESCRIPTORS=described,
         **asdict(config),
     )
-    return out

@@ -1,10 +1,13 @@
-"""What the rows of the three attentions share: names, offsets, and the pairs of query and key that see each other."""
+"""What the rows of the three attentions share: names, offsets, who sees whom, whether there is a Hopper."""
 
 from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from idefics2_kernels.attention_tiles import arch
+from idefics2_kernels.primitives import UPCAST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,4 +34,9 @@ def visible_pairs(length: int, causal: bool, window: int | None) -> int:
     return length + (1 if causal else 2) * one_side
 
 
-# flash_attention
+def on_hopper() -> bool:
+    """Return whether kernels are compiled, for Hopper."""
+    try:
+        return not UPCAST.value and arch() == 90
+    except RuntimeError:  # no GPU to compile for
+        return False

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels import flash_attention
-from idefics2_kernels.attention_tiles import arch
-from idefics2_kernels.catalog.attention import DTYPES, case_name, cumulative, visible_pairs
+from idefics2_kernels.attention_warps import HEAD_DIMS
+from idefics2_kernels.catalog.attention import (
+    DTYPES,
+    case_name,
+    cumulative,
+    on_hopper,
+    visible_pairs,
+)
 from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.flash_attention_gluon import HEAD_DIMS
 from idefics2_kernels.ops import REFERENCE
-from idefics2_kernels.primitives import UPCAST
 
 _WHOLE = 2**27  # scores in float64 that a GPU holds at once beside their softmax
 _BLOCK = 2**24  # of them that one block of rows takes
@@ -265,19 +269,12 @@ def _has_gluon(case: Case) -> bool:
     """Return whether a case goes to the kernel in Gluon: compiled for Hopper, never interpreted."""
     dims = case.dims
     return (
-        _on_hopper()
+        on_hopper()
         and dims["D"] in HEAD_DIMS
         and case.dtype.itemsize == 2
         and dims.get("layout") != "offset"  # its rows are not aligned
         and sum(dims["lengths"]) > 0
     )
-
-
-def _on_hopper() -> bool:
-    try:
-        return not UPCAST.value and arch() == 90
-    except RuntimeError:  # no GPU to compile for
-        return False
 
 
 FLASH_ATTENTION = KernelSpec(

@@ -1,14 +1,24 @@
 """A row of the catalog: attention to keys in pages."""
 
+from functools import wraps
 from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from idefics2_kernels import paged_attention
-from idefics2_kernels.catalog.attention import DTYPES, case_name, cumulative, visible_pairs
+from idefics2_kernels.attention_warps import HEAD_DIMS
+from idefics2_kernels.catalog.attention import (
+    DTYPES,
+    case_name,
+    cumulative,
+    on_hopper,
+    visible_pairs,
+)
 from idefics2_kernels.catalog.layouts import POISON, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.paged_attention_gluon import PAGE_SIZE
 
 
 def _paged_inputs(case: Case, device: torch.device) -> Inputs:
@@ -199,8 +209,36 @@ def _paged_model_cases() -> list[Case]:
         )
         for B, T in ((1, 512), (1, 4096), (16, 2048), (64, 1024), (128, 512))
     ]
-    chunk = _paged((512,) * 4, (512, 1024, 2048, 4096), 32, 8, window=4096)
-    return [*cases, Case("chunk-512", chunk, torch.bfloat16, "model")]
+    for name, queries, contexts in (
+        ("chunk-512", (512,) * 4, (512, 1024, 2048, 4096)),
+        ("chunk-512-of-8k", (512,) * 8, (8192,) * 8),
+        ("chunk-2048", (2048,), (8192,)),
+        ("prefill-2k", (2048,) * 4, (2048,) * 4),
+        ("chunk-and-decode", (512, *(1,) * 48), (4096, *(2048,) * 48)),
+    ):
+        dims = _paged(queries, contexts, 32, 8, window=4096)
+        cases.append(Case(name, dims, torch.bfloat16, "model"))
+    return cases
+
+
+@wraps(paged_attention.paged_attention)
+def _plain(*args: Any, **kwargs: Any) -> Tensor:
+    return paged_attention.paged_attention(*args, **kwargs, plain=True)
+
+
+def _has_gluon(case: Case) -> bool:
+    """Return whether a case goes to the kernel in Gluon: compiled for Hopper, never interpreted, no decoding."""
+    dims = case.dims
+    window = dims.get("window")
+    return (
+        on_hopper()
+        and max(dims["queries"]) + dims.get("slack", 0) > 1
+        and sum(dims["queries"]) > 0
+        and dims["D"] in HEAD_DIMS
+        and dims.get("P", PAGE_SIZE) == PAGE_SIZE
+        and case.dtype.itemsize == 2
+        and (window is None or window >= PAGE_SIZE)
+    )
 
 
 PAGED_ATTENTION = KernelSpec(
@@ -208,5 +246,6 @@ PAGED_ATTENTION = KernelSpec(
     make_inputs=_paged_inputs,
     cases=_paged_cases(),
     cost=_paged_cost,
-    implementations={"triton": paged_attention.paged_attention},
+    implementations={"triton": paged_attention.paged_attention, "plain": _plain},
+    only={"plain": _has_gluon},
 )
