@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.attention_tiles import arch
 from idefics2_kernels.nf4 import load_absmax
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import UPCAST, cast, dot
@@ -38,12 +39,13 @@ class LaunchConfig:
     programs: int
 
 
-def _launch_config(M: int) -> LaunchConfig:
+def _launch_config(M: int, arch: int) -> LaunchConfig:
     # Programs are short and share an SM, so that seven for each of an H100's 132 leave few of them idle at the end. For
     # more rows partial results weigh as much as the weight: 28672 x 64 fp32 numbers are 7 MB, its codes 59 MB.
     if M <= 16:
         return LaunchConfig(BLOCK_M=16, num_warps=4, num_stages=3, programs=7 * 132)
-    BLOCK_M = 32 if M <= 32 else 64
+    # before Hopper the left operand takes a way through shared memory, and 64 rows spill
+    BLOCK_M = 64 if M > 32 and arch == 90 else 32
     return LaunchConfig(BLOCK_M, num_warps=4, num_stages=2, programs=3 * 132)
 
 
@@ -76,9 +78,7 @@ def _pack(low, high, dtype: tl.constexpr):
     convert: tl.constexpr = (
         "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
     )
-    return tl.inline_asm_elementwise(
-        convert, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1
-    )
+    return tl.inline_asm_elementwise(convert, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -212,16 +212,32 @@ def _few_rows_kernel(
 
 
 def can_take(weight: NF4Weight) -> bool:
-    """Whether rows are whole tiles of K, codes can be read eight at once, and the dtype is the tensor cores'."""
-    is_whole = weight.shape[-1] > 0 and weight.shape[-1] % BLOCK_K == 0
-    is_aligned = weight.codes.storage_offset() % 4 == 0
-    return is_whole and is_aligned and weight.dtype is not torch.float32
+    """Whether rows of ``weight`` are whole tiles, its codes can be read eight at once, and it is no fp32."""
+    return _refusal(weight) is None
 
 
-def few_rows(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply ``rows`` (M, K) by a ``weight`` (N, K) that ``can_take`` allows, and add ``bias``: (M, N)."""
+def _refusal(weight: NF4Weight) -> Exception | None:
+    if weight.dtype is torch.float32:
+        return TypeError("weight must be bfloat16 or float16, got float32")
+    if not weight.shape[1] or weight.shape[1] % BLOCK_K:
+        return ValueError(f"weight must have rows of a multiple of 256, got {weight.shape}")
+    if weight.codes.storage_offset() % 4:
+        offset = weight.codes.storage_offset()
+        return ValueError(f"codes must begin at a multiple of 4 bytes, got {offset}")
+    return None
+
+
+def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
+
+    Raises:
+        ValueError: Rows of ``weight`` are no multiple of 256, or its codes do not begin at a multiple of 4 bytes.
+        TypeError: ``weight`` is fp32.
+    """
+    if (refusal := _refusal(weight)) is not None:
+        raise refusal
     (M, K), N = rows.shape, weight.shape[0]
-    config = _launch_config(M)
+    config = _launch_config(M, arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, 16 * config.num_warps)
     k_split = k_per_split(tiles_m * tiles_n, K, BLOCK_K, config.programs)
     splits = triton.cdiv(K, k_split)
