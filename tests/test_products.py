@@ -62,7 +62,7 @@ def test_integers_are_exact_compiled(
     _integer_product(name, implementation, case, device)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped-def]
     offs = tl.arange(0, 64)
     a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
