@@ -151,8 +151,8 @@ def _few_rows_kernel(
     stride_x,
     M,
     N,
-    K,
-    k_split,
+    steps,  # K / BLOCK_K
+    steps_split,
     IS_NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,47 +160,49 @@ def _few_rows_kernel(
     WARPS: tl.constexpr,
 ):
     BLOCK_N: tl.constexpr = 16 * WARPS
+    BLOCKS: tl.constexpr = BLOCK_K // BLOCK
     split = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    # Rows of the weight as (2, WARPS, 8), blocks as (4,), words of half a block as (4,): loads this shaped are given to
-    # threads as the product's left operand wants them. Past the end the last row is read again, and not stored.
-    rows = tl.arange(0, 2)[:, None, None] * 8 + tl.arange(0, WARPS)[None, :, None] * 16
-    rows = rows + tl.arange(0, 8)[None, None, :] + tl.program_id(0).to(tl.int64) * BLOCK_N
-    rows = tl.minimum(rows, N - 1)[:, :, :, None]
-    offs_b = tl.arange(0, BLOCK_K // BLOCK)
-    blocks = rows * (K // BLOCK) + offs_b[None, None, None, :]
-    words_ptrs = codes_ptr + (blocks * (BLOCK // 8))[:, :, :, :, None] + tl.arange(0, 4)
+    # Blocks of the weight in the order in which threads, and then their registers, take the product's left operand: four
+    # of a row, 8 rows, WARPS times 16 rows, the 8 rows in between. Past the end the last row is read again.
+    thread = tl.arange(0, BLOCK_N * BLOCKS)
+    rows = thread // 4 % 8 + thread // 32 % WARPS * 16 + thread // (32 * WARPS) * 8
+    rows = tl.minimum(tl.program_id(0).to(tl.int64) * BLOCK_N + rows, N - 1)
+    blocks = rows * (steps * BLOCKS) + thread % BLOCKS
+    words_ptrs = codes_ptr + blocks[:, None] * (BLOCK // 8) + tl.arange(0, 4)[None, :]
     everywhere = tl.full(blocks.shape, True, tl.int1)
-    # x as words, rows, blocks, columns of a word
-    x_ptrs = x_ptr + tl.minimum(offs_m, M - 1)[:, None, None] * stride_x + tl.arange(0, 8)
-    x_ptrs = x_ptrs + offs_b[:, None] * BLOCK
-    x_ptrs = x_ptrs[None, :, :, :] + tl.arange(0, 8)[:, None, None, None] * 8
+    piece = tl.arange(0, BLOCK_M * BLOCK_K // 8)
+    rows = tl.minimum(tl.program_id(2).to(tl.int64) * BLOCK_M + piece // 8 % BLOCK_M, M - 1)
+    offs_k = piece % 4 * BLOCK + piece // (8 * BLOCK_M) * 16 + piece // 4 % 2 * 8
+    x_ptrs = x_ptr + (rows * stride_x + offs_k)[:, None] + tl.arange(0, 8)[None, :]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for k in range(split * k_split, tl.minimum((split + 1) * k_split, K), BLOCK_K):
-        first_half = tl.load(words_ptrs + k // 8)
-        second_half = tl.load(words_ptrs + k // 8 + 4)
+    for step in range(split * steps_split, tl.minimum((split + 1) * steps_split, steps)):
+        first_half = tl.load(words_ptrs + step * (BLOCK_K // 8))
+        second_half = tl.load(words_ptrs + step * (BLOCK_K // 8) + 4)
         absmax = load_absmax(
             absmax_ptr,
             nested_absmax_ptr,
             nested_code_ptr,
             offset_ptr,
-            blocks + k // BLOCK,
+            blocks + step * BLOCKS,
             everywhere,
             IS_NESTED,
-        )[:, :, :, :, None]
-        x = tl.load(x_ptrs + k)
+        )[:, None]
+        x = tl.load(x_ptrs + step * BLOCK_K)
         lows, highs = _tables(absmax, dtype)
         first_half = _decode(lows, highs, first_half, dtype)
         weight = tl.join(first_half, _decode(lows, highs, second_half, dtype))
-        # (2 of 16, WARPS, 8, block, word, of byte, byte, half word, half) -> (N, half, word, half word, byte, block, of byte)
+        # (8 of 16 rows, WARPS, row, block, word, of a byte, byte, half a word, half a block): columns come to be in the
+        # order half a block, word, half a word, byte, block, of a byte
+        weight = tl.reshape(weight, [2, WARPS, 8, BLOCKS, 4, 2, 2, 2, 2])
         weight = tl.permute(weight, (1, 0, 2, 8, 4, 7, 6, 3, 5))
         weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
-        x = tl.reshape(x, [8, BLOCK_M, 4, 2, 2, 2])
-        x = tl.reshape(tl.permute(x, (0, 3, 4, 2, 5, 1)), [BLOCK_K, BLOCK_M])
+        x = tl.permute(tl.reshape(x, [4, BLOCK_M, 2, BLOCKS, 2, 2, 2]), (0, 2, 4, 5, 3, 6, 1))
+        x = tl.reshape(x, [BLOCK_K, BLOCK_M])
         acc = dot(weight, x, acc)
 
     mask_n = offs_n < N
@@ -256,8 +258,8 @@ def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
             rows.stride(0),
             M,
             N,
-            K,
-            k_split,
+            K // BLOCK_K,
+            k_split // BLOCK_K,
             IS_NESTED=weight.is_nested,
             HAS_BIAS=bias is not None and splits == 1,
             BLOCK_M=config.BLOCK_M,
