@@ -40,13 +40,15 @@ class LaunchConfig:
 
 
 def _launch_config(M: int, arch: int) -> LaunchConfig:
-    # Programs are short and share an SM, so that seven for each of an H100's 132 leave few of them idle at the end. For
-    # more rows partial results weigh as much as the weight: 28672 x 64 fp32 numbers are 7 MB, its codes 59 MB.
+    # Estimates, not measurements. Programs are short and share an SM: up to seven for each of an H100's 132 make the
+    # text model's products 97 % of whole rounds.
     if M <= 16:
         return LaunchConfig(BLOCK_M=16, num_warps=4, num_stages=3, programs=7 * 132)
-    # before Hopper the left operand takes a way through shared memory, and 64 rows spill
-    BLOCK_M = 64 if M > 32 and arch == 90 else 32
-    return LaunchConfig(BLOCK_M, num_warps=4, num_stages=2, programs=3 * 132)
+    # For more rows partial results weigh as much as the weight, and x, read once for each tile of the weight, more:
+    # tiles of 128 rows halve that. Before Hopper the left operand goes through shared memory, and 64 rows spill.
+    if M > 32 and arch == 90:
+        return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * 132)
+    return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * 132)
 
 
 @triton.jit
@@ -138,7 +140,7 @@ def _decode(lows, highs, words, dtype: tl.constexpr):
     return tl.join(first, _decode_four(lows, highs, codes >> 16, is_upper, dtype))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "steps", "steps_split"])
 def _few_rows_kernel(
     x_ptr,  # (M, K)
     codes_ptr,  # (N * K / 8,), eight codes each
@@ -166,23 +168,24 @@ def _few_rows_kernel(
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    # Blocks of the weight in the order in which threads, and then their registers, take the product's left operand: four
-    # of a row, 8 rows, WARPS times 16 rows, the 8 rows in between. Past the end the last row is read again.
-    thread = tl.arange(0, BLOCK_N * BLOCKS)
-    rows = thread // 4 % 8 + thread // 32 % WARPS * 16 + thread // (32 * WARPS) * 8
+    # Blocks of the weight, flat, in the order in which lanes, warps and registers take the product's left operand: the
+    # four of a row, 8 rows, every 16th row, the 8 rows in between. A layout that was left to the compiler would differ
+    # between its releases. Past the end the last row is read again, and not stored.
+    block = tl.arange(0, BLOCK_N * BLOCKS)
+    rows = block // 4 % 8 + block // 32 % WARPS * 16 + block // (32 * WARPS) * 8
     rows = tl.minimum(tl.program_id(0).to(tl.int64) * BLOCK_N + rows, N - 1)
-    blocks = rows * (steps * BLOCKS) + thread % BLOCKS
-    words_ptrs = codes_ptr + blocks[:, None] * (BLOCK // 8) + tl.arange(0, 4)[None, :]
+    blocks = rows * (steps * BLOCKS) + block % BLOCKS
+    words_ptrs = codes_ptr + blocks[:, None] * (BLOCK // 8) + tl.arange(0, 8)[None, :]
     everywhere = tl.full(blocks.shape, True, tl.int1)
-    piece = tl.arange(0, BLOCK_M * BLOCK_K // 8)
-    rows = tl.minimum(tl.program_id(2).to(tl.int64) * BLOCK_M + piece // 8 % BLOCK_M, M - 1)
-    offs_k = piece % 4 * BLOCK + piece // (8 * BLOCK_M) * 16 + piece // 4 % 2 * 8
+    # Words of x likewise: the four blocks, even and odd word (32 bytes, a sector), rows, pairs of words.
+    word = tl.arange(0, BLOCK_M * BLOCK_K // 8)
+    rows = tl.minimum(tl.program_id(2).to(tl.int64) * BLOCK_M + word // 8 % BLOCK_M, M - 1)
+    offs_k = word % 4 * BLOCK + word // 4 % 2 * 8 + word // (8 * BLOCK_M) * 16
     x_ptrs = x_ptr + (rows * stride_x + offs_k)[:, None] + tl.arange(0, 8)[None, :]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(split * steps_split, tl.minimum((split + 1) * steps_split, steps)):
-        first_half = tl.load(words_ptrs + step * (BLOCK_K // 8))
-        second_half = tl.load(words_ptrs + step * (BLOCK_K // 8) + 4)
+        words = tl.load(words_ptrs + step * (BLOCK_K // 8))
         absmax = load_absmax(
             absmax_ptr,
             nested_absmax_ptr,
@@ -194,12 +197,11 @@ def _few_rows_kernel(
         )[:, None]
         x = tl.load(x_ptrs + step * BLOCK_K)
         lows, highs = _tables(absmax, dtype)
-        first_half = _decode(lows, highs, first_half, dtype)
-        weight = tl.join(first_half, _decode(lows, highs, second_half, dtype))
-        # (8 of 16 rows, WARPS, row, block, word, of a byte, byte, half a word, half a block): columns come to be in the
-        # order half a block, word, half a word, byte, block, of a byte
-        weight = tl.reshape(weight, [2, WARPS, 8, BLOCKS, 4, 2, 2, 2, 2])
-        weight = tl.permute(weight, (1, 0, 2, 8, 4, 7, 6, 3, 5))
+        weight = _decode(lows, highs, words, dtype)
+        # (8 of 16 rows, WARPS, row, block, word, of a byte, byte, half a word): columns come to be in the order word,
+        # half a word, byte, block, of a byte
+        weight = tl.reshape(weight, [2, WARPS, 8, BLOCKS, 8, 2, 2, 2])
+        weight = tl.permute(weight, (1, 0, 2, 4, 7, 6, 3, 5))
         weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
         x = tl.permute(tl.reshape(x, [4, BLOCK_M, 2, BLOCKS, 2, 2, 2]), (0, 2, 4, 5, 3, 6, 1))
         x = tl.reshape(x, [BLOCK_K, BLOCK_M])
