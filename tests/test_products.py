@@ -1,13 +1,18 @@
 """What the catalog's criterion does not see of products: exact cases, equal rows in any batch, errors."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels import TRITON, linear, nf4, nf4_matmul
+from idefics2_kernels import TRITON, linear, nf4, nf4_few_rows, nf4_matmul
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog.spec import widened
 from idefics2_kernels.checks import FLOATS
@@ -21,6 +26,7 @@ PRODUCTS = [
     for implementation in SPECS[name].implementations
     for case in SPECS[name].cases
     if case.dims.get("integers")
+    if implementation not in SPECS[name].only or SPECS[name].only[implementation](case)
     # cuBLAS may round the partial results of its own splits
     if (name, implementation) != ("linear", "triton") or case.dims["M"] <= linear.FEW_ROWS
 ]
@@ -56,9 +62,16 @@ def test_integers_are_exact_compiled(
     _integer_product(name, implementation, case, device)
 
 
+@triton.jit
+def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped-def]
+    offs = tl.arange(0, 64)
+    a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
+    tl.store(out_ptr + offs, nf4_few_rows.permute_bytes(a, b, tl.zeros_like(a) + selector))
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("K", [64, 192, 37])
+@pytest.mark.parametrize("K", [64, 192, 37, 256, 512])
 def test_the_product_dequantises_bit_for_bit(
     K: int, dtype: torch.dtype, double_quant: bool, device: torch.device
 ) -> None:
@@ -66,8 +79,25 @@ def test_the_product_dequantises_bit_for_bit(
     weight = nf4_quantize(torch.randn(70, K, device=device).to(dtype), double_quant=double_quant)
     eye = torch.eye(K, dtype=dtype, device=device)
     expected = nf4_dequantize(weight).t()
-    for rows in (eye[:16], eye):
-        assert torch.equal(nf4_matmul.fused(rows, weight), expected[: rows.shape[0]])
+    products = [nf4_matmul.fused]
+    if K % 256 == 0 and dtype is not torch.float32:
+        products.append(nf4_matmul.few_rows)
+    for rows, product in itertools.product((eye[:16], eye), products):
+        assert torch.equal(product(rows, weight), expected[: rows.shape[0]])
+
+
+@pytest.mark.parametrize("selector", [0x3210, 0x7654, 0x4051, 0x6273, 0xD9C8, 0xFBEA, 0x70F0])
+def test_bytes_are_permuted_as_the_instruction_does(selector: int, device: torch.device) -> None:
+    """Interpreted, the instruction is imitated; this holds the imitation, or the instruction, to PTX's definition."""
+    words = torch.randint(-(2**31), 2**31, (2, 64), dtype=torch.int32, device=device)
+    out = torch.empty_like(words[0])
+    _permute_kernel[(1,)](words[0], words[1], out, selector)
+    parts = words.cpu().numpy().astype("<i4")
+    bytes_of = np.concatenate([parts[i].view("u1").reshape(64, 4) for i in (0, 1)], axis=1)
+    nibbles = [selector >> 4 * i & 15 for i in range(4)]
+    columns = [bytes_of[:, n & 7] if n < 8 else (bytes_of[:, n & 7] >> 7) * 255 for n in nibbles]
+    expected = np.stack(columns, axis=1).astype("u1").view("<i4")[:, 0]
+    assert torch.equal(out.cpu(), torch.from_numpy(expected.copy()))
 
 
 INVARIANT: list[tuple[Callable[..., Tensor], int]] = [(linear.tiled, 130), (linear.split_k, 16)]
@@ -126,6 +156,29 @@ def test_leading_axes_are_kept(shape: tuple[int, ...], device: torch.device) -> 
     torch.testing.assert_close(nf4_matmul.fused(x, quantised, bias), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("M", [16, 32, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_of_few_does_not_depend_on_the_rows_beside_it(
+    dtype: torch.dtype, M: int, device: torch.device
+) -> None:
+    x = torch.randn(M, 2048, device=device).to(dtype)
+    weight = nf4_quantize(torch.randn(70, 2048, device=device).to(dtype))
+    whole = nf4_matmul.few_rows(x, weight)
+    for first in (0, M // 2 - 1):  # as many rows as have the same tile
+        assert torch.equal(nf4_matmul.few_rows(x[first:], weight), whole[first:])
+
+
+def test_codes_that_begin_inside_a_word_take_the_other_kernel(device: torch.device) -> None:
+    x = torch.randn(3, 256, device=device).bfloat16()
+    weight = nf4_quantize(torch.randn(5, 256, device=device).bfloat16())
+    moved = torch.cat([weight.codes[:1], weight.codes])[1:]
+    shifted = dataclasses.replace(weight, codes=moved)
+    assert torch.equal(nf4_matmul.nf4_matmul(x, weight), nf4_matmul.few_rows(x, weight))
+    assert torch.equal(nf4_matmul.nf4_matmul(x, shifted), nf4_matmul.fused(x, weight))
+    with pytest.raises(ValueError, match="codes must begin at a multiple of 4 bytes, got 1"):
+        nf4_matmul.few_rows(x, shifted)
+
+
 def test_no_rows_with_splits_to_add(device: torch.device) -> None:
     x, weight = torch.randn(0, 2048, device=device), torch.randn(9, 2048, device=device)
     assert linear.split_k(x, weight).shape == (0, 9)
@@ -182,6 +235,10 @@ def test_weights_that_do_not_fit_are_refused(device: torch.device) -> None:
         linear.linear(x, torch.zeros(64, 5, device=device).t())
     with pytest.raises(ValueError, match=r"weight must have shape \(\*, 64\), got \(320,\)"):
         nf4_matmul.nf4_matmul(x, nf4_quantize(torch.zeros(320, device=device)))
+    with pytest.raises(ValueError, match=r"rows of a multiple of 256, got \(5, 64\)"):
+        nf4_matmul.few_rows(x.half(), nf4_quantize(torch.zeros(5, 64, device=device).half()))
+    with pytest.raises(TypeError, match="weight must be bfloat16 or float16, got float32"):
+        nf4_matmul.few_rows(x, nf4_quantize(torch.zeros(5, 64, device=device)))
     with pytest.raises(TypeError, match="weight must be bfloat16 or float16 or float32, got int32"):
         nf4.nf4_quantize(torch.zeros(64, dtype=torch.int32, device=device))
 

@@ -21,6 +21,7 @@ LAST_BIN = tl.constexpr(float(tables.BINS - 1))
 # Below it a block's reciprocal would overflow. Smaller than a normal fp32, it would make a float64 of what it meets.
 SMALLEST = tl.constexpr(1e-38)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
 BLOCKS = 32  # a program
 
 
@@ -37,7 +38,7 @@ def load_absmax(
     """Return the fp32 absmax of ``blocks``; zero where not ``mask``."""
     absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0)
     if IS_NESTED:
-        nested = tl.load(nested_absmax_ptr + blocks // NESTED_BLOCK, mask=mask, other=0.0)
+        nested = tl.load(nested_absmax_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
         code = tl.load(nested_code_ptr + absmax.to(tl.int32), mask=mask, other=0.0)
         # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
         absmax = tl.maximum(code * nested, LOWEST) + tl.load(offset_ptr)

@@ -19,7 +19,7 @@ NESTED_BLOCK = 256  # absmaxes that share a nested absmax
 BINS = 65536  # of [-1, 1]: bitsandbytes looks for the nearest nested code in one of as many bins
 
 # quantiles of a normal distribution, exact in fp32
-_NF4_CODE = (
+NF4_CODE = (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -121,13 +121,13 @@ class NF4Weight:
 @cache
 def nf4_code(device: torch.device) -> Tensor:
     """Return the 16 values a code stands for, ascending: (16,) fp32."""
-    return torch.tensor(_NF4_CODE, dtype=torch.float32, device=device)
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
 @cache
 def nf4_bounds(device: torch.device) -> Tensor:
     """Return the midpoints between the 16 values: (15,) fp32. A value on one gets the lower code."""
-    code = torch.tensor(_NF4_CODE, dtype=torch.float32)
+    code = torch.tensor(NF4_CODE, dtype=torch.float32)
     return ((code[:-1] + code[1:]) / 2).to(device)
 
 

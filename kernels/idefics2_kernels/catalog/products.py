@@ -26,6 +26,10 @@ _TINY = (  # M, N, K
     (17, 40, 192, _BF16),
     (70, 66, 100, _FP32),
     (0, 8, 16, _FP16),
+    (2, 70, 2048, _BF16),  # rows of whole tiles of 256, as NF4's kernel for few rows wants them
+    (17, 130, 256, _FP16),
+    (33, 65, 512, _BF16),
+    (70, 30, 256, _BF16),
 )
 _ROWS = (*range(1, 18), 31, 63, 64, 65, 127, 257, 1000)
 _WEIGHTS = ((257, 1151), (1025, 1024), (641, 4304))  # N, K
@@ -56,6 +60,12 @@ def _product_cases() -> tuple[Case, ...]:
         Case("large", {**base, "scale": 100.0}, _BF16),
         Case("plain-statistics", {**base, "double_quant": False}),
         Case("integers", {**base, "N": 33, "integers": True}, _BF16),
+        Case("sliced-wide", {**base, "K": 256, "layout": "sliced"}, _BF16),
+        Case("offset-wide", {**base, "K": 256, "layout": "offset"}),
+        Case("transposed-wide", {**base, "K": 256, "B": 2, "layout": "transposed"}),
+        Case("plain-statistics-wide", {**base, "K": 512, "double_quant": False}),
+        Case("tiny-wide", {**base, "K": 256, "scale": 1e-3}),
+        Case("integers-wide", {**base, "N": 70, "K": 2048, "integers": True}, _BF16),
     ]
     for i, (M, (N, K), dtype) in enumerate(product(_ROWS, _WEIGHTS, _DTYPES)):
         dims = {"M": M, "N": N, "K": K, "bias": i % 2 == 0}
@@ -112,6 +122,12 @@ def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
     double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
     weight = reference_nf4.nf4_quantize(dense, double_quant=double_quant)
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
+
+
+def _few_rows_takes(case: Case) -> bool:
+    """Whether the kernel is one for this case: what ``nf4_matmul`` would give it, and a little more."""
+    rows = case.dims.get("B", 1) * case.dims["M"]
+    return case.dtype is not _FP32 and case.dims["K"] % 256 == 0 and rows <= 100
 
 
 def _nf4_bytes(elements: int) -> int:
@@ -225,7 +241,12 @@ PRODUCTS = (
         make_inputs=_nf4_matmul_inputs,
         cases=_product_cases(),
         cost=_nf4_matmul_cost,
-        implementations={"triton": nf4_matmul.nf4_matmul, "fused": nf4_matmul.fused},
+        implementations={
+            "triton": nf4_matmul.nf4_matmul,
+            "fused": nf4_matmul.fused,
+            "few_rows": nf4_matmul.few_rows,
+        },
+        only={"few_rows": _few_rows_takes},
     ),
     KernelSpec(
         name="nf4_quantize",

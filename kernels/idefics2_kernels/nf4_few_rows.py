@@ -1,0 +1,273 @@
+"""The product x @ dequantised(weight).T + bias with the weight in NF4, for few rows: decoding codes is what costs.
+
+A program takes 16 rows of the weight a warp and 256 columns at a time: four blocks of each row, one block a thread. The
+16 numbers a block's codes can stand for, absmax times code rounded to the compute dtype, are computed once and kept as
+bytes in eight registers; ``permute_bytes`` then looks up four codes at once, low and high bytes apart, among those for
+codes 0 to 7 and those for 8 to 15. So every weight is exactly what dequantising gives, at some 3 instructions.
+
+On Hopper the decoded weight never leaves the thread: it is the left operand of the tensor cores' product, whose layout
+over threads (16 rows a warp; a row's pairs of columns dealt to four threads in turn) decides what a thread has to load.
+Since a thread has whole blocks, columns meet in another order than in memory; x is put in the same order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.attention_tiles import arch
+from idefics2_kernels.nf4 import load_absmax
+from idefics2_kernels.nf4_weight import NF4Weight
+from idefics2_kernels.primitives import UPCAST, cast, dot
+from idefics2_kernels.split_k import k_per_split, sum_splits
+
+BLOCK = tl.constexpr(tables.BLOCK)
+CODE = tl.constexpr(tables.NF4_CODE)
+BLOCK_K = 256  # a block for each of the four threads that share a row
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a product is cut: tile of rows of x; warps, of 16 rows of the weight each; stages; programs at once."""
+
+    BLOCK_M: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+def _launch_config(M: int, arch: int) -> LaunchConfig:
+    # Estimates, not measurements. Programs are short and share an SM: up to seven for each of an H100's 132 make the
+    # text model's products 97 % of whole rounds.
+    if M <= 16:
+        return LaunchConfig(BLOCK_M=16, num_warps=4, num_stages=3, programs=7 * 132)
+    # For more rows partial results weigh as much as the weight, and x, read once for each tile of the weight, more:
+    # tiles of 128 rows halve that. Before Hopper the left operand goes through shared memory, and 64 rows spill.
+    if M > 32 and arch == 90:
+        return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * 132)
+    return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * 132)
+
+
+@triton.jit
+def permute_bytes(a, b, selector):
+    """Return the four bytes of the int32 pair (``a``, ``b``) that the low four nibbles of ``selector`` name.
+
+    A nibble's lower three bits choose the byte, the lowest of ``a`` being 0; its highest bit asks for eight copies of
+    that byte's highest bit instead.
+    """
+    if UPCAST:  # inline assembly is not interpreted
+        result = (selector & 0) + (a & 0)
+        for i in tl.static_range(4):
+            nibble = selector >> 4 * i
+            byte = tl.where(nibble & 4 != 0, b, a) >> 8 * (nibble & 3) & 0xFF
+            byte = tl.where(nibble & 8 != 0, (byte >> 7) * 0xFF, byte)
+            result |= byte << 8 * i
+        return result
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _pack(low, high, dtype: tl.constexpr):
+    """Return two fp32 numbers rounded to ``dtype``, in an int32."""
+    if UPCAST:
+        low = cast(low, dtype).to(tl.uint16, bitcast=True).to(tl.int32)
+        return low | cast(high, dtype).to(tl.uint16, bitcast=True).to(tl.int32) << 16
+    convert: tl.constexpr = (
+        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    )
+    return tl.inline_asm_elementwise(convert, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _unpack(pair, dtype: tl.constexpr):
+    """Return the two numbers in an int32, side by side on a new axis."""
+    if UPCAST:
+        low, high = (pair & 0xFFFF).to(tl.uint16), (pair >> 16 & 0xFFFF).to(tl.uint16)
+    else:  # costs nothing, where two shifted halves do not become one register again
+        low, high = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], (tl.uint16, tl.uint16), True, 1
+        )
+    return tl.join(low, high).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _four_bytes(absmax, FIRST: tl.constexpr, dtype: tl.constexpr):
+    """Return the low and the high bytes of what codes ``FIRST`` to ``FIRST + 3`` stand for."""
+    a = _pack(absmax * CODE[FIRST], absmax * CODE[FIRST + 1], dtype)
+    b = _pack(absmax * CODE[FIRST + 2], absmax * CODE[FIRST + 3], dtype)
+    return permute_bytes(a, b, 0x6420), permute_bytes(a, b, 0x7531)
+
+
+@triton.jit
+def _tables(absmax, dtype: tl.constexpr):
+    """Return the low bytes of the 16 weights of a block, four by four, and the high bytes."""
+    low0, high0 = _four_bytes(absmax, 0, dtype)
+    low4, high4 = _four_bytes(absmax, 4, dtype)
+    low8, high8 = _four_bytes(absmax, 8, dtype)
+    low12, high12 = _four_bytes(absmax, 12, dtype)
+    return (low0, low4, low8, low12), (high0, high4, high8, high12)
+
+
+@triton.jit
+def _look_up(table, codes, is_upper):
+    """Return a byte of ``table`` for each of four nibbles' lower three bits; ``is_upper`` has 0xFF for codes from 8."""
+    lower = permute_bytes(table[0], table[1], codes)
+    upper = permute_bytes(table[2], table[3], codes)
+    return upper & is_upper | lower & ~is_upper
+
+
+@triton.jit
+def _decode_four(lows, highs, codes, is_upper, dtype: tl.constexpr):
+    """Return the weights of four codes as (..., 2 of a byte, 2 bytes): a byte's first code is its high nibble."""
+    low, high = _look_up(lows, codes, is_upper), _look_up(highs, codes, is_upper)
+    first = _unpack(permute_bytes(low, high, 0x4051), dtype)
+    return tl.join(first, _unpack(permute_bytes(low, high, 0x6273), dtype))
+
+
+@triton.jit
+def _decode(lows, highs, words, dtype: tl.constexpr):
+    """Return the weights of eight codes as (..., 2 of a byte, 2 bytes, 2 halves of a word)."""
+    codes = words & 0x77777777
+    shifted = words << 4  # the highest bits of its bytes are those of the low nibbles
+    is_upper = permute_bytes(shifted, words, 0xD9C8)
+    first = _decode_four(lows, highs, codes, is_upper, dtype)
+    is_upper = permute_bytes(shifted, words, 0xFBEA)
+    return tl.join(first, _decode_four(lows, highs, codes >> 16, is_upper, dtype))
+
+
+@triton.jit(do_not_specialize=["M", "steps", "steps_split"])
+def _few_rows_kernel(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N * K / 8,), eight codes each
+    absmax_ptr,  # (N * K / 64,)
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    bias_ptr,  # (N,), if HAS_BIAS
+    out_ptr,  # (splits, M, N), contiguous
+    stride_x,
+    M,
+    N,
+    steps,  # K / BLOCK_K
+    steps_split,
+    IS_NESTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = 16 * WARPS
+    BLOCKS: tl.constexpr = BLOCK_K // BLOCK
+    split = tl.program_id(1)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+
+    # Blocks of the weight, flat, in the order in which lanes, warps and registers take the product's left operand: the
+    # four of a row, 8 rows, every 16th row, the 8 rows in between. A layout that was left to the compiler would differ
+    # between its releases. Past the end the last row is read again, and not stored.
+    block = tl.arange(0, BLOCK_N * BLOCKS)
+    rows = block // 4 % 8 + block // 32 % WARPS * 16 + block // (32 * WARPS) * 8
+    rows = tl.minimum(tl.program_id(0).to(tl.int64) * BLOCK_N + rows, N - 1)
+    blocks = rows * (steps * BLOCKS) + block % BLOCKS
+    words_ptrs = codes_ptr + blocks[:, None] * (BLOCK // 8) + tl.arange(0, 8)[None, :]
+    everywhere = tl.full(blocks.shape, True, tl.int1)
+    # Words of x likewise: the four blocks, even and odd word (32 bytes, a sector), rows, pairs of words.
+    word = tl.arange(0, BLOCK_M * BLOCK_K // 8)
+    rows = tl.minimum(tl.program_id(2).to(tl.int64) * BLOCK_M + word // 8 % BLOCK_M, M - 1)
+    offs_k = word % 4 * BLOCK + word // 4 % 2 * 8 + word // (8 * BLOCK_M) * 16
+    x_ptrs = x_ptr + (rows * stride_x + offs_k)[:, None] + tl.arange(0, 8)[None, :]
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in range(split * steps_split, tl.minimum((split + 1) * steps_split, steps)):
+        words = tl.load(words_ptrs + step * (BLOCK_K // 8))
+        absmax = load_absmax(
+            absmax_ptr,
+            nested_absmax_ptr,
+            nested_code_ptr,
+            offset_ptr,
+            blocks + step * BLOCKS,
+            everywhere,
+            IS_NESTED,
+        )[:, None]
+        x = tl.load(x_ptrs + step * BLOCK_K)
+        lows, highs = _tables(absmax, dtype)
+        weight = _decode(lows, highs, words, dtype)
+        # (8 of 16 rows, WARPS, row, block, word, of a byte, byte, half a word): columns come to be in the order word,
+        # half a word, byte, block, of a byte
+        weight = tl.reshape(weight, [2, WARPS, 8, BLOCKS, 8, 2, 2, 2])
+        weight = tl.permute(weight, (1, 0, 2, 4, 7, 6, 3, 5))
+        weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
+        x = tl.permute(tl.reshape(x, [4, BLOCK_M, 2, BLOCKS, 2, 2, 2]), (0, 2, 4, 5, 3, 6, 1))
+        x = tl.reshape(x, [BLOCK_K, BLOCK_M])
+        acc = dot(weight, x, acc)
+
+    mask_n = offs_n < N
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[None, :]) * N + offs_n[:, None]
+    out = cast(acc, out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=mask_n[:, None] & (offs_m < M)[None, :])
+
+
+def can_take(weight: NF4Weight) -> bool:
+    """Whether rows of ``weight`` are whole tiles, its codes can be read eight at once, and it is no fp32."""
+    return _refusal(weight) is None
+
+
+def _refusal(weight: NF4Weight) -> Exception | None:
+    if weight.dtype is torch.float32:
+        return TypeError("weight must be bfloat16 or float16, got float32")
+    if not weight.shape[1] or weight.shape[1] % BLOCK_K:
+        return ValueError(f"weight must have rows of a multiple of 256, got {weight.shape}")
+    if weight.codes.storage_offset() % 4:
+        offset = weight.codes.storage_offset()
+        return ValueError(f"codes must begin at a multiple of 4 bytes, got {offset}")
+    return None
+
+
+def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
+
+    Raises:
+        ValueError: Rows of ``weight`` are no multiple of 256, or its codes do not begin at a multiple of 4 bytes.
+        TypeError: ``weight`` is fp32.
+    """
+    if (refusal := _refusal(weight)) is not None:
+        raise refusal
+    (M, K), N = rows.shape, weight.shape[0]
+    config = _launch_config(M, arch())
+    tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, 16 * config.num_warps)
+    k_split = k_per_split(tiles_m * tiles_n, K, BLOCK_K, config.programs)
+    splits = triton.cdiv(K, k_split)
+    dtype = torch.float32 if splits > 1 else rows.dtype
+    out = torch.empty((splits, M, N), dtype=dtype, device=rows.device)
+    if out.numel():
+        _few_rows_kernel[(tiles_n, splits, tiles_m)](
+            rows,
+            weight.codes.view(torch.int32),
+            weight.absmax,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.offset,
+            bias,
+            out,
+            rows.stride(0),
+            M,
+            N,
+            K // BLOCK_K,
+            k_split // BLOCK_K,
+            IS_NESTED=weight.is_nested,
+            HAS_BIAS=bias is not None and splits == 1,
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_K=BLOCK_K,
+            WARPS=config.num_warps,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return sum_splits(out, bias, rows.dtype) if splits > 1 else out[0]
