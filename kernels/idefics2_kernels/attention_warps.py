@@ -37,7 +37,7 @@ TILE_ROWS = 2 * WARPGROUP_ROWS
 ROWS = gl.constexpr(WARPGROUP_ROWS)
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
-PRODUCER_REGISTERS = gl.constexpr(24)
+PRODUCER_REGISTERS = gl.constexpr(32)
 LAST = 2**30  # the row that every sequence ends at in its descriptor's coordinates
 END = gl.constexpr(LAST)
 MOST_ROWS = 2**31 - 2**16  # that a descriptor can name
@@ -45,20 +45,23 @@ NO_SCORE = gl.constexpr(LOWEST.value)
 
 
 @gluon.jit
-def query_tile(index, lengths, sizes, PACK: gl.constexpr):
-    """Return a query tile's place: where its sequence begins, its queries, its keys, the tile's first query, heads."""
+def sequence_of(index, lengths, PACK: gl.constexpr):
+    """Return where a sequence begins, its queries, its keys, and its tiles of queries for ``PACK`` heads."""
     cu_seqlens_ptr, context_lens_ptr = lengths
-    H_KV, packs, tiles_m = sizes
-    pid_m = tiles_m - 1 - index // packs % tiles_m  # longest first
-    head_kv = index // (packs * tiles_m) % H_KV
-    head = (head_kv * packs + index % packs) * PACK
-    sequence = index // (packs * tiles_m * H_KV)
-    begin = gl.load(cu_seqlens_ptr + sequence)
-    S = gl.load(cu_seqlens_ptr + sequence + 1) - begin
+    begin = gl.load(cu_seqlens_ptr + index)
+    S = gl.load(cu_seqlens_ptr + index + 1) - begin
     T = S
     if context_lens_ptr is not None:
-        T = gl.load(context_lens_ptr + sequence)
-    return sequence, begin, S, T, pid_m * (ROWS * CONSUMERS // PACK), head, head_kv
+        T = gl.load(context_lens_ptr + index)
+    return begin, S, T, gl.cdiv(S * PACK, ROWS * CONSUMERS)
+
+
+@gluon.jit
+def query_tile(index, tiles_m, packs, PACK: gl.constexpr):
+    """Return the first query of one of a sequence's tiles, and its heads: those of one key head after the other's."""
+    pid_m = tiles_m - 1 - index // packs % tiles_m  # longest first
+    head_kv = index // (packs * tiles_m)
+    return pid_m * (ROWS * CONSUMERS // PACK), (head_kv * packs + index % packs) * PACK, head_kv
 
 
 @gluon.jit
@@ -225,7 +228,8 @@ def consume(
     IN_TURN: gl.constexpr,
 ):
     """Compute ``ROWS`` rows of each of this program's query tiles."""
-    lengths, num_tiles, sizes, reach = queries
+    lengths, sizes, reach = queries
+    B, heads, packs = sizes
     q_smem, k_smem, v_smem, out_smem = smem
     q_full, q_empty, k_full, v_full, freed, _ = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
@@ -240,9 +244,14 @@ def consume(
     offs_m = (CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, QK))) // PACK
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        _sequence, begin, S, T, start_m, head, _head_kv = query_tile(index, lengths, sizes, PACK)
-        if start_m < S:
+    index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    sequence = 0
+    while sequence < B:
+        begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
+        count = tiles_m * heads
+        if index < count:
+            start_m, head, _head_kv = query_tile(index, tiles_m, packs, PACK)
+            index += gl.num_programs(0)
             first_m, last_m = positions(start_m, S, T, PACK)
             begins, counts = key_tiles(first_m, last_m, T, reach, BLOCK_N)
             edges = counts[0] + counts[1]
@@ -317,6 +326,9 @@ def consume(
                 async_store(
                     out_descs[1], [END, begin + S, row, head, D_MAIN], out_smem[1].index(CONSUMER)
                 )
+        else:
+            index -= count
+            sequence += 1
     tma.store_wait(0)
 
 

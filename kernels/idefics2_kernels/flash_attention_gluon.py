@@ -30,6 +30,7 @@ from idefics2_kernels.attention_warps import (
     positions,
     processors,
     query_tile,
+    sequence_of,
     shared_tiles,
 )
 
@@ -51,16 +52,22 @@ def _launch_config(D: int) -> LaunchConfig:
 @gluon.jit
 def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
     """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
-    lengths, num_tiles, sizes, reach = queries
+    lengths, sizes, reach = queries
+    B, heads, groups = sizes
     q_smem, k_smem, v_smem, _ = smem
     q_full, q_empty, k_full, v_full, freed, _ = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     BLOCK_N: gl.constexpr = k_smem[0].shape[3]
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        _sequence, begin, T, _keys, start_m, head, head_kv = query_tile(index, lengths, sizes, 1)
-        if start_m < T:
+    index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    sequence = 0
+    while sequence < B:
+        begin, T, _keys, tiles_m = sequence_of(sequence, lengths, 1)
+        count = tiles_m * heads
+        if index < count:
+            start_m, head, head_kv = query_tile(index, tiles_m, groups, 1)
+            index += gl.num_programs(0)
             for c in gl.static_range(CONSUMERS):
                 place = begin, T, start_m + c * ROWS, head
                 mbarrier.wait(q_empty.index(c), round & 1 ^ 1)
@@ -83,9 +90,12 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
                 step += 1
             step -= 1
             round += 1
+        else:
+            index -= count
+            sequence += 1
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "H_KV", "GROUPS", "tiles_m", "left", "right"])
+@gluon.jit(do_not_specialize=["B", "H", "GROUPS", "left", "right"])
 def _flash_attention_kernel(
     q_desc,  # tiles (1, 1, ROWS, 1, D_MAIN) of q
     q_rest_desc,  # (1, 1, ROWS, 1, D_REST)
@@ -96,10 +106,9 @@ def _flash_attention_kernel(
     out_desc,  # as q's
     out_rest_desc,
     cu_seqlens_ptr,  # (B + 1,)
-    num_tiles,  # of queries
-    H_KV,
+    B,
+    H,
     GROUPS,  # query heads of a key head
-    tiles_m,  # query tiles of the longest sequence
     left,  # keys a query sees before its own position
     right,  # and after it
     qk_scale,  # in base two
@@ -117,7 +126,7 @@ def _flash_attention_kernel(
     )
     barriers = all_barriers(BUFFERS)
     fence_async_shared()
-    queries = (cu_seqlens_ptr, None), num_tiles, (H_KV, GROUPS, tiles_m), (left, right)
+    queries = (cu_seqlens_ptr, None), (B, H, GROUPS), (left, right)
     # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
     gl.warp_specialize(
         [
@@ -153,18 +162,17 @@ def flash_attention_gluon(
     _, H, D = q.shape
     H_KV = k.shape[1]
     config = _launch_config(D)
-    tiles_m = triton.cdiv(max_seqlen, TILE_ROWS)
-    num_tiles = tiles_m * H * (cu_seqlens.shape[0] - 1)
-    _flash_attention_kernel[(min(num_tiles, processors(q.device)),)](
+    B = cu_seqlens.shape[0] - 1
+    most_tiles = triton.cdiv(max_seqlen, TILE_ROWS) * H * B
+    _flash_attention_kernel[(min(most_tiles, processors(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS),
         *descriptors(k, config.BLOCK_N),
         *descriptors(v, config.BLOCK_N),
         *descriptors(out, WARPGROUP_ROWS),
         cu_seqlens,
-        num_tiles,
-        H_KV,
+        B,
+        H,
         H // H_KV,
-        tiles_m,
         left,
         right,
         qk_scale,

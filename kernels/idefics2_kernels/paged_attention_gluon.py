@@ -39,6 +39,7 @@ from idefics2_kernels.attention_warps import (
     processors,
     query_tile,
     reinterpret,
+    sequence_of,
     shared_tiles,
 )
 
@@ -107,7 +108,8 @@ def _load_pages(descs, pages, page_rows, head, tiles, boxes, full, index, D_REST
 @gluon.jit
 def _produce(queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
     """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
-    lengths, num_tiles, sizes, reach = queries
+    lengths, sizes, reach = queries
+    B, heads, packs = sizes
     block_table_ptr, stride_table, k_rows, v_rows = table
     q_smem, k_smem, v_smem, _ = smem
     q_full, q_empty, k_full, v_full, freed, _ = barriers
@@ -116,9 +118,14 @@ def _produce(queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST: 
     PACK: gl.constexpr = q_smem[0].shape[4]
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
-    for index in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        sequence, begin, S, T, start_m, head, head_kv = query_tile(index, lengths, sizes, PACK)
-        if start_m < S:
+    index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    sequence = 0
+    while sequence < B:
+        begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
+        count = tiles_m * heads
+        if index < count:
+            start_m, head, head_kv = query_tile(index, tiles_m, packs, PACK)
+            index += gl.num_programs(0)
             for c in gl.static_range(CONSUMERS):
                 place = begin, S, start_m + c * (ROWS // PACK), head
                 mbarrier.wait(q_empty.index(c), round & 1 ^ 1)
@@ -152,6 +159,9 @@ def _produce(queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST: 
                 step += 1
             step -= 1
             round += 1
+        else:
+            index -= count
+            sequence += 1
 
 
 @gluon.jit
@@ -185,10 +195,9 @@ def _boxes(tiles, descs, D_REST: gl.constexpr):
         "stride_table",
         "k_rows",
         "v_rows",
-        "num_tiles",
-        "H_KV",
+        "B",
+        "heads",
         "packs",
-        "tiles_m",
         "left",
     ]
 )
@@ -207,10 +216,9 @@ def _paged_attention_kernel(
     stride_table,
     k_rows,  # of the cache from one page to the next
     v_rows,
-    num_tiles,  # of queries
-    H_KV,
+    B,
+    heads,  # packs of all key heads
     packs,  # of PACK query heads of a key head
-    tiles_m,  # query tiles of the longest sequence
     left,  # keys a query sees before its own position
     qk_scale,  # in base two
     D_MAIN: gl.constexpr,
@@ -228,8 +236,8 @@ def _paged_attention_kernel(
     )
     barriers = all_barriers(BUFFERS)
     fence_async_shared()
-    lengths, sizes = (cu_seqlens_ptr, context_lens_ptr), (H_KV, packs, tiles_m)
-    queries = lengths, num_tiles, sizes, (left, 0)
+    lengths, sizes = (cu_seqlens_ptr, context_lens_ptr), (B, heads, packs)
+    queries = lengths, sizes, (left, 0)
     table = block_table_ptr, stride_table, k_rows, v_rows
     # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
     gl.warp_specialize(
@@ -279,16 +287,13 @@ def paged_attention_gluon(
 
     Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
     """
-    T, H, D = q.shape
+    _, H, D = q.shape
     B, H_KV = context_lens.shape[0], k_cache.shape[1]
     config = _launch_config(D, H // H_KV)
     pack = config.PACK
-    tiles_m = triton.cdiv(max_seqlen * pack, TILE_ROWS)
-    num_tiles = tiles_m * (H // pack) * B
+    most_tiles = triton.cdiv(max_seqlen * pack, TILE_ROWS) * (H // pack) * B
     D_MAIN, D_REST = head_parts(D)
-    _paged_attention_kernel[
-        (_programs(num_tiles, tiles_m, B * max_seqlen > T, processors(q.device)),)
-    ](
+    _paged_attention_kernel[(min(most_tiles, processors(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS // pack, pack),
         *descriptors(k_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
         *descriptors(v_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
@@ -299,10 +304,9 @@ def paged_attention_gluon(
         block_table.stride(0),
         k_cache.stride(0) // k_cache.stride(2),
         v_cache.stride(0) // v_cache.stride(2),
-        num_tiles,
-        H_KV,
+        B,
+        H // pack,
         H // H_KV // pack,
-        tiles_m,
         left,
         qk_scale,
         D_MAIN=D_MAIN,
@@ -312,14 +316,3 @@ def paged_attention_gluon(
         num_warps=4,
         maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
     )
-
-
-def _programs(num_tiles: int, tiles_m: int, ragged: bool, most: int) -> int:
-    """Return how many programs share the tiles of queries, each taking one of so many.
-
-    Where sequences are shorter than the longest, the first of ``tiles_m`` tiles may be all that they have. With a
-    divisor in common a few programs would get all of those.
-    """
-    if num_tiles <= most or not ragged:
-        return min(num_tiles, most)
-    return max(n for n in range(1, most + 1) if math.gcd(n, tiles_m) == 1)
