@@ -18,7 +18,11 @@ WGMMA = {
     "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
     "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16"],
+    "nf4_matmul-triton-28672x4096-m1": ["64x16x16"],
+    "nf4_matmul-triton-28672x4096-m64": ["64x64x16"],
 }
+# of Hopper, codes and x for three stages and x once more: a decoded tile of the weight would take another 32 KB
+NF4_SHARED_MEMORY = {"nf4_matmul-triton-28672x4096-m1": 45056}
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
@@ -40,3 +44,5 @@ def test_model_shapes_compile_and_fit(arch: int) -> None:
     if arch == 90:
         found = {report["case"]: report["wgmma"] for report in reports if report["wgmma"]}
         assert WGMMA.items() <= found.items()
+        shared = {report["case"]: report["shared"] for report in reports if report["wgmma"]}
+        assert NF4_SHARED_MEMORY.items() <= shared.items()
