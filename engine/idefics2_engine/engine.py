@@ -1,4 +1,4 @@
-"""The step loop: schedule, launch, finish.
+"""The step loop: schedule, launch, land.
 
 With ``run_ahead`` the next step is planned and launched before the tokens of the last one are known to the host, so that
 the device need not wait for it: they are read on the device, and an answer that turns out to have ended is computed
