@@ -283,7 +283,6 @@ def _modules() -> dict[str, Any]:
     gl.num_programs = lambda _axis: _local.programs
     gl.load = lambda pointer: int(pointer.tensor[pointer.offset])
     gl.static_range = range
-    gl.static_assert = lambda condition: None
     gl.minimum, gl.maximum = np.minimum, np.maximum
     gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
     gl.where, gl.exp2 = np.where, np.exp2
@@ -292,7 +291,6 @@ def _modules() -> dict[str, Any]:
     gl.full = lambda shape, value, _dtype, _layout: _array(np.full(shape, value))
     gl.zeros = lambda shape, _dtype, _layout: _array(np.zeros(shape))
     gl.convert_layout = lambda value, _layout: value
-    gl.inline_asm_elementwise = lambda _asm, _constraints, args, **_options: args[0]
     gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
     gl.NVMMASharedLayout = lambda **_options: None
     gl.allocate_shared_memory = _allocate
