@@ -98,7 +98,9 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
         if longest // vision.patch_size > vision.grid:
             return f"{case.name}: the model's images have at most {vision.image_size} pixels a side, got {longest}"
         return None
-    new = 2 + _rounds(case, steps, _WARM_UP) * _STEPS_IN_A_ROW if case.kernel == "step" else 1
+    new = 1
+    if case.kernel == "step":
+        new = _most_new_tokens(_rounds(case, steps))
     wanted = case.length + new
     if wanted > text.max_positions:
         return (
@@ -107,11 +109,14 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
     return None
 
 
-def _rounds(case: LatencyCase, steps: int, more: int = 0) -> int:
-    """Return how often ``case`` is called for ``steps``, and ``more`` times."""
-    return more + (
-        -(-steps // _STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
-    )
+def _rounds(case: LatencyCase, steps: int) -> int:
+    """Return how often ``case`` is timed for ``steps``."""
+    return -(-steps // _STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
+
+
+def _most_new_tokens(rounds: int) -> int:
+    """Return how many tokens a sequence comes to get in ``rounds`` of decode steps, the first two and warm-up included."""
+    return 2 + (rounds + _WARM_UP) * _STEPS_IN_A_ROW
 
 
 def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int) -> list[Row]:
@@ -200,7 +205,7 @@ class OurSteps(EngineCalls):
     """Decode steps."""
 
     def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
-        super().__init__(case, llm, (rounds + _WARM_UP) * _STEPS_IN_A_ROW + 2)
+        super().__init__(case, llm, _most_new_tokens(rounds))
         self.first_tokens: list[int] = []
 
     def first(self) -> Tensor:
@@ -366,12 +371,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="idefics2 bench latency",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    whole_model.add_options(parser)
+    parser = whole_model.parser("latency", __doc__)
     parser.add_argument(
         "--case", action="append", help="only this case, as in the examples; may be repeated"
     )

@@ -192,12 +192,7 @@ def _figures(seconds: float, counts: Counts, requests: int, device: torch.device
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="idefics2 bench offline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    whole_model.add_options(parser)
+    parser = whole_model.parser("offline", __doc__)
     add = parser.add_argument
     add(
         "--requests",

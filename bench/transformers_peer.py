@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.checkpoint import hub_tensors
+from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.images import ImageConfig, Tile, normalise
 from idefics2_engine.json_file import read_json
 from idefics2_engine.model import Idefics2

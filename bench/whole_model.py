@@ -20,8 +20,13 @@ from idefics2_kernels import REFERENCE, TRITON
 PEER = "transformers"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``resolve`` and ``load`` read."""
+def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of ``idefics2 bench <suite>``, with the options that ``resolve`` and ``load`` read."""
+    parser = argparse.ArgumentParser(
+        prog=f"idefics2 bench {suite}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -50,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     peer.add_argument("--no-peer", action="store_true", help="time nothing beside it")
     add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
     add("--commit", help="what to record as the commit, where there is no git")
+    return parser
 
 
 def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

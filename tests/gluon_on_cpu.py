@@ -327,7 +327,6 @@ def _modules() -> dict[str, Any]:
     gl.num_programs = lambda _axis: _local.programs
     gl.load = _load
     gl.static_range = range
-    gl.static_assert = lambda condition: None
     gl.minimum, gl.maximum = np.minimum, np.maximum
     gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
     gl.cast = lambda value, _dtype: value
@@ -337,7 +336,6 @@ def _modules() -> dict[str, Any]:
     gl.full = lambda shape, value, _dtype, _layout: _array(np.full(shape, value))
     gl.zeros = lambda shape, _dtype, _layout: _array(np.zeros(shape))
     gl.convert_layout = lambda value, _layout: value
-    gl.inline_asm_elementwise = lambda _asm, _constraints, args, **_options: args[0]
     gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
     gl.NVMMASharedLayout = lambda **_options: None
     gl.allocate_shared_memory = _allocate

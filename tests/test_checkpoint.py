@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-from idefics2_engine.checkpoint import hub_tensors, load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
 from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.model import Idefics2
 from oracle import CASES, TinyCase, build_oracle, save_oracle
 

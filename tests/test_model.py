@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from idefics2_engine.batch import TextBatch
-from idefics2_engine.checkpoint import hub_tensors, load_checkpoint
+from idefics2_engine.checkpoint import load_checkpoint
+from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.model import Idefics2
 from idefics2_engine.padded import forward_padded
 from oracle import CASES, TinyCase, build_oracle, image_batch, padded_pixels, save_oracle

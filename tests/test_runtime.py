@@ -16,6 +16,7 @@ from idefics2_engine.config import EngineConfig
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.engine import Engine
 from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.sampler import Drawn
 from idefics2_engine.sequence import Request
 from oracle import random_image
 from tiny_checkpoint import write_checkpoint
@@ -349,6 +350,25 @@ def test_what_never_fits_into_memory_fails_alone(
     for request, mine, wanted in zip(requests, got, expected, strict=True):
         assert mine == wanted or request is longest
     assert isinstance(longest.output().error, RequestFailedError)
+
+
+@pytest.mark.parametrize("failing_step", [1, 3, 6])
+def test_tokens_that_cannot_be_read_once_are_drawn_again(
+    llm: LLM, expected: list[list[list[int]]], failing_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, choices, calls = make_engine(llm), Drawn.choices, []
+
+    def fail_once(drawn: Drawn) -> Any:
+        calls.append(drawn)
+        if len(calls) == failing_step:
+            raise RuntimeError("broken")
+        return choices(drawn)
+
+    monkeypatch.setattr(Drawn, "choices", fail_once)
+    requests = make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert not any(request.error for request in requests)
+    assert len(calls) > failing_step
 
 
 def test_an_encoder_that_fails_once_leaves_no_wrong_picture(

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.batch import ImageBatch, PagedView, TextBatch, cumulative
-from idefics2_engine.checkpoint import hub_tensors
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.demo import DEMO_IMAGES
+from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.images import Tile
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2

@@ -13,9 +13,10 @@ import latency
 import machine
 import report
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.checkpoint import hub_tensors, load_checkpoint
+from idefics2_engine.checkpoint import load_checkpoint
 from idefics2_engine.cli.main import main
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.hub_tensors import hub_tensors
 from tiny_checkpoint import LATENTS, write_checkpoint
 from transformers_peer import transformers_model
 from workloads import LatencyCase, offline_requests

@@ -70,7 +70,7 @@ class ImageBatch(_Movable):
 class PagedView(_Movable):
     """Where this step's keys and values go in the KV cache, and what each sequence may read there."""
 
-    slots: Tensor  # (T,) int64: page * page size + offset of each new token
+    slots: Tensor  # (T,) int32 or int64: page * page size + offset of each new token
     block_table: Tensor  # (B, most pages of a sequence) int32
     context_lens: Tensor  # (B,) int32: keys of each sequence, this step's included
 
@@ -79,8 +79,8 @@ class PagedView(_Movable):
 class TextBatch(_Movable):
     """B sequences packed into T tokens, with or without a KV cache behind them."""
 
-    input_ids: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64
+    input_ids: Tensor  # (T,) int32 or int64
+    positions: Tensor  # (T,) int32 or int64
     cu_seqlens: Tensor  # (B + 1,) int32
     max_seqlen: int
     logits_indices: Tensor | None = None  # rows to give logits for; every row if None

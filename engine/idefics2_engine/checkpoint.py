@@ -43,15 +43,6 @@ from idefics2_engine.weight_files import INDEX, SINGLE, find_weights, listing
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.checks import FLOATS as NF4_DTYPES
 
-__all__ = [
-    "HubTensor",
-    "build_model",
-    "hub_tensors",
-    "load_checkpoint",
-    "save_checkpoint",
-    "tensor_places",
-]
-
 
 def build_model(
     config: ModelConfig,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
-from idefics2_engine.packing import NOTHING, PackedStep, padded, text_batch
+from idefics2_engine.packing import NOTHING, PackedStep, known, padded, text_batch
 from idefics2_engine.transfer import to_device
 
 _WARM_UP = 2  # runs that compile kernels and set up libraries before one is recorded
@@ -87,9 +87,3 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     """Return the batch sizes that are recorded: 1, 2, 4, then every eighth, up to the first that holds all."""
     sizes = [1, 2, 4, *range(8, max_num_seqs + 8, 8)]
     return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= max_num_seqs)]
-
-
-def known(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace each -1 - row among ``input_ids`` (T,) by ``last_tokens[row]``."""
-    rows = (-1 - input_ids).clamp(min=0)
-    return torch.where(input_ids < 0, last_tokens[rows], input_ids)

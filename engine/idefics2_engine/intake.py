@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from idefics2_engine.errors import Idefics2Error
@@ -34,12 +33,7 @@ class Intake(Generic[Row, Prepared]):
         self._fill()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Abandon what nobody took."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 

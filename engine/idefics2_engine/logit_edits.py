@@ -87,10 +87,10 @@ class EditFinder:
             barred.add(row, np.array(never, dtype=np.int64))
             biased.add(row, asked.biased)
             values[0].append(asked.bias)
-            if asked.penalises:
+            params = sequence.request.params
+            if params.penalises:
                 tokens, counts = asked.seen(sequence)
                 penalised.add(row, tokens)
-                params = sequence.request.params
                 values[1].append(np.full(len(tokens), params.repetition_penalty, np.float32))
                 values[2].append(np.float32(params.frequency_penalty) * counts)
                 values[3].append(np.float32(params.presence_penalty) * (counts > 0))
@@ -127,12 +127,11 @@ class _Asked:
         self.allowed: Ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
         self.biased: Ids = np.array(list(bias), dtype=np.int64)
         self.bias: Floats = np.array(list(bias.values()), dtype=np.float32)
-        self.penalises = params.penalises
         # the prompt counts for repetition alone; image slots are not text that is repeated
         prompt = {*request.prompt_token_ids} - {image_token_id}
         tokens = sorted(prompt) if params.repetition_penalty != 1.0 else []
         self._place = {token: place for place, token in enumerate(tokens)}
-        room = len(tokens) + request.max_tokens if self.penalises else 0
+        room = len(tokens) + request.max_tokens if params.penalises else 0
         self._tokens: Ids = np.zeros(room, dtype=np.int64)
         self._tokens[: len(tokens)] = tokens
         self._counts: Floats = np.zeros(room, dtype=np.float32)

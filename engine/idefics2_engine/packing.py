@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from idefics2_engine.batch import PagedView, TextBatch
@@ -115,6 +116,12 @@ def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
         block_table=table,
         logits_indices=_NONE,
     )
+
+
+def known(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
+    """Replace each -1 - row among ``input_ids`` (T,) by ``last_tokens[row]``."""
+    rows = (-1 - input_ids).clamp(min=0)
+    return torch.where(input_ids < 0, last_tokens[rows], input_ids)
 
 
 def text_batch(

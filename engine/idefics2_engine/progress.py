@@ -1,7 +1,6 @@
 """A progress bar with what the engine does a second."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -24,12 +23,7 @@ class Progress:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from idefics2_engine.batch import ImageBatch
-from idefics2_engine.decode_graphs import DecodeGraphs, known
+from idefics2_engine.decode_graphs import DecodeGraphs
 from idefics2_engine.images import ImageConfig, Tile
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
-from idefics2_engine.packing import PackedStep, pack, text_batch
+from idefics2_engine.packing import PackedStep, known, pack, text_batch
 from idefics2_engine.scheduler import Step
 from idefics2_engine.sequence import Request, Sequence
 from idefics2_engine.transfer import to_device
