@@ -301,8 +301,9 @@ class TheirSteps(TheirTokens):
 
     def __call__(self) -> None:
         """Run the next steps."""
-        for _ in range(_STEPS_IN_A_ROW):
-            self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
+        with transformers_peer.steps_without_cudnn():
+            for _ in range(_STEPS_IN_A_ROW):
+                self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
 
 
 class TheirPrefill(TheirTokens):

@@ -17,6 +17,7 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.memory import bytes_per_token, kv_cache_tokens
 from idefics2_engine.model import Idefics2
 from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.upload import Uploader
 from oracle import CASES, image_batch
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +56,17 @@ def test_logits(case, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
             (logits[device, dtype] - exact).abs().amax(-1) for device in ("cuda", "cpu")
         )
         assert (ours <= 2 * (theirs + torch.finfo(dtype).eps * scale)).all(), dtype
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32, torch.float64])
+def test_upload(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("idefics2_engine.upload._BUFFER_BYTES", 64)
+    uploader = Uploader(torch.device("cuda"))
+    for shape in (7, 1), (3, 5, 33), (0, 4), (32,), ():  # many times around the buffers
+        weight = torch.randn(shape).to(source)
+        there = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+        assert uploader.copy(weight, there) is there
+        assert torch.equal(there.cpu(), weight.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])

@@ -1,4 +1,4 @@
-"""``idefics2 bench latency`` and ``offline`` on a tiny checkpoint, transformers beside it."""
+"""``idefics2 bench latency``, ``load`` and ``offline`` on a tiny checkpoint, transformers beside it."""
 
 import json
 import shutil
@@ -94,6 +94,17 @@ def test_latency_on_random_weights(bare: Path, tmp_path: Path) -> None:
     _, rows = bench(tmp_path / "out.json", "latency", "--random-weights", str(bare), *case)
     assert rows[0]["model"] == "bare (random weights)"
     assert rows[0]["peer_difference"] < 1e-4
+
+
+def test_load(tiny: Path, bare: Path, tmp_path: Path) -> None:
+    _, rows = bench(tmp_path / "out.json", "load", "--random-weights", str(bare))
+    assert [(row["case"], row["impl"]) for row in rows] == [
+        ("load", "reference"),
+        ("load", "transformers"),
+    ]
+    assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
+    _, rows = bench(tmp_path / "nf4.json", "load", "--model", str(tiny), "--quantization", "nf4")
+    assert [(row["case"], row["impl"]) for row in rows] == [("load-nf4", "reference")]
 
 
 def test_weights_in_nf4(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,7 @@ from idefics2_engine.stored_nf4 import (
     weight_name,
     weight_tensors,
 )
+from idefics2_engine.upload import Uploader
 from idefics2_engine.weight_files import INDEX, SINGLE, find_weights, listing
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.checks import FLOATS as NF4_DTYPES
@@ -77,7 +78,7 @@ def load_checkpoint(
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
     The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
-    memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed, also where it is quantised.
+    memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed, where it is quantised.
 
     Args:
         folder: A checkpoint in the hub's form, or one that bitsandbytes quantised to NF4, which stays so.
@@ -118,6 +119,7 @@ def load_checkpoint(
     model = _build(config, ops, device, dtype, stored_nf4 | chosen)
     places = {place.name: place for place in tensor_places(model)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    uploader = Uploader(model.device)
     with torch.no_grad():
         for table in {model.text.embedding, model.lm_head}:
             table[config.text.vocab_size :] = 0.0
@@ -132,12 +134,15 @@ def load_checkpoint(
                     value = changes.merge(source.name, value, dtype, model.device)
             layer = model.get_submodule(place.module)
             if isinstance(layer, NF4Linear) and place.is_linear:
+                if isinstance(value, Tensor):
+                    there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
+                    value = uploader.copy(value, there)
                 layer.weight = _quantised(source, value, model, double_quant, check_finite)
                 continue
             if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
                 value = ops.nf4_dequantize(value)
             rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-            rows.copy_(value.view(rows.shape))
+            uploader.copy(value, rows)
             if check_finite:
                 _check_finite(source, rows, f" in {dtype}")
     return model
@@ -267,9 +272,7 @@ def _quantised(
     double_quant: bool,
     check_finite: bool,
 ) -> NF4Weight:
-    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantised."""
-    if isinstance(value, Tensor):
-        value = value.to(model.device, model.dtype)
+    """Return ``value`` in NF4; numbers were rounded to the model's type on its device."""
     if check_finite:
         numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
         _check_finite(source, numbers, f" in {model.dtype}")

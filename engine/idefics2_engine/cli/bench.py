@@ -9,7 +9,12 @@ from typing import Any
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = (_PACKAGE / "bench").is_dir()
 _BENCH = _PACKAGE / "bench" if _INSTALLED else _PACKAGE.parents[1] / "bench"
-_SUITES = {"kernels": "micro.py", "latency": "latency.py", "offline": "offline.py"}
+_SUITES = {
+    "kernels": "micro.py",
+    "latency": "latency.py",
+    "load": "load.py",
+    "offline": "offline.py",
+}
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -17,8 +22,8 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "bench",
         help="time the kernels or the whole model on this machine",
-        description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill) or offline (many "
-        "requests); `idefics2 bench SUITE --help` lists its options.",
+        description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), load (a "
+        "checkpoint) or offline (many requests); `idefics2 bench SUITE --help` lists its options.",
         allow_abbrev=False,
     )
     parser.add_argument("suite", choices=tuple(_SUITES))
