@@ -78,7 +78,7 @@ def load_checkpoint(
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
     The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
-    memory-mapped and each tensor goes straight to its place, so one tensor is the extra memory needed, where it is quantised.
+    memory-mapped and each tensor goes straight to its place; what is quantised takes one tensor of extra memory on the device.
 
     Args:
         folder: A checkpoint in the hub's form, or one that bitsandbytes quantised to NF4, which stays so.
@@ -134,10 +134,9 @@ def load_checkpoint(
                     value = changes.merge(source.name, value, dtype, model.device)
             layer = model.get_submodule(place.module)
             if isinstance(layer, NF4Linear) and place.is_linear:
-                if isinstance(value, Tensor):
-                    there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
-                    value = uploader.copy(value, there)
-                layer.weight = _quantised(source, value, model, double_quant, check_finite)
+                layer.weight = _quantised(
+                    source, value, model, uploader, double_quant, check_finite
+                )
                 continue
             if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
                 value = ops.nf4_dequantize(value)
@@ -269,10 +268,14 @@ def _quantised(
     source: StoredTensor,
     value: Tensor | NF4Weight,
     model: Idefics2,
+    uploader: Uploader,
     double_quant: bool,
     check_finite: bool,
 ) -> NF4Weight:
-    """Return ``value`` in NF4; numbers were rounded to the model's type on its device."""
+    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantised."""
+    if isinstance(value, Tensor):
+        there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
+        value = uploader.copy(value, there)
     if check_finite:
         numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
         _check_finite(source, numbers, f" in {model.dtype}")
