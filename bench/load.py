@@ -17,7 +17,6 @@ from typing import Any
 
 import machine
 import report
-import transformers_peer
 import whole_model
 from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
 from idefics2_engine.config import PAGE_SIZE
@@ -41,8 +40,8 @@ def main() -> int:
     llm = whole_model.load(
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
-    row: Row = {"kernel": "load", "case": whole_model.case_name("load", options)}
-    row |= whole_model.settings_of(llm, options)
+    head: Row = {"kernel": "load", "case": whole_model.case_name("load", options)}
+    head |= whole_model.settings_of(llm, options)
     with TemporaryDirectory() as temporary:
         folder = whole_model.folder(options)
         if options.random_weights is not None:
@@ -58,17 +57,25 @@ def main() -> int:
             load_checkpoint(folder, ops, device, dtype, quantization=quantization)
 
         def theirs() -> None:
-            transformers_peer.load(folder, device, dtype)
+            import transformers
+
+            library: Any = transformers  # its classes are typed in part
+            library.Idefics2ForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, device_map=str(device)
+            )
 
         calls: dict[str, Callable[[], object]] = {options.ops: ours}
         if options.peer is not None:
             calls[whole_model.PEER] = theirs
         times = alternate(calls, _ROUNDS, _WARM_UP, device)
-    rows = [{**row, "impl": name, **asdict(time)} for name, time in times.items()]
+    rows: list[Row] = [{**head, "impl": name, **asdict(time)} for name, time in times.items()]
     if options.peer is not None:
-        row = rows[0]
-        row |= {"peer": whole_model.PEER, "peer_ms": rows[1]["ms"]}
-        row["speedup"] = row["peer_ms"] / row["ms"]
+        ours_ms, theirs_ms = (time.ms for time in times.values())
+        rows[0] |= {
+            "peer": whole_model.PEER,
+            "peer_ms": theirs_ms,
+            "speedup": theirs_ms / ours_ms,
+        }
     for row in rows:
         print(report.whole_line(row), flush=True)
     if options.json is not None:

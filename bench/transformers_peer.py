@@ -3,8 +3,7 @@
 Its parameters are views of our fused ones, so the second model takes no memory for them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,31 +54,6 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
     if left:
         raise RuntimeError(f"transformers' model has tensors that ours lacks: {', '.join(left)}")
     return peer.eval()
-
-
-def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load the checkpoint in ``folder`` as transformers does."""
-    import transformers
-
-    library: Any = transformers
-    return library.Idefics2ForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, device_map=str(device)
-    )
-
-
-@contextmanager
-def steps_without_cudnn() -> Iterator[None]:
-    """Keep SDPA from cuDNN's attention where keys become more with every call.
-
-    For each new length it makes a plan, 2 ms a layer: a decode step of the 8B model takes 74 to 87 ms with it, 19 to 24
-    without (H100, PyTorch 2.11). Prompts and images are faster with it.
-    """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def padded_images(
@@ -134,7 +108,7 @@ def generate(
     if any(prompt.tiles for prompt in prompts):
         tiles = [prompt.tiles for prompt in prompts]
         inputs |= padded_images(tiles, config, peer.device, peer.dtype)
-    with torch.inference_mode(), steps_without_cudnn():
+    with torch.inference_mode():
         tokens: Tensor = peer.generate(**inputs, generation_config=greedy)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     if new.shape[1] != max_new_tokens:
