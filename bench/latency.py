@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import machine
 import report
 import transformers_peer
 import whole_model
@@ -70,9 +69,7 @@ def main() -> int:
         parser.error(str(error))
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
-    about = machine.describe(options.device)
-    if options.commit:
-        about["commit"] = options.commit
+    about = whole_model.about(options)
     # its own cache stays unused: each case builds an engine of the size it needs
     llm = whole_model.load(
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
@@ -91,10 +88,7 @@ def main() -> int:
             row["case"] = whole_model.case_name(case.name, options)
             results.append({**row, **whole_model.settings_of(llm, options)})
             print(report.whole_line(row), flush=True)
-    if options.json is not None:
-        report.write_json(options.json, about, results)
-    print()
-    print(report.whole_table(about, results))
+    whole_model.report_rows(about, results, options.json)
     return int(any("ms" not in row for row in results))
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import machine
 import report
 import whole_model
 from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
@@ -34,9 +33,7 @@ def main() -> int:
     parser = whole_model.parser("load", __doc__)
     options = parser.parse_args()
     whole_model.resolve(options, parser)
-    about = machine.describe(options.device)
-    if options.commit:
-        about["commit"] = options.commit
+    about = whole_model.about(options)
     llm = whole_model.load(
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
@@ -78,10 +75,7 @@ def main() -> int:
         }
     for row in rows:
         print(report.whole_line(row), flush=True)
-    if options.json is not None:
-        report.write_json(options.json, about, rows)
-    print()
-    print(report.whole_table(about, rows))
+    whole_model.report_rows(about, rows, options.json)
     return 0
 
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-import machine
 import report
 import transformers_peer
 import whole_model
@@ -51,9 +50,7 @@ def main() -> int:
     for name in ("requests", "shrink", "peer_batch"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    about = machine.describe(options.device)
-    if options.commit:
-        about["commit"] = options.commit
+    about = whole_model.about(options)
     llm = whole_model.load(
         options,
         max_model_len=options.max_model_len,
@@ -90,10 +87,7 @@ def main() -> int:
             "peer_ms": best["ms"],
             "speedup": best["ms"] / rows[0]["ms"],
         }
-    if options.json is not None:
-        report.write_json(options.json, about, rows)
-    print()
-    print(report.whole_table(about, rows))
+    whole_model.report_rows(about, rows, options.json)
     return 0
 
 

@@ -10,6 +10,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+import machine
+import report
 import transformers_peer
 from idefics2_engine import LLM
 from idefics2_engine.demo import DEMO_MODEL
@@ -71,6 +73,20 @@ def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     wanted = not options.no_peer and not options.quantization
     if options.peer is None and wanted and transformers_peer.is_installed():
         options.peer = PEER
+
+
+def about(options: argparse.Namespace) -> dict[str, object]:
+    """Describe the machine, and the commit as the options have it."""
+    described = machine.describe(options.device)
+    return {**described, "commit": options.commit} if options.commit else described
+
+
+def report_rows(about: dict[str, object], rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Write ``rows`` to the file ``path``, if there is one, and print them as a table."""
+    if path is not None:
+        report.write_json(path, about, rows)
+    print()
+    print(report.whole_table(about, rows))
 
 
 def folder(options: argparse.Namespace) -> Path:
