@@ -1,7 +1,7 @@
 """Run one small case of every kernel under compute-sanitizer: no access out of bounds, no race in shared memory.
 
-Kernels of warps that do different things hand these out in the last eight bytes of shared memory, a byte a warp: Triton
-writes them, all warps meet at a barrier that is not the first, and each reads its own. Racecheck does not see that barrier
+Where warps do different things (``warp_specialize``), Triton hands these out in the last eight bytes of shared memory, a
+byte a warp: it writes them, all warps meet at a named barrier, and each reads its own. Racecheck does not see that barrier
 and calls every such reading a hazard. Those, and no others, are left out.
 
 make sanitize                       # needs a CUDA device, and compute-sanitizer on the path
@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 _TOOLS = {
@@ -67,9 +66,8 @@ def _ends_of_shared_memory() -> set[tuple[str, int]]:
     }
 
 
-def hazards(lines: Iterable[str]) -> list[str]:
+def hazards(lines: list[str]) -> list[str]:
     """Return what racecheck reports in ``lines``, and what is wrong with its report, but for the bytes handed out."""
-    lines = list(lines)
     handed_out: dict[str, set[int]] = {}
     for line in lines:
         if line.startswith(_HANDED_OUT):
