@@ -25,7 +25,7 @@ from idefics2_kernels.split_k import k_per_split, sum_splits
 BLOCK = tl.constexpr(tables.BLOCK)
 FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
 # One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where
-# fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.6 to 0.95 of fused's
+# fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.63 to 0.96 of fused's
 # time at 16 rows; at 64 it still takes 1.02 to 1.09, and what lies between was not measured.
 FEW_ROWS = 64
 
