@@ -39,7 +39,6 @@ class NF4Linear(nn.Module):
         self.shape = (N, K)
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
         self.ops = ops
-        self.on_load: Callable[[], None] | None = None  # called whenever the weight was set
         self._weight: NF4Weight | None = None
 
     @property
@@ -59,8 +58,6 @@ class NF4Linear(nn.Module):
         if weight.shape != self.shape:
             raise ValueError(f"weight must have shape {self.shape}, got {weight.shape}")
         self._weight = weight
-        if self.on_load is not None:
-            self.on_load()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., K) to (..., N)."""
@@ -79,41 +76,45 @@ class NF4Linear(nn.Module):
 class SideBySide(nn.Module):
     """Linear layers of one input whose outputs lie side by side, in place of one layer with their rows stacked.
 
-    Weights in NF4 that can be one (``can_stack``) become one when the last of them is loaded, and the layers' own views of
-    it: one product in place of several.
+    ``stack`` makes weights in NF4 one, and the layers' own views of it: one product in place of several.
     """
 
     def __init__(self, layers: Sequence[Linear | NF4Linear]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._stacked: NF4Weight | None = None
-        for layer in layers:
-            if isinstance(layer, NF4Linear):
-                layer.on_load = self._stack
+        self._parts: list[NF4Weight] = []  # the layers' weights when they were stacked
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., K) to (..., N), N being the sum of the layers' own."""
-        layers = cast(Sequence[Linear | NF4Linear], self.layers)
-        if self._stacked is None:
-            return torch.cat([layer(x) for layer in layers], dim=-1)
-        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-        return layers[0].ops.nf4_matmul(x, self._stacked, torch.cat(biases) if biases else None)
-
-    def _stack(self) -> None:
-        self._stacked = None
+    def stack(self) -> None:
+        """Stack the layers' weights, if all are loaded and can be one."""
         layers = [l for l in self.layers if isinstance(l, NF4Linear) and l.is_loaded]
         if len(layers) == len(self.layers) and can_stack([layer.weight for layer in layers]):
             self._share(stack([layer.weight for layer in layers]))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to (..., N), N being the sum of the layers' own."""
+        layers = cast(Sequence[Linear | NF4Linear], self.layers)
+        if self._stacked is None or not self._is_shared:
+            return torch.cat([layer(x) for layer in layers], dim=-1)
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        return layers[0].ops.nf4_matmul(x, self._stacked, torch.cat(biases) if biases else None)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether no layer has got another weight since they were stacked."""
+        layers = cast(Sequence[NF4Linear], self.layers)
+        return all(l.weight is part for l, part in zip(layers, self._parts, strict=True))
+
     def _share(self, stacked: NF4Weight) -> None:
         layers = cast(Sequence[NF4Linear], self.layers)
         self._stacked = stacked
-        parts = split(stacked, [layer.shape[0] for layer in layers])
-        for layer, part in zip(layers, parts, strict=True):
-            layer._weight = part
+        self._parts = split(stacked, [layer.shape[0] for layer in layers])
+        for layer, part in zip(layers, self._parts, strict=True):
+            layer.weight = part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        stacked = self._stacked if self._stacked is not None and self._is_shared else None
         applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._stacked is not None:
-            self._share(self._stacked.to(fn(self._stacked.codes).device))
+        if stacked is not None:
+            self._share(stacked.to(fn(stacked.codes).device))
         return applied
