@@ -1,0 +1,474 @@
+"""NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
+
+Decoding is a look-up in shared memory. The table has an entry for each byte of codes, the two NF4 values that its
+nibbles stand for, and each of a warp's lanes has a copy of it in banks of its own: one instruction makes the address
+of a code byte, one loads two values, two multiply them by the block's absmax, one rounds both. Every weight is exactly
+what dequantising gives, at 2.5 instructions.
+
+A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the weight at a time, and
+never leaves them. The order of the columns in a sum is free, so that each of the four lanes that share a row takes a
+block of 64 columns, with one absmax, out of every 256; x lies in shared memory so that a lane finds the columns of its
+block side by side.
+
+A program takes ``groups`` groups of rows whole, so that nothing is summed through global memory. Its warps
+are dealt to groups first and along K next, and go through their share without waiting for each other, but where the
+columns of x do not all fit into shared memory. The partial sums of the warps along K are added in a fixed order at the end.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4_weight import NF4Weight
+
+BLOCK = gl.constexpr(tables.BLOCK)
+BLOCK_K = 256  # a block for each of the four lanes that share a row
+PROGRAMS = 132  # the SMs of an H100
+X_BYTES = 128 * 1024  # of shared memory for x; 64 KiB are the table's
+MAX_M = 64
+_LOWEST = gl.constexpr(LOWEST.value)
+_NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a product is cut: rows of x; of the weight a warp; warps along N and K; turns of the loop for a buffer of x."""
+
+    BLOCK_M: int
+    ROWS: int
+    WARPS_N: int
+    WARPS_K: int
+    TURNS: int
+    BUFFERS: int  # 1: all of x
+    DEPTH: int  # turns for which codes are on their way
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return self.WARPS_N * self.WARPS_K
+
+
+def _config(M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int) -> LaunchConfig:
+    """Complete a choice by what follows from it."""
+    BLOCK_M = max(8, triton.next_power_of_2(M))
+    turns = triton.cdiv(K // BLOCK_K, WARPS_K)
+    turn_bytes = 2 * BLOCK_M * BLOCK_K * WARPS_K
+    BUFFERS = 1 if turns * turn_bytes <= X_BYTES else 2
+    TURNS = turns if BUFFERS == 1 else X_BYTES // 2 // turn_bytes
+    return LaunchConfig(BLOCK_M, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH)
+
+
+def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
+    # 32 rows a warp halve what is read of x, and leave half of the warps
+    def rows_of_a_program(rows: int) -> int:
+        return triton.cdiv(triton.cdiv(N, rows), PROGRAMS) * rows
+
+    ROWS = 32 if M > 8 and rows_of_a_program(32) <= rows_of_a_program(16) else 16
+    warps = 16 if ROWS == 16 and M <= 16 else 8
+    groups = rows_of_a_program(ROWS) // ROWS
+    WARPS_N = min(triton.next_power_of_2(groups), warps)
+    WARPS_K = warps // WARPS_N
+    # two buffers of x, of a turn each at least
+    most = X_BYTES // 2 // (2 * max(8, triton.next_power_of_2(M)) * BLOCK_K)
+    return _config(M, K, ROWS, WARPS_N, min(WARPS_K, most), DEPTH=2)
+
+
+@cache
+def _layouts(config: LaunchConfig) -> dict[str, object]:
+    """Return who holds what: lanes and warps as ``mma.sync`` has them, registers as they are loaded."""
+    warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
+    warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
+    more_rows = [[0, 16 * config.WARPS_N, 0, 0]] if config.ROWS == 32 else []
+    codes = gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2], [0, 8, 0, 0], *more_rows],
+        lane_bases=[[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        warp_bases=[*([0, 16 * w, 0, 0] for w in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.WARPS_N * config.ROWS, 4, 4],
+    )
+    more_rows = [[0, 32 << i, 0] for i in range((config.BLOCK_M // 8 - 1).bit_length())]
+    x = gl.DistributedLinearLayout(
+        reg_bases=[*([0, 0, 1 << i] for i in range(5)), *more_rows],
+        lane_bases=[[0, 1 << i, 0] for i in range(5)],
+        warp_bases=[*([0, 0, 0] for _ in warps_n), *([w, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.BLOCK_M * 4, 32],
+    )
+    product = gl.NVMMADistributedLayout(
+        version=[2, 0],
+        warps_per_cta=[config.WARPS_K, config.WARPS_N, 1],
+        instr_shape=[1, 16, 8],
+    )
+    return {"CODES": codes, "X": x, "PRODUCT": product}
+
+
+_DECODE = gl.constexpr("""{
+.reg .b32 a, b, c, d;
+.reg .f32 a0, a1, b0, b1, c0, c1, d0, d1;
+prmt.b32 a, $4, $5, 0x7604;
+prmt.b32 b, $4, $5, 0x7614;
+prmt.b32 c, $4, $5, 0x7624;
+prmt.b32 d, $4, $5, 0x7634;
+add.u32 a, a, $6;
+add.u32 b, b, $6;
+add.u32 c, c, $6;
+add.u32 d, d, $6;
+ld.shared.v2.f32 {a0, a1}, [a];
+ld.shared.v2.f32 {b0, b1}, [b];
+ld.shared.v2.f32 {c0, c1}, [c];
+ld.shared.v2.f32 {d0, d1}, [d];
+mul.rn.f32 a0, a0, $7;
+mul.rn.f32 a1, a1, $7;
+mul.rn.f32 b0, b0, $7;
+mul.rn.f32 b1, b1, $7;
+mul.rn.f32 c0, c0, $7;
+mul.rn.f32 c1, c1, $7;
+mul.rn.f32 d0, d0, $7;
+mul.rn.f32 d1, d1, $7;
+cvt.rn.TYPE.f32 $0, a1, a0;
+cvt.rn.TYPE.f32 $1, b1, b0;
+cvt.rn.TYPE.f32 $2, c1, c0;
+cvt.rn.TYPE.f32 $3, d1, d0;
+}""")
+_DECODE_BF16 = gl.constexpr(_DECODE.value.replace("TYPE", "bf16x2"))
+_DECODE_FP16 = gl.constexpr(_DECODE.value.replace("TYPE", "f16x2"))
+
+
+@gluon.jit
+def _fill_table(code_ptr, smem, NUM_WARPS: gl.constexpr):
+    """Write the two values of every byte, the high nibble's first, for each lane."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [NUM_WARPS, 1, 1], [2, 1, 0])
+    byte = gl.arange(0, 256, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    is_first = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :] == 0
+    lanes = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 0
+    smem.store(gl.load(code_ptr + (gl.where(is_first, byte >> 4, byte & 15) + lanes)))
+
+
+@gluon.jit
+def _copy_turns(
+    x_ptr,
+    smem,
+    buffer,
+    turn,
+    stride_x,
+    M,
+    steps,
+    TURNS: gl.constexpr,
+    WARPS_N: gl.constexpr,
+):
+    """Begin to copy the columns of x for ``TURNS`` turns; rows and columns that are not there become zeros."""
+    WARPS_K: gl.constexpr = smem.shape[1]
+    BLOCK_M: gl.constexpr = smem.shape[2] // 4
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WARPS_K, WARPS_N, 1], [2, 1, 0])
+    k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    row = gl.arange(0, BLOCK_M * 4, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    stride_x = stride_x // 8 * 8  # what the compiler cannot know: rows begin at multiples of 16 bytes
+    offs = gl.cast(row // 4, gl.int64) * stride_x + k * 256 + row % 4 * 64 + column
+    for i in range(TURNS):
+        step = (turn + i) * WARPS_K
+        mask = (row // 4 < M) & (step + k < steps) & (column >= 0)
+        for part in gl.static_range(2):
+            x_ptrs = x_ptr + (step * 256 + part * 32) + offs
+            async_copy.async_copy_global_to_shared(
+                smem.index((buffer + i) * 2 + part), x_ptrs, mask
+            )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _stage(
+    weight,
+    place,
+    flat,
+    CODES: gl.constexpr,
+    IS_NESTED: gl.constexpr,
+    IS_ONE_ROUND: gl.constexpr,
+    TILE: gl.constexpr,
+):
+    """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax.
+
+    Past the end of rows or columns the last ones are read again.
+    """
+    codes_ptr, absmax_ptr, nested_absmax_ptr = weight
+    row, k, q, first, N, steps, turns, rows = place
+    round = 0
+    if not IS_ONE_ROUND:
+        round = flat // turns
+    row = gl.minimum(first + gl.minimum(round * TILE + row, rows - 1), N - 1)
+    step = gl.minimum((flat - round * turns) * k.shape[0] + k, steps - 1)
+    blocks = row * (steps * 4) + step * 4 + q
+    word = gl.arange(
+        0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
+    )[None, None, None, :]
+    words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
+    absmax = gl.load(absmax_ptr + blocks)
+    nested = absmax
+    if IS_NESTED:
+        nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
+    return gl.load(words_ptrs), gl.load(words_ptrs + 4), absmax, nested
+
+
+@gluon.jit
+def _absmax(stage, nested_code_ptr, offset, is_there, IS_NESTED: gl.constexpr):
+    """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
+    absmax = stage[2]
+    if IS_NESTED:
+        code = gl.load(nested_code_ptr + gl.cast(absmax, gl.int32))
+        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        absmax = gl.maximum(code * stage[3], _LOWEST) + offset
+    return gl.where(is_there, absmax, 0.0)
+
+
+@gluon.jit
+def _weight(words, lanes, absmax, table, dtype: gl.constexpr, PRODUCT: gl.constexpr):
+    """Return the weights of a lane's four words as the product's left operand (WARPS_K, rows, 128)."""
+    asm: gl.constexpr = _DECODE_BF16 if dtype == gl.bfloat16 else _DECODE_FP16
+    # read from shared memory, so not pure
+    a, b, c, d = gl.inline_asm_elementwise(
+        asm,
+        "=&r,=&r,=&r,=&r,r,r,r,f",
+        [words, lanes, table, absmax],
+        (gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    pairs = gl.join(gl.join(a, b), gl.join(c, d))
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.uint16, gl.uint16), True, 1
+    )
+    weight = gl.join(low, high).to(dtype, bitcast=True)
+    # (warp, row, block, word, byte of a half, half a word, of a byte): columns come to be in the order word, half a
+    # word, byte, block, of a byte
+    weight = gl.permute(weight, (0, 1, 3, 5, 4, 2, 6))
+    weight = gl.reshape(weight, [words.shape[0], words.shape[1], 128])
+    return gl.convert_layout(weight, gl.DotOperandLayout(0, PRODUCT, 2))
+
+
+@gluon.jit
+def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
+    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``_weight``'s."""
+    WARPS_K: gl.constexpr = smem.shape[1]
+    BLOCK_M: gl.constexpr = smem.shape[2] // 4
+    x = smem.index(index).load(X)
+    x = gl.permute(gl.reshape(x, [WARPS_K, BLOCK_M, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
+    x = gl.reshape(x, [WARPS_K, 128, BLOCK_M])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, PRODUCT, 2))
+
+
+@gluon.jit
+def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
+    """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
+
+    A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all others; in the
+    weight a warp's rows are neighbours.
+    """
+    return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
+
+
+@gluon.jit
+def _store(
+    acc,  # (WARPS_K, TILE, BLOCK_M)
+    bias_ptr,
+    out_ptr,
+    row,  # the tile's first, of the program's
+    place,
+    M,
+    HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):
+    """Add up the warps along K, add the bias, and store."""
+    _, _, _, first, N, _, _, rows = place
+    out = gl.sum(acc, axis=0)
+    OUT: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    i = gl.arange(0, out.shape[0], gl.SliceLayout(1, OUT))
+    m = gl.arange(0, out.shape[1], gl.SliceLayout(0, OUT))
+    row += _rows_of_tile(i, ROWS, out.shape[0] // ROWS)
+    n = first + row
+    mask_n = (row < rows) & (n < N)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + n, mask=mask_n, other=0.0)
+        out += gl.cast(bias, gl.float32)[:, None]
+    out_ptrs = out_ptr + gl.cast(m, gl.int64)[None, :] * N + n[:, None]
+    out = gl.cast(out, out_ptr.dtype.element_ty)
+    gl.store(out_ptrs, out, mask=mask_n[:, None] & (m < M)[None, :])
+
+
+@gluon.jit(do_not_specialize=["M", "steps", "groups"])
+def _few_rows_kernel(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N * K / 8,), eight codes each
+    absmax_ptr,  # (N * K / 64,)
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    code_ptr,  # (16,)
+    bias_ptr,  # (N,), if HAS_BIAS
+    out_ptr,  # (M, N), contiguous
+    stride_x,
+    M,
+    N,
+    steps,  # K / BLOCK_K
+    groups,  # of ROWS rows, of a program
+    IS_NESTED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    IS_ONE_ROUND: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    TURNS: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CODES: gl.constexpr,
+    X: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):
+    NUM_WARPS: gl.constexpr = WARPS_N * WARPS_K
+    TILE: gl.constexpr = WARPS_N * ROWS
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    BLOCKS: gl.constexpr = gl.SliceLayout(3, CODES)
+    turns = gl.cdiv(steps, WARPS_K)
+    rounds = gl.cdiv(groups, WARPS_N)
+
+    table_smem = gl.allocate_shared_memory(
+        gl.float32, [256, 32, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    )
+    x_smem = gl.allocate_shared_memory(
+        dtype,
+        [BUFFERS * TURNS * 2, WARPS_K, BLOCK_M * 4, 32],
+        gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]),
+    )
+
+    # blocks of a turn: (WARPS_K, TILE, 4)
+    k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS)))[:, None, None]
+    i = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
+    q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
+    row = _rows_of_tile(i, ROWS, WARPS_N)
+    first = gl.cast(gl.program_id(0), gl.int64) * groups * ROWS
+    weight = codes_ptr, absmax_ptr, nested_absmax_ptr
+    place = row, k, q, first, N, steps, turns, groups * ROWS
+
+    if BUFFERS == 1:
+        _copy_turns(x_ptr, x_smem, 0, 0, stride_x, M, steps, TURNS, WARPS_N)
+    stages = (_stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
+    for depth in gl.static_range(1, DEPTH):
+        stages += (_stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
+    _fill_table(code_ptr, table_smem, NUM_WARPS)
+    offset = 0.0
+    if IS_NESTED:
+        offset = gl.load(offset_ptr)
+    async_copy.wait_group(0)
+    # the address is not known before the barrier, so that nothing is looked up before the table is there
+    table = gl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
+    )
+    lanes = (row % 8 * 4 + q + k * 0)[:, :, :, None] * 8
+    absmax = _absmax(stages[0], nested_code_ptr, offset, k < steps, IS_NESTED)
+
+    for round in range(rounds):
+        acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
+        if BUFFERS == 2:
+            for buffer in gl.static_range(2):
+                _copy_turns(
+                    x_ptr,
+                    x_smem,
+                    buffer * TURNS,
+                    buffer * TURNS,
+                    stride_x,
+                    M,
+                    steps,
+                    TURNS,
+                    WARPS_N,
+                )
+        for start in range(0, turns, TURNS):
+            if BUFFERS == 2:
+                async_copy.wait_group(1)
+            buffer = start % (BUFFERS * TURNS)
+            for turn in range(start, gl.minimum(start + TURNS, turns)):
+                flat = round * turns + turn
+                stages += (
+                    _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE),
+                )
+                next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
+                scale = absmax[:, :, :, None]
+                absmax = _absmax(stages[1], nested_code_ptr, offset, next < steps, IS_NESTED)
+                for part in gl.static_range(2):
+                    left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
+                    right = _x(x_smem, (buffer + turn - start) * 2 + part, X, PRODUCT)
+                    acc = mma_v2(left, right, acc)
+                stages = stages[1:]
+            if BUFFERS == 2:
+                _copy_turns(
+                    x_ptr,
+                    x_smem,
+                    buffer,
+                    start + 2 * TURNS,
+                    stride_x,
+                    M,
+                    steps,
+                    TURNS,
+                    WARPS_N,
+                )
+
+        _store(acc, bias_ptr, out_ptr, round * TILE, place, M, HAS_BIAS, ROWS, PRODUCT)
+    table_smem._keep_alive()
+
+
+def takes(rows: Tensor, weight: NF4Weight) -> bool:
+    """Return whether the kernel is for such a call, of a weight that the plain one takes.
+
+    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes.
+    """
+    return (
+        0 < rows.shape[0] <= MAX_M
+        and rows.data_ptr() % 16 == 0
+        and rows.stride(0) * rows.itemsize % 16 == 0
+        and weight.codes.data_ptr() % 16 == 0
+    )
+
+
+def multiply_gluon(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply as ``nf4_few_rows.multiply`` what ``takes`` says is for this kernel."""
+    (M, K), N = rows.shape, weight.shape[0]
+    return launch(rows, weight, bias, _launch_config(M, N, K))
+
+
+def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
+    """Multiply, cut as ``config`` says."""
+    (M, K), N = rows.shape, weight.shape[0]
+    out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
+    groups = triton.cdiv(triton.cdiv(N, config.ROWS), PROGRAMS)
+    if out.numel():
+        _few_rows_kernel[(triton.cdiv(N, groups * config.ROWS),)](
+            rows,
+            weight.codes.view(torch.int32),
+            weight.absmax,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.offset,
+            tables.nf4_code(rows.device),
+            bias,
+            out,
+            rows.stride(0),
+            M,
+            N,
+            K // BLOCK_K,
+            groups,
+            IS_NESTED=weight.is_nested,
+            HAS_BIAS=bias is not None,
+            IS_ONE_ROUND=groups <= config.WARPS_N,
+            **asdict(config),
+            **_layouts(config),
+            num_warps=config.num_warps,
+        )
+    return out
