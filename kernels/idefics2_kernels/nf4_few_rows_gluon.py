@@ -34,6 +34,8 @@ BLOCK_K = 256  # a block for each of the four lanes that share a row
 PROGRAMS = 132  # the SMs of an H100
 X_BYTES = 128 * 1024  # of shared memory for x; 64 KiB are the table's
 MAX_M = 64
+_shared = gl.shared_memory_descriptor
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret  # Triton 3.8 has a new name
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
@@ -43,6 +45,7 @@ class LaunchConfig:
     """How a product is cut: rows of x; of the weight a warp; warps along N and K; turns of the loop for a buffer of x."""
 
     BLOCK_M: int
+    X_ROWS: int  # of x in shared memory
     ROWS: int
     WARPS_N: int
     WARPS_K: int
@@ -59,11 +62,12 @@ class LaunchConfig:
 def _config(M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int) -> LaunchConfig:
     """Complete a choice by what follows from it."""
     BLOCK_M = max(8, triton.next_power_of_2(M))
-    turns = triton.cdiv(K // BLOCK_K, WARPS_K)
-    turn_bytes = 2 * BLOCK_M * BLOCK_K * WARPS_K
+    turns = triton.next_power_of_2(triton.cdiv(K // BLOCK_K, WARPS_K))
+    X_ROWS = 1 if M == 1 else BLOCK_M
+    turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
     BUFFERS = 1 if turns * turn_bytes <= X_BYTES else 2
     TURNS = turns if BUFFERS == 1 else X_BYTES // 2 // turn_bytes
-    return LaunchConfig(BLOCK_M, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH)
+    return LaunchConfig(BLOCK_M, X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH)
 
 
 def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
@@ -78,7 +82,7 @@ def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     WARPS_K = warps // WARPS_N
     # two buffers of x, of a turn each at least
     most = X_BYTES // 2 // (2 * max(8, triton.next_power_of_2(M)) * BLOCK_K)
-    return _config(M, K, ROWS, WARPS_N, min(WARPS_K, most), DEPTH=2)
+    return _config(M, K, ROWS, WARPS_N, WARPS_K if M == 1 else min(WARPS_K, most), DEPTH=2)
 
 
 @cache
@@ -102,6 +106,14 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
         block_bases=[],
         shape=[config.WARPS_K, config.BLOCK_M * 4, 32],
     )
+    if config.X_ROWS == 1:  # (WARPS_K, BLOCK_M, 4, 32), and the load's is a slice of it
+        x = gl.DistributedLinearLayout(
+            reg_bases=[[0, 0, 0, 1 << i] for i in range(5)],
+            lane_bases=[*([0, 0, 1 << i, 0] for i in range(2)), *([0, 1 << i, 0, 0] for i in range(3))],
+            warp_bases=[*([0, 0, 0, 0] for _ in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+            block_bases=[],
+            shape=[config.WARPS_K, config.BLOCK_M, 4, 32],
+        )
     product = gl.NVMMADistributedLayout(
         version=[2, 0],
         warps_per_cta=[config.WARPS_K, config.WARPS_N, 1],
@@ -153,34 +165,29 @@ def _fill_table(code_ptr, smem, NUM_WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _copy_turns(
+def _copy_x(
     x_ptr,
-    smem,
-    buffer,
-    turn,
+    smem,  # (TURNS * 2 * WARPS_K, X_ROWS * 4, 32)
+    start,  # turn
     stride_x,
     M,
     steps,
-    TURNS: gl.constexpr,
     WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
 ):
-    """Begin to copy the columns of x for ``TURNS`` turns; rows and columns that are not there become zeros."""
-    WARPS_K: gl.constexpr = smem.shape[1]
-    BLOCK_M: gl.constexpr = smem.shape[2] // 4
+    """Begin to copy the columns of x for a buffer's turns; rows and columns that are not there become zeros."""
+    PARTS: gl.constexpr = smem.shape[0]
+    LINES: gl.constexpr = smem.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WARPS_K, WARPS_N, 1], [2, 1, 0])
-    k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    row = gl.arange(0, BLOCK_M * 4, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
     stride_x = stride_x // 8 * 8  # what the compiler cannot know: rows begin at multiples of 16 bytes
-    offs = gl.cast(row // 4, gl.int64) * stride_x + k * 256 + row % 4 * 64 + column
-    for i in range(TURNS):
-        step = (turn + i) * WARPS_K
-        mask = (row // 4 < M) & (step + k < steps) & (column >= 0)
-        for part in gl.static_range(2):
-            x_ptrs = x_ptr + (step * 256 + part * 32) + offs
-            async_copy.async_copy_global_to_shared(
-                smem.index((buffer + i) * 2 + part), x_ptrs, mask
-            )
+    offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
+    offs += part // WARPS_K % 2 * 32 + column
+    mask = (line // 4 < M) & (step < steps) & (column >= 0)
+    async_copy.async_copy_global_to_shared(smem, x_ptr + offs, mask)
     async_copy.commit_group()
 
 
@@ -215,6 +222,14 @@ def _stage(
     if IS_NESTED:
         nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
     return gl.load(words_ptrs), gl.load(words_ptrs + 4), absmax, nested
+
+
+@gluon.jit
+def _warp(steps):
+    """Return the number of this warp, which the language has no word for; ``steps`` is anything."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;", "=&r,r", [steps], gl.int32, is_pure=True, pack=1
+    )
 
 
 @gluon.jit
@@ -257,8 +272,12 @@ def _weight(words, lanes, absmax, table, dtype: gl.constexpr, PRODUCT: gl.conste
 def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
     """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``_weight``'s."""
     WARPS_K: gl.constexpr = smem.shape[1]
-    BLOCK_M: gl.constexpr = smem.shape[2] // 4
-    x = smem.index(index).load(X)
+    BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
+    if smem.shape[2] == 4:  # all lanes read the one row
+        x = smem.index(index).load(gl.SliceLayout(1, X))[:, None, :, :]
+        x = gl.broadcast(x, gl.full([WARPS_K, BLOCK_M, 4, 32], 0.0, x.dtype, X))[0]
+    else:
+        x = smem.index(index).load(X)
     x = gl.permute(gl.reshape(x, [WARPS_K, BLOCK_M, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
     x = gl.reshape(x, [WARPS_K, 128, BLOCK_M])
     return gl.convert_layout(x, gl.DotOperandLayout(1, PRODUCT, 2))
@@ -323,6 +342,7 @@ def _few_rows_kernel(
     HAS_BIAS: gl.constexpr,
     IS_ONE_ROUND: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    X_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
     WARPS_N: gl.constexpr,
     WARPS_K: gl.constexpr,
@@ -339,15 +359,16 @@ def _few_rows_kernel(
     BLOCKS: gl.constexpr = gl.SliceLayout(3, CODES)
     turns = gl.cdiv(steps, WARPS_K)
     rounds = gl.cdiv(groups, WARPS_N)
+    chunks = gl.cdiv(turns, TURNS)
 
     table_smem = gl.allocate_shared_memory(
         gl.float32, [256, 32, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     )
+    X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
     x_smem = gl.allocate_shared_memory(
-        dtype,
-        [BUFFERS * TURNS * 2, WARPS_K, BLOCK_M * 4, 32],
-        gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]),
+        dtype, [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32], X_LAYOUT
     )
+    x_turns = reinterpret(x_smem, dtype, [BUFFERS * TURNS * 2, WARPS_K, X_ROWS * 4, 32], X_LAYOUT)
 
     # blocks of a turn: (WARPS_K, TILE, 4)
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS)))[:, None, None]
@@ -358,8 +379,8 @@ def _few_rows_kernel(
     weight = codes_ptr, absmax_ptr, nested_absmax_ptr
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
-    if BUFFERS == 1:
-        _copy_turns(x_ptr, x_smem, 0, 0, stride_x, M, steps, TURNS, WARPS_N)
+    for i in gl.static_range(BUFFERS):
+        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_N, WARPS_K)
     stages = (_stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
     for depth in gl.static_range(1, DEPTH):
         stages += (_stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
@@ -367,7 +388,8 @@ def _few_rows_kernel(
     offset = 0.0
     if IS_NESTED:
         offset = gl.load(offset_ptr)
-    async_copy.wait_group(0)
+    if BUFFERS == 1:
+        async_copy.wait_group(0)
     # the address is not known before the barrier, so that nothing is looked up before the table is there
     table = gl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
@@ -377,24 +399,15 @@ def _few_rows_kernel(
 
     for round in range(rounds):
         acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
-        if BUFFERS == 2:
-            for buffer in gl.static_range(2):
-                _copy_turns(
-                    x_ptr,
-                    x_smem,
-                    buffer * TURNS,
-                    buffer * TURNS,
-                    stride_x,
-                    M,
-                    steps,
-                    TURNS,
-                    WARPS_N,
-                )
-        for start in range(0, turns, TURNS):
+        is_idle = round * WARPS_N + _warp(steps) % WARPS_N >= groups
+        for chunk in range(chunks):
+            start = chunk * TURNS
+            buffer = 0
             if BUFFERS == 2:
+                buffer = (round * chunks + chunk) % 2
                 async_copy.wait_group(1)
-            buffer = start % (BUFFERS * TURNS)
-            for turn in range(start, gl.minimum(start + TURNS, turns)):
+            end = gl.where(is_idle, start, gl.minimum(start + TURNS, turns))
+            for turn in range(start, end):
                 flat = round * turns + turn
                 stages += (
                     _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE),
@@ -404,21 +417,12 @@ def _few_rows_kernel(
                 absmax = _absmax(stages[1], nested_code_ptr, offset, next < steps, IS_NESTED)
                 for part in gl.static_range(2):
                     left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
-                    right = _x(x_smem, (buffer + turn - start) * 2 + part, X, PRODUCT)
+                    right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
                     acc = mma_v2(left, right, acc)
                 stages = stages[1:]
             if BUFFERS == 2:
-                _copy_turns(
-                    x_ptr,
-                    x_smem,
-                    buffer,
-                    start + 2 * TURNS,
-                    stride_x,
-                    M,
-                    steps,
-                    TURNS,
-                    WARPS_N,
-                )
+                begin = (chunk + 2) % chunks * TURNS  # the next round begins where this one did
+                _copy_x(x_ptr, x_smem.index(buffer), begin, stride_x, M, steps, WARPS_N, WARPS_K)
 
         _store(acc, bias_ptr, out_ptr, round * TILE, place, M, HAS_BIAS, ROWS, PRODUCT)
     table_smem._keep_alive()
