@@ -122,36 +122,24 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
     return {"CODES": codes, "X": x, "PRODUCT": product}
 
 
-_DECODE = gl.constexpr("""{
-.reg .b32 a, b, c, d;
-.reg .f32 a0, a1, b0, b1, c0, c1, d0, d1;
-prmt.b32 a, $4, $5, 0x7604;
-prmt.b32 b, $4, $5, 0x7614;
-prmt.b32 c, $4, $5, 0x7624;
-prmt.b32 d, $4, $5, 0x7634;
-add.u32 a, a, $6;
-add.u32 b, b, $6;
-add.u32 c, c, $6;
-add.u32 d, d, $6;
-ld.shared.v2.f32 {a0, a1}, [a];
-ld.shared.v2.f32 {b0, b1}, [b];
-ld.shared.v2.f32 {c0, c1}, [c];
-ld.shared.v2.f32 {d0, d1}, [d];
-mul.rn.f32 a0, a0, $7;
-mul.rn.f32 a1, a1, $7;
-mul.rn.f32 b0, b0, $7;
-mul.rn.f32 b1, b1, $7;
-mul.rn.f32 c0, c0, $7;
-mul.rn.f32 c1, c1, $7;
-mul.rn.f32 d0, d0, $7;
-mul.rn.f32 d1, d1, $7;
-cvt.rn.TYPE.f32 $0, a1, a0;
-cvt.rn.TYPE.f32 $1, b1, b0;
-cvt.rn.TYPE.f32 $2, c1, c0;
-cvt.rn.TYPE.f32 $3, d1, d0;
-}""")
-_DECODE_BF16 = gl.constexpr(_DECODE.value.replace("TYPE", "bf16x2"))
-_DECODE_FP16 = gl.constexpr(_DECODE.value.replace("TYPE", "f16x2"))
+def _decode_word(pair: str) -> str:
+    """Return the PTX that turns a word, the lane's place in the table, the table's and an absmax into four ``pair``s.
+
+    A byte of codes goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is never fused.
+    """
+    return "".join(
+        "{ .reg .b32 a; .reg .f32 f, g;"
+        f" prmt.b32 a, $4, $5, 0x76{i}4;"
+        " add.u32 a, a, $6;"
+        " ld.shared.v2.f32 {f, g}, [a];"
+        " mul.rn.f32 f, f, $7;"
+        " mul.rn.f32 g, g, $7;"
+        f" cvt.rn.{pair}.f32 ${i}, g, f; }}\n"
+        for i in range(4)
+    )
+
+
+_DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_word(pair)) for pair in ("bf16x2", "f16x2"))
 
 
 @gluon.jit
@@ -185,7 +173,7 @@ def _copy_x(
     step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
     stride_x = stride_x // 8 * 8  # what the compiler cannot know: rows begin at multiples of 16 bytes
     offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
-    offs += part // WARPS_K % 2 * 32 + column
+    offs = offs + part // WARPS_K % 2 * 32 + column
     mask = (line // 4 < M) & (step < steps) & (column >= 0)
     async_copy.async_copy_global_to_shared(smem, x_ptr + offs, mask)
     async_copy.commit_group()
