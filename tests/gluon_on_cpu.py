@@ -5,6 +5,7 @@ products read shared memory when they are waited for, copies run in any order, a
 barrier that is missing shows as a wrong number, and one too many as a program that never ends.
 """
 
+import math
 import random
 import re
 import sys
@@ -46,13 +47,14 @@ def _array(values: Any) -> Array:
 class Shared:
     """A piece of shared memory."""
 
-    def __init__(self, values: Any) -> None:
-        self.values = values
+    def __init__(self, values: Any, first: int = 0) -> None:
+        self.values, self.first = values, first
         self.shape = list(values.shape)
 
     def index(self, i: int) -> Any:
         piece = self.values[int(i)]
-        return piece[0] if piece.dtype == object else Shared(piece)
+        first = self.first + int(i) * piece.size
+        return piece[0] if piece.dtype == object else Shared(piece, first)
 
     def reshape(self, shape: list[int]) -> "Shared":
         view = self.values.reshape(shape)
@@ -68,8 +70,20 @@ class Shared:
     def load(self, _layout: object) -> Array:
         return _array(self.values.copy())
 
-    def reinterpret(self, _dtype: object, shape: list[int], _layout: object) -> Any:
-        return Boxes(self, shape) if len(shape) == 6 else self.reshape(shape)
+    def reinterpret(self, dtype: object, shape: list[int], _layout: object) -> Any:
+        if len(shape) == 6:
+            return Boxes(self, shape)
+        return self.reshape(shape) if math.prod(shape) == self.values.size else self.piece(dtype, shape)
+
+    def piece(self, dtype: Any, shape: list[int]) -> "Shared":
+        """Return memory of its own for what begins at this page of an allocation of words, and lies beside the others."""
+        begin = 4 * self.first
+        end = begin + math.prod(shape) * (4 if dtype == "float32" else 2)
+        assert end <= _local.bytes
+        assert all(end <= first or last <= begin for first, last, _ in _local.pieces)
+        memory = np.full(shape, np.nan)
+        _local.pieces.append((begin, end, memory))
+        return Shared(memory)
 
     def _keep_alive(self) -> None:
         pass
@@ -246,7 +260,7 @@ class _Kernel:
             for program in range(grid[0]):
                 _local.program, _local.programs = program, grid[0]
                 _local.copies = _Copies(program)
-                _local.shared, _local.groups, _local.group = [], [], []
+                _local.pieces, _local.groups, _local.group = [], [], []
                 try:
                     self.function(*args, **kwargs)
                 finally:
@@ -325,9 +339,10 @@ def _round_pair(dtype: torch.dtype, high: Any, low: Any) -> Any:
 
 
 def _load_pair(address: Any) -> Any:
-    """Read two neighbours from what was allocated in shared memory first; it lies at address 0."""
+    """Read two neighbouring words from what lies at the beginning of shared memory."""
     assert (address % 8 == 0).all()
-    words = _local.shared[0].reshape(-1).astype(np.float32)
+    (words,) = (memory for first, _, memory in _local.pieces if first == 0)
+    words = words.reshape(-1).astype(np.float32)
     index = address.astype(np.int64) // 4
     return words[index], words[index + 1]
 
@@ -414,9 +429,8 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
         for place in np.ndindex(*shape):
             barriers[place] = Barrier()
         return Shared(barriers)
-    memory = Shared(np.full(shape, np.nan))
-    _local.shared.append(memory.values)
-    return memory
+    _local.bytes = 4 * math.prod(shape)  # as far as it is words
+    return Shared(np.full(shape, np.nan))
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:

@@ -31,11 +31,13 @@ from idefics2_kernels.nf4_weight import NF4Weight
 
 BLOCK = gl.constexpr(tables.BLOCK)
 BLOCK_K = 256  # a block for each of the four lanes that share a row
-PROGRAMS = 132  # the SMs of an H100
-X_BYTES = 128 * 1024  # of shared memory for x; 64 KiB are the table's
+SMS = 132  # of an H100
+X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 MAX_M = 64
 _shared = gl.shared_memory_descriptor
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret  # Triton 3.8 has a new name
+TABLE_BYTES = gl.constexpr(256 * 32 * 8)
+PAGE_BYTES = gl.constexpr(4096)
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
@@ -52,6 +54,7 @@ class LaunchConfig:
     TURNS: int
     BUFFERS: int  # 1: all of x
     DEPTH: int  # turns for which codes are on their way
+    programs: int
 
     @property
     def num_warps(self) -> int:
@@ -59,21 +62,21 @@ class LaunchConfig:
         return self.WARPS_N * self.WARPS_K
 
 
-def _config(M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int) -> LaunchConfig:
+def _config(M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS) -> LaunchConfig:
     """Complete a choice by what follows from it."""
     BLOCK_M = max(8, triton.next_power_of_2(M))
     turns = triton.next_power_of_2(triton.cdiv(K // BLOCK_K, WARPS_K))
     X_ROWS = 1 if M == 1 else BLOCK_M
     turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
-    BUFFERS = 1 if turns * turn_bytes <= X_BYTES else 2
-    TURNS = turns if BUFFERS == 1 else X_BYTES // 2 // turn_bytes
-    return LaunchConfig(BLOCK_M, X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH)
+    BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
+    TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
+    return LaunchConfig(BLOCK_M, X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs)
 
 
 def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     # 32 rows a warp halve what is read of x, and leave half of the warps
     def rows_of_a_program(rows: int) -> int:
-        return triton.cdiv(triton.cdiv(N, rows), PROGRAMS) * rows
+        return triton.cdiv(triton.cdiv(N, rows), SMS) * rows
 
     ROWS = 32 if M > 8 and rows_of_a_program(32) <= rows_of_a_program(16) else 16
     warps = 16 if ROWS == 16 and M <= 16 else 8
@@ -81,8 +84,8 @@ def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     WARPS_N = min(triton.next_power_of_2(groups), warps)
     WARPS_K = warps // WARPS_N
     # two buffers of x, of a turn each at least
-    most = X_BYTES // 2 // (2 * max(8, triton.next_power_of_2(M)) * BLOCK_K)
-    return _config(M, K, ROWS, WARPS_N, WARPS_K if M == 1 else min(WARPS_K, most), DEPTH=2)
+    most = X_MEMORY // 2 // (2 * max(8, triton.next_power_of_2(M)) * BLOCK_K)
+    return _config(M, K, ROWS, WARPS_N, WARPS_K if M == 1 else min(WARPS_K, most))
 
 
 @cache
@@ -162,6 +165,7 @@ def _copy_x(
     steps,
     WARPS_N: gl.constexpr,
     WARPS_K: gl.constexpr,
+    IS_EVEN: gl.constexpr,
 ):
     """Begin to copy the columns of x for a buffer's turns; rows and columns that are not there become zeros."""
     PARTS: gl.constexpr = smem.shape[0]
@@ -174,7 +178,9 @@ def _copy_x(
     stride_x = stride_x // 8 * 8  # what the compiler cannot know: rows begin at multiples of 16 bytes
     offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
     offs = offs + part // WARPS_K % 2 * 32 + column
-    mask = (line // 4 < M) & (step < steps) & (column >= 0)
+    mask = (line // 4 < M) & (part >= 0) & (column >= 0)
+    if not IS_EVEN:
+        mask = mask & (step < steps)
     async_copy.async_copy_global_to_shared(smem, x_ptr + offs, mask)
     async_copy.commit_group()
 
@@ -221,14 +227,23 @@ def _warp(steps):
 
 
 @gluon.jit
-def _absmax(stage, nested_code_ptr, offset, is_there, IS_NESTED: gl.constexpr):
+def _absmax(
+    stage,
+    nested_code_ptr,
+    offset,
+    is_there,
+    IS_NESTED: gl.constexpr,
+    IS_EVEN: gl.constexpr,
+):
     """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
     absmax = stage[2]
     if IS_NESTED:
         code = gl.load(nested_code_ptr + gl.cast(absmax, gl.int32))
         # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
         absmax = gl.maximum(code * stage[3], _LOWEST) + offset
-    return gl.where(is_there, absmax, 0.0)
+    if not IS_EVEN:
+        absmax = gl.where(is_there, absmax, 0.0)
+    return absmax
 
 
 @gluon.jit
@@ -329,6 +344,7 @@ def _few_rows_kernel(
     IS_NESTED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     IS_ONE_ROUND: gl.constexpr,
+    IS_EVEN: gl.constexpr,  # warps along K have as many columns each, and buffers
     BLOCK_M: gl.constexpr,
     X_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
@@ -349,12 +365,18 @@ def _few_rows_kernel(
     rounds = gl.cdiv(groups, WARPS_N)
     chunks = gl.cdiv(turns, TURNS)
 
-    table_smem = gl.allocate_shared_memory(
-        gl.float32, [256, 32, 2], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
+    X_BYTES: gl.constexpr = BUFFERS * TURNS * 2 * WARPS_K * X_ROWS * 4 * 64
+    smem = gl.allocate_shared_memory(
+        gl.float32,
+        [(TABLE_BYTES + X_BYTES + PAGE_BYTES - 1) // PAGE_BYTES, PAGE_BYTES // 4],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
+    TABLE_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    table_smem = reinterpret(smem.index(0), gl.float32, [256, 32, 2], TABLE_LAYOUT)
     X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
-    x_smem = gl.allocate_shared_memory(
-        dtype, [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32], X_LAYOUT
+    x_smem = reinterpret(
+        smem.index(TABLE_BYTES // PAGE_BYTES), dtype, [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32], X_LAYOUT
     )
     x_turns = reinterpret(x_smem, dtype, [BUFFERS * TURNS * 2, WARPS_K, X_ROWS * 4, 32], X_LAYOUT)
 
@@ -368,7 +390,7 @@ def _few_rows_kernel(
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
     for i in gl.static_range(BUFFERS):
-        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_N, WARPS_K)
+        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_N, WARPS_K, IS_EVEN)
     stages = (_stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
     for depth in gl.static_range(1, DEPTH):
         stages += (_stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
@@ -383,7 +405,7 @@ def _few_rows_kernel(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
     lanes = (row % 8 * 4 + q + k * 0)[:, :, :, None] * 8
-    absmax = _absmax(stages[0], nested_code_ptr, offset, k < steps, IS_NESTED)
+    absmax = _absmax(stages[0], nested_code_ptr, offset, k < steps, IS_NESTED, IS_EVEN)
 
     for round in range(rounds):
         acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
@@ -402,7 +424,7 @@ def _few_rows_kernel(
                 )
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 scale = absmax[:, :, :, None]
-                absmax = _absmax(stages[1], nested_code_ptr, offset, next < steps, IS_NESTED)
+                absmax = _absmax(stages[1], nested_code_ptr, offset, next < steps, IS_NESTED, IS_EVEN)
                 for part in gl.static_range(2):
                     left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
                     right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
@@ -410,10 +432,10 @@ def _few_rows_kernel(
                 stages = stages[1:]
             if BUFFERS == 2:
                 begin = (chunk + 2) % chunks * TURNS  # the next round begins where this one did
-                _copy_x(x_ptr, x_smem.index(buffer), begin, stride_x, M, steps, WARPS_N, WARPS_K)
+                _copy_x(x_ptr, x_smem.index(buffer), begin, stride_x, M, steps, WARPS_N, WARPS_K, IS_EVEN)
 
         _store(acc, bias_ptr, out_ptr, round * TILE, place, M, HAS_BIAS, ROWS, PRODUCT)
-    table_smem._keep_alive()
+    smem._keep_alive()
 
 
 def takes(rows: Tensor, weight: NF4Weight) -> bool:
@@ -439,7 +461,7 @@ def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchC
     """Multiply, cut as ``config`` says."""
     (M, K), N = rows.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
-    groups = triton.cdiv(triton.cdiv(N, config.ROWS), PROGRAMS)
+    groups = triton.cdiv(triton.cdiv(N, config.ROWS), config.programs)
     if out.numel():
         _few_rows_kernel[(triton.cdiv(N, groups * config.ROWS),)](
             rows,
@@ -459,7 +481,8 @@ def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchC
             IS_NESTED=weight.is_nested,
             HAS_BIAS=bias is not None,
             IS_ONE_ROUND=groups <= config.WARPS_N,
-            **asdict(config),
+            IS_EVEN=K % (BLOCK_K * config.WARPS_K * config.TURNS) == 0,
+            **{k: v for k, v in asdict(config).items() if k != "programs"},
             **_layouts(config),
             num_warps=config.num_warps,
         )
