@@ -73,7 +73,11 @@ class Shared:
     def reinterpret(self, dtype: object, shape: list[int], _layout: object) -> Any:
         if len(shape) == 6:
             return Boxes(self, shape)
-        return self.reshape(shape) if math.prod(shape) == self.values.size else self.piece(dtype, shape)
+        return (
+            self.reshape(shape)
+            if math.prod(shape) == self.values.size
+            else self.piece(dtype, shape)
+        )
 
     def piece(self, dtype: Any, shape: list[int]) -> "Shared":
         """Return memory of its own for what begins at this page of an allocation of words, and lies beside the others."""
@@ -257,7 +261,7 @@ class _Kernel:
             assert num_warps in (1, 2, 4, 8, 16)
             assert maxnreg % 8 == 0
             args = tuple(_Pointer(a) if isinstance(a, Tensor) else a for a in args)
-            for program in range(grid[0]):
+            for program in reversed(range(grid[0])):  # what one writes of the next's stays
                 _local.program, _local.programs = program, grid[0]
                 _local.copies = _Copies(program)
                 _local.pieces, _local.groups, _local.group = [], [], []
@@ -333,7 +337,9 @@ def _permute_bytes(a: Any, b: Any, selector: Any) -> Any:
 
 
 def _round_pair(dtype: torch.dtype, high: Any, low: Any) -> Any:
-    pair = (torch.from_numpy(np.asarray(x)).to(dtype).view(torch.int16).numpy() for x in (high, low))
+    pair = (
+        torch.from_numpy(np.asarray(x)).to(dtype).view(torch.int16).numpy() for x in (high, low)
+    )
     high_bits, low_bits = (np.asarray(x).view(np.uint16).astype(np.uint32) for x in pair)
     return high_bits << 16 | low_bits
 
@@ -372,7 +378,9 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
     for i, value in enumerate(np.broadcast_arrays(*args)):
         words = np.float32 if kinds[outputs + i] == "f" else np.uint32
         values = np.asarray(value)
-        registers[f"${outputs + i}"] = values.astype(np.int64 if words is np.uint32 else words).astype(words)
+        registers[f"${outputs + i}"] = values.astype(
+            np.int64 if words is np.uint32 else words
+        ).astype(words)
     for statement in re.sub(r"\.reg[^;]*;", "", text).split(";"):
         statement = re.sub(r"^[{}\s]+", "", statement).strip()
         if not statement or statement.startswith("bar.sync"):

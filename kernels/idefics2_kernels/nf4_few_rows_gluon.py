@@ -35,7 +35,9 @@ SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 MAX_M = 64
 _shared = gl.shared_memory_descriptor
-reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret  # Triton 3.8 has a new name
+reinterpret = (
+    getattr(_shared, "reinterpret", None) or _shared._reinterpret
+)  # Triton 3.8 has a new name
 TABLE_BYTES = gl.constexpr(256 * 32 * 8)
 PAGE_BYTES = gl.constexpr(4096)
 _LOWEST = gl.constexpr(LOWEST.value)
@@ -62,30 +64,39 @@ class LaunchConfig:
         return self.WARPS_N * self.WARPS_K
 
 
-def _config(M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS) -> LaunchConfig:
+def _x_rows(M: int) -> int:
+    """Return how many rows of x are in shared memory; the lanes of eight may share one."""
+    return 1 if M == 1 else max(8, triton.next_power_of_2(M))
+
+
+def _config(
+    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS
+) -> LaunchConfig:
     """Complete a choice by what follows from it."""
-    BLOCK_M = max(8, triton.next_power_of_2(M))
+    X_ROWS = _x_rows(M)
     turns = triton.next_power_of_2(triton.cdiv(K // BLOCK_K, WARPS_K))
-    X_ROWS = 1 if M == 1 else BLOCK_M
     turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
     BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
     TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
-    return LaunchConfig(BLOCK_M, X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs)
+    return LaunchConfig(
+        max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs
+    )
 
 
 def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
-    # 32 rows a warp halve what is read of x, and leave half of the warps
-    def rows_of_a_program(rows: int) -> int:
-        return triton.cdiv(triton.cdiv(N, rows), SMS) * rows
+    def program_rows(ROWS: int) -> int:
+        return triton.cdiv(triton.cdiv(N, ROWS), SMS) * ROWS
 
-    ROWS = 32 if M > 8 and rows_of_a_program(32) <= rows_of_a_program(16) else 16
+    # 32 rows a warp read x half as often, but leave half of the warps, and must not leave more to the last program.
+    # With warps along K, tiles of more than 16 rows of x would spill.
+    ROWS = 16
+    if M > 8 and program_rows(32) <= program_rows(16) and (M <= 16 or program_rows(32) > 128):
+        ROWS = 32
     warps = 16 if ROWS == 16 and M <= 16 else 8
-    groups = rows_of_a_program(ROWS) // ROWS
-    WARPS_N = min(triton.next_power_of_2(groups), warps)
-    WARPS_K = warps // WARPS_N
-    # two buffers of x, of a turn each at least
-    most = X_MEMORY // 2 // (2 * max(8, triton.next_power_of_2(M)) * BLOCK_K)
-    return _config(M, K, ROWS, WARPS_N, WARPS_K if M == 1 else min(WARPS_K, most))
+    WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), warps)
+    # a buffer holds x for a turn at least
+    most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
+    return _config(M, K, ROWS, WARPS_N, min(warps // WARPS_N, most))
 
 
 @cache
@@ -112,7 +123,10 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
     if config.X_ROWS == 1:  # (WARPS_K, BLOCK_M, 4, 32), and the load's is a slice of it
         x = gl.DistributedLinearLayout(
             reg_bases=[[0, 0, 0, 1 << i] for i in range(5)],
-            lane_bases=[*([0, 0, 1 << i, 0] for i in range(2)), *([0, 1 << i, 0, 0] for i in range(3))],
+            lane_bases=[
+                *([0, 0, 1 << i, 0] for i in range(2)),
+                *([0, 1 << i, 0, 0] for i in range(3)),
+            ],
             warp_bases=[*([0, 0, 0, 0] for _ in warps_n), *([w, 0, 0, 0] for w in warps_k)],
             block_bases=[],
             shape=[config.WARPS_K, config.BLOCK_M, 4, 32],
@@ -175,7 +189,9 @@ def _copy_x(
     line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
-    stride_x = stride_x // 8 * 8  # what the compiler cannot know: rows begin at multiples of 16 bytes
+    stride_x = (
+        stride_x // 8 * 8
+    )  # what the compiler cannot know: rows begin at multiples of 16 bytes
     offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
     offs = offs + part // WARPS_K % 2 * 32 + column
     mask = (line // 4 < M) & (part >= 0) & (column >= 0)
@@ -207,9 +223,9 @@ def _stage(
     row = gl.minimum(first + gl.minimum(round * TILE + row, rows - 1), N - 1)
     step = gl.minimum((flat - round * turns) * k.shape[0] + k, steps - 1)
     blocks = row * (steps * 4) + step * 4 + q
-    word = gl.arange(
-        0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES)))
-    )[None, None, None, :]
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
+        None, None, None, :
+    ]
     words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
     absmax = gl.load(absmax_ptr + blocks)
     nested = absmax
@@ -326,7 +342,7 @@ def _store(
 
 
 @gluon.jit(do_not_specialize=["M", "steps", "groups"])
-def _few_rows_kernel(
+def _few_rows_gluon_kernel(
     x_ptr,  # (M, K)
     codes_ptr,  # (N * K / 8,), eight codes each
     absmax_ptr,  # (N * K / 64,)
@@ -376,7 +392,10 @@ def _few_rows_kernel(
     table_smem = reinterpret(smem.index(0), gl.float32, [256, 32, 2], TABLE_LAYOUT)
     X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
     x_smem = reinterpret(
-        smem.index(TABLE_BYTES // PAGE_BYTES), dtype, [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32], X_LAYOUT
+        smem.index(TABLE_BYTES // PAGE_BYTES),
+        dtype,
+        [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32],
+        X_LAYOUT,
     )
     x_turns = reinterpret(x_smem, dtype, [BUFFERS * TURNS * 2, WARPS_K, X_ROWS * 4, 32], X_LAYOUT)
 
@@ -424,7 +443,9 @@ def _few_rows_kernel(
                 )
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 scale = absmax[:, :, :, None]
-                absmax = _absmax(stages[1], nested_code_ptr, offset, next < steps, IS_NESTED, IS_EVEN)
+                absmax = _absmax(
+                    stages[1], nested_code_ptr, offset, next < steps, IS_NESTED, IS_EVEN
+                )
                 for part in gl.static_range(2):
                     left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
                     right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
@@ -432,7 +453,17 @@ def _few_rows_kernel(
                 stages = stages[1:]
             if BUFFERS == 2:
                 begin = (chunk + 2) % chunks * TURNS  # the next round begins where this one did
-                _copy_x(x_ptr, x_smem.index(buffer), begin, stride_x, M, steps, WARPS_N, WARPS_K, IS_EVEN)
+                _copy_x(
+                    x_ptr,
+                    x_smem.index(buffer),
+                    begin,
+                    stride_x,
+                    M,
+                    steps,
+                    WARPS_N,
+                    WARPS_K,
+                    IS_EVEN,
+                )
 
         _store(acc, bias_ptr, out_ptr, round * TILE, place, M, HAS_BIAS, ROWS, PRODUCT)
     smem._keep_alive()
@@ -441,10 +472,12 @@ def _few_rows_kernel(
 def takes(rows: Tensor, weight: NF4Weight) -> bool:
     """Return whether the kernel is for such a call, of a weight that the plain one takes.
 
-    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes.
+    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a weight of so many rows
+    that reading all of x in every program costs less than the weight.
     """
     return (
         0 < rows.shape[0] <= MAX_M
+        and (rows.shape[0] <= 16 or weight.shape[0] >= 128 * SMS)
         and rows.data_ptr() % 16 == 0
         and rows.stride(0) * rows.itemsize % 16 == 0
         and weight.codes.data_ptr() % 16 == 0
@@ -452,18 +485,17 @@ def takes(rows: Tensor, weight: NF4Weight) -> bool:
 
 
 def multiply_gluon(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply as ``nf4_few_rows.multiply`` what ``takes`` says is for this kernel."""
-    (M, K), N = rows.shape, weight.shape[0]
-    return launch(rows, weight, bias, _launch_config(M, N, K))
+    """Multiply as ``nf4_few_rows.multiply`` what ``takes`` says is for this kernel; fewer rows of ``weight`` will do."""
+    return _launch(rows, weight, bias, _launch_config(rows.shape[0], *weight.shape))
 
 
-def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
+def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
     """Multiply, cut as ``config`` says."""
     (M, K), N = rows.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
     groups = triton.cdiv(triton.cdiv(N, config.ROWS), config.programs)
     if out.numel():
-        _few_rows_kernel[(triton.cdiv(N, groups * config.ROWS),)](
+        _few_rows_gluon_kernel[(triton.cdiv(N, groups * config.ROWS),)](
             rows,
             weight.codes.view(torch.int32),
             weight.absmax,
