@@ -387,12 +387,12 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
             continue
         name, operands = statement.split(maxsplit=1)
         results, *sources = re.findall(r"\{[^}]*\}|[^,\s][^,]*", operands)
-        values = []
+        operand = []
         for source in sources:
             source = source.strip("[] ")
             known = registers if source in registers else _SPECIAL
-            values.append(known[source] if source in known else np.uint32(int(source, 0)))
-        outcome = _PTX[name](*values)
+            operand.append(known[source] if source in known else np.uint32(int(source, 0)))
+        outcome = _PTX[name](*operand)
         names = results.strip("{} ").replace(" ", "").split(",")
         for result, value in zip(names, outcome if len(names) > 1 else (outcome,), strict=True):
             registers[result] = value
@@ -465,6 +465,11 @@ def _no_layout(*_args: object, **_options: object) -> None:
     pass
 
 
+def _mma(a: Any, b: Any, acc: Any) -> Array:
+    with np.errstate(invalid="ignore"):  # rows that are not there, by infinite weights
+        return _array(a @ b + acc)
+
+
 def _modules() -> dict[str, Any]:
     """Return what stands for Gluon's modules."""
     gl: Any = types.ModuleType("gl")
@@ -511,7 +516,7 @@ def _modules() -> dict[str, Any]:
         store_wait=_store_wait,
     )
     ampere: Any = types.ModuleType("ampere")
-    ampere.mma_v2 = lambda a, b, acc: _array(a @ b + acc)
+    ampere.mma_v2 = _mma
     ampere.async_copy = types.SimpleNamespace(
         async_copy_global_to_shared=_copy_later,
         commit_group=_commit_group,

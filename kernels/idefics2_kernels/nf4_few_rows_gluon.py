@@ -66,7 +66,7 @@ class LaunchConfig:
 
 def _x_rows(M: int) -> int:
     """Return how many rows of x are in shared memory; the lanes of eight may share one."""
-    return 1 if M == 1 else max(8, triton.next_power_of_2(M))
+    return 1 if M == 1 else max(8, int(triton.next_power_of_2(M)))
 
 
 def _config(
@@ -85,7 +85,7 @@ def _config(
 
 def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
-        return triton.cdiv(triton.cdiv(N, ROWS), SMS) * ROWS
+        return -(-N // (ROWS * SMS)) * ROWS
 
     # 32 rows a warp read x half as often, but leave half of the warps, and must not leave more to the last program.
     # With warps along K, tiles of more than 16 rows of x would spill.
@@ -136,7 +136,13 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
         warps_per_cta=[config.WARPS_K, config.WARPS_N, 1],
         instr_shape=[1, 16, 8],
     )
-    return {"CODES": codes, "X": x, "PRODUCT": product}
+    # a thread copies along x's rows, from one address on
+    lines = min(config.X_ROWS * 4, 8)
+    warps = min(config.X_ROWS * 4 // lines, config.num_warps)
+    copy = gl.BlockedLayout(
+        [1, 1, 8], [8 // lines, lines, 4], [config.num_warps // warps, warps, 1], [2, 1, 0]
+    )
+    return {"CODES": codes, "X": x, "COPY": copy, "PRODUCT": product}
 
 
 def _decode_word(pair: str) -> str:
@@ -177,21 +183,18 @@ def _copy_x(
     stride_x,
     M,
     steps,
-    WARPS_N: gl.constexpr,
     WARPS_K: gl.constexpr,
+    COPY: gl.constexpr,
     IS_EVEN: gl.constexpr,
 ):
     """Begin to copy the columns of x for a buffer's turns; rows and columns that are not there become zeros."""
     PARTS: gl.constexpr = smem.shape[0]
     LINES: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 8, 4], [WARPS_K, WARPS_N, 1], [2, 1, 0])
-    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, COPY)))[:, None, None]
+    line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, COPY)))[None, :, None]
+    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, COPY)))[None, None, :]
     step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
-    stride_x = (
-        stride_x // 8 * 8
-    )  # what the compiler cannot know: rows begin at multiples of 16 bytes
+    stride_x = stride_x // 8 * 8  # rows begin at multiples of 16 bytes, which no compiler knows
     offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
     offs = offs + part // WARPS_K % 2 * 32 + column
     mask = (line // 4 < M) & (part >= 0) & (column >= 0)
@@ -240,6 +243,12 @@ def _warp(steps):
     return gl.inline_asm_elementwise(
         "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;", "=&r,r", [steps], gl.int32, is_pure=True, pack=1
     )
+
+
+@gluon.jit
+def _queued(stages, stage):
+    stages += (stage,)
+    return stages
 
 
 @gluon.jit
@@ -371,6 +380,7 @@ def _few_rows_gluon_kernel(
     DEPTH: gl.constexpr,
     CODES: gl.constexpr,
     X: gl.constexpr,
+    COPY: gl.constexpr,
     PRODUCT: gl.constexpr,
 ):
     NUM_WARPS: gl.constexpr = WARPS_N * WARPS_K
@@ -409,10 +419,10 @@ def _few_rows_gluon_kernel(
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
     for i in gl.static_range(BUFFERS):
-        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_N, WARPS_K, IS_EVEN)
-    stages = (_stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
+        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
+    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     for depth in gl.static_range(1, DEPTH):
-        stages += (_stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE),)
+        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     _fill_table(code_ptr, table_smem, NUM_WARPS)
     offset = 0.0
     if IS_NESTED:
@@ -438,9 +448,8 @@ def _few_rows_gluon_kernel(
             end = gl.where(is_idle, start, gl.minimum(start + TURNS, turns))
             for turn in range(start, end):
                 flat = round * turns + turn
-                stages += (
-                    _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE),
-                )
+                stage = _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
+                stages = _queued(stages, stage)
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 scale = absmax[:, :, :, None]
                 absmax = _absmax(
@@ -452,16 +461,17 @@ def _few_rows_gluon_kernel(
                     acc = mma_v2(left, right, acc)
                 stages = stages[1:]
             if BUFFERS == 2:
-                begin = (chunk + 2) % chunks * TURNS  # the next round begins where this one did
+                # the next round begins where this one did; behind the last one nothing is read
+                is_wanted = round * chunks + chunk + 2 < rounds * chunks
                 _copy_x(
                     x_ptr,
                     x_smem.index(buffer),
-                    begin,
+                    (chunk + 2) % chunks * TURNS,
                     stride_x,
-                    M,
+                    gl.where(is_wanted, M, 0),
                     steps,
-                    WARPS_N,
                     WARPS_K,
+                    COPY,
                     IS_EVEN,
                 )
 
