@@ -83,7 +83,7 @@ class Shared:
         """Return memory of its own for what begins at this page of an allocation of words, and lies beside the others."""
         begin = 4 * self.first
         end = begin + math.prod(shape) * (4 if dtype == "float32" else 2)
-        assert end <= _local.bytes
+        assert end <= 4 * _local.words.size
         assert all(end <= first or last <= begin for first, last, _ in _local.pieces)
         memory = np.full(shape, np.nan)
         _local.pieces.append((begin, end, memory))
@@ -344,13 +344,18 @@ def _round_pair(dtype: torch.dtype, high: Any, low: Any) -> Any:
     return high_bits << 16 | low_bits
 
 
+def _load_word(address: Any) -> Any:
+    """Read a word of shared memory, from what was made of its bytes or else from the whole."""
+    assert (address % 4 == 0).all()
+    address = address.astype(np.int64)
+    pieces = (memory for first, last, memory in _local.pieces if first <= address.min() < last)
+    words = next(pieces, _local.words).reshape(-1)
+    return words[address // 4].astype(np.float32)
+
+
 def _load_pair(address: Any) -> Any:
-    """Read two neighbouring words from what lies at the beginning of shared memory."""
     assert (address % 8 == 0).all()
-    (words,) = (memory for first, _, memory in _local.pieces if first == 0)
-    words = words.reshape(-1).astype(np.float32)
-    index = address.astype(np.int64) // 4
-    return words[index], words[index + 1]
+    return _load_word(address), _load_word(address + np.uint32(4))
 
 
 # what a statement of PTX returns, for its operands but the first
@@ -359,6 +364,7 @@ _PTX: dict[str, Callable[..., Any]] = {
     "add.u32": lambda a, b: a + b,
     "shr.u32": lambda a, b: a >> b,
     "mul.rn.f32": lambda a, b: a * b,
+    "ld.shared.f32": _load_word,
     "ld.shared.v2.f32": _load_pair,
     "cvt.rn.bf16x2.f32": lambda high, low: _round_pair(torch.bfloat16, high, low),
     "cvt.rn.f16x2.f32": lambda high, low: _round_pair(torch.float16, high, low),
@@ -437,8 +443,8 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
         for place in np.ndindex(*shape):
             barriers[place] = Barrier()
         return Shared(barriers)
-    _local.bytes = 4 * math.prod(shape)  # as far as it is words
-    return Shared(np.full(shape, np.nan))
+    _local.words = np.full(shape, np.nan)  # as far as it is words
+    return Shared(_local.words)
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:

@@ -29,17 +29,15 @@ from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
 from idefics2_kernels.nf4_weight import NF4Weight
 
-BLOCK = gl.constexpr(tables.BLOCK)
 BLOCK_K = 256  # a block for each of the four lanes that share a row
 SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 MAX_M = 64
 _shared = gl.shared_memory_descriptor
-reinterpret = (
-    getattr(_shared, "reinterpret", None) or _shared._reinterpret
-)  # Triton 3.8 has a new name
+# Triton 3.8 has a new name
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 TABLE_BYTES = gl.constexpr(256 * 32 * 8)
-PAGE_BYTES = gl.constexpr(4096)
+PAGE_BYTES = gl.constexpr(1024)  # as many as the nested codes take
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
@@ -254,7 +252,7 @@ def _queued(stages, stage):
 @gluon.jit
 def _absmax(
     stage,
-    nested_code_ptr,
+    table,
     offset,
     is_there,
     IS_NESTED: gl.constexpr,
@@ -263,7 +261,14 @@ def _absmax(
     """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
     absmax = stage[2]
     if IS_NESTED:
-        code = gl.load(nested_code_ptr + gl.cast(absmax, gl.int32))
+        code = gl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1+65536];",  # TABLE_BYTES
+            "=f,r",
+            [table + gl.cast(absmax, gl.int32) * 4],
+            gl.float32,
+            is_pure=False,
+            pack=1,
+        )
         # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
         absmax = gl.maximum(code * stage[3], _LOWEST) + offset
     if not IS_EVEN:
@@ -395,7 +400,7 @@ def _few_rows_gluon_kernel(
     X_BYTES: gl.constexpr = BUFFERS * TURNS * 2 * WARPS_K * X_ROWS * 4 * 64
     smem = gl.allocate_shared_memory(
         gl.float32,
-        [(TABLE_BYTES + X_BYTES + PAGE_BYTES - 1) // PAGE_BYTES, PAGE_BYTES // 4],
+        [(TABLE_BYTES + X_BYTES) // PAGE_BYTES + 1, PAGE_BYTES // 4],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
     TABLE_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -427,6 +432,9 @@ def _few_rows_gluon_kernel(
     offset = 0.0
     if IS_NESTED:
         offset = gl.load(offset_ptr)
+        FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+        nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
+        smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
     if BUFFERS == 1:
         async_copy.wait_group(0)
     # the address is not known before the barrier, so that nothing is looked up before the table is there
@@ -434,7 +442,7 @@ def _few_rows_gluon_kernel(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
     lanes = (row % 8 * 4 + q + k * 0)[:, :, :, None] * 8
-    absmax = _absmax(stages[0], nested_code_ptr, offset, k < steps, IS_NESTED, IS_EVEN)
+    absmax = _absmax(stages[0], table, offset, k < steps, IS_NESTED, IS_EVEN)
 
     for round in range(rounds):
         acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
@@ -452,9 +460,7 @@ def _few_rows_gluon_kernel(
                 stages = _queued(stages, stage)
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 scale = absmax[:, :, :, None]
-                absmax = _absmax(
-                    stages[1], nested_code_ptr, offset, next < steps, IS_NESTED, IS_EVEN
-                )
+                absmax = _absmax(stages[1], table, offset, next < steps, IS_NESTED, IS_EVEN)
                 for part in gl.static_range(2):
                     left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
                     right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
