@@ -70,6 +70,9 @@ def main(arch: int) -> None:
                 "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
                 "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
             }
+            if "mov.u32 $0, global_smem" in compiled.asm["llir"]:
+                offsets = re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"])
+                report["behind_table"] = min(map(int, offsets))
             print(json.dumps(report), flush=True)
         return compiled
 

@@ -5,7 +5,9 @@ products read shared memory when they are waited for, copies run in any order, a
 barrier that is missing shows as a wrong number, and one too many as a program that never ends.
 """
 
+import math
 import random
+import re
 import sys
 import threading
 import time
@@ -31,7 +33,10 @@ class Array(np.ndarray):
     type = types.SimpleNamespace(layout=types.SimpleNamespace(parent=None))
     dtype_name = None
 
-    def to(self, _dtype: object) -> "Array":
+    def to(self, dtype: Any, bitcast: bool = False) -> "Array":
+        if bitcast:
+            bits = torch.from_numpy(np.asarray(self, dtype=np.uint16).view(np.int16))
+            return _array(bits.view(dtype).double())
         return self
 
 
@@ -42,13 +47,14 @@ def _array(values: Any) -> Array:
 class Shared:
     """A piece of shared memory."""
 
-    def __init__(self, values: Any) -> None:
-        self.values = values
+    def __init__(self, values: Any, first: int = 0) -> None:
+        self.values, self.first = values, first
         self.shape = list(values.shape)
 
     def index(self, i: int) -> Any:
         piece = self.values[int(i)]
-        return piece[0] if piece.dtype == object else Shared(piece)
+        first = self.first + int(i) * piece.size
+        return piece[0] if piece.dtype == object else Shared(piece, first)
 
     def reshape(self, shape: list[int]) -> "Shared":
         view = self.values.reshape(shape)
@@ -61,8 +67,30 @@ class Shared:
     def store(self, values: Any) -> None:
         self.values[...] = values
 
-    def reinterpret(self, _dtype: object, shape: list[int], _layout: object) -> "Boxes":
-        return Boxes(self, shape)
+    def load(self, _layout: object) -> Array:
+        return _array(self.values.copy())
+
+    def reinterpret(self, dtype: object, shape: list[int], _layout: object) -> Any:
+        if len(shape) == 6:
+            return Boxes(self, shape)
+        return (
+            self.reshape(shape)
+            if math.prod(shape) == self.values.size
+            else self.piece(dtype, shape)
+        )
+
+    def piece(self, dtype: Any, shape: list[int]) -> "Shared":
+        """Return memory of its own for what begins at this page of an allocation of words, and lies beside the others."""
+        begin = 4 * self.first
+        end = begin + math.prod(shape) * (4 if dtype == "float32" else 2)
+        assert end <= 4 * _local.words.size
+        assert all(end <= first or last <= begin for first, last, _ in _local.pieces)
+        memory = np.full(shape, np.nan)
+        _local.pieces.append((begin, end, memory))
+        return Shared(memory)
+
+    def _keep_alive(self) -> None:
+        pass
 
 
 class Boxes:
@@ -229,13 +257,14 @@ class _Kernel:
         return self.function(*args, **kwargs)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, maxnreg: int, **kwargs: Any) -> None:
-            assert num_warps == 4
+        def launch(*args: Any, num_warps: int, maxnreg: int = 0, **kwargs: Any) -> None:
+            assert num_warps in (1, 2, 4, 8, 16)
             assert maxnreg % 8 == 0
             args = tuple(_Pointer(a) if isinstance(a, Tensor) else a for a in args)
-            for program in range(grid[0]):
+            for program in reversed(range(grid[0])):  # what one writes of the next's stays
                 _local.program, _local.programs = program, grid[0]
                 _local.copies = _Copies(program)
+                _local.pieces, _local.groups, _local.group = [], [], []
                 try:
                     self.function(*args, **kwargs)
                 finally:
@@ -245,18 +274,137 @@ class _Kernel:
 
 
 class _Pointer:
-    def __init__(self, tensor: Tensor, offset: int = 0) -> None:
+    """An address, or an array of them."""
+
+    def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
         self.tensor, self.offset = tensor, offset
+        self.dtype = types.SimpleNamespace(element_ty=tensor.dtype)
 
-    def __add__(self, offset: int) -> "_Pointer":
-        return _Pointer(self.tensor, self.offset + int(offset))
+    def __add__(self, offset: Any) -> "_Pointer":
+        return _Pointer(self.tensor, np.asarray(self.offset + offset, dtype=np.int64))
+
+    def read(self, mask: Any, other: float) -> Array:
+        """Return what lies there, fp32 as fp32 and all other floats as float64, ``other`` where not ``mask``."""
+        mask, offset = np.broadcast_arrays(mask, self.offset)
+        assert (offset[mask] >= 0).all(), "read before a tensor"
+        memory = flat(self.tensor)
+        values = memory[torch.from_numpy(offset[mask].copy())]
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.double()
+        result = np.full(mask.shape, other, dtype=values.numpy().dtype)
+        result[mask] = values.numpy()
+        return result.view(Array)
 
 
-def _load(pointer: _Pointer, mask: bool = True, other: int = 0) -> int:
-    if not mask:
-        return other
-    assert pointer.offset >= 0, "read before a tensor"
-    return int(flat(pointer.tensor)[pointer.offset])
+def _load(pointer: _Pointer, mask: Any = True, other: float = 0) -> Any:
+    values = pointer.read(mask, other)
+    return values if values.ndim or values.dtype.kind == "f" else int(values)
+
+
+def _store(pointer: _Pointer, values: Any, mask: Any) -> None:
+    mask, offset, values = np.broadcast_arrays(mask, pointer.offset, values)
+    assert (offset[mask] >= 0).all(), "written before a tensor"
+    places = torch.from_numpy(offset[mask].copy())
+    assert len(places.unique()) == len(places), "written twice"
+    flat(pointer.tensor)[places] = torch.from_numpy(values[mask].copy()).to(pointer.tensor.dtype)
+
+
+def _copy_later(smem: Shared, pointer: _Pointer, mask: Any) -> None:
+    """Copy when it is waited for."""
+    _local.group.append(lambda: smem.store(pointer.read(mask, 0)))
+
+
+def _commit_group() -> None:
+    _local.groups.append(_local.group)
+    _local.group = []
+
+
+def _wait_group(outstanding: int) -> None:
+    while len(_local.groups) > outstanding:
+        for copy in _local.groups.pop(0):
+            copy()
+
+
+def _permute_bytes(a: Any, b: Any, selector: Any) -> Any:
+    """Compute ``prmt.b32`` for selectors whose nibbles are below 8."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << 32
+    result = both & 0
+    for i in range(4):
+        nibble = int(selector) >> 4 * i & 15
+        assert nibble < 8
+        result |= (both >> 8 * nibble & 0xFF) << 8 * i
+    return result.astype(np.uint32)
+
+
+def _round_pair(dtype: torch.dtype, high: Any, low: Any) -> Any:
+    pair = (
+        torch.from_numpy(np.asarray(x)).to(dtype).view(torch.int16).numpy() for x in (high, low)
+    )
+    high_bits, low_bits = (np.asarray(x).view(np.uint16).astype(np.uint32) for x in pair)
+    return high_bits << 16 | low_bits
+
+
+def _load_word(address: Any) -> Any:
+    """Read a word of shared memory, from what was made of its bytes or else from the whole."""
+    assert (address % 4 == 0).all()
+    address = address.astype(np.int64)
+    pieces = (memory for first, last, memory in _local.pieces if first <= address.min() < last)
+    words = next(pieces, _local.words).reshape(-1)
+    return words[address // 4].astype(np.float32)
+
+
+def _load_pair(address: Any) -> Any:
+    assert (address % 8 == 0).all()
+    return _load_word(address), _load_word(address + np.uint32(4))
+
+
+# what a statement of PTX returns, for its operands but the first
+_PTX: dict[str, Callable[..., Any]] = {
+    "prmt.b32": _permute_bytes,
+    "add.u32": lambda a, b: a + b,
+    "shr.u32": lambda a, b: a >> b,
+    "mul.rn.f32": lambda a, b: a * b,
+    "ld.shared.f32": _load_word,
+    "ld.shared.v2.f32": _load_pair,
+    "cvt.rn.bf16x2.f32": lambda high, low: _round_pair(torch.bfloat16, high, low),
+    "cvt.rn.f16x2.f32": lambda high, low: _round_pair(torch.float16, high, low),
+    "mov.b32": lambda a: (a & 0xFFFF, a >> 16),
+    "mov.u32": lambda a: a,
+}
+# the program's first thread, and its shared memory
+_SPECIAL = {"%tid.x": np.uint32(0), "global_smem": np.uint32(0)}
+
+
+def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    """Run the few instructions that the kernels use."""
+    assert pack == 1
+    kinds = [kind.strip("=&") for kind in constraints.split(",")]
+    outputs = constraints.count("=")
+    registers: dict[str, Any] = {}
+    for i, value in enumerate(np.broadcast_arrays(*args)):
+        words = np.float32 if kinds[outputs + i] == "f" else np.uint32
+        values = np.asarray(value)
+        registers[f"${outputs + i}"] = values.astype(
+            np.int64 if words is np.uint32 else words
+        ).astype(words)
+    for statement in re.sub(r"\.reg[^;]*;", "", text).split(";"):
+        statement = re.sub(r"^[{}\s]+", "", statement).strip()
+        if not statement or statement.startswith("bar.sync"):
+            continue
+        name, operands = statement.split(maxsplit=1)
+        results, *sources = re.findall(r"\{[^}]*\}|[^,\s][^,]*", operands)
+        operand = []
+        for source in sources:
+            source = source.strip("[] ")
+            known = registers if source in registers else _SPECIAL
+            operand.append(known[source] if source in known else np.uint32(int(source, 0)))
+        outcome = _PTX[name](*operand)
+        names = results.strip("{} ").replace(" ", "").split(",")
+        for result, value in zip(names, outcome if len(names) > 1 else (outcome,), strict=True):
+            registers[result] = value
+    found = tuple(np.asarray(registers[f"${i}"]) for i in range(outputs))
+    found = tuple(x.view(Array) if x.ndim else x for x in found)
+    return found if isinstance(dtype, tuple) else found[0]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -295,7 +443,8 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
         for place in np.ndindex(*shape):
             barriers[place] = Barrier()
         return Shared(barriers)
-    return Shared(np.full(shape, np.nan))
+    _local.words = np.full(shape, np.nan)  # as far as it is words
+    return Shared(_local.words)
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:
@@ -318,26 +467,40 @@ def _jit(function: Any = None, **_options: Any) -> Any:
     return _Kernel if function is None else _Kernel(function)
 
 
+def _no_layout(*_args: object, **_options: object) -> None:
+    pass
+
+
+def _mma(a: Any, b: Any, acc: Any) -> Array:
+    with np.errstate(invalid="ignore"):  # rows that are not there, by infinite weights
+        return _array(a @ b + acc)
+
+
 def _modules() -> dict[str, Any]:
     """Return what stands for Gluon's modules."""
     gl: Any = types.ModuleType("gl")
     gl.constexpr = lambda value: value
-    gl.int64, gl.float32 = "int64", "float32"
+    gl.int64, gl.float32, gl.int32, gl.uint16 = "int64", "float32", "int32", "uint16"
+    gl.bfloat16 = torch.bfloat16
     gl.program_id = lambda _axis: _local.program
     gl.num_programs = lambda _axis: _local.programs
-    gl.load = _load
+    gl.load, gl.store = _load, _store
     gl.static_range = range
     gl.minimum, gl.maximum = np.minimum, np.maximum
     gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
     gl.cast = lambda value, _dtype: value
     gl.where, gl.exp2 = np.where, np.exp2
     gl.max, gl.sum = np.max, np.sum
+    gl.join = lambda a, b: np.stack([a, b], axis=-1).view(Array)
+    gl.permute, gl.reshape, gl.broadcast = np.transpose, np.reshape, np.broadcast_arrays
+    gl.inline_asm_elementwise = _asm
     gl.arange = lambda begin, end, _layout: np.arange(begin, end)
     gl.full = lambda shape, value, _dtype, _layout: _array(np.full(shape, value))
     gl.zeros = lambda shape, _dtype, _layout: _array(np.zeros(shape))
     gl.convert_layout = lambda value, _layout: value
-    gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
-    gl.NVMMASharedLayout = lambda **_options: None
+    gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = _no_layout
+    gl.DistributedLinearLayout = gl.BlockedLayout = gl.SwizzledSharedLayout = _no_layout
+    gl.NVMMASharedLayout = _no_layout
     gl.allocate_shared_memory = _allocate
     gl.shared_memory_descriptor = Shared
     gl.warp_specialize = _warp_specialize
@@ -358,6 +521,13 @@ def _modules() -> dict[str, Any]:
         async_copy_shared_to_global=lambda *copy: _local.stores.append(copy),
         store_wait=_store_wait,
     )
+    ampere: Any = types.ModuleType("ampere")
+    ampere.mma_v2 = _mma
+    ampere.async_copy = types.SimpleNamespace(
+        async_copy_global_to_shared=_copy_later,
+        commit_group=_commit_group,
+        wait_group=_wait_group,
+    )
     host: Any = types.ModuleType("host")
     host.TensorDescriptor = Descriptor
     experimental: Any = types.ModuleType("experimental")
@@ -367,6 +537,7 @@ def _modules() -> dict[str, Any]:
         "triton.experimental": experimental,
         root: gluon,
         f"{root}.language": gl,
+        f"{root}.language.nvidia.ampere": ampere,
         f"{root}.language.nvidia.hopper": hopper,
         f"{root}.nvidia.hopper": host,
     }

@@ -18,11 +18,13 @@ WGMMA = {
     "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
     "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16"],
-    "nf4_matmul-triton-28672x4096-m1": ["64x16x16"],
-    "nf4_matmul-triton-28672x4096-m64": ["64x64x16"],
+    "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],
+    "nf4_matmul-plain-28672x4096-m64": ["64x64x16"],
 }
 # of Hopper, codes and x for three stages and x once more: a decoded tile of the weight would take another 32 KB
-NF4_SHARED_MEMORY = {"nf4_matmul-triton-28672x4096-m1": 45056}
+NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 45056}
+# NF4's table, which is looked up where shared memory begins: nothing else may begin before its end
+NF4_TABLE = 64 * 1024
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
@@ -46,3 +48,6 @@ def test_model_shapes_compile_and_fit(arch: int) -> None:
         assert WGMMA.items() <= found.items()
         shared = {report["case"]: report["shared"] for report in reports if report["wgmma"]}
         assert NF4_SHARED_MEMORY.items() <= shared.items()
+        behind = {report["case"]: report.get("behind_table") for report in reports}
+        assert set(behind.values()) == {None, NF4_TABLE}
+        assert behind["nf4_matmul-triton-28672x4096-m64"] == NF4_TABLE

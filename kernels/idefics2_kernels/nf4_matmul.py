@@ -145,15 +145,20 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     return few_rows(x, weight, bias)
 
 
-def few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel for few rows; it takes any number, but not every weight.
+def few_rows(
+    x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, plain: bool = False
+) -> Tensor:
+    """``nf4_matmul`` by the kernels for few rows; they take any number, but not every weight.
+
+    On Hopper there are two, one of them for any call: ``plain``.
 
     Raises:
         ValueError: Rows of ``weight`` are no multiple of 256 columns, or its codes do not begin at a multiple of 4 bytes.
         TypeError: ``weight`` is fp32.
     """
     rows = _checked(x, weight, bias)
-    return nf4_few_rows.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    product = nf4_few_rows.multiply(rows, weight, bias, plain=plain)
+    return product.view(*x.shape[:-1], weight.shape[0])
 
 
 def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import linear, nf4, nf4_matmul, reference_nf4
+from idefics2_kernels import linear, nf4, nf4_few_rows_gluon, nf4_matmul, reference_nf4
+from idefics2_kernels.catalog.attention import on_hopper
 from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, NF4Weight, nf4_code, stack
@@ -140,6 +141,25 @@ def _few_rows_takes(case: Case) -> bool:
     return case.dtype is not _FP32 and case.dims["K"] % 256 == 0 and rows <= 100
 
 
+def _plain_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    return nf4_matmul.few_rows(x, weight, bias, plain=True)
+
+
+def _gluon_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    out = nf4_few_rows_gluon.multiply_gluon(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _has_gluon(case: Case) -> bool:
+    """Whether Hopper has two kernels for this case: there ``few_rows`` may take the one in Gluon."""
+    rows = case.dims.get("B", 1) * case.dims["M"]
+    return on_hopper() and _few_rows_takes(case) and 0 < rows <= nf4_few_rows_gluon.MAX_M
+
+
+def _has_aligned_gluon(case: Case) -> bool:
+    return _has_gluon(case) and "layout" not in case.dims
+
+
 def _nf4_bytes(elements: int) -> int:
     """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
     blocks = -(-elements // BLOCK)
@@ -257,8 +277,10 @@ PRODUCTS = (
             "triton": nf4_matmul.nf4_matmul,
             "fused": nf4_matmul.fused,
             "few_rows": nf4_matmul.few_rows,
+            "plain": _plain_few_rows,
+            "gluon": _gluon_few_rows,
         },
-        only={"few_rows": _few_rows_takes},
+        only={"few_rows": _few_rows_takes, "plain": _has_gluon, "gluon": _has_aligned_gluon},
     ),
     KernelSpec(
         name="nf4_quantize",

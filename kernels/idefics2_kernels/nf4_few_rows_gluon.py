@@ -1,0 +1,537 @@
+"""NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
+
+Decoding is a look-up in shared memory. The table has an entry for each byte of codes, the two NF4 values that its
+nibbles stand for, and each of a warp's lanes has a copy of it in banks of its own: one instruction makes the address
+of a code byte, one loads two values, two multiply them by the block's absmax, one rounds both. Every weight is exactly
+what dequantising gives, at 2.5 instructions.
+
+A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the weight at a time, and
+never leaves them. The order of the columns in a sum is free, so that each of the four lanes that share a row takes a
+block of 64 columns, with one absmax, out of every 256; x lies in shared memory so that a lane finds the columns of its
+block side by side.
+
+A program takes ``groups`` groups of rows whole, so that nothing is summed through global memory. Its warps
+are dealt to groups first and along K next, and go through their share without waiting for each other, but where the
+columns of x do not all fit into shared memory. The partial sums of the warps along K are added in a fixed order at the end.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4_weight import NF4Weight
+
+BLOCK_K = 256  # a block for each of the four lanes that share a row
+SMS = 132  # of an H100
+X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
+MAX_M = 64
+_shared = gl.shared_memory_descriptor
+# Triton 3.8 has a new name
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+TABLE_BYTES = gl.constexpr(256 * 32 * 8)
+PAGE_BYTES = gl.constexpr(1024)  # as many as the nested codes take
+_LOWEST = gl.constexpr(LOWEST.value)
+_NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a product is cut: rows of x; of the weight a warp; warps along N and K; turns of the loop for a buffer of x."""
+
+    BLOCK_M: int
+    X_ROWS: int  # of x in shared memory
+    ROWS: int
+    WARPS_N: int
+    WARPS_K: int
+    TURNS: int
+    BUFFERS: int  # 1: all of x
+    DEPTH: int  # turns for which codes are on their way
+    programs: int
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return self.WARPS_N * self.WARPS_K
+
+
+def _x_rows(M: int) -> int:
+    """Return how many rows of x are in shared memory; the lanes of eight may share one."""
+    return 1 if M == 1 else max(8, int(triton.next_power_of_2(M)))
+
+
+def _config(
+    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS
+) -> LaunchConfig:
+    """Complete a choice by what follows from it."""
+    X_ROWS = _x_rows(M)
+    turns = triton.next_power_of_2(triton.cdiv(K // BLOCK_K, WARPS_K))
+    turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
+    BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
+    TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
+    return LaunchConfig(
+        max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs
+    )
+
+
+def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
+    def program_rows(ROWS: int) -> int:
+        return -(-N // (ROWS * SMS)) * ROWS
+
+    # 32 rows a warp read x half as often, but leave half of the warps, and must not leave more to the last program.
+    # With warps along K, tiles of more than 16 rows of x would spill.
+    ROWS = 16
+    if M > 8 and program_rows(32) <= program_rows(16) and (M <= 16 or program_rows(32) > 128):
+        ROWS = 32
+    warps = 16 if ROWS == 16 and M <= 16 else 8
+    WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), warps)
+    # a buffer holds x for a turn at least
+    most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
+    return _config(M, K, ROWS, WARPS_N, min(warps // WARPS_N, most))
+
+
+@cache
+def _layouts(config: LaunchConfig) -> dict[str, object]:
+    """Return who holds what: lanes and warps as ``mma.sync`` has them, registers as they are loaded."""
+    warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
+    warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
+    more_rows = [[0, 16 * config.WARPS_N, 0, 0]] if config.ROWS == 32 else []
+    codes = gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2], [0, 8, 0, 0], *more_rows],
+        lane_bases=[[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        warp_bases=[*([0, 16 * w, 0, 0] for w in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.WARPS_N * config.ROWS, 4, 4],
+    )
+    more_rows = [[0, 32 << i, 0] for i in range((config.BLOCK_M // 8 - 1).bit_length())]
+    x = gl.DistributedLinearLayout(
+        reg_bases=[*([0, 0, 1 << i] for i in range(5)), *more_rows],
+        lane_bases=[[0, 1 << i, 0] for i in range(5)],
+        warp_bases=[*([0, 0, 0] for _ in warps_n), *([w, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.BLOCK_M * 4, 32],
+    )
+    if config.X_ROWS == 1:  # (WARPS_K, BLOCK_M, 4, 32), and the load's is a slice of it
+        x = gl.DistributedLinearLayout(
+            reg_bases=[[0, 0, 0, 1 << i] for i in range(5)],
+            lane_bases=[
+                *([0, 0, 1 << i, 0] for i in range(2)),
+                *([0, 1 << i, 0, 0] for i in range(3)),
+            ],
+            warp_bases=[*([0, 0, 0, 0] for _ in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+            block_bases=[],
+            shape=[config.WARPS_K, config.BLOCK_M, 4, 32],
+        )
+    product = gl.NVMMADistributedLayout(
+        version=[2, 0],
+        warps_per_cta=[config.WARPS_K, config.WARPS_N, 1],
+        instr_shape=[1, 16, 8],
+    )
+    # a thread copies along x's rows, from one address on
+    lines = min(config.X_ROWS * 4, 8)
+    warps = min(config.X_ROWS * 4 // lines, config.num_warps)
+    copy = gl.BlockedLayout(
+        [1, 1, 8], [8 // lines, lines, 4], [config.num_warps // warps, warps, 1], [2, 1, 0]
+    )
+    return {"CODES": codes, "X": x, "COPY": copy, "PRODUCT": product}
+
+
+def _decode_word(pair: str) -> str:
+    """Return the PTX that turns a word, the lane's place in the table, the table's and an absmax into four ``pair``s.
+
+    A byte of codes goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is never fused.
+    """
+    return "".join(
+        "{ .reg .b32 a; .reg .f32 f, g;"
+        f" prmt.b32 a, $4, $5, 0x76{i}4;"
+        " add.u32 a, a, $6;"
+        " ld.shared.v2.f32 {f, g}, [a];"
+        " mul.rn.f32 f, f, $7;"
+        " mul.rn.f32 g, g, $7;"
+        f" cvt.rn.{pair}.f32 ${i}, g, f; }}\n"
+        for i in range(4)
+    )
+
+
+_DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_word(pair)) for pair in ("bf16x2", "f16x2"))
+
+
+@gluon.jit
+def _fill_table(code_ptr, smem, NUM_WARPS: gl.constexpr):
+    """Write the two values of every byte, the high nibble's first, for each lane."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [NUM_WARPS, 1, 1], [2, 1, 0])
+    byte = gl.arange(0, 256, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    is_first = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :] == 0
+    lanes = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 0
+    smem.store(gl.load(code_ptr + (gl.where(is_first, byte >> 4, byte & 15) + lanes)))
+
+
+@gluon.jit
+def _copy_x(
+    x_ptr,
+    smem,  # (TURNS * 2 * WARPS_K, X_ROWS * 4, 32)
+    start,  # turn
+    stride_x,
+    M,
+    steps,
+    WARPS_K: gl.constexpr,
+    COPY: gl.constexpr,
+    IS_EVEN: gl.constexpr,
+):
+    """Begin to copy the columns of x for a buffer's turns; rows and columns that are not there become zeros."""
+    PARTS: gl.constexpr = smem.shape[0]
+    LINES: gl.constexpr = smem.shape[1]
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, COPY)))[:, None, None]
+    line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, COPY)))[None, :, None]
+    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, COPY)))[None, None, :]
+    step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
+    stride_x = stride_x // 8 * 8  # rows begin at multiples of 16 bytes, which no compiler knows
+    offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
+    offs = offs + part // WARPS_K % 2 * 32 + column
+    mask = (line // 4 < M) & (part >= 0) & (column >= 0)
+    if not IS_EVEN:
+        mask = mask & (step < steps)
+    async_copy.async_copy_global_to_shared(smem, x_ptr + offs, mask)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _stage(
+    weight,
+    place,
+    flat,
+    CODES: gl.constexpr,
+    IS_NESTED: gl.constexpr,
+    IS_ONE_ROUND: gl.constexpr,
+    TILE: gl.constexpr,
+):
+    """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax.
+
+    Past the end of rows or columns the last ones are read again.
+    """
+    codes_ptr, absmax_ptr, nested_absmax_ptr = weight
+    row, k, q, first, N, steps, turns, rows = place
+    round = 0
+    if not IS_ONE_ROUND:
+        round = flat // turns
+    row = gl.minimum(first + gl.minimum(round * TILE + row, rows - 1), N - 1)
+    step = gl.minimum((flat - round * turns) * k.shape[0] + k, steps - 1)
+    blocks = row * (steps * 4) + step * 4 + q
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
+        None, None, None, :
+    ]
+    words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
+    absmax = gl.load(absmax_ptr + blocks)
+    nested = absmax
+    if IS_NESTED:
+        nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
+    return gl.load(words_ptrs), gl.load(words_ptrs + 4), absmax, nested
+
+
+@gluon.jit
+def _warp(steps):
+    """Return the number of this warp, which the language has no word for; ``steps`` is anything."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;", "=&r,r", [steps], gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _queued(stages, stage):
+    stages += (stage,)
+    return stages
+
+
+@gluon.jit
+def _absmax(
+    stage,
+    table,
+    offset,
+    is_there,
+    IS_NESTED: gl.constexpr,
+    IS_EVEN: gl.constexpr,
+):
+    """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
+    absmax = stage[2]
+    if IS_NESTED:
+        code = gl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1+65536];",  # TABLE_BYTES
+            "=f,r",
+            [table + gl.cast(absmax, gl.int32) * 4],
+            gl.float32,
+            is_pure=False,
+            pack=1,
+        )
+        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        absmax = gl.maximum(code * stage[3], _LOWEST) + offset
+    if not IS_EVEN:
+        absmax = gl.where(is_there, absmax, 0.0)
+    return absmax
+
+
+@gluon.jit
+def _weight(words, lanes, absmax, table, dtype: gl.constexpr, PRODUCT: gl.constexpr):
+    """Return the weights of a lane's four words as the product's left operand (WARPS_K, rows, 128)."""
+    asm: gl.constexpr = _DECODE_BF16 if dtype == gl.bfloat16 else _DECODE_FP16
+    # read from shared memory, so not pure
+    a, b, c, d = gl.inline_asm_elementwise(
+        asm,
+        "=&r,=&r,=&r,=&r,r,r,r,f",
+        [words, lanes, table, absmax],
+        (gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+    pairs = gl.join(gl.join(a, b), gl.join(c, d))
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.uint16, gl.uint16), True, 1
+    )
+    weight = gl.join(low, high).to(dtype, bitcast=True)
+    # (warp, row, block, word, byte of a half, half a word, of a byte): columns come to be in the order word, half a
+    # word, byte, block, of a byte
+    weight = gl.permute(weight, (0, 1, 3, 5, 4, 2, 6))
+    weight = gl.reshape(weight, [words.shape[0], words.shape[1], 128])
+    return gl.convert_layout(weight, gl.DotOperandLayout(0, PRODUCT, 2))
+
+
+@gluon.jit
+def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
+    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``_weight``'s."""
+    WARPS_K: gl.constexpr = smem.shape[1]
+    BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
+    if smem.shape[2] == 4:  # all lanes read the one row
+        x = smem.index(index).load(gl.SliceLayout(1, X))[:, None, :, :]
+        x = gl.broadcast(x, gl.full([WARPS_K, BLOCK_M, 4, 32], 0.0, x.dtype, X))[0]
+    else:
+        x = smem.index(index).load(X)
+    x = gl.permute(gl.reshape(x, [WARPS_K, BLOCK_M, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
+    x = gl.reshape(x, [WARPS_K, 128, BLOCK_M])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, PRODUCT, 2))
+
+
+@gluon.jit
+def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
+    """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
+
+    A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all others; in the
+    weight a warp's rows are neighbours.
+    """
+    return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
+
+
+@gluon.jit
+def _store(
+    acc,  # (WARPS_K, TILE, BLOCK_M)
+    bias_ptr,
+    out_ptr,
+    row,  # the tile's first, of the program's
+    place,
+    M,
+    HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):
+    """Add up the warps along K, add the bias, and store."""
+    _, _, _, first, N, _, _, rows = place
+    out = gl.sum(acc, axis=0)
+    OUT: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    i = gl.arange(0, out.shape[0], gl.SliceLayout(1, OUT))
+    m = gl.arange(0, out.shape[1], gl.SliceLayout(0, OUT))
+    row += _rows_of_tile(i, ROWS, out.shape[0] // ROWS)
+    n = first + row
+    mask_n = (row < rows) & (n < N)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + n, mask=mask_n, other=0.0)
+        out += gl.cast(bias, gl.float32)[:, None]
+    out_ptrs = out_ptr + gl.cast(m, gl.int64)[None, :] * N + n[:, None]
+    out = gl.cast(out, out_ptr.dtype.element_ty)
+    gl.store(out_ptrs, out, mask=mask_n[:, None] & (m < M)[None, :])
+
+
+@gluon.jit(do_not_specialize=["M", "steps", "groups"])
+def _few_rows_gluon_kernel(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N * K / 8,), eight codes each
+    absmax_ptr,  # (N * K / 64,)
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    code_ptr,  # (16,)
+    bias_ptr,  # (N,), if HAS_BIAS
+    out_ptr,  # (M, N), contiguous
+    stride_x,
+    M,
+    N,
+    steps,  # K / BLOCK_K
+    groups,  # of ROWS rows, of a program
+    IS_NESTED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    IS_ONE_ROUND: gl.constexpr,
+    IS_EVEN: gl.constexpr,  # warps along K have as many columns each, and buffers
+    BLOCK_M: gl.constexpr,
+    X_ROWS: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    TURNS: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    CODES: gl.constexpr,
+    X: gl.constexpr,
+    COPY: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):
+    NUM_WARPS: gl.constexpr = WARPS_N * WARPS_K
+    TILE: gl.constexpr = WARPS_N * ROWS
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    BLOCKS: gl.constexpr = gl.SliceLayout(3, CODES)
+    turns = gl.cdiv(steps, WARPS_K)
+    rounds = gl.cdiv(groups, WARPS_N)
+    chunks = gl.cdiv(turns, TURNS)
+
+    # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
+    X_BYTES: gl.constexpr = BUFFERS * TURNS * 2 * WARPS_K * X_ROWS * 4 * 64
+    smem = gl.allocate_shared_memory(
+        gl.float32,
+        [(TABLE_BYTES + X_BYTES) // PAGE_BYTES + 1, PAGE_BYTES // 4],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+    )
+    TABLE_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    table_smem = reinterpret(smem.index(0), gl.float32, [256, 32, 2], TABLE_LAYOUT)
+    X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
+    x_smem = reinterpret(
+        smem.index(TABLE_BYTES // PAGE_BYTES),
+        dtype,
+        [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32],
+        X_LAYOUT,
+    )
+    x_turns = reinterpret(x_smem, dtype, [BUFFERS * TURNS * 2, WARPS_K, X_ROWS * 4, 32], X_LAYOUT)
+
+    # blocks of a turn: (WARPS_K, TILE, 4)
+    k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS)))[:, None, None]
+    i = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
+    q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
+    row = _rows_of_tile(i, ROWS, WARPS_N)
+    first = gl.cast(gl.program_id(0), gl.int64) * groups * ROWS
+    weight = codes_ptr, absmax_ptr, nested_absmax_ptr
+    place = row, k, q, first, N, steps, turns, groups * ROWS
+
+    for i in gl.static_range(BUFFERS):
+        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
+    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    for depth in gl.static_range(1, DEPTH):
+        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    _fill_table(code_ptr, table_smem, NUM_WARPS)
+    offset = 0.0
+    if IS_NESTED:
+        offset = gl.load(offset_ptr)
+        FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+        nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
+        smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
+    if BUFFERS == 1:
+        async_copy.wait_group(0)
+    # the address is not known before the barrier, so that nothing is looked up before the table is there
+    table = gl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
+    )
+    lanes = (row % 8 * 4 + q + k * 0)[:, :, :, None] * 8
+    absmax = _absmax(stages[0], table, offset, k < steps, IS_NESTED, IS_EVEN)
+
+    for round in range(rounds):
+        acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
+        is_idle = round * WARPS_N + _warp(steps) % WARPS_N >= groups
+        for chunk in range(chunks):
+            start = chunk * TURNS
+            buffer = 0
+            if BUFFERS == 2:
+                buffer = (round * chunks + chunk) % 2
+                async_copy.wait_group(1)
+            end = gl.where(is_idle, start, gl.minimum(start + TURNS, turns))
+            for turn in range(start, end):
+                flat = round * turns + turn
+                stage = _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
+                stages = _queued(stages, stage)
+                next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
+                scale = absmax[:, :, :, None]
+                absmax = _absmax(stages[1], table, offset, next < steps, IS_NESTED, IS_EVEN)
+                for part in gl.static_range(2):
+                    left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
+                    right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
+                    acc = mma_v2(left, right, acc)
+                stages = stages[1:]
+            if BUFFERS == 2:
+                # the next round begins where this one did; behind the last one nothing is read
+                is_wanted = round * chunks + chunk + 2 < rounds * chunks
+                _copy_x(
+                    x_ptr,
+                    x_smem.index(buffer),
+                    (chunk + 2) % chunks * TURNS,
+                    stride_x,
+                    gl.where(is_wanted, M, 0),
+                    steps,
+                    WARPS_K,
+                    COPY,
+                    IS_EVEN,
+                )
+
+        _store(acc, bias_ptr, out_ptr, round * TILE, place, M, HAS_BIAS, ROWS, PRODUCT)
+    smem._keep_alive()
+
+
+def takes(rows: Tensor, weight: NF4Weight) -> bool:
+    """Return whether the kernel is for such a call, of a weight that the plain one takes.
+
+    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a weight of so many rows
+    that reading all of x in every program costs less than the weight.
+    """
+    return (
+        0 < rows.shape[0] <= MAX_M
+        and (rows.shape[0] <= 16 or weight.shape[0] >= 128 * SMS)
+        and rows.data_ptr() % 16 == 0
+        and rows.stride(0) * rows.itemsize % 16 == 0
+        and weight.codes.data_ptr() % 16 == 0
+    )
+
+
+def multiply_gluon(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply as ``nf4_few_rows.multiply`` what ``takes`` says is for this kernel; fewer rows of ``weight`` will do."""
+    return _launch(rows, weight, bias, _launch_config(rows.shape[0], *weight.shape))
+
+
+def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
+    """Multiply, cut as ``config`` says."""
+    (M, K), N = rows.shape, weight.shape[0]
+    out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
+    groups = triton.cdiv(triton.cdiv(N, config.ROWS), config.programs)
+    if out.numel():
+        _few_rows_gluon_kernel[(triton.cdiv(N, groups * config.ROWS),)](
+            rows,
+            weight.codes.view(torch.int32),
+            weight.absmax,
+            weight.nested_absmax,
+            weight.nested_code,
+            weight.offset,
+            tables.nf4_code(rows.device),
+            bias,
+            out,
+            rows.stride(0),
+            M,
+            N,
+            K // BLOCK_K,
+            groups,
+            IS_NESTED=weight.is_nested,
+            HAS_BIAS=bias is not None,
+            IS_ONE_ROUND=groups <= config.WARPS_N,
+            IS_EVEN=K % (BLOCK_K * config.WARPS_K * config.TURNS) == 0,
+            **{k: v for k, v in asdict(config).items() if k != "programs"},
+            **_layouts(config),
+            num_warps=config.num_warps,
+        )
+    return out
