@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.attention_tiles import alignment, attend, empty_state, head_parts, load_head
+from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
 from idefics2_kernels.split_keys import MAX_SPLITS, merge_tile, state_buffers, store_state
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
@@ -71,6 +72,7 @@ def _decode_attention_kernel(
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     MERGE_M: tl.constexpr,  # rows, splits and columns that are merged at once
     MERGE_S: tl.constexpr,
     MERGE_D: tl.constexpr,
@@ -78,6 +80,8 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     TILES: tl.constexpr = P // BLOCK_N  # of a page
+    let_next_begin(IS_DEPENDENT)
+    wait_for_last(IS_DEPENDENT)
     pid = tl.program_id(0)
     split = pid % num_splits
     head_kv = pid // num_splits % H_KV
@@ -202,6 +206,7 @@ def decode_attention(
         D_REST=D_REST,
         ALIGN=alignment(q, k_cache, v_cache),
         IS_SPLIT=num_splits > 1,
+        **dependent(),
         **merge_tile(num_splits, H // H_KV, D, config.num_warps),
         **asdict(config),
     )

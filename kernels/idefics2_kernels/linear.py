@@ -16,10 +16,18 @@ from torch import Tensor
 
 from idefics2_kernels.activation import gelu_tanh
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.dependent_launch import (
+    LINE,
+    dependent,
+    let_next_begin,
+    prefetch,
+    wait_for_last,
+)
 from idefics2_kernels.primitives import cast, dot
 from idefics2_kernels.split_k import k_per_split, shared_buffers, store_product
 
 FEW_ROWS = 16  # the tensor cores' narrowest tile that serves every dtype
+PREFETCHED = tl.constexpr(8)  # lines of each row of the weight: the 64 KB that fill a pipeline
 PROGRAMS = 264  # of split_k, wanted at once: two for each of an H100's 132 SMs, as many as their pipelines leave room for
 
 
@@ -64,10 +72,12 @@ def _split_k_kernel(
     k_split,
     HAS_BIAS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    let_next_begin(IS_DEPENDENT)
     split = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,6 +85,12 @@ def _split_k_kernel(
     mask_n, mask_m = offs_n < N, offs_m < M
     weight_ptrs = weight_ptr + offs_n[:, None] * stride_weight + offs_k[None, :]
     x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
+    if IS_DEPENDENT and split * k_split < K:  # x is still being computed, the weight is there
+        line: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        columns = tl.minimum(split * k_split + tl.arange(0, PREFETCHED) * line, K - 1)
+        rows = tl.minimum(offs_n, N - 1)
+        prefetch(weight_ptr + rows[:, None] * stride_weight + columns[None, :])
+    wait_for_last(IS_DEPENDENT)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in range(split * k_split, tl.minimum((split + 1) * k_split, K), BLOCK_K):
@@ -200,6 +216,7 @@ def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             k_split,
             HAS_BIAS=bias is not None,
             IS_SPLIT=splits > 1,
+            **dependent(),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,
