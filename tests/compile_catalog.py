@@ -48,6 +48,12 @@ def _sass(cubin: bytes) -> str:
         return subprocess.check_output([path_to_cuobjdump(), "-sass", file.name], text=True)
 
 
+def _waits_first(sass: str) -> bool:
+    """Return whether programs wait for the kernel before ahead of their first access to memory."""
+    found = re.search(r"\b(?:ACQBULK|LDG|LDGSTS|UTMALDG|STG|ATOMG|REDG?)\b", sass)
+    return found is not None and found[0] == "ACQBULK"
+
+
 def main(arch: int) -> None:
     """Compile for ``sm_<arch>``."""
     driver.set_active(_AbsentGPU(arch))
@@ -68,6 +74,8 @@ def main(arch: int) -> None:
                 "triton": triton.__version__,
                 "shared": compiled.metadata.shared,
                 "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+                "is_dependent": bool(compiled.metadata.launch_pdl),
+                "waits_first": _waits_first(sass),
                 "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
             }
             if "mov.u32 $0, global_smem" in compiled.asm["llir"]:

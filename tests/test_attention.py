@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from idefics2_kernels import decode_attention as decode_module
 from idefics2_kernels import perceiver_attention as perceiver_module
 from idefics2_kernels import reference
 from idefics2_kernels.attention_tiles import alignment, head_parts
@@ -246,6 +247,25 @@ def test_a_padded_query_gives_zeros_and_disturbs_nobody(device: torch.device) ->
     out = paged_attention(**call)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     torch.testing.assert_close(out, reference.paged_attention(**call))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 12, 1000])
+def test_sharing_keys_of_a_sequence_changes_nothing(
+    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_module, "_PROGRAMS", programs)
+    lengths, pages = (77, 0, 16, 33), torch.randperm(20, device=device).int()
+    k_cache, v_cache = torch.randn(2, 20, 2, 16, 16, device=device)
+    call = {
+        "q": torch.randn(3, 4, 16, device=device),  # the second sequence has no query
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "block_table": pages.view(4, 5),
+        "context_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
+        "cu_seqlens": cumulative(device, 1, 0, 1, 1),
+        "max_seqlen": 1,
+    }
+    torch.testing.assert_close(paged_attention(**call), reference.paged_attention(**call))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])

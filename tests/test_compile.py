@@ -21,6 +21,14 @@ WGMMA = {
     "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],
     "nf4_matmul-plain-28672x4096-m64": ["64x64x16"],
 }
+# they may begin before the kernel ahead of them has ended
+DEPENDENT = {
+    "_decode_attention_kernel",
+    "_rms_norm_kernel",
+    "_rotary_kernel",
+    "_silu_mul_kernel",
+    "_split_k_kernel",
+}
 # of Hopper, codes and x for three stages and x once more: a decoded tile of the weight would take another 32 KB
 NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 45056}
 # NF4's table, which is looked up where shared memory begins: nothing else may begin before its end
@@ -43,6 +51,9 @@ def test_model_shapes_compile_and_fit(arch: int) -> None:
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY[arch], report
         assert report["spills"] == 0, report
+        assert report["waits_first"] or not report["is_dependent"], report
+    dependent = {report["kernel"] for report in reports if report["is_dependent"]}
+    assert dependent == (DEPENDENT if arch >= 90 else set())
     if arch == 90:
         found = {report["case"]: report["wgmma"] for report in reports if report["wgmma"]}
         assert WGMMA.items() <= found.items()

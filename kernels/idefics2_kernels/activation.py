@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
 from idefics2_kernels.primitives import LOG2_E
 
 GELU_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi) / math.log(2))
@@ -50,9 +51,12 @@ def _silu_mul_kernel(
     stride_gate_up,
     M,
     F,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    let_next_begin(IS_DEPENDENT)
+    wait_for_last(IS_DEPENDENT)
     offs_m, offs_f, mask = _tile(M, F, BLOCK_M, BLOCK_F)
     gate_ptrs = gate_up_ptr + offs_m * stride_gate_up + offs_f
     gate = tl.load(gate_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -110,6 +114,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
             BLOCK_M=config.block_m,
             BLOCK_F=config.block_n,
             num_warps=config.num_warps,
+            **dependent(),
         )
     return out
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.attention_tiles import alignment, attend, empty_state, head_parts, load_head
-from idefics2_kernels.split_keys import MAX_SPLITS, combine, state_buffers, store_state
+from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.split_keys import MAX_SPLITS, merge_tile, state_buffers, store_state
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
 _PROGRAMS = 264  # two on each of an H100's processors
@@ -52,6 +53,7 @@ def _decode_attention_kernel(
     acc_ptr,  # (T * H, num_splits, D), if IS_SPLIT
     m_ptr,  # (T * H, num_splits), if IS_SPLIT
     l_ptr,  # (T * H, num_splits), if IS_SPLIT
+    counters_ptr,  # (B * H_KV,), if IS_SPLIT
     block_table_ptr,  # (B, pages of a sequence)
     context_lens_ptr,  # (B,)
     cu_seqlens_ptr,  # (B + 1,)
@@ -70,10 +72,16 @@ def _decode_attention_kernel(
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+    MERGE_M: tl.constexpr,  # rows, splits and columns that are merged at once
+    MERGE_S: tl.constexpr,
+    MERGE_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     TILES: tl.constexpr = P // BLOCK_N  # of a page
+    let_next_begin(IS_DEPENDENT)
+    wait_for_last(IS_DEPENDENT)
     pid = tl.program_id(0)
     split = pid % num_splits
     head_kv = pid // num_splits % H_KV
@@ -82,6 +90,15 @@ def _decode_attention_kernel(
     T = tl.load(context_lens_ptr + sequence)
     if tl.load(cu_seqlens_ptr + sequence + 1) == token:
         return
+    first_key = tl.maximum(T - 1 - left, 0)
+    first_tile = first_key // BLOCK_N
+    tiles = tl.cdiv(T, BLOCK_N) - first_tile
+    per_split = tl.maximum(tl.cdiv(tiles, num_splits), 1)
+    parts = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    if split >= parts:
+        return
+    start = first_tile + split * per_split
+    end = tl.minimum(start + per_split, first_tile + tiles)
 
     # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
     stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
@@ -97,13 +114,6 @@ def _decode_attention_kernel(
     offs_q = token * stride_qt + heads * stride_qh
     q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
     state = empty_state(BLOCK_M, D_MAIN, D_REST)
-
-    first_key = tl.maximum(T - 1 - left, 0)
-    first_tile = first_key // BLOCK_N
-    tiles = tl.cdiv(T, BLOCK_N) - first_tile
-    per_split = tl.cdiv(tiles, num_splits)
-    start = first_tile + split * per_split
-    end = tl.minimum(start + per_split, first_tile + tiles)
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
@@ -125,15 +135,25 @@ def _decode_attention_kernel(
         acc_ptr,
         m_ptr,
         l_ptr,
-        token * (H_KV * GROUPS) + heads,
-        mask_m,
+        counters_ptr,
+        pid // num_splits,
+        token * (H_KV * GROUPS) + head_kv * GROUPS,
+        0,
+        GROUPS,
+        H_KV * GROUPS,
+        GROUPS,
         split,
         num_splits,
+        parts,
         state,
         D,
         D_MAIN,
         D_REST,
         IS_SPLIT,
+        MERGE_M,
+        MERGE_S,
+        MERGE_D,
+        BLOCK_M,
     )
 
 
@@ -158,7 +178,7 @@ def decode_attention(
     D_MAIN, D_REST = head_parts(D)
     tiles = min(block_table.shape[1] * (P // config.BLOCK_N), left // config.BLOCK_N + 2)
     num_splits = _num_splits(B * H_KV, tiles)
-    acc, m, l = state_buffers(out, num_splits)
+    acc, m, l, arrived = state_buffers(out, num_splits, B * H_KV)
     _decode_attention_kernel[(num_splits * H_KV * B,)](
         q,
         k_cache,
@@ -167,6 +187,7 @@ def decode_attention(
         acc,
         m,
         l,
+        arrived,
         block_table,
         context_lens,
         cu_seqlens,
@@ -185,7 +206,7 @@ def decode_attention(
         D_REST=D_REST,
         ALIGN=alignment(q, k_cache, v_cache),
         IS_SPLIT=num_splits > 1,
+        **dependent(),
+        **merge_tile(num_splits, H // H_KV, D, config.num_warps),
         **asdict(config),
     )
-    if acc is not None and m is not None and l is not None:
-        combine(acc, m, l, out)

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from idefics2_kernels.activation import gelu_tanh
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.dependent_launch import (
+    LINE,
+    dependent,
+    let_next_begin,
+    prefetch,
+    wait_for_last,
+)
 from idefics2_kernels.primitives import cast, dot
-from idefics2_kernels.split_k import k_per_split, sum_splits
+from idefics2_kernels.split_k import k_per_split, shared_buffers, store_product
 
 FEW_ROWS = 16  # the tensor cores' narrowest tile that serves every dtype
+PREFETCHED = tl.constexpr(8)  # lines of each row of the weight: the 64 KB that fill a pipeline
 PROGRAMS = 264  # of split_k, wanted at once: two for each of an H100's 132 SMs, as many as their pipelines leave room for
 
 
@@ -53,7 +61,9 @@ def _split_k_kernel(
     x_ptr,  # (M, K)
     weight_ptr,  # (N, K)
     bias_ptr,  # (N,), if HAS_BIAS
-    out_ptr,  # (splits, M, N), contiguous
+    out_ptr,  # (M, N), contiguous
+    partials_ptr,  # (splits, M, N), if IS_SPLIT
+    counters_ptr,  # (tiles,), if IS_SPLIT
     stride_x,
     stride_weight,
     M,
@@ -61,10 +71,13 @@ def _split_k_kernel(
     K,
     k_split,
     HAS_BIAS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    let_next_begin(IS_DEPENDENT)
     split = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -72,6 +85,12 @@ def _split_k_kernel(
     mask_n, mask_m = offs_n < N, offs_m < M
     weight_ptrs = weight_ptr + offs_n[:, None] * stride_weight + offs_k[None, :]
     x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
+    if IS_DEPENDENT and split * k_split < K:  # x is still being computed, the weight is there
+        line: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        columns = tl.minimum(split * k_split + tl.arange(0, PREFETCHED) * line, K - 1)
+        rows = tl.minimum(offs_n, N - 1)
+        prefetch(weight_ptr + rows[:, None] * stride_weight + columns[None, :])
+    wait_for_last(IS_DEPENDENT)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in range(split * k_split, tl.minimum((split + 1) * k_split, K), BLOCK_K):
@@ -82,11 +101,19 @@ def _split_k_kernel(
         weight_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + (split.to(tl.int64) * M + offs_m[None, :]) * N + offs_n[:, None]
-    out = cast(acc, out_ptr.dtype.element_ty)
-    tl.store(out_ptrs, out, mask=mask_n[:, None] & mask_m[None, :])
+    store_product(
+        acc,
+        bias_ptr,
+        out_ptr,
+        partials_ptr,
+        counters_ptr,
+        offs_n,
+        offs_m,
+        M,
+        N,
+        HAS_BIAS,
+        IS_SPLIT,
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -171,29 +198,31 @@ def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, PROGRAMS)
     splits = max(triton.cdiv(K, k_split), 1)
-    dtype = torch.float32 if splits > 1 else x.dtype
-    out = torch.empty((splits, M, N), dtype=dtype, device=x.device)
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if out.numel():
+        partials, arrived = shared_buffers(out, splits, tiles_m * tiles_n)
         _split_k_kernel[(tiles_n, splits, tiles_m)](
             rows,
             weight,
             bias,
             out,
+            partials,
+            arrived,
             rows.stride(0),
             weight.stride(0),
             M,
             N,
             K,
             k_split,
-            HAS_BIAS=bias is not None and splits == 1,
+            HAS_BIAS=bias is not None,
+            IS_SPLIT=splits > 1,
+            **dependent(),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
             BLOCK_K=config.BLOCK_K,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    if splits > 1:
-        out = sum_splits(out, bias, x.dtype)
     return out.view(*x.shape[:-1], N)
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,12 @@ def _rms_norm_kernel(
     N,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    let_next_begin(IS_DEPENDENT)
+    wait_for_last(IS_DEPENDENT)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask_n = offs_n < N
@@ -131,5 +135,6 @@ def _launch(
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
+            **dependent(),
         )
     return out.view(x.shape), None if total is None else total.view(x.shape)

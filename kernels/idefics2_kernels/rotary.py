@@ -19,6 +19,7 @@ from idefics2_kernels.checks import (
     check_rows,
     check_shape,
 )
+from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,12 @@ def _rotary_kernel(
     HALF,
     P,
     HAS_CACHE: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    let_next_begin(IS_DEPENDENT)
+    wait_for_last(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     mask_d = offs_d < HALF
@@ -275,4 +279,5 @@ def _launch(
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
         num_warps=config.num_warps,
+        **dependent(),
     )

@@ -1,7 +1,8 @@
 """Softmax over keys that several programs share: what each leaves behind, and the sum of it.
 
 Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs take some each and
-store their state; a second kernel merges the states in order, so that results do not depend on who came first.
+store their state; the last of them to arrive (``arrivals.py``) merges the states in order, so that results do not depend
+on who that was. Programs that are left without keys neither store nor arrive.
 """
 
 import torch
@@ -9,110 +10,133 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idefics2_kernels.arrivals import counters, is_last
 from idefics2_kernels.attention_tiles import LOWEST, normalised, store_head
 
-MAX_SPLITS = 32  # a program of the second kernel takes all of a row's at once
+MAX_SPLITS = 32  # whoever merges takes all states of a row at once
+# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more would spill
+_MERGED_ROWS = 16
+_MERGED = 144 * 32
 
 
 @triton.jit
 def store_state(
-    out_ptr,  # (R, D), if not IS_SPLIT
+    out_ptr,  # (R, D)
     acc_ptr,  # (R, num_splits, D) fp32, if IS_SPLIT
     m_ptr,  # (R, num_splits) fp32, if IS_SPLIT
     l_ptr,  # (R, num_splits) fp32, if IS_SPLIT
-    rows,  # (ROWS,) int64: which of R
-    mask,  # (ROWS,)
+    counters_ptr,  # (tiles,), if IS_SPLIT
+    tile,
+    first_row,  # of R: row i of a sequence's has the place first_row + i // GROUPS * H + i % GROUPS
+    start_m,  # the tile has rows start_m to start_m + BLOCK_M of a sequence's rows_m
+    rows_m,
+    H,
+    GROUPS,
     split,
     num_splits,
+    parts,  # splits that have keys
     state,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    MERGE_M: tl.constexpr,
+    MERGE_S: tl.constexpr,
+    MERGE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """Store the output of ``rows``, or the state that one of several splits has for them."""
+    """Store the output of a tile of rows, or the state that one of several splits has for them; the last one merges."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows = first_row + offs_m // GROUPS * H + offs_m % GROUPS
+    mask = offs_m < rows_m
     if IS_SPLIT:
         acc, acc_rest, m_i, l_i = state
         places = rows * num_splits + split
         tl.store(m_ptr + places, m_i, mask=mask)
         tl.store(l_ptr + places, l_i, mask=mask)
-        seen = mask & (l_i != 0.0)
-        store_head(acc_ptr, places * D, seen, (acc, acc_rest), D, D_MAIN, D_REST)
+        store_head(acc_ptr, places * D, mask, (acc, acc_rest), D, D_MAIN, D_REST)
+        if is_last(counters_ptr, tile, parts):
+            end_m = tl.minimum(start_m + BLOCK_M, rows_m)
+            for start in tl.range(start_m, end_m, MERGE_M, num_stages=1):
+                offs = start + tl.arange(0, MERGE_M)
+                _merge(
+                    out_ptr,
+                    acc_ptr,
+                    m_ptr,
+                    l_ptr,
+                    first_row + offs // GROUPS * H + offs % GROUPS,
+                    offs < end_m,
+                    num_splits,
+                    parts,
+                    D,
+                    MERGE_S,
+                    MERGE_D,
+                )
     else:
         store_head(
             out_ptr, rows * D, mask, normalised(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
         )
 
 
-@triton.jit(do_not_specialize=["R", "num_splits"])
-def _combine_kernel(
+@triton.jit
+def _merge(
+    out_ptr,  # (R, D)
     acc_ptr,  # (R, num_splits, D)
     m_ptr,  # (R, num_splits)
     l_ptr,  # (R, num_splits)
-    out_ptr,  # (R, D)
-    R,
+    rows,  # (BLOCK_M,) int64: which of R
+    mask_m,  # (BLOCK_M,)
     num_splits,
+    parts,
     D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_s = tl.arange(0, BLOCK_S)[None, :]
+    # a variable for each split: an axis of splits would go to threads or registers as the compiler's release likes
     offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    places = rows[:, None] * num_splits + offs_s
-    mask = (rows < R)[:, None] & (offs_s < num_splits)
-    m = tl.load(m_ptr + places, mask=mask, other=LOWEST)
-    l = tl.load(l_ptr + places, mask=mask, other=0.0)
-    acc = tl.load(
-        acc_ptr + places[:, :, None] * D + offs_d[None, None, :],
-        mask=(l != 0.0)[:, :, None] & mask_d[None, None, :],  # a split that saw no key stored none
-        other=0.0,
-    )
-    weights = tl.exp2(m - tl.max(m, axis=1)[:, None])
-    l_i = tl.sum(l * weights, axis=1)
-    total = tl.sum(acc * weights[:, :, None], axis=1)
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    ms, ls, accs = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for split in tl.static_range(BLOCK_S):
+        places, is_there = rows * num_splits + split, split < parts
+        ms += (tl.load(m_ptr + places, mask=mask_m & is_there, other=LOWEST, cache_modifier=".cg"),)
+        ls += (tl.load(l_ptr + places, mask=mask_m & is_there, other=0.0, cache_modifier=".cg"),)
+        ptrs = acc_ptr + places[:, None] * D + offs_d[None, :]
+        accs += (tl.load(ptrs, mask=mask & is_there, other=0.0, cache_modifier=".cg"),)
+    m_i = ms[0]
+    for split in tl.static_range(1, BLOCK_S):
+        m_i = tl.maximum(m_i, ms[split])
+    l_i, total = tl.zeros_like(m_i), tl.zeros_like(accs[0])
+    for split in tl.static_range(BLOCK_S):
+        weight = tl.exp2(ms[split] - m_i)
+        l_i += ls[split] * weight
+        total += accs[split] * weight[:, None]
     out = tl.div_rn(total, tl.where(l_i == 0.0, 1.0, l_i)[:, None])
     tl.store(
         out_ptr + rows[:, None] * D + offs_d[None, :],
         out.to(out_ptr.dtype.element_ty),
-        mask=(rows < R)[:, None] & mask_d[None, :],
+        mask=mask,
     )
 
 
 def state_buffers(
-    out: Tensor, num_splits: int
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D); nothing for one."""
+    out: Tensor, num_splits: int, tiles: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Allocate acc, m and l for each row of ``out`` (..., D) and give ``tiles`` counters; nothing for one split."""
     if num_splits == 1:
-        return None, None, None
+        return None, None, None, None
     D = out.shape[-1]
     rows = out.numel() // D
     return (
         torch.empty((rows, num_splits, D), dtype=torch.float32, device=out.device),
         torch.empty((rows, num_splits), dtype=torch.float32, device=out.device),
         torch.empty((rows, num_splits), dtype=torch.float32, device=out.device),
+        counters(tiles, out.device),
     )
 
 
-def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
-    """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out``, R rows of D."""
-    R, num_splits, D = acc.shape
-    BLOCK_S, BLOCK_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
-    BLOCK_R = max(
-        1, 2048 // (BLOCK_S * BLOCK_D)
-    )  # few rows of few states each would be many tiny programs
-    _combine_kernel[(triton.cdiv(R, BLOCK_R),)](
-        acc,
-        m,
-        l,
-        out,
-        R,
-        num_splits,
-        D=D,
-        BLOCK_R=BLOCK_R,
-        BLOCK_S=BLOCK_S,
-        BLOCK_D=BLOCK_D,
-        num_warps=max(1, min(8, BLOCK_R * BLOCK_S * BLOCK_D // 512)),
-    )
+def merge_tile(num_splits: int, rows: int, D: int, num_warps: int) -> dict[str, int]:
+    """Return how many of a tile's ``rows`` are merged at once, and the powers of two that hold splits and columns."""
+    MERGE_S, MERGE_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
+    fitting = max(_MERGED * num_warps // ((MERGE_S + 1) * MERGE_D), 1)  # states and their sum
+    MERGE_M = min(1 << fitting.bit_length() - 1, _MERGED_ROWS, triton.next_power_of_2(rows))
+    return {"MERGE_M": MERGE_M, "MERGE_S": MERGE_S, "MERGE_D": MERGE_D}

@@ -114,7 +114,7 @@ def _paged_cases() -> tuple[Case, ...]:
     cases += [
         Case("decode-pages-of-16", _paged((1,), (67,), 2, 2, P=16)),
         Case("chunks-pages-of-16", _paged((5,), (67,), 2, 2, P=16)),
-        Case("decode-many-pages", _paged((1,), (600,), 2, 1, P=16)),
+        Case("decode-many-pages", _paged((1,), (520,), 2, 1, P=16)),
         Case("decode-pages-of-256", _paged((1,), (600,), 1, 1, P=256, window=400)),
         Case("chunks-pages-of-256", _paged((9,), (600,), 1, 1, P=256, window=400)),
         Case("decode-groups-of-32", _paged((1,), (70,), 32, 1, 96), torch.bfloat16),
