@@ -17,7 +17,7 @@ from torch import Tensor
 from idefics2_kernels import nf4_few_rows
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, unpack
+from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, nf4_dequantize_rows, unpack
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import cast, dot
 from idefics2_kernels.split_k import k_per_split, sum_splits
@@ -193,6 +193,31 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
         )
     if splits > 1:
         out = sum_splits(out, bias, x.dtype)
+    return out.view(*x.shape[:-1], N)
+
+
+def panels(
+    x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, rows_per_panel: int = 2048
+) -> Tensor:
+    """``nf4_matmul`` with ``rows_per_panel`` rows of the weight at a time dequantised, and multiplied by cuBLAS.
+
+    A panel that stays in the L2 cache spares the dequantised weight's way to memory and back.
+
+    Raises:
+        ValueError: Rows of ``weight`` are no multiple of 64 columns.
+    """
+    rows = _checked(x, weight, bias)
+    (M, K), N = rows.shape, weight.shape[0]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    buffer = torch.empty((min(rows_per_panel, N), K), dtype=x.dtype, device=x.device)
+    for start in range(0, N, rows_per_panel):
+        panel = buffer[: min(rows_per_panel, N - start)]
+        nf4_dequantize_rows(weight, start, panel)
+        part = out[:, start : start + panel.shape[0]]
+        if bias is None:
+            torch.mm(rows, panel.t(), out=part)
+        else:
+            torch.addmm(bias[start : start + panel.shape[0]], rows, panel.t(), out=part)
     return out.view(*x.shape[:-1], N)
 
 
