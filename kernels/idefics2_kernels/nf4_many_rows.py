@@ -106,11 +106,9 @@ def _pack(low, high, dtype: gl.constexpr):
 @gluon.jit
 def _unpack(pair, dtype: gl.constexpr):
     """Return the two numbers in an int32, side by side on a new axis."""
-    # shifted halves would not become one register again
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], (gl.uint16, gl.uint16), is_pure=True, pack=1
-    )
-    return gl.join(low.to(dtype, bitcast=True), high.to(dtype, bitcast=True))
+    # Two elements at a time share a register, so it is given whole: halves taken apart would not become one again.
+    both = gl.join(pair, pair)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [both], dtype.value, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -122,35 +120,40 @@ def _four_bytes(absmax, FIRST: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _look_up(lower, upper, codes, is_upper):
-    """Return a byte for each of four codes; ``lower`` has those of codes 0 to 7, and ``is_upper`` 0xFF for the others.
+def _look_up(table, codes, is_upper):
+    """Return a byte of ``table`` for each of four codes; ``is_upper`` has 0xFF for those from 8.
 
-    Where a table is asked for the other's codes, it answers with what is then left out.
+    Where a half of the table is asked for the other's codes, it answers with what is then left out.
     """
-    from_lower = _permute_bytes(lower[0], lower[1], codes)
-    from_upper = _permute_bytes(upper[0], upper[1], codes ^ 0x8888)
+    from_lower = _permute_bytes(table[0], table[1], codes)
+    from_upper = _permute_bytes(table[2], table[3], codes ^ 0x8888)
     return from_upper & is_upper | from_lower & ~is_upper
 
 
 @gluon.jit
-def _decode(words_smem, absmax_smem, A: gl.constexpr, dtype: gl.constexpr):
-    """Return a step's weights (64, 64), each exactly what dequantising gives, as the tensor cores' left operand."""
-    absmax = absmax_smem.load(gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))[:, None, None]
-    words = gl.reshape(words_smem.load(CODE_WORDS), [ROWS, WORDS // 2, 2])
-    even, odd = gl.split(words)
-    even = gl.convert_layout(even, gl.SliceLayout(1, QUADS))[:, None, :]
-    odd = gl.convert_layout(odd, gl.SliceLayout(1, QUADS))[:, None, :]
-    place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, QUADS)))[None, :, None]
-    # a thread's four codes of 16 columns: in the first eight, and in the others
-    codes = _permute_bytes(even, odd, place * 0x11 + 0x40)
-    is_upper = _permute_bytes(codes << 4, codes, 0xD9C8)
-
+def _tables(absmax, dtype: gl.constexpr):
+    """Return the low bytes of the 16 weights of a block, four by four, and the high bytes."""
     low0, high0 = _four_bytes(absmax, 0, dtype)
     low4, high4 = _four_bytes(absmax, 4, dtype)
     low8, high8 = _four_bytes(absmax, 8, dtype)
     low12, high12 = _four_bytes(absmax, 12, dtype)
-    low = _look_up((low0, low4), (low8, low12), codes, is_upper)
-    high = _look_up((high0, high4), (high8, high12), codes, is_upper)
+    return (low0, low4, low8, low12), (high0, high4, high8, high12)
+
+
+@gluon.jit
+def _decode(words_smem, absmax_smem, A: gl.constexpr, dtype: gl.constexpr):
+    """Return a step's weights (64, 64), each exactly what dequantising gives, as the product's left operand."""
+    absmax = absmax_smem.load(gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))
+    lows, highs = _tables(absmax[:, None, None], dtype)
+    even, odd = gl.split(gl.reshape(words_smem.load(CODE_WORDS), [ROWS, WORDS // 2, 2]))
+    even = gl.convert_layout(even, gl.SliceLayout(1, QUADS))[:, None, :]
+    odd = gl.convert_layout(odd, gl.SliceLayout(1, QUADS))[:, None, :]
+    place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, QUADS)))[None, :, None]
+    # a thread's four codes of 16 columns: of the first eight, then of the others
+    codes = _permute_bytes(even, odd, place * 0x11 + 0x40)
+    is_upper = _permute_bytes(codes << 4, codes, 0xD9C8)
+    low = _look_up(lows, codes, is_upper)
+    high = _look_up(highs, codes, is_upper)
     # a byte's first code is its high nibble
     first = _unpack(_permute_bytes(low, high, 0x4051), dtype)
     second = _unpack(_permute_bytes(low, high, 0x6273), dtype)
@@ -276,19 +279,18 @@ def _multiply(
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         weight = _decode(words_smem.index(place), absmax_smem.index(place), A, dtype)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
-        for _ in range(1, steps):
-            x = x_smem.index(stage).permute((1, 0))
-            acc = warpgroup_mma(weight, x, acc, is_async=True)
+        for _k in range(1, steps):
+            acc = warpgroup_mma(weight, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
             step += 1
             following = step % STAGES
             place = following * CONSUMERS + CONSUMER
             mbarrier.wait(full.index(following), step // STAGES & 1)
             after = _decode(words_smem.index(place), absmax_smem.index(place), A, dtype)
-            # the next weights come before the wait, not after
+            # This is over at once, and keeps what stands above it there: ptxas would decode when the product is over.
+            mbarrier.wait(full.index(following), step // STAGES & 1)
             acc, weight, after = warpgroup_mma_wait(0, deps=(acc, weight, after))
             mbarrier.arrive(empty.index(stage))
-            weight = after
-            stage = following
+            weight, stage = after, following
         acc = warpgroup_mma(weight, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
         step += 1
         row = (pid_n * CONSUMERS + CONSUMER) * ROWS
