@@ -1,6 +1,8 @@
-"""Runs a kernel file written in Gluon on a CPU, each warp group in a thread of its own, in float64.
+"""Runs a kernel file written in Gluon on a CPU, each warp group in a thread of its own.
 
-Gluon has no interpreter. This one knows what the attention kernels use, and takes the hardware at its latest:
+Matrices are float64. What a kernel loads by pointers, or from shared memory that is no matrix, keeps its type.
+
+Gluon has no interpreter. This one knows what the kernels use, and takes the hardware at its latest:
 products read shared memory when they are waited for, copies run in any order, and shared memory begins as NaN. So a
 barrier that is missing shows as a wrong number, and one too many as a program that never ends.
 """
@@ -31,8 +33,19 @@ class Array(np.ndarray):
     type = types.SimpleNamespace(layout=types.SimpleNamespace(parent=None))
     dtype_name = None
 
-    def to(self, _dtype: object) -> "Array":
+    def to(self, dtype: object) -> "Array":
+        if dtype in _TYPES and self.dtype != np.float64:
+            return self.astype(_TYPES[str(dtype)])
         return self
+
+
+_TYPES = {"int32": np.int64, "int64": np.int64, "float32": np.float32}  # in registers
+
+
+def _typed(values: Any, dtype: str) -> Array:
+    """Return numbers of a type that is computed with as such; integers are wide, and cut by what reads their bits."""
+    assert not np.isnan(values).any(), "shared memory that nothing was written to"
+    return np.asarray(values).astype(_TYPES[dtype]).view(Array)
 
 
 def _array(values: Any) -> Array:
@@ -42,13 +55,16 @@ def _array(values: Any) -> Array:
 class Shared:
     """A piece of shared memory."""
 
-    def __init__(self, values: Any) -> None:
-        self.values = values
+    def __init__(self, values: Any, dtype: Any = None) -> None:
+        self.values, self.dtype = values, dtype
         self.shape = list(values.shape)
 
     def index(self, i: int) -> Any:
         piece = self.values[int(i)]
-        return piece[0] if piece.dtype == object else Shared(piece)
+        return piece[0] if piece.dtype == object else Shared(piece, self.dtype)
+
+    def load(self, _layout: object) -> Array:
+        return _typed(self.values, self.dtype)
 
     def reshape(self, shape: list[int]) -> "Shared":
         view = self.values.reshape(shape)
@@ -245,18 +261,25 @@ class _Kernel:
 
 
 class _Pointer:
-    def __init__(self, tensor: Tensor, offset: int = 0) -> None:
+    def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
         self.tensor, self.offset = tensor, offset
 
-    def __add__(self, offset: int) -> "_Pointer":
-        return _Pointer(self.tensor, self.offset + int(offset))
+    def __add__(self, offset: Any) -> "_Pointer":
+        return _Pointer(self.tensor, self.offset + np.asarray(offset, dtype=np.int64))
 
 
-def _load(pointer: _Pointer, mask: bool = True, other: int = 0) -> int:
-    if not mask:
-        return other
-    assert pointer.offset >= 0, "read before a tensor"
-    return int(flat(pointer.tensor)[pointer.offset])
+def _load(pointer: _Pointer, mask: Any = True, other: float = 0) -> Any:
+    offset, mask = np.broadcast_arrays(pointer.offset, mask)
+    memory = flat(pointer.tensor)
+    kept = offset[mask]
+    assert not (kept < 0).any(), "read before a tensor"
+    read = memory[torch.from_numpy(kept.astype(np.int64))].cpu()
+    if read.dtype in (torch.float16, torch.bfloat16):
+        read = read.float()
+    dtype = np.float32 if read.is_floating_point() else np.int64
+    values = np.full(offset.shape, other, dtype=dtype)
+    values[mask] = read.numpy()
+    return values.view(Array) if values.ndim else values.item() if dtype == np.int64 else values[()]
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -295,7 +318,7 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
         for place in np.ndindex(*shape):
             barriers[place] = Barrier()
         return Shared(barriers)
-    return Shared(np.full(shape, np.nan))
+    return Shared(np.full(shape, np.nan), dtype)
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:
@@ -314,6 +337,52 @@ def _store_wait(pending: int) -> None:
         desc.store(corner, tile.values)
 
 
+def _permuted(a: Any, b: Any, selector: Any) -> Array:
+    """Return what PTX's ``prmt`` does."""
+    a, b, selector = np.broadcast_arrays(*(np.asarray(x, np.int64) for x in (a, b, selector)))
+    both = (b & 0xFFFFFFFF).astype(np.uint64) << np.uint64(32) | (a & 0xFFFFFFFF).astype(np.uint64)
+    result = np.zeros(a.shape, np.int64)
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = (both >> (8 * (nibble & 7)).astype(np.uint64)).astype(np.int64) & 0xFF
+        byte = np.where(nibble & 8 != 0, (byte >> 7) * 0xFF, byte)
+        result |= byte << 8 * i
+    return result.view(Array)
+
+
+def _halves(number: Any, dtype: torch.dtype) -> Any:
+    """Return the bits of fp32 numbers rounded to 16."""
+    assert number.dtype == np.float32
+    rounded = torch.from_numpy(np.ascontiguousarray(number)).to(dtype)
+    return rounded.view(torch.int16).numpy().astype(np.int64) & 0xFFFF
+
+
+def _assembly(
+    text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int
+) -> Any:
+    assert is_pure
+    operation = text.split()[0]
+    if operation == "prmt.b32":
+        assert (text, constraints, pack) == ("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", 1)
+        return _permuted(*args)
+    if operation.startswith("cvt"):  # the second operand's number is the lower half
+        assert (text.split(" ", 1)[1], constraints, pack) == ("$0, $2, $1;", "=r,f,f", 1)
+        kinds = {"cvt.rn.bf16x2.f32": torch.bfloat16, "cvt.rn.f16x2.f32": torch.float16}
+        low, high = (_halves(number, kinds[operation]) for number in args)
+        return (low | high << 16).view(Array)
+    assert (text, constraints, pack) == ("mov.b32 $0, $1;", "=r,r,r", 2)
+    (pairs,) = args
+    assert (pairs[..., 0] == pairs[..., 1]).all(), "the first of two elements gives both"
+    bits = np.stack([pairs[..., 0] & 0xFFFF, pairs[..., 0] >> 16 & 0xFFFF], -1)
+    halves = torch.from_numpy(bits.astype(np.uint16).view(np.int16)).view(dtype)
+    return _array(halves.double().numpy())
+
+
+def _split(values: Any) -> tuple[Any, Any]:
+    assert values.shape[-1] == 2
+    return values[..., 0], values[..., 1]
+
+
 def _jit(function: Any = None, **_options: Any) -> Any:
     return _Kernel if function is None else _Kernel(function)
 
@@ -322,7 +391,11 @@ def _modules() -> dict[str, Any]:
     """Return what stands for Gluon's modules."""
     gl: Any = types.ModuleType("gl")
     gl.constexpr = lambda value: value
-    gl.int64, gl.float32 = "int64", "float32"
+    gl.int32, gl.int64, gl.float32 = "int32", "int64", "float32"
+    gl.float16, gl.bfloat16 = torch.float16, torch.bfloat16
+    gl.inline_asm_elementwise = _assembly
+    gl.split, gl.join = _split, lambda a, b: np.stack([a, b], -1).view(Array)
+    gl.reshape, gl.permute = np.reshape, np.transpose
     gl.program_id = lambda _axis: _local.program
     gl.num_programs = lambda _axis: _local.programs
     gl.load = _load
@@ -332,12 +405,13 @@ def _modules() -> dict[str, Any]:
     gl.cast = lambda value, _dtype: value
     gl.where, gl.exp2 = np.where, np.exp2
     gl.max, gl.sum = np.max, np.sum
-    gl.arange = lambda begin, end, _layout: np.arange(begin, end)
+    gl.arange = lambda begin, end, _layout: np.arange(begin, end).view(Array)
     gl.full = lambda shape, value, _dtype, _layout: _array(np.full(shape, value))
     gl.zeros = lambda shape, _dtype, _layout: _array(np.zeros(shape))
     gl.convert_layout = lambda value, _layout: value
     gl.NVMMADistributedLayout = gl.DotOperandLayout = gl.SliceLayout = lambda *_: None
-    gl.NVMMASharedLayout = lambda **_options: None
+    gl.BlockedLayout = gl.SwizzledSharedLayout = lambda *_: None
+    gl.NVMMASharedLayout = gl.DistributedLinearLayout = lambda **_options: None
     gl.allocate_shared_memory = _allocate
     gl.shared_memory_descriptor = Shared
     gl.warp_specialize = _warp_specialize

@@ -39,8 +39,8 @@ WORDS = gl.constexpr(tables.BLOCK // 8)  # of eight codes, a step
 ROWS = gl.constexpr(64)  # of the weight, a warpgroup's
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 TILE_N = 128
-CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
-LOADER_REGISTERS = gl.constexpr(32)
+CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread
+LOADER_REGISTERS = gl.constexpr(48)
 
 # How a warpgroup's codes and weights lie in its threads: four share a row (and read the same words of codes), each
 # thread has rows r and r + 8. Axes: row, place in the four, step of the tensor cores (16 columns).
@@ -108,7 +108,14 @@ def _unpack(pair, dtype: gl.constexpr):
     """Return the two numbers in an int32, side by side on a new axis."""
     # Two elements at a time share a register, so it is given whole: halves taken apart would not become one again.
     both = gl.join(pair, pair)
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [both], dtype.value, is_pure=True, pack=2)
+    move: gl.constexpr = "mov.b32 $0, $1;"
+    if dtype == gl.bfloat16:  # a constexpr is no dtype to the compiler
+        halves = gl.inline_asm_elementwise(
+            move, "=r,r,r", [both], gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        halves = gl.inline_asm_elementwise(move, "=r,r,r", [both], gl.float16, is_pure=True, pack=2)
+    return halves
 
 
 @gluon.jit
