@@ -20,6 +20,8 @@ WGMMA = {
     "paged_attention-triton-chunk-512": ["64x128x16"],
     "nf4_matmul-triton-28672x4096-m1": ["64x16x16"],
     "nf4_matmul-triton-28672x4096-m64": ["64x64x16"],
+    "nf4_matmul-triton-28672x4096-m2048": ["64x256x16"],
+    "nf4_matmul-many_rows-28672x4096-m1": ["64x128x16"],
 }
 # of Hopper, codes and x for three stages and x once more: a decoded tile of the weight would take another 32 KB
 NF4_SHARED_MEMORY = {"nf4_matmul-triton-28672x4096-m1": 45056}

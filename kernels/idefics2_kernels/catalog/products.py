@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels import linear, nf4, nf4_matmul, reference_nf4
+from idefics2_kernels.catalog.attention import on_hopper
 from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
@@ -130,6 +131,16 @@ def _few_rows_takes(case: Case) -> bool:
     return case.dtype is not _FP32 and case.dims["K"] % 256 == 0 and rows <= 100
 
 
+def _many_rows_takes(case: Case) -> bool:
+    """Whether the kernel is one for this case: compiled for Hopper, never interpreted, and read by TMA."""
+    return (
+        on_hopper()
+        and case.dtype is not _FP32
+        and case.dims["K"] % BLOCK == 0
+        and case.dims.get("layout") != "offset"  # its rows are not aligned
+    )
+
+
 def _nf4_bytes(elements: int) -> int:
     """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
     blocks = -(-elements // BLOCK)
@@ -245,8 +256,10 @@ PRODUCTS = (
             "triton": nf4_matmul.nf4_matmul,
             "fused": nf4_matmul.fused,
             "few_rows": nf4_matmul.few_rows,
+            "many_rows": nf4_matmul.many_rows,
+            "dequantised": nf4_matmul.dequantised,
         },
-        only={"few_rows": _few_rows_takes},
+        only={"few_rows": _few_rows_takes, "many_rows": _many_rows_takes},
     ),
     KernelSpec(
         name="nf4_quantize",
