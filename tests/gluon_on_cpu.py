@@ -69,10 +69,10 @@ class Shared:
     def reshape(self, shape: list[int]) -> "Shared":
         view = self.values.reshape(shape)
         assert view.base is not None
-        return Shared(view)
+        return Shared(view, self.dtype)
 
     def permute(self, order: tuple[int, ...]) -> "Shared":
-        return Shared(self.values.transpose(order))
+        return Shared(self.values.transpose(order), self.dtype)
 
     def store(self, values: Any) -> None:
         self.values[...] = values

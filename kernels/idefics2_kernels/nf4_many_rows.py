@@ -148,8 +148,11 @@ def _tables(absmax, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _decode(words_smem, absmax_smem, A: gl.constexpr, dtype: gl.constexpr):
-    """Return a step's weights (64, 64), each exactly what dequantising gives, as the product's left operand."""
+def _decode(words_smem, absmax_smem, dtype: gl.constexpr):
+    """Return a step's weights, each exactly what dequantising gives, in pairs: those of 8 columns in 16, and the others.
+
+    Pairs go from step to step as they are: halves of a register would be moved about.
+    """
     absmax = absmax_smem.load(gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))
     lows, highs = _tables(absmax[:, None, None], dtype)
     even, odd = gl.split(gl.reshape(words_smem.load(CODE_WORDS), [ROWS, WORDS // 2, 2]))
@@ -162,10 +165,15 @@ def _decode(words_smem, absmax_smem, A: gl.constexpr, dtype: gl.constexpr):
     low = _look_up(lows, codes, is_upper)
     high = _look_up(highs, codes, is_upper)
     # a byte's first code is its high nibble
-    first = _unpack(_permute_bytes(low, high, 0x4051), dtype)
-    second = _unpack(_permute_bytes(low, high, 0x6273), dtype)
+    return _permute_bytes(low, high, 0x4051), _permute_bytes(low, high, 0x6273)
+
+
+@gluon.jit
+def _operand(pairs, A: gl.constexpr, dtype: gl.constexpr):
+    """Return a step's weights (64, 64) as the product's left operand."""
+    weight = gl.join(_unpack(pairs[0], dtype), _unpack(pairs[1], dtype))
     # (row, place, 16 columns, of a pair, of 8 columns)
-    weight = gl.permute(gl.join(first, second), (0, 2, 4, 1, 3))
+    weight = gl.permute(weight, (0, 2, 4, 1, 3))
     return gl.convert_layout(gl.reshape(weight, [ROWS, BLOCK]), A)
 
 
@@ -228,26 +236,27 @@ def _absmax(absmax, parts, mask):
 
 
 @gluon.jit
-def _load_absmax(absmax, smem, barriers, tiles, steps, N, GROUP_M: gl.constexpr):
+def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.constexpr):
     """Bring the absmax of each row of the weight's tiles to shared memory, step by step."""
     _, _, absmax_smem, _ = smem
     full, empty = barriers
     STAGES: gl.constexpr = absmax_smem.shape[0] // CONSUMERS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = gl.arange(0, ROWS, LAYOUT)
+    N, blocks = sizes
     step = 0  # so far, over all tiles
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
         _pid_m, pid_n = _tile(index, tiles, GROUP_M)
         row0 = pid_n * CONSUMERS * ROWS + rows
         row1 = row0 + ROWS
         mask0, mask1 = row0 < N, row1 < N
-        blocks0, blocks1 = row0.to(gl.int64) * steps, row1.to(gl.int64) * steps
+        blocks0, blocks1 = row0.to(gl.int64) * blocks, row1.to(gl.int64) * blocks
         parts0 = _load_parts(absmax, blocks0, mask0)
         parts1 = _load_parts(absmax, blocks1, mask1)
         for k in range(steps):
             value0, value1 = _absmax(absmax, parts0, mask0), _absmax(absmax, parts1, mask1)
-            # the next step's are on their way while a stage is waited for; after the last, its own once more
-            after = gl.minimum(k + 1, steps - 1)
+            # the next step's are on their way while a stage is waited for; past the last, its own once more
+            after = gl.minimum(k + 1, blocks - 1)
             parts0 = _load_parts(absmax, blocks0 + after, mask0)
             parts1 = _load_parts(absmax, blocks1 + after, mask1)
             stage = step % STAGES
@@ -256,6 +265,42 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, N, GROUP_M: gl.constexpr)
             absmax_smem.index(stage * CONSUMERS + 1).store(value1)
             mbarrier.arrive(full.index(stage))
             step += 1
+
+
+@gluon.jit
+def _begin_step(pairs, acc, smem, step):
+    """Begin to add the product of a step's weights and x."""
+    x_smem, _words, _absmax, _out = smem
+    STAGES: gl.constexpr = x_smem.shape[0]
+    x = x_smem.index(step % STAGES).permute((1, 0))
+    A: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return warpgroup_mma(_operand(pairs, A, x.dtype), x, acc, is_async=True)
+
+
+@gluon.jit
+def _decode_step(smem, barriers, step, CONSUMER: gl.constexpr):
+    """Decode a step's weights when its codes are there."""
+    x_smem, words_smem, absmax_smem, _ = smem
+    full = barriers[0]
+    STAGES: gl.constexpr = x_smem.shape[0]
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    place = stage * CONSUMERS + CONSUMER
+    pairs = _decode(words_smem.index(place), absmax_smem.index(place), x_smem.dtype)
+    # This is over at once, and keeps what stands above it there: ptxas would decode when the product is over.
+    mbarrier.wait(full.index(stage), step // STAGES & 1)
+    return pairs
+
+
+@gluon.jit
+def _end_step(pairs, after, acc, barriers, step):
+    """Wait for the product of a step and give its stage back; the next step's weights are decoded before, not after."""
+    empty = barriers[1]
+    STAGES: gl.constexpr = empty.shape[0]
+    first, second = after
+    acc, _, _, first, second = warpgroup_mma_wait(0, deps=(acc, pairs[0], pairs[1], first, second))
+    mbarrier.arrive(empty.index(step % STAGES))
+    return acc, (first, second)
 
 
 @gluon.jit
@@ -271,43 +316,30 @@ def _multiply(
     CONSUMER: gl.constexpr,
 ):
     """Compute ``ROWS`` rows of the weight of each of this program's tiles."""
-    x_smem, words_smem, absmax_smem, out_smem = smem
-    full, empty = barriers
-    STAGES: gl.constexpr = x_smem.shape[0]
+    x_smem, _words, _absmax, out_smem = smem
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     dtype: gl.constexpr = out_desc.dtype
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    count = gl.cdiv(tiles[0] * tiles[1] - gl.program_id(0), gl.num_programs(0))
     step = 0  # so far, over all tiles
-    for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
-        pid_m, pid_n = _tile(index, tiles, GROUP_M)
-        stage = step % STAGES
-        place = stage * CONSUMERS + CONSUMER
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        weight = _decode(words_smem.index(place), absmax_smem.index(place), A, dtype)
+    even = _decode_step(smem, barriers, step, CONSUMER)
+    for tile in range(count):
+        pid_m, pid_n = _tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
-        for _k in range(1, steps):
-            acc = warpgroup_mma(weight, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
-            step += 1
-            following = step % STAGES
-            place = following * CONSUMERS + CONSUMER
-            mbarrier.wait(full.index(following), step // STAGES & 1)
-            after = _decode(words_smem.index(place), absmax_smem.index(place), A, dtype)
-            # This is over at once, and keeps what stands above it there: ptxas would decode when the product is over.
-            mbarrier.wait(full.index(following), step // STAGES & 1)
-            acc, weight, after = warpgroup_mma_wait(0, deps=(acc, weight, after))
-            mbarrier.arrive(empty.index(stage))
-            weight, stage = after, following
-        acc = warpgroup_mma(weight, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
-        step += 1
+        # weights of even and odd steps have registers of their own: there is nothing to copy
+        for _pair in range(steps // 2):
+            acc = _begin_step(even, acc, smem, step)
+            odd = _decode_step(smem, barriers, step + 1, CONSUMER)
+            acc, odd = _end_step(even, odd, acc, barriers, step)
+            acc = _begin_step(odd, acc, smem, step + 1)
+            if step + 2 < count * steps:  # this tile's or the next one's
+                even = _decode_step(smem, barriers, step + 2, CONSUMER)
+            acc, even = _end_step(odd, even, acc, barriers, step + 1)
+            step += 2
         row = (pid_n * CONSUMERS + CONSUMER) * ROWS
         if bias_ptr is not None:
             rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
-            bias = gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)
-        acc, weight = warpgroup_mma_wait(0, deps=(acc, weight))
-        mbarrier.arrive(empty.index(stage))
-        if bias_ptr is not None:
-            acc += bias[:, None]
+            acc += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
         out = out_smem.index(CONSUMER)
         tma.store_wait(0)  # the tile before has left
         out.permute((1, 0)).store(acc.to(dtype))
@@ -325,7 +357,7 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
     return barriers
 
 
-@gluon.jit(do_not_specialize=["N", "tiles_m", "tiles_n", "steps"])
+@gluon.jit(do_not_specialize=["N", "blocks", "tiles_m", "tiles_n"])
 def _many_rows_kernel(
     x_desc,  # tiles (BLOCK_M, 64) of x (M, K)
     words_desc,  # (64, 8) of codes (N, K / 8), eight each
@@ -336,9 +368,9 @@ def _many_rows_kernel(
     offset_ptr,
     bias_ptr,  # (N,)
     N,
+    blocks,  # of a row, K / 64
     tiles_m,
     tiles_n,
-    steps,  # K / 64
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -355,13 +387,14 @@ def _many_rows_kernel(
     fence_async_shared()
     absmax = absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr
     tiles = tiles_m, tiles_n
+    steps = gl.cdiv(blocks, 2) * 2  # they are taken two by two; past the end of K all x is zero
     # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
     gl.warp_specialize(
         [
             (_multiply, (out_desc, bias_ptr, smem, barriers, tiles, steps, N, GROUP_M, 0)),
             (_multiply, (out_desc, bias_ptr, smem, barriers, tiles, steps, N, GROUP_M, 1)),
             (_load, ((x_desc, words_desc), smem, barriers, tiles, steps, GROUP_M)),
-            (_load_absmax, (absmax, smem, barriers, tiles, steps, N, GROUP_M)),
+            (_load_absmax, (absmax, smem, barriers, tiles, steps, (N, blocks), GROUP_M)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
@@ -416,9 +449,9 @@ def multiply(
         weight.offset,
         bias,
         N,
+        K // tables.BLOCK,
         tiles_m,
         tiles_n,
-        K // tables.BLOCK,
         BLOCK_M=config.BLOCK_M,
         STAGES=config.STAGES,
         GROUP_M=config.GROUP_M,
