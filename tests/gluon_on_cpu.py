@@ -35,7 +35,7 @@ class Array(np.ndarray):
 
     def to(self, dtype: object) -> "Array":
         if dtype in _TYPES and self.dtype != np.float64:
-            return self.astype(_TYPES[str(dtype)])
+            return self.astype(_TYPES[str(dtype)]).view(Array)
         return self
 
 
