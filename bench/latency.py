@@ -123,7 +123,9 @@ def _most_new_tokens(rounds: int) -> int:
 
 def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int) -> list[Row]:
     """Check and time ``case``, with transformers' model ``peer`` beside it unless that is None: a row each."""
-    gc.collect()  # the caches of the case before
+    gc.collect()  # the caches of the case before; their memory is not to be given back inside a timed call
+    if llm.model.device.type == "cuda":
+        torch.cuda.empty_cache()
     rounds = _rounds(case, steps)
     ours = _OURS[case.kernel](case, llm, rounds)
     contenders: dict[str, Contender] = {ops_name: ours}

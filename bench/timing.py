@@ -4,9 +4,11 @@ A graph holds enough calls, each on inputs of its own, that none finds its data 
 launching do not count. Implementations take turns, so that a clock that drifts drifts for all.
 """
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +48,37 @@ def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
 def alternate(
     calls: Mapping[str, Call], rounds: int, warm_up: int, device: torch.device
 ) -> dict[str, Time]:
-    """Time calls that launch as they are, one after the other in each round, from idle to idle device."""
+    """Time calls that launch as they are, one after the other in each round, from idle to idle device.
+
+    Garbage is collected between calls and not in them: whose call it falls into is luck otherwise, and it takes long.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-warm_up, rounds):
-        for name, call in calls.items():
-            synchronise(device)
-            begin = time.perf_counter()
-            call()
-            synchronise(device)
-            if turn >= 0:
-                samples[name].append(1e3 * (time.perf_counter() - begin))
+    with _without_collection():
+        for turn in range(-warm_up, rounds):
+            for name, call in calls.items():
+                gc.collect()
+                synchronise(device)
+                begin = time.perf_counter()
+                call()
+                synchronise(device)
+                if turn >= 0:
+                    samples[name].append(1e3 * (time.perf_counter() - begin))
     return {name: summary(own) for name, own in samples.items()}
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Leave collecting to the caller; what is there now is not looked at again, so that it takes no time."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """The benchmark's bookkeeping, on a CPU and with a clock that is told what to say."""
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import micro
 import report
 from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, rows
-from timing import Call, Time, summary
+from timing import Call, Time, alternate, summary
 
 ABOUT = {
     "gpu": "a GPU",
@@ -102,3 +103,10 @@ def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
 
 def test_spread_is_in_percentiles() -> None:
     assert summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Time(3.5, 2.0, 5.0)
+
+
+def test_no_garbage_is_collected_while_calls_are_timed() -> None:
+    seen: list[bool] = []
+    alternate({"call": lambda: seen.append(gc.isenabled())}, 2, 1, torch.device("cpu"))
+    assert seen == [False] * 3
+    assert gc.isenabled()

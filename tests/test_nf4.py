@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels import TRITON, NF4Weight, reference_nf4
-from idefics2_kernels.nf4_weight import dynamic_bins, dynamic_code, nf4_code
+from idefics2_kernels.nf4_weight import (
+    can_stack,
+    dynamic_bins,
+    dynamic_code,
+    nf4_code,
+    split,
+    stack,
+)
 from idefics2_kernels.reference_nf4 import nf4_dequantize, nf4_matmul, nf4_quantize
 
 CPU = torch.device("cpu")
@@ -39,7 +46,8 @@ def oracle(weight: Tensor, double_quant: bool) -> tuple[dict[str, Tensor], Tenso
     )
     parts = {"codes": codes.view(-1), "absmax": state.absmax}
     if double_quant:
-        parts |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
+        parts |= {"offset": state.offset.expand_as(state.state2.absmax)}
+        parts |= {"nested_absmax": state.state2.absmax}
         parts |= {"nested_code": state.state2.code}
     # flat, and of even length: its AVX-512 code takes rows for whole numbers of blocks
     state.shape = torch.Size([weight.numel() + weight.numel() % 2])
@@ -202,8 +210,8 @@ BAD_PARTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "absmax-dtype": ({"absmax": torch.zeros(3)}, TypeError, "absmax must be uint8"),
     "half-nested": ({"offset": None}, ValueError, "together or not at all"),
     "nested-code": ({"nested_code": torch.zeros(16)}, ValueError, "nested_code must have shape"),
-    "offset-dtype": ({"offset": torch.zeros((), dtype=torch.float64)}, TypeError, "offset must be"),
-    "device": ({"offset": torch.zeros((), device="meta")}, ValueError, "offset must be on cpu"),
+    "offset-dtype": ({"offset": torch.zeros(1, dtype=torch.float64)}, TypeError, "offset must be"),
+    "device": ({"offset": torch.zeros(1, device="meta")}, ValueError, "offset must be on cpu"),
     "strides": (
         {"codes": torch.zeros(192, dtype=torch.uint8)[::2]},
         ValueError,
@@ -218,3 +226,35 @@ def test_parts_that_do_not_fit_are_refused(name: str) -> None:
     weight = nf4_quantize(torch.randn(3, 64))
     with pytest.raises(error, match=message):
         dataclasses.replace(weight, **parts)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_stacked_weights_are_those_they_were_stacked_from(double_quant: bool) -> None:
+    parts = [nf4_quantize(torch.randn(n, 64) * n, double_quant=double_quant) for n in (256, 512, 3)]
+    assert can_stack(parts)
+    whole = stack(parts)
+    assert whole.shape == (771, 64)
+    assert torch.equal(nf4_dequantize(whole), torch.cat([nf4_dequantize(part) for part in parts]))
+    for again, part in zip(split(whole, [256, 512, 3]), parts, strict=True):
+        assert again.codes.untyped_storage().data_ptr() == whole.codes.data_ptr()
+        assert again.shape == part.shape
+        for name, tensor in part.tensors.items():
+            assert torch.equal(again.tensors[name], tensor), name
+
+
+def test_what_cannot_be_stacked() -> None:
+    whole, plain = (nf4_quantize(torch.randn(256, 64), double_quant=d) for d in (True, False))
+    part = nf4_quantize(torch.randn(255, 64))
+    other = dataclasses.replace(whole, nested_code=torch.linspace(-1, 1, 256))
+    assert can_stack([whole, part])
+    assert can_stack([nf4_quantize(torch.randn(3, 64), double_quant=False), plain])
+    for pair in (
+        [part, whole],  # ends inside a nested block
+        [nf4_quantize(torch.randn(3, 63), double_quant=False)] * 2,  # ends inside a block
+        [whole, plain],
+        [whole, other],
+        [whole, nf4_quantize(torch.randn(64, 256))],
+        [whole, nf4_quantize(torch.randn(256, 64).half())],
+        [nf4_quantize(torch.randn(16384))] * 2,
+    ):
+        assert not can_stack(pair)

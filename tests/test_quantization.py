@@ -306,7 +306,8 @@ class TestLogits:
         model = load_checkpoint(tmp_path)
         layer: Any = model.get_submodule("text.layers.1.attention.qkv_proj")
         q, k, _ = layer.layers
-        k.weight = replace(k.weight, offset=q.weight.offset)
+        of_q = q.weight.offset[0].expand_as(k.weight.offset).clone()
+        k.weight = replace(k.weight, offset=of_q)
         with pytest.raises(AssertionError):
             assert_three_way(model, oracle.train(), exact, WHOLE_BLOCKS)
 
@@ -354,6 +355,56 @@ class TestLoading:
         assert len(seen) == len(layers) == 2 * 6 + 3 + 2 * 7 + 3 * 7  # vision, connector, text
         patches = {"vision.patch_embedding.weight", "vision.position_embedding"}
         assert allocated == patches | {"connector.perceiver.latents", "text.embedding", "lm_head"}
+
+    def test_weights_of_one_input_become_one(self, tmp_path: Path) -> None:
+        """Where a part is whole nested blocks: one product in place of two, in one memory, and files show nothing of it."""
+        case = TinyCase(
+            "wide",
+            (),
+            (5, 3),
+            vision={"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192},
+            text={"intermediate_size": 256},
+        )
+        quantised_oracle(make_dense(tmp_path / "dense", case), torch.float32).save_pretrained(
+            tmp_path / "theirs"
+        )
+        products: list[NF4Weight] = []
+
+        def multiply(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+            products.append(weight)
+            return REFERENCE.nf4_matmul(x, weight, bias)
+
+        model = load_checkpoint(tmp_path / "theirs", replace(REFERENCE, nf4_matmul=multiply))
+        layer: Any = model.get_submodule("text.layers.0.mlp.gate_up_proj")
+        gate, up = (part.weight for part in layer.layers)
+        assert gate.offset[0] != up.offset[0]
+        x = torch.randn(3, 64)
+        both = layer(x)
+        assert [weight.shape for weight in products] == [(512, 64)]
+        assert gate.codes.untyped_storage().data_ptr() == products[0].codes.data_ptr()
+        assert up.codes.untyped_storage().data_ptr() == products[0].codes.data_ptr()
+        apart = torch.cat([REFERENCE.nf4_matmul(x, weight) for weight in (gate, up)], -1)
+        assert torch.equal(both, apart)
+        save_checkpoint(model, tmp_path / "ours", config_from=tmp_path / "theirs")
+        assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
+
+        of_vision: Any = model.get_submodule("vision.layers.1.attention.qkv_proj")
+        for part in of_vision.layers:
+            torch.nn.init.normal_(part.bias)
+        x_vision = torch.randn(3, 128)
+        several = torch.cat([part(x_vision) for part in of_vision.layers], -1)
+        products.clear()
+        assert torch.equal(of_vision(x_vision), several)
+        assert [weight.shape for weight in products] == [(384, 128)]
+
+        products.clear()
+        model.double()
+        assert torch.equal(layer(x), apart)
+        assert len(products) == 1
+        layer.layers[1].weight = gate
+        assert torch.equal(layer(x), torch.cat([apart[:, :256], apart[:, :256]], -1))
+        model.to("meta")
+        assert {part.weight.device.type for part in layer.layers} == {"meta"}
 
     def test_an_adapter_is_merged_first(self, dense: Path, tmp_path: Path) -> None:
         adapter = make_adapter(tmp_path / "adapter")

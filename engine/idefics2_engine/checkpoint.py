@@ -134,8 +134,9 @@ def load_checkpoint(
                     value = changes.merge(source.name, value, dtype, model.device)
             layer = model.get_submodule(place.module)
             if isinstance(layer, NF4Linear) and place.is_linear:
-                layer.weight = _quantised(
-                    source, value, model, uploader, double_quant, check_finite
+                model.set_nf4(
+                    place.module,
+                    _quantised(source, value, model, uploader, double_quant, check_finite),
                 )
                 continue
             if isinstance(value, NF4Weight):  # the head, by whoever did not skip it

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from idefics2_engine.batch import ImageBatch, TextBatch
 from idefics2_engine.config import ModelConfig
-from idefics2_engine.linear import NF4Linear
+from idefics2_engine.linear import NF4Linear, SideBySide
 from idefics2_engine.perceiver import Connector
 from idefics2_engine.text import LayerCache, TextModel
 from idefics2_engine.vision import VisionTower
-from idefics2_kernels import REFERENCE, Ops
+from idefics2_kernels import REFERENCE, NF4Weight, Ops
 
 IGNORED_LABEL = -100
 
@@ -69,6 +69,15 @@ class Idefics2(nn.Module):
             for part in m.weight.tensors.values()
         ]
         return sum(tensor.nbytes for tensor in (*self.parameters(), *parts))
+
+    def set_nf4(self, name: str, weight: NF4Weight) -> None:
+        """Set the weight of the NF4 layer called ``name``; the last of those that lie side by side has them stacked."""
+        layer = self.get_submodule(name)
+        assert isinstance(layer, NF4Linear)
+        layer.weight = weight
+        group = self.get_submodule(name.rpartition(".layers.")[0])
+        if isinstance(group, SideBySide):
+            group.stack()
 
     def image_features(self, images: ImageBatch) -> Tensor:
         """Encode N tiles to (N, latents, hidden) embeddings of the text model, reusable across calls."""
@@ -146,11 +155,11 @@ class Idefics2(nn.Module):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=std, generator=generator)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, NF4Linear):
                 drawn = torch.empty(module.shape, device=self.device, dtype=self.dtype)
                 drawn.normal_(std=std, generator=generator)
-                module.weight = self.ops.nf4_quantize(drawn, double_quant=double_quant)
+                self.set_nf4(name, self.ops.nf4_quantize(drawn, double_quant=double_quant))
         for table in (self.text.embedding, self.lm_head):
             table[self.config.text.vocab_size :] = 0.0
 

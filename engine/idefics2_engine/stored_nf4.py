@@ -104,13 +104,16 @@ def read_weight(
             f"{source.file}: tensor {name + '.quant_map'!r} must hold the 16 values of NF4, "
             f"got {tensors[name + '.quant_map'].tolist()}"
         )
+    nested_absmax = tensors[name + ".nested_absmax"] if is_nested else None
     return NF4Weight(
         tensors[name].view(-1),
         tensors[name + ".absmax"],
         shape,
         dtype,
-        offset,
-        tensors[name + ".nested_absmax"] if is_nested else None,
+        None
+        if offset is None or nested_absmax is None
+        else offset.expand_as(nested_absmax).clone(),
+        nested_absmax,
         tensors[name + ".nested_quant_map"] if is_nested else None,
     )
 
@@ -141,7 +144,7 @@ def weight_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str
         state |= {
             "nested_blocksize": NESTED_BLOCK,
             "nested_dtype": "float32",
-            "nested_offset": weight.offset.item(),
+            "nested_offset": float(weight.offset[0]) if weight.numel else 0.0,
         }
     tensors[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return {name + end: tensor.to("cpu", copy=True) for end, tensor in tensors.items()}

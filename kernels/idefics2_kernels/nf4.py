@@ -30,7 +30,7 @@ def load_absmax(
     absmax_ptr,  # (blocks,)
     nested_absmax_ptr,  # (ceil(blocks / 256),), if IS_NESTED
     nested_code_ptr,  # (256,), if IS_NESTED
-    offset_ptr,  # (), if IS_NESTED
+    offset_ptr,  # (ceil(blocks / 256),), if IS_NESTED
     blocks,
     mask,
     IS_NESTED: tl.constexpr,
@@ -39,9 +39,10 @@ def load_absmax(
     absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0)
     if IS_NESTED:
         nested = tl.load(nested_absmax_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
+        offset = tl.load(offset_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
         code = tl.load(nested_code_ptr + absmax.to(tl.int32), mask=mask, other=0.0)
         # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
-        absmax = tl.maximum(code * nested, LOWEST) + tl.load(offset_ptr)
+        absmax = tl.maximum(code * nested, LOWEST) + offset
         absmax = tl.where(mask, absmax, 0.0)
     return absmax
 
@@ -192,8 +193,9 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
             NESTED_BLOCK=tables.NESTED_BLOCK,
             num_warps=4,
         )
+    offsets = offset.repeat(nested_blocks)
     nested_code = tables.dynamic_code(device)
-    return NF4Weight(codes, quantised, shape, weight.dtype, offset, nested_absmax, nested_code)
+    return NF4Weight(codes, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:

@@ -3,9 +3,13 @@
 The weight is flattened and cut into blocks of 64, whatever its shape; the last block may be shorter. A block has an
 absolute maximum (absmax), and each of its elements is that times one of 16 fixed values: a code of four bits. Double
 quantisation keeps the absmax in a byte: absmax = nested_code[byte] * nested_absmax[block // 256] + offset.
+
+A tensor has one offset. Here each of its nested absmaxes has a copy of it, so that tensors of whole nested blocks can lie
+behind each other and still be one weight (``stack``), which one kernel multiplies.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
@@ -48,7 +52,7 @@ class NF4Weight:
         absmax: (blocks,) of 64 elements each: fp32, or uint8 where it is quantised too.
         shape: Of the weight, (N, K) where it is multiplied.
         dtype: What the weight is dequantised to, and computed in: bf16, fp16 or fp32.
-        offset: () fp32, the mean of the absmaxes; ``None``, as the next two, where they are fp32.
+        offset: (ceil(blocks / 256),) fp32, the mean of a tensor's absmaxes; ``None``, as the next two, where they are fp32.
         nested_absmax: (ceil(blocks / 256),) fp32.
         nested_code: (256,) fp32, ascending.
 
@@ -72,9 +76,10 @@ class NF4Weight:
         check_shape("codes", self.codes, (-(-self.numel // 2),))
         check_dtype("codes", self.codes, torch.uint8)
         check_shape("absmax", self.absmax, (blocks,))
+        nested_blocks = -(-blocks // NESTED_BLOCK)
         nested = {
-            "offset": (self.offset, ()),
-            "nested_absmax": (self.nested_absmax, (-(-blocks // NESTED_BLOCK),)),
+            "offset": (self.offset, (nested_blocks,)),
+            "nested_absmax": (self.nested_absmax, (nested_blocks,)),
             "nested_code": (self.nested_code, (256,)),
         }
         if len({part is None for part, _ in nested.values()}) > 1:
@@ -116,6 +121,47 @@ class NF4Weight:
         moved = {name: part.to(device) for name, part in self.tensors.items()}
         is_same = all(moved[name] is part for name, part in self.tensors.items())
         return self if is_same else replace(self, **moved)  # type: ignore[arg-type]
+
+
+def can_stack(weights: Sequence[NF4Weight]) -> bool:
+    """Whether ``weights`` (N_i, K), their rows behind each other, are one weight: all but the last of whole (nested) blocks."""
+    first = weights[0]
+    whole = BLOCK * NESTED_BLOCK if first.is_nested else BLOCK
+    kinds = {(len(w.shape), w.shape[-1:], w.dtype, w.is_nested, w.device) for w in weights}
+    if len(kinds) > 1 or len(first.shape) != 2 or any(w.numel % whole for w in weights[:-1]):
+        return False
+    tables = [w.nested_code for w in weights if w.nested_code is not None]
+    return all(torch.equal(table, tables[0]) for table in tables)
+
+
+def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
+    """Return ``weights`` (N_i, K), which ``can_stack``, as one with their rows behind each other; it is a copy."""
+    parts = {
+        name: torch.cat([weight.tensors[name] for weight in weights])
+        for name in weights[0].tensors
+        if name != "nested_code"
+    }
+    rows = sum(weight.shape[0] for weight in weights)
+    return replace(weights[0], shape=(rows, weights[0].shape[1]), **parts)  # type: ignore[arg-type]
+
+
+def split(weight: NF4Weight, rows: Sequence[int]) -> list[NF4Weight]:
+    """Return the weights of ``rows`` each that ``weight`` was stacked from, in its memory."""
+    parts, first = [], 0
+    for count in rows:
+        shape = (count, weight.shape[1])
+        begin, end = first * shape[1], (first + count) * shape[1]
+        blocks = slice(begin // BLOCK, -(-end // BLOCK))
+        nested = slice(begin // BLOCK // NESTED_BLOCK, -(-end // (BLOCK * NESTED_BLOCK)))
+        views = {"codes": weight.codes[begin // 2 : -(-end // 2)], "absmax": weight.absmax[blocks]}
+        if weight.offset is not None and weight.nested_absmax is not None:
+            views |= {
+                "offset": weight.offset[nested],
+                "nested_absmax": weight.nested_absmax[nested],
+            }
+        parts.append(replace(weight, shape=shape, **views))  # type: ignore[arg-type]
+        first += count
+    return parts
 
 
 @cache

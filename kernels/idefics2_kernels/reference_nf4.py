@@ -44,8 +44,9 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         return NF4Weight(packed, absmax, shape, weight.dtype)
     offset = absmax.mean()
     quantised, nested_absmax = _quantize_absmax(absmax - offset)
+    offsets = offset.repeat(nested_absmax.numel())
     nested_code = dynamic_code(flat.device)
-    return NF4Weight(packed, quantised, shape, weight.dtype, offset, nested_absmax, nested_code)
+    return NF4Weight(packed, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 
 def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +69,8 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
         assert weight.nested_absmax is not None
         assert weight.nested_code is not None
         nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
-        absmax = weight.nested_code[absmax.int()] * nested + weight.offset
+        offset = weight.offset.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+        absmax = weight.nested_code[absmax.int()] * nested + offset
     scales = absmax.repeat_interleave(BLOCK)[: weight.numel]
     values = nf4_code(weight.device)[codes.int()] * scales
     return values.view(weight.shape).to(weight.dtype)

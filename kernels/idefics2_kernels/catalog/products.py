@@ -11,7 +11,7 @@ from idefics2_kernels import linear, nf4, nf4_matmul, reference_nf4
 from idefics2_kernels.catalog.attention import on_hopper
 from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
+from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, NF4Weight, nf4_code, stack
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FP32, _FP16, _BF16 = _DTYPES
@@ -36,7 +36,7 @@ _ROWS = (*range(1, 18), 31, 63, 64, 65, 127, 257, 1000)
 _WEIGHTS = ((257, 1151), (1025, 1024), (641, 4304))  # N, K
 _MODEL = {
     **{f"{N}x{K}-m{M}": (M, N, K)
-       for (N, K), M in product(((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)), (1, 16, 64, 2048))},
+       for (N, K), M in product(((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)), (1, 16, 64, 256, 2048))},
     "lm-head-m1": (1, 32064, 4096),
     "vision-fc1": (39200, 4304, 1152),
 }  # fmt: skip
@@ -67,6 +67,8 @@ def _product_cases() -> tuple[Case, ...]:
         Case("plain-statistics-wide", {**base, "K": 512, "double_quant": False}),
         Case("tiny-wide", {**base, "K": 256, "scale": 1e-3}),
         Case("integers-wide", {**base, "N": 70, "K": 2048, "integers": True}, _BF16),
+        Case("stacked", {**base, "N": 260, "stacked": 256}, _BF16),
+        Case("stacked-wide", {**base, "N": 69, "K": 256, "stacked": 64}),
     ]
     for i, (M, (N, K), dtype) in enumerate(product(_ROWS, _WEIGHTS, _DTYPES)):
         dims = {"M": M, "N": N, "K": K, "bias": i % 2 == 0}
@@ -121,8 +123,16 @@ def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
     dense = _weight(case, device, integers=2)
     # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantisation
     double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
-    weight = reference_nf4.nf4_quantize(dense, double_quant=double_quant)
+    weight = _quantised(case, dense, double_quant)
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
+
+
+def _quantised(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
+    """Quantise ``dense``, in two parts where the case says after how many rows: each has an offset of its own then."""
+    rows = case.dims.get("stacked")
+    parts = [dense] if rows is None else [dense[:rows], 3 * dense[rows:]]
+    quantised = [reference_nf4.nf4_quantize(p, double_quant=double_quant) for p in parts]
+    return quantised[0] if rows is None else stack(quantised)
 
 
 def _few_rows_takes(case: Case) -> bool:
@@ -180,6 +190,7 @@ def _quantise_cases() -> tuple[Case, ...]:
         Case("ties", {"shape": (30, 64), "values": "ties", "double_quant": False}, _FP32),
         Case("wide-range", {"shape": (6, 70), "values": "wide"}, _FP32),
         Case("subnormal", {"shape": (3, 70), "values": "subnormal", "double_quant": False}, _FP32),
+        Case("stacked", {"shape": (69, 256), "stacked": 64}, _BF16),
     ]
     for shape, dtype in product(_GPU_SHAPES, _DTYPES):
         dims = {"shape": shape, "double_quant": dtype is not _FP16}
@@ -216,7 +227,8 @@ def _quantise_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def _dequantise_inputs(case: Case, device: torch.device) -> Inputs:
-    return {"weight": reference_nf4.nf4_quantize(**_quantise_inputs(case, device))}
+    inputs = _quantise_inputs(case, device)
+    return {"weight": _quantised(case, inputs["weight"], inputs["double_quant"])}
 
 
 def _quantise_cost(case: Case) -> Cost:
