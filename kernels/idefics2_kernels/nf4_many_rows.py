@@ -214,23 +214,25 @@ def _load(descs, smem, barriers, tiles, steps, GROUP_M: gl.constexpr):
 @gluon.jit
 def _load_parts(absmax, blocks, mask):
     """Return what the absmax of ``blocks`` is computed from."""
-    absmax_ptr, nested_absmax_ptr, _, _ = absmax
+    absmax_ptr, nested_absmax_ptr, _, offset_ptr = absmax
     value = gl.load(absmax_ptr + blocks, mask=mask, other=0)
-    nested = value
+    nested, offset = value, value
     if nested_absmax_ptr is not None:
-        nested = gl.load(nested_absmax_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
-    return value, nested
+        nested_blocks = blocks >> NESTED_SHIFT
+        nested = gl.load(nested_absmax_ptr + nested_blocks, mask=mask, other=0.0)
+        offset = gl.load(offset_ptr + nested_blocks, mask=mask, other=0.0)
+    return value, nested, offset
 
 
 @gluon.jit
 def _absmax(absmax, parts, mask):
-    """Return the fp32 absmax; zero where not ``mask``."""
-    _, nested_absmax_ptr, nested_code_ptr, offset_ptr = absmax
-    value, nested = parts
+    """Return the fp32 absmax, as ``nf4.load_absmax`` computes it; zero where not ``mask``."""
+    _, nested_absmax_ptr, nested_code_ptr, _ = absmax
+    value, nested, offset = parts
     if nested_absmax_ptr is not None:
         code = gl.load(nested_code_ptr + value.to(gl.int32))
         # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
-        value = gl.maximum(code * nested, LOWEST) + gl.load(offset_ptr)
+        value = gl.maximum(code * nested, LOWEST) + offset
         value = gl.where(mask, value, 0.0)
     return value
 
@@ -365,7 +367,7 @@ def _many_rows_kernel(
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
-    offset_ptr,
+    offset_ptr,  # (ceil(N * K / 64 / 256),)
     bias_ptr,  # (N,)
     N,
     blocks,  # of a row, K / 64
