@@ -18,6 +18,8 @@ WGMMA = {
     "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
     "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16"],
+    "nf4_matmul-triton-28672x4096-m2048": ["64x256x16"],
+    "nf4_matmul-many_rows-28672x4096-m1": ["64x128x16"],
     "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],
     "nf4_matmul-plain-28672x4096-m64": ["64x64x16"],
 }

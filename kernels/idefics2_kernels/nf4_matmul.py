@@ -3,23 +3,26 @@
 Up to 128 rows, codes are read once for each 16 or 64 rows and dequantised on their way to the tensor cores: the
 weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
 compute dtype, as the model's own dequantisation rounds it. For more rows the dequantised weight is written out once
-and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 64.
+and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 64, and
+on Hopper ``nf4_many_rows`` takes all others: ``choose`` says which way is taken.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels import nf4_few_rows
+from idefics2_kernels import nf4_few_rows, nf4_many_rows
 from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.attention_tiles import arch
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, unpack
+from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, nf4_dequantize_rows, unpack
 from idefics2_kernels.nf4_weight import NF4Weight
-from idefics2_kernels.primitives import cast, dot
+from idefics2_kernels.primitives import UPCAST, cast, dot
 from idefics2_kernels.split_k import k_per_split, sum_splits
 
 BLOCK = tl.constexpr(tables.BLOCK)
@@ -127,22 +130,62 @@ def _nf4_matmul_kernel(
     tl.store(out_ptrs, out, mask=mask_n[:, None] & mask_m[None, :])
 
 
+def choose(
+    M: int, *, few: bool, many: bool
+) -> Literal["few_rows", "fused", "many_rows", "dequantised"]:
+    """Return which of this file's ways takes ``M`` rows, if ``nf4_few_rows`` and ``nf4_many_rows`` can take them.
+
+    Up to 64 rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each 64, so more rows
+    go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once. Where that cannot run,
+    fused decodes for each 64 rows too, which up to 128 costs less than the dequantised weight's way through memory.
+    """
+    if few and M <= FEW_ROWS:
+        return "few_rows"
+    if many and M > FEW_ROWS:
+        return "many_rows"
+    return "fused" if M <= FUSED_ROWS else "dequantised"
+
+
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (..., N).
 
-    Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. Up to 64 rows ``few_rows`` where it can
-    take the weight, up to 128 ``fused``.
+    Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. ``choose`` says how.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
     rows = _checked(x, weight, bias)
-    if rows.shape[0] > FUSED_ROWS:
-        return torch.nn.functional.linear(x, nf4_dequantize(weight), bias)
-    if rows.shape[0] > FEW_ROWS or not nf4_few_rows.can_take(weight):
-        return fused(x, weight, bias)
-    return few_rows(x, weight, bias)
+    on_hopper = not UPCAST.value and arch() == 90
+    ways = {
+        "few_rows": few_rows,
+        "fused": fused,
+        "many_rows": many_rows,
+        "dequantised": dequantised,
+    }
+    way = choose(
+        rows.shape[0],
+        few=nf4_few_rows.can_take(weight),
+        many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
+    )
+    return ways[way](x, weight, bias)
+
+
+def dequantised(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """``nf4_matmul`` by cuBLAS, once the whole weight is dequantised."""
+    _checked(x, weight, bias)
+    return torch.nn.functional.linear(x, nf4_dequantize(weight), bias)
+
+
+def many_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """``nf4_matmul`` by the kernel for many rows, on Hopper; it takes any number, but not every weight.
+
+    Raises:
+        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``x`` or the codes where they lie.
+        TypeError: ``weight`` is fp32.
+    """
+    rows = _checked(x, weight, bias)
+    return nf4_many_rows.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def few_rows(
@@ -198,6 +241,31 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
         )
     if splits > 1:
         out = sum_splits(out, bias, x.dtype)
+    return out.view(*x.shape[:-1], N)
+
+
+def panels(
+    x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, rows_per_panel: int = 2048
+) -> Tensor:
+    """``nf4_matmul`` with ``rows_per_panel`` rows of the weight at a time dequantised, and multiplied by cuBLAS.
+
+    A panel that stays in the L2 cache spares the dequantised weight's way to memory and back.
+
+    Raises:
+        ValueError: Rows of ``weight`` are no multiple of 64 columns.
+    """
+    rows = _checked(x, weight, bias)
+    (M, K), N = rows.shape, weight.shape[0]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    buffer = torch.empty((min(rows_per_panel, N), K), dtype=x.dtype, device=x.device)
+    for start in range(0, N, rows_per_panel):
+        panel = buffer[: min(rows_per_panel, N - start)]
+        nf4_dequantize_rows(weight, start, panel)
+        part = out[:, start : start + panel.shape[0]]
+        if bias is None:
+            torch.mm(rows, panel.t(), out=part)
+        else:
+            torch.addmm(bias[start : start + panel.shape[0]], rows, panel.t(), out=part)
     return out.view(*x.shape[:-1], N)
 
 

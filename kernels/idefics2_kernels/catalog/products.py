@@ -161,6 +161,16 @@ def _has_aligned_gluon(case: Case) -> bool:
     return _has_gluon(case) and "layout" not in case.dims
 
 
+def _many_rows_takes(case: Case) -> bool:
+    """Whether the kernel is one for this case: compiled for Hopper, never interpreted, and read by TMA."""
+    return (
+        on_hopper()
+        and case.dtype is not _FP32
+        and case.dims["K"] % BLOCK == 0
+        and case.dims.get("layout") != "offset"  # its rows are not aligned
+    )
+
+
 def _nf4_bytes(elements: int) -> int:
     """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
     blocks = -(-elements // BLOCK)
@@ -280,8 +290,15 @@ PRODUCTS = (
             "few_rows": nf4_matmul.few_rows,
             "plain": _plain_few_rows,
             "gluon": _gluon_few_rows,
+            "many_rows": nf4_matmul.many_rows,
+            "dequantised": nf4_matmul.dequantised,
         },
-        only={"few_rows": _few_rows_takes, "plain": _has_gluon, "gluon": _has_aligned_gluon},
+        only={
+            "few_rows": _few_rows_takes,
+            "plain": _has_gluon,
+            "gluon": _has_aligned_gluon,
+            "many_rows": _many_rows_takes,
+        },
     ),
     KernelSpec(
         name="nf4_quantize",
