@@ -216,7 +216,7 @@ def _stage(
 
     Past the end of rows or columns the last ones are read again.
     """
-    codes_ptr, absmax_ptr, nested_absmax_ptr = weight
+    codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
     row, k, q, first, N, steps, turns, rows = place
     round = 0
     if not IS_ONE_ROUND:
@@ -229,10 +229,11 @@ def _stage(
     ]
     words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
     absmax = gl.load(absmax_ptr + blocks)
-    nested = absmax
+    nested, offset = absmax, absmax
     if IS_NESTED:
         nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
-    return gl.load(words_ptrs), gl.load(words_ptrs + 4), absmax, nested
+        offset = gl.load(offset_ptr + (blocks >> _NESTED_SHIFT))
+    return gl.load(words_ptrs), gl.load(words_ptrs + 4), absmax, nested, offset
 
 
 @gluon.jit
@@ -253,7 +254,6 @@ def _queued(stages, stage):
 def _absmax(
     stage,
     table,
-    offset,
     is_there,
     IS_NESTED: gl.constexpr,
     IS_EVEN: gl.constexpr,
@@ -270,7 +270,7 @@ def _absmax(
             pack=1,
         )
         # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
-        absmax = gl.maximum(code * stage[3], _LOWEST) + offset
+        absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
     if not IS_EVEN:
         absmax = gl.where(is_there, absmax, 0.0)
     return absmax
@@ -362,7 +362,7 @@ def _few_rows_gluon_kernel(
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
-    offset_ptr,
+    offset_ptr,  # (ceil(N * K / 64 / 256),)
     code_ptr,  # (16,)
     bias_ptr,  # (N,), if HAS_BIAS
     out_ptr,  # (M, N), contiguous
@@ -420,7 +420,7 @@ def _few_rows_gluon_kernel(
     q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
     row = _rows_of_tile(i, ROWS, WARPS_N)
     first = gl.cast(gl.program_id(0), gl.int64) * groups * ROWS
-    weight = codes_ptr, absmax_ptr, nested_absmax_ptr
+    weight = codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
     for i in gl.static_range(BUFFERS):
@@ -429,9 +429,7 @@ def _few_rows_gluon_kernel(
     for depth in gl.static_range(1, DEPTH):
         stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     _fill_table(code_ptr, table_smem, NUM_WARPS)
-    offset = 0.0
     if IS_NESTED:
-        offset = gl.load(offset_ptr)
         FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
         nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
         smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
@@ -442,7 +440,7 @@ def _few_rows_gluon_kernel(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
     lanes = (row % 8 * 4 + q + k * 0)[:, :, :, None] * 8
-    absmax = _absmax(stages[0], table, offset, k < steps, IS_NESTED, IS_EVEN)
+    absmax = _absmax(stages[0], table, k < steps, IS_NESTED, IS_EVEN)
 
     for round in range(rounds):
         acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
@@ -460,7 +458,7 @@ def _few_rows_gluon_kernel(
                 stages = _queued(stages, stage)
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 scale = absmax[:, :, :, None]
-                absmax = _absmax(stages[1], table, offset, next < steps, IS_NESTED, IS_EVEN)
+                absmax = _absmax(stages[1], table, next < steps, IS_NESTED, IS_EVEN)
                 for part in gl.static_range(2):
                     left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
                     right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
