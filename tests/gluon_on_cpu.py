@@ -291,6 +291,8 @@ class _Pointer:
         values = memory[torch.from_numpy(offset[mask].copy())]
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.double()
+        if not values.dtype.is_floating_point:
+            values = values.long()  # what is done with bytes is done after a cast
         result = np.full(mask.shape, other, dtype=values.numpy().dtype)
         result[mask] = values.numpy()
         return result.view(Array)
@@ -395,9 +397,10 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
         results, *sources = re.findall(r"\{[^}]*\}|[^,\s][^,]*", operands)
         operand = []
         for source in sources:
-            source = source.strip("[] ")
+            source, _, displacement = source.strip("[] ").partition("+")
             known = registers if source in registers else _SPECIAL
-            operand.append(known[source] if source in known else np.uint32(int(source, 0)))
+            value = known[source] if source in known else np.uint32(int(source, 0))
+            operand.append(value + np.uint32(displacement or 0))
         outcome = _PTX[name](*operand)
         names = results.strip("{} ").replace(" ", "").split(",")
         for result, value in zip(names, outcome if len(names) > 1 else (outcome,), strict=True):

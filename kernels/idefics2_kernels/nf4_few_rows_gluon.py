@@ -400,14 +400,14 @@ def _few_rows_gluon_kernel(
     X_BYTES: gl.constexpr = BUFFERS * TURNS * 2 * WARPS_K * X_ROWS * 4 * 64
     smem = gl.allocate_shared_memory(
         gl.float32,
-        [(TABLE_BYTES + X_BYTES) // PAGE_BYTES + 1, PAGE_BYTES // 4],
+        [1 + (TABLE_BYTES + X_BYTES + PAGE_BYTES - 1) // PAGE_BYTES, PAGE_BYTES // 4],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
     TABLE_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     table_smem = reinterpret(smem.index(0), gl.float32, [256, 32, 2], TABLE_LAYOUT)
     X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
     x_smem = reinterpret(
-        smem.index(TABLE_BYTES // PAGE_BYTES),
+        smem.index(TABLE_BYTES // PAGE_BYTES + 1),
         dtype,
         [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32],
         X_LAYOUT,
