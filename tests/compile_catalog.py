@@ -68,6 +68,7 @@ def main(arch: int) -> None:
                 "triton": triton.__version__,
                 "shared": compiled.metadata.shared,
                 "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+                "waits": sass.count("WARPGROUP.DEPBAR"),
                 "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
             }
             print(json.dumps(report), flush=True)

@@ -189,8 +189,7 @@ def test_which_way_is_taken(M: int, N: int, few: bool, many: bool, way: str) -> 
     ],
 )
 def test_which_tiles_are_taken(M: int, N: int, block_m: int) -> None:
-    config = nf4_many_rows._launch_config(M, N, 132)
-    assert config.BLOCK_M == block_m
+    assert block_m == nf4_many_rows._launch_config(M, N, 132).BLOCK_M
 
 
 # Changes of the source, each of which must be noticed.
