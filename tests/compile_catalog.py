@@ -76,6 +76,7 @@ def main(arch: int) -> None:
                 "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
                 "is_dependent": bool(compiled.metadata.launch_pdl),
                 "waits_first": _waits_first(sass),
+                "waits": sass.count("WARPGROUP.DEPBAR"),
                 "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
             }
             if "mov.u32 $0, global_smem" in compiled.asm["llir"]:

@@ -159,20 +159,37 @@ def test_what_the_kernel_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("M", "few", "many", "way"),
+    ("M", "N", "few", "many", "way"),
     [
-        (1, True, True, "few_rows"),
-        (64, True, True, "few_rows"),
-        (64, False, True, "fused"),
-        (65, True, True, "many_rows"),
-        (65, True, False, "fused"),
-        (128, False, False, "fused"),
-        (129, True, False, "dequantised"),
-        (5000, True, True, "many_rows"),
+        (1, 28672, True, True, "few_rows"),
+        (64, 28672, True, True, "few_rows"),
+        (64, 28672, False, True, "fused"),
+        (65, 28672, True, True, "many_rows"),
+        (65, 28672, True, False, "fused"),
+        (128, 4096, True, True, "fused"),  # 32 tiles for 132 programs
+        (129, 4096, True, True, "many_rows"),
+        (129, 28672, True, False, "dequantised"),
+        (300, 128, True, True, "dequantised"),
+        (5000, 4096, True, True, "many_rows"),
     ],
 )
-def test_which_way_is_taken(M: int, few: bool, many: bool, way: str) -> None:
-    assert nf4_matmul.choose(M, few=few, many=many) == way
+def test_which_way_is_taken(M: int, N: int, few: bool, many: bool, way: str) -> None:
+    assert nf4_matmul.choose(M, N, 132, few=few, many=many) == way
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "block_m"),
+    [
+        (65, 28672, 128),
+        (256, 28672, 256),  # 224 tiles are two rounds, 448 of half the size would be four
+        (256, 4096, 128),
+        (512, 4096, 128),
+        (2048, 4096, 256),
+        (2048, 6144, 256),
+    ],
+)
+def test_which_tiles_are_taken(M: int, N: int, block_m: int) -> None:
+    assert block_m == nf4_many_rows._launch_config(M, N, 132).BLOCK_M
 
 
 # Changes of the source, each of which must be noticed.
@@ -221,8 +238,8 @@ MUTATIONS: dict[str, tuple[str, str]] = {
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_on_cpu, "_PATIENCE", 1.0)
     kernel = gluon_on_cpu.load(*MODULES, change=MUTATIONS[name])
-    x, bias = torch.randn(270, 320).bfloat16(), torch.randn(306).bfloat16()
-    weight = stack([random_weight(256, 320), random_weight(50, 320, scale=9.0)])
+    x, bias = torch.randn(270, 320).bfloat16(), 99 * torch.randn(306).bfloat16()
+    weight = stack([random_weight(256, 320), random_weight(50, 320, scale=3.0)])
     dense = nf4_dequantize(weight)
     exact = torch.nn.functional.linear(x.double(), dense.double(), bias.double())
     same = torch.nn.functional.linear(x, dense, bias)

@@ -74,12 +74,16 @@ class LaunchConfig:
 
 
 def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
-    # Decoding takes as long as the products of 128 rows, so tiles of 128 rows are for few rows, and where larger ones
-    # would leave most of the GPU idle.
-    tiles = triton.cdiv(M, 256) * triton.cdiv(N, TILE_N)
-    if M <= 128 or 2 * tiles <= programs:
+    # Not measured yet. Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
+    # the integer units some 500 and with what it waits for perhaps 650, which is what bounds 128 rows.
+    rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
+    if 2 * rounds[128] < 3 * rounds[256]:
         return LaunchConfig(BLOCK_M=128, STAGES=6, GROUP_M=8)
     return LaunchConfig(BLOCK_M=256, STAGES=4, GROUP_M=8)
+
+
+def _tiles(M: int, N: int, rows: int) -> int:
+    return -(-M // rows) * -(-N // TILE_N)
 
 
 @gluon.jit
@@ -401,6 +405,11 @@ def _many_rows_kernel(
         [4, 1, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )
+
+
+def keeps_busy(M: int, N: int, programs: int) -> bool:
+    """Whether an output (M, N) has tiles for a third of the programs or more: K is not cut among them."""
+    return 3 * _tiles(M, N, 128) >= programs
 
 
 def refusal(rows: Tensor, weight: NF4Weight) -> Exception | None:

@@ -4,10 +4,11 @@ Up to 128 rows, codes are read once for each 16 or 64 rows and dequantised on th
 weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
 compute dtype, as the model's own dequantisation rounds it. For more rows the dequantised weight is written out once
 and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 64, and
-on Hopper ``nf4_many_rows`` takes all others: ``choose`` says which way is taken.
+on Hopper ``nf4_many_rows`` takes more: ``choose`` says which way is taken.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from idefics2_kernels import nf4_few_rows, nf4_many_rows
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.attention_tiles import arch
+from idefics2_kernels.attention_warps import processors
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, nf4_dequantize_rows, unpack
 from idefics2_kernels.nf4_weight import NF4Weight
@@ -130,18 +132,20 @@ def _nf4_matmul_kernel(
     tl.store(out_ptrs, out, mask=mask_n[:, None] & mask_m[None, :])
 
 
-def choose(
-    M: int, *, few: bool, many: bool
-) -> Literal["few_rows", "fused", "many_rows", "dequantised"]:
-    """Return which of this file's ways takes ``M`` rows, if ``nf4_few_rows`` and ``nf4_many_rows`` can take them.
+Way = Literal["few_rows", "fused", "many_rows", "dequantised"]
+
+
+def choose(M: int, N: int, programs: int, *, few: bool, many: bool) -> Way:
+    """Return which way takes ``M`` rows and ``N`` of the weight, if ``nf4_few_rows`` and ``nf4_many_rows`` can take it.
 
     Up to 64 rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each 64, so more rows
-    go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once. Where that cannot run,
-    fused decodes for each 64 rows too, which up to 128 costs less than the dequantised weight's way through memory.
+    go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
+    for a third of the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
+    128 costs less than the dequantised weight's way through memory to cuBLAS.
     """
     if few and M <= FEW_ROWS:
         return "few_rows"
-    if many and M > FEW_ROWS:
+    if many and M > FEW_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
         return "many_rows"
     return "fused" if M <= FUSED_ROWS else "dequantised"
 
@@ -157,17 +161,19 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """
     rows = _checked(x, weight, bias)
     on_hopper = not UPCAST.value and arch() == 90
-    ways = {
+    way = choose(
+        rows.shape[0],
+        weight.shape[0],
+        processors(x.device),
+        few=nf4_few_rows.can_take(weight),
+        many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
+    )
+    ways: dict[Way, Callable[..., Tensor]] = {
         "few_rows": few_rows,
         "fused": fused,
         "many_rows": many_rows,
         "dequantised": dequantised,
     }
-    way = choose(
-        rows.shape[0],
-        few=nf4_few_rows.can_take(weight),
-        many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
-    )
     return ways[way](x, weight, bias)
 
 
