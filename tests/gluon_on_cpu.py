@@ -399,8 +399,8 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
         for source in sources:
             source, _, displacement = source.strip("[] ").partition("+")
             known = registers if source in registers else _SPECIAL
-            value = known[source] if source in known else np.uint32(int(source, 0))
-            operand.append(value + np.uint32(displacement or 0))
+            word = known[source] if source in known else np.uint32(int(source, 0))
+            operand.append(word + np.uint32(displacement or 0))
         outcome = _PTX[name](*operand)
         names = results.strip("{} ").replace(" ", "").split(",")
         for result, value in zip(names, outcome if len(names) > 1 else (outcome,), strict=True):

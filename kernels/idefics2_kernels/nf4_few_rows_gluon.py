@@ -355,7 +355,7 @@ def _store(
     gl.store(out_ptrs, out, mask=mask_n[:, None] & (m < M)[None, :])
 
 
-@gluon.jit(do_not_specialize=["M", "steps", "groups"])
+@gluon.jit(do_not_specialize=["stride_x", "M", "N", "steps", "groups"])
 def _few_rows_gluon_kernel(
     x_ptr,  # (M, K)
     codes_ptr,  # (N * K / 8,), eight codes each
