@@ -25,7 +25,10 @@ WGMMA = {
 }
 # they may begin before the kernel ahead of them has ended
 DEPENDENT = {
+    "_combine_kernel",
     "_decode_attention_kernel",
+    "_few_rows_gluon_kernel",
+    "_perceiver_attention_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
     "_silu_mul_kernel",

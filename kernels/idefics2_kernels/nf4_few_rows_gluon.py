@@ -26,6 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
 from idefics2_kernels.nf4_weight import NF4Weight
 
@@ -33,6 +34,7 @@ BLOCK_K = 256  # a block for each of the four lanes that share a row
 SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 MAX_M = 64
+PREFETCHED = gl.constexpr(4)  # turns whose codes are in the L2 cache before the kernel ahead ends: 64 to 128 KB a program
 _shared = gl.shared_memory_descriptor
 # Triton 3.8 has a new name
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
@@ -85,17 +87,14 @@ def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
         return -(-N // (ROWS * SMS)) * ROWS
 
-    # Chosen by counting shared memory's accesses, and not measured yet.
-    # 32 rows a warp read x half as often, but leave half of the warps, and must not leave more to a program.
-    # With warps along K, tiles of more than 16 rows of x would spill.
-    ROWS = 16
-    if M > 8 and program_rows(32) <= program_rows(16) and (M <= 16 or program_rows(32) > 128):
-        ROWS = 32
-    warps = 16 if ROWS == 16 and M <= 16 else 8
-    WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), warps)
+    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. 8 warps of 16 rows leave
+    # room for the next kernel's; 16 were never faster on an H100, and up to 4 us slower. us of 1 and 16 rows of x, by
+    # 8 warps: 28672 x 4096 34 and 40, 4096 x 14336 21 and 29, 6144 x 4096 13 and 15.
+    ROWS = 32 if program_rows(32) > 128 else 16
+    WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
     # a buffer holds x for a turn at least
     most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
-    return _config(M, K, ROWS, WARPS_N, min(warps // WARPS_N, most))
+    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
 
 
 @cache
@@ -204,6 +203,31 @@ def _copy_x(
 
 
 @gluon.jit
+def _blocks(place, flat, IS_ONE_ROUND: gl.constexpr, TILE: gl.constexpr):
+    """Return the flat blocks of a turn; past the end of rows or columns the last ones again."""
+    row, k, q, first, N, steps, turns, rows = place
+    round = 0
+    if not IS_ONE_ROUND:
+        round = flat // turns
+    row = gl.minimum(first + gl.minimum(round * TILE + row, rows - 1), N - 1)
+    step = gl.minimum((flat - round * turns) * k.shape[0] + k, steps - 1)
+    return row * (steps * 4) + step * 4 + q
+
+
+@gluon.jit
+def _prefetch(ptrs):
+    """Bring the lines that ``ptrs`` point into to the L2 cache."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [ptrs.to(gl.int64)],
+        gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _stage(
     weight,
     place,
@@ -213,18 +237,9 @@ def _stage(
     IS_ONE_ROUND: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax.
-
-    Past the end of rows or columns the last ones are read again.
-    """
+    """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax."""
     codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
-    row, k, q, first, N, steps, turns, rows = place
-    round = 0
-    if not IS_ONE_ROUND:
-        round = flat // turns
-    row = gl.minimum(first + gl.minimum(round * TILE + row, rows - 1), N - 1)
-    step = gl.minimum((flat - round * turns) * k.shape[0] + k, steps - 1)
-    blocks = row * (steps * 4) + step * 4 + q
+    blocks = _blocks(place, flat, IS_ONE_ROUND, TILE)
     word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
         None, None, None, :
     ]
@@ -377,6 +392,7 @@ def _few_rows_gluon_kernel(
     HAS_BIAS: gl.constexpr,
     IS_ONE_ROUND: gl.constexpr,
     IS_EVEN: gl.constexpr,  # warps along K have as many columns each, and buffers
+    IS_DEPENDENT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     X_ROWS: gl.constexpr,
     ROWS: gl.constexpr,
@@ -425,12 +441,28 @@ def _few_rows_gluon_kernel(
     weight = codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
+    if IS_DEPENDENT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
+            "=r,r",
+            [steps],
+            gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        for ahead in gl.static_range(PREFETCHED):
+            _prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
+        _prefetch(absmax_ptr + _blocks(place, 0, IS_ONE_ROUND, TILE))
+    _fill_table(code_ptr, table_smem, NUM_WARPS)
+    if IS_DEPENDENT:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
+        )
     for i in gl.static_range(BUFFERS):
         _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
     stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     for depth in gl.static_range(1, DEPTH):
         stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
-    _fill_table(code_ptr, table_smem, NUM_WARPS)
     if IS_NESTED:
         FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
         nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
@@ -530,8 +562,11 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             HAS_BIAS=bias is not None,
             IS_ONE_ROUND=groups <= config.WARPS_N,
             IS_EVEN=K % (BLOCK_K * config.WARPS_K * config.TURNS) == 0,
+            **dependent(),
             **{k: v for k, v in asdict(config).items() if k != "programs"},
             **_layouts(config),
             num_warps=config.num_warps,
+            # x leaves no room for a second program, for whose sake ptxas would spill
+            **({"maxnreg": 224} if config.BLOCK_M == 16 else {}),
         )
     return out

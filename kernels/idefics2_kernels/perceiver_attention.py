@@ -24,10 +24,11 @@ from idefics2_kernels.attention_tiles import (
     load_head,
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_shape
-from idefics2_kernels.split_keys import merge_tile, state_buffers, store_state
+from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.split_keys import combine, state_buffers, store_state
 
 _PROGRAMS = 264  # two on each of an H100's processors
-_MAX_SPLITS = 8  # of one image a program in eight merges: more states would be more than its processor reads in time
+_MAX_SPLITS = 16  # more would write more state than the keys they read
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     if arch == 90 and width <= 96:
         # on an H100 as fast as 128 rows for many images, and 1.2 times for one; 128 rows by 4 warps spill
         return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
-    # 4 warps spill, and before Hopper 64 keys a tile
-    return LaunchConfig(BLOCK_M=128, BLOCK_N=32 if arch < 90 else 64, num_warps=8, num_stages=2)
+    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)  # 4 warps spill
 
 
 def _num_splits(programs: int, tiles: int) -> int:
@@ -71,7 +71,6 @@ def _perceiver_attention_kernel(
     acc_ptr,  # (N * L * H, num_splits, D), if IS_SPLIT
     m_ptr,  # (N * L * H, num_splits), if IS_SPLIT
     l_ptr,  # (N * L * H, num_splits), if IS_SPLIT
-    counters_ptr,  # (tiles of rows,), if IS_SPLIT
     k_desc,  # tiles (BLOCK_N, 1, D_MAIN) of k, if HAS_DESCRIPTORS
     k_rest_desc,  # (BLOCK_N, 1, D_REST)
     v_desc,
@@ -93,12 +92,12 @@ def _perceiver_attention_kernel(
     ALIGN: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    MERGE_M: tl.constexpr,  # rows, splits and columns that are merged at once
-    MERGE_S: tl.constexpr,
-    MERGE_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    let_next_begin(IS_DEPENDENT)
+    wait_for_last(IS_DEPENDENT)
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(L * GROUPS, BLOCK_M)
     pid_m = pid % tiles_m
@@ -107,16 +106,6 @@ def _perceiver_attention_kernel(
     image = (pid // (tiles_m * num_splits * H_KV)).to(tl.int64)
     begin = tl.load(cu_seqlens_ptr + image)
     T = tl.load(cu_seqlens_ptr + image + 1) - begin
-
-    # tiles of the image: whole ones of patches, perhaps a part of one, then those of its latents
-    whole_tiles, patch_tiles = T // BLOCK_N, tl.cdiv(T, BLOCK_N)
-    tiles = patch_tiles + tl.cdiv(L, BLOCK_N)
-    per_split = tl.cdiv(tiles, num_splits)
-    parts = tl.cdiv(tiles, per_split)
-    if split >= parts:
-        return
-    first_tile = split * per_split
-    end_tile = tl.minimum(first_tile + per_split, tiles)
 
     # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
     stride_qn, stride_ql = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
@@ -132,6 +121,13 @@ def _perceiver_attention_kernel(
     offs_q = image * stride_qn + latents.to(tl.int64) * stride_ql + heads.to(tl.int64) * stride_qh
     q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
     state = empty_state(BLOCK_M, D_MAIN, D_REST)
+
+    # tiles of the image: whole ones of patches, perhaps a part of one, then those of its latents
+    whole_tiles, patch_tiles = T // BLOCK_N, tl.cdiv(T, BLOCK_N)
+    tiles = patch_tiles + tl.cdiv(L, BLOCK_N)
+    per_split = tl.cdiv(tiles, num_splits)
+    first_tile = split * per_split
+    end_tile = tl.minimum(first_tile + per_split, tiles)
 
     offs_n = tl.arange(0, BLOCK_N)
     offs_kn, offs_vn = offs_n.to(tl.int64) * stride_kt, offs_n.to(tl.int64) * stride_vt
@@ -190,30 +186,21 @@ def _perceiver_attention_kernel(
         visible = mask_n[None, :]
         state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
 
+    out_rows = (image * L + latents) * (H_KV * GROUPS) + heads
     store_state(
         out_ptr,
         acc_ptr,
         m_ptr,
         l_ptr,
-        counters_ptr,
-        (pid // (tiles_m * num_splits)) * tiles_m + pid_m,
-        image * L * (H_KV * GROUPS) + head_kv * GROUPS,
-        pid_m * BLOCK_M,
-        L * GROUPS,
-        H_KV * GROUPS,
-        GROUPS,
+        out_rows,
+        mask_m,
         split,
         num_splits,
-        parts,
         state,
         D,
         D_MAIN,
         D_REST,
         IS_SPLIT,
-        MERGE_M,
-        MERGE_S,
-        MERGE_D,
-        BLOCK_M,
     )
 
 
@@ -276,7 +263,7 @@ def perceiver_attention(
     programs = triton.cdiv(L * (H // H_KV), config.BLOCK_M) * N * H_KV
     tiles = triton.cdiv(max_seqlen, config.BLOCK_N) + triton.cdiv(L, config.BLOCK_N)
     num_splits = _num_splits(programs, tiles)
-    acc, m, l, arrived = state_buffers(out, num_splits, programs)
+    acc, m, l = state_buffers(out, num_splits)
     _perceiver_attention_kernel[(programs * num_splits,)](
         q,
         k_context,
@@ -287,7 +274,6 @@ def perceiver_attention(
         acc,
         m,
         l,
-        arrived,
         *(descriptors(k_context, config.BLOCK_N, 1) if described else no_descriptors),
         *(descriptors(v_context, config.BLOCK_N, 1) if described else no_descriptors),
         cu_seqlens,
@@ -307,7 +293,9 @@ def perceiver_attention(
         ALIGN=ALIGN,
         HAS_DESCRIPTORS=described,
         IS_SPLIT=num_splits > 1,
-        **merge_tile(num_splits, config.BLOCK_M, D, config.num_warps),
+        **dependent(),
         **asdict(config),
     )
+    if acc is not None and m is not None and l is not None:
+        combine(acc, m, l, out)
     return out
