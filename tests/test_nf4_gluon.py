@@ -181,7 +181,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "codes of the first turn": ("flat + DEPTH", "flat", "buffers"),
     "columns in another order": ("(0, 1, 3, 5, 4, 2, 6)", "(0, 1, 3, 4, 5, 2, 6)", "few-rows"),
     "columns of x in another order": ("(0, 3, 4, 5, 2, 6, 1)", "(0, 3, 5, 4, 2, 6, 1)", "few-rows"),
-    "the first nested absmax": ("blocks >> _NESTED_SHIFT", "blocks * 0", "both-halves"),
+    "the first nested absmax": (
+        "nested_absmax_ptr + (blocks >> _NESTED_SHIFT)",
+        "nested_absmax_ptr + blocks * 0",
+        "both-halves",
+    ),
     "a nested code for its neighbour": ("[$1+65536]", "[$1+65532]", "few-rows"),
     "no offset": ("_LOWEST) + offset", "_LOWEST)", "few-rows"),
     "warps along K are lost": ("gl.sum(acc, axis=0)", "acc[0]", "uneven-columns"),
