@@ -19,7 +19,7 @@ DTYPES = torch.bfloat16, torch.float16
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load("nf4_few_rows_gluon")
+    return gluon_on_cpu.load("nf4_table", "nf4_few_rows_gluon")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "both-halves",
     ),
     "a nested code for its neighbour": ("[$1+65536]", "[$1+65532]", "few-rows"),
-    "no offset": ("_LOWEST) + offset", "_LOWEST)", "few-rows"),
+    "no offset": ("_LOWEST) + stage[4]", "_LOWEST)", "few-rows"),
     "warps along K are lost": ("gl.sum(acc, axis=0)", "acc[0]", "uneven-columns"),
     "bias dropped": ("if HAS_BIAS:", "if False:", "rounds"),
     "bias of the first tile": ("bias_ptr + n,", "bias_ptr + row,", "rounds"),
@@ -216,7 +216,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
-    kernel = gluon_on_cpu.load("nf4_few_rows_gluon", change=(old, new))
+    kernel = gluon_on_cpu.load("nf4_table", "nf4_few_rows_gluon", change=(old, new))
     inputs = CUTS[case].inputs()
     try:
         out = CUTS[case].run(kernel, inputs, monkeypatch)

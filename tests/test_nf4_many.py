@@ -13,7 +13,7 @@ from idefics2_kernels.catalog.criterion import worst_error
 from idefics2_kernels.nf4_weight import stack
 from idefics2_kernels.reference_nf4 import nf4_dequantize, nf4_quantize
 
-MODULES = "attention_warps", "nf4_many_rows"
+MODULES = "attention_warps", "nf4_table", "nf4_many_rows"
 
 
 @pytest.fixture(scope="module")

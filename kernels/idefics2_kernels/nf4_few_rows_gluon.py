@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4_table import TABLE_BYTES, fill_table
 from idefics2_kernels.nf4_weight import NF4Weight
 
 BLOCK_K = 256  # a block for each of the four lanes that share a row
@@ -36,7 +37,6 @@ MAX_M = 64
 _shared = gl.shared_memory_descriptor
 # Triton 3.8 has a new name
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
-TABLE_BYTES = gl.constexpr(256 * 32 * 8)
 PAGE_BYTES = gl.constexpr(1024)  # as many as the nested codes take
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
@@ -162,16 +162,6 @@ def _decode_word(pair: str) -> str:
 
 
 _DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_word(pair)) for pair in ("bf16x2", "f16x2"))
-
-
-@gluon.jit
-def _fill_table(code_ptr, smem, NUM_WARPS: gl.constexpr):
-    """Write the two values of every byte, the high nibble's first, for each lane."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [NUM_WARPS, 1, 1], [2, 1, 0])
-    byte = gl.arange(0, 256, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    is_first = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :] == 0
-    lanes = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 0
-    smem.store(gl.load(code_ptr + (gl.where(is_first, byte >> 4, byte & 15) + lanes)))
 
 
 @gluon.jit
@@ -430,7 +420,7 @@ def _few_rows_gluon_kernel(
     stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     for depth in gl.static_range(1, DEPTH):
         stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
-    _fill_table(code_ptr, table_smem, NUM_WARPS)
+    fill_table(code_ptr, table_smem, NUM_WARPS)
     if IS_NESTED:
         FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
         nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
