@@ -7,8 +7,9 @@ tensor cores do not wait for it. A warp loads x and codes by TMA, and another br
 Programs walk over tiles, those of the same rows of the weight one after another.
 
 The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of codes, the same byte all
-along. The 16 numbers that a block's codes can stand for are looked up by byte, as in ``nf4_few_rows``; four threads
-share a row, and each computes them anew, which costs less than passing them on: some 5 instructions a weight in all.
+along. So a register tells one instruction to make an address of that byte, and the rest is as in
+``nf4_few_rows_gluon``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
+The table takes so much of shared memory that the output of a tile of 256 rows leaves by way of what remains, in pieces.
 """
 
 from dataclasses import dataclass
@@ -75,16 +76,16 @@ class LaunchConfig:
     GROUP_M: int
 
     @property
-    def OUT_M(self) -> int:
+    def out_rows(self) -> int:
         """Rows of x in a piece of the output: as many as there is shared memory left for."""
-        stage = (self.BLOCK_M * tables.BLOCK * 2) + TILE_N * (tables.BLOCK // 2 + 4)
+        stage = self.BLOCK_M * tables.BLOCK * 2 + TILE_N * (tables.BLOCK // 2 + 4)
         left = SHARED_MEMORY - MEMORY - self.STAGES * stage
         return next(rows for rows in (self.BLOCK_M, 128, 64) if rows * TILE_N * 2 <= left)
 
 
 def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
     # Not measured yet. Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
-    # the integer units some 500 and with what it waits for perhaps 650, which is what bounds 128 rows.
+    # 520 of the schedulers' and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
     if 2 * rounds[128] < 3 * rounds[256]:
         return LaunchConfig(BLOCK_M=128, STAGES=6, GROUP_M=8)
@@ -305,14 +306,19 @@ def _end_step(pairs, after, acc, barriers, step):
 
 
 @gluon.jit
-def _halves(pieces):
-    """Return twice as many pieces of half as many rows of x."""
-    halves = ()
-    for i in gl.static_range(len(pieces)):
-        piece = pieces[i]
-        parts = gl.permute(gl.reshape(piece, [ROWS, 2, piece.shape[1] // 2]), (0, 2, 1))
-        first, second = gl.split(parts)
-        halves += (first, second)
+def _halves(piece):
+    """Return the halves of a piece of the output, each of half as many rows of x."""
+    halves = gl.permute(gl.reshape(piece, [ROWS, 2, piece.shape[1] // 2]), (0, 2, 1))
+    first, second = gl.split(halves)
+    return first, second
+
+
+@gluon.jit
+def _all_halves(pieces):
+    """Return twice as many pieces."""
+    halves = _halves(pieces[0])
+    for i in gl.static_range(1, len(pieces)):
+        halves = halves + _halves(pieces[i])
     return halves
 
 
@@ -321,9 +327,9 @@ def _store(out_desc, pieces, smem, row_x, row):
     """Store a tile of the output, (64, BLOCK_M), in as many pieces as its shared memory asks for."""
     OUT_M: gl.constexpr = smem.shape[0]
     if pieces[0].shape[1] > OUT_M:
-        pieces = _halves(pieces)
+        pieces = _all_halves(pieces)
     if pieces[0].shape[1] > OUT_M:
-        pieces = _halves(pieces)
+        pieces = _all_halves(pieces)
     for i in gl.static_range(len(pieces)):
         tma.store_wait(0)  # the piece before has left
         smem.permute((1, 0)).store(pieces[i])
@@ -484,7 +490,7 @@ def multiply(
     _many_rows_kernel[(min(tiles_m * tiles_n, programs),)](
         TensorDescriptor(rows, [M, K], [x_stride, 1], [config.BLOCK_M, 64], wide),
         TensorDescriptor(words, [N, K // 8], [K // 8, 1], [64, 8], narrow),
-        TensorDescriptor(out, [M, N], [out.stride(0), 1], [config.OUT_M, 64], wide),
+        TensorDescriptor(out, [M, N], [out.stride(0), 1], [config.out_rows, 64], wide),
         weight.absmax,
         weight.nested_absmax,
         weight.nested_code,
@@ -496,7 +502,7 @@ def multiply(
         tiles_m,
         tiles_n,
         BLOCK_M=config.BLOCK_M,
-        OUT_M=config.OUT_M,
+        OUT_M=config.out_rows,
         STAGES=config.STAGES,
         GROUP_M=config.GROUP_M,
         num_warps=4,
