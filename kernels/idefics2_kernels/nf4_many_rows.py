@@ -358,13 +358,17 @@ def _multiply(
     step = 0  # so far, over all tiles
     table = _table(steps)
     even = _decode_step(smem, table, barriers, step, CONSUMER)
+    odd = even
     for tile in range(count):
         pid_m, pid_n = _tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
         # weights of even and odd steps have registers of their own: there is nothing to copy
         for _pair in range(steps // 2):
             acc = _begin_step(even, acc, smem, step)
-            odd = _decode_step(smem, table, barriers, step + 1, CONSUMER)
+            if (
+                step + 1 < count * steps
+            ):  # always; but for a condition, ptxas would round behind the wait
+                odd = _decode_step(smem, table, barriers, step + 1, CONSUMER)
             acc, odd = _end_step(even, odd, acc, barriers, step)
             acc = _begin_step(odd, acc, smem, step + 1)
             if step + 2 < count * steps:  # this tile's or the next one's
