@@ -1,6 +1,8 @@
-"""Runs a kernel file written in Gluon on a CPU, each warp group in a thread of its own, in float64.
+"""Runs a kernel file written in Gluon on a CPU, each warp group in a thread of its own.
 
-Gluon has no interpreter. This one knows what the attention kernels use, and takes the hardware at its latest:
+Matrices are float64. What a kernel loads by pointers, or from shared memory that is no matrix, keeps its type.
+
+Gluon has no interpreter. This one knows what the kernels use, and takes the hardware at its latest:
 products read shared memory when they are waited for, copies run in any order, and shared memory begins as NaN. So a
 barrier that is missing shows as a wrong number, and one too many as a program that never ends.
 """
@@ -37,7 +39,18 @@ class Array(np.ndarray):
         if bitcast:
             bits = torch.from_numpy(np.asarray(self, dtype=np.uint16).view(np.int16))
             return _array(bits.view(dtype).double())
+        if dtype in _TYPES and self.dtype != np.float64:
+            return self.astype(_TYPES[str(dtype)]).view(Array)
         return self
+
+
+_TYPES = {"int32": np.int64, "int64": np.int64, "float32": np.float32}  # in registers
+
+
+def _typed(values: Any, dtype: str) -> Array:
+    """Return numbers of a type that is computed with as such; integers are wide, and cut by what reads their bits."""
+    assert not np.isnan(values).any(), "shared memory that nothing was written to"
+    return np.asarray(values).astype(_TYPES[dtype]).view(Array)
 
 
 def _array(values: Any) -> Array:
@@ -47,27 +60,29 @@ def _array(values: Any) -> Array:
 class Shared:
     """A piece of shared memory."""
 
-    def __init__(self, values: Any, first: int = 0) -> None:
-        self.values, self.first = values, first
+    def __init__(self, values: Any, dtype: Any = None, first: int = 0) -> None:
+        self.values, self.dtype, self.first = values, dtype, first
         self.shape = list(values.shape)
 
     def index(self, i: int) -> Any:
         piece = self.values[int(i)]
         first = self.first + int(i) * piece.size
-        return piece[0] if piece.dtype == object else Shared(piece, first)
+        return piece[0] if piece.dtype == object else Shared(piece, self.dtype, first)
 
     def reshape(self, shape: list[int]) -> "Shared":
         view = self.values.reshape(shape)
         assert view.base is not None
-        return Shared(view)
+        return Shared(view, self.dtype)
 
     def permute(self, order: tuple[int, ...]) -> "Shared":
-        return Shared(self.values.transpose(order))
+        return Shared(self.values.transpose(order), self.dtype)
 
     def store(self, values: Any) -> None:
         self.values[...] = values
 
     def load(self, _layout: object) -> Array:
+        if self.dtype in _TYPES:
+            return _typed(self.values, self.dtype)
         return _array(self.values.copy())
 
     def reinterpret(self, dtype: object, shape: list[int], _layout: object) -> Any:
@@ -87,7 +102,7 @@ class Shared:
         assert all(end <= first or last <= begin for first, last, _ in _local.pieces)
         memory = np.full(shape, np.nan)
         _local.pieces.append((begin, end, memory))
-        return Shared(memory)
+        return Shared(memory, dtype)
 
     def _keep_alive(self) -> None:
         pass
@@ -265,6 +280,7 @@ class _Kernel:
                 _local.program, _local.programs = program, grid[0]
                 _local.copies = _Copies(program)
                 _local.pieces, _local.groups, _local.group = [], [], []
+                _local.words = None
                 try:
                     self.function(*args, **kwargs)
                 finally:
@@ -328,13 +344,13 @@ def _wait_group(outstanding: int) -> None:
 
 
 def _permute_bytes(a: Any, b: Any, selector: Any) -> Any:
-    """Compute ``prmt.b32`` for selectors whose nibbles are below 8."""
+    """Compute ``prmt.b32``."""
     both = a.astype(np.uint64) | b.astype(np.uint64) << 32
     result = both & 0
     for i in range(4):
-        nibble = int(selector) >> 4 * i & 15
-        assert nibble < 8
-        result |= (both >> 8 * nibble & 0xFF) << 8 * i
+        nibble = np.asarray(selector).astype(np.uint64) >> 4 * i & 15
+        byte = both >> 8 * (nibble & 7) & 0xFF
+        result |= np.where(nibble & 8 != 0, (byte >> 7) * 0xFF, byte) << 8 * i
     return result.astype(np.uint32)
 
 
@@ -377,8 +393,23 @@ _PTX: dict[str, Callable[..., Any]] = {
 _SPECIAL = {"%tid.x": np.uint32(0), "global_smem": np.uint32(0)}
 
 
+def _halves(pairs: Any, dtype: torch.dtype) -> Array:
+    """Return the two numbers of registers that are given twice."""
+    assert (pairs[..., 0] == pairs[..., 1]).all(), "the first of two elements gives both"
+    bits = np.stack([pairs[..., 0] & 0xFFFF, pairs[..., 0] >> 16 & 0xFFFF], -1)
+    return bits.astype(np.uint16).view(Array).to(dtype, bitcast=True)
+
+
+def _split(values: Any) -> tuple[Any, Any]:
+    assert values.shape[-1] == 2
+    return values[..., 0], values[..., 1]
+
+
 def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     """Run the few instructions that the kernels use."""
+    if pack == 2:
+        assert (text, constraints) == ("mov.b32 $0, $1;", "=r,r,r")
+        return _halves(args[0], dtype)
     assert pack == 1
     kinds = [kind.strip("=&") for kind in constraints.split(",")]
     outputs = constraints.count("=")
@@ -446,8 +477,10 @@ def _allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
         for place in np.ndindex(*shape):
             barriers[place] = Barrier()
         return Shared(barriers)
-    _local.words = np.full(shape, np.nan)  # as far as it is words
-    return Shared(_local.words)
+    memory = np.full(shape, np.nan)
+    if _local.words is None:  # what lies first is what assembly reads
+        _local.words = memory
+    return Shared(memory, dtype)
 
 
 def _load_tile(desc: Descriptor, corner: list[int], barrier: Barrier, tile: Shared) -> None:
@@ -484,7 +517,7 @@ def _modules() -> dict[str, Any]:
     gl: Any = types.ModuleType("gl")
     gl.constexpr = lambda value: value
     gl.int64, gl.float32, gl.int32, gl.uint16 = "int64", "float32", "int32", "uint16"
-    gl.bfloat16 = torch.bfloat16
+    gl.float16, gl.bfloat16 = torch.float16, torch.bfloat16
     gl.program_id = lambda _axis: _local.program
     gl.num_programs = lambda _axis: _local.programs
     gl.load, gl.store = _load, _store
@@ -494,10 +527,11 @@ def _modules() -> dict[str, Any]:
     gl.cast = lambda value, _dtype: value
     gl.where, gl.exp2 = np.where, np.exp2
     gl.max, gl.sum = np.max, np.sum
+    gl.split = _split
     gl.join = lambda a, b: np.stack([a, b], axis=-1).view(Array)
     gl.permute, gl.reshape, gl.broadcast = np.transpose, np.reshape, np.broadcast_arrays
     gl.inline_asm_elementwise = _asm
-    gl.arange = lambda begin, end, _layout: np.arange(begin, end)
+    gl.arange = lambda begin, end, _layout: np.arange(begin, end).view(Array)
     gl.full = lambda shape, value, _dtype, _layout: _array(np.full(shape, value))
     gl.zeros = lambda shape, _dtype, _layout: _array(np.zeros(shape))
     gl.convert_layout = lambda value, _layout: value

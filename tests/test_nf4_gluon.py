@@ -19,7 +19,7 @@ DTYPES = torch.bfloat16, torch.float16
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load("nf4_few_rows_gluon")
+    return gluon_on_cpu.load("nf4_table", "nf4_few_rows_gluon")
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
-    kernel = gluon_on_cpu.load("nf4_few_rows_gluon", change=(old, new))
+    kernel = gluon_on_cpu.load("nf4_table", "nf4_few_rows_gluon", change=(old, new))
     inputs = CUTS[case].inputs()
     try:
         out = CUTS[case].run(kernel, inputs, monkeypatch)

@@ -29,7 +29,7 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """Graphs of one model over one KV cache, each recorded when it is first needed.
+    """Graphs of one model over one KV cache, all recorded at once: no request has to wait for one.
 
     Args:
         model: On a CUDA device.
@@ -46,15 +46,14 @@ class DecodeGraphs:
         self.last_tokens = last_tokens
         self.max_pages = max_pages
         self.sizes = graph_sizes(len(last_tokens))
-        self._recorded: dict[int, _Recorded] = {}
         self._pool: Any = None  # memory that all share: one runs at a time
+        with torch.inference_mode():  # the largest first, whose memory then serves the others
+            self._recorded = {size: self._record(size) for size in reversed(self.sizes)}
 
     def run(self, packed: PackedStep) -> Tensor:
         """Compute a decode step of B sequences; return logits (B, vocabulary), which the next one overwrites."""
         count = len(packed.input_ids)
         size = next(size for size in self.sizes if size >= count)
-        if size not in self._recorded:
-            self._recorded[size] = self._record(size)
         recorded = self._recorded[size]
         to_device(padded(packed, size, self.max_pages).arrays(), self.model.device, recorded.inputs)
         recorded.graph.replay()

@@ -28,17 +28,18 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4_table import MEMORY, TABLE_BYTES, fill_table
 from idefics2_kernels.nf4_weight import NF4Weight
 
 BLOCK_K = 256  # a block for each of the four lanes that share a row
 SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
+ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
 MAX_M = 64
 PREFETCHED = gl.constexpr(4)  # turns whose codes are in the L2 cache before the kernel ahead ends: 64 to 128 KB a program
 _shared = gl.shared_memory_descriptor
 # Triton 3.8 has a new name
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
-TABLE_BYTES = gl.constexpr(256 * 32 * 8)
 PAGE_BYTES = gl.constexpr(1024)  # as many as the nested codes take
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
@@ -57,6 +58,16 @@ class LaunchConfig:
     BUFFERS: int  # 1: all of x
     DEPTH: int  # turns for which codes are on their way
     programs: int
+
+    @property
+    def pages(self) -> int:
+        """Pages of shared memory: the table, nested codes, and x.
+
+        And so many that a processor has no room for a program of the next kernel as well: of one launch, two would then
+        come to be on some processors and none on others, and it would take twice as long.
+        """
+        x = self.BUFFERS * self.TURNS * self.WARPS_K * self.X_ROWS * 2 * BLOCK_K
+        return triton.cdiv(max(MEMORY + PAGE_BYTES.value + x, ALONE), PAGE_BYTES.value)
 
     @property
     def num_warps(self) -> int:
@@ -87,14 +98,15 @@ def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
         return -(-N // (ROWS * SMS)) * ROWS
 
-    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. 8 warps of 16 rows leave
-    # room for the next kernel's; 16 were never faster on an H100, and up to 4 us slower. us of 1 and 16 rows of x, by
-    # 8 warps: 28672 x 4096 34 and 40, 4096 x 14336 21 and 29, 6144 x 4096 13 and 15.
+    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 1 and 16 rows of
+    # x on an H100: 28672 x 4096 34 and 38, with 16 rows a warp 36 and 42; 4096 x 14336 20 and 29, 6144 x 4096 11 and 13.
+    # 16 warps were never faster, and up to 4 us slower. For one row codes of three turns on their way gain 1 us over two.
     ROWS = 32 if program_rows(32) > 128 else 16
     WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
     # a buffer holds x for a turn at least
     most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
-    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
+    DEPTH = 3 if M == 1 and ROWS == 16 else 2
+    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most), DEPTH)
 
 
 @cache
@@ -161,16 +173,6 @@ def _decode_word(pair: str) -> str:
 
 
 _DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_word(pair)) for pair in ("bf16x2", "f16x2"))
-
-
-@gluon.jit
-def _fill_table(code_ptr, smem, NUM_WARPS: gl.constexpr):
-    """Write the two values of every byte, the high nibble's first, for each lane."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 2], [1, 32, 1], [NUM_WARPS, 1, 1], [2, 1, 0])
-    byte = gl.arange(0, 256, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    is_first = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :] == 0
-    lanes = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 0
-    smem.store(gl.load(code_ptr + (gl.where(is_first, byte >> 4, byte & 15) + lanes)))
 
 
 @gluon.jit
@@ -401,6 +403,7 @@ def _few_rows_gluon_kernel(
     TURNS: gl.constexpr,
     BUFFERS: gl.constexpr,
     DEPTH: gl.constexpr,
+    PAGES: gl.constexpr,
     CODES: gl.constexpr,
     X: gl.constexpr,
     COPY: gl.constexpr,
@@ -415,10 +418,9 @@ def _few_rows_gluon_kernel(
     chunks = gl.cdiv(turns, TURNS)
 
     # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
-    X_BYTES: gl.constexpr = BUFFERS * TURNS * 2 * WARPS_K * X_ROWS * 4 * 64
     smem = gl.allocate_shared_memory(
         gl.float32,
-        [1 + (TABLE_BYTES + X_BYTES + PAGE_BYTES - 1) // PAGE_BYTES, PAGE_BYTES // 4],
+        [PAGES, PAGE_BYTES // 4],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
     TABLE_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
@@ -453,7 +455,7 @@ def _few_rows_gluon_kernel(
         for ahead in gl.static_range(PREFETCHED):
             _prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
         _prefetch(absmax_ptr + _blocks(place, 0, IS_ONE_ROUND, TILE))
-    _fill_table(code_ptr, table_smem, NUM_WARPS)
+    fill_table(code_ptr, table_smem, NUM_WARPS)
     if IS_DEPENDENT:
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; mov.u32 $0, 0;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
@@ -564,6 +566,7 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             IS_EVEN=K % (BLOCK_K * config.WARPS_K * config.TURNS) == 0,
             **dependent(),
             **{k: v for k, v in asdict(config).items() if k != "programs"},
+            PAGES=config.pages,
             **_layouts(config),
             num_warps=config.num_warps,
             # x leaves no room for a second program, for whose sake ptxas would spill

@@ -7,8 +7,9 @@ tensor cores do not wait for it. A warp loads x and codes by TMA, and another br
 Programs walk over tiles, those of the same rows of the weight one after another.
 
 The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of codes, the same byte all
-along. The 16 numbers that a block's codes can stand for are looked up by byte, as in ``nf4_few_rows``; four threads
-share a row, and each computes them anew, which costs less than passing them on: some 5 instructions a weight in all.
+along. So a register tells one instruction to make an address of that byte, and the rest is as in
+``nf4_few_rows_gluon``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
+The table takes so much of shared memory that the output of a tile of 256 rows leaves by way of what remains, in pieces.
 """
 
 from dataclasses import dataclass
@@ -28,17 +29,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from idefics2_kernels import nf4_weight as tables
-from idefics2_kernels.attention_warps import async_load, async_store, processors
+from idefics2_kernels.attention_warps import async_load, async_store, processors, reinterpret
+from idefics2_kernels.nf4_table import MEMORY, TABLE_BYTES, fill_table
 from idefics2_kernels.nf4_weight import NF4Weight
 
 BLOCK = gl.constexpr(tables.BLOCK)
-CODE = gl.constexpr(tables.NF4_CODE)
 LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32
 NESTED_SHIFT = gl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)
 WORDS = gl.constexpr(tables.BLOCK // 8)  # of eight codes, a step
 ROWS = gl.constexpr(64)  # of the weight, a warpgroup's
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute
 TILE_N = 128
+SHARED_MEMORY = 226 * 1024  # bytes, but for the barriers
+PAGE_BYTES = gl.constexpr(1024)
 CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread
 LOADER_REGISTERS = gl.constexpr(48)
 
@@ -72,10 +75,17 @@ class LaunchConfig:
     STAGES: int
     GROUP_M: int
 
+    @property
+    def out_rows(self) -> int:
+        """Rows of x in a piece of the output: as many as there is shared memory left for."""
+        stage = self.BLOCK_M * tables.BLOCK * 2 + TILE_N * (tables.BLOCK // 2 + 4)
+        left = SHARED_MEMORY - MEMORY - self.STAGES * stage
+        return next(rows for rows in (self.BLOCK_M, 128, 64) if rows * TILE_N * 2 <= left)
+
 
 def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
     # Not measured yet. Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
-    # the integer units some 500 and with what it waits for perhaps 650, which is what bounds 128 rows.
+    # 520 of the schedulers' and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
     if 2 * rounds[128] < 3 * rounds[256]:
         return LaunchConfig(BLOCK_M=128, STAGES=6, GROUP_M=8)
@@ -86,25 +96,24 @@ def _tiles(M: int, N: int, rows: int) -> int:
     return -(-M // rows) * -(-N // TILE_N)
 
 
-@gluon.jit
-def _permute_bytes(a, b, selector):
-    """Return the four bytes of the int32 pair (``a``, ``b``) that the low four nibbles of ``selector`` name.
+def _decode_pairs(pair: str) -> str:
+    """Return the PTX that turns a byte of each of two words into the two weights that its codes stand for, a ``pair``.
 
-    A nibble's lower three bits choose the byte, the lowest of ``a`` being 0; its highest bit asks for eight copies of
-    that byte's highest bit instead.
+    The byte goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is never fused.
     """
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], gl.int32, is_pure=True, pack=1
+    return "".join(
+        "{ .reg .b32 a; .reg .f32 f, g;"
+        f" prmt.b32 a, ${2 + i}, $4, $5;"
+        " add.u32 a, a, $6;"
+        " ld.shared.v2.f32 {f, g}, [a];"
+        " mul.rn.f32 f, f, $7;"
+        " mul.rn.f32 g, g, $7;"
+        f" cvt.rn.{pair}.f32 ${i}, g, f; }}\n"
+        for i in range(2)
     )
 
 
-@gluon.jit
-def _pack(low, high, dtype: gl.constexpr):
-    """Return two fp32 numbers rounded to ``dtype``, in an int32."""
-    convert: gl.constexpr = (
-        "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == gl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
-    )
-    return gl.inline_asm_elementwise(convert, "=r,f,f", [low, high], gl.int32, is_pure=True, pack=1)
+_DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_pairs(pair)) for pair in ("bf16x2", "f16x2"))
 
 
 @gluon.jit
@@ -123,53 +132,40 @@ def _unpack(pair, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _four_bytes(absmax, FIRST: gl.constexpr, dtype: gl.constexpr):
-    """Return the low and the high bytes of what codes ``FIRST`` to ``FIRST + 3`` stand for."""
-    a = _pack(absmax * CODE[FIRST], absmax * CODE[FIRST + 1], dtype)
-    b = _pack(absmax * CODE[FIRST + 2], absmax * CODE[FIRST + 3], dtype)
-    return _permute_bytes(a, b, 0x6420), _permute_bytes(a, b, 0x7531)
+def _table(steps):
+    """Return where the table is, for ``_decode``; ``steps`` is anything."""
+    # volatile, as what reads the table is: not known, so nothing is looked up, before the table is there
+    address = gl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
+    )
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))[:, None, None]
+    place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, QUADS)))[None, :, None]
+    lane = row % 8 * 4 + place
+    # this thread's byte of a word, behind the lane's place
+    return address, lane * 8, place * 0x10 + 0x7604
 
 
 @gluon.jit
-def _look_up(table, codes, is_upper):
-    """Return a byte of ``table`` for each of four codes; ``is_upper`` has 0xFF for those from 8.
-
-    Where a half of the table is asked for the other's codes, it answers with what is then left out.
-    """
-    from_lower = _permute_bytes(table[0], table[1], codes)
-    from_upper = _permute_bytes(table[2], table[3], codes ^ 0x8888)
-    return from_upper & is_upper | from_lower & ~is_upper
-
-
-@gluon.jit
-def _tables(absmax, dtype: gl.constexpr):
-    """Return the low bytes of the 16 weights of a block, four by four, and the high bytes."""
-    low0, high0 = _four_bytes(absmax, 0, dtype)
-    low4, high4 = _four_bytes(absmax, 4, dtype)
-    low8, high8 = _four_bytes(absmax, 8, dtype)
-    low12, high12 = _four_bytes(absmax, 12, dtype)
-    return (low0, low4, low8, low12), (high0, high4, high8, high12)
-
-
-@gluon.jit
-def _decode(words_smem, absmax_smem, dtype: gl.constexpr):
+def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
     """Return a step's weights, each exactly what dequantising gives, in pairs: those of 8 columns in 16, and the others.
 
     Pairs go from step to step as they are: halves of a register would be moved about.
     """
-    absmax = absmax_smem.load(gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))
-    lows, highs = _tables(absmax[:, None, None], dtype)
+    absmax = absmax_smem.load(gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))[:, None, None]
     even, odd = gl.split(gl.reshape(words_smem.load(CODE_WORDS), [ROWS, WORDS // 2, 2]))
     even = gl.convert_layout(even, gl.SliceLayout(1, QUADS))[:, None, :]
     odd = gl.convert_layout(odd, gl.SliceLayout(1, QUADS))[:, None, :]
-    place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, QUADS)))[None, :, None]
-    # a thread's four codes of 16 columns: of the first eight, then of the others
-    codes = _permute_bytes(even, odd, place * 0x11 + 0x40)
-    is_upper = _permute_bytes(codes << 4, codes, 0xD9C8)
-    low = _look_up(lows, codes, is_upper)
-    high = _look_up(highs, codes, is_upper)
-    # a byte's first code is its high nibble
-    return _permute_bytes(low, high, 0x4051), _permute_bytes(low, high, 0x6273)
+    address, lane, selector = table
+    asm: gl.constexpr = _DECODE_BF16 if dtype == gl.bfloat16 else _DECODE_FP16
+    # reads shared memory, so not pure
+    return gl.inline_asm_elementwise(
+        asm,
+        "=&r,=&r,r,r,r,r,r,f",
+        [even, odd, lane, selector, address, absmax],
+        (gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -284,7 +280,7 @@ def _begin_step(pairs, acc, smem, step):
 
 
 @gluon.jit
-def _decode_step(smem, barriers, step, CONSUMER: gl.constexpr):
+def _decode_step(smem, table, barriers, step, CONSUMER: gl.constexpr):
     """Decode a step's weights when its codes are there."""
     x_smem, words_smem, absmax_smem, _ = smem
     full = barriers[0]
@@ -292,7 +288,7 @@ def _decode_step(smem, barriers, step, CONSUMER: gl.constexpr):
     stage = step % STAGES
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     place = stage * CONSUMERS + CONSUMER
-    pairs = _decode(words_smem.index(place), absmax_smem.index(place), x_smem.dtype)
+    pairs = _decode(words_smem.index(place), absmax_smem.index(place), table, x_smem.dtype)
     # This is over at once, and keeps what stands above it there: ptxas would decode when the product is over.
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     return pairs
@@ -307,6 +303,38 @@ def _end_step(pairs, after, acc, barriers, step):
     acc, _, _, first, second = warpgroup_mma_wait(0, deps=(acc, pairs[0], pairs[1], first, second))
     mbarrier.arrive(empty.index(step % STAGES))
     return acc, (first, second)
+
+
+@gluon.jit
+def _halves(piece):
+    """Return the halves of a piece of the output, each of half as many rows of x."""
+    halves = gl.permute(gl.reshape(piece, [ROWS, 2, piece.shape[1] // 2]), (0, 2, 1))
+    first, second = gl.split(halves)
+    return first, second
+
+
+@gluon.jit
+def _all_halves(pieces):
+    """Return twice as many pieces."""
+    halves = _halves(pieces[0])
+    for i in gl.static_range(1, len(pieces)):
+        halves = halves + _halves(pieces[i])
+    return halves
+
+
+@gluon.jit
+def _store(out_desc, pieces, smem, row_x, row):
+    """Store a tile of the output, (64, BLOCK_M), in as many pieces as its shared memory asks for."""
+    OUT_M: gl.constexpr = smem.shape[0]
+    if pieces[0].shape[1] > OUT_M:
+        pieces = _all_halves(pieces)
+    if pieces[0].shape[1] > OUT_M:
+        pieces = _all_halves(pieces)
+    for i in gl.static_range(len(pieces)):
+        tma.store_wait(0)  # the piece before has left
+        smem.permute((1, 0)).store(pieces[i])
+        fence_async_shared()
+        async_store(out_desc, [row_x + i * OUT_M, row], smem)
 
 
 @gluon.jit
@@ -328,29 +356,30 @@ def _multiply(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     count = gl.cdiv(tiles[0] * tiles[1] - gl.program_id(0), gl.num_programs(0))
     step = 0  # so far, over all tiles
-    even = _decode_step(smem, barriers, step, CONSUMER)
+    table = _table(steps)
+    even = _decode_step(smem, table, barriers, step, CONSUMER)
+    odd = even
     for tile in range(count):
         pid_m, pid_n = _tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
         # weights of even and odd steps have registers of their own: there is nothing to copy
         for _pair in range(steps // 2):
             acc = _begin_step(even, acc, smem, step)
-            odd = _decode_step(smem, barriers, step + 1, CONSUMER)
+            if (
+                step + 1 < count * steps
+            ):  # always; but for a condition, ptxas would round behind the wait
+                odd = _decode_step(smem, table, barriers, step + 1, CONSUMER)
             acc, odd = _end_step(even, odd, acc, barriers, step)
             acc = _begin_step(odd, acc, smem, step + 1)
             if step + 2 < count * steps:  # this tile's or the next one's
-                even = _decode_step(smem, barriers, step + 2, CONSUMER)
+                even = _decode_step(smem, table, barriers, step + 2, CONSUMER)
             acc, even = _end_step(odd, even, acc, barriers, step + 1)
             step += 2
         row = (pid_n * CONSUMERS + CONSUMER) * ROWS
         if bias_ptr is not None:
             rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, ACC))
             acc += gl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(gl.float32)[:, None]
-        out = out_smem.index(CONSUMER)
-        tma.store_wait(0)  # the tile before has left
-        out.permute((1, 0)).store(acc.to(dtype))
-        fence_async_shared()
-        async_store(out_desc, [pid_m * BLOCK_M, row], out)
+        _store(out_desc, (acc.to(dtype),), out_smem.index(CONSUMER), pid_m * BLOCK_M, row)
     tma.store_wait(0)
 
 
@@ -367,28 +396,39 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 def _many_rows_kernel(
     x_desc,  # tiles (BLOCK_M, 64) of x (M, K)
     words_desc,  # (64, 8) of codes (N, K / 8), eight each
-    out_desc,  # (BLOCK_M, 64) of out (M, N)
+    out_desc,  # (OUT_M, 64) of out (M, N)
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,  # (ceil(N * K / 64 / 256),)
+    code_ptr,  # (16,)
     bias_ptr,  # (N,)
     N,
     blocks,  # of a row, K / 64
     tiles_m,
     tiles_n,
     BLOCK_M: gl.constexpr,
+    OUT_M: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
     CODES: gl.constexpr = STAGES * CONSUMERS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
+    TABLE_PAGES: gl.constexpr = TABLE_BYTES // PAGE_BYTES
+    X_PAGES: gl.constexpr = STAGES * BLOCK_M * BLOCK * 2 // PAGE_BYTES
+    pages = gl.allocate_shared_memory(gl.float32, [TABLE_PAGES + X_PAGES, PAGE_BYTES // 4], PLAIN)
+    table_smem = reinterpret(pages.index(0), gl.float32, [256, 32, 2], PLAIN3)
     smem = (
-        gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK], x_desc.layout),
+        reinterpret(
+            pages.index(TABLE_PAGES), x_desc.dtype, [STAGES, BLOCK_M, BLOCK], x_desc.layout
+        ),
         gl.allocate_shared_memory(gl.int32, [CODES, ROWS, WORDS], words_desc.layout),
         gl.allocate_shared_memory(gl.float32, [CODES, ROWS], PLAIN),
-        gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, BLOCK_M, ROWS], out_desc.layout),
+        gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, OUT_M, ROWS], out_desc.layout),
     )
+    fill_table(code_ptr, table_smem, 4)
     barriers = _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS)
     fence_async_shared()
     absmax = absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr
@@ -405,6 +445,7 @@ def _many_rows_kernel(
         [4, 1, 1],
         [CONSUMER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )
+    pages._keep_alive()
 
 
 def keeps_busy(M: int, N: int, programs: int) -> bool:
@@ -453,17 +494,19 @@ def multiply(
     _many_rows_kernel[(min(tiles_m * tiles_n, programs),)](
         TensorDescriptor(rows, [M, K], [x_stride, 1], [config.BLOCK_M, 64], wide),
         TensorDescriptor(words, [N, K // 8], [K // 8, 1], [64, 8], narrow),
-        TensorDescriptor(out, [M, N], [out.stride(0), 1], [config.BLOCK_M, 64], wide),
+        TensorDescriptor(out, [M, N], [out.stride(0), 1], [config.out_rows, 64], wide),
         weight.absmax,
         weight.nested_absmax,
         weight.nested_code,
         weight.offset,
+        tables.nf4_code(rows.device),
         bias,
         N,
         K // tables.BLOCK,
         tiles_m,
         tiles_n,
         BLOCK_M=config.BLOCK_M,
+        OUT_M=config.out_rows,
         STAGES=config.STAGES,
         GROUP_M=config.GROUP_M,
         num_warps=4,
