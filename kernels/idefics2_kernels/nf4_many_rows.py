@@ -85,7 +85,7 @@ class LaunchConfig:
 
 def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
     # Not measured yet. Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
-    # 520 of the schedulers' and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
+    # 270 of each scheduler's and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
     if 2 * rounds[128] < 3 * rounds[256]:
         return LaunchConfig(BLOCK_M=128, STAGES=6, GROUP_M=8)
