@@ -250,7 +250,9 @@ class EngineConfig:
     max_num_seqs: int  # sequences that run at once
     kv_cache_tokens: int  # tokens that the KV cache holds
     max_num_batched_tokens: int = 8192  # of one step
-    max_patches: int = 8 * 4900  # that one step encodes; it bounds the memory of encoding, 90 KB a patch of the 8B model
+    max_patches: int = (
+        8 * 4900
+    )  # that one step encodes; it bounds the memory of encoding, 90 KB a patch of the 8B model
     max_cached_images: int = 256  # tiles whose embeddings are kept
     prefix_caching: bool = True
     page_size: int = PAGE_SIZE  # tokens

@@ -36,11 +36,14 @@ SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
 MAX_M = 64
-PREFETCHED = gl.constexpr(4)  # turns whose codes are in the L2 cache before the kernel ahead ends: 64 to 128 KB a program
+PREFETCHED = gl.constexpr(
+    4
+)  # turns whose codes are in the L2 cache before the kernel ahead ends: 64 to 128 KB a program
 _shared = gl.shared_memory_descriptor
 # Triton 3.8 has a new name
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
-PAGE_BYTES = gl.constexpr(1024)  # as many as the nested codes take
+PAGE = 1024  # bytes
+PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
@@ -67,7 +70,7 @@ class LaunchConfig:
         come to be on some processors and none on others, and it would take twice as long.
         """
         x = self.BUFFERS * self.TURNS * self.WARPS_K * self.X_ROWS * 2 * BLOCK_K
-        return triton.cdiv(max(MEMORY + PAGE_BYTES.value + x, ALONE), PAGE_BYTES.value)
+        return -(-max(MEMORY + PAGE + x, ALONE) // PAGE)
 
     @property
     def num_warps(self) -> int:

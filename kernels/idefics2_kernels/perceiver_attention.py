@@ -28,7 +28,9 @@ from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_fo
 from idefics2_kernels.split_keys import combine, state_buffers, store_state
 
 _PROGRAMS = 264  # two on each of an H100's processors
-_MAX_SPLITS = 8  # of one image on an H100 15.3 us, with 16, 17 with 12: there is more state to merge
+_MAX_SPLITS = (
+    8  # of one image on an H100 15.3 us, with 16, 17 with 12: there is more state to merge
+)
 
 
 @dataclass(frozen=True)

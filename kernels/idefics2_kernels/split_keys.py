@@ -91,7 +91,7 @@ def share_state(
         D_REST,
         IS_SPLIT,
     )
-    if IS_SPLIT:
+    if IS_SPLIT:  # noqa: SIM102
         if is_last(counters_ptr, tile, parts):
             for start in tl.range(0, num_rows, MERGE_M, num_stages=1):
                 offs = start + tl.arange(0, MERGE_M)
