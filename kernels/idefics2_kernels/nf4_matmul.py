@@ -22,12 +22,16 @@ from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.attention_tiles import arch
 from idefics2_kernels.attention_warps import processors
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, nf4_dequantize_rows, unpack
+from idefics2_kernels.nf4 import load_absmax, look_up, nf4_dequantize, unpack
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import UPCAST, cast, dot
 from idefics2_kernels.split_k import k_per_split, sum_splits
 
 BLOCK = tl.constexpr(tables.BLOCK)
+# Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256 rows: 110 us, by cuBLAS with
+# the dequantised weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
+# its tiles read too much, as Triton 3.6 cannot have two processors share what they read.
+MANY_ROWS = 512
 FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
 # One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where
 # fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.63 to 0.96 of fused's
@@ -140,12 +144,12 @@ def choose(M: int, N: int, programs: int, *, few: bool, many: bool) -> Way:
 
     Up to 64 rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each 64, so more rows
     go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
-    for a third of the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
+    for the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
     128 costs less than the dequantised weight's way through memory to cuBLAS.
     """
     if few and M <= FEW_ROWS:
         return "few_rows"
-    if many and M > FEW_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
+    if many and FEW_ROWS < M <= MANY_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
         return "many_rows"
     return "fused" if M <= FUSED_ROWS else "dequantised"
 
@@ -247,31 +251,6 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
         )
     if splits > 1:
         out = sum_splits(out, bias, x.dtype)
-    return out.view(*x.shape[:-1], N)
-
-
-def panels(
-    x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, rows_per_panel: int = 2048
-) -> Tensor:
-    """``nf4_matmul`` with ``rows_per_panel`` rows of the weight at a time dequantised, and multiplied by cuBLAS.
-
-    A panel that stays in the L2 cache spares the dequantised weight's way to memory and back.
-
-    Raises:
-        ValueError: Rows of ``weight`` are no multiple of 64 columns.
-    """
-    rows = _checked(x, weight, bias)
-    (M, K), N = rows.shape, weight.shape[0]
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    buffer = torch.empty((min(rows_per_panel, N), K), dtype=x.dtype, device=x.device)
-    for start in range(0, N, rows_per_panel):
-        panel = buffer[: min(rows_per_panel, N - start)]
-        nf4_dequantize_rows(weight, start, panel)
-        part = out[:, start : start + panel.shape[0]]
-        if bias is None:
-            torch.mm(rows, panel.t(), out=part)
-        else:
-            torch.addmm(bias[start : start + panel.shape[0]], rows, panel.t(), out=part)
     return out.view(*x.shape[:-1], N)
 
 
