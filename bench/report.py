@@ -1,9 +1,10 @@
-"""Results as a table to paste, as JSON, as a roofline plot, and as the README's table of kernels.
+"""Results as a table to paste, as JSON, as a roofline plot, and as the tables of the README and of the kernels' page.
 
-PYTHONPATH=kernels python bench/report.py      # writes the README's table anew, from catalog and results
+PYTHONPATH=kernels python bench/report.py      # writes these anew, from catalog and results
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ Row = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parents[1]
 TABLE_BEGIN, TABLE_END = "<!-- kernels -->\n", "<!-- /kernels -->"
+_FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
 def line(row: Row) -> str:
@@ -165,6 +167,34 @@ def with_table(readme: str) -> str:
     return f"{head}{TABLE_BEGIN}{kernel_table(recorded())}{TABLE_END}{tail}"
 
 
+def figures_table(kernel: str, results: list[Row]) -> str:
+    """Return what ``results`` say of an operation: each case and implementation, its roofline point, its best peer."""
+    (spec,) = [spec for spec in CATALOG if spec.name == kernel]
+    own = [row for row in results if row["kernel"] == kernel and "ms" in row]
+    lines = [
+        "| case | implementation | us | TFLOP/s | GB/s | FLOP a byte | of roofline | best peer, us |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in own:
+        if row["impl"] not in spec.implementations:
+            continue
+        peer = f"{row['peer']}, {row['peer_ms'] * 1e3:.1f}" if "peer" in row else ""
+        lines.append(
+            f"| {row['case']} | {row['impl']} | {row['ms'] * 1e3:.1f} | {row['TFLOPs']:.3g} | {row['GBps']:.0f} | "
+            f"{1e3 * row['TFLOPs'] / row['GBps']:.3g} | {row['roofline']:.0%} | {peer} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_figures(page: str) -> str:
+    """Return the text ``page`` with the figures of each operation as results have them now."""
+    results = recorded()
+    return _FIGURES.sub(lambda m: f"{m[1]}{figures_table(m[2], results)}{m[3]}", page)
+
+
 if __name__ == "__main__":
-    path = _ROOT / "README.md"
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, renewed in (
+        (_ROOT / "README.md", with_table),
+        (_ROOT / "kernels/README.md", with_figures),
+    ):
+        path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 import idefics2_engine
 import report
+from idefics2_kernels.catalog import CATALOG
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -127,6 +128,13 @@ def test_the_readme_has_the_catalogs_table() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "| `flash_attention` |" in readme
     assert report.with_table(readme) == readme
+
+
+def test_every_operation_has_a_page_with_its_figures() -> None:
+    page = (ROOT / "kernels/README.md").read_text()
+    for spec in CATALOG:
+        assert page.count(f"\n## {spec.name}\n") == page.count(f"figures: {spec.name} ") == 1
+    assert report.with_figures(page) == page
 
 
 def test_version_is_in_one_place() -> None:
