@@ -19,7 +19,7 @@ WGMMA = {
     "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16"],
     "nf4_matmul-triton-28672x4096-m256": ["64x256x16"],
-    "nf4_matmul-many_rows-4096x14336-m256": ["64x128x16"],
+    "nf4_matmul-triton-6144x4096-m256": ["64x128x16"],
     "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],
     "nf4_matmul-plain-28672x4096-m64": ["64x64x16"],
 }
@@ -40,7 +40,7 @@ NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 47104}
 NF4_TABLE = 64 * 1024
 # of Hopper, places where tensor cores are waited for, four in all: one for each of two steps, in each of two warpgroups.
 # ptxas puts one behind every product where it fears for registers, and says so where nobody sees it.
-NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-many_rows-4096x14336-m256": 4}
+NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x4096-m256": 4}
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)

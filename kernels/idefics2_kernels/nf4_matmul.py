@@ -62,8 +62,10 @@ def _launch_config(M: int, K: int, dtype: torch.dtype) -> LaunchConfig:
         return LaunchConfig(
             BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1, programs=programs
         )
+    # before Hopper 64 rows with three stages spill
+    num_stages = 2 if BLOCK_M == 64 and arch() < 90 else 3
     return LaunchConfig(
-        BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3, programs=programs
+        BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=num_stages, programs=programs
     )
 
 
