@@ -7,7 +7,7 @@ import torch
 
 from guarded import guarded_allocations
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.decode_graphs import graph_sizes
+from idefics2_engine.decode_graphs import MAX_SIZE, graph_sizes
 from idefics2_engine.packing import NOTHING, known, pack, padded, text_batch
 from idefics2_engine.transfer import to_device
 from idefics2_kernels import TRITON
@@ -74,3 +74,8 @@ def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
 )
 def test_sizes_of_graphs(most: int, sizes: list[int]) -> None:
     assert graph_sizes(most) == sizes
+
+
+def test_no_graph_is_larger_than_there_is_use_for() -> None:
+    assert graph_sizes(10**6) == graph_sizes(MAX_SIZE)
+    assert graph_sizes(MAX_SIZE)[-1] == MAX_SIZE

@@ -16,6 +16,7 @@ from idefics2_engine.model import Idefics2
 from idefics2_engine.packing import NOTHING, PackedStep, known, padded, text_batch
 from idefics2_engine.transfer import to_device
 
+MAX_SIZE = 512  # the device then takes longer over a step than a CPU over its launches
 _WARM_UP = 2  # runs that compile kernels and set up libraries before one is recorded
 
 
@@ -50,8 +51,12 @@ class DecodeGraphs:
         with torch.inference_mode():  # the largest first, whose memory then serves the others
             self._recorded = {size: self._record(size) for size in reversed(self.sizes)}
 
+    def can_run(self, packed: PackedStep) -> bool:
+        """Whether it is a decode step, of no more sequences than the largest graph."""
+        return packed.is_decode and len(packed.input_ids) <= self.sizes[-1]
+
     def run(self, packed: PackedStep) -> Tensor:
-        """Compute a decode step of B sequences; return logits (B, vocabulary), which the next one overwrites."""
+        """Compute a step that ``can_run``, of B sequences; return logits (B, vocabulary), which the next one overwrites."""
         count = len(packed.input_ids)
         size = next(size for size in self.sizes if size >= count)
         recorded = self._recorded[size]
@@ -83,6 +88,7 @@ class DecodeGraphs:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the batch sizes that are recorded: 1, 2, 4, then every eighth, up to the first that holds all."""
-    sizes = [1, 2, 4, *range(8, max_num_seqs + 8, 8)]
-    return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= max_num_seqs)]
+    """Return the batch sizes that are recorded: 1, 2, 4, then every eighth, up to the first that holds all, or ``MAX_SIZE``."""
+    most = min(max_num_seqs, MAX_SIZE)
+    sizes = [1, 2, 4, *range(8, most + 8, 8)]
+    return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= most)]

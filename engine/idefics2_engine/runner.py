@@ -26,7 +26,7 @@ class Runner:
         image_config: How pixels are normalised.
         num_images: Slots for the embeddings of tiles.
         max_num_seqs: Sequences that draw a token in a step, at most.
-        max_pages: Of a sequence; steps of decoding alone are then CUDA graphs. None for no graphs.
+        max_pages: Of a sequence; steps of decoding alone are then CUDA graphs, if one is large enough. None for no graphs.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Runner:
         if step.copies:
             self.kv_cache.copy(step.copies)
         packed = pack(step, drawn, self.kv_cache.page_size, self.image_features.shape[1])
-        if self._graphs is not None and packed.is_decode:
+        if self._graphs is not None and self._graphs.can_run(packed):
             return self._graphs.run(packed), []
         logits = self._forward(packed)
         scored = [len(chunk.scores) for chunk in step.chunks]
