@@ -74,6 +74,7 @@ def main() -> int:
     llm = whole_model.load(
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
+    settings = whole_model.settings_of(llm, options) | whole_model.memory_of(llm)
     peer = None
     if options.peer is not None:
         peer = transformers_peer.transformers_model(llm.model, whole_model.folder(options))
@@ -86,7 +87,7 @@ def main() -> int:
             continue
         for row in bench_case(case, llm, peer, options.ops, options.steps):
             row["case"] = whole_model.case_name(case.name, options)
-            results.append({**row, **whole_model.settings_of(llm, options)})
+            results.append({**row, **settings})
             print(report.whole_line(row), flush=True)
     whole_model.report_rows(about, results, options.json)
     return int(any("ms" not in row for row in results))

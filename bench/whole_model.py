@@ -136,3 +136,11 @@ def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
     name = Path(weights).name if Path(weights).is_dir() else str(weights)
     kind = " (random weights)" if options.random_weights is not None else ""
     return {"model": f"{name}{kind}", "dtype": str(llm.model.dtype).removeprefix("torch.")}
+
+
+def memory_of(llm: LLM) -> dict[str, float]:
+    """Return what the weights of ``llm`` take, and on a GPU all that is allocated there, which is what loading left."""
+    memory = {"weights_GB": llm.model.num_bytes / 1e9}
+    if llm.model.device.type == "cuda":
+        memory["allocated_GB"] = torch.cuda.memory_allocated(llm.model.device) / 1e9
+    return memory

@@ -48,13 +48,20 @@ def _sass(cubin: bytes) -> str:
         return subprocess.check_output([path_to_cuobjdump(), "-sass", file.name], text=True)
 
 
-# They load the 16 values of NF4 before they wait, which no kernel writes; x they copy to shared memory.
-_LOAD_CONSTANTS = {"_few_rows_gluon_kernel"}
+# What must come after the wait in kernels that load some things before. NF4's load their tables, which no kernel
+# writes, a word at a time; others look, past the L1 cache, at what decides what to prefetch.
+_WIDE, _NOT_A_LOOK = r"LDG\.E\.128|LDGSTS", r"LDG(?!\S*\.STRONG)|LDGSTS"
+_LOADS = {
+    "_few_rows_gluon_kernel": _WIDE,
+    "_one_row_kernel": _WIDE,
+    "_decode_attention_kernel": _NOT_A_LOOK,
+    "_rotary_kernel": _NOT_A_LOOK,
+}
 
 
 def _waits_first(kernel: str, sass: str) -> bool:
-    """Return whether programs wait for the kernel before ahead of their first access to memory."""
-    loads = "LDGSTS" if kernel in _LOAD_CONSTANTS else "LDG|LDGSTS"
+    """Return whether programs wait for the kernel before ahead of their first access to memory that may depend on it."""
+    loads = _LOADS.get(kernel, "LDG|LDGSTS")
     found = re.search(rf"\b(?:ACQBULK|{loads}|UTMALDG|STG|ATOMG|REDG?)\b", sass)
     return found is not None and found[0] == "ACQBULK"
 
@@ -86,7 +93,7 @@ def main(arch: int) -> None:
             }
             if "mov.u32 $0, global_smem" in compiled.asm["llir"]:
                 offsets = re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"])
-                report["behind_table"] = min(map(int, offsets))
+                report["behind_table"] = min(map(int, offsets), default=compiled.metadata.shared)
             print(json.dumps(report), flush=True)
         return compiled
 

@@ -362,18 +362,36 @@ def _round_pair(dtype: torch.dtype, high: Any, low: Any) -> Any:
     return high_bits << 16 | low_bits
 
 
-def _load_word(address: Any) -> Any:
-    """Read a word of shared memory, from what was made of its bytes or else from the whole."""
+def _words(address: Any) -> Any:
+    """Return the shared memory at an address: what was made of its bytes or else the whole, and the places in it."""
     assert (address % 4 == 0).all()
     address = address.astype(np.int64)
     pieces = (memory for first, last, memory in _local.pieces if first <= address.min() < last)
-    words = next(pieces, _local.words).reshape(-1)
-    return words[address // 4].astype(np.float32)
+    return next(pieces, _local.words).reshape(-1), address // 4
 
 
-def _load_pair(address: Any) -> Any:
-    assert (address % 8 == 0).all()
-    return _load_word(address), _load_word(address + np.uint32(4))
+def _load_words(count: int, address: Any) -> Any:
+    assert (address % (4 * count) == 0).all()
+    loaded = []
+    for i in range(count):
+        words, places = _words(address + np.uint32(4 * i))
+        loaded.append(words[places].astype(np.float32))
+    return tuple(loaded) if count > 1 else loaded[0]
+
+
+def _store_words(count: int, guard: Any, address: Any, *values: Any) -> None:
+    assert len(values) == count
+    assert (address % (4 * count) == 0).all()
+    for i, value in enumerate(values):
+        is_stored, place, word = np.broadcast_arrays(guard, address + np.uint32(4 * i), value)
+        words, places = _words(place[is_stored])
+        words[places] = word[is_stored]
+
+
+def _choose_bits(a: Any, b: Any, c: Any, table: Any) -> Any:
+    """Compute ``lop3.b32`` for its one use."""
+    assert table == 0xCA
+    return a & b | ~a & c
 
 
 # what a statement of PTX returns, for its operands but the first
@@ -382,8 +400,13 @@ _PTX: dict[str, Callable[..., Any]] = {
     "add.u32": lambda a, b: a + b,
     "shr.u32": lambda a, b: a >> b,
     "mul.rn.f32": lambda a, b: a * b,
-    "ld.shared.f32": _load_word,
-    "ld.shared.v2.f32": _load_pair,
+    "and.b32": lambda a, b: a & b,
+    "shl.b32": lambda a, b: a << b,
+    "lop3.b32": _choose_bits,
+    "setp.ne.u32": lambda a, b: a != b,
+    "ld.shared.f32": lambda a: _load_words(1, a),
+    "ld.shared.v2.f32": lambda a: _load_words(2, a),
+    "ld.shared.v4.f32": lambda a: _load_words(4, a),
     "cvt.rn.bf16x2.f32": lambda high, low: _round_pair(torch.bfloat16, high, low),
     "cvt.rn.f16x2.f32": lambda high, low: _round_pair(torch.float16, high, low),
     "mov.b32": lambda a: (a & 0xFFFF, a >> 16),
@@ -405,6 +428,16 @@ def _split(values: Any) -> tuple[Any, Any]:
     return values[..., 0], values[..., 1]
 
 
+def _value(source: str, registers: dict[str, Any]) -> Any:
+    """Return what an operand stands for: a register, an address with a displacement, a number."""
+    source, _, displacement = source.strip("[] ").partition("+")
+    known = registers if source in registers else _SPECIAL
+    if source not in known and source.startswith("0f"):
+        return np.uint32(int(source[2:], 16)).view(np.float32)
+    word = known[source] if source in known else np.uint32(int(source, 0))
+    return word + np.uint32(displacement) if displacement else word
+
+
 def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
     """Run the few instructions that the kernels use."""
     if pack == 2:
@@ -424,15 +457,17 @@ def _asm(text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool
         statement = re.sub(r"^[{}\s]+", "", statement).strip()
         if not statement or statement.startswith("bar.sync"):
             continue
+        guard = np.True_
+        if statement.startswith("@"):
+            predicate, statement = statement.split(maxsplit=1)
+            guard = registers[predicate[1:]]
         name, operands = statement.split(maxsplit=1)
+        if name.startswith("st.shared."):
+            address, *stored = (_value(x, registers) for x in re.findall(r"[^,{}\s]+", operands))
+            _store_words(len(stored), guard, address, *stored)
+            continue
         results, *sources = re.findall(r"\{[^}]*\}|[^,\s][^,]*", operands)
-        operand = []
-        for source in sources:
-            source, _, displacement = source.strip("[] ").partition("+")
-            known = registers if source in registers else _SPECIAL
-            word = known[source] if source in known else np.uint32(int(source, 0))
-            operand.append(word + np.uint32(displacement or 0))
-        outcome = _PTX[name](*operand)
+        outcome = _PTX[name](*(_value(source, registers) for source in sources))
         names = results.strip("{} ").replace(" ", "").split(",")
         for result, value in zip(names, outcome if len(names) > 1 else (outcome,), strict=True):
             registers[result] = value

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from idefics2_kernels import nf4_one_row
+
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use
 # the tensor core instructions of Hopper that each head dim must use: 72 is 64 + 16 columns, 96 is 64 + 32
 WGMMA = {
@@ -28,6 +30,7 @@ DEPENDENT = {
     "_combine_kernel",
     "_decode_attention_kernel",
     "_few_rows_gluon_kernel",
+    "_one_row_kernel",
     "_perceiver_attention_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
@@ -68,7 +71,8 @@ def test_model_shapes_compile_and_fit(arch: int) -> None:
         shared = {report["case"]: report["shared"] for report in reports if report["wgmma"]}
         assert NF4_SHARED_MEMORY.items() <= shared.items()
         behind = {report["case"]: report.get("behind_table") for report in reports}
-        assert set(behind.values()) == {None, NF4_TABLE}
+        assert set(behind.values()) == {None, NF4_TABLE, nf4_one_row.MEMORY}
+        assert behind["nf4_matmul-triton-28672x4096-m1"] == nf4_one_row.MEMORY
         assert behind["nf4_matmul-triton-28672x4096-m64"] == NF4_TABLE
         waits = {report["case"]: report["waits"] for report in reports if report["wgmma"]}
         assert NF4_WAITS.items() <= waits.items()

@@ -19,7 +19,7 @@ DTYPES = torch.bfloat16, torch.float16
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load("nf4_table", "nf4_few_rows_gluon")
+    return gluon_on_cpu.load("dependent_launch_gluon", "nf4_decode", "nf4_few_rows_gluon")
 
 
 @dataclass(frozen=True)
@@ -173,17 +173,30 @@ def test_what_the_kernel_takes() -> None:
 
 # Changes of the source, and the case that must notice.
 MUTATIONS: dict[str, tuple[str, str, str]] = {
-    "low nibble first": ("byte >> 4, byte & 15", "byte & 15, byte >> 4", "few-rows"),
+    "low nibble first": ("code_ptr + (byte >> 4)", "code_ptr + (byte & 15)", "few-rows"),
     "a byte for its neighbour": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
-    "second value first": ("${i}, g, f;", "${i}, f, g;", "few-rows"),
+    "second value first": ("${i}, f, e;", "${i}, e, f;", "few-rows"),
     "absmax of the turn before": ("stages[1], table", "stages[0], table", "buffers"),
-    "the same half twice": ("stages[0][part]", "stages[0][0]", "few-rows"),
+    "the same half twice": ("_is_odd(place) == part", "_is_odd(place) == 0", "few-rows"),
     "codes of the first turn": ("flat + DEPTH", "flat", "buffers"),
-    "columns in another order": ("(0, 1, 3, 5, 4, 2, 6)", "(0, 1, 3, 4, 5, 2, 6)", "few-rows"),
+    "halves as in memory": ("other = _is_odd(place) * 4", "other = _is_odd(place) * 0", "few-rows"),
+    "columns in another order": (
+        "(0, 1, 7, 2, 4, 6, 5, 3, 8)",
+        "(0, 1, 7, 2, 4, 5, 6, 3, 8)",
+        "few-rows",
+    ),
+    "upper rows first": (
+        "left(lower, upper, dtype, PRODUCT)",
+        "left(upper, lower, dtype, PRODUCT)",
+        "few-rows",
+    ),
+    "permuted to a neighbour": ("l, h, 0x4051;", "l, h, 0x5140;", "buffers"),
+    "numbers of a neighbour": ("p, q, 0x6420;", "p, q, 0x4620;", "buffers"),
+    "numbers of the lower rows": ("numbers_of(upper_absmax", "numbers_of(lower_absmax", "buffers"),
     "columns of x in another order": ("(0, 3, 4, 5, 2, 6, 1)", "(0, 3, 5, 4, 2, 6, 1)", "few-rows"),
     "the first nested absmax": (
-        "nested_absmax_ptr + (blocks >> _NESTED_SHIFT)",
-        "nested_absmax_ptr + blocks * 0",
+        "nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))",
+        "nested = gl.load(nested_absmax_ptr + blocks * 0)",
         "both-halves",
     ),
     "a nested code for its neighbour": ("[$1+65536]", "[$1+65532]", "few-rows"),
@@ -216,7 +229,9 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
-    kernel = gluon_on_cpu.load("nf4_table", "nf4_few_rows_gluon", change=(old, new))
+    kernel = gluon_on_cpu.load(
+        "dependent_launch_gluon", "nf4_decode", "nf4_few_rows_gluon", change=(old, new)
+    )
     inputs = CUTS[case].inputs()
     try:
         out = CUTS[case].run(kernel, inputs, monkeypatch)

@@ -20,7 +20,13 @@ from idefics2_kernels.attention_tiles import (
     head_parts,
     load_head,
 )
-from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.dependent_launch import (
+    LINE,
+    dependent,
+    let_next_begin,
+    prefetch,
+    wait_for_last,
+)
 from idefics2_kernels.split_keys import MAX_SPLITS, merge_tile, share_state, state_buffers
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
@@ -58,7 +64,19 @@ def _num_splits(programs: int, tiles: int) -> int:
     return max(1, min(_PROGRAMS // programs, MAX_SPLITS, tiles))
 
 
-@triton.jit(do_not_specialize=["H_KV", "GROUPS", "num_splits", "left"])
+@triton.jit
+def _own_tiles(T, left, split, num_splits, BLOCK_N: tl.constexpr):
+    """Return the first of ``T`` keys that is seen, the tiles of ``split`` from start to end, and how many have any."""
+    first_key = tl.maximum(T - 1 - left, 0)
+    first_tile = first_key // BLOCK_N
+    tiles = tl.cdiv(T, BLOCK_N) - first_tile
+    per_split = tl.maximum(tl.cdiv(tiles, num_splits), 1)
+    parts = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    start = first_tile + split * per_split
+    return first_key, start, tl.minimum(start + per_split, first_tile + tiles), parts
+
+
+@triton.jit(do_not_specialize=["table_width", "num_pages", "H_KV", "GROUPS", "num_splits", "left"])
 def _decode_attention_kernel(
     q_ptr,  # (T, H, D)
     k_ptr,  # (pages, H_KV, P, D)
@@ -72,9 +90,11 @@ def _decode_attention_kernel(
     context_lens_ptr,  # (B,)
     cu_seqlens_ptr,  # (B + 1,)
     stride_table,
+    table_width,
     q_strides,  # of token and head; multiples of ALIGN
     k_strides,  # of page, head and slot
     v_strides,
+    num_pages,
     H_KV,
     GROUPS,  # query heads of a key head
     num_splits,
@@ -85,6 +105,7 @@ def _decode_attention_kernel(
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
+    LINES: tl.constexpr,  # of the L2 cache, of a key, or more
     IS_SPLIT: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
     MERGE_M: tl.constexpr,  # rows, splits and columns that are merged at once
@@ -95,25 +116,10 @@ def _decode_attention_kernel(
 ):
     TILES: tl.constexpr = P // BLOCK_N  # of a page
     let_next_begin(IS_DEPENDENT)
-    wait_for_last(IS_DEPENDENT)
     pid = tl.program_id(0)
     split = pid % num_splits
     head_kv = pid // num_splits % H_KV
     sequence = (pid // (num_splits * H_KV)).to(tl.int64)
-    token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-    T = tl.load(context_lens_ptr + sequence)
-    if tl.load(cu_seqlens_ptr + sequence + 1) == token:
-        return
-    first_key = tl.maximum(T - 1 - left, 0)
-    first_tile = first_key // BLOCK_N
-    tiles = tl.cdiv(T, BLOCK_N) - first_tile
-    per_split = tl.maximum(tl.cdiv(tiles, num_splits), 1)
-    parts = tl.maximum(tl.cdiv(tiles, per_split), 1)
-    if split >= parts:
-        return
-    start = first_tile + split * per_split
-    end = tl.minimum(start + per_split, first_tile + tiles)
-
     # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
     stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
     stride_kp, stride_ks = k_strides[0] // ALIGN * ALIGN, k_strides[2] // ALIGN * ALIGN
@@ -121,6 +127,30 @@ def _decode_attention_kernel(
     k_ptr += head_kv.to(tl.int64) * (k_strides[1] // ALIGN * ALIGN)
     v_ptr += head_kv.to(tl.int64) * (v_strides[1] // ALIGN * ALIGN)
     block_table_ptr += sequence * stride_table
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
+
+    if IS_SPLIT and IS_DEPENDENT:
+        # Length, page and keys are loads that wait for each other. What they find is looked at early and past the L1
+        # cache, so as to have it all in the L2 cache; were it old, something else would come there.
+        T = tl.load(context_lens_ptr + sequence, cache_modifier=".cg")
+        _, start, end, _ = _own_tiles(T, left, split, num_splits, BLOCK_N)
+        if (start >= 0) & (start < tl.minimum(end, table_width * TILES)):
+            page = tl.load(block_table_ptr + start // TILES, cache_modifier=".cg")
+            page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
+            slot = start % TILES * BLOCK_N
+            line: tl.constexpr = LINE // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            columns = tl.minimum(tl.arange(0, LINES) * line, D - 1)[None, :]
+            prefetch(k_ptr + page * stride_kp + slot * stride_ks + offs_kn[:, None] + columns)
+            prefetch(v_ptr + page * stride_vp + slot * stride_vs + offs_vn[:, None] + columns)
+    wait_for_last(IS_DEPENDENT)
+    token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    T = tl.load(context_lens_ptr + sequence)
+    if tl.load(cu_seqlens_ptr + sequence + 1) == token:
+        return
+    first_key, start, end, parts = _own_tiles(T, left, split, num_splits, BLOCK_N)
+    if split >= parts:
+        return
 
     offs_m = tl.arange(0, BLOCK_M)
     heads = (head_kv * GROUPS + offs_m).to(tl.int64)
@@ -129,8 +159,6 @@ def _decode_attention_kernel(
     q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
     state = empty_state(BLOCK_M, D_MAIN, D_REST)
 
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
     page = tl.load(block_table_ptr + start // TILES, mask=start < end, other=0)
     for tile in tl.range(start, end):
         slot = tile % TILES * BLOCK_N
@@ -205,9 +233,11 @@ def decode_attention(
         context_lens,
         cu_seqlens,
         block_table.stride(0),
+        block_table.shape[1],
         q.stride()[:2],
         k_cache.stride()[:3],
         v_cache.stride()[:3],
+        k_cache.shape[0],
         H_KV,
         H // H_KV,
         num_splits,
@@ -218,6 +248,7 @@ def decode_attention(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=alignment(q, k_cache, v_cache),
+        LINES=triton.next_power_of_2(triton.cdiv(D * q.itemsize, LINE.value)),
         IS_SPLIT=num_splits > 1,
         **dependent(),
         **merge_tile(num_splits, H // H_KV, D, config.num_warps),

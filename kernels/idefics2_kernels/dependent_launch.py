@@ -7,6 +7,7 @@ kernel that lets the next one begin has that done meanwhile. The rule:
   they can wait without being in anybody's way.
 - ``wait_for_last`` comes before anything is read that an earlier kernel may have written, or written that an earlier
   one may read: until then only addresses are computed and weights brought to the L2 cache, which never holds old values.
+  A number that decides what to bring may be looked at, past the L1 cache and kept within bounds, but is read again after.
 - Every program that does anything waits, so that a kernel's end is also the end of all before it. Kernels launched
   otherwise, PyTorch's and cuBLAS's, end before the next begins and begin after the last has ended.
 """
@@ -19,6 +20,7 @@ from idefics2_kernels.primitives import UPCAST
 
 ENABLED = True  # a switch for measurements
 LINE = tl.constexpr(128)  # bytes that the L2 cache fetches
+AT_ONCE = 132  # programs of which each has an H100's processor: what they read early makes nobody else wait
 
 
 def dependent() -> dict[str, bool]:

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idefics2_kernels import nf4_few_rows_gluon, nf4_one_row
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.attention_tiles import arch
 from idefics2_kernels.nf4 import load_absmax
-from idefics2_kernels.nf4_few_rows_gluon import multiply_gluon, takes
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import UPCAST, cast, dot
 from idefics2_kernels.split_k import k_per_split, sum_splits
@@ -241,7 +241,8 @@ def multiply(
 ) -> Tensor:
     """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
 
-    On Hopper some calls have a faster kernel of their own (``nf4_few_rows_gluon.takes``), unless ``plain``.
+    On Hopper some calls have faster kernels of their own (those that ``nf4_one_row`` or ``nf4_few_rows_gluon`` ``takes``),
+    unless ``plain``.
 
     Raises:
         ValueError: Rows of ``weight`` are no multiple of 256, or its codes do not begin at a multiple of 4 bytes.
@@ -249,8 +250,11 @@ def multiply(
     """
     if (refusal := _refusal(weight)) is not None:
         raise refusal
-    if not plain and not UPCAST.value and arch() == 90 and takes(rows, weight):
-        return multiply_gluon(rows, weight, bias)
+    if not plain and not UPCAST.value and arch() == 90:
+        if nf4_one_row.takes(rows, weight):
+            return nf4_one_row.multiply_one_row(rows, weight, bias)
+        if nf4_few_rows_gluon.takes(rows, weight):
+            return nf4_few_rows_gluon.multiply_gluon(rows, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = _launch_config(M, arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, 16 * config.num_warps)

@@ -1,9 +1,7 @@
 """NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
 
-Decoding is a look-up in shared memory. The table has an entry for each byte of codes, the two NF4 values that its
-nibbles stand for, and each of a warp's lanes has a copy of it in banks of its own: one instruction makes the address
-of a code byte, one loads two values, two multiply them by the block's absmax, one rounds both. Every weight is exactly
-what dequantising gives, at 2.5 instructions.
+Codes are looked up in shared memory, and half of them, where there is too much else to read there, by permuting bytes
+in registers (``nf4_decode``).
 
 A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the weight at a time, and
 never leaves them. The order of the columns in a sum is free, so that each of the four lanes that share a row takes a
@@ -27,8 +25,18 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.dependent_launch import dependent
+from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
 from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
-from idefics2_kernels.nf4_table import MEMORY, TABLE_BYTES, fill_table
+from idefics2_kernels.nf4_decode import (
+    MEMORY,
+    PLACES,
+    TABLE_BYTES,
+    fill_table,
+    left,
+    look_up_behind,
+    numbers_of,
+    permute,
+)
 from idefics2_kernels.nf4_weight import NF4Weight
 
 BLOCK_K = 256  # a block for each of the four lanes that share a row
@@ -61,6 +69,7 @@ class LaunchConfig:
     BUFFERS: int  # 1: all of x
     DEPTH: int  # turns for which codes are on their way
     programs: int
+    PERMUTES: bool  # whether the upper eight of 16 rows are decoded by permuting bytes
 
     @property
     def pages(self) -> int:
@@ -92,8 +101,10 @@ def _config(
     turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
     BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
     TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
+    # 4096 x 14336 on an H100, 16 rows: 27 us, by look-ups alone 30; with all of x in shared memory these take 0 to 20 % less.
+    PERMUTES = BUFFERS == 2 and X_ROWS == 16
     return LaunchConfig(
-        max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs
+        max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs, PERMUTES
     )
 
 
@@ -101,15 +112,14 @@ def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
         return -(-N // (ROWS * SMS)) * ROWS
 
-    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 1 and 16 rows of
-    # x on an H100: 28672 x 4096 34 and 38, with 16 rows a warp 36 and 42; 4096 x 14336 20 and 29, 6144 x 4096 11 and 13.
-    # 16 warps were never faster, and up to 4 us slower. For one row codes of three turns on their way gain 1 us over two.
+    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 16 rows of x on an
+    # H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with 38; 6144 x 4096 13, with 16. Codes of three
+    # turns on their way, or 16 warps, were never faster.
     ROWS = 32 if program_rows(32) > 128 else 16
     WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
     # a buffer holds x for a turn at least
     most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
-    DEPTH = 3 if M == 1 and ROWS == 16 else 2
-    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most), DEPTH)
+    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
 
 
 @cache
@@ -118,12 +128,24 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
     warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
     warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
     more_rows = [[0, 16 * config.WARPS_N, 0, 0]] if config.ROWS == 32 else []
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
     codes = gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2], [0, 8, 0, 0], *more_rows],
-        lane_bases=[[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        lane_bases=lanes,
         warp_bases=[*([0, 16 * w, 0, 0] for w in warps_n), *([w, 0, 0, 0] for w in warps_k)],
         block_bases=[],
         shape=[config.WARPS_K, config.WARPS_N * config.ROWS, 4, 4],
+    )
+    half = gl.DistributedLinearLayout(
+        reg_bases=[
+            [0, 0, 0, 1],
+            [0, 0, 0, 2],
+            *([0, rows // 2, 0, 0] for _, rows, _, _ in more_rows),
+        ],
+        lane_bases=lanes,
+        warp_bases=[*([0, 8 * w, 0, 0] for w in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.WARPS_N * config.ROWS // 2, 4, 4],
     )
     more_rows = [[0, 32 << i, 0] for i in range((config.BLOCK_M // 8 - 1).bit_length())]
     x = gl.DistributedLinearLayout(
@@ -155,27 +177,7 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
     copy = gl.BlockedLayout(
         [1, 1, 8], [8 // lines, lines, 4], [config.num_warps // warps, warps, 1], [2, 1, 0]
     )
-    return {"CODES": codes, "X": x, "COPY": copy, "PRODUCT": product}
-
-
-def _decode_word(pair: str) -> str:
-    """Return the PTX that turns a word, the lane's place in the table, the table's and an absmax into four ``pair``s.
-
-    A byte of codes goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is never fused.
-    """
-    return "".join(
-        "{ .reg .b32 a; .reg .f32 f, g;"
-        f" prmt.b32 a, $4, $5, 0x76{i}4;"
-        " add.u32 a, a, $6;"
-        " ld.shared.v2.f32 {f, g}, [a];"
-        " mul.rn.f32 f, f, $7;"
-        " mul.rn.f32 g, g, $7;"
-        f" cvt.rn.{pair}.f32 ${i}, g, f; }}\n"
-        for i in range(4)
-    )
-
-
-_DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_word(pair)) for pair in ("bf16x2", "f16x2"))
+    return {"CODES": codes, "HALF": half, "X": x, "COPY": copy, "PRODUCT": product}
 
 
 @gluon.jit
@@ -220,19 +222,6 @@ def _blocks(place, flat, IS_ONE_ROUND: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _prefetch(ptrs):
-    """Bring the lines that ``ptrs`` point into to the L2 cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [ptrs.to(gl.int64)],
-        gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _stage(
     weight,
     place,
@@ -254,7 +243,17 @@ def _stage(
     if IS_NESTED:
         nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
         offset = gl.load(offset_ptr + (blocks >> _NESTED_SHIFT))
-    return gl.load(words_ptrs), gl.load(words_ptrs + 4), absmax, nested, offset
+    # Lanes of odd rows load their blocks' second half first: of the 16 bytes that each of eight lanes loads at once, no two
+    # then lie in the same banks of the L1 cache.
+    other = _is_odd(place) * 4
+    return gl.load(words_ptrs + other), gl.load(words_ptrs + (4 - other)), absmax, nested, offset
+
+
+@gluon.jit
+def _is_odd(place):
+    """Return 1 where a lane's row is odd, else 0, for each of its words."""
+    row, k, q, _first, _N, _steps, _turns, _rows = place
+    return (row % 2 + k * 0 + q * 0)[:, :, :, None]
 
 
 @gluon.jit
@@ -299,28 +298,25 @@ def _absmax(
 
 
 @gluon.jit
-def _weight(words, lanes, absmax, table, dtype: gl.constexpr, PRODUCT: gl.constexpr):
-    """Return the weights of a lane's four words as the product's left operand (WARPS_K, rows, 128)."""
-    asm: gl.constexpr = _DECODE_BF16 if dtype == gl.bfloat16 else _DECODE_FP16
-    # read from shared memory, so not pure
-    a, b, c, d = gl.inline_asm_elementwise(
-        asm,
-        "=&r,=&r,=&r,=&r,r,r,r,f",
-        [words, lanes, table, absmax],
-        (gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=False,
-        pack=1,
-    )
-    pairs = gl.join(gl.join(a, b), gl.join(c, d))
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.uint16, gl.uint16), True, 1
-    )
-    weight = gl.join(low, high).to(dtype, bitcast=True)
-    # (warp, row, block, word, byte of a half, half a word, of a byte): columns come to be in the order word, half a
-    # word, byte, block, of a byte
-    weight = gl.permute(weight, (0, 1, 3, 5, 4, 2, 6))
-    weight = gl.reshape(weight, [words.shape[0], words.shape[1], 128])
-    return gl.convert_layout(weight, gl.DotOperandLayout(0, PRODUCT, 2))
+def _halves(words, HALF: gl.constexpr):
+    """Return the lower eight of 16 rows of ``words`` (WARPS_K, rows, 4, 4), and the upper eight."""
+    parts = gl.reshape(words, [words.shape[0], words.shape[1] // 16, 2, 8, 4, 4])
+    lower, upper = gl.split(gl.permute(parts, (0, 1, 3, 4, 5, 2)))
+    shape: gl.constexpr = [words.shape[0], words.shape[1] // 2, 4, 4]
+    lower, upper = gl.reshape(lower, shape), gl.reshape(upper, shape)
+    return gl.convert_layout(lower, HALF), gl.convert_layout(upper, HALF)
+
+
+@gluon.jit
+def _halves_of_blocks(values, HALF: gl.constexpr):
+    """Return the same of ``values`` (WARPS_K, rows, 4), one a block, to go with its words."""
+    parts = gl.reshape(values, [values.shape[0], values.shape[1] // 16, 2, 8, 4])
+    lower, upper = gl.split(gl.permute(parts, (0, 1, 3, 4, 2)))
+    shape: gl.constexpr = [values.shape[0], values.shape[1] // 2, 4]
+    BLOCKS: gl.constexpr = gl.SliceLayout(3, HALF)
+    lower = gl.convert_layout(gl.reshape(lower, shape), BLOCKS)
+    upper = gl.convert_layout(gl.reshape(upper, shape), BLOCKS)
+    return lower[:, :, :, None], upper[:, :, :, None]
 
 
 @gluon.jit
@@ -406,8 +402,10 @@ def _few_rows_gluon_kernel(
     TURNS: gl.constexpr,
     BUFFERS: gl.constexpr,
     DEPTH: gl.constexpr,
+    PERMUTES: gl.constexpr,
     PAGES: gl.constexpr,
     CODES: gl.constexpr,
+    HALF: gl.constexpr,
     X: gl.constexpr,
     COPY: gl.constexpr,
     PRODUCT: gl.constexpr,
@@ -426,8 +424,6 @@ def _few_rows_gluon_kernel(
         [PAGES, PAGE_BYTES // 4],
         gl.SwizzledSharedLayout(1, 1, 1, [0]),
     )
-    TABLE_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    table_smem = reinterpret(smem.index(0), gl.float32, [256, 32, 2], TABLE_LAYOUT)
     X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
     x_smem = reinterpret(
         smem.index(TABLE_BYTES // PAGE_BYTES + 1),
@@ -446,23 +442,23 @@ def _few_rows_gluon_kernel(
     weight = codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
+    let_next_begin(IS_DEPENDENT, steps)
     if IS_DEPENDENT:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
-            "=r,r",
-            [steps],
-            gl.int32,
-            is_pure=False,
-            pack=1,
-        )
         for ahead in gl.static_range(PREFETCHED):
-            _prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
-        _prefetch(absmax_ptr + _blocks(place, 0, IS_ONE_ROUND, TILE))
-    fill_table(code_ptr, table_smem, NUM_WARPS)
-    if IS_DEPENDENT:
+            prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
+        blocks = _blocks(place, 0, IS_ONE_ROUND, TILE)
+        prefetch(absmax_ptr + blocks)
+        if IS_NESTED:
+            prefetch(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
+            prefetch(offset_ptr + (blocks >> _NESTED_SHIFT))
+    fill_table(
+        code_ptr,
         gl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.u32 $0, 0;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
-        )
+            "mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=True, pack=1
+        ),
+        NUM_WARPS,
+    )
+    wait_for_last(IS_DEPENDENT, steps)
     for i in gl.static_range(BUFFERS):
         _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
     stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
@@ -478,7 +474,7 @@ def _few_rows_gluon_kernel(
     table = gl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
-    lanes = (row % 8 * 4 + q + k * 0)[:, :, :, None] * 8
+    lanes, _upper = _halves_of_blocks((row % 8 * 4 + q + k * 0) % PLACES * 8, HALF)
     absmax = _absmax(stages[0], table, k < steps, IS_NESTED, IS_EVEN)
 
     for round in range(rounds):
@@ -496,12 +492,21 @@ def _few_rows_gluon_kernel(
                 stage = _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
                 stages = _queued(stages, stage)
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
-                scale = absmax[:, :, :, None]
+                lower_absmax, upper_absmax = _halves_of_blocks(absmax, HALF)
+                if PERMUTES:
+                    numbers = numbers_of(upper_absmax, dtype)
                 absmax = _absmax(stages[1], table, next < steps, IS_NESTED, IS_EVEN)
+                loaded, other = stages[0][0], stages[0][1]
                 for part in gl.static_range(2):
-                    left = _weight(stages[0][part], lanes, scale, table, dtype, PRODUCT)
+                    words = gl.where(_is_odd(place) == part, loaded, other)
+                    lower, upper = _halves(words, HALF)
+                    lower = look_up_behind(lower, lanes, lower_absmax, table, dtype)
+                    if PERMUTES:
+                        upper = permute(upper, numbers)
+                    else:
+                        upper = look_up_behind(upper, lanes, upper_absmax, table, dtype)
                     right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
-                    acc = mma_v2(left, right, acc)
+                    acc = mma_v2(left(lower, upper, dtype, PRODUCT), right, acc)
                 stages = stages[1:]
             if BUFFERS == 2:
                 # the next round begins where this one did; behind the last one nothing is read
@@ -573,6 +578,6 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             **_layouts(config),
             num_warps=config.num_warps,
             # x leaves no room for a second program, for whose sake ptxas would spill
-            **({"maxnreg": 224} if config.BLOCK_M == 16 else {}),
+            **({"maxnreg": 240} if config.BLOCK_M == 16 else {}),
         )
     return out

@@ -30,7 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.attention_warps import async_load, async_store, processors, reinterpret
-from idefics2_kernels.nf4_table import MEMORY, TABLE_BYTES, fill_table
+from idefics2_kernels.nf4_decode import MEMORY, PLACES, TABLE_BYTES, fill_table
 from idefics2_kernels.nf4_weight import NF4Weight
 
 BLOCK = gl.constexpr(tables.BLOCK)
@@ -140,7 +140,7 @@ def _table(steps):
     )
     row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))[:, None, None]
     place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, QUADS)))[None, :, None]
-    lane = row % 8 * 4 + place
+    lane = (row % 8 * 4 + place) % PLACES
     # this thread's byte of a word, behind the lane's place
     return address, lane * 8, place * 0x10 + 0x7604
 
@@ -414,12 +414,10 @@ def _many_rows_kernel(
 ):
     CODES: gl.constexpr = STAGES * CONSUMERS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    PLAIN3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
     TABLE_PAGES: gl.constexpr = TABLE_BYTES // PAGE_BYTES
     X_PAGES: gl.constexpr = STAGES * BLOCK_M * BLOCK * 2 // PAGE_BYTES
     pages = gl.allocate_shared_memory(gl.float32, [TABLE_PAGES + X_PAGES, PAGE_BYTES // 4], PLAIN)
-    table_smem = reinterpret(pages.index(0), gl.float32, [256, 32, 2], PLAIN3)
     smem = (
         reinterpret(
             pages.index(TABLE_PAGES), x_desc.dtype, [STAGES, BLOCK_M, BLOCK], x_desc.layout
@@ -428,7 +426,8 @@ def _many_rows_kernel(
         gl.allocate_shared_memory(gl.float32, [CODES, ROWS], PLAIN),
         gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, OUT_M, ROWS], out_desc.layout),
     )
-    fill_table(code_ptr, table_smem, 4)
+    address, _lane, _selector = _table(blocks)
+    fill_table(code_ptr, address, 4)
     barriers = _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS)
     fence_async_shared()
     absmax = absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr

@@ -19,7 +19,13 @@ from idefics2_kernels.checks import (
     check_rows,
     check_shape,
 )
-from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.dependent_launch import (
+    AT_ONCE,
+    dependent,
+    let_next_begin,
+    prefetch,
+    wait_for_last,
+)
 
 
 @dataclass(frozen=True)
@@ -103,15 +109,25 @@ def _rotary_kernel(
     H_KV,
     HALF,
     P,
+    num_rows,  # of cos_sin
+    LOOKS_AHEAD: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     let_next_begin(IS_DEPENDENT)
-    wait_for_last(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
+    if LOOKS_AHEAD and IS_DEPENDENT:
+        # the row is looked up early and past the L1 cache, to have it in the L2 cache; were it old, another would come there
+        row = tl.load(positions_ptr + token, cache_modifier=".cg").to(tl.int64)
+        row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
+        columns = tl.minimum(tl.arange(0, BLOCK_D) * 2, 2 * HALF - 1)
+        prefetch(cos_sin_ptr + row * stride_cos_sin + columns)
+        if HAS_CACHE:
+            prefetch(slots_ptr + token)
+    wait_for_last(IS_DEPENDENT)
     mask_d = offs_d < HALF
     table = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * stride_cos_sin + offs_d
     cos = tl.load(table, mask=mask_d, other=0.0).to(tl.float32)
@@ -275,6 +291,8 @@ def _launch(
         k.shape[1],
         D // 2,
         1 if v_out is None else v_out.shape[2],
+        cos_sin.shape[0],
+        LOOKS_AHEAD=T <= AT_ONCE,
         HAS_CACHE=v_out is not None,
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,

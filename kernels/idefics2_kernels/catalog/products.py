@@ -83,8 +83,15 @@ def _product_cases() -> tuple[Case, ...]:
     for M, K, dtype in product((1, 16, 64), (1024, 4096, 14336), (_FP16, _BF16)):
         dims = {"M": M, "N": 512, "K": K, "bias": False, "integers": True}
         cases.append(Case(_name("gpu-integers", f"{M}x512x{K}", dtype), dims, dtype, "gpu"))
-    dims = {"M": 2, "N": 70001, "K": 32768, "bias": False}
-    cases.append(Case("gpu-2^31-elements", dims, _BF16, "huge"))
+    one_row = ((1, 2048), (301, 6144), (4097, 4096), (70, 32768))
+    for i, ((N, K), dtype) in enumerate(product(one_row, (_FP16, _BF16))):
+        dims = {"M": 1, "N": N, "K": K, "bias": i % 3 == 0, "double_quant": i % 4 != 1}
+        cases.append(Case(_name("gpu-one-row", f"{N}x{K}", dtype), dims, dtype, "gpu"))
+    dims = {"M": 1, "N": 1540, "K": 4096, "bias": True, "stacked": 1024}
+    cases.append(Case("gpu-one-row-stacked", dims, _BF16, "gpu"))
+    for M in (1, 2):
+        dims = {"M": M, "N": 70001, "K": 32768, "bias": False}
+        cases.append(Case(f"gpu-2^31-elements-m{M}", dims, _BF16, "huge"))
     for name, (M, N, K) in _MODEL.items():
         dims = {"M": M, "N": N, "K": K, "bias": name.startswith("vision")}
         cases.append(Case(name, dims, _BF16, "model"))
