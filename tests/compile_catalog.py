@@ -48,12 +48,12 @@ def _sass(cubin: bytes) -> str:
         return subprocess.check_output([path_to_cuobjdump(), "-sass", file.name], text=True)
 
 
-# What must come after the wait in kernels that load some things before. NF4's load their tables, which no kernel
-# writes, a word at a time; others look, past the L1 cache, at what decides what to prefetch.
-_WIDE, _NOT_A_LOOK = r"LDG\.E\.128|LDGSTS", r"LDG(?!\S*\.STRONG)|LDGSTS"
+# What must come after the wait in kernels that load some things before. NF4's load the weight; x they copy to shared
+# memory, or load past the L1 cache. Others look, past it too, at what decides what to prefetch.
+_NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
 _LOADS = {
-    "_few_rows_gluon_kernel": _WIDE,
-    "_one_row_kernel": _WIDE,
+    "_few_rows_gluon_kernel": "LDGSTS",
+    "_one_row_kernel": r"LDG\S*\.STRONG\S*",
     "_decode_attention_kernel": _NOT_A_LOOK,
     "_rotary_kernel": _NOT_A_LOOK,
 }

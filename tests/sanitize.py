@@ -48,7 +48,7 @@ def run_cases(names: list[str]) -> None:
 
 
 def _ends_of_shared_memory() -> set[tuple[str, int]]:
-    """Return the name of each kernel in Gluon that ran, and where its shared memory ends, as the tools count."""
+    """Return the name of each kernel with ``warp_specialize`` that ran, and where its shared memory ends, as the tools count."""
     from triton.experimental.gluon._runtime import GluonJITFunction
 
     kernels = [
@@ -63,6 +63,7 @@ def _ends_of_shared_memory() -> set[tuple[str, int]]:
         for kernel in kernels
         for cache in kernel.device_caches.values()
         for compiled in cache[0].values()
+        if "warp_specialize" in compiled.asm["ttgir"]
     }
 
 

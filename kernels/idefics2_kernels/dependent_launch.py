@@ -8,10 +8,13 @@ kernel that lets the next one begin has that done meanwhile. The rule:
 - ``wait_for_last`` comes before anything is read that an earlier kernel may have written, or written that an earlier
   one may read: until then only addresses are computed and weights brought to the L2 cache, which never holds old values.
   A number that decides what to bring may be looked at, past the L1 cache and kept within bounds, but is read again after.
+- NF4 weights are loaded before it. No kernel that lets the next one begin writes any, and what does is followed by a launch
+  otherwise (``settle``), so that they are in memory before the kernel ahead begins.
 - Every program that does anything waits, so that a kernel's end is also the end of all before it. Kernels launched
   otherwise, PyTorch's and cuBLAS's, end before the next begins and begin after the last has ended.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +31,12 @@ def dependent() -> dict[str, bool]:
     if ENABLED and not UPCAST.value and arch() >= 90:
         return {"IS_DEPENDENT": True, "launch_pdl": True}
     return {"IS_DEPENDENT": False}
+
+
+def settle(device: torch.device) -> None:
+    """Launch what begins after all that was launched on ``device``'s stream has ended, and lets nothing begin before its own end."""
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype
+from idefics2_kernels.dependent_launch import settle
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import cast
 
@@ -175,6 +176,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         )
     shape = tuple(weight.shape)
     if not double_quant:
+        settle(device)
         return NF4Weight(codes, absmax, shape, weight.dtype)
     offset = absmax.mean()
     quantised = torch.empty(blocks, dtype=torch.uint8, device=device)
@@ -192,6 +194,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         )
     offsets = offset.repeat(nested_blocks)
     nested_code = tables.dynamic_code(device)
+    settle(device)
     return NF4Weight(codes, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 

@@ -443,14 +443,13 @@ def _few_rows_gluon_kernel(
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
     let_next_begin(IS_DEPENDENT, steps)
+    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    for depth in gl.static_range(1, DEPTH):
+        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     if IS_DEPENDENT:
-        for ahead in gl.static_range(PREFETCHED):
+        for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
-        blocks = _blocks(place, 0, IS_ONE_ROUND, TILE)
-        prefetch(absmax_ptr + blocks)
-        if IS_NESTED:
-            prefetch(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
-            prefetch(offset_ptr + (blocks >> _NESTED_SHIFT))
+        prefetch(absmax_ptr + _blocks(place, DEPTH, IS_ONE_ROUND, TILE))
     fill_table(
         code_ptr,
         gl.inline_asm_elementwise(
@@ -461,9 +460,6 @@ def _few_rows_gluon_kernel(
     wait_for_last(IS_DEPENDENT, steps)
     for i in gl.static_range(BUFFERS):
         _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
-    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
-    for depth in gl.static_range(1, DEPTH):
-        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     if IS_NESTED:
         FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
         nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))

@@ -194,7 +194,8 @@ def _right(
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
     k = gl.minimum(k, steps - 1)
     half = (part + line // 4) % 2
-    x = gl.load(x_ptr + ((line // 4 * steps + k) * 256 + line % 4 * 64 + half * 32 + column))
+    offs = (line // 4 * steps + k) * 256 + line % 4 * 64 + half * 32 + column
+    x = gl.load(x_ptr + offs, cache_modifier=".cg")
     x = gl.permute(gl.reshape(x, [WARPS_K, 8, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
     return gl.convert_layout(gl.reshape(x, [WARPS_K, 128, 8]), gl.DotOperandLayout(1, PRODUCT, 2))
 
@@ -291,15 +292,14 @@ def _one_row_kernel(
     place = i // 8, i % 8, k, q, first, pairs, N, steps, WARPS_N
 
     let_next_begin(IS_DEPENDENT, steps)
+    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED))
+    for depth in gl.static_range(1, DEPTH):
+        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED))
     if IS_DEPENDENT:
-        for ahead in gl.static_range(PREFETCHED):
+        for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, 0) * 8)
             prefetch(codes_ptr + _blocks(place, ahead, 1) * 8)
-        blocks = _blocks(place, 0, 0)
-        prefetch(absmax_ptr + blocks)
-        if IS_NESTED:
-            prefetch(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
-            prefetch(offset_ptr + (blocks >> _NESTED_SHIFT))
+        prefetch(absmax_ptr + _blocks(place, DEPTH, 0))
     fill_table(
         code_ptr,
         gl.inline_asm_elementwise(_TABLE, "=r,r", [steps], gl.int32, is_pure=True, pack=1),
@@ -310,9 +310,6 @@ def _one_row_kernel(
         code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
     smem.index(0).store(code)
     wait_for_last(IS_DEPENDENT, steps)
-    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED))
-    for depth in gl.static_range(1, DEPTH):
-        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED))
     right = (
         _right(x_ptr, 0, steps, WARPS_K, X, PRODUCT),
         _right(x_ptr, 1, steps, WARPS_K, X, PRODUCT),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.checks import FLOATS, check_dtype, check_shape
+from idefics2_kernels.dependent_launch import settle
 
 BLOCK = 64  # elements that share an absmax
 NESTED_BLOCK = 256  # absmaxes that share a nested absmax
@@ -142,6 +143,7 @@ def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
         if name != "nested_code"
     }
     rows = sum(weight.shape[0] for weight in weights)
+    settle(weights[0].device)
     return replace(weights[0], shape=(rows, weights[0].shape[1]), **parts)  # type: ignore[arg-type]
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.dependent_launch import (
-    AT_ONCE,
     LINE,
     dependent,
     let_next_begin,
@@ -50,13 +49,12 @@ def _rms_norm_kernel(
     N,
     eps,
     HAS_RESIDUAL: tl.constexpr,
-    LOOKS_AHEAD: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     let_next_begin(IS_DEPENDENT)
-    if LOOKS_AHEAD and IS_DEPENDENT:
+    if IS_DEPENDENT and tl.program_id(0) == 0:
         line: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
         prefetch(weight_ptr + tl.minimum(tl.arange(0, BLOCK_N // line) * line, N - 1))
     wait_for_last(IS_DEPENDENT)
@@ -131,8 +129,7 @@ def _launch(
     total = None if residual is None else torch.empty_like(out)
     if out.numel():
         config = _launch_config(N)
-        programs = triton.cdiv(rows.shape[0], config.block_m)
-        _rms_norm_kernel[(programs,)](
+        _rms_norm_kernel[(triton.cdiv(rows.shape[0], config.block_m),)](
             rows,
             residual_rows,
             weight.contiguous(),
@@ -144,7 +141,6 @@ def _launch(
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
-            LOOKS_AHEAD=programs <= AT_ONCE,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             num_warps=config.num_warps,
