@@ -55,6 +55,7 @@ _LOADS = {
     "_few_rows_gluon_kernel": "LDGSTS",
     "_one_row_kernel": r"LDG\S*\.STRONG\S*",
     "_decode_attention_kernel": _NOT_A_LOOK,
+    "_perceiver_attention_kernel": _NOT_A_LOOK,
     "_rotary_kernel": _NOT_A_LOOK,
 }
 

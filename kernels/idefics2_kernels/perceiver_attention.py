@@ -24,7 +24,13 @@ from idefics2_kernels.attention_tiles import (
     load_head,
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_shape
-from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.dependent_launch import (
+    LINE,
+    dependent,
+    let_next_begin,
+    prefetch,
+    wait_for_last,
+)
 from idefics2_kernels.split_keys import combine, state_buffers, store_state
 
 _PROGRAMS = 264  # two on each of an H100's processors
@@ -62,7 +68,21 @@ def _num_splits(programs: int, tiles: int) -> int:
     return max(1, min(_PROGRAMS // programs, _MAX_SPLITS, tiles))
 
 
-@triton.jit(do_not_specialize=["L", "H_KV", "GROUPS", "num_splits"])
+@triton.jit
+def _own_tiles(T, L, split, num_splits, BLOCK_N: tl.constexpr):
+    """Return the tiles of ``split``, from first to end, of the image's ``T`` patches and ``L`` latents.
+
+    They are whole ones of patches, perhaps a part of one, then those of its latents; how many are whole, and of patches,
+    is returned as well.
+    """
+    whole_tiles, patch_tiles = T // BLOCK_N, tl.cdiv(T, BLOCK_N)
+    tiles = patch_tiles + tl.cdiv(L, BLOCK_N)
+    per_split = tl.cdiv(tiles, num_splits)
+    first_tile = split * per_split
+    return first_tile, tl.minimum(first_tile + per_split, tiles), whole_tiles, patch_tiles
+
+
+@triton.jit(do_not_specialize=["P", "L", "H_KV", "GROUPS", "num_splits"])
 def _perceiver_attention_kernel(
     q_ptr,  # (N, L, H, D)
     k_ptr,  # (P, H_KV, D)
@@ -83,6 +103,7 @@ def _perceiver_attention_kernel(
     v_strides,
     k_latents_strides,  # of image, latent and head
     v_latents_strides,
+    P,
     L,
     H_KV,
     GROUPS,  # query heads of a key head
@@ -92,6 +113,7 @@ def _perceiver_attention_kernel(
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
+    LINES: tl.constexpr,  # of the L2 cache, of a key, or more
     HAS_DESCRIPTORS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
@@ -99,38 +121,47 @@ def _perceiver_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     let_next_begin(IS_DEPENDENT)
-    wait_for_last(IS_DEPENDENT)
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(L * GROUPS, BLOCK_M)
     pid_m = pid % tiles_m
     split = pid // tiles_m % num_splits
     head_kv = pid // (tiles_m * num_splits) % H_KV
     image = (pid // (tiles_m * num_splits * H_KV)).to(tl.int64)
-    begin = tl.load(cu_seqlens_ptr + image)
-    T = tl.load(cu_seqlens_ptr + image + 1) - begin
-
     # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
     stride_qn, stride_ql = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
     stride_qh = q_strides[2] // ALIGN * ALIGN
     stride_kt, stride_kh = k_strides[0] // ALIGN * ALIGN, k_strides[1] // ALIGN * ALIGN
     stride_vt, stride_vh = v_strides[0] // ALIGN * ALIGN, v_strides[1] // ALIGN * ALIGN
-    k_ptr += begin.to(tl.int64) * stride_kt + head_kv.to(tl.int64) * stride_kh
-    v_ptr += begin.to(tl.int64) * stride_vt + head_kv.to(tl.int64) * stride_vh
+    k_ptr += head_kv.to(tl.int64) * stride_kh
+    v_ptr += head_kv.to(tl.int64) * stride_vh
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # a latent's heads lie side by side
     latents, heads = offs_m // GROUPS, head_kv * GROUPS + offs_m % GROUPS
     mask_m = latents < L
     offs_q = image * stride_qn + latents.to(tl.int64) * stride_ql + heads.to(tl.int64) * stride_qh
+
+    if (
+        IS_SPLIT and IS_DEPENDENT and P > 0
+    ):  # as in decode attention: what is found there only decides what to bring
+        begin = tl.load(cu_seqlens_ptr + image, cache_modifier=".cg")
+        T = tl.load(cu_seqlens_ptr + image + 1, cache_modifier=".cg") - begin
+        first_tile, _, _, _ = _own_tiles(T, L, split, num_splits, BLOCK_N)
+        keys = begin + first_tile * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
+        keys = tl.minimum(tl.maximum(keys, 0), P - 1).to(tl.int64)[:, None]
+        line: tl.constexpr = LINE // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        columns = tl.minimum(tl.arange(0, LINES) * line, D - 1)[None, :]
+        prefetch(k_ptr + keys * stride_kt + columns)
+        prefetch(v_ptr + keys * stride_vt + columns)
+    wait_for_last(IS_DEPENDENT)
+    begin = tl.load(cu_seqlens_ptr + image)
+    T = tl.load(cu_seqlens_ptr + image + 1) - begin
+    k_ptr += begin.to(tl.int64) * stride_kt
+    v_ptr += begin.to(tl.int64) * stride_vt
+
     q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
     state = empty_state(BLOCK_M, D_MAIN, D_REST)
 
-    # tiles of the image: whole ones of patches, perhaps a part of one, then those of its latents
-    whole_tiles, patch_tiles = T // BLOCK_N, tl.cdiv(T, BLOCK_N)
-    tiles = patch_tiles + tl.cdiv(L, BLOCK_N)
-    per_split = tl.cdiv(tiles, num_splits)
-    first_tile = split * per_split
-    end_tile = tl.minimum(first_tile + per_split, tiles)
-
+    first_tile, end_tile, whole_tiles, patch_tiles = _own_tiles(T, L, split, num_splits, BLOCK_N)
     offs_n = tl.arange(0, BLOCK_N)
     offs_kn, offs_vn = offs_n.to(tl.int64) * stride_kt, offs_n.to(tl.int64) * stride_vt
     for tile in tl.range(first_tile, tl.minimum(end_tile, whole_tiles)):
@@ -284,6 +315,7 @@ def perceiver_attention(
         v_context.stride()[:2],
         k_latents.stride()[:3],
         v_latents.stride()[:3],
+        P,
         L,
         H_KV,
         H // H_KV,
@@ -293,6 +325,7 @@ def perceiver_attention(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=ALIGN,
+        LINES=triton.next_power_of_2(triton.cdiv(D * q.itemsize, LINE.value)),
         HAS_DESCRIPTORS=described,
         IS_SPLIT=num_splits > 1,
         **dependent(),
