@@ -319,12 +319,20 @@ def _load(pointer: _Pointer, mask: Any = True, other: float = 0, cache_modifier:
     return values if values.ndim or values.dtype.kind == "f" else int(values)
 
 
-def _store(pointer: _Pointer, values: Any, mask: Any) -> None:
+def _store(pointer: _Pointer, values: Any, mask: Any = True) -> None:
     mask, offset, values = np.broadcast_arrays(mask, pointer.offset, values)
     assert (offset[mask] >= 0).all(), "written before a tensor"
     places = torch.from_numpy(offset[mask].copy())
     assert len(places.unique()) == len(places), "written twice"
     flat(pointer.tensor)[places] = torch.from_numpy(values[mask].copy()).to(pointer.tensor.dtype)
+
+
+def _atomic_add(pointer: _Pointer, value: int) -> int:
+    """Add, and return what was there; programs run one after the other."""
+    place = flat(pointer.tensor)[int(pointer.offset)]
+    before = int(place)
+    place += value
+    return before
 
 
 def _copy_later(smem: Shared, pointer: _Pointer, mask: Any) -> None:
@@ -555,7 +563,7 @@ def _modules() -> dict[str, Any]:
     gl.float16, gl.bfloat16 = torch.float16, torch.bfloat16
     gl.program_id = lambda _axis: _local.program
     gl.num_programs = lambda _axis: _local.programs
-    gl.load, gl.store = _load, _store
+    gl.load, gl.store, gl.atomic_add = _load, _store, _atomic_add
     gl.static_range = range
     gl.minimum, gl.maximum = np.minimum, np.maximum
     gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does

@@ -103,6 +103,7 @@ CUTS: dict[str, Cut] = {
     "rounds": Cut(3, 200, 512, rows=16, warps_n=2),
     "rounds-of-one": Cut(9, 150, 768, rows=32, warps_n=1),
     "rounds-split": Cut(1, 300, 1792, rows=16, warps_n=2, warps_k=4),
+    "rounds-all-along-k": Cut(16, 200, 4096, rows=32, warps_k=8),
     # a warp more than there are groups, and one that has no columns left
     "idle-warp": Cut(8, 90, 512, rows=16, warps_n=4),
     "uneven-columns": Cut(16, 65, 1280, rows=32, warps_k=4),

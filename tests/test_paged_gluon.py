@@ -12,6 +12,7 @@ from torch import Tensor
 import gluon_on_cpu
 from guarded import guarded_allocations
 from idefics2_kernels import paged_attention_gluon, reference
+from idefics2_kernels.arrivals import counters
 from idefics2_kernels.attention_tiles import UNBOUNDED, base_two
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog import paged_attention as catalog
@@ -229,6 +230,26 @@ def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch
     assert not all(takes)
 
 
+def test_tiles_are_taken_once_and_the_counters_given_back(
+    kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs run one after the other, so the first takes all but one tile each of the others."""
+    inputs = BATCHES["groups-of-4"].inputs()
+    taken: list[int] = []
+    take = kernel.take_tile
+
+    def watched(*arguments: Any) -> int:
+        index: int = take(*arguments)
+        taken.append(index)
+        return index
+
+    monkeypatch.setattr(kernel, "take_tile", watched)
+    assert error(run(kernel, inputs, monkeypatch, programs=2), inputs) <= 1
+    tiles = 2 * sum(-(-4 * queries // 128) for queries in BATCHES["groups-of-4"].queries)
+    assert taken == [*range(2, tiles), tiles, tiles + 1], "the last two find none"
+    assert not counters(2, torch.device("cpu")).any()
+
+
 # Changes of the source, and the batch that must notice.
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "slots without a key are read": ("gl.minimum(end_n - key, PAGE)", "PAGE", "one-over"),
@@ -277,9 +298,14 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "queries are the first keys": ("T = gl.load(context_lens_ptr + index)", "T = S", "long"),
     "heads of the first pack": (
-        "(head_kv * packs + index % packs) * PACK",
-        "(head_kv * packs) * PACK",
+        "pack * PACK, pack // packs",
+        "pack // packs * packs * PACK, pack // packs",
         "groups-of-3",
+    ),
+    "a tile is left out": (
+        "gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)",
+        "gl.num_programs(0) + 1 + gl.atomic_add(counters_ptr, 1)",
+        "groups-of-4",
     ),
     "a row is a query": ("SliceLayout(1, QK))) // PACK", "SliceLayout(1, QK)))", "groups-of-4"),
     "second warpgroup's queries": ("start_m + c * (ROWS // PACK)", "start_m", "groups-of-4"),

@@ -3,7 +3,8 @@
 A program has a warp that loads (each kernel has its own way) and warpgroups that compute, each on 64 rows of its own,
 over the same keys. While a warpgroup takes the softmax of one tile of scores, the tensor cores are at the product of
 the tile before with its values, and at the other warpgroups' work. Programs walk over query tiles: while one tile's
-output is written, the next one's queries and keys are on their way.
+output is written, the next one's queries and keys are on their way. Which tiles a program has is settled by its number, or it
+takes the next one from a counter whenever it is free, and its warps learn of it by shared memory.
 
 The rows of a query tile are queries of one head, or of several that share their keys (``PACK``), side by side. Tiles of
 keys at the edges (window, diagonal, end of the sequence) come first and are masked; those that all queries see whole
@@ -62,6 +63,33 @@ def query_tile(index, tiles_m, packs, PACK: gl.constexpr):
     pid_m = tiles_m - 1 - index // packs % tiles_m  # longest first
     head_kv = index // (packs * tiles_m)
     return pid_m * (ROWS * CONSUMERS // PACK), (head_kv * packs + index % packs) * PACK, head_kv
+
+
+@gluon.jit
+def longest_tile(index, tiles_m, heads, packs, PACK: gl.constexpr):
+    """Return the same for tiles that are taken as programs become free: of all heads the longest first."""
+    pid_m, pack = tiles_m - 1 - index // heads, index % heads
+    return pid_m * (ROWS * CONSUMERS // PACK), pack * PACK, pack // packs
+
+
+@gluon.jit
+def take_tile(taken, counters_ptr, round):
+    """Take the next of all programs' tiles, this one's number ``round``; return its index, and tell the warpgroups."""
+    slots, ready = taken
+    index = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slots.index(round % 2).store(gl.full([1], index, gl.int32, WARP))
+    mbarrier.arrive(ready.index(round % 2))
+    return index
+
+
+@gluon.jit
+def taken_tile(taken, round):
+    """Return the index of this program's tile number ``round``, not the first, once it has been taken."""
+    slots, ready = taken
+    mbarrier.wait(ready.index(round % 2), (round - 1) // 2 & 1)
+    WARPGROUP: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(slots.index(round % 2).load(WARPGROUP), axis=0)
 
 
 @gluon.jit
@@ -222,12 +250,13 @@ def consume(
     out_descs,
     smem,
     barriers,
+    taken,
     qk_scale,
     D_REST: gl.constexpr,
     CONSUMER: gl.constexpr,
     IN_TURN: gl.constexpr,
 ):
-    """Compute ``ROWS`` rows of each of this program's query tiles."""
+    """Compute ``ROWS`` rows of each of this program's query tiles: as many apart as there are programs, or as ``taken``."""
     lengths, sizes, reach = queries
     B, heads, packs = sizes
     q_smem, k_smem, v_smem, out_smem = smem
@@ -245,13 +274,17 @@ def consume(
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
     index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    before = 0  # tiles of the sequences before
     sequence = 0
     while sequence < B:
         begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
         count = tiles_m * heads
         if index < count:
-            start_m, head, _head_kv = query_tile(index, tiles_m, packs, PACK)
-            index += gl.num_programs(0)
+            if taken is None:
+                start_m, head, _head_kv = query_tile(index, tiles_m, packs, PACK)
+                index += gl.num_programs(0)
+            else:
+                start_m, head, _head_kv = longest_tile(index, tiles_m, heads, packs, PACK)
             first_m, last_m = positions(start_m, S, T, PACK)
             begins, counts = key_tiles(first_m, last_m, T, reach, BLOCK_N)
             edges = counts[0] + counts[1]
@@ -326,8 +359,11 @@ def consume(
                 async_store(
                     out_descs[1], [END, begin + S, row, head, D_MAIN], out_smem[1].index(CONSUMER)
                 )
+            if taken is not None:
+                index = taken_tile(taken, round) - before
         else:
             index -= count
+            before += count
             sequence += 1
     tma.store_wait(0)
 

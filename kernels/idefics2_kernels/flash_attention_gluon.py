@@ -130,8 +130,8 @@ def _flash_attention_kernel(
     # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
     gl.warp_specialize(
         [
-            (consume, (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, IN_TURN)),
-            (consume, (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, IN_TURN)),
+            (consume, (queries, out_descs, smem, barriers, None, qk_scale, D_REST, 0, IN_TURN)),
+            (consume, (queries, out_descs, smem, barriers, None, qk_scale, D_REST, 1, IN_TURN)),
             (_produce, (queries, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
         ],
         [4, 1],

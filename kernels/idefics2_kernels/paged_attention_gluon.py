@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from idefics2_kernels.arrivals import counters
 from idefics2_kernels.attention_tiles import alignment, head_parts
 from idefics2_kernels.attention_warps import (
     CONSUMER_REGISTERS,
@@ -35,12 +36,13 @@ from idefics2_kernels.attention_warps import (
     first_key,
     key_tiles,
     load_rows,
+    longest_tile,
     positions,
     processors,
-    query_tile,
     reinterpret,
     sequence_of,
     shared_tiles,
+    take_tile,
 )
 
 PAGE_SIZE = 64
@@ -106,8 +108,19 @@ def _load_pages(descs, pages, page_rows, head, tiles, boxes, full, index, D_REST
 
 
 @gluon.jit
-def _produce(queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
-    """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
+def _produce(
+    queries,
+    table,
+    q_descs,
+    k_descs,
+    v_descs,
+    smem,
+    barriers,
+    taken,
+    counters_ptr,
+    D_REST: gl.constexpr,
+):
+    """Take tiles; load their queries and the keys and values that they see, as buffers become free."""
     lengths, sizes, reach = queries
     B, heads, packs = sizes
     block_table_ptr, stride_table, k_rows, v_rows = table
@@ -119,13 +132,13 @@ def _produce(queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST: 
     round = 0  # query tiles so far
     step = 0  # tiles of keys so far
     index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    tiles_before = 0  # of the sequences before
     sequence = 0
     while sequence < B:
         begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
         count = tiles_m * heads
         if index < count:
-            start_m, head, head_kv = query_tile(index, tiles_m, packs, PACK)
-            index += gl.num_programs(0)
+            start_m, head, head_kv = longest_tile(index, tiles_m, heads, packs, PACK)
             for c in gl.static_range(CONSUMERS):
                 place = begin, S, start_m + c * (ROWS // PACK), head
                 mbarrier.wait(q_empty.index(c), round & 1 ^ 1)
@@ -159,9 +172,15 @@ def _produce(queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST: 
                 step += 1
             step -= 1
             round += 1
+            index = take_tile(taken, counters_ptr, round) - tiles_before
         else:
             index -= count
+            tiles_before += count
             sequence += 1
+    # the last program to come here has the counters at zero again for the next launch
+    if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counters_ptr, 0)
+        gl.store(counters_ptr + 1, 0)
 
 
 @gluon.jit
@@ -213,6 +232,7 @@ def _paged_attention_kernel(
     block_table_ptr,  # (B, pages of a sequence)
     context_lens_ptr,  # (B,)
     cu_seqlens_ptr,  # (B + 1,)
+    counters_ptr,  # (2,): tiles that were taken, programs that have ended
     stride_table,
     k_rows,  # of the cache from one page to the next
     v_rows,
@@ -235,6 +255,11 @@ def _paged_attention_kernel(
         shared_tiles(out_descs, CONSUMERS, D_REST),
     )
     barriers = all_barriers(BUFFERS)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+    slots = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    taken = slots, ready
     fence_async_shared()
     lengths, sizes = (cu_seqlens_ptr, context_lens_ptr), (B, heads, packs)
     queries = lengths, sizes, (left, 0)
@@ -242,9 +267,23 @@ def _paged_attention_kernel(
     # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
     gl.warp_specialize(
         [
-            (consume, (queries, out_descs, smem, barriers, qk_scale, D_REST, 0, IN_TURN)),
-            (consume, (queries, out_descs, smem, barriers, qk_scale, D_REST, 1, IN_TURN)),
-            (_produce, (queries, table, q_descs, k_descs, v_descs, smem, barriers, D_REST)),
+            (consume, (queries, out_descs, smem, barriers, taken, qk_scale, D_REST, 0, IN_TURN)),
+            (consume, (queries, out_descs, smem, barriers, taken, qk_scale, D_REST, 1, IN_TURN)),
+            (
+                _produce,
+                (
+                    queries,
+                    table,
+                    q_descs,
+                    k_descs,
+                    v_descs,
+                    smem,
+                    barriers,
+                    taken,
+                    counters_ptr,
+                    D_REST,
+                ),
+            ),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -301,6 +340,7 @@ def paged_attention_gluon(
         block_table,
         context_lens,
         cu_seqlens,
+        counters(2, q.device),
         block_table.stride(0),
         k_cache.stride(0) // k_cache.stride(2),
         v_cache.stride(0) // v_cache.stride(2),

@@ -214,6 +214,7 @@ def _paged_model_cases() -> list[Case]:
         ("chunk-512-of-8k", (512,) * 8, (8192,) * 8),
         ("chunk-2048", (2048,), (8192,)),
         ("prefill-2k", (2048,) * 4, (2048,) * 4),
+        ("prefill-4k", (4096,), (4096,)),
         ("chunk-and-decode", (512, *(1,) * 48), (4096, *(2048,) * 48)),
     ):
         dims = _paged(queries, contexts, 32, 8, window=4096)
