@@ -161,22 +161,25 @@ def test_what_the_kernel_takes() -> None:
 @pytest.mark.parametrize(
     ("M", "N", "few", "many", "way"),
     [
-        (1, 28672, True, True, "few_rows"),
-        (64, 28672, True, True, "few_rows"),
-        (64, 28672, False, True, "fused"),
-        (65, 28672, True, True, "many_rows"),
-        (65, 28672, True, False, "fused"),
-        (128, 4096, True, True, "fused"),  # 32 tiles for 132 programs
-        (65, 6144, True, True, "many_rows"),
-        (256, 4096, True, True, "dequantised"),  # tiles for a half, of a small weight
-        (257, 4096, True, True, "many_rows"),
-        (512, 28672, True, True, "many_rows"),
-        (513, 28672, True, True, "dequantised"),
-        (129, 28672, True, False, "dequantised"),
-        (300, 128, True, True, "dequantised"),
+        (1, 28672, 64, True, "few_rows"),
+        (64, 28672, 64, True, "few_rows"),
+        (64, 28672, 0, True, "fused"),
+        (32, 4096, 32, True, "few_rows"),
+        (33, 4096, 32, True, "fused"),
+        (0, 4096, 0, True, "fused"),
+        (65, 28672, 64, True, "many_rows"),
+        (65, 28672, 64, False, "fused"),
+        (128, 4096, 32, True, "fused"),  # 32 tiles for 132 programs
+        (65, 6144, 32, True, "many_rows"),
+        (256, 4096, 32, True, "dequantised"),  # tiles for a half, of a small weight
+        (257, 4096, 32, True, "many_rows"),
+        (512, 28672, 64, True, "many_rows"),
+        (513, 28672, 64, True, "dequantised"),
+        (129, 28672, 64, False, "dequantised"),
+        (300, 128, 32, True, "dequantised"),
     ],
 )
-def test_which_way_is_taken(M: int, N: int, few: bool, many: bool, way: str) -> None:
+def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> None:
     assert nf4_matmul.choose(M, N, 132, few=few, many=many) == way
 
 

@@ -44,6 +44,7 @@ SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
 MAX_M = 64
+WIDE = 128 * SMS  # rows of a weight that are worth reading all of x for in every program
 PREFETCHED = gl.constexpr(
     4
 )  # turns whose codes are in the L2 cache before the kernel ahead ends: 64 to 128 KB a program
@@ -531,7 +532,7 @@ def takes(rows: Tensor, weight: NF4Weight) -> bool:
     """
     return (
         0 < rows.shape[0] <= MAX_M
-        and (rows.shape[0] <= 16 or weight.shape[0] >= 128 * SMS)
+        and (rows.shape[0] <= 16 or weight.shape[0] >= WIDE)
         and rows.data_ptr() % 16 == 0
         and rows.stride(0) * rows.itemsize % 16 == 0
         and weight.codes.data_ptr() % 16 == 0

@@ -3,8 +3,8 @@
 Up to 128 rows, codes are read once for each 16 or 64 rows and dequantised on their way to the tensor cores: the
 weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
 compute dtype, as the model's own dequantisation rounds it. For more rows the dequantised weight is written out once
-and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 64, and
-on Hopper ``nf4_many_rows`` takes more: ``choose`` says which way is taken.
+and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or
+64, and on Hopper ``nf4_many_rows`` takes more: ``choose`` says which way is taken.
 """
 
 import math
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels import nf4_few_rows, nf4_many_rows
+from idefics2_kernels import nf4_few_rows, nf4_few_rows_gluon, nf4_many_rows
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.attention_tiles import arch
 from idefics2_kernels.attention_warps import processors
@@ -34,9 +34,10 @@ BLOCK = tl.constexpr(tables.BLOCK)
 MANY_ROWS = 512
 FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
 # One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where
-# fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.63 to 0.96 of fused's
-# time at 16 rows; at 64 it still takes 1.02 to 1.09, and what lies between was not measured.
-FEW_ROWS = 64
+# fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.5 to 0.72 of fused's
+# time at 16 rows; at 64, a tile that 33 rows fill as well, 1.02 to 1.2, but for wide weights on Hopper, 0.57. What lies
+# between 16 and 33 was not measured.
+FEW_ROWS, FEW_ROWS_OF_WIDE = 32, 64
 
 
 @dataclass(frozen=True)
@@ -141,17 +142,17 @@ def _nf4_matmul_kernel(
 Way = Literal["few_rows", "fused", "many_rows", "dequantised"]
 
 
-def choose(M: int, N: int, programs: int, *, few: bool, many: bool) -> Way:
-    """Return which way takes ``M`` rows and ``N`` of the weight, if ``nf4_few_rows`` and ``nf4_many_rows`` can take it.
+def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
+    """Return which way takes ``M`` rows and ``N`` of the weight; ``nf4_few_rows`` takes up to ``few``, ``nf4_many_rows`` ``many``.
 
-    Up to 64 rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each 64, so more rows
+    For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each tile, so more than 64
     go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
     for the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
     128 costs less than the dequantised weight's way through memory to cuBLAS.
     """
-    if few and M <= FEW_ROWS:
+    if few and few >= M:
         return "few_rows"
-    if many and FEW_ROWS < M <= MANY_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
+    if many and FEW_ROWS_OF_WIDE < M <= MANY_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
         return "many_rows"
     return "fused" if M <= FUSED_ROWS else "dequantised"
 
@@ -167,11 +168,15 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     """
     rows = _checked(x, weight, bias)
     on_hopper = not UPCAST.value and arch() == 90
+    few = 0
+    if nf4_few_rows.can_take(weight):
+        is_wide = on_hopper and weight.shape[0] >= nf4_few_rows_gluon.WIDE
+        few = FEW_ROWS_OF_WIDE if is_wide else FEW_ROWS
     way = choose(
         rows.shape[0],
         weight.shape[0],
         processors(x.device),
-        few=nf4_few_rows.can_take(weight),
+        few=few,
         many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
     )
     ways: dict[Way, Callable[..., Tensor]] = {
