@@ -12,7 +12,6 @@ from torch import Tensor
 import gluon_on_cpu
 from guarded import guarded_allocations
 from idefics2_kernels import paged_attention_gluon, reference
-from idefics2_kernels.arrivals import counters
 from idefics2_kernels.attention_tiles import UNBOUNDED, base_two
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog import paged_attention as catalog
@@ -65,14 +64,17 @@ def run(
     inputs: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     programs: int = 3,
+    counters: Tensor | None = None,
     **options: int,
 ) -> Tensor:
-    """Run the kernel with a few programs, so that each has several tiles."""
+    """Run the kernel with a few programs, so that each has several tiles, and counters that nobody else uses."""
+    own = torch.zeros(2, dtype=torch.int32) if counters is None else counters
     config = kernel._launch_config
     arguments = {name: value for name, value in inputs.items() if name not in ("window", "scale")}
     window = inputs["window"]
     with monkeypatch.context() as patch, guarded_allocations():
         patch.setattr(kernel, "processors", lambda _device: programs)
+        patch.setattr(kernel, "counters", lambda _count, _device: own)
         patch.setattr(kernel, "_launch_config", lambda *sizes: replace(config(*sizes), **options))
         out = torch.empty(inputs["q"].shape, dtype=inputs["q"].dtype)
         kernel.paged_attention_gluon(
@@ -244,10 +246,12 @@ def test_tiles_are_taken_once_and_the_counters_given_back(
         return index
 
     monkeypatch.setattr(kernel, "take_tile", watched)
-    assert error(run(kernel, inputs, monkeypatch, programs=2), inputs) <= 1
+    counters = torch.zeros(2, dtype=torch.int32)
+    out = run(kernel, inputs, monkeypatch, programs=2, counters=counters)
+    assert error(out, inputs) <= 1
     tiles = 2 * sum(-(-4 * queries // 128) for queries in BATCHES["groups-of-4"].queries)
     assert taken == [*range(2, tiles), tiles, tiles + 1], "the last two find none"
-    assert not counters(2, torch.device("cpu")).any()
+    assert not counters.any()
 
 
 # Changes of the source, and the batch that must notice.
