@@ -23,7 +23,6 @@ from idefics2_kernels.primitives import UPCAST
 
 ENABLED = True  # a switch for measurements
 LINE = tl.constexpr(128)  # bytes that the L2 cache fetches
-AT_ONCE = 132  # programs of which each has an H100's processor: what they read early makes nobody else wait
 
 
 def dependent() -> dict[str, bool]:

@@ -20,12 +20,13 @@ from idefics2_kernels.checks import (
     check_shape,
 )
 from idefics2_kernels.dependent_launch import (
-    AT_ONCE,
     dependent,
     let_next_begin,
     prefetch,
     wait_for_last,
 )
+
+_AT_ONCE = 132  # programs of which each has an H100's processor: what they read early makes nobody else wait
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _launch(
         D // 2,
         1 if v_out is None else v_out.shape[2],
         cos_sin.shape[0],
-        LOOKS_AHEAD=T <= AT_ONCE,
+        LOOKS_AHEAD=T <= _AT_ONCE,
         HAS_CACHE=v_out is not None,
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
