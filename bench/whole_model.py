@@ -139,7 +139,7 @@ def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
 
 
 def memory_of(llm: LLM) -> dict[str, float]:
-    """Return what the weights of ``llm`` take, and on a GPU all that is allocated there, which is what loading left."""
+    """Return what the weights of ``llm`` take, and on a GPU all that is allocated there, an engine's buffers included."""
     memory = {"weights_GB": llm.model.num_bytes / 1e9}
     if llm.model.device.type == "cuda":
         memory["allocated_GB"] = torch.cuda.memory_allocated(llm.model.device) / 1e9

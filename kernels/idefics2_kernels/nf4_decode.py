@@ -1,7 +1,8 @@
 """NF4 codes to weights, in the two ways that are exact and fast on a GPU, for kernels in Gluon.
 
-In shared memory there is a table with an entry for each byte of codes, the two values that its nibbles stand for in fp32, in 256
-bytes; each of a warp's lanes has a copy in banks of its own. One instruction makes an address, one loads two
+In shared memory there is a table with an entry for each byte of codes, the two values that its nibbles stand for in fp32. An entry
+has 16 copies, in banks of their own, for the lanes of half a warp, which are served at a time, and begins at a multiple of 256 bytes, half of
+which stay unused. So one instruction makes an address, one loads two
 values, two multiply them by the block's absmax, one rounds both: 2.5 a weight, and the path to shared memory is busiest.
 
 In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept as bytes; then bytes are
@@ -75,9 +76,9 @@ _PERMUTED = gl.constexpr(_permuted())
 
 @gluon.jit
 def fill_table(code_ptr, table, NUM_WARPS: gl.constexpr):
-    """Write the two values of every byte, the high nibble's first, for each lane; 16 bytes, of two lanes, at once."""
+    """Write the two values of every byte, the high nibble's first, for each place; 16 bytes, of two places, at once."""
     THREADS: gl.constexpr = NUM_WARPS * 32
-    LANES: gl.constexpr = 8  # each for two places
+    LANES: gl.constexpr = PLACES // 2
     thread = gl.arange(0, THREADS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
     for i in gl.static_range(256 * LANES // THREADS):
         byte = thread // LANES + i * (THREADS // LANES)
