@@ -180,7 +180,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "absmax of the turn before": ("stages[1], table", "stages[0], table", "buffers"),
     "the same half twice": ("_is_odd(place) == part", "_is_odd(place) == 0", "few-rows"),
     "codes of the first turn": ("flat + DEPTH", "flat", "buffers"),
-    "halves as in memory": ("other = _is_odd(place) * 4", "other = _is_odd(place) * 0", "few-rows"),
+    "halves as in memory": ("other = is_odd * 4", "other = is_odd * 0", "few-rows"),
     "columns in another order": (
         "(0, 1, 7, 2, 4, 6, 5, 3, 8)",
         "(0, 1, 7, 2, 4, 5, 6, 3, 8)",
@@ -200,7 +200,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "nested = gl.load(nested_absmax_ptr + blocks * 0)",
         "both-halves",
     ),
-    "a nested code for its neighbour": ("[$1+65536]", "[$1+65532]", "few-rows"),
+    "a nested code for its neighbour": (
+        "table + TABLE_BYTES,",
+        "table + TABLE_BYTES - 4,",
+        "few-rows",
+    ),
     "no offset": ("_LOWEST) + stage[4]", "_LOWEST)", "few-rows"),
     "warps along K are lost": ("gl.sum(acc, axis=0)", "acc[0]", "uneven-columns"),
     "bias dropped": ("if HAS_BIAS:", "if False:", "rounds"),

@@ -134,8 +134,8 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("code_ptr + (byte >> 4)", "code_ptr + (byte & 15)", "square"),
     "the lane's place is left out": ("% PLACES * 8", "% PLACES * 0 + 1", "square"),
     "halves as in memory": (
-        "other = (place[1] % 2 +",
-        "other = (place[1] * 0 +",
+        "is_odd = (eighth % 2 +",
+        "is_odd = (eighth * 0 +",
         "one-warp-along-k",
     ),
     "x as in memory": ("half = (part + line // 4) % 2", "half = part + line * 0", "square"),

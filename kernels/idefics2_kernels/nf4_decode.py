@@ -17,10 +17,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from idefics2_kernels import nf4_weight as tables
+from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
 
 MEMORY = 256 * 256  # bytes
 TABLE_BYTES = gl.constexpr(MEMORY)
 PLACES = gl.constexpr(16)  # of a byte's values; the two halves of a warp read one after the other
+
+
+_LOWEST = gl.constexpr(LOWEST.value)
+_NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
 def _looked_up(pair: str, base: str = "") -> str:
@@ -94,6 +99,65 @@ def fill_table(code_ptr, table, NUM_WARPS: gl.constexpr):
             is_pure=False,
             pack=1,
         )
+
+
+@gluon.jit
+def warp_number(anything):
+    """Return the number of this warp, which the language has no word for."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;",
+        "=&r,r",
+        [anything],
+        gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def queued(stages, stage):
+    """Return ``stages`` and, last, ``stage``."""
+    stages += (stage,)
+    return stages
+
+
+@gluon.jit
+def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
+    """Begin to load the codes of ``blocks`` (WARPS_K, rows, 4), in two parts, and what makes their absmax.
+
+    Lanes of odd rows (``is_odd`` (WARPS_K, rows, 4, 1) is 1, else 0) load their blocks' second half first: of the 16 bytes
+    that each of eight lanes loads at once, no two then lie in the same banks of the L1 cache.
+    """
+    codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
+        None, None, None, :
+    ]
+    words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
+    absmax = gl.load(absmax_ptr + blocks)
+    nested, offset = absmax, absmax
+    if IS_NESTED:
+        nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
+        offset = gl.load(offset_ptr + (blocks >> _NESTED_SHIFT))
+    other = is_odd * 4
+    return gl.load(words_ptrs + other), gl.load(words_ptrs + (4 - other)), absmax, nested, offset
+
+
+@gluon.jit
+def absmax_of(stage, nested_code, IS_NESTED: gl.constexpr):
+    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4.load_absmax``; ``nested_code`` is an address."""
+    absmax = stage[2]
+    if IS_NESTED:
+        code = gl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1];",
+            "=f,r",
+            [nested_code + gl.cast(absmax, gl.int32) * 4],
+            gl.float32,
+            is_pure=False,
+            pack=1,
+        )
+        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
+    return absmax
 
 
 @gluon.jit

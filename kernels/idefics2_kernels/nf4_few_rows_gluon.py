@@ -26,16 +26,20 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
-from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4 import NESTED_SHIFT
 from idefics2_kernels.nf4_decode import (
     MEMORY,
     PLACES,
     TABLE_BYTES,
+    absmax_of,
     fill_table,
     left,
+    load_blocks,
     look_up_behind,
     numbers_of,
     permute,
+    queued,
+    warp_number,
 )
 from idefics2_kernels.nf4_weight import NF4Weight
 
@@ -53,7 +57,6 @@ _shared = gl.shared_memory_descriptor
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 PAGE = 1024  # bytes
 PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
-_LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
@@ -233,21 +236,8 @@ def _stage(
     TILE: gl.constexpr,
 ):
     """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax."""
-    codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
     blocks = _blocks(place, flat, IS_ONE_ROUND, TILE)
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
-        None, None, None, :
-    ]
-    words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
-    absmax = gl.load(absmax_ptr + blocks)
-    nested, offset = absmax, absmax
-    if IS_NESTED:
-        nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
-        offset = gl.load(offset_ptr + (blocks >> _NESTED_SHIFT))
-    # Lanes of odd rows load their blocks' second half first: of the 16 bytes that each of eight lanes loads at once, no two
-    # then lie in the same banks of the L1 cache.
-    other = _is_odd(place) * 4
-    return gl.load(words_ptrs + other), gl.load(words_ptrs + (4 - other)), absmax, nested, offset
+    return load_blocks(weight, blocks, _is_odd(place), CODES, IS_NESTED)
 
 
 @gluon.jit
@@ -255,21 +245,6 @@ def _is_odd(place):
     """Return 1 where a lane's row is odd, else 0, for each of its words."""
     row, k, q, _first, _N, _steps, _turns, _rows = place
     return (row % 2 + k * 0 + q * 0)[:, :, :, None]
-
-
-@gluon.jit
-def _warp(steps):
-    """Return the number of this warp, which the language has no word for; ``steps`` is anything."""
-    return gl.inline_asm_elementwise(
-        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;", "=&r,r", [steps], gl.int32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _queued(stages, stage):
-    """Return ``stages`` and, last, ``stage``."""
-    stages += (stage,)
-    return stages
 
 
 @gluon.jit
@@ -281,18 +256,7 @@ def _absmax(
     IS_EVEN: gl.constexpr,
 ):
     """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
-    absmax = stage[2]
-    if IS_NESTED:
-        code = gl.inline_asm_elementwise(
-            "ld.shared.f32 $0, [$1+65536];",  # TABLE_BYTES
-            "=f,r",
-            [table + gl.cast(absmax, gl.int32) * 4],
-            gl.float32,
-            is_pure=False,
-            pack=1,
-        )
-        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
-        absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
+    absmax = absmax_of(stage, table + TABLE_BYTES, IS_NESTED)
     if not IS_EVEN:
         absmax = gl.where(is_there, absmax, 0.0)
     return absmax
@@ -444,9 +408,9 @@ def _few_rows_gluon_kernel(
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
     let_next_begin(IS_DEPENDENT, steps)
-    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    stages = queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     for depth in gl.static_range(1, DEPTH):
-        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+        stages = queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     if IS_DEPENDENT:
         for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
@@ -476,7 +440,7 @@ def _few_rows_gluon_kernel(
 
     for round in range(rounds):
         acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
-        is_idle = round * WARPS_N + _warp(steps) % WARPS_N >= groups
+        is_idle = round * WARPS_N + warp_number(steps) % WARPS_N >= groups
         for chunk in range(chunks):
             start = chunk * TURNS
             buffer = 0
@@ -487,7 +451,7 @@ def _few_rows_gluon_kernel(
             for turn in range(start, end):
                 flat = round * turns + turn
                 stage = _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
-                stages = _queued(stages, stage)
+                stages = queued(stages, stage)
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 lower_absmax, upper_absmax = _halves_of_blocks(absmax, HALF)
                 if PERMUTES:

@@ -24,8 +24,17 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
-from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
-from idefics2_kernels.nf4_decode import PLACES, fill_table, left, look_up
+from idefics2_kernels.nf4 import NESTED_SHIFT
+from idefics2_kernels.nf4_decode import (
+    PLACES,
+    absmax_of,
+    fill_table,
+    left,
+    load_blocks,
+    look_up,
+    queued,
+    warp_number,
+)
 from idefics2_kernels.nf4_weight import NF4Weight
 
 EIGHTHS = gl.constexpr(8)
@@ -41,7 +50,6 @@ NESTED_MEMORY = 1024
 PARTS_MEMORY = 62 * 1024
 SIZE = gl.constexpr(MEMORY)
 NESTED_BYTES = gl.constexpr(NESTED_MEMORY)
-_LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
@@ -132,55 +140,10 @@ def _blocks(place, round, upper: gl.constexpr):
 @gluon.jit
 def _stage(weight, place, round, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
     """Begin to load what a round needs, of its lower rows and of its upper ones."""
-    lower = _load_rows(weight, place, round, 0, CODES, IS_NESTED)
-    return lower, _load_rows(weight, place, round, 1, CODES, IS_NESTED)
-
-
-@gluon.jit
-def _queued(stages, stage):
-    """Return ``stages`` and, last, ``stage``."""
-    stages += (stage,)
-    return stages
-
-
-@gluon.jit
-def _load_rows(
-    weight, place, round, upper: gl.constexpr, CODES: gl.constexpr, IS_NESTED: gl.constexpr
-):
-    """Begin to load codes, in two parts, and what makes their absmax."""
-    codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
-    blocks = _blocks(place, round, upper)
-    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
-        None, None, None, :
-    ]
-    words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
-    absmax = gl.load(absmax_ptr + blocks)
-    nested, offset = absmax, absmax
-    if IS_NESTED:
-        nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
-        offset = gl.load(offset_ptr + (blocks >> _NESTED_SHIFT))
-    # Lanes of odd eighths take their blocks' second half first: of the 16 bytes that each of eight lanes loads at once, no
-    # two then lie in the same banks of the L1 cache. x is in the same order.
-    other = (place[1] % 2 + place[2] * 0 + place[3] * 0)[:, :, :, None] * 4
-    return gl.load(words_ptrs + other), gl.load(words_ptrs + (4 - other)), absmax, nested, offset
-
-
-@gluon.jit
-def _absmax(stage, nested_code, IS_NESTED: gl.constexpr):
-    """Return the absmax of blocks, as ``load_absmax``."""
-    absmax = stage[2]
-    if IS_NESTED:
-        code = gl.inline_asm_elementwise(
-            "ld.shared.f32 $0, [$1];",
-            "=f,r",
-            [nested_code + gl.cast(absmax, gl.int32) * 4],
-            gl.float32,
-            is_pure=False,
-            pack=1,
-        )
-        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
-        absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
-    return absmax
+    _warp, eighth, k, q, _first, _pairs, _N, _steps, _WARPS_N = place
+    is_odd = (eighth % 2 + k * 0 + q * 0)[:, :, :, None]  # so x is in that order
+    lower = load_blocks(weight, _blocks(place, round, 0), is_odd, CODES, IS_NESTED)
+    return lower, load_blocks(weight, _blocks(place, round, 1), is_odd, CODES, IS_NESTED)
 
 
 @gluon.jit
@@ -211,8 +174,8 @@ def _product(
 ):
     """Return the product of a round's rows and x (WARPS_K, 16 WARPS_N, 8)."""
     lower, upper = stage
-    lower_absmax = _absmax(lower, nested_code, IS_NESTED)[:, :, :, None]
-    upper_absmax = _absmax(upper, nested_code, IS_NESTED)[:, :, :, None]
+    lower_absmax = absmax_of(lower, nested_code, IS_NESTED)[:, :, :, None]
+    upper_absmax = absmax_of(upper, nested_code, IS_NESTED)[:, :, :, None]
     shape: gl.constexpr = [lower[0].shape[0], lower[0].shape[1] * 2, 8]
     acc = gl.zeros(shape, gl.float32, PRODUCT)
     for part in gl.static_range(2):
@@ -225,9 +188,7 @@ def _product(
 @gluon.jit
 def _own_rounds(pairs, steps, WARPS_N: gl.constexpr):
     """Return how many rounds this warp has; none where there are no columns for it."""
-    warp = gl.inline_asm_elementwise(
-        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;", "=&r,r", [steps], gl.int32, is_pure=True, pack=1
-    )
+    warp = warp_number(steps)
     rounds = gl.cdiv(pairs - warp % WARPS_N, WARPS_N)
     return gl.where(warp // WARPS_N < steps, rounds, 0)
 
@@ -291,9 +252,9 @@ def _one_row_kernel(
     place = i // 8, i % 8, k, q, first, pairs, N, steps, WARPS_N
 
     let_next_begin(IS_DEPENDENT, steps)
-    stages = _queued((), _stage(weight, place, 0, CODES, IS_NESTED))
+    stages = queued((), _stage(weight, place, 0, CODES, IS_NESTED))
     for depth in gl.static_range(1, DEPTH):
-        stages = _queued(stages, _stage(weight, place, depth, CODES, IS_NESTED))
+        stages = queued(stages, _stage(weight, place, depth, CODES, IS_NESTED))
     if IS_DEPENDENT:
         for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, 0) * 8)
@@ -335,7 +296,7 @@ def _one_row_kernel(
         for turn in gl.static_range(DEPTH):
             stage = stages[0]
             next = _stage(weight, place, base + turn + DEPTH, CODES, IS_NESTED)
-            stages = _queued(stages[1:], next)
+            stages = queued(stages[1:], next)
             if base + turn < rounds:
                 acc = _product(stage, nested_code, places, right, dtype, IS_NESTED, PRODUCT)
                 to = address + (base + turn) * (WARPS_N * 2 * ROW_BYTES)
