@@ -49,9 +49,8 @@ X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
 MAX_M = 64
 WIDE = 128 * SMS  # rows of a weight that are worth reading all of x for in every program
-PREFETCHED = gl.constexpr(
-    4
-)  # turns whose codes are in the L2 cache before the kernel ahead ends: 64 to 128 KB a program
+# turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a program
+PREFETCHED = gl.constexpr(4)
 _shared = gl.shared_memory_descriptor
 # Triton 3.8 has a new name
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret

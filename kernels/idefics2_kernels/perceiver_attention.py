@@ -140,9 +140,8 @@ def _perceiver_attention_kernel(
     mask_m = latents < L
     offs_q = image * stride_qn + latents.to(tl.int64) * stride_ql + heads.to(tl.int64) * stride_qh
 
-    if (
-        IS_SPLIT and IS_DEPENDENT and P > 0
-    ):  # as in decode attention: what is found there only decides what to bring
+    if IS_SPLIT and IS_DEPENDENT and P > 0:
+        # as in decode attention: what is found here only decides what to bring to the L2 cache
         begin = tl.load(cu_seqlens_ptr + image, cache_modifier=".cg")
         T = tl.load(cu_seqlens_ptr + image + 1, cache_modifier=".cg") - begin
         first_tile, _, _, _ = _own_tiles(T, L, split, num_splits, BLOCK_N)
