@@ -53,7 +53,7 @@ def _sass(cubin: bytes) -> str:
 _NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
 _LOADS = {
     "_few_rows_gluon_kernel": "LDGSTS",
-    "_one_row_kernel": r"LDG\S*\.STRONG\S*",
+    "_one_row_kernel": r"LDG\S*\.EL\S*",
     "_decode_attention_kernel": _NOT_A_LOOK,
     "_perceiver_attention_kernel": _NOT_A_LOOK,
     "_rotary_kernel": _NOT_A_LOOK,

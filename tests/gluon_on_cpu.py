@@ -314,7 +314,7 @@ class _Pointer:
         return result.view(Array)
 
 
-def _load(pointer: _Pointer, mask: Any = True, other: float = 0, cache_modifier: str = "") -> Any:
+def _load(pointer: _Pointer, mask: Any = True, other: float = 0, eviction_policy: str = "") -> Any:
     values = pointer.read(mask, other)
     return values if values.ndim or values.dtype.kind == "f" else int(values)
 

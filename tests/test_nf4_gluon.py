@@ -174,7 +174,7 @@ def test_what_the_kernel_takes() -> None:
 
 # Changes of the source, and the case that must notice.
 MUTATIONS: dict[str, tuple[str, str, str]] = {
-    "low nibble first": ("code_ptr + (byte >> 4)", "code_ptr + (byte & 15)", "few-rows"),
+    "low nibble first": ("* 16, high, low],", "* 16, low, high],", "few-rows"),
     "a byte for its neighbour": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
     "second value first": ("${i}, f, e;", "${i}, e, f;", "few-rows"),
     "absmax of the turn before": ("stages[1], table", "stages[0], table", "buffers"),

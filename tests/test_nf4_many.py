@@ -208,7 +208,7 @@ def test_the_output_has_what_is_left(block_m: int, stages: int, out_rows: int) -
 
 # Changes of the source, each of which must be noticed.
 MUTATIONS: dict[str, tuple[str, str]] = {
-    "the low nibble first": ("code_ptr + (byte >> 4)", "code_ptr + (byte & 15)"),
+    "the low nibble first": ("* 16, high, low],", "* 16, low, high],"),
     "the second value first": ("${i}, g, f;", "${i}, f, g;"),
     "the first word's byte twice": ("${2 + i}, $4, $5", "$2, $4, $5"),
     "another thread's byte": ("place * 0x10 + 0x7604", "place * 0 + 0x7604"),

@@ -131,7 +131,7 @@ def test_what_the_kernel_takes() -> None:
 
 # Changes of the source, and the case that must notice.
 MUTATIONS: dict[str, tuple[str, str, str]] = {
-    "low nibble first": ("code_ptr + (byte >> 4)", "code_ptr + (byte & 15)", "square"),
+    "low nibble first": ("* 16, high, low],", "* 16, low, high],", "square"),
     "the lane's place is left out": ("% PLACES * 8", "% PLACES * 0 + 1", "square"),
     "halves as in memory": (
         "is_odd = (eighth % 2 +",

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels import TRITON, linear, nf4, nf4_few_rows, nf4_matmul
+from idefics2_kernels import TRITON, linear, nf4, nf4_matmul, nf4_permute
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog.spec import widened
 from idefics2_kernels.checks import FLOATS
@@ -67,7 +67,7 @@ def test_integers_are_exact_compiled(
 def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped-def]
     offs = tl.arange(0, 64)
     a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
-    tl.store(out_ptr + offs, nf4_few_rows.permute_bytes(a, b, tl.zeros_like(a) + selector))
+    tl.store(out_ptr + offs, nf4_permute.permute_bytes(a, b, tl.zeros_like(a) + selector))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

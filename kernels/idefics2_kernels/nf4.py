@@ -13,6 +13,7 @@ from torch import Tensor
 from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype
 from idefics2_kernels.dependent_launch import settle
+from idefics2_kernels.nf4_permute import decode, numbers
 from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.primitives import cast
 
@@ -23,7 +24,12 @@ LAST_BIN = tl.constexpr(float(tables.BINS - 1))
 SMALLEST = tl.constexpr(1e-38)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
+WORD_SHIFT = tl.constexpr(
+    (tables.BLOCK // 8).bit_length() - 1
+)  # from words of eight codes to blocks
 BLOCKS = 32  # a program
+# A thread has four words, of four blocks: with fewer it waits for memory, with more it is no faster.
+WORDS, TILES = 128, 4
 
 
 @triton.jit
@@ -149,6 +155,46 @@ def _dequantize_kernel(
     tl.store(out_ptr + offs, cast(values, out_ptr.dtype.element_ty), mask=offs < numel)
 
 
+@triton.jit
+def _dequantize_words_kernel(
+    codes_ptr,  # (words,), eight codes each
+    absmax_ptr,  # (ceil(words / 8),)
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    out_ptr,  # (8 * words,)
+    words,
+    IS_NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    first = tl.program_id(0).to(tl.int64) * (TILES * WORDS)
+    codes, absmaxes = tl.tuple(()), tl.tuple(())
+    for tile in tl.static_range(TILES):
+        word = first + tile * WORDS + tl.arange(0, WORDS)
+        mask = word < words
+        codes += (tl.load(codes_ptr + word, mask=mask, other=0),)
+        absmaxes += (
+            load_absmax(
+                absmax_ptr,
+                nested_absmax_ptr,
+                nested_code_ptr,
+                offset_ptr,
+                word >> WORD_SHIFT,
+                mask,
+                IS_NESTED,
+            ),
+        )
+    for tile in tl.static_range(TILES):
+        lows, highs = numbers(absmaxes[tile], dtype)
+        values = decode(lows, highs, codes[tile], dtype)  # (WORDS, of a byte, byte, half a word)
+        values = tl.reshape(tl.permute(values, (0, 3, 2, 1)), [WORDS, 8])
+        word = first + tile * WORDS + tl.arange(0, WORDS)
+        out_ptrs = out_ptr + word[:, None] * 8 + tl.arange(0, 8)[None, :]
+        tl.store(out_ptrs, values, mask=(word < words)[:, None])
+
+
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     """Quantise ``weight`` of any shape and strides in blocks of 64 of its elements, row by row.
 
@@ -206,13 +252,25 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
     """
     check_device(weight=weight.codes)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    if out.numel():
+    parts = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
+    if not out.numel():
+        return out
+    if _is_in_words(weight):
+        words = out.numel() // 8
+        _dequantize_words_kernel[(triton.cdiv(words, WORDS * TILES),)](
+            weight.codes.view(torch.int32),
+            *parts,
+            out,
+            words,
+            IS_NESTED=weight.is_nested,
+            WORDS=WORDS,
+            TILES=TILES,
+            num_warps=WORDS // 32,
+        )
+    else:
         _dequantize_kernel[(triton.cdiv(weight.absmax.numel(), BLOCKS),)](
             weight.codes,
-            weight.absmax,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.offset,
+            *parts,
             tables.nf4_code(weight.device),
             out,
             out.numel(),
@@ -221,3 +279,12 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
             num_warps=4,
         )
     return out
+
+
+def _is_in_words(weight: NF4Weight) -> bool:
+    """Return whether codes can be read eight at once, and two weights fit into 32 bits."""
+    return (
+        weight.dtype.itemsize == 2
+        and weight.numel % 8 == 0
+        and weight.codes.storage_offset() % 4 == 0
+    )

@@ -24,6 +24,7 @@ TABLE_BYTES = gl.constexpr(MEMORY)
 PLACES = gl.constexpr(16)  # of a byte's values; the two halves of a warp read one after the other
 
 
+CODE = gl.constexpr(tables.NF4_CODE)
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
@@ -80,21 +81,30 @@ _PERMUTED = gl.constexpr(_permuted())
 
 
 @gluon.jit
-def fill_table(code_ptr, table, NUM_WARPS: gl.constexpr):
+def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Return what ``FIRST`` plus each of ``code``, below ``COUNT``, stands for, without reading memory."""
+    value = gl.where(code == 0, CODE[FIRST], 0.0)
+    for i in gl.static_range(1, COUNT):
+        value = gl.where(code == i, CODE[FIRST + i], value)
+    return value
+
+
+@gluon.jit
+def fill_table(table, NUM_WARPS: gl.constexpr):
     """Write the two values of every byte, the high nibble's first, for each place; 16 bytes, of two places, at once."""
-    THREADS: gl.constexpr = NUM_WARPS * 32
     LANES: gl.constexpr = PLACES // 2
-    thread = gl.arange(0, THREADS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
-    for i in gl.static_range(256 * LANES // THREADS):
-        byte = thread // LANES + i * (THREADS // LANES)
+    AT_ONCE: gl.constexpr = NUM_WARPS * 32 // LANES  # bytes, in which so many nibbles occur:
+    LOWS: gl.constexpr = 16 if AT_ONCE > 16 else AT_ONCE
+    HIGHS: gl.constexpr = AT_ONCE // LOWS
+    thread = gl.arange(0, NUM_WARPS * 32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    byte = thread // LANES
+    for i in gl.static_range(256 // AT_ONCE):
+        low = _value(byte % LOWS, i * AT_ONCE % 16, LOWS)
+        high = _value(byte // LOWS, i * AT_ONCE // 16, HIGHS)
         gl.inline_asm_elementwise(
             "st.shared.v4.f32 [$1], {$2, $3, $2, $3}; mov.u32 $0, 0;",
             "=r,r,f,f",
-            [
-                table + byte * 256 + thread % LANES * 16,
-                gl.load(code_ptr + (byte >> 4)),
-                gl.load(code_ptr + (byte & 15)),
-            ],
+            [table + (byte + i * AT_ONCE) * 256 + thread % LANES * 16, high, low],
             gl.int32,
             is_pure=False,
             pack=1,

@@ -23,7 +23,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
 from idefics2_kernels.nf4 import NESTED_SHIFT
@@ -345,7 +344,6 @@ def _few_rows_gluon_kernel(
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,  # (ceil(N * K / 64 / 256),)
-    code_ptr,  # (16,)
     bias_ptr,  # (N,), if HAS_BIAS
     out_ptr,  # (M, N), contiguous
     stride_x,
@@ -414,8 +412,11 @@ def _few_rows_gluon_kernel(
         for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
         prefetch(absmax_ptr + _blocks(place, DEPTH, IS_ONE_ROUND, TILE))
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    nested_code = gl.zeros([256], gl.float32, FLAT)
+    if IS_NESTED:
+        nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
     fill_table(
-        code_ptr,
         gl.inline_asm_elementwise(
             "mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=True, pack=1
         ),
@@ -424,10 +425,7 @@ def _few_rows_gluon_kernel(
     wait_for_last(IS_DEPENDENT, steps)
     for i in gl.static_range(BUFFERS):
         _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
-    if IS_NESTED:
-        FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
-        nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
-        smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
+    smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
     if BUFFERS == 1:
         async_copy.wait_group(0)
     # the address is not known before the barrier, so that nothing is looked up before the table is there
@@ -520,7 +518,6 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             weight.nested_absmax,
             weight.nested_code,
             weight.offset,
-            tables.nf4_code(rows.device),
             bias,
             out,
             rows.stride(0),

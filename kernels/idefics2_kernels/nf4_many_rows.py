@@ -401,7 +401,6 @@ def _many_rows_kernel(
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,  # (ceil(N * K / 64 / 256),)
-    code_ptr,  # (16,)
     bias_ptr,  # (N,)
     N,
     blocks,  # of a row, K / 64
@@ -427,7 +426,7 @@ def _many_rows_kernel(
         gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, OUT_M, ROWS], out_desc.layout),
     )
     address, _lane, _selector = _table(blocks)
-    fill_table(code_ptr, address, 4)
+    fill_table(address, 4)
     barriers = _barriers(STAGES, 2), _barriers(STAGES, CONSUMERS)
     fence_async_shared()
     absmax = absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr
@@ -501,7 +500,6 @@ def multiply(
         weight.nested_absmax,
         weight.nested_code,
         weight.offset,
-        tables.nf4_code(rows.device),
         bias,
         N,
         K // tables.BLOCK,

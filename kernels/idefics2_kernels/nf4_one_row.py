@@ -21,7 +21,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from idefics2_kernels import nf4_weight as tables
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
 from idefics2_kernels.nf4 import NESTED_SHIFT
@@ -159,7 +158,8 @@ def _right(
     k = gl.minimum(k, steps - 1)
     half = (part + line // 4) % 2
     offs = (line // 4 * steps + k) * 256 + line % 4 * 64 + half * 32 + column
-    x = gl.load(x_ptr + offs, cache_modifier=".cg")
+    # half a sector a lane at a time: past the L1 cache, all programs would wait for the same lines of the L2 cache
+    x = gl.load(x_ptr + offs, eviction_policy="evict_last")
     x = gl.permute(gl.reshape(x, [WARPS_K, 8, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
     return gl.convert_layout(gl.reshape(x, [WARPS_K, 128, 8]), gl.DotOperandLayout(1, PRODUCT, 2))
 
@@ -218,7 +218,6 @@ def _one_row_kernel(
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,  # (ceil(N * K / 64 / 256),)
-    code_ptr,  # (16,)
     bias_ptr,  # (N,), if HAS_BIAS
     out_ptr,  # (N,)
     N,
@@ -262,20 +261,19 @@ def _one_row_kernel(
             prefetch(codes_ptr + _blocks(place, ahead, 0) * 8)
             prefetch(codes_ptr + _blocks(place, ahead, 1) * 8)
         prefetch(absmax_ptr + _blocks(place, DEPTH, 0))
-    fill_table(
-        code_ptr,
-        gl.inline_asm_elementwise(_TABLE, "=r,r", [steps], gl.int32, is_pure=True, pack=1),
-        NUM_WARPS,
-    )
     code = gl.zeros([256], gl.float32, FLAT)
     if IS_NESTED:
         code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
-    smem.index(0).store(code)
+    fill_table(
+        gl.inline_asm_elementwise(_TABLE, "=r,r", [steps], gl.int32, is_pure=True, pack=1),
+        NUM_WARPS,
+    )
     wait_for_last(IS_DEPENDENT, steps)
     right = (
         _right(x_ptr, 0, steps, WARPS_K, X, PRODUCT),
         _right(x_ptr, 1, steps, WARPS_K, X, PRODUCT),
     )
+    smem.index(0).store(code)
     # addresses are not known before the barrier, so that nothing is read before it is there
     table = gl.inline_asm_elementwise(
         "bar.sync 0; " + _TABLE, "=r,r", [steps], gl.int32, is_pure=False, pack=1
@@ -358,7 +356,6 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             weight.nested_absmax,
             weight.nested_code,
             weight.offset,
-            tables.nf4_code(rows.device),
             bias,
             out,
             N,

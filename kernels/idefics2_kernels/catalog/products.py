@@ -216,6 +216,7 @@ def _quantise_cases() -> tuple[Case, ...]:
         Case("zeros", {"shape": (4, 70), "values": "zeros"}, _BF16),
         Case("ties", {"shape": (30, 64), "values": "ties", "double_quant": False}, _FP32),
         Case("wide-range", {"shape": (6, 70), "values": "wide"}, _FP32),
+        Case("wide-range-in-words", {"shape": (6, 72), "values": "wide"}, _BF16),
         Case("subnormal", {"shape": (3, 70), "values": "subnormal", "double_quant": False}, _FP32),
         Case("stacked", {"shape": (69, 256), "stacked": 64}, _BF16),
     ]
@@ -223,6 +224,7 @@ def _quantise_cases() -> tuple[Case, ...]:
         dims = {"shape": shape, "double_quant": dtype is not _FP16}
         cases.append(Case(_name("gpu", "x".join(map(str, shape)), dtype), dims, dtype, "gpu"))
     cases.append(Case("gpu-2^31-elements", {"shape": (2**31 + 197,)}, _BF16, "huge"))
+    cases.append(Case("gpu-2^31-elements-in-words", {"shape": (2**31 + 200,)}, _BF16, "huge"))
     cases += [
         Case(f"{N}x{K}", {"shape": (N, K)}, _BF16, "model")
         for N, K in ((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (4304, 1152))
