@@ -24,7 +24,7 @@ from idefics2_kernels.dependent_launch import (
     LINE,
     dependent,
     let_next_begin,
-    prefetch,
+    prefetch_lines,
     wait_for_last,
 )
 from idefics2_kernels.split_keys import MAX_SPLITS, merge_tile, share_state, state_buffers
@@ -139,10 +139,8 @@ def _decode_attention_kernel(
             page = tl.load(block_table_ptr + start // TILES, cache_modifier=".cg")
             page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
             slot = start % TILES * BLOCK_N
-            line: tl.constexpr = LINE // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            columns = tl.minimum(tl.arange(0, LINES) * line, D - 1)[None, :]
-            prefetch(k_ptr + page * stride_kp + slot * stride_ks + offs_kn[:, None] + columns)
-            prefetch(v_ptr + page * stride_vp + slot * stride_vs + offs_vn[:, None] + columns)
+            prefetch_lines(k_ptr + page * stride_kp + slot * stride_ks + offs_kn, 0, D, LINES)
+            prefetch_lines(v_ptr + page * stride_vp + slot * stride_vs + offs_vn, 0, D, LINES)
     wait_for_last(IS_DEPENDENT)
     token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     T = tl.load(context_lens_ptr + sequence)

@@ -63,3 +63,11 @@ def prefetch(ptrs):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def prefetch_lines(ptrs, start, end, LINES: tl.constexpr):
+    """``prefetch`` ``LINES`` lines of each row that begins at ``ptrs`` (R,), from column ``start`` on; it ends at ``end``."""
+    line: tl.constexpr = LINE // (ptrs.dtype.element_ty.primitive_bitwidth // 8)
+    columns = tl.minimum(start + tl.arange(0, LINES) * line, end - 1)
+    prefetch(ptrs[:, None] + columns[None, :])

@@ -17,10 +17,9 @@ from torch import Tensor
 from idefics2_kernels.activation import gelu_tanh
 from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.dependent_launch import (
-    LINE,
     dependent,
     let_next_begin,
-    prefetch,
+    prefetch_lines,
     wait_for_last,
 )
 from idefics2_kernels.primitives import cast, dot
@@ -86,10 +85,8 @@ def _split_k_kernel(
     weight_ptrs = weight_ptr + offs_n[:, None] * stride_weight + offs_k[None, :]
     x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
     if IS_DEPENDENT and split * k_split < K:  # x is still being computed, the weight is there
-        line: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        columns = tl.minimum(split * k_split + tl.arange(0, PREFETCHED) * line, K - 1)
         rows = tl.minimum(offs_n, N - 1)
-        prefetch(weight_ptr + rows[:, None] * stride_weight + columns[None, :])
+        prefetch_lines(weight_ptr + rows * stride_weight, split * k_split, K, PREFETCHED)
     wait_for_last(IS_DEPENDENT)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)

@@ -28,7 +28,7 @@ from idefics2_kernels.dependent_launch import (
     LINE,
     dependent,
     let_next_begin,
-    prefetch,
+    prefetch_lines,
     wait_for_last,
 )
 from idefics2_kernels.split_keys import combine, state_buffers, store_state
@@ -146,11 +146,9 @@ def _perceiver_attention_kernel(
         T = tl.load(cu_seqlens_ptr + image + 1, cache_modifier=".cg") - begin
         first_tile, _, _, _ = _own_tiles(T, L, split, num_splits, BLOCK_N)
         keys = begin + first_tile * BLOCK_N + tl.arange(0, 2 * BLOCK_N)
-        keys = tl.minimum(tl.maximum(keys, 0), P - 1).to(tl.int64)[:, None]
-        line: tl.constexpr = LINE // (k_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        columns = tl.minimum(tl.arange(0, LINES) * line, D - 1)[None, :]
-        prefetch(k_ptr + keys * stride_kt + columns)
-        prefetch(v_ptr + keys * stride_vt + columns)
+        keys = tl.minimum(tl.maximum(keys, 0), P - 1).to(tl.int64)
+        prefetch_lines(k_ptr + keys * stride_kt, 0, D, LINES)
+        prefetch_lines(v_ptr + keys * stride_vt, 0, D, LINES)
     wait_for_last(IS_DEPENDENT)
     begin = tl.load(cu_seqlens_ptr + image)
     T = tl.load(cu_seqlens_ptr + image + 1) - begin
