@@ -11,10 +11,8 @@ from torch import Tensor
 import gluon_on_cpu
 from guarded import guarded_allocations
 from idefics2_kernels import nf4_few_rows_gluon
-from idefics2_kernels.nf4_weight import NF4Weight
 from idefics2_kernels.reference_nf4 import nf4_dequantize, nf4_quantize
-
-DTYPES = torch.bfloat16, torch.float16
+from nf4_product import DTYPES, draw, expected
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +39,15 @@ class Cut:
     absmax: float = 0.0  # of all blocks, where given; then no number is negative
 
     def inputs(self) -> dict[str, Any]:
-        """Draw; beside the columns of x and below its rows lies NaN."""
-        wide = torch.full((self.M + 3, self.K + 24), float("nan"), dtype=self.dtype)
-        rows = wide[1 : self.M + 1, 8 : self.K + 8]
-        rows.copy_(torch.randn(self.M, self.K))
-        dense = torch.randn(self.N, self.K).to(self.dtype) * 0.1
-        if self.absmax:
-            rows.abs_()
-            dense.abs_()
-        weight = nf4_quantize(dense, double_quant=self.double_quant)
-        if self.absmax:
-            weight.absmax.fill_(self.absmax)
-        return {
-            "rows": rows,
-            "weight": weight,
-            "bias": torch.randn(self.N).to(self.dtype) if self.bias else None,
-        }
+        return draw(
+            self.M,
+            self.N,
+            self.K,
+            self.dtype,
+            double_quant=self.double_quant,
+            has_bias=self.bias,
+            absmax=self.absmax,
+        )
 
     def run(self, kernel: Any, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Tensor:
         with monkeypatch.context() as patch, guarded_allocations():
@@ -66,11 +57,6 @@ class Cut:
                 patch.setattr(kernel, "_launch_config", lambda M, _N, K: kernel._config(M, K, *cut))
             out: Tensor = kernel.multiply_gluon(**inputs)
             return out
-
-
-def expected(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    out = rows.double() @ nf4_dequantize(weight).double().t()
-    return (out if bias is None else out + bias.double()).to(rows.dtype)
 
 
 @pytest.mark.parametrize(("dtype", "double_quant"), [*product(DTYPES, (True, False))])
