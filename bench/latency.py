@@ -89,7 +89,8 @@ def main() -> int:
             row["case"] = whole_model.case_name(case.name, options)
             results.append({**row, **settings})
             print(report.whole_line(row), flush=True)
-    whole_model.report_rows(about, results, options.json)
+        report.write_json(options.json, about, results)
+    whole_model.print_table(about, results)
     return int(any("ms" not in row for row in results))
 
 

@@ -75,7 +75,8 @@ def main() -> int:
         }
     for row in rows:
         print(report.whole_line(row), flush=True)
-    whole_model.report_rows(about, rows, options.json)
+    report.write_json(options.json, about, rows)
+    whole_model.print_table(about, rows)
     return 0
 
 

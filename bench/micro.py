@@ -55,7 +55,6 @@ def main() -> int:
                 row |= {"base_ms": earlier, "base_speedup": earlier / row["ms"]}
             results.append(row)
             print(report.line(row), flush=True)
-    if options.json is not None:
         report.write_json(options.json, about, results)
     if options.plot is not None:
         report.plot(options.plot, about, results)

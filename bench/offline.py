@@ -70,6 +70,7 @@ def main() -> int:
     ours = run_ours(llm, requests, warm_up, counts)
     rows = [{**head, "impl": options.ops, **ours}]
     print(report.whole_line(rows[0]), flush=True)
+    report.write_json(options.json, about, rows)
     model = llm.model
     del llm  # and with it the KV cache
     gc.collect()
@@ -81,13 +82,15 @@ def main() -> int:
             figures = run_theirs(peer, processor, requests, size, order, counts)
             rows.append({**head, "impl": f"{whole_model.PEER}-{order}", **figures})
             print(report.whole_line(rows[-1]), flush=True)
+            report.write_json(options.json, about, rows)
         best = min(rows[1:], key=lambda row: row["ms"])
         rows[0] |= {
             "peer": best["impl"],
             "peer_ms": best["ms"],
             "speedup": best["ms"] / rows[0]["ms"],
         }
-    whole_model.report_rows(about, rows, options.json)
+    report.write_json(options.json, about, rows)
+    whole_model.print_table(about, rows)
     return 0
 
 

@@ -91,8 +91,13 @@ def _rates(row: Row) -> str:
     return ", ".join(f"{value:.4g} {name.replace('_', ' ')}" for name, value in rates.items())
 
 
-def write_json(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """Write ``rows``; rows of other cases that are in the file, from the same machine and commit, stay."""
+def write_json(path: Path | None, about: dict[str, Any], rows: list[Row]) -> None:
+    """Write ``rows``, if there is a ``path``; rows of other cases that are in the file, from the same machine and commit, stay.
+
+    To be called whenever there are more: who is interrupted then has what was timed.
+    """
+    if path is None:
+        return
     new = {(row["kernel"], row["case"]) for row in rows}
     kept: list[Row] = []
     if path.exists():

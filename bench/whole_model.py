@@ -81,10 +81,8 @@ def about(options: argparse.Namespace) -> dict[str, object]:
     return {**described, "commit": options.commit} if options.commit else described
 
 
-def report_rows(about: dict[str, object], rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Write ``rows`` to the file ``path``, if there is one, and print them as a table."""
-    if path is not None:
-        report.write_json(path, about, rows)
+def print_table(about: dict[str, object], rows: list[dict[str, Any]]) -> None:
+    """Print ``rows`` as a table, behind a line of nothing."""
     print()
     print(report.whole_table(about, rows))
 

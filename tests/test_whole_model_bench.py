@@ -81,6 +81,26 @@ def test_latency(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "| step | decode-b3-s20 | reference |" in printed
 
 
+def test_what_was_timed_before_an_interruption_is_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_case = latency.bench_case
+
+    def interrupted(case: LatencyCase, *rest: Any) -> list[latency.Row]:
+        if case.kernel == "image":
+            raise KeyboardInterrupt
+        return time_case(case, *rest)
+
+    monkeypatch.setattr(latency, "bench_case", interrupted)
+    out = tmp_path / "out.json"
+    cases = ["--case", "prefill-20", "--case", "image-56x84-b2"]
+    options = ["--model", str(tiny), "--steps", "1", "--no-peer", *cases, "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["latency", *CPU, *options])
+    with pytest.raises(KeyboardInterrupt):
+        latency.main()
+    assert [row["case"] for row in json.loads(out.read_text())["rows"]] == ["prefill-20"]
+
+
 def test_images_of_many_sizes_agree_with_padded_ones(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", split_images=False)
     case = LatencyCase("image", "image-mixed-b3", 3, sizes=((56, 84), (112, 42), (28, 112)))

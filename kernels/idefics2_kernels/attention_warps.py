@@ -11,6 +11,8 @@ keys at the edges (window, diagonal, end of the sequence) come first and are mas
 follow without masks. Nothing past a sequence's end is read or written: there the descriptors end.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -421,12 +423,19 @@ def descriptors(
     row, head = (x.stride(axis) for axis in axes)
     shape = [MOST_ROWS, MOST_ROWS, LAST, x.shape[axes[1]], x.shape[-1]]
     strides = [2**34 - row, row, row, head, 1]
-    widths = head_parts(x.shape[-1])
-    main, rest = (
-        TensorDescriptor(
-            x,
-            shape,
-            strides,
+    boxes = _boxes(x.shape[-1], rows, heads, widest)
+    main, rest = (TensorDescriptor(x, shape, strides, box, layout) for box, layout in boxes)
+    return main, rest
+
+
+@cache  # many are asked for in each layer
+def _boxes(
+    D: int, rows: int, heads: int, widest: int
+) -> tuple[tuple[list[int], gl.NVMMASharedLayout], ...]:
+    """Return the box of each part of the head, and its layout in shared memory."""
+    widths = head_parts(D)
+    return tuple(
+        (
             [1, 1, rows, heads, min(width or widths[0], widest)],
             gl.NVMMASharedLayout(
                 swizzle_byte_width=min(128, 2 * (width or widths[0])), element_bitwidth=16, rank=5
@@ -434,7 +443,6 @@ def descriptors(
         )
         for width in widths
     )
-    return main, rest
 
 
 def processors(device: torch.device) -> int:

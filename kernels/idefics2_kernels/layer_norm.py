@@ -7,6 +7,7 @@ The mean is taken out before the squares are summed, so that a large mean costs 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -26,6 +27,7 @@ class LaunchConfig:
     num_warps: int
 
 
+@cache
 def _launch_config(N: int) -> LaunchConfig:
     block_n = 1 << (N.bit_length() - 1)
     block_rest = triton.next_power_of_2(N - block_n) if block_n < N else 0

@@ -265,4 +265,4 @@ def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         check_dtype("bias", bias, x.dtype)
         check_rows("bias", bias)
     check_device(x=x, weight=weight, bias=bias)
-    return x.reshape(math.prod(x.shape[:-1]), K)
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), K)
