@@ -1,7 +1,7 @@
 """Time decode steps, the encoding of images and prefill of a whole model; also ``idefics2 bench latency``.
 
     idefics2 bench latency                                                      # the demo checkpoint
-    idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h100-latency.json
+    idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h200-latency.json
     idefics2 bench latency --case decode-b4-s64 --case image-112-b2 --case prefill-64
 
 A step is ``Engine.step``, all of it: scheduling, the forward pass, sampling, the tokens on the host; the mean of eight in

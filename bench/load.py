@@ -1,7 +1,7 @@
 """Time how long a checkpoint takes from the page cache to the device; also ``idefics2 bench load``.
 
     idefics2 bench load                                                         # the demo checkpoint
-    idefics2 bench load --random-weights tests/data/idefics2-8b --json bench/results/h100-load.json
+    idefics2 bench load --random-weights tests/data/idefics2-8b --json bench/results/h200-load.json
 
 Ours is ``load_checkpoint``, transformers' is ``from_pretrained`` with ``device_map``; they take turns, and each has run once
 before, so that files are in memory and libraries set up. Random weights are written to a temporary folder first.

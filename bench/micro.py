@@ -1,7 +1,7 @@
 """Time the kernels of the catalog at the model's shapes, peers beside them; also ``idefics2 bench kernels``.
 
     python bench/micro.py                                     # everything: a table to paste
-    python bench/micro.py --json bench/results/h100-kernels.json --plot roofline.svg
+    python bench/micro.py --json bench/results/h200-kernels.json --plot roofline.svg
     python bench/micro.py --kernel flash_attention --case text-causal-16k
     python bench/micro.py --kernel rms_norm --base main       # beside the same kernel of another commit
 

@@ -1,7 +1,7 @@
 """Time a whole model on many requests at once, from JPEG files to text; also ``idefics2 bench offline``.
 
     idefics2 bench offline --requests 16 --shrink 8                             # the demo checkpoint
-    idefics2 bench offline --random-weights tests/data/idefics2-8b --json bench/results/h100-offline.json
+    idefics2 bench offline --random-weights tests/data/idefics2-8b --json bench/results/h200-offline.json
 
 Every request gets exactly the tokens it asks for, greedily, past any end token. Ours goes through ``LLM.iterate``. transformers
 generates in batches on the same weights, prompts padded at the left, each batch for as long as its longest answer,

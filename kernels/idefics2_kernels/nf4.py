@@ -2,7 +2,8 @@
 
 Double quantisation takes two launches with PyTorch's mean between them: offset and bytes are then those of the
 reference on every device. A block's two halves, even and odd elements, are read apart, so that packing two codes a byte
-moves nothing between threads.
+moves nothing between threads. Dequantising to 16 bits takes eight codes a word, by permuting bytes (``nf4_permute``); for all
+else there is a kernel that looks them up one by one.
 """
 
 import torch
@@ -28,7 +29,7 @@ WORD_SHIFT = tl.constexpr(
     (tables.BLOCK // 8).bit_length() - 1
 )  # from words of eight codes to blocks
 BLOCKS = 32  # a program
-# A thread has four words, of four blocks: with fewer it waits for memory, with more it is no faster.
+# A thread has four words, of four blocks: 28672 x 4096 takes an H200 78 us so, with one word 96, with two or eight 78 to 79.
 WORDS, TILES = 128, 4
 
 

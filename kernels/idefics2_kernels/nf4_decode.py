@@ -6,7 +6,7 @@ which stay unused. So one instruction makes an address, one loads two
 values, two multiply them by the block's absmax, one rounds both: 2.5 a weight, and the path to shared memory is busiest.
 
 In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept as bytes; then bytes are
-permuted, four codes at once (``nf4_few_rows`` says more): 3 instructions a weight, all of them the integer units'.
+permuted, four codes at once (``nf4_permute`` says more): 3 instructions a weight, all of them the integer units'.
 
 A kernel that decodes eight rows of sixteen in either way keeps both busy. Tables and places are addresses of shared memory.
 """

@@ -30,7 +30,7 @@ from idefics2_kernels.split_k import k_per_split, sum_splits
 BLOCK = tl.constexpr(tables.BLOCK)
 # Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256 rows: 110 us, by cuBLAS with
 # the dequantised weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
-# its tiles read too much, as Triton 3.6 cannot have two processors share what they read.
+# its tiles read too much (an H200: 1.08), as Triton 3.6 cannot have two processors share what they read.
 MANY_ROWS = 512
 FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
 # One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where

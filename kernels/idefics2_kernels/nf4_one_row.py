@@ -6,7 +6,8 @@ product of eight columns as any other; the columns that one row of x would leave
 a warp keeps the x it needs, 256 columns of each eighth, and loads nothing but codes and absmaxes as it goes.
 
 Codes are looked up in shared memory (``nf4_decode``): 128 accesses for 16 x 256 weights, and 16 for their codes. Looking half
-of them up by permuting bytes in registers halves the look-ups, but was no faster. 28672 x 4096 takes an H100 31 us; reading the weight alone 26, decoding it from the L1 cache 25.
+of them up by permuting bytes in registers halves the look-ups, but was no faster. 28672 x 4096 takes an H100 31 us;
+reading the weight alone 26, decoding it from the L1 cache 25.
 
 The eighths of a row, and the parts of warps along K, come to lie in shared memory, and are added in a fixed order at the end.
 """
