@@ -25,9 +25,8 @@ LAST_BIN = tl.constexpr(float(tables.BINS - 1))
 SMALLEST = tl.constexpr(1e-38)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
-WORD_SHIFT = tl.constexpr(
-    (tables.BLOCK // 8).bit_length() - 1
-)  # from words of eight codes to blocks
+# from words of eight codes to blocks
+WORD_SHIFT = tl.constexpr((tables.BLOCK // 8).bit_length() - 1)
 BLOCKS = 32  # a program
 # A thread has four words, of four blocks: 28672 x 4096 takes an H200 78 us so, with one word 96, with two or eight 78 to 79.
 WORDS, TILES = 128, 4

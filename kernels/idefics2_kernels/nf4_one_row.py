@@ -41,9 +41,8 @@ EIGHTHS = gl.constexpr(8)
 COLUMNS = 2048  # of a warp: a block for each of its 32 lanes
 SMS = 132  # of an H100
 MAX_WARPS = 16
-PREFETCHED = gl.constexpr(
-    4
-)  # rounds whose codes are in registers or the L2 cache before the kernel ahead ends
+# rounds whose codes are in registers or the L2 cache before the kernel ahead ends
+PREFETCHED = gl.constexpr(4)
 # Shared memory: what warps add up and the nested codes; then the table, at a multiple of 64 KB, so that an address of it is
 # two bytes of the base, a byte of codes, and a lane's place. All in all so much that a processor has no room for a
 # program of the next kernel as well: of one launch, two would then come to be on some processors and none on others.
