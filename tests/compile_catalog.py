@@ -49,7 +49,7 @@ def _sass(cubin: bytes) -> str:
 
 
 # What must come after the wait in kernels that load some things before. NF4's load the weight; x they copy to shared
-# memory, or load past the L1 cache. Others look, past it too, at what decides what to prefetch.
+# memory, or mark to stay in the L1 cache. Others look, past that cache, at what decides what to prefetch.
 _NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
 _LOADS = {
     "_few_rows_gluon_kernel": "LDGSTS",

@@ -22,9 +22,7 @@ from idefics2_kernels.nf4 import LOWEST, NESTED_SHIFT
 MEMORY = 256 * 256  # bytes
 TABLE_BYTES = gl.constexpr(MEMORY)
 PLACES = gl.constexpr(16)  # of a byte's values; the two halves of a warp read one after the other
-
-
-CODE = gl.constexpr(tables.NF4_CODE)
+_CODE = gl.constexpr(tables.NF4_CODE)
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
@@ -83,9 +81,9 @@ _PERMUTED = gl.constexpr(_permuted())
 @gluon.jit
 def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
     """Return what ``FIRST`` plus each of ``code``, below ``COUNT``, stands for, without reading memory."""
-    value = gl.where(code == 0, CODE[FIRST], 0.0)
+    value = gl.where(code == 0, _CODE[FIRST], 0.0)
     for i in gl.static_range(1, COUNT):
-        value = gl.where(code == i, CODE[FIRST + i], value)
+        value = gl.where(code == i, _CODE[FIRST + i], value)
     return value
 
 

@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
-from idefics2_kernels.nf4 import NESTED_SHIFT
 from idefics2_kernels.nf4_decode import (
     MEMORY,
     PLACES,
@@ -55,7 +54,6 @@ _shared = gl.shared_memory_descriptor
 reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 PAGE = 1024  # bytes
 PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
-_NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
 @dataclass(frozen=True)
@@ -284,7 +282,7 @@ def _halves_of_blocks(values, HALF: gl.constexpr):
 
 @gluon.jit
 def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
-    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``_weight``'s."""
+    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``left``'s."""
     WARPS_K: gl.constexpr = smem.shape[1]
     BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
     if smem.shape[2] == 4:  # all lanes read the one row

@@ -143,7 +143,9 @@ Way = Literal["few_rows", "fused", "many_rows", "dequantised"]
 
 
 def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
-    """Return which way takes ``M`` rows and ``N`` of the weight; ``nf4_few_rows`` takes up to ``few``, ``nf4_many_rows`` ``many``.
+    """Return which way takes ``M`` rows of x and ``N`` of the weight.
+
+    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether ``nf4_many_rows`` can take them.
 
     For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each tile, so more than 64
     go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough

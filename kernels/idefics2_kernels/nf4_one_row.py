@@ -24,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from idefics2_kernels.dependent_launch import dependent
 from idefics2_kernels.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
-from idefics2_kernels.nf4 import NESTED_SHIFT
 from idefics2_kernels.nf4_decode import (
     PLACES,
     absmax_of,
@@ -51,7 +50,6 @@ NESTED_MEMORY = 1024
 PARTS_MEMORY = 62 * 1024
 SIZE = gl.constexpr(MEMORY)
 NESTED_BYTES = gl.constexpr(NESTED_MEMORY)
-_NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def _stage(weight, place, round, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
 def _right(
     x_ptr, part: gl.constexpr, steps, WARPS_K: gl.constexpr, X: gl.constexpr, PRODUCT: gl.constexpr
 ):
-    """Load x as the product's right operand (WARPS_K, 128, 8), its columns in the order of ``_left``'s."""
+    """Load x as the product's right operand (WARPS_K, 128, 8), its columns in the order of ``left``'s."""
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
     line = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
