@@ -252,14 +252,13 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
     """
     check_device(weight=weight.codes)
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    parts = weight.absmax, weight.nested_absmax, weight.nested_code, weight.offset
     if not out.numel():
         return out
     if _is_in_words(weight):
         words = out.numel() // 8
         _dequantize_words_kernel[(triton.cdiv(words, WORDS * TILES),)](
             weight.codes.view(torch.int32),
-            *parts,
+            *weight.absmax_parts,
             out,
             words,
             IS_NESTED=weight.is_nested,
@@ -270,7 +269,7 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
     else:
         _dequantize_kernel[(triton.cdiv(weight.absmax.numel(), BLOCKS),)](
             weight.codes,
-            *parts,
+            *weight.absmax_parts,
             tables.nf4_code(weight.device),
             out,
             out.numel(),

@@ -175,10 +175,7 @@ def multiply(
         _few_rows_kernel[(tiles_n, splits, tiles_m)](
             rows,
             weight.codes.view(torch.int32),
-            weight.absmax,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.offset,
+            *weight.absmax_parts,
             bias,
             out,
             rows.stride(0),

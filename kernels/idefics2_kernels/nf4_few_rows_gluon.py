@@ -512,10 +512,7 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
         _few_rows_gluon_kernel[(triton.cdiv(N, groups * config.ROWS),)](
             rows,
             weight.codes.view(torch.int32),
-            weight.absmax,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.offset,
+            *weight.absmax_parts,
             bias,
             out,
             rows.stride(0),

@@ -237,10 +237,7 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
         _nf4_matmul_kernel[(tiles_n, splits, tiles_m)](
             rows,
             weight.codes,
-            weight.absmax,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.offset,
+            *weight.absmax_parts,
             tables.nf4_code(x.device),
             bias,
             out,

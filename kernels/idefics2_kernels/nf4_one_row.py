@@ -350,10 +350,7 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
         _one_row_kernel[(triton.cdiv(N, 2 * pairs),)](
             rows,
             weight.codes.view(torch.int32),
-            weight.absmax,
-            weight.nested_absmax,
-            weight.nested_code,
-            weight.offset,
+            *weight.absmax_parts,
             bias,
             out,
             N,

@@ -107,6 +107,11 @@ class NF4Weight:
         return self.offset is not None
 
     @property
+    def absmax_parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Absmax, nested absmax, nested code and offset: what kernels compute the blocks' absmaxes from, in their order."""
+        return self.absmax, self.nested_absmax, self.nested_code, self.offset
+
+    @property
     def device(self) -> torch.device:
         """Where all parts are."""
         return self.codes.device
