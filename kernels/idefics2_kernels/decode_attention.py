@@ -21,9 +21,9 @@ from idefics2_kernels.attention_tiles import (
     load_head,
 )
 from idefics2_kernels.dependent_launch import (
-    LINE,
     dependent,
     let_next_begin,
+    lines_of,
     prefetch_lines,
     wait_for_last,
 )
@@ -246,7 +246,7 @@ def decode_attention(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=alignment(q, k_cache, v_cache),
-        LINES=triton.next_power_of_2(triton.cdiv(D * q.itemsize, LINE.value)),
+        LINES=lines_of(D * q.itemsize),
         IS_SPLIT=num_splits > 1,
         **dependent(),
         **merge_tile(num_splits, H // H_KV, D, config.num_warps),

@@ -32,6 +32,11 @@ def dependent() -> dict[str, bool]:
     return {"IS_DEPENDENT": False}
 
 
+def lines_of(row_bytes: int) -> int:
+    """Return how many lines of the L2 cache hold a row of so many bytes, or the next power of two: ``prefetch_lines``' LINES."""
+    return int(triton.next_power_of_2(triton.cdiv(row_bytes, LINE.value)))
+
+
 def settle(device: torch.device) -> None:
     """Launch what begins after all that was launched on ``device``'s stream has ended, and lets nothing begin before its own end."""
     if device.type == "cuda":

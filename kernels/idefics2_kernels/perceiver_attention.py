@@ -25,9 +25,9 @@ from idefics2_kernels.attention_tiles import (
 )
 from idefics2_kernels.checks import check_device, check_dtype, check_shape
 from idefics2_kernels.dependent_launch import (
-    LINE,
     dependent,
     let_next_begin,
+    lines_of,
     prefetch_lines,
     wait_for_last,
 )
@@ -322,7 +322,7 @@ def perceiver_attention(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=ALIGN,
-        LINES=triton.next_power_of_2(triton.cdiv(D * q.itemsize, LINE.value)),
+        LINES=lines_of(D * q.itemsize),
         HAS_DESCRIPTORS=described,
         IS_SPLIT=num_splits > 1,
         **dependent(),
