@@ -82,7 +82,7 @@ def about(options: argparse.Namespace) -> dict[str, object]:
 
 
 def print_table(about: dict[str, object], rows: list[dict[str, Any]]) -> None:
-    """Print ``rows`` as a table, behind a line of nothing."""
+    """Print ``rows`` as a table."""
     print()
     print(report.whole_table(about, rows))
 
