@@ -10,6 +10,7 @@ rest into pieces, so that marked text has exactly the ids that it has without ma
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,14 @@ class Tokenizer:
         """Id that ends a turn; None in the base model."""
         return self._special.get(END_OF_UTTERANCE)
 
-    @property
+    @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids of every control token."""
         return frozenset(self._special.values())
 
-    def byte_values(self) -> dict[int, bytes]:
-        """Return the pieces that stand for one byte, by id: a character may need several."""
+    @cached_property
+    def byte_values(self) -> Mapping[int, bytes]:
+        """The pieces that stand for one byte, by id: a character may need several."""
         ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
         return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
 
