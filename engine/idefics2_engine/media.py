@@ -20,7 +20,7 @@ from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.fetch import FetchRules, Network, fetch
 from idefics2_engine.image_policy import ImagePolicy, upright_rgb
 from idefics2_engine.pillow_errors import reading
-from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_array
+from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,8 +148,7 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     if isinstance(source, np.ndarray):
         return array_rgb(source, policy, budget, "image array")
     if is_tensor(source):
-        array = tensor_array(source, "image tensor")
-        return array_rgb(array, policy, budget, "image tensor", channels_lead=True)
+        return tensor_rgb(source, policy, budget, "image tensor")
     if isinstance(source, bytes | bytearray | memoryview):
         name = "image bytes"
         _check_bytes(memoryview(source).nbytes, config, name)
