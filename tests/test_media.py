@@ -248,6 +248,8 @@ def test_an_error_says_which_image_of_which_prompt(threads: int) -> None:
         processor.finish([drafts[0], drafts[2]])
     with pytest.raises(ImageError, match=r"^images\[1\]: image bytes: must be"):
         processor.finish([drafts[1]])
+    with pytest.raises(ImageError, match=r"^images\[1\] of messages\[1\]: image bytes: must be"):
+        processor.finish(drafts, "messages")
     with pytest.raises(ImageError, match=r"^image bytes: must be"):
         processor.prompt("<image>", [b"bad"])
 
