@@ -250,6 +250,9 @@ def test_an_error_says_which_image_of_which_prompt(threads: int) -> None:
         processor.finish([drafts[1]])
     with pytest.raises(ImageError, match=r"^images\[1\] of messages\[1\]: image bytes: must be"):
         processor.finish(drafts, "messages")
+    text, bad = processor.draft_prompt("a"), processor.draft_prompt("<image>", [b"bad"])
+    with pytest.raises(ImageError, match=r"^images\[0\] of messages\[1\]: image bytes: must be"):
+        processor.finish([text, bad], "messages")
     with pytest.raises(ImageError, match=r"^image bytes: must be"):
         processor.prompt("<image>", [b"bad"])
 

@@ -107,7 +107,10 @@ def test_messages_as_datasets_makes_them() -> None:
         part(type="image", path="c.png"),
         part(type="image_url", image_url=url),
     ]
-    rows = [{"role": "user", "content": content}, {"role": "assistant", "content": "b"}]
+    rows: list[dict[str, Any]] = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "b"},
+    ]
     messages = [filled_up(row, "role", "content", "name", "tool_calls") for row in rows]
     turns, sources = read_messages(messages, [b"1"])
     assert sources == [b"1", stored, "c.png", "d.png"]
@@ -118,7 +121,7 @@ def test_messages_as_datasets_makes_them() -> None:
         {"type": "image", "path": "c.png"},
         {"type": "image_url", "image_url": "d.png"},
     ]
-    same = [{"role": "user", "content": plain}, {"role": "assistant", "content": "b"}]
+    same = [{**rows[0], "content": plain}, rows[1]]
     assert read_messages(same, [b"1"]) == (turns, sources)
 
 

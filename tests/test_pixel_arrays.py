@@ -200,7 +200,7 @@ class Largest(TorchDispatchMode):
     """Sees the bytes of the largest tensor that torch makes, views left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -35,9 +35,9 @@ def plain_source(source: Any, max_bytes: int) -> Any:
     Raises:
         ImageError: ``source`` is none of these, is too large, or cannot be read.
     """
-    if isinstance(source, str | bytes | Path | Image.Image | np.ndarray) or is_tensor(source):
-        return source
     with caller_code("image", ImageError):
+        if isinstance(source, str | bytes | Path | Image.Image | np.ndarray) or is_tensor(source):
+            return source
         if isinstance(source, os.PathLike):
             return Path(os.fsdecode(source))
         if isinstance(source, bytearray | memoryview):

@@ -184,7 +184,10 @@ def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
     if isinstance(plain, str | bytes | Path):
         return plain
     image = load_image(plain, config)
-    return image.copy() if image is source else image
+    if image is not source:
+        return image
+    with reading("image: Pillow cannot copy it"):
+        return image.copy()
 
 
 def _named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, bytes]:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 Part = tuple[slice, slice]
 """Rows and columns of a picture."""
 
-_PIXELS = 1 << 14  # of a part; its temporaries stay in the CPU's cache
+# Few enough that the temporaries of a part stay in the CPU's cache
+_PIXELS = 1 << 14
 
 
 def parts(height: int, width: int) -> Iterator[Part]:

@@ -29,6 +29,9 @@ from idefics2_engine.prompt import (
 )
 from idefics2_engine.shown import shown
 
+# What can be iterated over, but is text or has no order
+_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
+
 
 @dataclass(frozen=True, eq=False)
 class ProcessedPrompt:
@@ -174,8 +177,7 @@ class Processor:
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> PromptDraft:
         """Do as ``token_prompt`` does, but leave the images to ``finish``."""
-        unordered_or_text = str | bytes | bytearray | memoryview | Mapping | Set
-        if isinstance(token_ids, unordered_or_text) or not isinstance(token_ids, Iterable):
+        if isinstance(token_ids, _NO_LIST) or not isinstance(token_ids, Iterable):
             raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
         vocab_size = self.tokenizer.vocab_size
         ids: list[int] = []
@@ -246,15 +248,16 @@ class Processor:
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
         """
+        several = len(drafts) > 1
         places = [
-            (f"images[{index}]" + (f" of {name}[{number}]" if len(drafts) > 1 else ""), image)
+            (f"images[{index}]" + (f" of {name}[{number}]" if several else ""), image)
             for number, draft in enumerate(drafts)
             for index, image in enumerate(draft.images)
         ]
 
         def read(index: int) -> list[Tile]:
             place, source = places[index]
-            with about(place if len(places) > 1 else None):
+            with about(place if several or len(places) > 1 else None):
                 image = load_image(source, self.media)
                 tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
             for tile in tiles:
