@@ -20,7 +20,7 @@ def test_messages_in_every_shape() -> None:
                 {"type": "image", "image": "b.png"},
                 {"type": "image", "url": "c.png"},
                 {"type": "image", "path": "d.png"},
-                {"type": "image_url", "image_url": {"url": "data:e"}},
+                {"type": "image_url", "image_url": {"url": "data:e", "detail": "low"}},
                 {"type": "image"},
             ],
         },

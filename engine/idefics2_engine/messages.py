@@ -23,8 +23,9 @@ def read_messages(
         messages: Each ``{"role": "system", "user" or "assistant", "content": str or list of parts}``,
             a part being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes
             the next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
-            ``{"type": "image_url", "image_url": url or {"url": source}}``. A key whose value is
-            ``None`` counts as missing, as ``datasets`` fills rows up.
+            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's ``detail``
+            may stand and changes nothing. A key whose value is ``None`` counts as missing:
+            ``datasets`` gives every row the keys of all.
         images: What the bare image parts stand for, in order.
         name: What errors call the conversation.
 
@@ -112,6 +113,13 @@ def _read_source(part: Any, where: str) -> ImageSource | None:
     match part:
         case {"type": "image"} if len(part) == 1:
             return None
+        case {"type": "image_url", "image_url": str(url)} if len(part) == 2:
+            return url
+        case {"type": "image_url", "image_url": {"url": source} as url} if (
+            len(part) == 2 and source is not None and url.keys() <= {"url", "detail"}
+        ):
+            found = source
+            return found
         case (
             {"type": "image", "image": source}
             | {"type": "image", "url": source}
@@ -119,9 +127,4 @@ def _read_source(part: Any, where: str) -> ImageSource | None:
         ) if len(part) == 2:
             found = source
             return found
-        case {"type": "image_url", "image_url": source} if len(part) == 2:
-            url = _given(source)
-            if isinstance(url, str) or (isinstance(url, dict) and url.keys() == {"url"}):
-                found = url if isinstance(url, str) else url["url"]
-                return found
     raise PromptError(f"{where}: must be a text, image or image_url part, got {shown(part)}")
