@@ -67,10 +67,6 @@ class PromptDraft:
                     owned[id(image)] = own_image(image, self.media)
         return replace(self, images=[owned[id(image)] for image in self.images])
 
-    def owned(self) -> "PromptDraft":
-        """Return it."""
-        return self
-
 
 @dataclass(frozen=True)
 class Processor:
