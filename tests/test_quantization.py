@@ -466,7 +466,10 @@ class TestRefused:
                 {"quantization": "nf4", "quantized_parts": ("text", "head")},
                 r"quantized_parts must be a list .*, each one of 'vision', 'connector', 'text', got 'head' in \('text', 'head'\)",
             ),
-            ({"quantization": "nf4", "quantized_parts": ()}, r"a list of one or more parts, got \(\)"),
+            (
+                {"quantization": "nf4", "quantized_parts": ()},
+                r"a list of one or more parts, got \(\)",
+            ),
             (
                 {"quantization": "nf4", "quantized_parts": "text"},
                 "quantized_parts must be a list of one or more parts, got 'text'",
