@@ -118,6 +118,8 @@ def test_numbers_of_numpy_run_a_model() -> None:
     )
     assert type(llm.engine_config.max_num_seqs) is int
     assert type(llm.processor.media.max_image_pixels) is int
+    with pytest.raises(ConfigError, match=r"in_flight must be an integer of at least 1, got 1\.5"):
+        next(llm.iterate([], in_flight=1.5))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [1.5, 0, -1, True, "8", math.nan, None, -HUGE], ids=shown)
