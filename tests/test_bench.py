@@ -94,6 +94,7 @@ def test_results_are_kept_by_case_and_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline{suffix}"
     row = {"kernel": "k", "case": "a", "TFLOPs": 100.0, "GBps": 500.0, "peer": "p"}
     report.plot(path, ABOUT, [row])

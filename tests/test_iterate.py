@@ -354,11 +354,14 @@ def test_an_output_is_data(llm: LLM) -> None:
 def test_errors_name_what_the_caller_passed(llm: LLM) -> None:
     with pytest.raises(PromptError, match=r"^prompts\[1\]: prompt: must have one <image>"):
         llm.generate(["a", "<image>"])
-    with pytest.raises(PromptError, match=r"^messages\[1\]\[0\]: "):
-        llm.chat([[MESSAGE], [{"role": "teacher", "content": "x"}]])
-    broken = {"role": "user", "content": [{"type": "image", "image": b"no image"}]}
-    with pytest.raises(ImageError, match=r"^images\[0\] of messages\[1\]: "):
-        llm.chat([[MESSAGE], [broken]])
+    image = {"type": "image", "image": b"no image"}
+    wrong: list[tuple[type[Idefics2Error], str, dict[str, Any]]] = [
+        (PromptError, r"^messages\[1\]\[0\]: ", {"role": "teacher", "content": "x"}),
+        (ImageError, r"^images\[0\] of messages\[1\]: ", {"role": "user", "content": [image]}),
+    ]
+    for error, message, second in wrong:
+        with pytest.raises(error, match=message):
+            llm.chat([[MESSAGE], [second]])
 
 
 def test_images_may_come_beside_a_conversation(llm: LLM) -> None:

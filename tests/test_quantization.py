@@ -464,12 +464,15 @@ class TestRefused:
             ({"quantization": 4}, "quantization must be 'nf4', got 4"),
             (
                 {"quantization": "nf4", "quantized_parts": ("text", "head")},
-                r"quantized_parts must be one or more of 'vision', 'connector', 'text', got \('text', 'head'\)",
+                r"quantized_parts must be a list .*, each one of 'vision', 'connector', 'text', got 'head' in \('text', 'head'\)",
             ),
-            ({"quantization": "nf4", "quantized_parts": ()}, r"one or more of .*, got \(\)"),
+            (
+                {"quantization": "nf4", "quantized_parts": ()},
+                r"a list of one or more parts, got \(\)",
+            ),
             (
                 {"quantization": "nf4", "quantized_parts": "text"},
-                "quantized_parts must be a list, got 'text'",
+                "quantized_parts must be a list of one or more parts, got 'text'",
             ),
             ({"quantized_parts": ("text",)}, "must come with quantization"),
             ({"double_quant": False}, "must come with quantization"),

@@ -108,14 +108,12 @@ class RequestBuilder:
         Raises:
             PromptError: One has another shape, or the model has not learned to chat.
         """
-        names = (
-            [f"messages[{index}]" for index in range(len(conversations))]
-            if len(conversations) > 1
-            else ["messages"]
-        )
+        several = len(conversations) > 1
         return [
-            self.processor.draft_chat(one, own, name=name)
-            for one, own, name in zip(conversations, images, names, strict=True)
+            self.processor.draft_chat(
+                one, own, name=f"messages[{index}]" if several else "messages"
+            )
+            for index, (one, own) in enumerate(zip(conversations, images, strict=True))
         ]
 
     def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
