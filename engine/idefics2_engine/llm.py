@@ -30,6 +30,7 @@ from idefics2_engine.llm_arguments import (
     torch_device,
     torch_dtype,
 )
+from idefics2_engine.logprobs import check_entries
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
 from idefics2_engine.memory import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.outputs import RequestOutput, failed_output
@@ -419,6 +420,7 @@ class LLM:
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
                 f"{self.engine_config.max_model_len}, got {shown(params.min_tokens)}"
             )
+        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
         self._count += 1
         drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
         return Request(
