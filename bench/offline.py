@@ -99,7 +99,7 @@ def run_ours(
 ) -> Row:
     """Answer ``requests`` through ``LLM.iterate``, after ``warm_up``, whose logits must be finite."""
     device = llm.model.device
-    with whole_model.watched_logits(llm._engine) as seen:
+    with whole_model.watched_logits(llm.engine) as seen:
         _answer(llm, warm_up)
     if not all(bool(logits.isfinite().all()) for logits in seen):
         raise RuntimeError("the model's logits are not all finite: nothing was timed")
@@ -110,7 +110,7 @@ def run_ours(
     synchronise(device)
     row = _figures(time.perf_counter() - begin, counts, len(requests), device)
     if "peak_GB" in row:
-        row["kv_cache_GB"] = llm._engine.runner.kv_cache.num_bytes / 1e9
+        row["kv_cache_GB"] = llm.engine.runner.kv_cache.num_bytes / 1e9
         row["weights_GB"] = llm.model.num_bytes / 1e9
         row["other_GB"] = row["peak_GB"] - row["kv_cache_GB"] - row["weights_GB"]
     return row

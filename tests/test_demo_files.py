@@ -29,7 +29,7 @@ def test_tokenizer_has_few_pieces_in_the_usual_places(tokenizer: Tokenizer) -> N
     assert tokenizer.vocab_size <= 1000
     assert tokenizer.encode("<unk><s></s>", add_bos=False) == [0, 1, 2]
     assert tokenizer.encode("<0x41>", add_bos=False) != [3 + 0x41]
-    assert len(tokenizer.byte_values()) == 256
+    assert len(tokenizer.byte_values) == 256
     assert ModelConfig.load(DEMO).image_token_id == tokenizer.image_id
 
 

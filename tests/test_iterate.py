@@ -1,13 +1,15 @@
 """Requests that are read lazily, prepared in threads, and yielded as they finish."""
 
+import json
 import re
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import pytest
 
 from idefics2_engine import LLM, SamplingParams
@@ -15,11 +17,12 @@ from idefics2_engine.errors import (
     ConfigError,
     Idefics2Error,
     ImageError,
+    InternalError,
     PromptError,
     PromptTooLongError,
     SamplingError,
 )
-from idefics2_engine.intake import Intake
+from idefics2_engine.prefetcher import Prefetcher
 from oracle import random_image
 from tiny_checkpoint import write_checkpoint
 
@@ -109,14 +112,11 @@ def test_prompts_are_read_lazily(llm: LLM) -> None:
     for _ in range(5):
         next(outputs)
     assert len(read) <= 5 + 2 * 3 + 1
-    with pytest.raises(RuntimeError, match="unfinished"):
-        llm.generate("x", GREEDY)
-    outputs.close()
     assert llm.generate("x", GREEDY)
-    deadline = time.monotonic() + 5
-    while any(thread.name.startswith("intake") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline, "threads that never end"
-        time.sleep(0.01)
+    outputs.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("idefics2-read", "idefics2-prepare")):
+            thread.join()
 
 
 def test_an_error_of_the_source_is_the_callers(llm: LLM) -> None:
@@ -124,8 +124,10 @@ def test_an_error_of_the_source_is_the_callers(llm: LLM) -> None:
         yield "the chicken"
         raise OSError("disk")
 
+    outputs = llm.iterate(broken(), GREEDY)
+    assert next(outputs).outputs[0].token_ids  # all that was read is answered first
     with pytest.raises(OSError, match="disk"):
-        list(llm.iterate(broken(), GREEDY))
+        next(outputs)
     assert llm.generate("x", GREEDY)
 
 
@@ -138,25 +140,34 @@ def test_nothing_gives_nothing(llm: LLM) -> None:
     assert list(llm.iterate([])) == []
 
 
-def test_an_intake_is_in_order_and_bounded() -> None:
-    started = []
+def test_rows_are_read_in_order_and_prepared_a_bounded_number_at_once() -> None:
+    begun: list[int] = []
+    prepared: SimpleQueue[int | None] = SimpleQueue()
+    ends: list[tuple[int, BaseException | None]] = []
 
-    def prepare(row: int) -> int:
-        started.append(row)
-        time.sleep(0.002 * (row % 3))
-        if row == 4:
-            raise PromptError("four")
-        return 10 * row
+    def read(index: int, row: int) -> int | None:
+        begun.append(row)
+        assert index == row
+        return None if row == 4 else 10 * row
 
-    taken = []
-    with Intake(range(9), prepare, threads=3, ahead=4) as intake:
-        while (next_one := intake.take(wait=True)) is not None:
-            taken.append(next_one)
-            assert len(started) <= len(taken) + 4
-    assert intake.is_empty
-    assert [row for row, _ in taken] == list(range(9))
-    assert [value for row, value in taken if row != 4] == [10 * row for row in range(9) if row != 4]
-    assert isinstance(taken[4][1], PromptError)
+    def end(count: int, error: BaseException | None) -> None:
+        ends.append((count, error))
+        prepared.put(None)
+
+    taken: list[int] = []
+    rows = Prefetcher(range(9), read, lambda _, ten: prepared.put(ten), end, threads=3, ahead=4)
+    with rows:
+        while len(taken) < 8:
+            if (one := prepared.get()) is None:
+                continue
+            taken.append(one)
+            assert len(begun) <= len(taken) + 4 + 1  # row 4 is read, and never prepared
+            rows.done()
+            if one == 30:
+                rows.done()  # for row 4
+    assert sorted(taken) == [10 * row for row in range(9) if row != 4]
+    assert begun == list(range(9))
+    assert ends == [(9, None)]
 
 
 def test_a_bar_says_how_far_it_is(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +186,7 @@ def test_a_bar_says_how_far_it_is(llm: LLM, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_stats_count_pictures_and_text_apart(llm: LLM) -> None:
-    stats = llm._engine.stats
+    stats = llm.engine.stats
     before = replace(stats)
     outputs = llm.generate(prompts(4), SamplingParams(max_tokens=3, min_tokens=3))
     assert stats.generated_tokens - before.generated_tokens == 12
@@ -184,3 +195,157 @@ def test_stats_count_pictures_and_text_apart(llm: LLM) -> None:
     assert stats.encoded_tiles - before.encoded_tiles <= 2
     assert stats.steps > before.steps
     assert stats.cache_usage == 0.0
+
+
+MESSAGE = {"role": "user", "content": "what is left"}
+
+
+class Unreadable(Mapping[str, Any]):
+    """A mapping on a disk that is gone."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise OSError("gone")
+
+    def __iter__(self) -> Iterator[str]:
+        raise OSError("gone")
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("x",), "a tuple must be a prompt and its SamplingParams, got 1 elements"),
+        (("x", GREEDY, 3), "a tuple must be a prompt and its SamplingParams, got 3 elements"),
+        ((), "got 0 elements"),
+        (Unreadable(), "must be readable, got OSError"),
+        ([MESSAGE, Unreadable()], "must be readable, got OSError"),
+        (MESSAGE, "this is one message, and a conversation is a list of messages"),
+        ({"id": 3, "messages": [MESSAGE]}, "pass a conversation as its list of messages"),
+    ],
+)
+def test_a_row_of_another_shape_is_its_own_error(llm: LLM, row: Any, message: str) -> None:
+    outputs = {output.request_id: output for output in llm.iterate(["a", row, "b"], GREEDY)}
+    error = outputs["1"].error
+    assert isinstance(error, PromptError)
+    assert error.code == "prompt"
+    assert message in str(error)
+    assert all(outputs[place].error is None for place in "02")
+
+
+def test_a_conversation_may_be_a_tuple(llm: LLM) -> None:
+    rows: list[Any] = [(MESSAGE,), ((MESSAGE, MESSAGE), GREEDY), (MESSAGE, MESSAGE)]
+    outputs = tokens(list(llm.iterate(rows, GREEDY)))
+    assert outputs["0"] == llm.chat([MESSAGE], GREEDY)[0].outputs[0].token_ids
+    assert outputs["1"] == outputs["2"] == llm.chat([MESSAGE] * 2, GREEDY)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("prompts", ["hi", b"hi", {"prompt": "hi"}, 7, None])
+def test_one_prompt_is_no_iterable_of_prompts(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(PromptError, match="prompts must be an iterable of prompts"):
+        llm.iterate(prompts)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), MemoryError(), KeyboardInterrupt()])
+def test_whatever_preparing_a_row_raises_is_its_error(
+    llm: LLM, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = type(llm.processor).finish
+
+    def broken(processor: Any, drafts: Any, *args: Any, **kwargs: Any) -> Any:
+        if "car" in drafts[0].prompt:
+            raise error
+        return finish(processor, drafts, *args, **kwargs)
+
+    monkeypatch.setattr(type(llm.processor), "finish", broken)
+    outputs = {o.request_id: o for o in llm.iterate(["a", "the red car", "b"], GREEDY)}
+    assert isinstance(outputs["1"].error, InternalError)
+    assert outputs["1"].error.code == "internal"
+    assert outputs["1"].error.__cause__ is error
+    assert all(outputs[place].outputs[0].token_ids for place in "02")
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), SystemExit(3)])
+def test_a_source_that_fails_loses_nothing_that_it_gave(llm: LLM, error: BaseException) -> None:
+    def broken() -> Iterator[str]:
+        yield from ["the chicken", "the car", "money"]
+        raise error
+
+    got: list[Any] = []
+    with pytest.raises(type(error)):
+        got.extend(llm.iterate(broken(), GREEDY))
+    assert {output.request_id for output in got} == {"0", "1", "2"}
+    assert all(output.outputs[0].token_ids for output in got)
+
+
+def test_the_seed_of_a_row_does_not_depend_on_threads(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    params = SamplingParams(max_tokens=4, min_tokens=4)
+    rows: list[Any] = prompts(12)
+    rows[5] = 7  # a row that is wrong draws a seed as well
+    first, second = (
+        tokens(
+            [o for o in LLM(tmp_path, device="cpu", seed=3).iterate(rows, params) if not o.error]
+        )
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_a_source_may_use_its_objects_again(llm: LLM) -> None:
+    content: list[dict[str, Any]] = [{"type": "image", "image": None}, {"type": "text", "text": ""}]
+    message = {"role": "user", "content": content}
+    images = [random_image(60 + i, 90, seed=i) for i in range(24)]
+    pixels = np.zeros((90, 60, 3), np.uint8)
+
+    def conversations() -> Iterator[Any]:
+        for i, image in enumerate(images):
+            content[0]["image"] = image
+            content[1]["text"] = f"what is left of {i}"
+            yield [message]
+
+    def arrays() -> Iterator[Any]:
+        for image in images:
+            pixels[:] = np.asarray(image.resize((60, 90)))
+            yield {"prompt": "<image>what is left", "multi_modal_data": {"image": pixels}}
+
+    for source, whole in ((conversations, llm.chat), (arrays, llm.generate)):
+        wanted = {}
+        for i, row in enumerate(source()):
+            wanted[str(i)] = whole(row, GREEDY)[0].outputs[0].token_ids
+        assert tokens(list(llm.iterate(source(), GREEDY))) == wanted
+
+
+def test_outputs_share_nothing_with_the_engine(llm: LLM) -> None:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=6, min_tokens=6, logprobs=1, prompt_logprobs=1
+    )
+    whole = llm.generate("the chicken", params)[0]
+    for output in llm.stream("the chicken", params):
+        output.prompt_token_ids.extend(output.prompt_token_ids)
+        answer = output.outputs[0]
+        answer.token_ids.clear()
+        for place in (*(output.prompt_logprobs or ())[1:], *(answer.logprobs or ())):
+            place.clear()
+    again = llm.generate("the chicken", params)[0]
+    assert again.outputs == whole.outputs
+    assert again.prompt_token_ids == whole.prompt_token_ids
+
+
+def test_an_output_is_data(llm: LLM) -> None:
+    scored = SamplingParams(
+        max_tokens=3, min_tokens=3, logprobs=2, prompt_logprobs=1, allowed_token_ids=[330]
+    )
+    rows: list[Any] = [("the chicken", scored), 7]
+    good, bad = llm.iterate(rows)
+    if good.error:
+        good, bad = bad, good
+    data = json.loads(json.dumps(good.to_dict(), allow_nan=False))
+    assert data["error"] is None
+    assert data["outputs"][0]["token_ids"] == good.outputs[0].token_ids
+    place = data["outputs"][0]["logprobs"][0]["330"]
+    assert place["rank"] == good.outputs[0].logprobs[0][330].rank  # type: ignore[index]
+    data = json.loads(json.dumps(bad.to_dict(), allow_nan=False))
+    assert data["error"] == {"code": "prompt", "message": str(bad.error)}
+    assert data["outputs"] == []

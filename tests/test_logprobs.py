@@ -150,10 +150,10 @@ def test_how_many_a_request_may_have(
     (prompt,) = llm.processor.finish([draft])
     asked = SamplingParams(**params)
     if message is None:
-        assert llm._request(prompt, asked).params == asked
+        assert llm.request_builder.build(prompt, asked).params == asked
         return
     with pytest.raises(SamplingError, match=message):
-        llm._request(prompt, asked)
+        llm.request_builder.build(prompt, asked)
 
 
 def test_they_do_not_hang_on_the_batch_nor_change_the_answer(llm: LLM) -> None:
@@ -242,15 +242,15 @@ def test_image_tokens_are_never_produced(llm: LLM) -> None:
 
 def test_image_slots_are_no_repetition(llm: LLM, folder: Path, tmp_path: Path) -> None:
     """Where the image token may be produced, its logit is the same with the penalty as without."""
-    sampler = LLM(folder, device="cpu")._engine.sampler
+    sampler = LLM(folder, device="cpu").engine.sampler
     sampler.bad_words_ids = []
     draft = llm.processor.draft_prompt("<image>a", [random_image(60, 60)])
-    request = llm._request(
+    request = llm.request_builder.build(
         llm.processor.finish([draft])[0],
         SamplingParams(temperature=0.0, repetition_penalty=1.5, logprobs=0),
     )
-    llm._engine.add(request)
-    llm._engine.cancel(request)
+    llm.engine.add(request)
+    llm.engine.cancel(request)
     assert IMAGE in request.prompt_token_ids
     logits = torch.zeros(1, VOCAB)
     logits[0, IMAGE] = 3.0
@@ -328,7 +328,7 @@ def test_what_the_model_cannot_do_is_refused(
         return
     with pytest.raises(SamplingError, match=message):
         llm.generate("a", SamplingParams(**params))
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 def test_bad_words_may_not_bar_the_only_allowed_token(llm: LLM) -> None:
@@ -340,8 +340,8 @@ def test_bad_words_may_not_bar_the_only_allowed_token(llm: LLM) -> None:
 
 def test_the_order_of_filters_is_the_engines(folder: Path, llm: LLM) -> None:
     theirs = LLM(folder, device="cpu", sampling_order="hf")
-    assert llm._engine.sampler.min_p_first
-    assert not theirs._engine.sampler.min_p_first
+    assert llm.engine.sampler.min_p_first
+    assert not theirs.engine.sampler.min_p_first
     for order in ("HF", "", None, "vllm "):
         with pytest.raises(ConfigError, match="sampling_order must be 'vllm' or 'hf', got"):
             LLM(folder, device="cpu", sampling_order=order)  # type: ignore[arg-type]

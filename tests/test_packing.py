@@ -28,13 +28,15 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
         kv_cache_tokens=512,
         ops=TRITON,  # interpreted; the reference gives no rows for padding
     )
-    engine, runner = llm._engine, llm._engine.runner
+    engine, runner = llm.engine, llm.engine.runner
     layers = runner.kv_cache.layers
     for tensor in (tensor for layer in layers for tensor in layer):
         tensor.fill_(float("nan"))
     for ids in ([1, 5, 6, 7], [1, *range(20, 84)]):
-        (prompt,) = llm.processor.finish([llm._read_prompt({"prompt_token_ids": ids})])
-        engine.add(llm._request(prompt, SamplingParams(temperature=0.0, max_tokens=5)))
+        (prompt,) = llm.processor.finish(
+            [llm.request_builder.read_prompt({"prompt_token_ids": ids})]
+        )
+        engine.add(llm.request_builder.build(prompt, SamplingParams(temperature=0.0, max_tokens=5)))
     engine.step()
     packed = pack(engine.scheduler.schedule(), {}, runner.kv_cache.page_size, 1)
     assert packed.is_decode

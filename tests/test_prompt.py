@@ -188,7 +188,7 @@ def test_named_ids() -> None:
     assert (tokenizer.fake_image_id, tokenizer.image_id) == (32000, 32001)
     assert tokenizer.end_of_utterance_id == 32002
     assert tokenizer.control_ids == {0, 1, 2, 32000, 32001, 32002}
-    pieces = [tokenizer.decode([id]) for id in sorted(tokenizer.byte_values())]
+    pieces = [tokenizer.decode([id]) for id in sorted(tokenizer.byte_values)]
     assert len(pieces) == 256
     assert pieces[ord("A")] == "A"
 
@@ -464,7 +464,7 @@ def test_streamed_text_joins_to_the_decoded(kind: str, skip: bool) -> None:
     rng = random.Random(0)
     special = sorted(tokenizer.control_ids)
     spaces = [i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i]).strip()]
-    of_byte = {value[0]: id for id, value in tokenizer.byte_values().items()}
+    of_byte = {value[0]: id for id, value in tokenizer.byte_values.items()}
     pieces = sorted(set(range(tokenizer.vocab_size)) - set(of_byte.values()))
     pools = [[[id] for id in ids] for ids in (special, spaces, pieces)]
     if of_byte:  # whole characters: broken ones have a test of their own
@@ -489,12 +489,12 @@ def test_streamed_text_is_whole_characters(kind: str, text: str) -> None:
 
 def test_text_comes_as_early_as_it_is_complete() -> None:
     ids = build().encode("Hello big 🦩 world", add_bos=False)
-    assert build().byte_values().keys() & set(ids)  # the flamingo is four bytes
+    assert build().byte_values.keys() & set(ids)  # the flamingo is four bytes
     assert stream("8b", ids) == ["Hello", " big", " ", "", "", "", "🦩", " world", ""]
 
 
 def test_broken_characters_spoil_no_whole_ones() -> None:
-    of_byte = {value[0]: id for id, value in build().byte_values().items()}
+    of_byte = {value[0]: id for id, value in build().byte_values.items()}
     bird, half = ([of_byte[byte] for byte in part] for part in ("🦩".encode(), "🦩".encode()[:2]))
     word = build().encode("word", add_bos=False)
     newline = [of_byte[ord("\n")]]

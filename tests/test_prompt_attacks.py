@@ -372,13 +372,13 @@ def test_prompts_at_the_context_length_and_over(llm: LLM, kind: str) -> None:
         with pytest.raises(PromptTooLongError, match=f"within 40 tokens, got {length}") as caught:
             answer(length)
         assert (caught.value.got, caught.value.limit) == (length, LENGTH - 1)
-        assert not llm._engine.has_work
+        assert not llm.engine.has_work
     both = [of_length(kind, n) for n in (5 + 8 + LATENTS, LENGTH)]
     name = "prompts" if "prompts" in both[0] else "messages"
     call = llm.generate if name == "prompts" else llm.chat
     with pytest.raises(PromptTooLongError):
         call([one[name] for one in both])
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 def test_a_megabyte_is_too_long(llm: LLM) -> None:
@@ -408,7 +408,7 @@ def test_what_the_engine_is_asked_is_refused(llm: LLM) -> None:
             next(llm.stream(either))  # type: ignore[arg-type]
     with pytest.raises(ImageError):
         llm.generate({"prompt": IMAGE, "multi_modal_data": {"image": None}})
-    assert not llm._engine.has_work
+    assert not llm.engine.has_work
 
 
 def test_a_prompt_of_nothing(llm: LLM) -> None:

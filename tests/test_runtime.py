@@ -67,7 +67,7 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
             **sizes,
         }
     )
-    old = llm._engine
+    old = llm.engine
     engine = Engine(
         llm.model,
         old.tokenizer,
@@ -91,7 +91,7 @@ def make_requests(llm: LLM) -> list[Request]:
         words = "the chicken sits on a pile of money and looks at what is left of the red car"
         text = "A common beginning that fills a page or two. " * (i % 2) + words[: 3 + 5 * i]
         prompt = {"prompt": "<image>" * len(images) + text, "multi_modal_data": {"image": images}}
-        (processed,) = llm.processor.finish([llm._read_prompt(prompt)])
+        (processed,) = llm.processor.finish([llm.request_builder.read_prompt(prompt)])
         params = SamplingParams(
             temperature=[0.0, 0.9][i % 2],
             top_p=0.95,
@@ -102,7 +102,7 @@ def make_requests(llm: LLM) -> list[Request]:
             logprobs=0,
             prompt_logprobs=0 if i % 4 == 3 else None,
         )
-        requests.append(llm._request(processed, params))
+        requests.append(llm.request_builder.build(processed, params))
     return requests
 
 
@@ -255,8 +255,8 @@ def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=2)
         for begin in range(0, count, 100):
             prompts = [{"prompt_token_ids": [1, 5 + (begin + i) % 30000, 7]} for i in range(100)]
-            drafts = [llm._read_prompt(prompt) for prompt in prompts]
-            requests = [llm._request(p, params) for p in llm.processor.finish(drafts)]
+            drafts = [llm.request_builder.read_prompt(prompt) for prompt in prompts]
+            requests = [llm.request_builder.build(p, params) for p in llm.processor.finish(drafts)]
             answers(engine, requests)
 
     serve(500)
@@ -462,7 +462,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
             (prompt,) = llm.processor.finish([draft])
             if behind:
                 prompt = replace(prompt, token_ids=[*prompt.token_ids, *behind[index]])
-            requests.append(llm._request(prompt, params))
+            requests.append(llm.request_builder.build(prompt, params))
         return requests
 
     def scores(llm: LLM, texts: list[list[int]], sizes: dict[str, Any]) -> list[torch.Tensor]:

@@ -6,6 +6,8 @@ copied too late or let go too early shows as a wrong value.
 """
 
 import random
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -364,7 +366,7 @@ def test_the_newest_is_preempted_and_goes_on_first() -> None:
         machine.add(request)
     while not scheduler.num_preemptions:
         machine.step()
-    assert scheduler.running == old.sequences
+    assert list(scheduler.running) == old.sequences
     assert [s.request for s in scheduler.waiting] == [new, last]
     tokens = new.sequences[0].token_ids[:]
     while scheduler.has_work:
@@ -429,3 +431,50 @@ def test_nameless_pages_are_taken_before_known_ones() -> None:
     assert pages.allocate(1) == [first], "let go longest ago"
     assert pages.find([b"third", b"first"]) == [third]
     assert pages.find([b"first"]) == []
+
+
+def counted(run: Callable[[], None]) -> int:
+    """Return how many functions, Python's and C's, ``run`` calls, and how many sequences it compares."""
+    calls = 0
+
+    def count(_frame: object, event: str, _arg: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_the_work_of_a_step_does_not_depend_on_how_many_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Comparing is made to show: passing over a list or a queue compares every element, in C."""
+    monkeypatch.setattr(Sequence, "__eq__", lambda self, other: self is other, raising=False)
+    monkeypatch.setattr(Sequence, "__hash__", object.__hash__, raising=False)
+    work = []
+    for waiting in (1000, 20_000):
+        scheduler = make_scheduler(64, 4, 4, max_num_seqs=4)
+        requests = [make_request([7] * 5, 4) for _ in range(waiting)]
+        for request in requests:
+            scheduler.add(request.sequences[0])
+
+        def serve(scheduler: Scheduler = scheduler) -> None:
+            for _ in range(20):
+                step = scheduler.schedule()
+                scheduler.computed(step)
+                drawn = [chunk.sequence for chunk in step.chunks if chunk.samples]
+                for sequence in drawn:
+                    sequence.num_pending += 1
+                    sequence.append(5)
+                scheduler.finish(drawn)
+
+        def cancel_some(scheduler: Scheduler = scheduler, requests: Any = requests) -> None:
+            for request in requests[500:900]:
+                scheduler.cancel(request.sequences)
+
+        work.append((counted(serve), counted(cancel_some)))
+    assert work[0] == work[1]

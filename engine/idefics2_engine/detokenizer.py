@@ -19,7 +19,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.control_ids if skip_special_tokens else frozenset()
-        self._bytes = tokenizer.byte_values()
+        self._bytes = tokenizer.byte_values
         self._utf8 = _utf8_decoder("replace")
         self._settled: list[int] = []  # the last ids whose text is out
         self._pending: list[int] = []  # ids after these

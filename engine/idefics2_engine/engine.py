@@ -53,15 +53,9 @@ class Engine:
     ) -> None:
         self.tokenizer = tokenizer
         self.generation = generation
-        self.scheduler = Scheduler(
-            PageAllocator(config.num_pages, config.page_size),
-            EncoderCache(config.max_cached_images),
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.max_patches,
-            model.config.text.sliding_window,
-            config.prefix_caching,
-        )
+        self.config = config
+        self._window = model.config.text.sliding_window
+        self.reset()
         kv_cache = KVCache(
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
@@ -74,10 +68,6 @@ class Engine:
             self.scheduler.pages.pages_for(config.max_model_len) if config.cuda_graphs else None,
         )
         self.stats = EngineStats()
-        self._run_ahead = config.run_ahead
-        self._flight: _Flight | None = None  # the step launched last
-        self._max_num_seqs = config.max_num_seqs
-        self._suspects: set[Request] = set()  # of a step that failed, and not in one since
         self.sampler = Sampler(
             model.ops,
             generation.bad_words_ids,
@@ -99,16 +89,48 @@ class Engine:
             request.sequences.append(sequence)
         self.scheduler.add(request.sequences[0])  # the others start from its prompt
 
-    def step(self) -> list[Sequence]:
-        """Launch the next step; return the sequences that got a token of it, or of the one before when running ahead.
+    def reset(self) -> None:
+        """Drop every request and forget what the caches hold, whatever state the engine is in."""
+        config = self.config
+        self.scheduler = Scheduler(
+            PageAllocator(config.num_pages, config.page_size),
+            EncoderCache(config.max_cached_images),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_patches,
+            self._window,
+            config.prefix_caching,
+        )
+        self._flight: _Flight | None = None  # the step launched last
+        self._suspects: set[Request] = set()  # of a step that failed, and not in one since
+        self._changed: dict[Request, None] = {}  # requests that ``step`` has to return
 
-        A forward pass that fails costs no request but its own: out of memory, steps become smaller; otherwise fewer and
-        fewer sequences run at once, until one request fails alone and gets ``error``.
+    def step(self) -> list[Request]:
+        """Launch the next step and read the tokens of the last one; when running ahead, of the one before.
+
+        If a forward pass fails, only the request that caused it fails, and gets an ``error``. After an out-of-memory
+        error steps become smaller. After any other error fewer sequences run at once, until one request fails alone.
+
+        Returns:
+            The requests that got a token or failed, each once.
+
+        Raises:
+            BaseException: An interrupt, or a fault of the engine itself. Nothing of a step that was cut off is trusted:
+                the engine was ``reset``.
         """
+        try:
+            self._step()
+        except BaseException:
+            self.reset()
+            raise
+        changed, self._changed = self._changed, {}
+        return list(changed)
+
+    def _step(self) -> None:
         before, self._flight = self._flight, None
-        got: list[Sequence] = []
         if before is not None and any(map(self.sampler.reads_answer, before.sequences)):
-            got, before = self._land(before), None
+            self._land(before)
+            before = None
         if self.scheduler.has_work:
             step = self.scheduler.schedule()
             requests = {chunk.sequence.request for chunk in step.chunks}
@@ -116,14 +138,13 @@ class Engine:
                 if step.chunks:
                     self._flight = self._launch(step, requests, before)
             except Exception as error:
-                got += self._land(before)
+                self._land(before)
                 self._recover(requests, error)
-                return got
-        got += self._land(before)
-        if not self._run_ahead:
+                return
+        self._land(before)
+        if not self.config.run_ahead:
             landing, self._flight = self._flight, None
-            got += self._land(landing)
-        return got
+            self._land(landing)
 
     def _launch(self, step: Step, requests: set[Request], before: _Flight | None) -> _Flight:
         """Put ``step`` on the device, behind the one ``before`` if its tokens are not read yet."""
@@ -153,10 +174,10 @@ class Engine:
             sequence.num_pending += 1
         return _Flight(step, requests, sequences, tokens)
 
-    def _land(self, flight: _Flight | None) -> list[Sequence]:
-        """Wait for a step and take its tokens, but for answers that have ended or were dropped since it was launched."""
+    def _land(self, flight: _Flight | None) -> None:
+        """Wait for a step and append its tokens to the answers that have not ended since it was launched."""
         if flight is None:
-            return []
+            return
         try:
             choices = [] if flight.drawn is None else flight.drawn.choices()
         except Exception as error:
@@ -165,16 +186,21 @@ class Engine:
                     sequence.num_pending = 0
             self._flight = None
             self._recover(flight.requests, error)
-            return []
+            return
         got = []
         for sequence, choice in zip(flight.sequences, choices, strict=True):
-            if sequence.num_pending:
+            if not sequence.num_pending:
+                continue
+            try:
                 sequence.append(*choice)
+            except Exception as error:
+                self._fail(sequence.request, "its tokens must have a text", error)
+            else:
                 got.append(sequence)
+                self._changed[sequence.request] = None
         self.scheduler.finish(got)
         self._clear(flight.requests)
         self._count(flight.step, len(got))
-        return got
 
     def _recover(self, requests: set[Request], error: Exception) -> None:
         self.scheduler.start_over()
@@ -188,17 +214,22 @@ class Engine:
             self.scheduler.max_num_seqs = len(requests) // 2
             return
         for request in requests:  # one, or none if it has ended meanwhile
-            failed = RequestFailedError(
-                f"request {request.request_id}: the model must run on it, got {type(error).__name__}"
-            )
-            failed.__cause__ = error
-            request.error = failed
-            self.cancel(request)
+            self._fail(request, "the model must run on it", error)
+
+    def _fail(self, request: Request, wanted: str, error: Exception) -> None:
+        """Give up one request because of ``error``; the others go on."""
+        failed = RequestFailedError(
+            f"request {request.request_id}: {wanted}, got {type(error).__name__}"
+        )
+        failed.__cause__ = error
+        request.error = failed
+        self.cancel(request)
+        self._changed[request] = None
 
     def _clear(self, requests: set[Request]) -> None:
         self._suspects -= requests
         if not self._suspects:
-            self.scheduler.max_num_seqs = self._max_num_seqs
+            self.scheduler.max_num_seqs = self.config.max_num_seqs
 
     def _count(self, step: Step, num_drawn: int) -> None:
         stats, pages = self.stats, self.scheduler.pages

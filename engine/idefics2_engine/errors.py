@@ -12,6 +12,10 @@ class Idefics2Error(ValueError):
 
     code: ClassVar[str] = "bad_input"
 
+    def to_dict(self) -> dict[str, str]:
+        """Return what machines read of an error, in ``--json`` and in ``RequestOutput.to_dict``."""
+        return {"code": self.code, "message": str(self)}
+
 
 class ConfigError(Idefics2Error):
     """A checkpoint's JSON files are missing, unreadable or describe an impossible model."""
@@ -77,6 +81,12 @@ class SamplingError(Idefics2Error):
     """A sampling parameter is out of its range."""
 
     code = "sampling"
+
+
+class InternalError(Idefics2Error):
+    """A prompt could not be prepared for a reason that is no fault of the prompt; the cause is chained."""
+
+    code = "internal"
 
 
 class RequestFailedError(Idefics2Error):

@@ -1,27 +1,21 @@
 """The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
 
-import random
-from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
+import gc
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from queue import SimpleQueue
+from typing import Any, Self, cast
 
 import torch
 
-from idefics2_engine.bad_words import bad_words_ids, check_choice
 from idefics2_engine.checkpoint import build_model, load_checkpoint
 from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.engine import Engine
-from idefics2_engine.errors import (
-    ConfigError,
-    Idefics2Error,
-    PromptError,
-    PromptTooLongError,
-    SamplingError,
-)
+from idefics2_engine.engine_thread import EngineThread
+from idefics2_engine.errors import ConfigError, Idefics2Error, InternalError, PromptError
 from idefics2_engine.hub import find_adapter
-from idefics2_engine.image_items import image_items
-from idefics2_engine.intake import Intake
 from idefics2_engine.llm_arguments import (
     at_least_one,
     check_utilization,
@@ -30,30 +24,53 @@ from idefics2_engine.llm_arguments import (
     torch_device,
     torch_dtype,
 )
-from idefics2_engine.logprobs import check_entries
-from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, media_config
+from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, ImageSource, media_config
 from idefics2_engine.memory import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.outputs import RequestOutput, failed_output
-from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.prefetcher import Prefetcher
+from idefics2_engine.processor import ProcessedPrompt, Processor
 from idefics2_engine.progress import Progress
 from idefics2_engine.quantization import Quantization
+from idefics2_engine.request_builder import (
+    Conversation,
+    Prompt,
+    RequestBuilder,
+    RowDraft,
+    is_conversation,
+    read_params,
+)
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
 from idefics2_engine.shown import shown
+from idefics2_engine.torch_defaults import torch_defaults
 from idefics2_engine.verify import verify_files
 from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
-Prompt = str | Mapping[str, Any]
-"""A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
-``"multi_modal_data": {"image": image or images}``."""
 
-Conversation = Sequence[Mapping[str, Any]]
-"""Messages ``{"role": …, "content": …}`` in OpenAI's or transformers' shape."""
+@dataclass(frozen=True)
+class _EndOfRows:
+    """Follows the last row that ``iterate`` has read."""
+
+    count: int
+    error: BaseException | None  # what the source of the rows raised instead of ending
 
 
 class LLM:
     """An Idefics2 model that answers questions about images.
+
+    The engine runs on a thread of its own. Any thread may call any method at any time, several at once too: their
+    requests share the engine's steps. An exception in the caller's thread, such as Ctrl-C, cancels that call's requests
+    and no others. Use the object as a context, or ``close`` it, to give back the memory at a chosen point.
+
+    Attributes:
+        config: The model's.
+        processor: Turns text and images into the model's input.
+        model: The network.
+        engine_config: Sizes of the runtime.
+        engine: Answers requests; it belongs to its thread while any call is unfinished.
+        stats: What the engine has done so far.
+        request_builder: Turns prompts and parameters into requests for ``engine``.
 
     Args:
         model: A checkpoint in the hub's form: its folder, or its id on the hub, ``org/name`` or ``org/name@revision``, which is
@@ -97,6 +114,7 @@ class LLM:
         CheckpointError: The weights are missing, do not fit the config, or fail a check that was asked for.
     """
 
+    @torch_defaults()
     def __init__(
         self,
         model: str | Path | None = None,
@@ -192,7 +210,7 @@ class LLM:
         ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
         generation = GenerationConfig.load(folder).with_defaults(ends, never)
-        self._engine = Engine(
+        self.engine = Engine(
             self.model,
             tokenizer,
             self.processor.image_config,
@@ -200,9 +218,36 @@ class LLM:
             self.engine_config,
             min_p_first=sampling_order == "vllm",
         )
-        self._seeds = random.Random(seed)
-        self._count = 0
-        self._is_iterating = False
+        self.request_builder = RequestBuilder(
+            self.processor, self.config, generation, self.engine_config.max_model_len, seed
+        )
+        if has_cuda:
+            # Weights may have been copied on a stream of the caller's, which the engine does not wait for
+            torch.cuda.synchronize(on)
+        self.stats = self.engine.stats
+        self._thread = EngineThread(self.engine)
+        # At the latest when the object is collected or the process ends
+        self._finalizer = weakref.finalize(self, self._thread.close)
+
+    def close(self) -> None:
+        """End the engine's thread and give back the memory of the model and its cache.
+
+        Calls that are unfinished on other threads raise ``RuntimeError``, and so does every later call.
+        """
+        self._finalizer()
+        for name in ("model", "engine"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Close it."""
+        self.close()
 
     def generate(
         self,
@@ -227,7 +272,7 @@ class LLM:
             SamplingError: A sampling parameter does not fit the model.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
-        drafts = [self._read_prompt(prompt) for prompt in several]
+        drafts = [self.request_builder.read_prompt(prompt) for prompt in several]
         return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def chat(
@@ -235,6 +280,7 @@ class LLM:
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]] = (),
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answer conversations; nothing typed in them becomes a control token.
@@ -242,13 +288,15 @@ class LLM:
         Args:
             messages: One conversation or several.
             sampling_params: For all of them, or one each.
+            images: For parts ``{"type": "image"}`` without an image of their own, in order. Of several conversations a
+                list for each.
             progress: Whether to show a progress bar.
 
         Returns:
             One output a conversation, in order.
 
         Raises:
-            PromptError: A conversation is malformed or too long, or the model has not learnt to chat.
+            PromptError: A conversation is malformed or too long, or the model has not learned to chat.
             ImageError: An image cannot be read.
             SamplingError: A sampling parameter does not fit the model.
         """
@@ -256,8 +304,20 @@ class LLM:
             raise PromptError(
                 f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
             )
-        several = [messages] if _is_conversation(messages) else _listed("messages", messages)
-        drafts = [self.processor.draft_chat(cast(Conversation, one)) for one in several]
+        if is_conversation(messages):
+            several, of_each = [messages], [images]
+        else:
+            several = _listed("messages", messages)
+            of_each = _listed("images", images) or [()] * len(several)
+            if len(of_each) != len(several):
+                raise PromptError(
+                    f"images must be a list for each of the {len(several)} conversations, "
+                    f"got {len(of_each)}"
+                )
+        drafts = [
+            self.request_builder.read_conversation(cast(Conversation, one), cast(Any, own))
+            for one, own in zip(several, of_each, strict=True)
+        ]
         return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def stream(
@@ -265,16 +325,15 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Answer one prompt or conversation, yielding its output after every token.
 
-        Text that may turn out to be a stop string, or half a character, is held back. The iterator must be used up or
-        closed before the next request, which raises ``RuntimeError`` otherwise.
+        Text that may turn out to be a stop string, or half a character, is held back. What is wrong with the prompt is
+        raised by this call; the answer begins when the iterator is first asked, and is dropped when it is closed.
         """
-        if _is_conversation(prompt):
-            draft = self.processor.draft_chat(cast(Conversation, prompt))
+        if is_conversation(prompt):
+            draft = self.request_builder.read_conversation(cast(Conversation, prompt))
         else:
-            draft = self._read_prompt(cast(Prompt, prompt))
+            draft = self.request_builder.read_prompt(cast(Prompt, prompt))
         (processed,) = self.processor.finish([draft])
-        request = self._request(processed, _read_params(sampling_params))
-        return self._stream(request)
+        return self._stream(self.request_builder.build(processed, read_params(sampling_params)))
 
     def iterate(
         self,
@@ -287,8 +346,9 @@ class LLM:
         """Answer prompts and conversations as they come, yielding each output when it is finished.
 
         Args:
-            prompts: Read lazily, ``in_flight`` before they are answered at most; pictures are read in threads meanwhile.
-                Each may be a pair with its own parameters.
+            prompts: Are read lazily, on a thread of their own, ``in_flight`` before they are answered at most. What a
+                prompt holds is copied when it is read, so that the source may use its objects again; image files are
+                read in threads later. Each may be a pair with its own parameters.
             sampling_params: For all others.
             in_flight: Requests begun and not yielded; twice ``max_num_seqs`` if ``None``.
             progress: Whether to show a progress bar; its total is known if ``prompts`` has a length.
@@ -297,79 +357,76 @@ class LLM:
             Outputs in the order in which they finish; ``request_id`` is the place among ``prompts``, from "0". One that is
             malformed, does not fit or fails has its ``error`` and keeps none of the others from being answered.
 
-        The iterator must be used up or closed before the next request, which raises ``RuntimeError`` otherwise.
+        Raises:
+            PromptError: ``prompts`` is one prompt, not an iterable of them.
+            Exception: What iterating over ``prompts`` raised, after all that was read before has been answered.
         """
         if in_flight is None:
             in_flight = 2 * self.engine_config.max_num_seqs
         at_least_one("in_flight", in_flight)
-        shared = _read_params(sampling_params)
-        self._begin([])
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise PromptError(
+                f"prompts must be an iterable of prompts, got {type(prompts).__name__}"
+            )
+        shared = read_params(sampling_params)
         total = len(prompts) if isinstance(prompts, Sized) else None
-        bar = Progress(self._engine.stats, total, progress)
-        return self._iterate(enumerate(prompts), shared, in_flight, bar)
+        bar = Progress(self.stats, total, progress)
+        return self._iterate(iter(prompts), shared, in_flight, bar)
 
     def _iterate(
-        self,
-        rows: Iterable[tuple[int, Any]],
-        shared: SamplingParams,
-        in_flight: int,
-        bar: Progress,
+        self, rows: Iterator[Any], shared: SamplingParams, in_flight: int, bar: Progress
     ) -> Generator[RequestOutput, None, None]:
-        live: list[Request] = []
+        events: SimpleQueue[Request | RequestOutput | _EndOfRows | BaseException] = SimpleQueue()
+        builder = self.request_builder
 
-        def prepare(row: tuple[int, Any]) -> tuple[ProcessedPrompt, SamplingParams]:
-            prompt, params = row[1] if isinstance(row[1], tuple) else (row[1], shared)
-            if _is_conversation(prompt):
-                draft = self.processor.draft_chat(prompt)
-            else:
-                draft = self._read_prompt(prompt)
-            return self.processor.finish([draft])[0], _read_params(params)
-
-        threads = self.processor.media.num_threads
-        with bar, Intake(rows, prepare, threads, ahead=in_flight) as intake:
-            self._is_iterating = True
+        def read(index: int, row: object) -> RowDraft | None:
             try:
-                while live or not intake.is_empty:
-                    while len(live) < in_flight and (taken := intake.take(wait=not live)):
-                        (index, _), prepared = taken
-                        try:
-                            if isinstance(prepared, Idefics2Error):
-                                raise prepared
-                            request = self._request(*prepared, request_id=str(index))
-                        except Idefics2Error as error:
-                            bar.update(1)
-                            yield failed_output(str(index), error)
-                        else:
-                            self._engine.add(request)
-                            live.append(request)
-                    if live:
-                        self._engine.step()
-                    finished = [request for request in live if request.finished]
-                    live = [request for request in live if not request.finished]
-                    bar.update(len(finished))
-                    for request in finished:
-                        yield request.output()
-            finally:
-                self._is_iterating = False
-                for request in live:
-                    self._engine.cancel(request)
+                return builder.read_row(row, shared)
+            except Idefics2Error as error:
+                events.put(failed_output(str(index), error))
+                return None
+
+        def prepare(index: int, draft: RowDraft) -> None:
+            try:
+                client.submit([builder.build_row(draft, str(index))])
+            except BaseException as error:
+                events.put(failed_output(str(index), _row_error(error)))
+
+        def end(count: int, error: BaseException | None) -> None:
+            events.put(_EndOfRows(count, error))
+
+        client = self._thread.client(events.put, events.put)
+        threads = self.processor.media.num_threads
+        rows_ahead = Prefetcher(rows, read, prepare, end, threads=threads, ahead=in_flight)
+        yielded, end_of_rows = 0, None
+        with bar, client, rows_ahead:
+            while end_of_rows is None or yielded < end_of_rows.count:
+                event = _take(events)
+                if isinstance(event, _EndOfRows):
+                    end_of_rows = event
+                    continue
+                yielded += 1
+                rows_ahead.done()
+                bar.update(1)
+                yield event.output() if isinstance(event, Request) else event
+        if end_of_rows.error is not None:
+            raise end_of_rows.error
 
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
-        self._begin([request])
-        try:
-            while not request.finished:
-                if self._engine.step():
-                    yield request.output()
-            if request.error is not None:
-                raise request.error
-        finally:
-            self._engine.cancel(request)
+        events: SimpleQueue[RequestOutput | BaseException] = SimpleQueue()
 
-    def _begin(self, requests: list[Request]) -> None:
-        if self._engine.has_work or self._is_iterating:
-            raise RuntimeError("an earlier stream is unfinished: use it up or close it first")
-        for request in requests:
-            self._engine.add(request)
+        def put(changed: Request) -> None:
+            events.put(changed.output())
+
+        with self._thread.client(put, events.put, every_token=True) as client:
+            client.submit([request])
+            finished = False
+            while not finished:
+                output = _take(events)
+                if output.error is not None:
+                    raise output.error
+                finished = output.finished
+                yield output
 
     def _answer(
         self,
@@ -378,108 +435,43 @@ class LLM:
         progress: bool,
     ) -> list[RequestOutput]:
         if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
-            params = [_read_params(one) for one in sampling_params]
+            params = [read_params(one) for one in sampling_params]
         else:
-            params = [_read_params(sampling_params)] * len(prompts)
+            params = [read_params(sampling_params)] * len(prompts)
         if len(params) != len(prompts):
             raise PromptError(
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
             )
-        requests = [self._request(*pair) for pair in zip(prompts, params, strict=True)]
-        self._begin(requests)
-        with Progress(self._engine.stats, len(requests), progress) as bar:
-            try:
-                unfinished = len(requests)
-                while self._engine.has_work:
-                    self._engine.step()
-                    now = sum(not request.finished for request in requests) if progress else 0
-                    bar.update(unfinished - now)
-                    unfinished = now
-            finally:
-                for request in requests:
-                    self._engine.cancel(request)
+        build = self.request_builder.build
+        requests = [build(*pair) for pair in zip(prompts, params, strict=True)]
+        events: SimpleQueue[Request | BaseException] = SimpleQueue()
+        bar = Progress(self.stats, len(requests), progress)
+        with bar, self._thread.client(events.put, events.put) as client:
+            client.submit(requests)
+            for _ in requests:
+                _take(events)
+                bar.update(1)
         return [request.output() for request in requests]
 
-    def _request(
-        self, prompt: ProcessedPrompt, params: SamplingParams, request_id: str | None = None
-    ) -> Request:
-        room = self.engine_config.max_model_len - len(prompt.token_ids)
-        if not prompt.token_ids:
-            raise PromptError("prompt must have at least one token, got none")
-        if room < 1:
-            raise PromptTooLongError(len(prompt.token_ids), self.engine_config.max_model_len)
-        vocab_size = self.config.text.vocab_size
-        params.check_vocabulary(vocab_size)
-        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
-        generation = self._engine.generation
-        words = (*generation.bad_words_ids, *bad_words)
-        check_choice(params, words, generation.eos_token_ids, vocab_size)
-        max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
-        if params.min_tokens > max_tokens:
-            raise SamplingError(
-                f"min_tokens must be at most the {room} tokens that the prompt leaves of "
-                f"{self.engine_config.max_model_len}, got {shown(params.min_tokens)}"
-            )
-        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
-        self._count += 1
-        drawn = self._seeds.getrandbits(63)  # by a request with its own seed too
-        return Request(
-            request_id=str(self._count - 1) if request_id is None else request_id,
-            prompt=prompt.prompt,
-            prompt_token_ids=prompt.token_ids,
-            images=image_items(
-                prompt.token_ids,
-                prompt.tiles,
-                self.config.image_token_id,
-                self.config.perceiver.num_latents,
-            ),
-            params=params,
-            seed=drawn if params.seed is None else params.seed,
-            max_tokens=max_tokens,
-            bad_words_ids=bad_words,
-        )
 
-    def _read_prompt(self, prompt: Prompt) -> PromptDraft:
-        if isinstance(prompt, str):
-            return self.processor.draft_prompt(prompt)
-        if not isinstance(prompt, Mapping):
-            raise PromptError(f"prompt must be text or a mapping, got {type(prompt).__name__}")
-        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}
-        given = prompt.keys() & {"prompt", "prompt_token_ids"}
-        if unknown or len(given) != 1:
-            raise PromptError(
-                "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
-                f"got {shown(sorted(map(str, prompt)))}"
-            )
-        media = prompt.get("multi_modal_data") or {}
-        if not isinstance(media, Mapping) or media.keys() - {"image"}:
-            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {shown(media)}")
-        images = media.get("image", [])
-        images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if "prompt" in prompt:
-            return self.processor.draft_prompt(prompt["prompt"], images)
-        return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
+def _take(events: SimpleQueue[Any]) -> Any:
+    """Wait for the next event and return it; raise it if it says why there will be no more."""
+    event = events.get()
+    if isinstance(event, BaseException):
+        raise event
+    return event
 
 
-def _read_params(params: object) -> SamplingParams:
-    if params is None:
-        return SamplingParams()
-    if not isinstance(params, SamplingParams):
-        raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
-    return params
+def _row_error(error: BaseException) -> Idefics2Error:
+    """Return ``error`` if it is for users; otherwise one that is, caused by it."""
+    if isinstance(error, Idefics2Error):
+        return error
+    internal = InternalError(f"prompt: could not be prepared, got {type(error).__name__}")
+    internal.__cause__ = error
+    return internal
 
 
 def _listed(name: str, values: Any) -> list[Any]:
     if not isinstance(values, Iterable):
         raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
     return list(values)
-
-
-def _is_conversation(value: object) -> bool:
-    """Tell one conversation from a prompt and from a list of conversations."""
-    return (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and len(value) > 0
-        and all(isinstance(message, Mapping) for message in value)
-    )

@@ -71,7 +71,10 @@ def padded_rows(logits: Tensor, rows: Tensor | slice) -> Tensor:
     V = logits.shape[1]
     taken = logits[rows]
     out = torch.full(
-        (len(taken), -(-V // _COLUMNS) * _COLUMNS), float("-inf"), device=logits.device
+        (len(taken), -(-V // _COLUMNS) * _COLUMNS),
+        float("-inf"),
+        dtype=torch.float32,
+        device=logits.device,
     )
     out[:, :V] = taken
     return out

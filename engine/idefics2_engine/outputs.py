@@ -1,8 +1,9 @@
 """What a request gives back, in vLLM's shape."""
 
+import math
 import time
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from idefics2_engine.errors import Idefics2Error
 
@@ -57,6 +58,24 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int  # prompt tokens taken from a prefix cache
     error: Idefics2Error | None = None  # why there is no whole answer
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the output as data that ``json.dumps`` takes.
+
+        An error becomes ``{"code": …, "message": …}``. A log probability of minus infinity becomes
+        ``None``, because JSON has no infinity.
+        """
+        error = None if self.error is None else self.error.to_dict()
+        data: dict[str, Any] = _without_infinity(asdict(replace(self, error=None)))
+        return {**data, "error": error}
+
+
+def _without_infinity(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinity(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(inner) for inner in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def failed_output(request_id: str, error: Idefics2Error) -> RequestOutput:

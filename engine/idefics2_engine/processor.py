@@ -46,6 +46,10 @@ class PromptDraft:
     token_ids: list[int]
     images: Sequence[ImageSource]
 
+    def owned(self) -> "PromptDraft":
+        """Return it."""
+        return self
+
 
 @dataclass(frozen=True)
 class Processor:

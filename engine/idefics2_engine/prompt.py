@@ -10,6 +10,7 @@ that are no control tokens are found with their marks.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,14 @@ class Tokenizer:
         """Id that ends a turn; None in the base model."""
         return self._special.get(END_OF_UTTERANCE)
 
-    @property
+    @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids of every control token."""
         return frozenset(self._special.values())
 
-    def byte_values(self) -> dict[int, bytes]:
-        """Return the pieces that stand for one byte, by id: a character may need several."""
+    @cached_property
+    def byte_values(self) -> Mapping[int, bytes]:
+        """The pieces that stand for one byte, by id: a character may need several."""
         ids = {byte: self._library.id_of(f"<0x{byte:02X}>") for byte in range(256)}
         return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
 

@@ -9,7 +9,7 @@ A step may be planned while tokens of the one before are still being drawn (``Se
 known, and steps are computed in order.
 """
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,8 +61,9 @@ class Scheduler:
         self.max_patches = max_patches  # a step; a larger tile has a step without others
         self.window = window  # keys that a query sees
         self.prefix_caching = prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        # In order, as keys: a sequence is found and removed without passing over the others
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.running: OrderedDict[Sequence, None] = OrderedDict()
         self.num_preemptions = 0
 
     @property
@@ -80,7 +81,7 @@ class Scheduler:
         """Put ``sequence`` at the end of the queue; it must fit an empty cache."""
         assert self.most_pages(sequence.max_length) <= self.pages.num_pages
         sequence.request.num_started += 1
-        self.waiting.append(sequence)
+        self.waiting[sequence] = None
 
     def schedule(self) -> Step:
         """Choose the tokens of the next step and give them pages and slots."""
@@ -110,9 +111,13 @@ class Scheduler:
             sequence.num_computed, sequence.num_named = first.num_computed, first.num_named
             sequence.pages = list(first.pages)
             self.pages.share(first.pages)
-        at = self.running.index(first) + 1
-        self.running[at:at] = forked
-        self.waiting.extendleft(reversed(others[len(forked) :]))
+        if forked:
+            running = list(self.running)
+            at = running.index(first) + 1
+            running[at:at] = forked
+            self.running = OrderedDict.fromkeys(running)
+        for sequence in reversed(others[len(forked) :]):
+            self._wait_first(sequence)
         return forked
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
@@ -121,27 +126,27 @@ class Scheduler:
             if not sequence.finish_reason:
                 continue
             if sequence in self.running:
-                self.running.remove(sequence)
+                del self.running[sequence]
                 self._name_pages(sequence)
                 self._drop(sequence)
-            elif sequence in self.waiting:  # preempted while its last token was drawn
-                self.waiting.remove(sequence)
+            else:  # preempted while its last token was drawn
+                self.waiting.pop(sequence, None)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Drop those of ``sequences`` that wait or run."""
         for sequence in sequences:
             if sequence in self.running:
-                self.running.remove(sequence)
+                del self.running[sequence]
                 self._drop(sequence)
-            elif sequence in self.waiting:
-                self.waiting.remove(sequence)
+            else:
+                self.waiting.pop(sequence, None)
             sequence.num_pending = 0
 
     def preempt_newest(self) -> Sequence:
         """Let the newest that runs wait again, before all others, without its pages; one must run."""
-        sequence = self.running.pop()
+        sequence, _ = self.running.popitem()
         self._drop(sequence)
-        self.waiting.appendleft(sequence)
+        self._wait_first(sequence)
         self.num_preemptions += 1
         return sequence
 
@@ -170,12 +175,12 @@ class Scheduler:
     def _go_on(self, plan: "_Plan") -> bool:
         """Plan the next chunks of those that run; return whether any was preempted."""
         preempted = False
-        index = 0
-        while index < len(self.running) and plan.tokens:
-            sequence = self.running[index]
+        for sequence in list(self.running):
+            # The newest are preempted first: those behind a preempted sequence no longer run either
+            if not plan.tokens or sequence not in self.running:
+                break
             begin, end = sequence.num_computed, sequence.length
             if end == sequence.max_length:  # its last token is being drawn
-                index += 1
                 continue
             end = self._image_limit(sequence, begin, min(end, begin + plan.tokens), plan)
             while end > begin and not self._has_room(sequence, begin, end):
@@ -185,13 +190,12 @@ class Scheduler:
             if end > begin:
                 self._take_pages(sequence, begin, end, plan)
                 self._plan(sequence, begin, end, plan)
-            index += 1
         return preempted
 
     def _admit(self, plan: "_Plan") -> None:
         size = self.pages.page_size
         while self.waiting and plan.tokens and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = next(iter(self.waiting))
             cached = []
             if self.prefix_caching:  # at least one token is computed, for its logits
                 known = len(sequence.token_ids) - 1
@@ -215,7 +219,8 @@ class Scheduler:
             sequence.num_computed, sequence.num_named = begin, len(cached)
             if sequence.request.num_cached_tokens is None:
                 sequence.request.num_cached_tokens = begin
-            self.running.append(self.waiting.popleft())
+            del self.waiting[sequence]
+            self.running[sequence] = None
             self._take_pages(sequence, begin, end, plan)
             self._plan(sequence, begin, end, plan)
 
@@ -310,6 +315,11 @@ class Scheduler:
         if self.window is None:
             return 0
         return max(0, position - self.window + 1) // self.pages.page_size
+
+    def _wait_first(self, sequence: Sequence) -> None:
+        """Put ``sequence`` before all that wait."""
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
 
     def _drop(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)

@@ -50,9 +50,11 @@ class Request:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
+            prompt_token_ids=list(self.prompt_token_ids),
             prompt_logprobs=(
-                None if self.params.prompt_logprobs is None else [None, *self.prompt_logprobs]
+                None
+                if self.params.prompt_logprobs is None
+                else [None, *map(dict, self.prompt_logprobs)]
             ),
             outputs=[sequence.output() for sequence in self.sequences],
             finished=self.finished,
@@ -221,7 +223,7 @@ class Sequence:
                 if scored
                 else None
             ),
-            logprobs=list(self.logprobs) if scored else None,
+            logprobs=[dict(place) for place in self.logprobs] if scored else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

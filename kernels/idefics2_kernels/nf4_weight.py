@@ -190,7 +190,7 @@ def dynamic_code(device: torch.device) -> Tensor:
 
     For each decade 10^-6 .. 1, 2^0 .. 2^6 values of either sign, evenly spaced; then 0 and 1.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
         means = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)

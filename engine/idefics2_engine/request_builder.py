@@ -1,0 +1,219 @@
+"""What users pass, prompts, conversations and parameters, to requests for the engine."""
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from idefics2_engine.bad_words import bad_words_ids, check_choice
+from idefics2_engine.config import GenerationConfig, ModelConfig
+from idefics2_engine.errors import Idefics2Error, PromptError, PromptTooLongError, SamplingError
+from idefics2_engine.image_items import image_items
+from idefics2_engine.logprobs import check_entries
+from idefics2_engine.media import ImageSource
+from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.sequence import Request
+from idefics2_engine.shown import shown
+
+Prompt = str | Mapping[str, Any]
+"""A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
+``"multi_modal_data": {"image": image or images}``."""
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages ``{"role": …, "content": …}`` in OpenAI's or transformers' shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowDraft:
+    """A row of ``LLM.iterate`` as it was when it was read: it shares nothing with the caller."""
+
+    prompt: PromptDraft
+    params: SamplingParams
+    seed: int  # for a request without a seed of its own
+
+
+class RequestBuilder:
+    """Reads prompts and builds requests; any thread may use it.
+
+    Args:
+        processor: Turns text and images into token ids and tiles.
+        config: The model that answers.
+        generation: Its end tokens and bad words.
+        max_model_len: Tokens of a prompt with its answer.
+        seed: Fixes the random numbers of requests without a seed of their own.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        config: ModelConfig,
+        generation: GenerationConfig,
+        max_model_len: int,
+        seed: int,
+    ) -> None:
+        self.processor = processor
+        self.config = config
+        self.generation = generation
+        self.max_model_len = max_model_len
+        self._seeds = random.Random(seed)
+        self._ids = itertools.count()
+
+    def draw_seed(self) -> int:
+        """Return the next seed for a request without one."""
+        return self._seeds.getrandbits(63)
+
+    def read_prompt(self, prompt: Prompt) -> PromptDraft:
+        """Read a raw prompt but not its images.
+
+        Raises:
+            PromptError: It has another shape, or its text does not fit its images.
+        """
+        if isinstance(prompt, str):
+            return self.processor.draft_prompt(prompt)
+        if not isinstance(prompt, Mapping):
+            raise PromptError(f"prompt must be text or a mapping, got {type(prompt).__name__}")
+        unknown = prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}
+        given = prompt.keys() & {"prompt", "prompt_token_ids"}
+        if unknown or len(given) != 1:
+            raise PromptError(
+                "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
+                f"got {shown(sorted(map(str, prompt)))}{_advice(prompt)}"
+            )
+        media = prompt.get("multi_modal_data") or {}
+        if not isinstance(media, Mapping) or media.keys() - {"image"}:
+            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {shown(media)}")
+        images = media.get("image", [])
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
+        if "prompt" in prompt:
+            return self.processor.draft_prompt(prompt["prompt"], images)
+        return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
+
+    def read_conversation(
+        self, messages: Conversation, images: Sequence[ImageSource] = ()
+    ) -> PromptDraft:
+        """Read a conversation but not its images; ``images`` are those of parts without one.
+
+        Raises:
+            PromptError: It has another shape, or the model has not learned to chat.
+        """
+        return self.processor.draft_chat(messages, images)
+
+    def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
+        """Read a prompt or a conversation, alone or in a pair with its parameters; ``shared`` are those of all others.
+
+        Raises:
+            Idefics2Error: The row is wrong, or reading it raised an exception of any kind, which is chained.
+        """
+        seed = self.draw_seed()
+        try:
+            prompt, params = row, cast(object, shared)
+            if isinstance(row, tuple) and not is_conversation(row):
+                if len(row) != 2:
+                    raise PromptError(
+                        "row: a tuple must be a prompt and its SamplingParams, "
+                        f"got {len(row)} elements"
+                    )
+                prompt, params = row
+            if is_conversation(prompt):
+                draft = self.read_conversation(cast(Conversation, prompt))
+            else:
+                draft = self.read_prompt(cast(Prompt, prompt))
+            return RowDraft(draft.owned(), read_params(params), seed)
+        except Idefics2Error:
+            raise
+        except Exception as error:
+            raise PromptError(f"row: must be readable, got {type(error).__name__}") from error
+
+    def build_row(self, row: RowDraft, request_id: str) -> Request:
+        """Read the images of ``row`` and build its request.
+
+        Raises:
+            Idefics2Error: An image cannot be read, or the request does not fit the model.
+        """
+        (prompt,) = self.processor.finish([row.prompt])
+        return self.build(prompt, row.params, request_id=request_id, seed=row.seed)
+
+    def build(
+        self,
+        prompt: ProcessedPrompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        seed: int | None = None,
+    ) -> Request:
+        """Build a request.
+
+        Args:
+            prompt: Its token ids and tiles.
+            params: Their own seed comes before ``seed``.
+            request_id: The number of requests built before if ``None``.
+            seed: Of a request whose parameters have none; the next that the builder draws if ``None``.
+
+        Raises:
+            PromptError: The prompt is empty or too long.
+            SamplingError: A parameter does not fit the model.
+        """
+        room = self.max_model_len - len(prompt.token_ids)
+        if not prompt.token_ids:
+            raise PromptError("prompt must have at least one token, got none")
+        if room < 1:
+            raise PromptTooLongError(len(prompt.token_ids), self.max_model_len)
+        vocab_size = self.config.text.vocab_size
+        params.check_vocabulary(vocab_size)
+        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
+        words = (*self.generation.bad_words_ids, *bad_words)
+        check_choice(params, words, self.generation.eos_token_ids, vocab_size)
+        max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
+        if params.min_tokens > max_tokens:
+            raise SamplingError(
+                f"min_tokens must be at most the {room} tokens that the prompt leaves of "
+                f"{self.max_model_len}, got {shown(params.min_tokens)}"
+            )
+        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
+        # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
+        drawn = self.draw_seed() if seed is None else seed
+        return Request(
+            request_id=str(next(self._ids)) if request_id is None else request_id,
+            prompt=prompt.prompt,
+            prompt_token_ids=prompt.token_ids,
+            images=image_items(
+                prompt.token_ids,
+                prompt.tiles,
+                self.config.image_token_id,
+                self.config.perceiver.num_latents,
+            ),
+            params=params,
+            seed=drawn if params.seed is None else params.seed,
+            max_tokens=max_tokens,
+            bad_words_ids=bad_words,
+        )
+
+
+def read_params(params: object) -> SamplingParams:
+    """Return ``params``, the defaults for ``None``; ``SamplingError`` if they are anything else."""
+    if params is None:
+        return SamplingParams()
+    if not isinstance(params, SamplingParams):
+        raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
+    return params
+
+
+def is_conversation(value: object) -> bool:
+    """Tell one conversation from a prompt and from a list of conversations."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(message, Mapping) for message in value)
+    )
+
+
+def _advice(prompt: Mapping[str, Any]) -> str:
+    """Say what is wrong with a mapping that holds a conversation in a shape that is not taken."""
+    if "role" in prompt:
+        return "; this is one message, and a conversation is a list of messages"
+    if "messages" in prompt:
+        return "; pass a conversation as its list of messages, without a mapping around it"
+    return ""
