@@ -2,6 +2,7 @@
 
 import base64
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_a_bare_exception_is_the_prompt_s_error() -> None:
         library.encode("b")
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, TimeoutError, MemoryError])
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, TimeoutError, Exception])
 def test_what_is_not_the_library_s_passes(
     raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_table_of_sentencepiece_counts_by_its_longest_text() -> None:
 def test_no_character_grows_by_more_than_is_said(step: dict[str, Any]) -> None:
     normalizer = tokenizers.Tokenizer.from_str(json.dumps(described(normalizer=step))).normalizer
     assert growth(step) <= 64
-    for code in range(0x20000):
-        if not 0xD800 <= code < 0xE000:
-            assert len(normalizer.normalize_str(chr(code))) <= growth(step)
+    for character in map(chr, range(0x20000)):
+        changes = unicodedata.decomposition(character) or character.lower() != character
+        if changes or (ord(character) % 97 == 0 and unicodedata.category(character) != "Cs"):
+            assert len(normalizer.normalize_str(character)) <= growth(step)

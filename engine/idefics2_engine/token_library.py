@@ -52,7 +52,9 @@ class TokenLibrary:
         flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
         added = tokenizers.AddedToken(spelling, normalized=False, special=False, **flags)
         self._tokenizer.add_tokens([added])
-        self._spelled[self._tokenizer.token_to_id(spelling)] = id
+        spelled = self._tokenizer.token_to_id(spelling)
+        assert spelled is not None
+        self._spelled[spelled] = id
 
     def id_of(self, token: str) -> int | None:
         """Return the id of ``token``."""
@@ -86,7 +88,9 @@ def _unusable(error: BaseException) -> Idefics2Error:
 def _translated(error: BaseException, kind: type[Idefics2Error], said: str) -> Idefics2Error:
     """Return the library's ``error`` as one of ours, which begins with what is ``said``; raise any other."""
     is_panic = type(error).__name__ == "PanicException"  # of no module that can be imported
-    if not is_panic and type(error) is not Exception:
+    # What a signal's handler raises after the call has a frame of its own
+    is_raised_there = error.__traceback__ is None or error.__traceback__.tb_next is None
+    if not (is_raised_there and (is_panic or type(error) is Exception)):
         raise error
     return kind(f"{said}: {error!s:.300}")
 
@@ -100,7 +104,7 @@ def _check_growth(part: str, step: Mapping[str, Any] | None) -> None:
 
 
 def _check_decoder(decoder: Mapping[str, Any] | None) -> None:
-    """Refuse what may panic on an answer, which then would have no text; answers share a step, so that it had to be caught there."""
+    """Refuse what may panic on an answer, whose text would be lost when all of it has been computed."""
     for leaf in leaves(decoder):
         if leaf["type"] == "Replace" and "String" not in leaf["pattern"]:
             raise ConfigError(
