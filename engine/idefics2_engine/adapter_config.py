@@ -16,9 +16,8 @@ from idefics2_engine.weight_files import ADAPTER_CONFIG
 _Value = TypeVar("_Value")
 
 _MOST_RANK = 1 << 16
-_MOST_PATTERNS = (
-    4096  # some times the modules of the 8B model; each is matched with every one of these
-)
+# Some times the modules of the 8B model, each of which is matched with all patterns
+_MOST_PATTERNS = 4096
 _MOST_STARRED = 64
 # How training began, as far as the base weights stayed what they are
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
