@@ -219,8 +219,8 @@ class Unreadable(Mapping[str, Any]):
         (("x",), "a tuple must be a prompt and its SamplingParams, got 1 elements"),
         (("x", GREEDY, 3), "a tuple must be a prompt and its SamplingParams, got 3 elements"),
         ((), "got 0 elements"),
-        (Unreadable(), "must be readable, got OSError"),
-        ([MESSAGE, Unreadable()], "must be readable, got OSError"),
+        (Unreadable(), "reading it raised OSError"),
+        ([MESSAGE, Unreadable()], "reading it raised OSError"),
         (MESSAGE, "this is one message, and a conversation is a list of messages"),
         ({"id": 3, "messages": [MESSAGE]}, "pass a conversation as its list of messages"),
     ],
@@ -349,3 +349,27 @@ def test_an_output_is_data(llm: LLM) -> None:
     data = json.loads(json.dumps(bad.to_dict(), allow_nan=False))
     assert data["error"] == {"code": "prompt", "message": str(bad.error)}
     assert data["outputs"] == []
+
+
+def test_errors_name_what_the_caller_passed(llm: LLM) -> None:
+    with pytest.raises(PromptError, match=r"^prompts\[1\]: prompt: must have one <image>"):
+        llm.generate(["a", "<image>"])
+    with pytest.raises(PromptError, match=r"^messages\[1\]\[0\]: "):
+        llm.chat([[MESSAGE], [{"role": "teacher", "content": "x"}]])
+    broken = {"role": "user", "content": [{"type": "image", "image": b"no image"}]}
+    with pytest.raises(ImageError, match=r"^images\[0\] of messages\[1\]: "):
+        llm.chat([[MESSAGE], [broken]])
+
+
+def test_images_may_come_beside_a_conversation(llm: LLM) -> None:
+    def shown(image: Any) -> dict[str, Any]:
+        part = {"type": "image"} if image is None else {"type": "image", "image": image}
+        return {"role": "user", "content": [part, {"type": "text", "text": "what is left"}]}
+
+    pictures = [random_image(60, 90, seed=i) for i in range(2)]
+    wanted = [llm.chat([shown(picture)], GREEDY)[0].outputs for picture in pictures]
+    assert llm.chat([shown(None)], GREEDY, images=pictures[:1])[0].outputs == wanted[0]
+    both = llm.chat([[shown(None)]] * 2, GREEDY, images=[[picture] for picture in pictures])
+    assert [output.outputs for output in both] == wanted
+    with pytest.raises(PromptError, match="a list for each of the 2 conversations, got 1"):
+        llm.chat([[shown(None)]] * 2, GREEDY, images=[pictures])

@@ -272,7 +272,7 @@ class LLM:
             SamplingError: A sampling parameter does not fit the model.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
-        drafts = [self.request_builder.read_prompt(prompt) for prompt in several]
+        drafts = self.request_builder.read_prompts(several)
         return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def chat(
@@ -305,7 +305,7 @@ class LLM:
                 f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
             )
         if is_conversation(messages):
-            several, of_each = [messages], [images]
+            several, of_each = [cast(Conversation, messages)], [cast(Sequence[ImageSource], images)]
         else:
             several = _listed("messages", messages)
             of_each = _listed("images", images) or [()] * len(several)
@@ -314,11 +314,8 @@ class LLM:
                     f"images must be a list for each of the {len(several)} conversations, "
                     f"got {len(of_each)}"
                 )
-        drafts = [
-            self.request_builder.read_conversation(cast(Conversation, one), cast(Any, own))
-            for one, own in zip(several, of_each, strict=True)
-        ]
-        return self._answer(self.processor.finish(drafts), sampling_params, progress)
+        drafts = self.request_builder.read_conversations(several, of_each)
+        return self._answer(self.processor.finish(drafts, "messages"), sampling_params, progress)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -329,7 +326,7 @@ class LLM:
         raised by this call; the answer begins when the iterator is first asked, and is dropped when it is closed.
         """
         if is_conversation(prompt):
-            draft = self.request_builder.read_conversation(cast(Conversation, prompt))
+            draft = self.processor.draft_chat(cast(Conversation, prompt))
         else:
             draft = self.request_builder.read_prompt(cast(Prompt, prompt))
         (processed,) = self.processor.finish([draft])
