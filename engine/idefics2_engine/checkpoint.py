@@ -290,11 +290,11 @@ def _load_adapter(
 ) -> Adapter:
     """Read the adapter in ``folder`` and check that it fits."""
     adapter = Adapter.load(folder)
-    if config.tie_word_embeddings and adapter.changed.keys() & {EMBEDDING, HEAD}:
+    if config.tie_word_embeddings and adapter.changed & {EMBEDDING, HEAD}:
         raise CheckpointError(
             f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
         )
-    adapter.check({name: place.shape for name, place in places.items()})
+    adapter.check(places)
     if check_finite:
         for name, tensor in adapter.values.items():
             _check_finite(adapter.stored[name], tensor)

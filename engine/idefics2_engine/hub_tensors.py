@@ -40,6 +40,11 @@ class HubTensor:
         return self.parameter.endswith(".weight") and len(self.shape) == 2
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether it is a table that is looked up: of tokens or of positions."""
+        return self.parameter in ("text.embedding", "vision.position_embedding")
+
+    @property
     def part(self) -> str:
         """Part of the model: vision, connector, text, or the head's own name."""
         return self.parameter.partition(".")[0]

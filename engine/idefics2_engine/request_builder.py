@@ -11,6 +11,7 @@ from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError
 from idefics2_engine.image_items import image_items
+from idefics2_engine.logprobs import check_entries
 from idefics2_engine.media import ImageSource
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
@@ -183,6 +184,7 @@ class RequestBuilder:
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
                 f"{self.max_model_len}, got {shown(params.min_tokens)}"
             )
+        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
         # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
         drawn = self.draw_seed() if seed is None else seed
         return Request(

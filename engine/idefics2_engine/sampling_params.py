@@ -92,7 +92,8 @@ class SamplingParams:
         ignore_eos: Go on after an end token of the checkpoint.
         skip_special_tokens: Leave control tokens out of the text.
         logprobs: How many of the likeliest tokens to report at each place of the answer, beside the chosen one; at
-            most the vocabulary, which -1 stands for. They are the model's own, before anything above. None if ``None``.
+            most the vocabulary, which -1 stands for. Above 20 they may have 524,288 entries for all places of the answers
+            together: 16 places of a vocabulary of 32,003. They are the model's own, before anything above. None if ``None``.
         prompt_logprobs: The same for each place of the prompt but the first.
 
     Raises:
