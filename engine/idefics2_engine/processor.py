@@ -15,7 +15,7 @@ from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError, ImageError, PromptError
 from idefics2_engine.image_threads import read_all
 from idefics2_engine.images import ImageConfig, Tile, make_tiles, normalise
-from idefics2_engine.json_file import read_json
+from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.media import ImageSource, MediaConfig, load_image
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
@@ -84,7 +84,7 @@ class Processor:
             image_config = replace(image_config, split=split)
         path = folder / "processor_config.json"
         latents = config.perceiver.num_latents
-        values = read_json(path) if path.exists() else {}
+        values = read_json_if_there(path)
         if values.get("image_seq_len", latents) != latents:
             raise ConfigError(
                 f"{path}: image_seq_len must be the model's {latents} latents, "
