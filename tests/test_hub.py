@@ -144,6 +144,15 @@ class TestCache:
         with pytest.raises(ConfigError, match=r"lacks adapter_model\.safetensors"):
             find_adapter("org/half")
 
+    def test_settings_of_images_inside_the_processor_s(self, cache: Path) -> None:
+        nested = {"processor_config.json": b'{"image_processor": {}}'}
+        files = {name: content for name, content in MODEL.items() if "preprocessor" not in name}
+        snapshot = put(cache, "org/name", files | nested)
+        assert find_model("org/name") == snapshot
+        put(cache, "org/other", files | {"processor_config.json": b'{"image_seq_len": 64}'})
+        with pytest.raises(ConfigError, match=r"not whole in the cache: .*/preprocessor_config"):
+            find_model("org/other")
+
     def test_an_adapter_as_the_model_and_a_model_as_the_adapter(self, cache: Path) -> None:
         put(cache, "org/lora", ADAPTER)
         put(cache, "org/name", MODEL)

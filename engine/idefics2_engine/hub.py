@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError, Idefics2Error
+from idefics2_engine.image_settings import image_settings
 from idefics2_engine.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -174,9 +175,8 @@ def _explained(kind: _Kind, named: str, error: Exception) -> ConfigError:
 
 def _check_model(folder: Path) -> None:
     """Raise unless ``folder`` has every file that a checkpoint needs."""
-    _check_files(
-        folder, CONFIG, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"
-    )
+    _check_files(folder, CONFIG, "tokenizer.json", "tokenizer_config.json")
+    image_settings(folder)
     weight_paths(folder)
 
 
