@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from idefics2_engine import LLM
-from idefics2_engine.checkpoint import load_checkpoint
+from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
+from idefics2_engine.companion_files import read_companions
 from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.errors import CheckpointError, ConfigError, Idefics2Error
 from idefics2_engine.hub import find_adapter, find_model
@@ -165,6 +166,19 @@ def test_files_that_are_verified(name: str, obstacle: Callable[[Path], None], de
     assert said.startswith(begin)
 
 
+@obstacles
+def test_files_that_are_copied(obstacle: Callable[[Path], None], demo: Path) -> None:
+    """Nothing is written, or taken away, before all that is to be copied has been read."""
+    model = load_checkpoint(demo)
+    target = demo.with_name("out")
+    save_checkpoint(model, target, config_from=demo)
+    before = {file.name: file.stat() for file in target.iterdir()}
+    begin = put(obstacle, demo / "notes.json")
+    said = refusal(lambda: save_checkpoint(model, target, config_from=demo))
+    assert said.startswith(begin)
+    assert {file.name: file.stat() for file in target.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "read",
     [
@@ -293,6 +307,7 @@ class TestNames:
             lambda: ModelConfig.load(folder),
             lambda: find_weights(folder),
             lambda: verify_files(folder, [folder / "model.safetensors"]),
+            lambda: read_companions(folder),
         ):
             said = refusal(call)
             assert said.isprintable()

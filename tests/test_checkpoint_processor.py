@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 from hub_cache import put
 from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.images import ImageConfig
@@ -137,3 +138,32 @@ def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert plain != adapted
     assert answer(folder) == answer("org/nested") == plain
     assert answer(folder, adapter=lora) == answer("org/nested", adapter=lora) == adapted
+
+
+def test_what_is_written_every_release_reads(tmp_path: Path) -> None:
+    """Releases up to 4.46 look for the old file only, and fail on settings inside the other."""
+    source, target = tmp_path / "in", tmp_path / "out"
+    write_checkpoint(source)
+    save_by_transformers(source)
+    for keep_old in (True, False):
+        if not keep_old:
+            (source / "preprocessor_config.json").unlink()
+        save_checkpoint(load_checkpoint(source), target, config_from=source)
+        assert (
+            json.loads((target / "preprocessor_config.json").read_text())
+            == (json.loads((source / "processor_config.json").read_text())["image_processor"])
+        )
+        values = json.loads((target / "processor_config.json").read_text())
+        assert values == {"image_seq_len": LATENTS, "processor_class": "Idefics2Processor"}
+        assert ImageConfig.load(target) == ImageConfig.load(source)
+        theirs = AutoProcessor.from_pretrained(target, backend="pil")
+        assert_same_settings(ImageConfig.load(target), theirs.image_processor)
+        shutil.rmtree(target)
+
+
+def test_a_folder_over_itself_keeps_its_files(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    save_by_transformers(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("*.json")}
+    save_checkpoint(load_checkpoint(tmp_path), tmp_path, config_from=tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.json")} == before

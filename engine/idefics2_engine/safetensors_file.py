@@ -34,16 +34,17 @@ class StoredTensor:
     name: str
     dtype: str  # in safetensors' spelling
     shape: tuple[int, ...]
+    key: str  # its name in the file, which another release may have spelled differently
 
     def check(self, shape: tuple[int, ...], *dtypes: str) -> None:
         """Raise ``CheckpointError`` unless it has this shape and one of these types."""
         if self.shape != shape:
             raise CheckpointError(
-                f"{shown_path(self.file)}: tensor {self.name!r} must have shape {shape}, got {self.shape}"
+                f"{shown_path(self.file)}: tensor {self.key!r} must have shape {shape}, got {self.shape}"
             )
         if self.dtype not in dtypes:
             raise CheckpointError(
-                f"{shown_path(self.file)}: tensor {self.name!r} must be {', '.join(dtypes)}, got {self.dtype}"
+                f"{shown_path(self.file)}: tensor {self.key!r} must be {', '.join(dtypes)}, got {self.dtype}"
             )
 
 
@@ -147,7 +148,7 @@ def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, in
             f"{where}: {dtype} of shape {shown(tuple(shape))} is {bits / 8:.15g} bytes, "
             f"got {offsets[1] - offsets[0]}"
         )
-    return StoredTensor(file, name, dtype, tuple(shape)), offsets[0], offsets[1]
+    return StoredTensor(file, name, dtype, tuple(shape), name), offsets[0], offsets[1]
 
 
 def _are_sizes(value: object) -> bool:
