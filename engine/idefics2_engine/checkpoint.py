@@ -5,6 +5,7 @@ quantised tensor are its own.
 """
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -212,7 +213,10 @@ def _check_fit(
         )
     missing = [name for name in wanted if name not in stored]
     if missing:
-        hint = " (tie_word_embeddings counts at the top level of config.json alone)"
+        hint = (
+            " (a head that is the embedding needs tie_word_embeddings: true "
+            "at the top level of config.json)"
+        )
         raise CheckpointError(
             f"{shown_path(folder)}: tensors are missing: {listing(missing)}"
             + (hint if missing == [HEAD] else "")
@@ -330,8 +334,9 @@ def save_checkpoint(
         raise ValueError(
             f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
         )
-    to_copy = config_from is not None and Path(config_from).resolve() != folder.resolve()
-    companions = read_companions(Path(config_from or folder)) if to_copy else {}
+    companions: dict[str, bytes] = {}
+    if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
+        companions = read_companions(Path(config_from))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
         old.unlink(missing_ok=True)

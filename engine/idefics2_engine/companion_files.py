@@ -13,10 +13,10 @@ from idefics2_engine.weight_files import INDEX
 def read_companions(folder: Path) -> dict[str, bytes]:
     """Return the files to be written beside a copy of the weights in ``folder``, by name.
 
-    Settings of images that are inside ``processor_config.json`` get a file of their own, which every release of transformers reads.
+    Settings of images inside ``processor_config.json`` move to a file of their own, which every release of transformers reads.
 
     Raises:
-        ConfigError: A file is no regular file or cannot be read, or that one is no JSON object.
+        ConfigError: A file is no regular file or cannot be read, or ``processor_config.json`` is malformed.
     """
     paths = paths_in(folder, "*.json", "*.jinja")
     files = {path.name: read_file(path) for path in paths if path.name != INDEX}
@@ -33,7 +33,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 def write_config(
     path: Path, *, tied: bool, dtype: str, quantization: dict[str, object] | None
 ) -> None:
-    """Make the ``config.json`` at ``path`` say of the weights beside it whether the head is the embedding, and what is quantised."""
+    """Make the ``config.json`` at ``path`` fit the weights beside it: whether the head is ``tied``, and what is quantized."""
     values = read_json(path)
     before = dict(values)
     if bool(values.get("tie_word_embeddings")) != tied:

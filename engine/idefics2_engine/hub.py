@@ -191,7 +191,7 @@ def _check_files(folder: Path, *names: str) -> None:
 
 
 _MODEL = _Kind("model", ("*.json", "*.jinja", "*.safetensors"), _check_model, why_no_model)
-# a config.json is fetched to tell who names a model instead
+# The config.json is fetched only to recognize a model that was named as an adapter.
 _ADAPTER = _Kind(
     "adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG), _check_adapter, why_no_adapter
 )

@@ -19,7 +19,7 @@ from idefics2_engine.stored_nf4 import weight_name
 
 EMBEDDING = "model.text_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_PREFIX = "model."
+_BASE = "model."
 _ROTARY_BUFFER = "rotary_emb.inv_freq"
 _PREFIXES = dict(
     zip(PARTS, ("model.vision_model", "model.connector", "model.text_model"), strict=True)
@@ -191,10 +191,10 @@ def _text(config: ModelConfig) -> Iterator[HubTensor]:
 def in_our_names(
     config: ModelConfig, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors ``stored`` by the names of ``hub_tensors``, as transformers reads names of other releases.
+    """Return the tensors ``stored`` by the names of ``hub_tensors``, as transformers reads other spellings of them.
 
-    A ``model.`` too few or too many is one; buffers of rotary angles, which are computed from the config, are left out.
-    What is no part of the model keeps its name.
+    A name may have one ``model.`` too few or too many. Buffers of rotary angles are left out: the angles follow from the
+    config. A tensor that is no part of the model keeps its name.
 
     Raises:
         CheckpointError: Two tensors are the same one.
@@ -205,7 +205,7 @@ def in_our_names(
         if key.endswith(_ROTARY_BUFFER):
             continue
         weight = weight_name(key)
-        spellings = (weight, _PREFIX + weight, weight.removeprefix(_PREFIX))
+        spellings = (weight, _BASE + weight, weight.removeprefix(_BASE))
         name = next((name for name in spellings if name in known), weight)
         name += key.removeprefix(weight)
         if name in named:

@@ -1,13 +1,14 @@
-"""Whether the head is the embedding, which ``config.json`` says and the files may say otherwise; as in transformers 5.
+"""Whether the head is the embedding, decided by ``config.json`` and by the tensors, as transformers 5 decides it.
 
-| ``tie_word_embeddings``, at the top level alone | tensors in the files | the model has |
+| ``tie_word_embeddings`` | tensors in the files | the model uses |
 |---|---|---|
-| true | the embedding or the head | that one, as both |
-| true | both, with equal values | the embedding, as both |
+| true | one of the two | that one as both |
+| true | both, with equal values | the embedding as both |
 | true | both, with different values | both |
 | false or absent | both | both |
 
-A model with one missing otherwise is refused, where transformers draws it at random and warns.
+Only the top level of ``config.json`` counts. Any other set of tensors is refused; transformers draws what is missing at random
+and warns.
 """
 
 from dataclasses import replace
@@ -23,7 +24,7 @@ from idefics2_engine.tensor_values import read_values
 def settle_head(
     config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """Return the config that the tensors ``stored``, by name, bear out, and the tensors that it needs.
+    """Return ``config`` with the flag that holds for the tensors ``stored``, by name, and the tensors that it needs.
 
     Raises:
         CheckpointError: A file cannot be read.

@@ -96,7 +96,7 @@ def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
 
 def _cache_sums(file: Path) -> list[_Sum]:
     """Return the name of the blob behind ``file``, if it lies in the hub's cache."""
-    if not file.is_symlink():
+    if not os.path.islink(file):
         return []
     blob = Path(os.path.realpath(file))  # pathlib's raises on a link to itself
     return (
