@@ -24,7 +24,6 @@ _MOST_BYTES = {
 }
 _MOST_OTHER_BYTES = 1 << 24  # 16 MiB, of checksums
 _KINDS = (
-    (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
