@@ -18,8 +18,9 @@ from torch import Tensor
 from idefics2_engine.adapter_config import AdapterConfig
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.hub_tensors import HubTensor
+from idefics2_engine.model_files import ADAPTER_CONFIG, is_there
 from idefics2_engine.safetensors_file import FLOATS, StoredTensor, read_header
-from idefics2_engine.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, pickles
+from idefics2_engine.weight_files import ADAPTER_WEIGHTS, pickles
 
 _PREFIX = "base_model.model."  # PEFT's wrappers around the model
 _BASE = ".base_layer."  # what a pair's module calls its own tensors
@@ -90,7 +91,7 @@ class Adapter:
         """
         config = AdapterConfig.load(folder)
         file = folder / ADAPTER_WEIGHTS
-        if not file.exists():
+        if not is_there(file):
             found = pickles(folder)
             raise CheckpointError(
                 f"{folder}: holds no {ADAPTER_WEIGHTS}"

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.json_file import Section, printable, read_json
+from idefics2_engine.model_files import ADAPTER_CONFIG, shown_path, why_no_adapter
 from idefics2_engine.name_pattern import NamePattern
 from idefics2_engine.shown import shown
-from idefics2_engine.weight_files import ADAPTER_CONFIG
 
 _Value = TypeVar("_Value")
 
@@ -77,6 +77,8 @@ class AdapterConfig:
         Raises:
             ConfigError: It is missing, no JSON, or describes something else than plain LoRA.
         """
+        if mistaken := why_no_adapter(folder):
+            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
         path = folder / ADAPTER_CONFIG
         values = read_json(path)
         section = Section(str(path), values)

@@ -17,7 +17,8 @@ from typing import Any
 import jinja2
 
 from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.json_file import read_json
+from idefics2_engine.json_file import read_json, read_json_if_there
+from idefics2_engine.model_files import is_there, read_text
 from idefics2_engine.sandbox import Sandbox
 from idefics2_engine.shown import shown
 from idefics2_engine.token_library import TokenLibrary
@@ -339,15 +340,12 @@ def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
 def _find_template(folder: Path) -> str | None:
     def in_json(name: str) -> object:
         path = folder / name
-        return read_json(path).get("chat_template") if path.exists() else None
+        return read_json_if_there(path).get("chat_template")
 
     found = in_json("processor_config.json") or in_json("chat_template.json")
     jinja_file = folder / "chat_template.jinja"
-    if not found and jinja_file.exists():
-        try:
-            found = jinja_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{jinja_file}: cannot be read: {error}") from None
+    if not found and is_there(jinja_file):
+        found = read_text(jinja_file)
     found = found or in_json("tokenizer_config.json")
     if isinstance(found, list):  # several templates by name
         entries = [entry for entry in found if isinstance(entry, dict)]
