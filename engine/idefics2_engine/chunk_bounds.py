@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 
 from idefics2_engine.errors import ImageError
 from idefics2_engine.tag_bounds import check_exif
@@ -36,8 +35,7 @@ def check_png(data: bytes, max_pixels: int, name: str) -> None:
         if kind == b"eXIf":
             check_exif(data[start:end], name)
         elif data.startswith(_RAW_EXIF, start):
-            with suppress(ValueError, IndexError, zlib.error):  # Pillow makes no EXIF of it either
-                check_exif(_raw_exif(kind, data[start + len(_RAW_EXIF) : end]), name)
+            check_exif(_raw_exif(kind, data[start + len(_RAW_EXIF) : end]), name)
         texts += kind in (b"zTXt", b"iTXt", b"iCCP")
         text_bytes += end - start
         if texts > _MAX_TEXTS or text_bytes > _MAX_TEXT_BYTES:
@@ -77,13 +75,16 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _raw_exif(kind: bytes, text: bytes) -> bytes:
-    """Return the EXIF in a text chunk, behind its keyword."""
+    """Return the EXIF in a text chunk, behind its keyword; nothing where Pillow finds none either."""
     packed = kind == b"zTXt"
-    if kind == b"iTXt":
-        packed = text[0] != 0
-        text = text[2:].split(b"\0", 2)[2]
-    elif packed:
-        text = text[1:]
-    if packed:
-        text = zlib.decompressobj().decompress(text, _MAX_TEXT)
-    return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    try:
+        if kind == b"iTXt":
+            packed = text[0] != 0
+            text = text[2:].split(b"\0", 2)[2]
+        elif packed:
+            text = text[1:]
+        if packed:
+            text = zlib.decompressobj().decompress(text, _MAX_TEXT)
+        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    except (ValueError, IndexError, zlib.error):
+        return b""

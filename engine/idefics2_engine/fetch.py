@@ -26,7 +26,7 @@ _PORTS = {"https": 443, "http": 80}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 3
 _CHUNK = 65536  # bytes
-_HOST = re.compile(r"(?!-)[a-z0-9-]+(\.(?!-)[a-z0-9-]+)*")
+_HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(\.(?!-)[a-z0-9-]{1,63})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # what resolvers take for (part of) an address
 _LONGEST = 86400.0  # seconds; sockets take no much larger number
 _MAX_OVERHEAD = 1 << 20  # bytes of headers, and of chunks an eighth of the body besides
@@ -226,7 +226,7 @@ def _open(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> "_Timed
             raw.settimeout(deadline.remaining())
             secured = rules.network.secure(raw, host) if parts.scheme == "https" else raw
             return _TimedSocket(secured, deadline, rules.max_bytes)
-        except (OSError, ValueError):  # the latter of names that TLS cannot write
+        except (OSError, ValueError):
             if raw is not None:
                 raw.close()
             if number == len(addresses):
