@@ -8,9 +8,8 @@ import io
 
 from idefics2_engine.errors import ImageError
 
-_READS = (
-    1 << 14
-)  # below 0.1 s of Pillow's loops over single bytes; ordinary files need some hundreds
+# Below 0.1 s of Pillow's loops over single bytes. Ordinary files need some hundreds.
+_READS = 1 << 14
 
 
 class BoundedFile(io.BytesIO):

@@ -32,11 +32,12 @@ from idefics2_engine.pillow_errors import reading
 from idefics2_engine.ppm import in_binary
 from idefics2_engine.tiff_bounds import check_tiff
 
-_PIXELS_A_READ = (
-    64  # of a file; a block of a GIF, the smallest part that pixels come in, has 255 bytes
-)
-_MAX_PYTHON_PIXELS = 1 << 20  # of what Pillow decodes in Python; that is up to 500 times slower
-_MAX_OVERLAP = 64  # of the strips of a TIFF
+# The smallest part that pixels are stored in is a block of a GIF: two reads for 255 bytes.
+_PIXELS_A_READ = 64
+# Decoders that Pillow has in Python are up to 500 times slower than those in C.
+_MAX_PYTHON_PIXELS = 1 << 20
+# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie apart.
+_MAX_PIXELS_A_BYTE = 64
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class _Format:
     beginnings: tuple[bytes, ...]
     open: Callable[[BoundedFile], ImageFile]
     is_whole: Callable[[bytes], bool]  # what can be told without decoding; for ``strict``
+    # Refuses a file with more parts than its pixels need, as far as counting tells; gets the file,
+    # the largest number of pixels, and the name for messages.
     check: Callable[[bytes, int, str], None] = lambda _data, _max_pixels, _name: None
-    """Hold the file, for so many pixels, to the bounds of what Pillow would do before it knows the size."""
 
 
 def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
@@ -105,8 +107,9 @@ def _format(data: bytes) -> _Format | None:
 
 
 def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
-    """Bound what decoding costs beyond its pixels: decoders in Python, and rows that are read bit by bit."""
-    if any(tile[0] in Image.DECODERS for tile in image.tile):  # there Pillow keeps those in Python
+    """Bound what opened files cost beyond their pixels: decoders in Python, rows read piece by piece."""
+    # Pillow keeps those in Python, and only those, in this dictionary
+    if any(tile[0] in Image.DECODERS for tile in image.tile):
         pixels, size = image.width * image.height, len(file.getbuffer())
         if max(pixels, size) > _MAX_PYTHON_PIXELS:
             raise ImageError(
@@ -114,10 +117,10 @@ def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
                 f"encoding, got {pixels} and {size}"
             )
         file.allow(2 * pixels)
-    # Pillow joins what it has of a row with what it reads, up to the next strip: in quadratic time
+    # Pillow reads up to the next strip and joins that with what it has of a row: in quadratic time
     image.decodermaxblock = max(image.decodermaxblock, image.width)
     starts = sorted({tile.offset for tile in image.tile})
-    if any((end - start) * _MAX_OVERLAP < image.width for start, end in pairwise(starts)):
+    if any((end - start) * _MAX_PIXELS_A_BYTE < image.width for start, end in pairwise(starts)):
         raise ImageError(f"{name}: must have strips apart from each other, got some that overlap")
 
 

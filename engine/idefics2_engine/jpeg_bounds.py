@@ -6,9 +6,7 @@ from idefics2_engine.errors import ImageError
 from idefics2_engine.tag_bounds import check_exif
 
 _MAX_SCANS = 24  # encoders write at most 18; a scan costs up to half of a plain file's decoding
-_MAX_PARSED_BYTES = (
-    1 << 19
-)  # of tables, and of tags of EXIF and Photoshop, which Pillow takes apart
+_MAX_PARSED_BYTES = 1 << 19  # of what Pillow takes apart: tables, and tags of EXIF and Photoshop
 _MAX_SEGMENTS = 1000
 _MAX_SEGMENT_BYTES = 16 << 20
 _MAX_FILL = 1 << 12  # bytes between segments; Pillow reads them one by one
