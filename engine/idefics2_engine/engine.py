@@ -36,6 +36,7 @@ class _Flight:
     requests: set[Request]
     sequences: list[Sequence]  # that draw a token, in the order of its rows
     drawn: Drawn | None  # if any do
+    failed: list[tuple[Request, FloatingPointError]]  # whose prompts cannot be scored
 
 
 class Engine:
@@ -129,12 +130,16 @@ class Engine:
         """Put ``step`` on the device, behind the one ``before`` if its tokens are not read yet."""
         known_there = {} if before is None else {s: row for row, s in enumerate(before.sequences)}
         logits, prompts = self.runner.run(step, known_there)
+        failed = []
         for request, prompt_logits in prompts:
             begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
             followers = request.prompt_token_ids[begin + 1 : begin + 1 + len(prompt_logits)]
-            request.prompt_logprobs += self.sampler.prompt_logprobs(
-                prompt_logits, followers, number or 0
-            )
+            try:
+                request.prompt_logprobs += self.sampler.prompt_logprobs(
+                    prompt_logits, followers, number or 0
+                )
+            except FloatingPointError as error:
+                failed.append((request, error))
         self.scheduler.computed(step)
         sequences: list[Sequence] = []
         rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
@@ -143,7 +148,7 @@ class Engine:
             sequences += drawn
             rows += [row] * len(drawn)
         if not sequences:
-            return _Flight(step, requests, [], None)
+            return _Flight(step, requests, [], None, failed)
         if len(rows) > len(logits):
             (places,) = to_device([np.array(rows, np.int64)], logits.device)
             logits = logits[places]
@@ -151,7 +156,7 @@ class Engine:
         self.runner.note(tokens.token_ids)
         for sequence in sequences:
             sequence.num_pending += 1
-        return _Flight(step, requests, sequences, tokens)
+        return _Flight(step, requests, sequences, tokens, failed)
 
     def _land(self, flight: _Flight | None) -> list[Sequence]:
         """Wait for a step and take its tokens, but for answers that have ended or were dropped since it was launched."""
@@ -166,11 +171,20 @@ class Engine:
             self._flight = None
             self._recover(flight.requests, error)
             return []
+        for request, error in flight.failed:
+            self._fail(request, str(error))
         got = []
         for sequence, choice in zip(flight.sequences, choices, strict=True):
-            if sequence.num_pending:
-                sequence.append(*choice)
+            if not sequence.num_pending:
+                continue
+            if choice.is_finite:
+                sequence.append(choice.token_id, choice.logprobs)
                 got.append(sequence)
+            else:
+                self._fail(
+                    sequence.request,
+                    f"logits must be finite, got {choice.largest_logit} for the largest",
+                )
         self.scheduler.finish(got)
         self._clear(flight.requests)
         self._count(flight.step, len(got))
@@ -194,6 +208,12 @@ class Engine:
             failed.__cause__ = error
             request.error = failed
             self.cancel(request)
+
+    def _fail(self, request: Request, reason: str) -> None:
+        """Give up ``request``, whose logits are not finite, and forget what was computed for it: others might share it."""
+        request.error = RequestFailedError(f"request {request.request_id}: {reason}")
+        self.cancel(request)
+        self.scheduler.forget(request.sequences)
 
     def _clear(self, requests: set[Request]) -> None:
         self._suspects -= requests
