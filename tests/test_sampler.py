@@ -444,15 +444,15 @@ def test_log_probabilities_are_of_the_logits_before_anything_else() -> None:
     assert [*logprobs] == [10, *logits.topk(2).indices[0].tolist()]
 
 
-BROKEN = {  # row: what is wrong with it
-    1: lambda row: row.__setitem__(7, math.nan),
-    3: lambda row: row.fill_(math.nan),
-    4: lambda row: row.__setitem__(IMAGE, math.nan),  # barred in every row
-    6: lambda row: row.__setitem__(7, math.inf),
-    7: lambda row: row.__setitem__(IMAGE, math.inf),
-    9: lambda row: row.fill_(NEVER),
-    10: lambda row: row.__setitem__(slice(10, 13), NEVER),  # all that this row may choose among
-    12: lambda row: row.__setitem__(20, math.nan),  # not among what this row may choose
+BROKEN: dict[int, tuple[int | slice, float]] = {  # row: logits, and what becomes of them
+    1: (7, math.nan),
+    3: (slice(None), math.nan),
+    4: (IMAGE, math.nan),  # barred in every row
+    6: (7, math.inf),
+    7: (IMAGE, math.inf),
+    9: (slice(None), NEVER),
+    10: (slice(10, 13), NEVER),  # all that this row may choose among
+    12: (20, math.nan),  # not among what this row may choose
 }
 
 
@@ -478,8 +478,8 @@ def test_rows_that_cannot_be_sampled_are_told_from_others(
     logits[11, 11:] = NEVER
     whole = make_sampler(ops=ops).sample(logits.clone(), sequences)
     assert all(choice.is_finite for choice in whole)
-    for row, spoil in BROKEN.items():
-        spoil(logits[row])
+    for row, (places, value) in BROKEN.items():
+        logits[row, places] = value
     choices = make_sampler(ops=ops).sample(logits, sequences)
     for row, (choice, wanted) in enumerate(zip(choices, whole, strict=True)):
         assert choice.is_finite == (row not in BROKEN)

@@ -36,7 +36,7 @@ class _Flight:
     requests: set[Request]
     sequences: list[Sequence]  # that draw a token, in the order of its rows
     drawn: Drawn | None  # if any do
-    failed: list[tuple[Request, FloatingPointError]]  # whose prompts cannot be scored
+    failed: list[tuple[Request, str]]  # whose prompts cannot be scored, and why
 
 
 class Engine:
@@ -139,7 +139,7 @@ class Engine:
                     prompt_logits, followers, number or 0
                 )
             except FloatingPointError as error:
-                failed.append((request, error))
+                failed.append((request, str(error)))
         self.scheduler.computed(step)
         sequences: list[Sequence] = []
         rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
@@ -171,8 +171,8 @@ class Engine:
             self._flight = None
             self._recover(flight.requests, error)
             return []
-        for request, error in flight.failed:
-            self._fail(request, str(error))
+        for request, reason in flight.failed:
+            self._fail(request, reason)
         got = []
         for sequence, choice in zip(flight.sequences, choices, strict=True):
             if not sequence.num_pending:
