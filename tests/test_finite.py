@@ -53,7 +53,7 @@ def make(folder: Path, request: pytest.FixtureRequest) -> Make:
     device, run_ahead = request.param
 
     def load(dtype: str = "float32") -> LLM:
-        llm = LLM(folder, device=device, dtype=dtype, max_model_len=200, kv_cache_tokens=2048)
+        llm = LLM(folder, device=device, dtype=dtype, max_model_len=200, max_num_seqs=8)
         llm._engine._run_ahead = run_ahead
         return llm
 

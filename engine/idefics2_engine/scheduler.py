@@ -138,7 +138,7 @@ class Scheduler:
             sequence.num_pending = 0
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Offer to nobody what was computed for ``sequences``, which neither wait nor run: pages and pictures."""
+        """Let nobody find the pages and pictures that were computed for ``sequences``, which neither wait nor run."""
         for sequence in sequences:
             self.pages.forget(sequence.page_names(self.pages.page_size))
             self.encoder.forget(item.tile.fingerprint for item in sequence.request.images)
