@@ -1,5 +1,6 @@
 """The reference path against transformers, same weights and dtype, stage by stage."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from idefics2_engine.batch import TextBatch
 from idefics2_engine.checkpoint import load_checkpoint
+from idefics2_engine.config import ModelConfig
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.model import Idefics2
 from idefics2_engine.padded import forward_padded
+from idefics2_engine.processor import Processor
 from oracle import CASES, TinyCase, build_oracle, image_batch, padded_pixels, save_oracle
+from tiny_checkpoint import write_checkpoint
 
 RELATIVE = 1e-5
 
@@ -398,6 +403,17 @@ def test_ids_features_labels_and_lengths_that_do_not_fit_the_model(
     assert model(TextBatch.from_ids([[3] * 256])).isfinite().all()
     with pytest.raises(ValueError, match="at most 256 tokens, got one of 257"):
         model(TextBatch.from_ids([[3, 4], [3] * 257]))
+
+
+def test_a_tokenizer_with_an_id_beyond_the_models_is_refused(tmp_path: Path) -> None:
+    """There are as many tokens as before, but one id lies among the rows that fill the embedding up."""
+    write_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["▁Device"] = 32010
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="must have at most the model's 32003 tokens, got 32011"):
+        Processor.load(tmp_path, ModelConfig.load(tmp_path))
 
 
 def test_a_cache_without_a_paged_view_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ rest into pieces, so that marked text has exactly the ids that it has without ma
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +76,10 @@ class Tokenizer:
             read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
         )
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Ids in use, control tokens included."""
-        return self._tokenizer.get_vocab_size()
+        """Ids up to the largest in use, control tokens and gaps included."""
+        return 1 + max(self._tokenizer.get_vocab().values())
 
     @property
     def bos_id(self) -> int | None:
