@@ -75,7 +75,7 @@ def directory(tags: Tags, at: int = 8) -> bytes:
 
 
 def tiff(width: int, height: int, more: Tags) -> bytes:
-    """Return a grey TIFF file: its header, its directory, and nothing behind."""
+    """Return a gray TIFF file: its header, its directory, and nothing behind."""
     tags: Tags = {
         256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1),
         277: (3, 1, 1),
@@ -313,6 +313,10 @@ def ordinary() -> dict[str, bytes]:
         "strips of a row": tiff(
             100, 900, {273: (4, 900, struct.pack("<900I", *range(8, 90_008, 100))), 278: (3, 1, 1)}
         ) + bytes(90_000),
+        "a narrow page in strips of a row": tiff(
+            20, 3000, {273: (4, 3000, struct.pack("<3000I", *range(8, 60_008, 20))), 278: (3, 1, 1)}
+        )
+        + bytes(60_000),
         "tiles": tiff(
             300, 300, {322: (3, 1, 256), 323: (3, 1, 256), 324: (4, 4, struct.pack("<4I", *[8] * 4))}
         ) + bytes(256 * 256),
