@@ -37,6 +37,8 @@ class FakeLLM:
     words: ClassVar[list[str]] = ANSWER.split()
     failure: BaseException | None = None  # raised after the first word
     at_word: Callable[[int], None] = staticmethod(lambda number: None)  # called before each
+    model: ClassVar = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    config: ClassVar = SimpleNamespace(is_quantized=False)
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
         FakeLLM.built = (model, settings)
@@ -255,7 +257,31 @@ class TestGenerate:
             "images": 1,
             "prompt_tokens": 70,
             "completion_tokens": 3,
+            "model": "demo",
+            "adapter": None,
+            "quantization": None,
+            "device": "cpu",
+            "dtype": "float32",
         }
+
+    @pytest.mark.parametrize("is_quantized", [False, True])
+    def test_json_says_what_answered(
+        self,
+        is_quantized: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        model = SimpleNamespace(device=torch.device("cuda", 1), dtype=torch.float16)
+        monkeypatch.setattr(FakeLLM, "model", model)
+        monkeypatch.setattr(FakeLLM, "config", SimpleNamespace(is_quantized=is_quantized))
+        options = ["--model", "org/name@main", "--adapter", "org/lora"]
+        options += [] if is_quantized else ["--quantization", "nf4"]
+        assert main(["generate", "--json", "--prompt", "Why?", *options]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["model"] == "org/name@main"
+        assert result["adapter"] == "org/lora"
+        assert result["quantization"] == "nf4"
+        assert (result["device"], result["dtype"]) == ("cuda:1", "float16")
 
     def test_raw(self, picture: str) -> None:
         assert main(["generate", "--raw", "--image", picture, "--prompt", "<image>In"]) == 0

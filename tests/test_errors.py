@@ -1,4 +1,4 @@
-"""Error classes: the README's table of them, their codes, and their way between processes."""
+"""Error classes: the table of them in docs/errors.md, their codes, and their way between processes."""
 
 import pickle
 import re
@@ -9,7 +9,7 @@ import pytest
 from idefics2_engine import errors
 from idefics2_engine.errors import Idefics2Error, PromptError, PromptTooLongError
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/errors.md"
 CLASSES: dict[str, type[Idefics2Error]] = {
     name: value
     for name, value in vars(errors).items()
@@ -19,8 +19,8 @@ CLASSES: dict[str, type[Idefics2Error]] = {
 
 def table() -> dict[str, tuple[str, str, str]]:
     """Return code, occasion and exit code by class."""
-    section = README.read_text(encoding="utf-8").split("\n## Errors\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (\d+) \|$", section, re.MULTILINE)
+    page = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \| (\d+) \|$", page, re.MULTILINE)
     assert len({name for name, *_ in rows}) == len(rows)
     return {name: (code, when, exit_code) for name, code, when, exit_code in rows}
 

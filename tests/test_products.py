@@ -262,7 +262,9 @@ def test_without_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
     for name, call in calls.items():
         with pytest.raises(ValueError, match=f"{name} must be on a CUDA device, got cpu"):
             call()
-    with pytest.raises(ValueError, match="x must be on a CUDA device, got cpu"):
+    with pytest.raises(
+        ValueError, match="x must be on a CUDA device, got cpu; set TRITON_INTERPRET=1"
+    ):
         TRITON.nf4_matmul(torch.zeros(2, 64), weight)
     with pytest.raises(ValueError, match="weight must be on a CUDA device, got cpu"):
         TRITON.nf4_dequantize(weight)

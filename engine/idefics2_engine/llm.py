@@ -99,7 +99,7 @@ class LLM:
         seed: Fixes the random numbers of requests without a seed of their own.
         sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as transformers does.
         image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
-            which refuses them (README, Images).
+            which refuses them (docs/images.md).
         max_image_pixels: Largest width x height of an image, checked before it is decoded.
         max_media_bytes: Largest image file, data URI or download.
         allowed_media_root: Folder that image files must lie below; anywhere if ``None``.

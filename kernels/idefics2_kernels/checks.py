@@ -36,7 +36,10 @@ def check_device(**tensors: Tensor | None) -> None:
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in given.items())
     if device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"{first} must be on a CUDA device, got {device}")
+        raise ValueError(
+            f"{first} must be on a CUDA device, got {device}; "
+            "set TRITON_INTERPRET=1 before importing the kernels to interpret them on a CPU"
+        )
     for name, tensor in given.items():
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device} as {first} is, got {tensor.device}")

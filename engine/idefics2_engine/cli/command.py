@@ -39,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
         raise _UsageError(self.prog, f"{message} (see {self.prog} --help)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = _Parser(
         prog="idefics2",
         description="Idefics2 answers questions about images.",
@@ -96,7 +97,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        args = _parser().parse_args(arguments)
+        args = build_parser().parse_args(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code: int = args.run(args)

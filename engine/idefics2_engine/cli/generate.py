@@ -9,6 +9,7 @@ from idefics2_engine.cli import options, streams
 from idefics2_engine.errors import PromptError, SamplingError
 
 if TYPE_CHECKING:
+    from idefics2_engine import LLM
     from idefics2_engine.outputs import CompletionOutput, RequestOutput
 
 
@@ -37,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     form.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object, one a line for each answer: text, token counts, finish_reason, seconds",
+        help="print a JSON object, one a line for each answer: text, token counts, finish_reason, seconds, model",
     )
     options.add_model_options(parser)
     group = options.add_sampling_options(parser)
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     start = perf_counter()
     with options.loaded_llm(args, answers=args.n) as llm:
         loaded = perf_counter()
+        ran = _ran(llm, args)
         first = None
         text = ""
         for output in llm.stream(prompt, params):
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             "generate_seconds": round(end - loaded, 4),
         }
         for answer in output.outputs:
-            streams.print_json(_described(output, answer, args) | seconds)
+            streams.print_json(_described(output, answer, args) | seconds | ran)
     elif args.stream:
         print()
     else:
@@ -89,10 +91,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ran(llm: "LLM", args: argparse.Namespace) -> dict[str, str | None]:
+    """Return what ``--json`` prints of the model that answered."""
+    return {
+        "model": "demo" if args.model is None else str(args.model),
+        "adapter": None if args.adapter is None else str(args.adapter),
+        "quantization": "nf4" if llm.config.is_quantized else args.quantization,
+        "device": str(llm.model.device),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+    }
+
+
 def _described(
     output: "RequestOutput", answer: "CompletionOutput", args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what ``--json`` prints of an answer, but for the seconds."""
+    """Return what ``--json`` prints of an answer, without the seconds and the model."""
     described = {
         "index": answer.index,
         "text": answer.text,

@@ -1,0 +1,69 @@
+"""README and docs/: their code is code, their commands are taken, their tables agree with the classes."""
+
+import inspect
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.cli.command import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def rows(page: str, heading: str) -> dict[str, str]:
+    """Return the defaults (second column) of a section's table by name (first column)."""
+    section = (
+        (ROOT / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    )
+    found = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, re.MULTILINE)
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_the_readme_takes_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@every_page
+def test_every_python_block_is_python(page: Path) -> None:
+    for code in blocks(page, "python"):
+        compile(code, page.name, "exec")
+
+
+@every_page
+def test_the_command_line_takes_every_command(page: Path) -> None:
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            _, found, arguments = line.partition("idefics2 ")
+            if not found:
+                continue
+            # A folder must be there, and a hub id must not
+            words = shlex.split(arguments.replace("path/to/", "org/"), comments=True)
+            build_parser().parse_args(words)
+
+
+def test_docs_name_every_argument_of_llm_with_its_default() -> None:
+    parameters = inspect.signature(LLM).parameters.values()
+    assert rows("docs/offline.md", "Arguments of LLM") == {
+        p.name: repr(p.default).replace("'", '"') for p in parameters
+    }
+
+
+def test_docs_name_every_sampling_parameter_with_its_default() -> None:
+    params = SamplingParams()
+    assert rows("docs/sampling.md", "Parameters") == {
+        field.name: repr(getattr(params, field.name)) for field in fields(params)
+    }
