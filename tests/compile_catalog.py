@@ -6,6 +6,7 @@ is left out. Prints a line of JSON for each kernel that was compiled.
     PYTHONPATH=kernels python tests/compile_catalog.py 90
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -48,6 +49,12 @@ def _sass(cubin: bytes) -> str:
         return subprocess.check_output([path_to_cuobjdump(), "-sass", file.name], text=True)
 
 
+def _digest(sass: str) -> str:
+    """Return the SHA-256 of the instructions alone: names of symbols may change, machine code may not."""
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\*", sass)
+    return hashlib.sha256(re.sub(r"\(\S*@\S*\)", "()", "\n".join(lines)).encode()).hexdigest()
+
+
 # What must come after the wait in kernels that load some things before. NF4's load the weight; x they copy to shared
 # memory, or mark to stay in the L1 cache. Others look, past that cache, at what decides what to prefetch.
 _NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
@@ -84,6 +91,7 @@ def main(arch: int) -> None:
                 "kernel": self.__name__,
                 "case": case_name,
                 "arch": arch,
+                "digest": _digest(sass),
                 "triton": triton.__version__,
                 "shared": compiled.metadata.shared,
                 "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),

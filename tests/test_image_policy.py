@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,19 @@ def test_correct_scales_floats_and_refuses_others() -> None:
             load_image(bad, CORRECT)
     with pytest.raises(ImageError, match=r"must lie in \[0, 65535\], got 0 to 65536"):
         load_image(Image.fromarray(np.array([[0, 65536]], np.int32)), CORRECT)
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+def test_correct_scales_a_part_at_a_time(mode: str) -> None:
+    image = noise(900, 700, mode)
+    tracemalloc.start()
+    try:
+        load_image(image, CORRECT)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    of_pillow = 1 + 4  # bytes a pixel of the grey picture and the one in RGB
+    assert peak / (900 * 700) + of_pillow <= 16
 
 
 def test_correct_honours_the_transparent_grey_of_16_bits() -> None:

@@ -70,11 +70,10 @@ def test_every_source_gives_the_same_pixels(kind: str, policy: ImagePolicy, tmp_
         ("a\0b", "cannot be read as an image: no such name"),
         ("x" * 5000, r"x{117}…: cannot be read as an image: file name too long"),
         ("https://example.org/a.png", "must be a local file or a data URI, got the address"),
-        ("file:///etc/hostname", "must be a local file or a data URI, got the address"),
         ("data:image/png,abc", "data URI: must hold ';base64,'"),
         ("data:image/png;base64", "data URI: must hold ';base64,'"),
         ("data:image/png;base64,§", "data URI: must be base64"),
-        ("data:image/png;base64,abc", "data URI: must be base64"),
+        ("data:image/png;base64,abc", "data URI: must be an image file"),
         ("data:image/png;base64,", "data URI: must be an image file .* got no bytes"),
         (None, "must be a path, .* got NoneType"),
         (7, "must be a path, .* got int"),
@@ -249,6 +248,11 @@ def test_an_error_says_which_image_of_which_prompt(threads: int) -> None:
         processor.finish([drafts[0], drafts[2]])
     with pytest.raises(ImageError, match=r"^images\[1\]: image bytes: must be"):
         processor.finish([drafts[1]])
+    with pytest.raises(ImageError, match=r"^images\[1\] of messages\[1\]: image bytes: must be"):
+        processor.finish(drafts, "messages")
+    text, bad = processor.draft_prompt("a"), processor.draft_prompt("<image>", [b"bad"])
+    with pytest.raises(ImageError, match=r"^images\[0\] of messages\[1\]: image bytes: must be"):
+        processor.finish([text, bad], "messages")
     with pytest.raises(ImageError, match=r"^image bytes: must be"):
         processor.prompt("<image>", [b"bad"])
 

@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+import tracemalloc
+import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
+from idefics2_engine import pixel_parts
 from idefics2_engine.errors import ImageError
 from idefics2_engine.image_policy import ImagePolicy
 from idefics2_engine.images import ImageConfig, make_tiles, normalise
@@ -157,6 +161,135 @@ def test_what_no_rule_covers_is_an_error(
 def test_the_budget_holds_for_arrays() -> None:
     with pytest.raises(ImageError, match="image array: must have at most 99 pixels, got 10 x 10"):
         load_image(np.zeros((10, 10), np.uint8), MediaConfig(max_image_pixels=99))
+
+
+MEASURED = 700, 900  # height and width; no multiple of a part
+DTYPES = (
+    "uint8", "bool", "uint16", "int32", "int64", "uint64", "float16", "float32", "float64", "longdouble",
+)  # fmt: skip
+SHAPES: dict[str, tuple[int, ...]] = {
+    "grey": MEASURED,
+    "RGB": (*MEASURED, 3),
+    "alpha": (*MEASURED, 4),
+    "alpha, channels first": (4, *MEASURED),
+    "one row": (1, MEASURED[0] * MEASURED[1], 4),
+    "one column": (MEASURED[0] * MEASURED[1], 1, 4),
+}
+
+
+@pytest.mark.parametrize("policy", [PARITY, CORRECT])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_array_takes_more_than_16_bytes_a_pixel(
+    dtype: str, shape: str, policy: ImagePolicy
+) -> None:
+    if policy is CORRECT and dtype in ("int32", "int64", "uint64"):
+        return  # which it refuses
+    array = np.zeros(SHAPES[shape], dtype)
+    tracemalloc.start()
+    try:
+        load_image(array, MediaConfig(image_policy=policy))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    of_pillow = 4  # bytes a pixel of the picture itself, which tracemalloc does not see
+    assert peak / (MEASURED[0] * MEASURED[1]) + of_pillow <= 16
+
+
+class Largest(TorchDispatchMode):
+    """Sees the bytes of the largest tensor that torch makes, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            storage = made.untyped_storage()
+            given = [one.untyped_storage() for one in args if isinstance(one, torch.Tensor)]
+            if all(storage.data_ptr() != one.data_ptr() for one in given):
+                self.bytes = max(self.bytes, storage.nbytes())
+        return made
+
+
+@pytest.mark.parametrize("shape", ["alpha", "alpha, channels first", "one row"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+def test_tensors_are_widened_a_part_at_a_time(dtype: torch.dtype, shape: str) -> None:
+    tensor = torch.zeros(SHAPES[shape], dtype=dtype)
+    with Largest() as largest:
+        load_image(tensor)
+    assert largest.bytes <= MEASURED[0] * MEASURED[1]  # a byte a pixel; widened whole it is 16
+
+
+@pytest.mark.parametrize("shape", [(3, 20_000, 10_000), (20_000, 10_000, 3), (200_000_000, 2)])
+def test_the_size_is_looked_at_before_a_value_is(shape: tuple[int, ...]) -> None:
+    tensor = torch.zeros(1, dtype=torch.bfloat16).expand(shape)
+    with Largest() as largest, pytest.raises(ImageError, match="image tensor: must have at most"):
+        load_image(tensor)
+    assert largest.bytes == 0
+    array = np.broadcast_to(np.float16(0), shape)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match="image array: must have at most"):
+            load_image(array)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("policy", EVERY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_change_no_pixel(dtype: str, policy: ImagePolicy, monkeypatch: Any) -> None:
+    high = 65536 if dtype == "uint16" and policy is CORRECT else 2 if dtype == "bool" else 256
+    for shape in ((37, 41), (37, 41, 3), (3, 41, 37), (41, 37, 4), (1, 1500, 4), (1500, 1, 3)):
+        array = values(*shape, high=high).astype(dtype)
+        if array.dtype.kind == "f" and (policy is not PARITY or 4 in shape):
+            array = (array / 255).astype(dtype)
+            if policy is PARITY:
+                array = np.rint(array)  # what blends to whole numbers
+        seen = []
+        for size in (1, 100, 1 << 14, 1 << 30):
+            monkeypatch.setattr(pixel_parts, "_PIXELS", size)
+            try:
+                seen.append(rgb(array, policy))
+            except ImageError as error:
+                seen.append(str(error))
+        for one in seen[:-1]:
+            np.testing.assert_array_equal(one, seen[-1])
+
+
+def test_what_is_wrong_with_the_last_part_is_seen() -> None:
+    array = values(300, 200, 3).astype(np.float64)
+    array[-1, -1, -1] = np.nan
+    with pytest.raises(ImageError, match="must be finite"):
+        load_image(array)
+    array[-1, -1, -1] = 255.5
+    with pytest.raises(ImageError, match=r"whole numbers from 0 to 255, got 0 to 255\.5"):
+        load_image(array)
+    array[0, 0, 0] = 0.5
+    array[-1, -1, -1] = 255
+    with pytest.raises(ImageError, match="whole numbers from 0 to 255, got 0 to 255"):
+        load_image(array)
+    with pytest.raises(ImageError, match=r"must lie in \[0, 1\], got 0 to 255"):
+        load_image(array, MediaConfig(image_policy=CORRECT))
+
+
+@pytest.mark.parametrize("mask", [np.ma.nomask, True, False])
+def test_masked_arrays_are_refused(mask: Any) -> None:
+    masked: Any = np.ma.masked_array(values(4, 5, 3).astype(np.uint8), mask=mask)
+    for policy in EVERY:
+        with pytest.raises(ImageError, match="image array: must have no mask, got a masked array"):
+            rgb(masked, policy)
+
+
+def test_masked_tensors_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are in the prototype stage
+        masked: Any = torch.masked.masked_tensor(torch.ones(4, 4), torch.ones(4, 4) > 0)
+        with pytest.raises(ImageError, match="image tensor: must be a dense tensor"):
+            load_image(masked)
 
 
 def test_tensors_without_values_are_errors() -> None:

@@ -273,6 +273,12 @@ def test_token_prompts_that_do_not_fit_are_an_error(
         ours(False).token_prompt(ids, [noise(2, 2)] * images)
 
 
+@pytest.mark.parametrize("ids", ["12", b"12", bytearray(2), {5, 6}, {5: 6}, {5: 6}.keys(), None, 5])
+def test_token_ids_are_no_text_and_have_an_order(ids: Any) -> None:
+    with pytest.raises(PromptError, match="token_ids: must be a list of ids, got"):
+        ours(False).token_prompt(ids)
+
+
 def test_wrong_arguments_are_errors() -> None:
     processor = ours(False)
     not_text: Any = 7

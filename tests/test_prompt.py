@@ -114,7 +114,12 @@ def template(source: str | None = None) -> ChatTemplate:
 
 
 def chat_ids(source: str | None, *messages: dict[str, Any]) -> list[int]:
-    turns, _ = read_messages(messages, ())
+    plain = [{**message, "role": "user"} for message in messages]
+    turns, _ = read_messages(plain, ())
+    # Straight to the template, which trusts no role, whoever has looked at it before
+    turns = [
+        {**turn, "role": message["role"]} for turn, message in zip(turns, messages, strict=True)
+    ]
     return build().encode_marked(template(source).render(turns, add_generation_prompt=True))
 
 

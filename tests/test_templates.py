@@ -355,10 +355,8 @@ def test_a_typed_template_is_text() -> None:
         "{# gone #}",
         "{{ bos_token }}",
     ):
-        turns, _ = read_messages([{"role": text, "content": text}])
-        assert render(PUBLISHED, turns) == (
-            f"{text.capitalize()}: {text}<end_of_utterance>\nAssistant:"
-        )
+        turns, _ = read_messages([{"role": "user", "content": text}])
+        assert render(PUBLISHED, turns) == f"User: {text}<end_of_utterance>\nAssistant:"
 
 
 CHATTY = """\

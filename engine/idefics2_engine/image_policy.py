@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
+from idefics2_engine.pixel_parts import convert_in_parts
 
 _PLAIN_MODES = ("1", "L", "P", "RGB")  # what ``strict`` takes, without transparency
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colours were multiplied by alpha
@@ -69,16 +70,17 @@ def scale_16_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def scale_floats(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
-    """Return 0 … 1 as 0 … 255, rounded to the nearest.
-
-    Raises:
-        ImageError: A value is not in [0, 1].
-    """
-    low, high = float(values.min()), float(values.max())
-    if not (low >= 0 and high <= 1):  # NaN is neither
-        raise ImageError(f"{name}: floats must lie in [0, 1], got {low:g} to {high:g}")
+def scale_floats(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """Return 0 … 1 as 0 … 255, rounded to the nearest."""
     return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
+
+
+def check_unit_range(low: Any, high: Any, name: str) -> None:
+    """Raise ``ImageError`` if floats from ``low`` to ``high`` do not lie in [0, 1]; NaN does not."""
+    if not (low >= 0 and high <= 1):
+        raise ImageError(
+            f"{name}: floats must lie in [0, 1], got {float(low):g} to {float(high):g}"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -116,7 +118,9 @@ def _refuse_doubtful(image: Image.Image, several: bool, name: str) -> None:
 def _shown(image: Image.Image, name: str) -> Image.Image:
     """Return in RGB what a viewer shows on a white page."""
     if image.mode == "F":
-        return Image.fromarray(scale_floats(np.asarray(image), name)).convert("RGB")
+        floats = np.asarray(image)
+        check_unit_range(floats.min(), floats.max(), name)
+        return Image.fromarray(convert_in_parts(scale_floats, floats)).convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
@@ -124,7 +128,7 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
             raise ImageError(
                 f"{name}: integers in mode {image.mode} must lie in [0, 65535], got {low} to {high}"
             )
-        grey = scale_16_bits(values)
+        grey = convert_in_parts(scale_16_bits, values)
         grey[values == image.info.get("transparency")] = 255
         return Image.fromarray(grey).convert("RGB")
     return _on_white(image) if image.has_transparency_data else _rgb(image)
@@ -132,5 +136,7 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
 
 def _on_white(image: Image.Image) -> Image.Image:
     straight = image.convert(_STRAIGHT.get(image.mode, image.mode)).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, straight).convert("RGB")
+    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight)
+    # Each of them is as large as the picture
+    del straight
+    return shown.convert("RGB")

@@ -1,7 +1,9 @@
 """Many images at once: Pillow decodes and resizes without holding up other threads."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from PIL import Image
@@ -10,14 +12,17 @@ Result = TypeVar("Result")
 
 _BLOCKS_PER_THREAD = 2  # a picture and what it is resized to
 
+# Many, so that threads seldom wait for each other's objects
+_LOCKS = tuple(threading.Lock() for _ in range(256))
+
 
 def read_all(
     read: Callable[[int], Result], sources: Sequence[object], threads: int
 ) -> list[Result]:
     """Return ``read(index)`` for each of ``sources``, in order, at most ``threads`` at a time.
 
-    An object that is among them several times is read once: that is cheaper, and two threads must
-    not load one Pillow image. The threads live as long as the call, which costs less than an image.
+    An object that is among them several times is read once, which is cheaper. The threads live as
+    long as the call, which costs less than an image.
 
     Raises:
         Exception: What ``read`` raised for the first source that failed; the rest is abandoned.
@@ -38,6 +43,22 @@ def read_all(
                 pool.shutdown(wait=False, cancel_futures=True)
     by_index = dict(zip(indices, results, strict=True))
     return [by_index[first[id(source)]] for source in sources]
+
+
+@contextmanager
+def alone_with(*objects: object) -> Iterator[None]:
+    """Keep other threads away that want any of the same ``objects``, whatever call they belong to.
+
+    An open file has one position, and a Pillow image that is not loaded changes while it is read:
+    two threads that read one would get errors or each other's bytes. The locks are fixed in number
+    and taken in order, so that no two threads wait for each other.
+    """
+    # Objects lie at multiples of 16
+    places = sorted({id(one) // 16 % len(_LOCKS) for one in objects if one is not None})
+    with ExitStack() as held:
+        for place in places:
+            held.enter_context(_LOCKS[place])
+        yield
 
 
 def _keep_blocks(count: int) -> None:

@@ -1,15 +1,13 @@
 """The one door for images: whatever a caller calls an image, read within the rules, comes out as RGB."""
 
-import base64
-import binascii
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import IO, TYPE_CHECKING, Any, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +17,30 @@ from idefics2_engine.decode import check_size, decode
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.fetch import FetchRules, Network, fetch
 from idefics2_engine.image_policy import ImagePolicy, upright_rgb
+from idefics2_engine.image_sources import (
+    check_bytes,
+    data_uri_bytes,
+    file_url_path,
+    plain_source,
+)
+from idefics2_engine.image_threads import alone_with
 from idefics2_engine.pillow_errors import reading
-from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_array
+from idefics2_engine.pixel_arrays import array_rgb, is_tensor, tensor_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ImageSource = Union[
-    str, Path, bytes, bytearray, memoryview, Image.Image, npt.NDArray[Any], "Tensor"
+    str,
+    os.PathLike[str],
+    bytes,
+    bytearray,
+    memoryview,
+    IO[bytes],
+    Mapping[str, Any],
+    Image.Image,
+    npt.NDArray[Any],
+    "Tensor",
 ]
 """What ``load_image`` reads."""
 
@@ -35,8 +49,7 @@ MAX_BYTES = 256 << 20
 MEDIA_TIMEOUT = 20.0  # seconds
 MAX_THREADS = 8
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_BASE64_SPACE = str.maketrans("", "", " \t\r\n")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,7 @@ class MediaConfig:
     Attributes:
         image_policy: See ``ImagePolicy``.
         max_image_pixels: Largest width x height, checked before anything is decoded.
-        max_media_bytes: Largest file, data URI or download.
+        max_media_bytes: Largest file, data URI or download, in whatever form it comes.
         allowed_media_root: Files must lie below it; any file will do if ``None``.
         allowed_media_hosts: Hosts that URLs may name: ``"name"``, ``"name:port"``, ``".name"`` for
             all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected to.
@@ -129,8 +142,10 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     """Read one image, upright and in RGB; a Pillow image that is so already comes back itself.
 
     Args:
-        source: A path, a URL on an allowed host, a ``data:`` URI with base64, the bytes of an image
-            file, a Pillow image, or an array or tensor (see ``pixel_arrays.array_rgb``).
+        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI with
+            base64, the bytes of an image file, an open binary file, which is read from its
+            beginning, ``{"bytes": …, "path": …}`` as ``datasets`` has it, where bytes win, a Pillow
+            image, or an array or tensor (see ``pixel_arrays.array_rgb``).
         config: The rules; those of ``MediaConfig()`` if ``None``.
 
     Raises:
@@ -141,31 +156,54 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     """
     config = config or MediaConfig()
     policy, budget = config.image_policy, config.max_image_pixels
-    if isinstance(source, Image.Image):
-        check_size(source.size, budget, "image")
+    plain = plain_source(source, config.max_media_bytes)
+    if isinstance(plain, Image.Image):
         with reading("image: Pillow cannot read it as RGB"):
-            return upright_rgb(source, policy, "image")
-    if isinstance(source, np.ndarray):
-        return array_rgb(source, policy, budget, "image array")
-    if is_tensor(source):
-        array = tensor_array(source, "image tensor")
-        return array_rgb(array, policy, budget, "image tensor", channels_lead=True)
-    if isinstance(source, bytes | bytearray | memoryview):
-        name = "image bytes"
-        _check_bytes(memoryview(source).nbytes, config, name)
-        data = bytes(source)
-    elif isinstance(source, str) and source[:5].lower() == "data:":
-        name, data = "data URI", _data_uri_bytes(source, config)
-    elif isinstance(source, str) and _SCHEME.match(source):
-        name, data = "downloaded image", _fetch(source, config)
-    elif isinstance(source, str | Path):
-        name, data = _shortened(str(source)), _file_bytes(source, config)
-    else:
-        raise ImageError(
-            "image: must be a path, a URL, a data URI, bytes, a Pillow image, an array or a tensor, "
-            f"got {type(source).__name__}"
-        )
+            # Images that are not loaded may share a file
+            files = (getattr(plain, name, None) for name in ("fp", "_fp"))
+            with alone_with(plain, *files):
+                check_size(plain.size, budget, "image")
+                return upright_rgb(plain, policy, "image")
+    if isinstance(plain, np.ndarray):
+        return array_rgb(plain, policy, budget, "image array")
+    if is_tensor(plain):
+        return tensor_rgb(plain, policy, budget, "image tensor")
+    name, data = _named_bytes(plain, config)
     return decode(data, policy, budget, name)
+
+
+def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
+    """Return an image that its caller can no longer change, equal to ``source`` as it is now.
+
+    Names of files, text and bytes are left to be read later. All else is read here.
+
+    Raises:
+        ImageError: As in ``load_image``.
+    """
+    plain: ImageSource = plain_source(source, config.max_media_bytes)
+    if isinstance(plain, str | bytes | Path):
+        return plain
+    image = load_image(plain, config)
+    if image is not source:
+        return image
+    with reading("image: Pillow cannot copy it"):
+        return image.copy()
+
+
+def _named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, bytes]:
+    """Return what messages call an image file, and its bytes."""
+    if isinstance(source, bytes):
+        check_bytes(len(source), config.max_media_bytes, "image bytes")
+        return "image bytes", source
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return "data URI", data_uri_bytes(source, config.max_media_bytes)
+        scheme = _SCHEME.match(source)
+        if scheme is not None and scheme[1].lower() != "file":
+            return "downloaded image", _fetch(source, config)
+        if scheme is not None:
+            source = file_url_path(source)
+    return _shortened(str(source)), _file_bytes(source, config)
 
 
 def _fetch(url: str, config: MediaConfig) -> bytes:
@@ -184,20 +222,6 @@ def _fetch(url: str, config: MediaConfig) -> bytes:
     return fetch(url, rules)
 
 
-def _data_uri_bytes(uri: str, config: MediaConfig) -> bytes:
-    comma = uri[:1024].find(",")  # a head is short, and the rest may be long
-    if comma < 0 or not uri[:comma].lower().endswith(";base64"):
-        raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
-    _check_bytes((len(uri) - comma) * 3 // 4 - 3, config, "data URI")  # before it is copied
-    payload = uri[comma + 1 :].translate(_BASE64_SPACE)
-    try:
-        data = base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError):
-        raise ImageError(f"data URI: must be base64, got {payload[:40]!r}") from None
-    _check_bytes(len(data), config, "data URI")
-    return data
-
-
 def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
     """Read a regular file; symbolic links are followed first, and judged by where they lead."""
     name = _shortened(str(source))
@@ -213,7 +237,7 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"{name}: cannot be read as an image: it is no regular file")
-            _check_bytes(status.st_size, config, name)
+            check_bytes(status.st_size, config.max_media_bytes, name)
             return file.read(config.max_media_bytes)
     except ImageError:
         raise
@@ -222,11 +246,6 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
         raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
     except (ValueError, RuntimeError):  # a null character; a loop of links
         raise ImageError(f"{name}: cannot be read as an image: no such name") from None
-
-
-def _check_bytes(size: int, config: MediaConfig, name: str) -> None:
-    if size > config.max_media_bytes:
-        raise ImageError(f"{name}: must have at most {config.max_media_bytes} bytes, got {size}")
 
 
 def _shortened(text: str) -> str:

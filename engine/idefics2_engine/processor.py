@@ -1,7 +1,7 @@
 """Prompts, conversations and images to what the model takes: token ids and tiles."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from numbers import Integral
@@ -11,12 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.config import ModelConfig
-from idefics2_engine.errors import ConfigError, ImageError, PromptError
+from idefics2_engine.errors import ConfigError, PromptError
 from idefics2_engine.image_threads import read_all
 from idefics2_engine.images import ImageConfig, Tile, make_tiles, normalise
 from idefics2_engine.json_file import read_json
-from idefics2_engine.media import ImageSource, MediaConfig, load_image
+from idefics2_engine.media import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
     FAKE_IMAGE,
@@ -27,6 +28,9 @@ from idefics2_engine.prompt import (
     expand_image_slots,
 )
 from idefics2_engine.shown import shown
+
+# What can be iterated over, but is text or has no order
+_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,23 @@ class PromptDraft:
     prompt: str
     token_ids: list[int]
     images: Sequence[ImageSource]
+    media: MediaConfig  # the rules that the images are read by
+
+    def owned(self) -> "PromptDraft":
+        """Return a draft that nothing can change which its caller does from now on.
+
+        Arrays, tensors, Pillow images, buffers and open files are read now. Files by name, text and
+        bytes stay what they are, so that ``Processor.finish`` decodes them in threads.
+
+        Raises:
+            ImageError: An image cannot be read; the message says which, if there are several.
+        """
+        owned: dict[int, ImageSource] = {}
+        for index, image in enumerate(self.images):
+            if id(image) not in owned:
+                with about(f"images[{index}]" if len(self.images) > 1 else None):
+                    owned[id(image)] = own_image(image, self.media)
+        return replace(self, images=[owned[id(image)] for image in self.images])
 
     def owned(self) -> "PromptDraft":
         """Return it."""
@@ -143,7 +164,7 @@ class Processor:
         check_text(text)
         images = _as_list(images)
         token_ids = self.tokenizer.encode(self._expand(text, len(images)))
-        return PromptDraft(text, token_ids, images)
+        return PromptDraft(text, token_ids, images, self.media)
 
     def token_prompt(
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
@@ -160,16 +181,17 @@ class Processor:
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> PromptDraft:
         """Do as ``token_prompt`` does, but leave the images to ``finish``."""
-        if isinstance(token_ids, str) or not isinstance(token_ids, Iterable):
+        if isinstance(token_ids, _NO_LIST) or not isinstance(token_ids, Iterable):
             raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
-        ids = list(token_ids)
         vocab_size = self.tokenizer.vocab_size
-        for index, id in enumerate(ids):
-            if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
-                raise PromptError(
-                    f"token_ids[{index}]: must be an id below {vocab_size}, got {shown(id)}"
-                )
-        ids = [int(id) for id in ids]
+        ids: list[int] = []
+        with caller_code("token_ids", PromptError):
+            for index, id in enumerate(token_ids):
+                if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
+                    raise PromptError(
+                        f"token_ids[{index}]: must be an id below {vocab_size}, got {shown(id)}"
+                    )
+                ids.append(int(id))
         images = _as_list(images)
         per_image = self.image_seq_len * self.image_config.tiles_per_image
         wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
@@ -178,7 +200,7 @@ class Processor:
                 f"token_ids: must have {per_image} image tokens for each of {len(images)} images, "
                 f"wanted {wanted}, got {got}"
             )
-        return PromptDraft(self._collapse(ids), ids, images)
+        return PromptDraft(self._collapse(ids), ids, images, self.media)
 
     def chat(
         self,
@@ -205,41 +227,43 @@ class Processor:
         messages: Sequence[Mapping[str, Any]],
         images: Sequence[ImageSource] | ImageSource = (),
         add_generation_prompt: bool = True,
+        name: str = "messages",
     ) -> PromptDraft:
-        """Do as ``chat`` does, but leave the images to ``finish``."""
+        """Do as ``chat`` does, but leave the images to ``finish``; errors speak of ``name``."""
         if self.template is None:
             raise PromptError(
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
                 "so it takes plain prompts only"
             )
-        turns, sources = read_messages(messages, _as_list(images))
+        turns, sources = read_messages(messages, _as_list(images), name)
         marked = self.template.render(turns, add_generation_prompt)
         bos = self.tokenizer.bos
         add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
         token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
-        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources)
+        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
 
-    def finish(self, drafts: Sequence[PromptDraft]) -> list[ProcessedPrompt]:
+    def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
         """Read the images of all ``drafts``, several at a time, and return the drafts with them.
+
+        Args:
+            drafts: What ``draft_prompt``, ``draft_token_prompt`` or ``draft_chat`` returned.
+            name: What errors call the list that the drafts were made of.
 
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
         """
+        several = len(drafts) > 1
         places = [
-            (f"images[{index}]" + (f" of prompts[{number}]" if len(drafts) > 1 else ""), image)
+            (f"images[{index}]" + (f" of {name}[{number}]" if several else ""), image)
             for number, draft in enumerate(drafts)
             for index, image in enumerate(draft.images)
         ]
 
         def read(index: int) -> list[Tile]:
-            name, source = places[index]
-            try:
+            place, source = places[index]
+            with about(place if several or len(places) > 1 else None):
                 image = load_image(source, self.media)
                 tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
-            except ImageError as error:
-                if len(places) == 1:
-                    raise
-                raise type(error)(f"{name}: {error}") from None
             for tile in tiles:
                 _ = tile.fingerprint  # kept by the tile: here it costs no other thread's time
             return tiles
@@ -335,7 +359,8 @@ def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
     if images is None:
         raise PromptError("images: must be a list of images, got None")
     several: Any = images if isinstance(images, list | tuple) else [images]
-    return list(several)
+    with caller_code("images", PromptError):
+        return list(several)
 
 
 def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:
