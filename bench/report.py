@@ -16,6 +16,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _SHOWN = _ROOT / "bench/results/h200-kernels.json"
 _PAGES = _ROOT / "docs/kernels"
 TABLE_BEGIN, TABLE_END = "<!-- kernels -->\n", "<!-- /kernels -->"
+_SLOWER = re.compile(r"(<!-- slower -->\n).*?(<!-- /slower -->)", re.DOTALL)
 _FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -162,6 +163,21 @@ def kernel_table(results: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def slower_table(results: list[Row]) -> str:
+    """Return the cases of ``results`` in which ``TRITON`` was slower than its best peer, by 1 % or more."""
+    lines = [
+        "| operation | case | us | best peer, us | x |",
+        "|---|---|---:|---|---:|",
+    ]
+    for row in results:
+        if row["impl"] == "triton" and round(row.get("speedup", 1.0), 2) < 1:
+            lines.append(
+                f"| `{row['kernel']}` | {row['case']} | {row['ms'] * 1e3:.1f} | "
+                f"{row['peer']}, {row['peer_ms'] * 1e3:.1f} | {row['speedup']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def recorded() -> list[Row]:
     """Return the rows that the tables show: of one machine."""
     rows: list[Row] = json.loads(_SHOWN.read_text(encoding="utf-8"))["rows"]
@@ -169,10 +185,12 @@ def recorded() -> list[Row]:
 
 
 def with_table(index: str) -> str:
-    """Return the text ``index`` with its table of kernels as catalog and results have it now."""
+    """Return the text ``index`` with its tables of kernels as catalog and results have them now."""
+    results = recorded()
     head, rest = index.split(TABLE_BEGIN)
     _, tail = rest.split(TABLE_END)
-    return f"{head}{TABLE_BEGIN}{kernel_table(recorded())}{TABLE_END}{tail}"
+    tail = _SLOWER.sub(lambda m: f"{m[1]}{slower_table(results)}{m[2]}", tail)
+    return f"{head}{TABLE_BEGIN}{kernel_table(results)}{TABLE_END}{tail}"
 
 
 def figures_table(kernel: str, results: list[Row]) -> str:
