@@ -1,13 +1,16 @@
 """Where there is no GPU, the same tests run the kernels in Triton's interpreter."""
 
 import os
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
+from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
+
 # Set before anything reads it, and inherited by the processes that tests start: no waiting for a
-# network, no thread for every core in workers that share the cores (-n), and the code of this checkout.
+# network, as many threads as suit the small models here, and the code of this checkout.
 os.environ["HF_HUB_OFFLINE"] = "1"
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+os.environ.setdefault("OMP_NUM_THREADS", str(SMALL_MODEL_THREADS))
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / root) for root in ("engine", "kernels"))
 
@@ -19,6 +22,34 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+from packaging.requirements import Requirement  # noqa: E402
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+OPTIONAL = {
+    Requirement(one).name.replace("-", "_"): extra for extra, ones in EXTRAS.items() for one in ones
+}
+
+
+class _Module(pytest.Module):
+    """Tests that are skipped together where a package is missing that is in none but the extras."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = error.__cause__
+            if isinstance(missing, ModuleNotFoundError):
+                package = str(missing.name).partition(".")[0]
+                if package in OPTIONAL:
+                    pytest.skip(
+                        f"{self.path.name} needs {package}, of the extra {OPTIONAL[package]!r}"
+                    )
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    module: pytest.Module = _Module.from_parent(parent, path=module_path)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,7 @@ def test_a_case_slower_than_its_peer_is_listed() -> None:
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline{suffix}"
     row = {"kernel": "k", "case": "a", "TFLOPs": 100.0, "GBps": 500.0, "peer": "p"}
     report.plot(path, ABOUT, [row])

@@ -510,6 +510,8 @@ class TestConfig:
             (b"\xef\xbb\xbf{}", "is not JSON"),
             (b"[" * 10**6, "is nested too deeply"),
             (b'{"a":' * 10**5, "is nested too deeply"),
+            (b'{"a":' * 65 + b"0" + b"}" * 65, "lists must have at most 64 levels"),
+            (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "lists must have at most 64 levels"),
             (b'{"a": 1' + b"0" * 10**5 + b"}", "has a number with too many digits"),
             (b'{"a": {"b": 1, "b": 2}}', "has the key 'b' twice in one object"),
             (b"null", "must hold a JSON object, got NoneType"),
@@ -522,6 +524,13 @@ class TestConfig:
             ModelConfig.load(tmp_path)
         assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
         assert message in str(caught.value)
+
+    def test_levels_that_are_few_enough(self, tmp_path: Path) -> None:
+        deep = (
+            b'{"a": ' + b"[" * 63 + b"]" * 63 + b', "model_type": "idefics2", "image_token_id": 5}'
+        )
+        (tmp_path / "config.json").write_bytes(deep)
+        ModelConfig.load(tmp_path)
 
     def test_a_file_of_gigabytes_is_not_read(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:

@@ -1,6 +1,5 @@
 """A model's name to a folder: existing ones, the hub's cache, and downloads from a hub that this file plays itself."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from hub_cache import COMMIT, git_sha1, put, sha256
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.hub import find_adapter, find_model, is_hub_id
@@ -22,31 +22,9 @@ from idefics2_engine.verify import verify_files
 from idefics2_engine.weight_files import weight_paths
 from tiny_checkpoint import write_checkpoint
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL = dict.fromkeys(NEEDED, b"{}") | {"model.safetensors": b"weights"}
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def git_sha1(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def put(cache: Path, repo: str, files: dict[str, bytes], ref: str = "main") -> Path:
-    """Lay ``files`` down as the hub's client does and return the snapshot."""
-    storage = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = storage / "snapshots" / COMMIT
-    for folder in (snapshot, storage / "blobs", (storage / "refs" / ref).parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    (storage / "refs" / ref).write_text(COMMIT)
-    for name, content in files.items():
-        digest = sha256(content) if name.endswith(".safetensors") else git_sha1(content)
-        (storage / "blobs" / digest).write_bytes(content)
-        (snapshot / name).symlink_to(f"../../blobs/{digest}")
-    return snapshot
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
 
 
 @pytest.fixture
@@ -138,7 +116,7 @@ class TestCache:
         snapshot = put(cache, "org/name", {k: v for k, v in MODEL.items() if k != name})
         with pytest.raises(ConfigError) as caught:
             find_model("org/name")
-        assert f"model org/name is not whole in the cache: {snapshot}: " in str(caught.value)
+        assert f"model org/name is not whole in the cache: {snapshot}" in str(caught.value)
         assert name in str(caught.value)
 
     def test_a_shard_short(self, cache: Path) -> None:
@@ -160,12 +138,49 @@ class TestCache:
             find_model("org/name")
 
     def test_adapters(self, cache: Path) -> None:
-        files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"}
-        snapshot = put(cache, "org/lora", files)
+        snapshot = put(cache, "org/lora", ADAPTER)
         assert find_adapter("org/lora") == find_adapter("org/lora@main") == snapshot
         put(cache, "org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
         with pytest.raises(ConfigError, match=r"lacks adapter_model\.safetensors"):
             find_adapter("org/half")
+
+    def test_settings_of_images_inside_the_processor_s(self, cache: Path) -> None:
+        nested = {"processor_config.json": b'{"image_processor": {}}'}
+        files = {name: content for name, content in MODEL.items() if "preprocessor" not in name}
+        snapshot = put(cache, "org/name", files | nested)
+        assert find_model("org/name") == snapshot
+        put(cache, "org/other", files | {"processor_config.json": b'{"image_seq_len": 64}'})
+        with pytest.raises(ConfigError, match=r"not whole in the cache: .*/preprocessor_config"):
+            find_model("org/other")
+
+    def test_an_adapter_as_the_model_and_a_model_as_the_adapter(self, cache: Path) -> None:
+        put(cache, "org/lora", ADAPTER)
+        put(cache, "org/name", MODEL)
+        with pytest.raises(ConfigError, match=r"^model org/lora@main: is an adapter, not a model:"):
+            find_model("org/lora@main")
+        with pytest.raises(ConfigError, match=r"^adapter org/name: is a model, not an adapter:"):
+            find_adapter("org/name")
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_a_cache_that_has_the_adapter_alone_says_nothing_about_the_model(
+        self, whole: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a repository with both, ``find_adapter`` fetches one: the hub is asked before anything is said."""
+        put(cache, "org/both", ADAPTER)
+        snapshot = cache / "models--org--both" / "snapshots" / COMMIT
+
+        def download(repo: str, local_files_only: bool = False, **options: Any) -> str:
+            if whole and not local_files_only:
+                put(cache, repo, MODEL)
+            return str(snapshot)
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        if whole:
+            assert find_model("org/both") == snapshot
+        else:
+            with pytest.raises(ConfigError, match=r"^model org/both: is an adapter, not a model:"):
+                find_model("org/both")
 
     def test_a_model_from_the_cache_answers(self, cache: Path, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "tiny", max_shard_size="1MB")

@@ -219,8 +219,8 @@ class Unreadable(Mapping[str, Any]):
         (("x",), "a tuple must be a prompt and its SamplingParams, got 1 elements"),
         (("x", GREEDY, 3), "a tuple must be a prompt and its SamplingParams, got 3 elements"),
         ((), "got 0 elements"),
-        (Unreadable(), "must be readable, got OSError"),
-        ([MESSAGE, Unreadable()], "must be readable, got OSError"),
+        (Unreadable(), "reading it raised OSError"),
+        ([MESSAGE, Unreadable()], "reading it raised OSError"),
         (MESSAGE, "this is one message, and a conversation is a list of messages"),
         ({"id": 3, "messages": [MESSAGE]}, "pass a conversation as its list of messages"),
     ],
@@ -349,3 +349,30 @@ def test_an_output_is_data(llm: LLM) -> None:
     data = json.loads(json.dumps(bad.to_dict(), allow_nan=False))
     assert data["error"] == {"code": "prompt", "message": str(bad.error)}
     assert data["outputs"] == []
+
+
+def test_errors_name_what_the_caller_passed(llm: LLM) -> None:
+    with pytest.raises(PromptError, match=r"^prompts\[1\]: prompt: must have one <image>"):
+        llm.generate(["a", "<image>"])
+    image = {"type": "image", "image": b"no image"}
+    wrong: list[tuple[type[Idefics2Error], str, dict[str, Any]]] = [
+        (PromptError, r"^messages\[1\]\[0\]: ", {"role": "teacher", "content": "x"}),
+        (ImageError, r"^images\[0\] of messages\[1\]: ", {"role": "user", "content": [image]}),
+    ]
+    for error, message, second in wrong:
+        with pytest.raises(error, match=message):
+            llm.chat([[MESSAGE], [second]])
+
+
+def test_images_may_come_beside_a_conversation(llm: LLM) -> None:
+    def shown(image: Any) -> dict[str, Any]:
+        part = {"type": "image"} if image is None else {"type": "image", "image": image}
+        return {"role": "user", "content": [part, {"type": "text", "text": "what is left"}]}
+
+    pictures = [random_image(60, 90, seed=i) for i in range(2)]
+    wanted = [llm.chat([shown(picture)], GREEDY)[0].outputs for picture in pictures]
+    assert llm.chat([shown(None)], GREEDY, images=pictures[:1])[0].outputs == wanted[0]
+    both = llm.chat([[shown(None)]] * 2, GREEDY, images=[[picture] for picture in pictures])
+    assert [output.outputs for output in both] == wanted
+    with pytest.raises(PromptError, match="a list for each of the 2 conversations, got 1"):
+        llm.chat([[shown(None)]] * 2, GREEDY, images=[pictures])

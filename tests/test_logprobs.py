@@ -125,6 +125,37 @@ def test_the_whole_vocabulary_sums_to_one(llm: LLM) -> None:
         assert total.item() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("params", "length", "message"),
+    [
+        ({"logprobs": -1, "max_tokens": 16}, 5, None),
+        ({"logprobs": -1, "max_tokens": 17}, 5, "logprobs must be at most 30839 for 17 tokens, got -1"),
+        ({"logprobs": VOCAB, "max_tokens": 17}, 5, "logprobs must be at most 30839 .* got 32003"),
+        ({"logprobs": -1, "max_tokens": None}, 12, "logprobs must be at most 1047 for 500 tokens"),
+        ({"logprobs": 1047, "max_tokens": None}, 12, None),
+        ({"logprobs": 1048, "max_tokens": None}, 12, "at most 1047 .* 524288 entries"),
+        ({"logprobs": -1, "n": 16, "max_tokens": 2}, 5, "at most 16383 for 32 tokens"),
+        ({"logprobs": 21, "n": 3000, "max_tokens": 16}, 5, "at most 20 for 48000 tokens, got 21"),
+        ({"logprobs": 20, "n": 3000, "max_tokens": 16}, 5, None),
+        ({"prompt_logprobs": -1}, 17, None),
+        ({"prompt_logprobs": -1}, 18, "prompt_logprobs must be at most 30839 for 17 tokens"),
+        ({"prompt_logprobs": 20, "logprobs": 20, "max_tokens": 12}, 500, None),
+    ],
+)  # fmt: skip
+def test_how_many_a_request_may_have(
+    llm: LLM, params: dict[str, Any], length: int, message: str | None
+) -> None:
+    """As Python's objects a whole vocabulary takes megabytes at every place."""
+    draft = llm.processor.draft_token_prompt([5] * length)
+    (prompt,) = llm.processor.finish([draft])
+    asked = SamplingParams(**params)
+    if message is None:
+        assert llm.request_builder.build(prompt, asked).params == asked
+        return
+    with pytest.raises(SamplingError, match=message):
+        llm.request_builder.build(prompt, asked)
+
+
 def test_they_do_not_hang_on_the_batch_nor_change_the_answer(llm: LLM) -> None:
     prompts = make_prompts()
     params = SamplingParams(seed=4, max_tokens=3, logprobs=2, prompt_logprobs=2)

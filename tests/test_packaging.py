@@ -32,8 +32,10 @@ FILES = sorted(
 HOST_ONLY = {
     "adapter_config",
     "config",
+    "cpu_threads",
     "demo",
     "errors",
+    "field_checks",
     "hub",
     "json_file",
     "pages",

@@ -30,6 +30,7 @@ from idefics2_engine.padded import forward_padded
 from idefics2_engine.quantization import PARTS, Quantization
 from idefics2_engine.safetensors_file import StoredTensor
 from idefics2_engine.stored_nf4 import weight_name
+from idefics2_engine.tensor_values import read_values
 from idefics2_kernels import REFERENCE, TRITON, NF4Weight, Ops
 from idefics2_kernels.reference_nf4 import nf4_quantize
 from oracle import CASES, TinyCase, build_oracle
@@ -321,18 +322,31 @@ class TestLoading:
         quantised_oracle(dense, torch.bfloat16).save_pretrained(
             tmp_path, max_shard_size=shard_bytes
         )
-        read, order = idefics2_engine.checkpoint._read, list[StoredTensor]()
+        order = list[StoredTensor]()
 
         def spy(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-            for source, tensor in read(tensors):
+            for source, tensor in read_values(tensors):
                 order.append(source)
                 yield source, tensor
 
-        monkeypatch.setattr(idefics2_engine.checkpoint, "_read", spy)
+        monkeypatch.setattr(idefics2_engine.checkpoint, "read_values", spy)
         load_checkpoint(tmp_path)
         runs = [key for key, _ in groupby(order, lambda t: (t.file, weight_name(t.name)))]
         assert len(runs) == len(set(runs))
         assert len({t.file for t in order}) == len(list(groupby(t.file for t in order)))
+
+    def test_names_without_the_prefix(self, copy: Path, tmp_path: Path) -> None:
+        """A weight's six tensors are named together, as transformers reads them."""
+        file = copy / "model.safetensors"
+        names = {name: name.removeprefix("model.") for name in load_file(file)}
+        respelled = {names[name]: tensor for name, tensor in load_file(file).items()}
+        save_checkpoint(load_checkpoint(copy), tmp_path / "before", config_from=copy)
+        save_file(respelled, file, metadata={"format": "pt"})
+        save_checkpoint(load_checkpoint(copy), tmp_path / "after", config_from=copy)
+        assert_same_tensors(tmp_path / "after", tmp_path / "before")
+        from_pretrained: Any = Idefics2ForConditionalGeneration.from_pretrained
+        _, info = from_pretrained(copy, output_loading_info=True)
+        assert not info["missing_keys"]
 
     def test_one_dense_weight_is_there_at_a_time(
         self, dense: Path, monkeypatch: pytest.MonkeyPatch
@@ -464,12 +478,15 @@ class TestRefused:
             ({"quantization": 4}, "quantization must be 'nf4', got 4"),
             (
                 {"quantization": "nf4", "quantized_parts": ("text", "head")},
-                r"quantized_parts must be one or more of 'vision', 'connector', 'text', got \('text', 'head'\)",
+                r"quantized_parts must be a list .*, each one of 'vision', 'connector', 'text', got 'head' in \('text', 'head'\)",
             ),
-            ({"quantization": "nf4", "quantized_parts": ()}, r"one or more of .*, got \(\)"),
+            (
+                {"quantization": "nf4", "quantized_parts": ()},
+                r"a list of one or more parts, got \(\)",
+            ),
             (
                 {"quantization": "nf4", "quantized_parts": "text"},
-                "quantized_parts must be a list, got 'text'",
+                "quantized_parts must be a list of one or more parts, got 'text'",
             ),
             ({"quantized_parts": ("text",)}, "must come with quantization"),
             ({"double_quant": False}, "must come with quantization"),

@@ -22,7 +22,7 @@ BAD: dict[str, list[Any]] = {
     "n": [0, -1, 1.0, 16385, 10**9, HUGE, None, True, "1"],
     "max_tokens": [0, -1, 2.0, True, "16", math.inf, -HUGE],
     "min_tokens": [-1, 1.0, None, True, "0", 17, HUGE],
-    "stop": [[""], [1], ["a", None], "", None, b"a", [b"a"], {"a"}, {"a": 1}, 7, [["a"]]],
+    "stop": [[""], [1], ["a", None], "", None, b"a", [b"a"], {"a"}, {"a": 1}, 7, [["a"]], "\ud800"],
     "stop_token_ids": [
         [-1],
         [1.5],
@@ -75,7 +75,7 @@ BAD: dict[str, list[Any]] = {
         [-HUGE],
         np.array([7]),
     ],
-    "bad_words": [[""], ["  "], [1], ["a", None], "", "word", None, {"a"}, b"a", ["\ud800"]],
+    "bad_words": [[""], ["  "], [1], ["a", None], "", " ", None, {"a"}, b"a", ["\ud800"]],
     "logprobs": [-2, 1.5, 2.0, True, "5", math.nan, -HUGE, [1]],
     "prompt_logprobs": [-2, 0.0, False, "all", math.inf, np.bool_(True)],
     "include_stop_str_in_output": [1, None, "true", np.bool_(True)],
@@ -98,7 +98,7 @@ GOOD: dict[str, list[Any]] = {
     "frequency_penalty": [-2.0, 2, Fraction(1, 4)],
     "logit_bias": [None, {}, {0: 100, 7: -100.0}, {10**9: 0.5}],
     "allowed_token_ids": [None, [0], (3, 3), [np.int64(7), 2**40]],
-    "bad_words": [(), ["a"], ("a b", " c", "🦩", "\n")],
+    "bad_words": [(), "red", ["a"], ("a b", " c", "🦩", "\n")],
     "logprobs": [None, 0, -1, 20, 10**6, np.int32(3)],
     "prompt_logprobs": [None, 0, -1, 20],
     "include_stop_str_in_output": [True],
@@ -160,11 +160,40 @@ def test_in_range(name: str, value: Any) -> None:
         assert type(kept) in (int, float, bool, type(None)), "a number of Python's own"
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bad_words": 7}, "bad_words must be a list of words, got 7"),
+        ({"bad_words": {"red"}}, "bad_words must be a list of words, got {'red'}"),
+        (
+            {"bad_words": ["red", " "]},
+            "bad_words must be a list of words, each more than spaces and writable in UTF-8, got ' ' in ['red', ' ']",
+        ),
+        (
+            {"stop": ["\n"] * 9 + [10]},
+            "stop must be a list of strings, each not empty and writable in UTF-8, got 10 in ['\\n', ",
+        ),
+        ({"allowed_token_ids": []}, "allowed_token_ids must be a list of one or more token ids, got []"),
+        (
+            {"stop_token_ids": [3, 2.0]},
+            "stop_token_ids must be a list of token ids, each an integer of at least 0, got 2.0 in [3, 2.0]",
+        ),
+        ({"logit_bias": {7: 101}}, "logit_bias must be a mapping from token ids to numbers in [-100, 100], got 101 for 7"),
+    ],
+)  # fmt: skip
+def test_an_error_tells_the_type_from_the_elements(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingError) as caught:
+        SamplingParams(**values)
+    assert str(caught.value).startswith(message)
+
+
 def test_a_bias_out_of_json_has_text_for_keys() -> None:
     bias: Any = {"7": 1, 8: 3}
     assert SamplingParams(logit_bias=bias).logit_bias == {7: 1.0, 8: 3.0}
     bias = {"7": 1, "007": 2}
-    with pytest.raises(SamplingError, match="logit_bias must have a token once, got '007' twice"):
+    with pytest.raises(
+        SamplingError, match="logit_bias must be a mapping with each token id once, got '007' twice"
+    ):
         SamplingParams(logit_bias=bias)
 
 

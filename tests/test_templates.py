@@ -5,16 +5,14 @@ import json
 import subprocess
 import sys
 import threading
-import time
-import timeit
-from collections.abc import Iterator
-from functools import cache
+from functools import cache, wraps
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jinja2.filters import FILTERS as DEFAULT_FILTERS
 from transformers import LlamaTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -25,6 +23,7 @@ from idefics2_engine.messages import read_messages
 from idefics2_engine.processor import Processor
 from idefics2_engine.prompt import BUILT_IN_TEMPLATE, ChatTemplate, Tokenizer
 from idefics2_engine.sandbox import MAX_SOURCE
+from idefics2_engine.template_budget import Budget
 
 DATA = Path(__file__).parent / "data" / "idefics2-8b"
 PUBLISHED = json.loads((DATA / "processor_config.json").read_text())["chat_template"]
@@ -136,26 +135,46 @@ TOO_LONG = [
     AGAIN % ("range(50000) | list", "x[1:] == 0"),
     AGAIN % ("range(50000) | list", "x | select('in', x) | first"),
     # Keys that have the same hash: those of a dict, and tuples of these two numbers
-    "{{ dict(range(0, 2305843009213693951 * 100000, 2305843009213693951) | batch(2)) }}",
-    "{{ namespace(range(0, 2305843009213693951 * 100000, 2305843009213693951) | batch(2)) }}",
+    "{{ dict(range(0, 2305843009213693951 * 40000, 2305843009213693951) | batch(2)) }}",
+    "{{ namespace(range(0, 2305843009213693951 * 40000, 2305843009213693951) | batch(2)) }}",
     "{{ range(0, 2305843009213693951 * 100000, 2305843009213693951) | unique | list | length }}",
     AGAIN % ("'x.' * 100000", "x | wordcount == 0"),
     AGAIN % ("'x.' * 100000", "x | urlencode | first"),
 ]
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, tick: float) -> None:
+    """Let each look at the clock take ``tick`` seconds, and nothing else, so that time is counted in looks."""
+    seconds = count(0, tick)
+    clocks = SimpleNamespace(monotonic=lambda: next(seconds), thread_time=lambda: next(seconds))
+    monkeypatch.setattr(template_budget, "time", clocks)
+
+
 @pytest.fixture
-def bounded() -> Iterator[None]:
-    """Hold a test to 1 s of work, twice what a template may take; other processes' work is not counted."""
-    start = time.thread_time()
-    yield
-    assert time.thread_time() - start < 1
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the clock: what ends does so by itself or by its size."""
+    set_clock(monkeypatch, 0)
 
 
-@pytest.mark.usefixtures("bounded")
-@pytest.mark.parametrize("source", [*TOO_LARGE, *TOO_LONG])
-def test_rendering_has_a_limit(source: str) -> None:
-    with pytest.raises(PromptError, match=r"chat template: TemplateLimitError: .* at most \d"):
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a template some 50 looks at the clock: what goes on for long must look again and again."""
+    set_clock(monkeypatch, 0.01)
+
+
+@pytest.mark.usefixtures("still")
+@pytest.mark.parametrize("source", TOO_LARGE)
+def test_size_has_a_limit(source: str) -> None:
+    with pytest.raises(
+        PromptError, match=r"TemplateLimitError: .* (size|bits) .*at most \d|at most \d+ bits"
+    ):
+        render(source)
+
+
+@pytest.mark.usefixtures("ticking")
+@pytest.mark.parametrize("source", TOO_LONG)
+def test_time_has_a_limit(source: str) -> None:
+    with pytest.raises(PromptError, match=r"TemplateLimitError: must take at most 0.5 s"):
         render(source)
 
 
@@ -184,7 +203,7 @@ print((peak() - before) // 1024)
     assert int(done.stdout) < 128, "MiB"
 
 
-@pytest.mark.usefixtures("bounded")
+@pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -210,7 +229,6 @@ def test_other_ends(source: str, message: str) -> None:
         render(source)
 
 
-@pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -231,11 +249,23 @@ def test_what_is_refused_when_it_is_loaded(source: str, message: str) -> None:
         ChatTemplate(source, tokenizer())
 
 
-@pytest.mark.usefixtures("bounded")
 @pytest.mark.parametrize("source", [*TOO_LARGE, *TOO_LONG])
-def test_loading_runs_nothing(source: str) -> None:
+def test_loading_runs_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jinja folds constants while it compiles; here it must not compute ``'a' | center(10**9)``."""
+    computed: list[str] = []
+
+    def noted(name: str, compute: Any) -> Any:
+        @wraps(compute)
+        def note(*args: Any, **kwargs: Any) -> Any:
+            computed.append(name)
+            return compute(*args, **kwargs)
+
+        return note
+
+    for name, compute in DEFAULT_FILTERS.items():
+        monkeypatch.setitem(DEFAULT_FILTERS, name, noted(name, compute))
     ChatTemplate(source, tokenizer())
+    assert not computed
 
 
 def test_what_prints_itself_stays_short() -> None:
@@ -243,6 +273,7 @@ def test_what_prints_itself_stays_short() -> None:
         assert len(render(GROW % ("1", holder) + "{{ ns.x }}{{ [ns.x] }}")) < 200
 
 
+@pytest.mark.usefixtures("ticking")
 def test_limits_hold_in_any_thread() -> None:
     template = ChatTemplate(f"{LOOPS}{ENDS}", tokenizer())
     errors: list[BaseException] = []
@@ -256,16 +287,28 @@ def test_limits_hold_in_any_thread() -> None:
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert render(BUILT_IN_TEMPLATE) == "User: hello<end_of_utterance>\nAssistant:"
     for thread in threads:
-        thread.join(20)
+        thread.join()
     assert ["must take at most 0.5 s" in str(error) for error in errors] == [True] * 2
+
+
+def test_a_template_has_its_budget_while_another_thread_spends_its_own() -> None:
+    template = ChatTemplate(f"{LOOPS}{ENDS}", tokenizer())
+
+    def work() -> None:
+        with pytest.raises(PromptError):
+            template.render(HELLO, True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert render(BUILT_IN_TEMPLATE) == "User: hello<end_of_utterance>\nAssistant:"
+    thread.join()
 
 
 def test_a_waiting_thread_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock on the wall runs while a machine is suspended; the thread's own does not."""
     wall = count(0, 100)
-    clocks = SimpleNamespace(monotonic=lambda: next(wall), thread_time=time.thread_time)
+    clocks = SimpleNamespace(monotonic=lambda: next(wall), thread_time=lambda: 0.0)
     monkeypatch.setattr(template_budget, "time", clocks)
     assert render(PUBLISHED) == "User: hello<end_of_utterance>\nAssistant:"
 
@@ -457,7 +500,27 @@ def test_a_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
         assert tokenizer().unmark(found.render(messages, False)) == theirs(CHATTY, messages, False)
 
 
-def test_a_conversation_takes_less_than_a_millisecond() -> None:
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
+    """Return the looks at the clock so far."""
+    seen: list[Budget] = []
+    monkeypatch.setattr(Budget, "look", lambda budget: seen.append(budget))
+    return seen
+
+
+@pytest.mark.parametrize("made", ["dict(pairs)", "namespace(pairs)"])
+def test_keys_are_put_in_one_by_one(made: str, looks: list[Budget]) -> None:
+    """They may all have the same hash: putting in many at once would take quadratic time between two looks."""
+    pairs = "{% set pairs = range(2000) | map('string') | batch(2) | list %}"
+    render(pairs)
+    before = len(looks)
+    looks.clear()
+    render(f"{pairs}{{% set made = {made} %}}")
+    assert len(looks) - before >= 1000
+
+
+def test_work_grows_with_the_conversation(looks: list[Budget]) -> None:
+    """Each operation is a look at the clock: a message takes some of them, however many there are."""
     question = {"type": "text", "text": "What is in this image, and where is the star?"}
     turns = [
         {"role": "user", "content": [{"type": "image"}, question]},
@@ -465,14 +528,17 @@ def test_a_conversation_takes_less_than_a_millisecond() -> None:
     ]
     for source in (PUBLISHED, BUILT_IN_TEMPLATE):
         template = ChatTemplate(source, tokenizer())
+        taken = []
+        for times in (1, 2, 200):
+            looks.clear()
+            template.render(turns * times, True)
+            taken.append(len(looks))
+        one, two, many = taken
+        assert many == one + 199 * (two - one)
+        assert 0 < two - one < 100
 
-        def work(template: ChatTemplate = template) -> None:
-            template.render(turns * 3, True)
 
-        seconds = timeit.repeat(work, timer=time.thread_time, number=10, repeat=9)
-        assert min(seconds) / 10 < 1e-3
-
-
+@pytest.mark.usefixtures("still")
 def test_long_conversations_fit_the_limits() -> None:
     for turns, length in ((1, 1_000_000), (2000, 100), (300, 10_000)):
         turn = {"role": "user", "content": [{"type": "text", "text": "<b>" + "a" * length}]}

@@ -1,11 +1,11 @@
 """Idefics2: a processor, a model, an engine and a command line.
 
-Importing this package is cheap: torch is loaded by the first name that needs it.
+Importing this package costs nothing: torch is loaded by the first name that needs it.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as typing's, without importing that
 if TYPE_CHECKING:
     from idefics2_engine.llm import LLM
     from idefics2_engine.sampling_params import SamplingParams
@@ -16,7 +16,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 _HOMES = {"LLM": "llm", "SamplingParams": "sampling_params"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import the module that ``name`` lives in, on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

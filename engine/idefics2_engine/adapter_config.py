@@ -1,21 +1,24 @@
 """What ``adapter_config.json`` says about a LoRA adapter in PEFT's format: ranks and scales, and that it is of the plain kind."""
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.json_file import Section, printable, read_json
+from idefics2_engine.model_files import ADAPTER_CONFIG, shown_path, why_no_adapter
+from idefics2_engine.name_pattern import NamePattern
 from idefics2_engine.shown import shown
-from idefics2_engine.weight_files import ADAPTER_CONFIG
 
 _Value = TypeVar("_Value")
 
 _MOST_RANK = 1 << 16
-_MOST_PATTERNS = 10_000
+# Some times the modules of the 8B model, each of which is matched with all patterns
+_MOST_PATTERNS = 4096
+_MOST_STARRED = 64
 # How training began, as far as the base weights stayed what they are
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 # Keys without a say in the sum: what was trained is what the file holds, and what was dropped out is back
@@ -32,7 +35,6 @@ _SILENT = frozenset(
         "layers_to_transform",
         "lora_dropout",
         "megatron_core",
-        "modules_to_save",
         "peft_version",
         "qalora_group_size",
         "revision",
@@ -47,6 +49,7 @@ _READ = frozenset(
         "bias",
         "init_lora_weights",
         "lora_alpha",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
@@ -63,8 +66,9 @@ class AdapterConfig:
     r: int
     alpha: float
     rank_stabilised: bool
-    ranks: Mapping[re.Pattern[str], int]  # by pattern of a module's name, the first that fits
-    alphas: Mapping[re.Pattern[str], float]
+    ranks: Sequence[tuple[NamePattern, int]]  # by pattern of a module's name, the first that fits
+    alphas: Sequence[tuple[NamePattern, float]]
+    saved: Sequence[str]  # ends of the names of modules that were trained whole
 
     @classmethod
     def load(cls, folder: Path) -> "AdapterConfig":
@@ -73,6 +77,8 @@ class AdapterConfig:
         Raises:
             ConfigError: It is missing, no JSON, or describes something else than plain LoRA.
         """
+        if mistaken := why_no_adapter(folder):
+            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
         path = folder / ADAPTER_CONFIG
         values = read_json(path)
         section = Section(str(path), values)
@@ -85,7 +91,8 @@ class AdapterConfig:
             # as null, false and {} they mean the plain kind
             if key not in _SILENT | _READ and value:
                 raise ConfigError(
-                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {shown(value)}"
+                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {shown(value)}: "
+                    "merge the adapter with PEFT's merge_and_unload, and save and load that model instead"
                 )
         ranks = section.section("rank_pattern")
         alphas = section.section("alpha_pattern")
@@ -96,7 +103,13 @@ class AdapterConfig:
             section.flag("use_rslora"),
             _patterns(ranks, lambda key: ranks.size(key, 8, _MOST_RANK)),
             _patterns(alphas, lambda key: alphas.positive(key, 8)),
+            _names(section, "modules_to_save"),
         )
+
+    def saves(self, tensor: str) -> bool:
+        """Tell whether the model's ``tensor`` is part of a module that was trained whole."""
+        modules = accumulate(tensor.split(".")[:-1], "{}.{}".format)
+        return any(module.endswith(tuple(self.saved)) for module in modules)
 
     def rank(self, module: str) -> int:
         """Return r of ``module``."""
@@ -109,34 +122,28 @@ class AdapterConfig:
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def _patterns(section: Section, read: Callable[[str], _Value]) -> dict[re.Pattern[str], _Value]:
-    """Compile the keys of ``section``, which PEFT takes for regular expressions of the end of a module's name.
+def _names(section: Section, key: str) -> list[str]:
+    """Return the list of names under ``key``, empty for none."""
+    names = section.values.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise section.error(key, "a list of names", names)
+    return names
 
-    Matching tries every way to share a name among quantifiers and alternatives, which may take for ever: so few of the former
-    and none of the latter.
-    """
+
+def _patterns(section: Section, read: Callable[[str], _Value]) -> list[tuple[NamePattern, _Value]]:
+    """Compile the keys of ``section``, which PEFT takes for regular expressions of the end of a module's name."""
     keys = list(section.values)
-    if len(keys) > _MOST_PATTERNS or sum("*" in key or "+" in key for key in keys) > 64:
+    starred = sum("*" in key or "+" in key for key in keys)
+    if len(keys) > _MOST_PATTERNS or starred > _MOST_STARRED:
         raise ConfigError(
-            f"{section.name}: must have at most {_MOST_PATTERNS} keys, 64 of them with * or +, got {len(keys)}"
+            f"{section.name}: must have at most {_MOST_PATTERNS} keys, {_MOST_STARRED} of them with * or +, "
+            f"got {len(keys)} and {starred}"
         )
-    compiled = {}
-    for key in keys:
-        simple = re.fullmatch(r"[\w.^$*+\\-]{1,200}", key, re.ASCII)
-        if not simple or key.count("*") + key.count("+") > 2:
-            raise ConfigError(
-                f"{section.name}: keys must be names of modules, with * or + at most twice, got {shown(key)}"
-            )
-        try:
-            pattern = re.compile(rf"(.*\.)?({key})$")
-        except re.error:
-            raise ConfigError(
-                f"{section.name}: keys must be regular expressions, got {shown(key)}"
-            ) from None
-        compiled[pattern] = read(key)
-    return compiled
+    return [(NamePattern(key, section.name), read(key)) for key in keys]
 
 
-def _first_fit(patterns: Mapping[re.Pattern[str], _Value], module: str, default: _Value) -> _Value:
+def _first_fit(
+    patterns: Sequence[tuple[NamePattern, _Value]], module: str, default: _Value
+) -> _Value:
     """Return the value of the first pattern that fits ``module``, as PEFT does."""
-    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
+    return next((value for pattern, value in patterns if pattern.fits(module)), default)

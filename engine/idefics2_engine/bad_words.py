@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import PromptError, SamplingError
 from idefics2_engine.prompt import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.shown import shown
@@ -15,12 +15,19 @@ def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int
 
     As in vLLM, spaces that a word begins with do not count, and control tokens are recognised. Where vLLM adds a space to
     have the second form, this tokenizer puts one before any text, so here it is the form without that has to be made.
+
+    Raises:
+        SamplingError: The tokenizer fails on a word.
     """
     found: dict[tuple[int, ...], None] = {}
-    before = tokenizer.encode(_BEFORE, add_bos=False)
     for word in words:
-        spaced = tokenizer.encode(word.lstrip(" "), add_bos=False)
-        inside = tokenizer.encode(_BEFORE + word.lstrip(" "), add_bos=False)
+        try:
+            before, spaced, inside = (
+                tokenizer.encode(text, add_bos=False)
+                for text in (_BEFORE, word.lstrip(" "), _BEFORE + word.lstrip(" "))
+            )
+        except PromptError as error:
+            raise SamplingError(f"bad_words: {shown(word)}: {error}") from None
         found[tuple(spaced)] = None
         if inside[: len(before)] == before and len(inside) > len(before):
             found[tuple(inside[len(before) :])] = None

@@ -5,17 +5,17 @@ quantised tensor are its own.
 """
 
 import json
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from idefics2_engine.adapter import Adapter
+from idefics2_engine.companion_files import read_companions, write_config
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.hub_tensors import (
@@ -24,11 +24,12 @@ from idefics2_engine.hub_tensors import (
     HubTensor,
     dense_modules,
     hub_tensors,
+    in_our_names,
     tensor_places,
 )
-from idefics2_engine.json_file import read_json
 from idefics2_engine.linear import Linear, NF4Linear, SideBySide
 from idefics2_engine.model import Idefics2
+from idefics2_engine.model_files import CONFIG, is_there, shown_path
 from idefics2_engine.quantization import Quantization, bitsandbytes_config
 from idefics2_engine.safetensors_file import FLOATS, StoredTensor
 from idefics2_engine.stored_nf4 import (
@@ -39,6 +40,8 @@ from idefics2_engine.stored_nf4 import (
     weight_name,
     weight_tensors,
 )
+from idefics2_engine.tensor_values import read_values
+from idefics2_engine.tied_head import settle_head
 from idefics2_engine.upload import Uploader
 from idefics2_engine.weight_files import INDEX, SINGLE, find_weights, listing
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
@@ -99,17 +102,15 @@ def load_checkpoint(
     config = ModelConfig.load(folder)
     if config.is_quantized and quantization is not None:
         raise ConfigError(
-            f"{folder}: is quantised already: load it without quantization, or quantise the checkpoint it was made from"
+            f"{shown_path(folder)}: is quantised already: load it without quantization, or quantise the checkpoint it was made from"
         )
     if config.is_quantized and adapter is not None:
         raise ConfigError(
-            f"{folder}: is quantised, and an adapter must be merged before that: "
+            f"{shown_path(folder)}: is quantised, and an adapter must be merged before that: "
             "load the checkpoint that this was made from, with the adapter and quantization"
         )
+    config, stored = settle_head(config, in_our_names(config, find_weights(folder)))
     places = {place.name: place for place in hub_tensors(config)}
-    stored = find_weights(folder)
-    if config.tie_word_embeddings:
-        stored.pop(HEAD, None)  # saved by some writers although it is the embedding
     stored_nf4 = _check_fit(folder, config, places, stored)
     changes = (
         None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
@@ -208,11 +209,18 @@ def _check_fit(
     if extra:
         names = sorted(extra)
         raise CheckpointError(
-            f"{stored[names[0]].file}: tensors are not part of this model: {listing(names)}"
+            f"{shown_path(stored[names[0]].file)}: tensors are not part of this model: {listing(names)}"
         )
     missing = [name for name in wanted if name not in stored]
     if missing:
-        raise CheckpointError(f"{folder}: tensors are missing: {listing(missing)}")
+        hint = (
+            " (a head that is the embedding needs tie_word_embeddings: true "
+            "at the top level of config.json)"
+        )
+        raise CheckpointError(
+            f"{shown_path(folder)}: tensors are missing: {listing(missing)}"
+            + (hint if missing == [HEAD] else "")
+        )
     for name, place in places.items():
         if name in in_nf4:
             check_headers(name, place.shape, stored)
@@ -220,11 +228,11 @@ def _check_fit(
             stored[name].check(place.shape, *FLOATS)
     if in_nf4 and not config.is_quantized:
         raise CheckpointError(
-            f"{folder}: config.json must have a quantization_config, as tensors are in NF4: {listing(sorted(in_nf4))}"
+            f"{shown_path(folder)}: config.json must have a quantization_config, as tensors are in NF4: {listing(sorted(in_nf4))}"
         )
     if config.is_quantized and not in_nf4:
         raise CheckpointError(
-            f"{folder}: config.json has a quantization_config, but no tensor is in NF4"
+            f"{shown_path(folder)}: config.json has a quantization_config, but no tensor is in NF4"
         )
     return in_nf4
 
@@ -237,7 +245,7 @@ def _weights(
 ) -> Iterator[tuple[StoredTensor, Tensor | NF4Weight]]:
     """Yield the values of every place, each file's together; a weight in NF4 when the last of its tensors is read."""
     waiting: dict[str, dict[str, Tensor]] = {}  # only a shard's edge parts a weight for long
-    for source, tensor in _read(
+    for source, tensor in read_values(
         sorted(stored.values(), key=lambda tensor: (tensor.file, weight_name(tensor.name)))
     ):
         name = weight_name(source.name)
@@ -249,20 +257,6 @@ def _weights(
         if len(tensors) == len(tensor_names(name, stored)):
             shape = places[name].shape
             yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
-
-
-def _read(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Yield the values of ``tensors``, each file's together."""
-    for file, of_file in groupby(tensors, key=lambda tensor: tensor.file):
-        try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                for tensor in of_file:
-                    yield tensor, opened.get_tensor(tensor.name)
-        except (
-            SafetensorError,
-            OSError,
-        ) as error:  # the header was read: the file has changed since
-            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from None
 
 
 def _quantised(
@@ -290,11 +284,11 @@ def _load_adapter(
 ) -> Adapter:
     """Read the adapter in ``folder`` and check that it fits."""
     adapter = Adapter.load(folder)
-    if config.tie_word_embeddings and adapter.changed.keys() & {EMBEDDING, HEAD}:
+    if config.tie_word_embeddings and adapter.changed & {EMBEDDING, HEAD}:
         raise CheckpointError(
             f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
         )
-    adapter.check({name: place.shape for name, place in places.items()})
+    adapter.check(places)
     if check_finite:
         for name, tensor in adapter.values.items():
             _check_finite(adapter.stored[name], tensor)
@@ -308,7 +302,7 @@ def _check_finite(source: StoredTensor, values: Tensor, where: str = "") -> None
     if count:
         first = tuple(bad.nonzero()[0].tolist())
         raise CheckpointError(
-            f"{source.file}: tensor {source.name!r} must be finite{where}, "
+            f"{shown_path(source.file)}: tensor {source.key!r} must be finite{where}, "
             f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
         )
 
@@ -325,9 +319,10 @@ def save_checkpoint(
 
     Weights in NF4 are written as they are, in bitsandbytes' form, and ``config.json`` says so. Weights are sharded by size and replace
     those that are there. The JSON files, the chat template and the tokenizer are copied from the folder ``config_from``; without
-    it those of ``folder`` stay as they are.
+    it those of ``folder`` stay as they are. ``config.json`` is made to say whether the head is the embedding.
 
     Raises:
+        ConfigError: A file to be copied is no regular file or cannot be read; nothing was written then.
         ValueError: Weights are in NF4 and the dtype is none of bf16, fp16, fp32.
     """
     folder = Path(folder)
@@ -339,6 +334,9 @@ def save_checkpoint(
         raise ValueError(
             f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
         )
+    companions: dict[str, bytes] = {}
+    if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
+        companions = read_companions(Path(config_from))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
         old.unlink(missing_ok=True)
@@ -366,35 +364,23 @@ def save_checkpoint(
         total = sum(_bytes(shard) for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if config_from is not None:
-        for source in (*Path(config_from).glob("*.json"), *Path(config_from).glob("*.jinja")):
-            target = folder / source.name
-            if source.name != INDEX and source.resolve() != target.resolve():
-                shutil.copy(source, target)
-    if (folder / "config.json").exists():
-        nf4_layers = (layer for layer in layers.values() if isinstance(layer, NF4Linear))
-        double_quant = any(layer.weight.is_nested for layer in nf4_layers)
-        _write_quantization(folder / "config.json", places, in_nf4, dtype, double_quant)
-
-
-def _write_quantization(
-    path: Path,
-    places: list[HubTensor],
-    in_nf4: Collection[str],
-    dtype: torch.dtype,
-    double_quant: bool,
-) -> None:
-    """Make the ``config.json`` at ``path`` say which of the weights beside it are in NF4."""
-    values = read_json(path)
-    if in_nf4:
-        name = str(dtype).removeprefix("torch.")
-        values["quantization_config"] = bitsandbytes_config(
-            name, double_quant, dense_modules(places, in_nf4)
+    for name, content in companions.items():
+        (folder / name).write_bytes(content)
+    if is_there(folder / CONFIG):
+        nf4_layers = [layer for layer in layers.values() if isinstance(layer, NF4Linear)]
+        dtype_name = str(dtype).removeprefix("torch.")
+        write_config(
+            folder / CONFIG,
+            tied=model.config.tie_word_embeddings,
+            dtype=dtype_name,
+            quantization=bitsandbytes_config(
+                dtype_name,
+                any(layer.weight.is_nested for layer in nf4_layers),
+                dense_modules(places, in_nf4),
+            )
+            if in_nf4
+            else None,
         )
-        values["dtype" if "dtype" in values else "torch_dtype"] = name  # the newer name, the older
-    elif values.pop("quantization_config", None) is None:
-        return
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes(shard: dict[str, Tensor]) -> int:

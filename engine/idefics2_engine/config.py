@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.json_file import Section, read_json
+from idefics2_engine.json_file import Section, read_json, read_json_if_there
+from idefics2_engine.model_files import CONFIG, shown_path, why_no_model
 from idefics2_engine.quantization import is_nf4
 from idefics2_engine.shown import shown
 
@@ -114,7 +115,9 @@ class ModelConfig:
         Raises:
             ConfigError: The file is missing, is not JSON, or describes another or an impossible model.
         """
-        return cls.from_dict(read_json(folder / "config.json"))
+        if mistaken := why_no_model(folder):
+            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
+        return cls.from_dict(read_json(folder / CONFIG))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -218,7 +221,7 @@ class GenerationConfig:
             ConfigError: The file holds something else than token ids.
         """
         path = folder / "generation_config.json"
-        values = read_json(path) if path.exists() else {}
+        values = read_json_if_there(path)
         eos = values.get("eos_token_id")
         eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
         bad_words = values.get("bad_words_ids") or []

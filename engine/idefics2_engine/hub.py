@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError, Idefics2Error
-from idefics2_engine.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, listing, weight_paths
+from idefics2_engine.image_settings import image_settings
+from idefics2_engine.model_files import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    shown_path,
+    why_no_adapter,
+    why_no_model,
+)
+from idefics2_engine.weight_files import ADAPTER_WEIGHTS, listing, weight_paths
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
@@ -25,6 +33,7 @@ class _Kind:
     name: str
     patterns: tuple[str, ...]
     check: Callable[[Path], None]  # raises where something is missing
+    mistaken: Callable[[Path], str]  # says that a folder is of the other kind, or nothing
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
@@ -66,6 +75,8 @@ def _find(kind: _Kind, name: str | Path, revision: str | None) -> Path:
             raise ConfigError(
                 f"revision is for models on the hub, got {revision!r:.80} for the folder {str(folder)!r}"
             )
+        if mistaken := kind.mistaken(folder):
+            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
         return folder
     if not isinstance(name, str) or not is_hub_id(name):
         raise ConfigError(
@@ -105,9 +116,10 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
             )
         )
 
-    found = "is not in the cache, or not whole"
+    found, mistaken = "is not in the cache, or not whole", ""
     try:
         folder = snapshot(local_files_only=True)
+        mistaken = kind.mistaken(folder)
         kind.check(folder)
         return folder
     except FileNotFoundError:  # or some of what was once begun is missing
@@ -116,12 +128,16 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
         found = f"is not whole in the cache: {error}"
     except Exception as error:
         raise _explained(kind, named, error) from error
+    if constants.HF_HUB_OFFLINE and mistaken:
+        raise ConfigError(f"{kind.name} {named}: {mistaken}")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{kind.name} {named} {found}; HF_HUB_OFFLINE forbids to download it")
     try:
         folder = snapshot()
     except Exception as error:  # its network library's errors are of many kinds
         raise _explained(kind, named, error) from error
+    if mistaken := kind.mistaken(folder):
+        raise ConfigError(f"{kind.name} {named}: {mistaken}")
     try:
         kind.check(folder)
     except Idefics2Error as error:
@@ -159,9 +175,8 @@ def _explained(kind: _Kind, named: str, error: Exception) -> ConfigError:
 
 def _check_model(folder: Path) -> None:
     """Raise unless ``folder`` has every file that a checkpoint needs."""
-    _check_files(
-        folder, "config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"
-    )
+    _check_files(folder, CONFIG, "tokenizer.json", "tokenizer_config.json")
+    image_settings(folder)
     weight_paths(folder)
 
 
@@ -170,10 +185,13 @@ def _check_adapter(folder: Path) -> None:
 
 
 def _check_files(folder: Path, *names: str) -> None:
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
-        raise ConfigError(f"{folder}: lacks {listing(missing, 9)}")
+        raise ConfigError(f"{shown_path(folder)}: lacks {listing(missing, 9)}")
 
 
-_MODEL = _Kind("model", ("*.json", "*.jinja", "*.safetensors"), _check_model)
-_ADAPTER = _Kind("adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS), _check_adapter)
+_MODEL = _Kind("model", ("*.json", "*.jinja", "*.safetensors"), _check_model, why_no_model)
+# The config.json is fetched only to recognize a model that was named as an adapter.
+_ADAPTER = _Kind(
+    "adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG), _check_adapter, why_no_adapter
+)

@@ -5,16 +5,22 @@ the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from idefics2_engine.config import ModelConfig
+from idefics2_engine.errors import CheckpointError
 from idefics2_engine.linear import SideBySide
 from idefics2_engine.model import Idefics2
+from idefics2_engine.model_files import shown_path
 from idefics2_engine.quantization import PARTS
+from idefics2_engine.safetensors_file import StoredTensor
+from idefics2_engine.stored_nf4 import weight_name
 
 EMBEDDING = "model.text_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+_BASE = "model."
+_ROTARY_BUFFER = "rotary_emb.inv_freq"
 _PREFIXES = dict(
     zip(PARTS, ("model.vision_model", "model.connector", "model.text_model"), strict=True)
 )
@@ -38,6 +44,11 @@ class HubTensor:
     def is_linear(self) -> bool:
         """Whether it is the weight of a linear layer, there too: not an embedding, a convolution or a norm."""
         return self.parameter.endswith(".weight") and len(self.shape) == 2
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is a table that is looked up: of tokens or of positions."""
+        return self.parameter in ("text.embedding", "vision.position_embedding")
 
     @property
     def part(self) -> str:
@@ -180,6 +191,34 @@ def _text(config: ModelConfig) -> Iterator[HubTensor]:
     yield HubTensor(f"{hub}norm.weight", (hidden,), "text.norm.weight")
     if not config.tie_word_embeddings:
         yield HubTensor(HEAD, (c.vocab_size, hidden), "lm_head")
+
+
+def in_our_names(
+    config: ModelConfig, stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Return the tensors ``stored`` by the names of ``hub_tensors``, as transformers reads other spellings of them.
+
+    A name may have one ``model.`` too few or too many. Buffers of rotary angles are left out: the angles follow from the
+    config. A tensor that is no part of the model keeps its name.
+
+    Raises:
+        CheckpointError: Two tensors are the same one.
+    """
+    known = {tensor.name for tensor in hub_tensors(replace(config, tie_word_embeddings=False))}
+    named: dict[str, StoredTensor] = {}
+    for key, tensor in stored.items():
+        if key.endswith(_ROTARY_BUFFER):
+            continue
+        weight = weight_name(key)
+        spellings = (weight, _BASE + weight, weight.removeprefix(_BASE))
+        name = next((name for name in spellings if name in known), weight)
+        name += key.removeprefix(weight)
+        if name in named:
+            raise CheckpointError(
+                f"{shown_path(tensor.file)}: tensors {named[name].key!r:.200} and {key!r:.200} are the same one of this model"
+            )
+        named[name] = replace(tensor, name=name)
+    return named
 
 
 def tensor_places(model: Idefics2) -> list[HubTensor]:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from idefics2_engine.errors import ConfigError, ImageError
-from idefics2_engine.json_file import read_json
+from idefics2_engine.errors import ImageError
+from idefics2_engine.image_settings import image_settings
+from idefics2_engine.json_file import Section
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part in pixels, the last two exclusive."""
@@ -25,7 +26,7 @@ QUARTERS = 4  # tiles that splitting adds in front of the whole image
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a checkpoint wants its images prepared: ``preprocessor_config.json``."""
+    """How a checkpoint wants its images prepared."""
 
     longest_edge: int  # pixels
     shortest_edge: int  # pixels
@@ -37,20 +38,21 @@ class ImageConfig:
 
     @classmethod
     def load(cls, folder: Path) -> "ImageConfig":
-        """Read ``folder/preprocessor_config.json``; what it leaves out is transformers' default.
+        """Read the settings in ``folder``; raises as ``image_settings`` and ``from_settings`` do."""
+        return cls.from_settings(image_settings(folder))
+
+    @classmethod
+    def from_settings(cls, settings: Section) -> "ImageConfig":
+        """Build from a checkpoint's settings; what they leave out is transformers' default.
 
         Raises:
-            ConfigError: The file is missing, is not JSON, or asks for what Idefics2 does not do.
+            ConfigError: They ask for what Idefics2 does not do.
         """
-        path = folder / "preprocessor_config.json"
-        values = read_json(path)
+        values, fail = settings.values, settings.error
 
         def read(key: str, default: Any) -> Any:
             value = values.get(key)
             return default if value is None else value
-
-        def fail(key: str, wanted: str, got: object) -> ConfigError:
-            return ConfigError(f"{path}: {key} must be {wanted}, got {got!r}")
 
         for step in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"):
             if read(step, True) is not True:

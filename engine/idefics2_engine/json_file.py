@@ -1,16 +1,16 @@
 """JSON objects from files that came from outside: read strictly and within bounds, their values by type."""
 
 import json
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.model_files import is_there, read_file, shown_path
 from idefics2_engine.shown import shown
 
-_MOST_BYTES = 1 << 26  # 64 MiB; the largest there is, a tokenizer, has 4
+_MOST_LEVELS = 64  # a tokenizer has 6
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,40 +20,37 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, no regular file, too large, not UTF-8, not JSON, nested too deeply, names a
             key twice in one object, or holds something else than an object.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ConfigError(f"{path}: must be a file")  # reading a pipe would wait for ever
-        if status.st_size > _MOST_BYTES:
-            raise ConfigError(
-                f"{path}: must have at most {_MOST_BYTES} bytes, got {status.st_size}"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_json(content, path)
+    return parse_json(read_file(path), path)
+
+
+def read_json_if_there(path: Path) -> dict[str, Any]:
+    """Parse the JSON object in the file ``path``, empty if there is none; raises as ``read_json`` does."""
+    return read_json(path) if is_there(path) else {}
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """Parse the JSON object ``content`` of the file ``path``, which errors name; raises as ``read_json`` does."""
+    file = shown_path(path)
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except _RepeatedKeyError as error:
         raise ConfigError(
-            f"{path}: has the key {error.args[0]!r:.80} twice in one object"
+            f"{file}: has the key {error.args[0]!r:.80} twice in one object"
         ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not JSON: byte {error.start} is not UTF-8") from None
+        raise ConfigError(f"{file}: is not JSON: byte {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path}: is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+            f"{file}: is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
         ) from None
     except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply") from None
+        raise ConfigError(_too_deep(file)) from None
     except ValueError:  # Python's own bound on the digits of an integer
-        raise ConfigError(f"{path}: has a number with too many digits") from None
+        raise ConfigError(f"{file}: has a number with too many digits") from None
     if not isinstance(parsed, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, got {type(parsed).__name__}")
+        raise ConfigError(f"{file}: must hold a JSON object, got {type(parsed).__name__}")
+    if not _is_shallow(parsed):
+        raise ConfigError(_too_deep(file))
     return parsed
 
 
@@ -124,6 +121,27 @@ class Section:
 def printable(text: str) -> str:
     """Return a name from a file as it is if a terminal can bear it, else as Python writes it, cut short."""
     return text if text.isprintable() and len(text) <= 200 else f"{text!r:.200}"
+
+
+def _too_deep(file: str) -> str:
+    return (
+        f"{file}: is nested too deeply: objects and lists must have at most {_MOST_LEVELS} levels"
+    )
+
+
+def _is_shallow(value: dict[str, Any]) -> bool:
+    """Whether ``value`` has at most ``_MOST_LEVELS`` levels: Python writes and compares deep ones by recursion."""
+    level: list[Any] = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return True
+    return False
 
 
 class _RepeatedKeyError(Exception):

@@ -14,16 +14,16 @@ from idefics2_engine.checkpoint import build_model, load_checkpoint
 from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.engine import Engine
 from idefics2_engine.engine_thread import EngineThread
-from idefics2_engine.errors import ConfigError, Idefics2Error, InternalError, PromptError
+from idefics2_engine.errors import Idefics2Error, InternalError, PromptError
 from idefics2_engine.hub import find_adapter
 from idefics2_engine.llm_arguments import (
     at_least_one,
-    check_utilization,
     engine_config,
     model_folder,
     torch_device,
     torch_dtype,
 )
+from idefics2_engine.llm_options import LLMOptions
 from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, ImageSource, media_config
 from idefics2_engine.memory import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.outputs import RequestOutput, failed_output
@@ -41,7 +41,6 @@ from idefics2_engine.request_builder import (
 )
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request
-from idefics2_engine.shown import shown
 from idefics2_engine.torch_defaults import torch_defaults
 from idefics2_engine.verify import verify_files
 from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
@@ -148,62 +147,54 @@ class LLM:
         image_threads: int | None = None,
         ops: Ops | None = None,
     ) -> None:
-        if sampling_order not in ("vllm", "hf"):
-            raise ConfigError(f"sampling_order must be 'vllm' or 'hf', got {shown(sampling_order)}")
-        if load_format not in ("auto", "dummy"):
-            raise ConfigError(f"load_format must be 'auto' or 'dummy', got {shown(load_format)}")
-        if load_format == "dummy" and (adapter is not None or verify or check_finite):
-            raise ConfigError(
-                "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
-            )
-        to_quantize = Quantization.from_arguments(quantization, quantized_parts, double_quant)
-        folder = model_folder(model, revision)
-        adapter_folder = None if adapter is None else find_adapter(adapter)
-        if verify:
+        # All arguments, which are the only local names yet
+        options = LLMOptions(**{name: value for name, value in locals().items() if name != "self"})
+        to_quantize = Quantization.from_arguments(
+            options.quantization, options.quantized_parts, options.double_quant
+        )
+        folder = model_folder(options.model, options.revision)
+        adapter_folder = None if options.adapter is None else find_adapter(options.adapter)
+        if options.verify:
             verify_files(folder, weight_paths(folder))
-        if verify and adapter_folder is not None:
+        if options.verify and adapter_folder is not None:
             verify_files(adapter_folder, [adapter_folder / ADAPTER_WEIGHTS])
         self.config = ModelConfig.load(folder)
         media = media_config(
-            image_policy=image_policy,
-            max_image_pixels=max_image_pixels,
-            max_media_bytes=max_media_bytes,
-            allowed_media_root=allowed_media_root,
-            allowed_media_hosts=allowed_media_hosts,
-            media_timeout=media_timeout,
-            image_threads=image_threads,
+            image_policy=options.image_policy,
+            max_image_pixels=options.max_image_pixels,
+            max_media_bytes=options.max_media_bytes,
+            allowed_media_root=options.allowed_media_root,
+            allowed_media_hosts=options.allowed_media_hosts,
+            media_timeout=options.media_timeout,
+            image_threads=options.image_threads,
         )
-        self.processor = Processor.load(folder, self.config, split_images, media)
-        check_utilization(gpu_memory_utilization)
-        on = torch_device(device)
+        self.processor = Processor.load(folder, self.config, options.split_images, media)
+        on = torch_device(options.device)
         has_cuda = on.type == "cuda"
-        if ops is None:
-            ops = TRITON if has_cuda else REFERENCE
+        ops = options.ops or (TRITON if has_cuda else REFERENCE)
         sizes = engine_config(
             self.config,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_tokens=kv_cache_tokens,
-            prefix_caching=enable_prefix_caching,
-            cuda_graphs=has_cuda and not enforce_eager and ops is not REFERENCE,
+            options,
+            cuda_graphs=has_cuda and not options.enforce_eager and ops is not REFERENCE,
             run_ahead=has_cuda,
         )
-        if load_format == "dummy":
-            self.model = build_model(self.config, ops, on, torch_dtype(dtype, on), to_quantize)
-            self.model.init_weights(double_quant=double_quant)
+        if options.load_format == "dummy":
+            self.model = build_model(
+                self.config, ops, on, torch_dtype(options.dtype, on), to_quantize
+            )
+            self.model.init_weights(double_quant=options.double_quant)
         else:
             self.model = load_checkpoint(
                 folder,
                 ops,
                 on,
-                torch_dtype(dtype, on),
+                torch_dtype(options.dtype, on),
                 adapter=adapter_folder,
-                check_finite=check_finite,
+                check_finite=options.check_finite,
                 quantization=to_quantize,
             )
-        if has_cuda and kv_cache_tokens is None:
-            fitting = measured_kv_cache_tokens(self.model, sizes, gpu_memory_utilization)
+        if has_cuda and options.kv_cache_tokens is None:
+            fitting = measured_kv_cache_tokens(self.model, sizes, options.gpu_memory_utilization)
             sizes = replace(sizes, kv_cache_tokens=fitting)
         self.engine_config = sizes
         tokenizer = self.processor.tokenizer
@@ -216,10 +207,10 @@ class LLM:
             self.processor.image_config,
             generation,
             self.engine_config,
-            min_p_first=sampling_order == "vllm",
+            min_p_first=options.sampling_order == "vllm",
         )
         self.request_builder = RequestBuilder(
-            self.processor, self.config, generation, self.engine_config.max_model_len, seed
+            self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )
         if has_cuda:
             # Weights may have been copied on a stream of the caller's, which the engine does not wait for
@@ -272,7 +263,7 @@ class LLM:
             SamplingError: A sampling parameter does not fit the model.
         """
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
-        drafts = [self.request_builder.read_prompt(prompt) for prompt in several]
+        drafts = self.request_builder.read_prompts(several)
         return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def chat(
@@ -305,7 +296,7 @@ class LLM:
                 f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
             )
         if is_conversation(messages):
-            several, of_each = [messages], [images]
+            several, of_each = [cast(Conversation, messages)], [cast(Sequence[ImageSource], images)]
         else:
             several = _listed("messages", messages)
             of_each = _listed("images", images) or [()] * len(several)
@@ -314,11 +305,8 @@ class LLM:
                     f"images must be a list for each of the {len(several)} conversations, "
                     f"got {len(of_each)}"
                 )
-        drafts = [
-            self.request_builder.read_conversation(cast(Conversation, one), cast(Any, own))
-            for one, own in zip(several, of_each, strict=True)
-        ]
-        return self._answer(self.processor.finish(drafts), sampling_params, progress)
+        drafts = self.request_builder.read_conversations(several, of_each)
+        return self._answer(self.processor.finish(drafts, "messages"), sampling_params, progress)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -329,7 +317,7 @@ class LLM:
         raised by this call; the answer begins when the iterator is first asked, and is dropped when it is closed.
         """
         if is_conversation(prompt):
-            draft = self.request_builder.read_conversation(cast(Conversation, prompt))
+            draft = self.processor.draft_chat(cast(Conversation, prompt))
         else:
             draft = self.request_builder.read_prompt(cast(Prompt, prompt))
         (processed,) = self.processor.finish([draft])

@@ -7,8 +7,9 @@ import torch
 from idefics2_engine.config import PAGE_SIZE, EngineConfig, ModelConfig
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.field_checks import Whole, check
 from idefics2_engine.hub import find_model
-from idefics2_engine.shown import shown
+from idefics2_engine.llm_options import LLMOptions
 
 _KV_CACHE_TOKENS = 65536  # 8 GiB at the 8B model's shape in 16 bit
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,53 +25,37 @@ def model_folder(model: str | Path | None, revision: str | None) -> Path:
 
 
 def engine_config(
-    config: ModelConfig,
-    *,
-    max_model_len: int | None,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    kv_cache_tokens: int | None,
-    prefix_caching: bool,
-    cuda_graphs: bool,
-    run_ahead: bool,
+    config: ModelConfig, options: LLMOptions, *, cuda_graphs: bool, run_ahead: bool
 ) -> EngineConfig:
     """Return the sizes of the runtime; ``ConfigError`` if one does not fit the model or another."""
     positions = config.text.max_positions
-    length = positions if max_model_len is None else max_model_len
-    if not 1 < length <= positions:
+    length = positions if options.max_model_len is None else options.max_model_len
+    if length > positions:
         raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
-    at_least_one("max_num_seqs", max_num_seqs)
-    at_least_one("max_num_batched_tokens", max_num_batched_tokens)
+    kv_cache_tokens = options.kv_cache_tokens
     if kv_cache_tokens is None:
         whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
-        kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, max_num_seqs * whole_pages))
+        wanted = options.max_num_seqs * whole_pages
+        kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, wanted))
     if kv_cache_tokens < length:
         raise ConfigError(
             f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
         )
     return EngineConfig(
         max_model_len=length,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=options.max_num_seqs,
         kv_cache_tokens=kv_cache_tokens,
-        max_num_batched_tokens=max_num_batched_tokens,
-        prefix_caching=prefix_caching,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        prefix_caching=options.enable_prefix_caching,
         cuda_graphs=cuda_graphs,
         run_ahead=run_ahead,
     )
 
 
-def check_utilization(value: float) -> None:
-    """Raise ``ConfigError`` unless ``value`` is a share of a GPU's memory."""
-    if not 0 < value <= 1:
-        raise ConfigError(
-            f"gpu_memory_utilization must be above 0 and at most 1, got {shown(value)}"
-        )
-
-
-def at_least_one(name: str, value: int) -> None:
-    """Raise ``ConfigError`` unless ``value`` is positive."""
-    if value < 1:
-        raise ConfigError(f"{name} must be at least 1, got {value}")
+def at_least_one(name: str, value: int) -> int:
+    """Return the integer ``value``; raise ``ConfigError`` unless it is one and positive."""
+    number: int = check(name, value, Whole(1), ConfigError)
+    return number
 
 
 def torch_device(name: str) -> torch.device:

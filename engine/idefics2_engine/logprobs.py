@@ -11,11 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from idefics2_engine.errors import SamplingError
 from idefics2_engine.outputs import Logprob, TokenLogprobs
 from idefics2_engine.prompt import Tokenizer
+from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.shown import shown
 
 _COLUMNS = 64  # rows are filled up to whole multiples, so that each begins at the same alignment
 _ROWS = 256  # of a prompt, that are scored at once: bounds the memory
+_ALWAYS = 20  # likeliest tokens beside each that every request may have, as by vLLM's default
+# Of a request that asks for more: an entry takes some 180 bytes, so 94 MB; 16 tokens with a vocabulary of 32,003
+_MOST_ENTRIES = 2**19
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,34 @@ class Scores:
     def tensors(self) -> list[Tensor]:
         """All of them, for one transfer to the host."""
         return [self.token_ids, self.logprobs, self.ranks]
+
+
+def check_entries(params: SamplingParams, prompt_tokens: int, new_tokens: int, vocab: int) -> None:
+    """Refuse log probabilities that would fill the memory.
+
+    Args:
+        params: Of a request.
+        prompt_tokens: Tokens of its prompt.
+        new_tokens: Tokens that each of its answers may have.
+        vocab: Tokens of the model, which -1 stands for.
+
+    Raises:
+        SamplingError: More than 20 likeliest tokens are asked for at so many places that they are too many.
+    """
+    places = {"logprobs": params.n * new_tokens, "prompt_logprobs": prompt_tokens - 1}
+    for name, count in places.items():
+        number = getattr(params, name) or 0
+        top = likeliest(number, vocab)
+        if top > _ALWAYS and count * (1 + top) > _MOST_ENTRIES:
+            raise SamplingError(
+                f"{name} must be at most {max(_ALWAYS, _MOST_ENTRIES // count - 1)} for {count} tokens, got {shown(number)}: "
+                f"above {_ALWAYS} the tokens with their likeliest may have {_MOST_ENTRIES} entries"
+            )
+
+
+def likeliest(number: int, vocab: int) -> int:
+    """Return how many tokens ``number`` of ``SamplingParams.logprobs`` means."""
+    return vocab if number == -1 else number
 
 
 def padded_rows(logits: Tensor, rows: Tensor | slice) -> Tensor:

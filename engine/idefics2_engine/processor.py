@@ -14,9 +14,10 @@ import numpy.typing as npt
 from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.image_settings import PROCESSOR, image_settings
 from idefics2_engine.image_threads import read_all
 from idefics2_engine.images import ImageConfig, Tile, make_tiles, normalise
-from idefics2_engine.json_file import read_json
+from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.media import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.messages import read_messages
 from idefics2_engine.prompt import (
@@ -67,10 +68,6 @@ class PromptDraft:
                     owned[id(image)] = own_image(image, self.media)
         return replace(self, images=[owned[id(image)] for image in self.images])
 
-    def owned(self) -> "PromptDraft":
-        """Return it."""
-        return self
-
 
 @dataclass(frozen=True)
 class Processor:
@@ -104,16 +101,17 @@ class Processor:
             ConfigError: A file is missing or unusable, or does not fit ``config``.
         """
         tokenizer = Tokenizer.load(folder)
-        image_config = ImageConfig.load(folder)
+        settings = image_settings(folder)
+        image_config = ImageConfig.from_settings(settings)
         if split is not None:
             image_config = replace(image_config, split=split)
-        path = folder / "processor_config.json"
+        path = folder / PROCESSOR
         latents = config.perceiver.num_latents
-        values = read_json(path) if path.exists() else {}
+        values = read_json_if_there(path)
         if values.get("image_seq_len", latents) != latents:
             raise ConfigError(
                 f"{path}: image_seq_len must be the model's {latents} latents, "
-                f"got {values['image_seq_len']!r}"
+                f"got {shown(values['image_seq_len'])}"
             )
         if tokenizer.image_id != config.image_token_id:
             raise ConfigError(
@@ -128,9 +126,8 @@ class Processor:
         patch, grid = config.vision.patch_size, config.vision.grid
         if image_config.shortest_edge < patch or image_config.longest_edge // patch > grid:
             raise ConfigError(
-                f"{folder}/preprocessor_config.json: size must give every side 1 to {grid} patches "
-                f"of {patch} pixels, got {image_config.shortest_edge} to "
-                f"{image_config.longest_edge} pixels"
+                f"{settings.name}: size must give every side 1 to {grid} patches of {patch} pixels, "
+                f"got {image_config.shortest_edge} to {image_config.longest_edge} pixels"
             )
         return cls(
             tokenizer=tokenizer,

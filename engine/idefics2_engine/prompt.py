@@ -4,10 +4,10 @@ Control tokens (``<image>``, ``<end_of_utterance>``, ``<s>``, ...) are spelled l
 so a conversation must tell those that the template writes from those that somebody typed. Typed
 text gets a mark behind each character that a control token could start with. The tokenizer looks
 for control tokens first, where the mark is in their way, and deletes the mark before it cuts the
-rest into pieces, so that marked text has exactly the ids that it has without marks.
+rest into pieces, so that marked text has exactly the ids that it has without marks. Added tokens
+that are no control tokens are found with their marks.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import tokenizers
 
 from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.json_file import read_json
+from idefics2_engine.json_file import read_json, read_json_if_there
+from idefics2_engine.model_files import is_there, read_text
 from idefics2_engine.sandbox import Sandbox
 from idefics2_engine.shown import shown
+from idefics2_engine.token_library import TokenLibrary
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
@@ -54,14 +55,16 @@ class Tokenizer:
         Raises:
             ConfigError: They contradict each other or lack what Idefics2 needs.
         """
-        self._tokenizer = _build(description)
-        self._special = {
-            token.content: id
-            for id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
+        self._library = TokenLibrary(_with_marks(description))
+        added = self._library.added_tokens.items()
+        self._special = {token.content: id for id, token in added if token.special}
         starts = "".join(sorted({token[0] for token in self._special}))
         self._starts = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
+        for id, token in added:
+            marked = self._mark_starts(token.content)
+            # A normalized one is looked for behind the normalizer, where marks are gone
+            if marked != token.content and not token.special and not token.normalized:
+                self._library.add_spelling(id, marked)
         self.bos = self._named(settings, "bos_token")
         self.eos = self._named(settings, "eos_token")
         self.pad = self._named(settings, "pad_token")
@@ -79,7 +82,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Ids in use, control tokens included."""
-        return self._tokenizer.get_vocab_size()
+        return self._library.vocab_size
 
     @property
     def bos_id(self) -> int | None:
@@ -119,7 +122,7 @@ class Tokenizer:
     @cached_property
     def byte_values(self) -> Mapping[int, bytes]:
         """The pieces that stand for one byte, by id: a character may need several."""
-        ids = {byte: self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        ids = {byte: self._library.id_of(f"<0x{byte:02X}>") for byte in range(256)}
         return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
 
     def mark_typed(self, text: str) -> str:
@@ -128,7 +131,7 @@ class Tokenizer:
         text = text.replace(_MARK, _ESCAPED_MARK)
         if text.endswith(_MARK[0]):  # the next part may begin with the other half
             text += _MARK
-        return self._starts.sub(lambda start: start[0] + _MARK, text)
+        return self._mark_starts(text)
 
     def unmark(self, text: str) -> str:
         """Return ``text`` as it was typed."""
@@ -142,14 +145,14 @@ class Tokenizer:
             add_bos: Begin with ``<s>`` if the checkpoint's tokenizer does.
 
         Raises:
-            PromptError: ``text`` is no string or cannot be written in UTF-8.
+            PromptError: ``text`` is no string, cannot be written in UTF-8, or the tokenizer fails on it.
         """
         check_text(text)
         return self.encode_marked(text.replace(_MARK, _ESCAPED_MARK), add_bos)
 
     def encode_marked(self, text: str, add_bos: bool = True) -> list[int]:
         """Return the ids of ``text``, parts of which come from ``mark_typed``."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._library.encode(text)
         return [*self._prefix, *ids] if add_bos else ids
 
     def encode_plain(self, text: str) -> list[int]:
@@ -158,8 +161,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``, without the space that begins a SentencePiece text."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return self._library.decode(ids, skip_special_tokens)
+
+    def _mark_starts(self, text: str) -> str:
+        return self._starts.sub(lambda start: start[0] + _MARK, text)
 
     def _named(self, settings: Mapping[str, Any], key: str) -> str | None:
         token = settings.get(key)
@@ -184,7 +189,7 @@ class Tokenizer:
     def _bos_prefix(self, settings: Mapping[str, Any]) -> list[int]:
         """Return what begins every text: ``[bos]`` or nothing."""
         bos = [] if self.bos_id is None else [self.bos_id]
-        added: list[int] = self._tokenizer.encode("").ids
+        added = self._library.prefix
         if added not in ([], bos):
             raise ConfigError(
                 f"tokenizer.json: post_processor must add nothing but the bos {bos}, got {added}"
@@ -307,8 +312,8 @@ def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> s
     return re.sub(rf"{FAKE_IMAGE}(?=[^\s<])", f"{FAKE_IMAGE} ", text)
 
 
-def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Build the tokenizer with a normalizer in front that deletes marks."""
+def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of the same tokenizer with a normalizer in front that deletes marks."""
     added = []
     tokens = description.get("added_tokens") or []
     if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
@@ -323,37 +328,24 @@ def _build(description: Mapping[str, Any]) -> tokenizers.Tokenizer:
     normalizers = [{"type": "Replace", "pattern": {"String": _MARK}, "content": ""}]
     if description.get("normalizer") is not None:
         normalizers.append(description["normalizer"])
-    marked = {
+    return {
         **description,
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "padding": None,
         "truncation": None,
     }
-    try:
-        built = tokenizers.Tokenizer.from_str(json.dumps(marked))
-        built.encode("")  # the post_processor is looked into no sooner
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except (
-        BaseException
-    ) as error:  # the library raises no narrower class, and its panics are no Exception
-        raise ConfigError(f"tokenizer.json: is not a tokenizer: {error!s:.300}") from None
-    return built
 
 
 def _find_template(folder: Path) -> str | None:
     def in_json(name: str) -> object:
         path = folder / name
-        return read_json(path).get("chat_template") if path.exists() else None
+        return read_json_if_there(path).get("chat_template")
 
     found = in_json("processor_config.json") or in_json("chat_template.json")
     jinja_file = folder / "chat_template.jinja"
-    if not found and jinja_file.exists():
-        try:
-            found = jinja_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{jinja_file}: cannot be read: {error}") from None
+    if not found and is_there(jinja_file):
+        found = read_text(jinja_file)
     found = found or in_json("tokenizer_config.json")
     if isinstance(found, list):  # several templates by name
         entries = [entry for entry in found if isinstance(entry, dict)]

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from idefics2_engine.bad_words import bad_words_ids, check_choice
+from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.config import GenerationConfig, ModelConfig
-from idefics2_engine.errors import Idefics2Error, PromptError, PromptTooLongError, SamplingError
+from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError
 from idefics2_engine.image_items import image_items
+from idefics2_engine.logprobs import check_entries
 from idefics2_engine.media import ImageSource
 from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling_params import SamplingParams
@@ -89,15 +91,31 @@ class RequestBuilder:
             return self.processor.draft_prompt(prompt["prompt"], images)
         return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
 
-    def read_conversation(
-        self, messages: Conversation, images: Sequence[ImageSource] = ()
-    ) -> PromptDraft:
-        """Read a conversation but not its images; ``images`` are those of parts without one.
+    def read_prompts(self, prompts: Sequence[Prompt]) -> list[PromptDraft]:
+        """Read several raw prompts; an error says which one, if there are several."""
+        drafts = []
+        for index, prompt in enumerate(prompts):
+            with about(f"prompts[{index}]" if len(prompts) > 1 else None):
+                drafts.append(self.read_prompt(prompt))
+        return drafts
+
+    def read_conversations(
+        self,
+        conversations: Sequence[Conversation],
+        images: Sequence[Sequence[ImageSource]],
+    ) -> list[PromptDraft]:
+        """Read conversations but not their images; ``images`` are those of parts without one, a list for each.
 
         Raises:
-            PromptError: It has another shape, or the model has not learned to chat.
+            PromptError: One has another shape, or the model has not learned to chat.
         """
-        return self.processor.draft_chat(messages, images)
+        several = len(conversations) > 1
+        return [
+            self.processor.draft_chat(
+                one, own, name=f"messages[{index}]" if several else "messages"
+            )
+            for index, (one, own) in enumerate(zip(conversations, images, strict=True))
+        ]
 
     def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
         """Read a prompt or a conversation, alone or in a pair with its parameters; ``shared`` are those of all others.
@@ -106,7 +124,7 @@ class RequestBuilder:
             Idefics2Error: The row is wrong, or reading it raised an exception of any kind, which is chained.
         """
         seed = self.draw_seed()
-        try:
+        with caller_code("row", PromptError):
             prompt, params = row, cast(object, shared)
             if isinstance(row, tuple) and not is_conversation(row):
                 if len(row) != 2:
@@ -116,14 +134,10 @@ class RequestBuilder:
                     )
                 prompt, params = row
             if is_conversation(prompt):
-                draft = self.read_conversation(cast(Conversation, prompt))
+                draft = self.processor.draft_chat(cast(Conversation, prompt))
             else:
                 draft = self.read_prompt(cast(Prompt, prompt))
             return RowDraft(draft.owned(), read_params(params), seed)
-        except Idefics2Error:
-            raise
-        except Exception as error:
-            raise PromptError(f"row: must be readable, got {type(error).__name__}") from error
 
     def build_row(self, row: RowDraft, request_id: str) -> Request:
         """Read the images of ``row`` and build its request.
@@ -170,6 +184,7 @@ class RequestBuilder:
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
                 f"{self.max_model_len}, got {shown(params.min_tokens)}"
             )
+        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
         # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
         drawn = self.draw_seed() if seed is None else seed
         return Request(

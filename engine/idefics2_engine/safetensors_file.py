@@ -6,13 +6,13 @@ pointer or a web page a header that is too large.
 """
 
 import math
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.json_file import parse_json
+from idefics2_engine.model_files import open_file, shown_path
 from idefics2_engine.shown import shown
 
 _LENGTH_BYTES = 8
@@ -34,16 +34,17 @@ class StoredTensor:
     name: str
     dtype: str  # in safetensors' spelling
     shape: tuple[int, ...]
+    key: str  # its name in the file, which another release may have spelled differently
 
     def check(self, shape: tuple[int, ...], *dtypes: str) -> None:
         """Raise ``CheckpointError`` unless it has this shape and one of these types."""
         if self.shape != shape:
             raise CheckpointError(
-                f"{self.file}: tensor {self.name!r} must have shape {shape}, got {self.shape}"
+                f"{shown_path(self.file)}: tensor {self.key!r} must have shape {shape}, got {self.shape}"
             )
         if self.dtype not in dtypes:
             raise CheckpointError(
-                f"{self.file}: tensor {self.name!r} must be {', '.join(dtypes)}, got {self.dtype}"
+                f"{shown_path(self.file)}: tensor {self.key!r} must be {', '.join(dtypes)}, got {self.dtype}"
             )
 
 
@@ -54,18 +55,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         CheckpointError: The file is missing, is something else than safetensors, is cut short, or its header contradicts
             itself or the file's length.
     """
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file}: must be a file")
-        with file.open("rb") as opened:
-            header = _header_bytes(file, opened, status.st_size)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    with open_file(file, CheckpointError) as (opened, size):
+        header = _header_bytes(file, opened, size)
     if header.lstrip()[:1] != b"{":
-        raise CheckpointError(f"{file}: header must be a JSON object")
+        raise CheckpointError(f"{shown_path(file)}: header must be a JSON object")
     try:
         parsed = parse_json(header, file)
     except ConfigError as error:
@@ -76,7 +69,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     for name, entry in parsed.items():
         tensors[name], start, end = _tensor(file, name, entry)
         ranges.append((start, end, name))
-    _check_ranges(file, ranges, status.st_size - _LENGTH_BYTES - len(header))
+    _check_ranges(file, ranges, size - _LENGTH_BYTES - len(header))
     return tensors
 
 
@@ -87,17 +80,17 @@ def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
         _check_foreign(file, start)
     if size < _LENGTH_BYTES:
         raise CheckpointError(
-            f"{file}: must begin with {_LENGTH_BYTES} bytes for the header's length, got {size} bytes"
+            f"{shown_path(file)}: must begin with {_LENGTH_BYTES} bytes for the header's length, got {size} bytes"
         )
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
     if length > _MOST_HEADER_BYTES:
         raise CheckpointError(
-            f"{file}: is no safetensors file: header must have at most {_MOST_HEADER_BYTES} bytes, "
+            f"{shown_path(file)}: is no safetensors file: header must have at most {_MOST_HEADER_BYTES} bytes, "
             f"got {length}"
         )
     if length > size - _LENGTH_BYTES:
         raise CheckpointError(
-            f"{file}: is cut short: header has {length} bytes, the file {size - _LENGTH_BYTES} after its length"
+            f"{shown_path(file)}: is cut short: header has {length} bytes, the file {size - _LENGTH_BYTES} after its length"
         )
     opened.seek(_LENGTH_BYTES)
     return opened.read(length)
@@ -107,20 +100,20 @@ def _check_foreign(file: Path, start: bytes) -> None:
     """Name what often lies where weights should."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
-        raise CheckpointError(f"{file}: is empty")
+        raise CheckpointError(f"{shown_path(file)}: is empty")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"{file}: is a Git LFS pointer, not the weights: run `git lfs pull` in its repository, "
+            f"{shown_path(file)}: is a Git LFS pointer, not the weights: run `git lfs pull` in its repository, "
             "or download the file itself"
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise CheckpointError(
-            f"{file}: is a web page, not the weights: the download was answered with a page, "
+            f"{shown_path(file)}: is a web page, not the weights: the download was answered with a page, "
             "as for an error or a log-in"
         )
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         raise CheckpointError(
-            f"{file}: is a pickle under another name; only safetensors are read, as a pickle can run code"
+            f"{shown_path(file)}: is a pickle under another name; only safetensors are read, as a pickle can run code"
         )
 
 
@@ -129,13 +122,13 @@ def _check_metadata(file: Path, metadata: object) -> None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
-            f"{file}: __metadata__ must map names to strings, got {shown(metadata)}"
+            f"{shown_path(file)}: __metadata__ must map names to strings, got {shown(metadata)}"
         )
 
 
 def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, int]:
     """Check the header's ``entry`` for ``name``; return the tensor and the range of its bytes."""
-    where = f"{file}: tensor {name!r:.200}"
+    where = f"{shown_path(file)}: tensor {name!r:.200}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
             f"{where} must have dtype, shape and data_offsets, got {shown(entry)}"
@@ -155,7 +148,7 @@ def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, in
             f"{where}: {dtype} of shape {shown(tuple(shape))} is {bits / 8:.15g} bytes, "
             f"got {offsets[1] - offsets[0]}"
         )
-    return StoredTensor(file, name, dtype, tuple(shape)), offsets[0], offsets[1]
+    return StoredTensor(file, name, dtype, tuple(shape), name), offsets[0], offsets[1]
 
 
 def _are_sizes(value: object) -> bool:
@@ -177,11 +170,13 @@ def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> 
                 if start < filled
                 else f"leaves {start - filled} bytes before it unused"
             )
-            raise CheckpointError(f"{file}: tensor {name!r:.200} {what}")
+            raise CheckpointError(f"{shown_path(file)}: tensor {name!r:.200} {what}")
         filled = end
     if filled > size:
         raise CheckpointError(
-            f"{file}: is cut short: its tensors have {filled} bytes, of which {size} are there"
+            f"{shown_path(file)}: is cut short: its tensors have {filled} bytes, of which {size} are there"
         )
     if filled < size:
-        raise CheckpointError(f"{file}: has {size - filled} bytes after its last tensor")
+        raise CheckpointError(
+            f"{shown_path(file)}: has {size - filled} bytes after its last tensor"
+        )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from idefics2_engine.logit_edits import EditFinder, LogitEdits
-from idefics2_engine.logprobs import Scores, described, padded_rows, score, score_prompt
+from idefics2_engine.logprobs import Scores, described, likeliest, padded_rows, score, score_prompt
 from idefics2_engine.outputs import TokenLogprobs
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Sequence
@@ -102,7 +102,7 @@ class Sampler:
     def draw(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
         """Begin ``sample``: put the work for ``logits`` (B, V), which may be overwritten, on the device and return."""
         V, params = logits.shape[1], [sequence.request.params for sequence in sequences]
-        tops = [None if p.logprobs is None else _top(p.logprobs, V) for p in params]
+        tops = [None if p.logprobs is None else likeliest(p.logprobs, V) for p in params]
         rows = np.array([row for row, top in enumerate(tops) if top is not None], dtype=np.int64)
         greedy = all(p.temperature == 0 for p in params)
         edit_ids, edit_values = self._edits.find(sequences, self.bad_words_ids, V)
@@ -150,14 +150,10 @@ class Sampler:
             )
         if not token_ids:
             return []
-        top = _top(number, logits.shape[1])
+        top = likeliest(number, logits.shape[1])
         parts = score_prompt(logits, token_ids, top)
         scores = [torch.cat(some) for some in zip(*(part.tensors for part in parts), strict=True)]
         return described(ToHost(scores).arrays(), [top] * len(token_ids), self.text)
-
-
-def _top(number: int, vocab_size: int) -> int:
-    return vocab_size if number == -1 else number
 
 
 def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ class Budget:
 
     max_size: int
     taken: float = 0
-    cpu: float = field(default_factory=time.thread_time)
+    cpu: float = field(default_factory=lambda: time.thread_time())
     deadline: float = field(default_factory=lambda: time.monotonic() + SECONDS)
 
     @classmethod

@@ -6,6 +6,7 @@ For large files the hub's checksum is sha256, for others the one that git gives 
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from idefics2_engine.errors import CheckpointError
+from idefics2_engine.json_file import printable
+from idefics2_engine.model_files import is_there, open_file, paths_in, read_text, shown_path
 
 _NOTES = Path(".cache/huggingface/download")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,22 +43,22 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
     """
     sums = _sums_files(folder)
     weights = set(weights)
-    texts = {*folder.glob("*.json"), *folder.glob("*.jinja")}
+    texts = paths_in(folder, "*.json", "*.jinja", error=CheckpointError)
     expected = [
         (file, wanted)
-        for file in sorted(weights | texts)
+        for file in sorted(weights.union(texts))
         for wanted in (*sums.get(file.name, ()), *_cache_sums(file), *_note_sums(file))
     ]
     unknown = sorted(weights - {file for file, _ in expected})
     if unknown:
         raise CheckpointError(
-            f"{unknown[0]}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
+            f"{shown_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
             "names it, or a download from the hub"
         )
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         found = list(pool.map(lambda pair: _digest(pair[0], len(pair[1].digest)), expected))
     wrong = [
-        f"{file}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
+        f"{shown_path(file)}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
         for (file, wanted), got in zip(expected, found, strict=True)
         if got != wanted.digest
     ]
@@ -65,24 +68,18 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
 
 def _digest(file: Path, length: int) -> str:
     """Return the checksum of ``file`` that has ``length`` hexadecimal digits."""
-    try:
-        with file.open("rb") as opened:
-            if length == 64:
-                return hashlib.file_digest(opened, "sha256").hexdigest()
-            blob = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
-            return hashlib.file_digest(opened, lambda: blob).hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    with open_file(file, CheckpointError) as (opened, size):
+        if length == 64:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        return hashlib.file_digest(opened, lambda: blob).hexdigest()
 
 
 def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
     """Return what the folder's sums files say, by file name; lines of subfolders' files are passed over."""
     sums: dict[str, list[_Sum]] = {}
-    for path in sorted({*folder.glob("SHA256SUMS"), *folder.glob("*.sha256")}):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            raise CheckpointError(f"{path}: cannot be read as text") from None
+    for path in paths_in(folder, "SHA256SUMS", "*.sha256", error=CheckpointError):
+        lines = read_text(path, CheckpointError).splitlines()
         for number, line in enumerate(lines, start=1):
             if not line.strip() or line.startswith("#"):
                 continue
@@ -91,17 +88,17 @@ def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
             name = match and (match[2] or alone)
             if not match or not name:
                 raise CheckpointError(
-                    f"{path}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
+                    f"{shown_path(path)}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
                 )
-            sums.setdefault(name, []).append(_Sum(match[1].lower(), path.name))
+            sums.setdefault(name, []).append(_Sum(match[1].lower(), printable(path.name)))
     return sums
 
 
 def _cache_sums(file: Path) -> list[_Sum]:
     """Return the name of the blob behind ``file``, if it lies in the hub's cache."""
-    if not file.is_symlink():
+    if not os.path.islink(file):
         return []
-    blob = file.resolve()
+    blob = Path(os.path.realpath(file))  # pathlib's raises on a link to itself
     return (
         _hub_sums(blob.name, "its name in the hub's cache") if blob.parent.name == "blobs" else []
     )
@@ -110,11 +107,10 @@ def _cache_sums(file: Path) -> list[_Sum]:
 def _note_sums(file: Path) -> list[_Sum]:
     """Return what the hub's client wrote down when it downloaded ``file`` into its folder: commit, checksum, time."""
     note = file.parent / _NOTES / f"{file.name}.metadata"
-    try:
-        lines = note.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+    if not is_there(note):
         return []
-    return _hub_sums(lines[1].strip(), str(_NOTES / note.name)) if len(lines) > 1 else []
+    lines = read_text(note, CheckpointError).splitlines()
+    return _hub_sums(lines[1].strip(), printable(str(_NOTES / note.name))) if len(lines) > 1 else []
 
 
 def _hub_sums(digest: str, source: str) -> list[_Sum]:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.cli import options
-from idefics2_engine.errors import Idefics2Error, PromptError
+from idefics2_engine.cli import options, streams
+from idefics2_engine.cli.interrupts import KeptInterrupts
+from idefics2_engine.errors import Idefics2Error, ImageError, PromptError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from idefics2_engine import LLM, SamplingParams
+    from idefics2_engine.outputs import RequestOutput
 
 _HELP = """\
 /image FILE   show an image with the next message; repeat it for several
@@ -43,22 +45,19 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 def run(args: argparse.Namespace) -> int:
     """Talk until the input ends and return the exit code."""
     params = options.sampling_params(args)
+    if "-" in args.images:
+        raise ImageError("image: must be a file, as standard input is the conversation's, got '-'")
     images = [options.read_image(name, args) for name in args.images]
-    chat = _Chat(options.load_llm(args), params, args, images)
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        _talk(chat)
-    else:
-        for line in _lines():
-            if not chat.take(line.rstrip("\n")):
-                break
+    with options.loaded_llm(args) as llm:
+        chat = _Chat(llm, params, args, images)
+        if streams.are_terminals():
+            with chat.interrupts:
+                _talk(chat)
+        else:
+            for line in streams.input_lines():
+                if not chat.take(line):
+                    break
     return 0
-
-
-def _lines() -> Iterator[str]:
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError:
-        raise PromptError("standard input: must be text in UTF-8") from None
 
 
 def _talk(chat: "_Chat") -> None:
@@ -70,7 +69,9 @@ def _talk(chat: "_Chat") -> None:
     going = True
     while going:
         try:
-            going = chat.take(input("> "))
+            with chat.interrupts.raised():
+                line = input("> ")
+            going = chat.take(line)
         except EOFError:
             print()
             going = False
@@ -89,6 +90,7 @@ class _Chat:
     args: argparse.Namespace  # the rules for images
     images: "list[Image]" = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
+    interrupts: KeptInterrupts = field(default_factory=KeptInterrupts)
 
     def take(self, line: str) -> bool:
         """Obey a command or answer a message; False once it is time to leave."""
@@ -100,7 +102,9 @@ class _Chat:
         match command:
             case "/image":
                 name = rest.strip().strip("'\"")  # a file dropped on a terminal comes in quotes
-                self.images.append(options.read_image(name, self.args))
+                with self.interrupts.raised():
+                    image = options.read_image(name, self.args)
+                self.images.append(image)
             case "/reset":
                 self.messages.clear()
                 self.images.clear()
@@ -113,22 +117,35 @@ class _Chat:
         return True
 
     def _answer(self, text: str) -> None:
-        """Print the answer to ``text`` as it is made; what was said before Ctrl-C stays said."""
+        """Print the answer to ``text`` as it is made.
+
+        What was said before Ctrl-C stays said; a question that Ctrl-C or an error left without a word was not asked.
+        """
         images = [{"type": "image", "image": image} for image in self.images]
         question = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
         said = ""
         try:
-            with contextlib.closing(
-                self.llm.stream([*self.messages, question], self.params)
-            ) as outputs:
-                for output in outputs:
+            with self.interrupts.raised():  # it reads the images
+                outputs = self.llm.stream([*self.messages, question], self.params)
+            with contextlib.closing(outputs):
+                while output := self._next(outputs):
                     print(output.outputs[0].text[len(said) :], end="", flush=True)
                     said = output.outputs[0].text
         except KeyboardInterrupt:
-            self._remember(question, said)
+            if said.strip():
+                self._remember(question, said)
+            raise
+        except Idefics2Error:
+            if said:
+                print()
             raise
         self._remember(question, said)
         print()
+
+    def _next(self, outputs: "Iterator[RequestOutput]") -> "RequestOutput | None":
+        """Return the next of ``outputs``; Ctrl-C ends the answer here and nowhere else."""
+        with self.interrupts.raised():
+            return next(outputs, None)
 
     def _remember(self, question: dict[str, Any], said: str) -> None:
         answer = {"role": "assistant", "content": [{"type": "text", "text": said.strip()}]}

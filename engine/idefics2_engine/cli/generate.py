@@ -1,11 +1,15 @@
-"""``idefics2 generate``: one question, one answer."""
+"""``idefics2 generate``: one question, one answer or several."""
 
 import argparse
-import json
+from math import isfinite
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.cli import options
+from idefics2_engine.cli import options, streams
+from idefics2_engine.errors import PromptError, SamplingError
+
+if TYPE_CHECKING:
+    from idefics2_engine.outputs import CompletionOutput, RequestOutput
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -17,7 +21,12 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         allow_abbrev=False,
     )
     options.add_image_option(parser)
-    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the question")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        required=True,
+        help="the question; - reads it from standard input",
+    )
     parser.add_argument(
         "--raw",
         action="store_true",
@@ -28,57 +37,96 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     form.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: text, token counts, finish_reason, seconds",
+        help="print a JSON object, one a line for each answer: text, token counts, finish_reason, seconds",
     )
     options.add_model_options(parser)
-    options.add_sampling_options(parser)
+    group = options.add_sampling_options(parser)
+    group.add_argument(
+        "--n", metavar="N", type=int, default=1, help="answers to draw (default: %(default)s)"
+    )
+    group.add_argument(
+        "--logprobs",
+        metavar="K",
+        type=int,
+        help="with --json, report each token's log probability and those of the K likeliest",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the answer and return the exit code."""
-    params = options.sampling_params(
-        args
-    )  # before the model: a wrong input should not cost its loading
+    """Print the answers and return the exit code."""
+    # All input before the model: what is wrong with it should not cost the loading
+    params = options.sampling_params(args, n=args.n, logprobs=args.logprobs)
+    if args.stream and args.n > 1:
+        raise SamplingError("--stream prints one answer: it must come without --n above 1")
+    if args.logprobs is not None and not args.json:
+        raise SamplingError("--logprobs must come with --json, which reports them")
     prompt = _prompt(args)
+    options.import_engine()
     start = perf_counter()
-    llm = options.load_llm(args)
-    loaded = perf_counter()
-    first = None
-    text = ""
-    for output in llm.stream(prompt, params):
-        first = first or perf_counter()
-        if args.stream:
-            print(output.outputs[0].text[len(text) :], end="", flush=True)
-        text = output.outputs[0].text
-    end = perf_counter()
+    with options.loaded_llm(args, answers=args.n) as llm:
+        loaded = perf_counter()
+        first = None
+        text = ""
+        for output in llm.stream(prompt, params):
+            first = first or perf_counter()
+            if args.stream:
+                print(output.outputs[0].text[len(text) :], end="", flush=True)
+                text = output.outputs[0].text
+        end = perf_counter()
     if args.json:
-        answer = output.outputs[0]
-        print(
-            json.dumps(
-                {
-                    "text": text,
-                    "finish_reason": answer.finish_reason,
-                    "stop_reason": answer.stop_reason,
-                    "images": len(args.images),
-                    "prompt_tokens": len(output.prompt_token_ids),
-                    "completion_tokens": len(answer.token_ids),
-                    "load_seconds": round(loaded - start, 4),
-                    "first_token_seconds": round((first or end) - loaded, 4),
-                    "generate_seconds": round(end - loaded, 4),
-                },
-                ensure_ascii=False,
-            )
-        )
+        seconds = {
+            "load_seconds": round(loaded - start, 4),
+            "first_token_seconds": round((first or end) - loaded, 4),
+            "generate_seconds": round(end - loaded, 4),
+        }
+        for answer in output.outputs:
+            streams.print_json(_described(output, answer, args) | seconds)
+    elif args.stream:
+        print()
     else:
-        print("" if args.stream else text)
+        print("\n\n".join(answer.text for answer in output.outputs))
     return 0
+
+
+def _described(
+    output: "RequestOutput", answer: "CompletionOutput", args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what ``--json`` prints of an answer, but for the seconds."""
+    described = {
+        "index": answer.index,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
+        "images": len(args.images),
+        "prompt_tokens": len(output.prompt_token_ids),
+        "completion_tokens": len(answer.token_ids),
+    }
+    if answer.logprobs is not None:
+        described["logprobs"] = [
+            [
+                {
+                    "id": token,
+                    "token": one.decoded_token,
+                    "logprob": one.logprob if isfinite(one.logprob) else None,  # JSON has no -inf
+                    "rank": one.rank,
+                }
+                for token, one in place.items()
+            ]
+            for place in answer.logprobs
+        ]
+    return described
 
 
 def _prompt(args: argparse.Namespace) -> Any:
     """Return the prompt for ``--raw``, a conversation of one turn otherwise."""
+    if [*args.images, args.prompt].count("-") > 1:
+        raise PromptError(
+            "- must stand for one --image or for the --prompt: there is one standard input"
+        )
     images = [options.read_image(name, args) for name in args.images]
+    text = streams.input_text() if args.prompt == "-" else args.prompt
     if args.raw:
-        return {"prompt": args.prompt, "multi_modal_data": {"image": images}}
+        return {"prompt": text, "multi_modal_data": {"image": images}}
     shown = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": args.prompt}]}]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]

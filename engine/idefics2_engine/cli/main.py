@@ -1,92 +1,43 @@
-"""The parser, and what becomes of an error."""
+"""The entry of the command, which takes Ctrl-C in hand before it imports anything that takes time."""
 
-import argparse
-import json
 import os
-import sys
-import warnings
-from collections.abc import Sequence
-from typing import NoReturn, TextIO
+import signal
 
-from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate, quantize
-from idefics2_engine.errors import Idefics2Error, ImageWarning
-
-_EPILOG = """\
-examples:
-  idefics2 generate --image shapes.png --prompt "Where is the star?"
-  idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
-  idefics2 chat --model HuggingFaceM4/idefics2-8b
-  idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
-
-exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted
-"""
+TYPE_CHECKING = False  # as typing's, without importing that
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the whole usage before it."""
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Run the command line ``argv`` and return the exit code.
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="idefics2",
-        description="Idefics2 answers questions about images.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"idefics2-engine {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    generate.add_parser(commands)
-    chat.add_parser(commands)
-    quantize.add_parser(commands)
-    bench.add_parser(commands)
-    return parser
-
-
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning of ours in one line, and others as Python does."""
-    if issubclass(category, ImageWarning):
-        text = f"idefics2: warning: {message}\n"
-    else:
-        text = warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (the process's own if None) and return the exit code.
+    With ``None`` it is the process's own, and so is the process: Ctrl-C ends it at once, and standard streams that
+    are closed are no longer free for the next file that is opened.
 
     Raises:
-        SystemExit: For ``--help`` and ``--version`` (0) and for a command line that makes no sense (2).
+        SystemExit: For ``--help`` and ``--version`` (0).
     """
-    args = _parser().parse_args(argv)
+    if argv is None:
+        _end_at_interrupts()
+    from idefics2_engine.cli import command, streams
+
+    if argv is None:
+        streams.occupy_descriptors()
+    return command.run(argv)
+
+
+def _end_at_interrupts() -> None:
+    """Let Ctrl-C end the process with exit code 130 and one line; where it is ignored, as behind nohup, it stays so.
+
+    ``KeyboardInterrupt`` would not do: raised while modules are imported it aborts the initialization of a C++
+    extension, or shows as a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(_signal: int, _frame: object) -> None:
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code: int = args.run(args)
-        sys.stdout.flush()  # here, where a closed pipe can still be handled
-    except Idefics2Error as error:
-        message = (
-            str(error).encode(errors="backslashreplace").decode()
-        )  # a file's name may be no text
-        if getattr(args, "json", False):  # who reads standard output as JSON gets JSON in any case
-            print(json.dumps({"error": {"code": error.code, "message": message}}))
-        print(f"idefics2: error: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("idefics2: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader left, as in `| head`: nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
+        os.write(2, b"idefics2: interrupted\n")
+    finally:  # also where standard error is closed
+        os._exit(130)

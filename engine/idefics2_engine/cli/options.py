@@ -4,9 +4,12 @@ import argparse
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from idefics2_engine.cli import streams
 from idefics2_engine.errors import ImageError, SamplingError
 from idefics2_engine.quantization import PARTS
 
@@ -17,18 +20,24 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _FILTERS = ("top_p", "top_k", "min_p")
-
-
+_MOST_AT_ONCE = 64  # answers to one prompt; others wait
 _MEDIA = ("image_policy", "max_image_pixels", "allowed_media_hosts")
 
 
 def read_image(name: str, args: argparse.Namespace) -> "Image":
-    """Read the image file or URL ``name`` by the rules of ``args``; ``ImageError`` if that cannot be."""
+    """Read the image file or URL ``name``, or standard input for ``-``, by the rules of ``args``.
+
+    Raises:
+        ImageError: That cannot be.
+    """
     from idefics2_engine.media import load_image, media_config
 
+    config = media_config(**_media_settings(args))
+    if name == "-":
+        return load_image(streams.input_bytes(config.max_media_bytes, ImageError), config)
     if not name.strip():
         raise ImageError("image: must be the name of a file, got none")
-    return load_image(os.path.expanduser(name), media_config(**_media_settings(args)))
+    return load_image(os.path.expanduser(name), config)
 
 
 def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -57,6 +66,13 @@ def device(text: str) -> str:
     return text
 
 
+def positive(text: str) -> int:
+    """Take a whole number above 0."""
+    if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {text!r}")
+    return int(text)
+
+
 def add_image_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--image``, which may be repeated, and the rules for images."""
     parser.add_argument(
@@ -65,7 +81,7 @@ def add_image_option(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="an image to ask about; repeat it for several, in order",
+        help="an image to ask about, - for standard input; repeat it for several, in order",
     )
     group = parser.add_argument_group("images")
     group.add_argument(
@@ -106,6 +122,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="quantise linear layers to bitsandbytes' NF4, 4 bits a weight, while they are loaded",
     )
     add_quantization_options(group)
+    group.add_argument(
+        "--threads",
+        metavar="N",
+        type=positive,
+        help="threads that compute on a CPU (default: OMP_NUM_THREADS, one for a small model, else torch's)",
+    )
     group.add_argument(
         "--split",
         action=argparse.BooleanOptionalAction,
@@ -157,11 +179,19 @@ def add_quantization_options(group: "argparse._ArgumentGroup") -> None:
     )
 
 
-def load_llm(args: argparse.Namespace) -> "LLM":
-    """Load the model that ``args`` asks for, with a KV cache for one answer at a time."""
-    from idefics2_engine import LLM
+def import_engine() -> None:
+    """Import what answers, torch with it, which may take longer than to load a model."""
+    from idefics2_engine import LLM  # noqa: F401
 
-    return LLM(
+
+@contextmanager
+def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
+    """Load the model that ``args`` asks for, with a KV cache for ``answers`` at a time."""
+    from idefics2_engine import LLM
+    from idefics2_engine.cpu_threads import set_cpu_threads
+
+    set_cpu_threads(model_folder(args.model), args.threads)
+    with LLM(
         args.model,
         adapter=args.adapter,
         verify=args.verify,
@@ -172,14 +202,22 @@ def load_llm(args: argparse.Namespace) -> "LLM":
         quantized_parts=args.quantized_parts,
         double_quant=args.double_quant,
         split_images=args.split,
-        max_num_seqs=1,
+        max_num_seqs=min(answers, _MOST_AT_ONCE),
         seed=secrets.randbits(63),  # so that answers without --seed differ
         **_media_settings(args),
-    )
+    ) as llm:
+        yield llm
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``sampling_params`` reads."""
+def model_folder(model: Path | str | None) -> Path:
+    """Return the folder of the model that ``--model`` names, downloaded if need be."""
+    from idefics2_engine import llm_arguments
+
+    return llm_arguments.model_folder(model, None)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """Add what ``sampling_params`` reads, to a group that is returned."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-tokens",
@@ -232,10 +270,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="end the answer at this token; repeatable",
     )
+    return group
 
 
-def sampling_params(args: argparse.Namespace) -> "SamplingParams":
-    """Return the ``SamplingParams`` that ``args`` asks for.
+def sampling_params(
+    args: argparse.Namespace, n: int = 1, logprobs: int | None = None
+) -> "SamplingParams":
+    """Return the ``SamplingParams`` that ``args`` asks for, for ``n`` answers.
 
     Raises:
         SamplingError: A value is out of its range, or has no effect without ``--temperature``.
@@ -243,8 +284,9 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
     from idefics2_engine import SamplingParams
 
     filters = {name: value for name in _FILTERS if (value := getattr(args, name)) is not None}
-    if filters and args.temperature == 0:
-        option = "--" + next(iter(filters)).replace("_", "-")
+    drawn = [*filters, *(["n above 1"] if n > 1 else [])]
+    if drawn and args.temperature == 0:
+        option = "--" + drawn[0].replace("_", "-")
         raise SamplingError(f"{option} has no effect without --temperature above 0")
     return SamplingParams(
         temperature=args.temperature,
@@ -254,5 +296,7 @@ def sampling_params(args: argparse.Namespace) -> "SamplingParams":
         min_tokens=args.min_tokens,
         stop=tuple(args.stop),
         stop_token_ids=tuple(args.stop_token_ids),
+        n=n,
+        logprobs=logprobs,
         **filters,
     )

@@ -1,0 +1,163 @@
+"""Standard streams as they may be: absent, closed, full, left by their reader, or in a narrow encoding."""
+
+import codecs
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, BinaryIO, NoReturn, TextIO, cast
+
+from idefics2_engine.errors import Idefics2Error, PromptError
+
+_MOST_TEXT = 16 << 20  # bytes of a prompt, or of a line: far beyond any context
+
+
+class OutputLostError(Exception):
+    """Standard output takes nothing more.
+
+    Attributes:
+        reader_left: Whether that is because the reader of a pipe left, as ``head`` does.
+        exit_code: 141 for that, as the shell has it for a program that a broken pipe ended, and 1 otherwise.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {_described(error)}")
+        self.reader_left = error.errno == errno.EPIPE
+        self.exit_code = 141 if self.reader_left else 1
+
+
+def occupy_descriptors() -> None:
+    """Open the null device where a standard stream is closed, so that no file gets its number and its output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Let everything printed within go through guards, which raise ``OutputLostError`` for standard output alone."""
+
+    def raise_lost(error: OSError) -> NoReturn:
+        raise OutputLostError(error)
+
+    def pass_over(error: OSError) -> None:
+        """There is nobody to tell."""
+
+    out, err = _Guard(sys.stdout, raise_lost), _Guard(sys.stderr, pass_over)
+    with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
+        yield
+
+
+class _Guard:
+    """A text stream that writes ``?`` for what its encoding lacks and has ``lost`` deal with what it cannot write."""
+
+    def __init__(self, stream: TextIO | None, lost: Callable[[OSError], None]) -> None:
+        self._stream = None if stream is None or stream.closed else stream
+        self._lost = lost
+
+    def write(self, text: str) -> int:
+        stream = self._stream
+        if stream is None:
+            self._lost(OSError(errno.EBADF, os.strerror(errno.EBADF)))
+            return len(text)
+        if stream.encoding is not None and stream.errors == "strict":
+            text = text.encode(stream.encoding, "replace").decode(stream.encoding)
+        self._try(lambda: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._try(self._stream.flush)
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._let_go()
+            self._lost(error)
+
+    def _let_go(self) -> None:
+        """Send what is still buffered nowhere: the interpreter flushes it at its end, and would complain."""
+        with suppress(AttributeError, OSError):  # not every stream is a file
+            number = cast(TextIO, self._stream).fileno()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
+
+
+def print_json(value: object) -> None:
+    """Print ``value`` as a line of JSON, with escapes where standard output's encoding lacks a character."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    print(line)
+
+
+def are_terminals() -> bool:
+    """Whether somebody types and reads: standard input and output are both terminals."""
+    return _has_input() and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def input_bytes(limit: int, error: type[Idefics2Error]) -> bytes:
+    """Return all of standard input; raise ``error`` if it cannot be read or has more than ``limit`` bytes."""
+    return _read(lambda stream: stream.read(limit + 1), limit, error)
+
+
+def input_text() -> str:
+    """Return all of standard input as text, without its last line's end.
+
+    Raises:
+        PromptError: It cannot be read, is no text, or is very long.
+    """
+    return _decoded(input_bytes(_MOST_TEXT, PromptError))
+
+
+def input_lines() -> Iterator[str]:
+    """Yield the lines of standard input as they come, without their ends.
+
+    Raises:
+        PromptError: It cannot be read, is no text, or has a very long line.
+    """
+    while line := _read(lambda stream: stream.readline(_MOST_TEXT + 1), _MOST_TEXT, PromptError):
+        yield _decoded(line)
+
+
+def _read(read: Callable[[BinaryIO], bytes], limit: int, error: type[Idefics2Error]) -> bytes:
+    if not _has_input():
+        raise error("standard input: must be open, got it closed")
+    try:
+        data = read(sys.stdin.buffer)
+    except OSError as reason:
+        raise error(f"standard input: cannot be read: {_described(reason)}") from None
+    if len(data) > limit:
+        raise error(f"standard input: must have at most {limit} bytes at once, got more")
+    return data
+
+
+def _has_input() -> bool:
+    return sys.stdin is not None and not sys.stdin.closed
+
+
+def _decoded(data: bytes) -> str:
+    encoding = "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else sys.stdin.encoding
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        raise PromptError(f"standard input: must be text in {encoding.upper()}") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _described(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,169 @@
+"""Kinds of values, and dataclasses whose fields name theirs: the one check of arguments and parameters."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.shown import shown
+
+Kind = Callable[[object], Any]
+"""Returns a value in Python's own types, or raises ``MismatchError``."""
+
+
+class MismatchError(Exception):
+    """A value is not of a kind: the first argument says what the kind is, the second what came."""
+
+    def __init__(self, wanted: str, got: str) -> None:
+        super().__init__(wanted, got)
+        self.wanted = wanted
+        self.got = got
+
+
+def checked(kind: Kind, default: Any = MISSING, **options: Any) -> Any:
+    """Return a dataclass field that holds values of ``kind``; ``options`` are those of ``dataclasses.field``."""
+    return field(default=default, metadata={"kind": kind}, **options)
+
+
+def check_fields(instance: Any, error: type[Idefics2Error]) -> None:
+    """Check every field of a frozen dataclass and store what its kind makes of it; raise ``error`` if it cannot."""
+    for one in fields(instance):
+        value = check(one.name, getattr(instance, one.name), one.metadata["kind"], error)
+        object.__setattr__(instance, one.name, value)
+
+
+def check(name: str, value: object, kind: Kind, error: type[Idefics2Error]) -> Any:
+    """Return ``value`` as ``kind`` makes it; raise ``error`` with ``name`` if it is of another."""
+    try:
+        return kind(value)
+    except MismatchError as found:
+        raise error(f"{name} must be {found.wanted}, got {found.got}") from None
+
+
+def flag(value: object) -> bool:
+    """Accept ``True`` and ``False``."""
+    if not isinstance(value, bool):
+        raise MismatchError("True or False", shown(value))
+    return value
+
+
+def text(value: object) -> str:
+    """Accept a string."""
+    if not isinstance(value, str):
+        raise MismatchError("a string", shown(value))
+    return value
+
+
+def path(value: object) -> str | Path:
+    """Accept the name of a file or folder: a string, or what ``os.fspath`` turns into one."""
+    if isinstance(value, str):
+        return value
+    name = os.fspath(value) if isinstance(value, os.PathLike) else None
+    if not isinstance(name, str):
+        raise MismatchError("a string or a path", shown(value))
+    return Path(name)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Accepts integers from ``low`` to ``high``, other libraries' too, but neither booleans nor floats."""
+
+    low: int
+    high: float = math.inf
+
+    def __call__(self, value: object) -> int:
+        """Return the integer."""
+        number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+        if number is None or not self.low <= number <= self.high:
+            bounds = f"from {self.low} to {self.high}"
+            if self.high == math.inf:
+                bounds = f"of at least {self.low}"
+            raise MismatchError(f"an integer {bounds}", shown(value))
+        return number
+
+
+@dataclass(frozen=True)
+class Number:
+    """Accepts finite real numbers in [``low``, ``high``], or in (``low``, ``high``] with ``above``."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __call__(self, value: object) -> float:
+        """Return the number as a float."""
+        number = _float(value)
+        if not self.low <= number <= self.high or (self.above and number == self.low):
+            bracket = "(" if self.above else "["
+            raise MismatchError(f"a number in {bracket}{self.low:g}, {self.high:g}]", shown(value))
+        return number
+
+
+class OneOf:
+    """Accepts the strings it is given."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+
+    def __call__(self, value: object) -> str:
+        """Return the string."""
+        if not isinstance(value, str) or value not in self._names:
+            quoted = [repr(str(name)) for name in self._names]
+            several = f"one of {', '.join(quoted)}"
+            raise MismatchError(several if len(quoted) > 2 else " or ".join(quoted), shown(value))
+        return value
+
+
+@dataclass(frozen=True)
+class OrNone:
+    """Accepts ``None`` and what ``kind`` does."""
+
+    kind: Kind
+
+    def __call__(self, value: object) -> Any:
+        """Return ``None``, or what the kind makes of the value."""
+        return None if value is None else self.kind(value)
+
+
+@dataclass(frozen=True)
+class ListOf:
+    """Accepts lists and tuples of what ``kind`` does.
+
+    Attributes:
+        kind: The elements' kind.
+        name: The elements' name, in the plural.
+        least: Elements at least.
+        or_one: Whether a string stands for a list of it alone; otherwise a string is refused.
+    """
+
+    kind: Kind
+    name: str
+    least: int = 0
+    or_one: bool = False
+
+    def __call__(self, values: object) -> tuple[Any, ...]:
+        """Return the elements as a tuple."""
+        if self.or_one and isinstance(values, str):
+            values = [values]
+        wanted = f"a list of {'one or more ' if self.least else ''}{self.name}"
+        if not isinstance(values, (list, tuple)) or len(values) < self.least:
+            raise MismatchError(wanted, shown(values))
+        try:
+            return tuple(map(self.kind, values))
+        except MismatchError as found:
+            got = f"{found.got} in {shown(values)}"
+            raise MismatchError(f"{wanted}, each {found.wanted}", got) from None
+
+
+def _float(value: object) -> float:
+    """Return a real number as Python's, and NaN, which lies in no range, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,124 @@
+"""The one door to the files of a model's or an adapter's folder.
+
+A folder comes from outside: a name in it may be a pipe or a device, which could be read without end, or a link to one. Only
+regular files pass, after links are followed, and only up to the size that their kind can have.
+"""
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from idefics2_engine.errors import ConfigError, Idefics2Error
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+_MOST_BYTES = {
+    ".json": 1 << 26,  # 64 MiB; the largest there is, a tokenizer, has 4
+    ".jinja": 1 << 20,  # 1 MiB; a chat template may have 64 KiB of source
+    ".safetensors": 1 << 40,  # 1 TiB; the 8B model's largest has 5 GB
+}
+_MOST_OTHER_BYTES = 1 << 24  # 16 MiB, of checksums
+_KINDS = (
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+@contextmanager
+def open_file(
+    path: Path, error: type[Idefics2Error] = ConfigError
+) -> Iterator[tuple[io.BufferedReader, int]]:
+    """Open the regular file ``path`` for a ``with`` statement, which gets it and its size in bytes.
+
+    Raises:
+        Idefics2Error: As ``error``: the file is missing, is no regular file, is too large or cannot be read, here or
+            inside the ``with`` statement.
+    """
+    try:
+        file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    except IsADirectoryError:
+        raise error(f"{shown_path(path)}: must be a file, got a folder") from None
+    except (OSError, ValueError) as reason:  # a name with half a character is a ValueError
+        raise error(f"{shown_path(path)}: cannot be read: {_why(reason)}") from None
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
+            raise error(f"{shown_path(path)}: must be a file, got {kind}")
+        most = _MOST_BYTES.get(path.suffix, _MOST_OTHER_BYTES)
+        if status.st_size > most:
+            raise error(f"{shown_path(path)}: must have at most {most} bytes, got {status.st_size}")
+        try:
+            yield file, status.st_size
+        except OSError as reason:
+            raise error(f"{shown_path(path)}: cannot be read: {_why(reason)}") from None
+
+
+def read_file(path: Path, error: type[Idefics2Error] = ConfigError) -> bytes:
+    """Return the content of the regular file ``path``; raises as ``open_file`` does."""
+    with open_file(path, error) as (file, size):
+        return file.read(size)
+
+
+def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
+    """Return the text of the regular file ``path``, its lines ended as Python ends them; raises as ``open_file`` does."""
+    content = read_file(path, error)
+    try:
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
+    except UnicodeDecodeError as reason:
+        raise error(
+            f"{shown_path(path)}: cannot be read as text: byte {reason.start} is not UTF-8"
+        ) from None
+
+
+def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigError) -> list[Path]:
+    """Return what is in ``folder`` under a name that fits one of ``patterns``, sorted; ``error`` if it cannot be listed."""
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError) as reason:
+        raise error(f"{shown_path(folder)}: cannot be listed: {_why(reason)}") from None
+    return [folder / name for name in sorted(names) if any(fnmatchcase(name, p) for p in patterns)]
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is called ``path``, a broken link included: that is an error to be told, not an absent file."""
+    return os.path.lexists(path)
+
+
+def why_no_model(folder: Path) -> str:
+    """Say that ``folder`` is an adapter's where it is one and no model's; empty otherwise."""
+    if is_there(folder / CONFIG) or not is_there(folder / ADAPTER_CONFIG):
+        return ""
+    return (
+        "is an adapter, not a model: name it with --adapter (adapter=...), "
+        "and with --model the model that it was trained on"
+    )
+
+
+def why_no_adapter(folder: Path) -> str:
+    """Say that ``folder`` is a model's where it is one and no adapter's; empty otherwise."""
+    if is_there(folder / ADAPTER_CONFIG) or not is_there(folder / CONFIG):
+        return ""
+    return "is a model, not an adapter: name it with --model"
+
+
+def shown_path(path: Path) -> str:
+    """Return ``path`` as it is if a terminal can bear it, else as Python writes it."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting for a pipe's writer and without making a terminal the process's own."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def _why(reason: Exception) -> str:
+    """Say in a few words why a file cannot be opened or read."""
+    return reason.strerror or "" if isinstance(reason, OSError) else "no file can have this name"

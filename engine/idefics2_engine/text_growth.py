@@ -1,0 +1,58 @@
+"""How much longer the steps of a tokenizer may make a text, read from ``tokenizer.json`` before any text is given to them.
+
+A short description can make millions of ids of two characters: by a replacement that is long, or by some that double one after
+another. So each step's growth is bounded by what it is, and that of a sequence by the product.
+"""
+
+import base64
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_CHILDREN = ("normalizers", "pretokenizers", "decoders")  # keys of a Sequence
+# Characters that one becomes at most; ByteLevel makes one of each byte and may put a space in front
+_FIXED = {
+    "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "Nmt": 1, "Strip": 1, "StripAccents": 1,
+    "BertNormalizer": 36, "ByteLevel": 5, "Metaspace": 2,
+    "BertPreTokenizer": 1, "CharDelimiterSplit": 1, "Digits": 1, "FixedLength": 1, "Punctuation": 1, "Split": 1,
+    "UnicodeScripts": 1, "Whitespace": 1, "WhitespaceSplit": 1,
+    "BPEDecoder": 2, "ByteFallback": 1, "CTC": 2, "Fuse": 1, "WordPiece": 2,
+}  # fmt: skip
+
+
+def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps that ``step``, a well-formed part of ``tokenizer.json``, consists of, in order."""
+    if step is None:
+        return
+    if step.get("type") != "Sequence":
+        yield step
+        return
+    for key in _CHILDREN:
+        for child in step.get(key, ()):
+            yield from leaves(child)
+
+
+def growth(step: Mapping[str, Any] | None) -> float:
+    """Return how many characters ``step`` makes of one at most; infinitely many where its type is unknown."""
+    return math.prod(_growth(leaf) for leaf in leaves(step))
+
+
+def _growth(leaf: Mapping[str, Any]) -> float:
+    match leaf.get("type"):
+        case "Replace":
+            content, removed = len(leaf["content"]), len(leaf["pattern"].get("String", ""))
+            # An expression may be found between any two characters, as an empty text is
+            return max(1.0, content / removed) if removed else 1.0 + content
+        case "Prepend":
+            return 1.0 + len(leaf["prepend"])
+        case "Precompiled":
+            return float(_longest_text(leaf["precompiled_charsmap"]))
+        case kind:
+            return float(_FIXED.get(str(kind), math.inf))
+
+
+def _longest_text(charsmap: str) -> int:
+    """Return the bytes of the longest text of SentencePiece's table: the size of a trie, the trie, and texts that end in zero."""
+    table = base64.b64decode(charsmap)
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    return max(1, *(len(text) for text in texts.split(b"\0")))

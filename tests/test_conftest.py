@@ -1,0 +1,60 @@
+"""The suite itself: what it does where a package of the extras is missing, and how many threads it takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
+
+TESTS = Path(__file__).parent
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import pytest
+sys.exit(pytest.main({arguments!r}))
+"""
+
+
+def collect(missing: list[str], *files: str) -> str:
+    """Return what pytest says when it collects ``files`` without the modules ``missing``."""
+    arguments = ["--collect-only", "-q", "-rs", *(str(TESTS / file) for file in files)]
+    code = WITHOUT.format(missing=missing, arguments=arguments)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=TESTS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout
+
+
+def test_a_module_whose_extra_is_missing_is_skipped_with_the_reason() -> None:
+    said = collect(["bitsandbytes"], "test_nf4.py", "test_quantization.py")
+    for name in ("test_nf4.py", "test_quantization.py"):
+        assert f"{name} needs bitsandbytes, of the extra 'test'" in said
+    assert "error" not in said
+
+
+def test_a_module_that_misses_anything_else_is_an_error() -> None:
+    assert "No module named 'guarded'" in collect(["guarded"], "test_parity.py")
+
+
+@pytest.mark.parametrize(("told", "wanted"), [(None, SMALL_MODEL_THREADS), ("2", 2)])
+def test_the_suite_takes_one_thread_unless_it_is_told(told: str | None, wanted: int) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": told} if told else {}
+    code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import conftest, torch; print(torch.get_num_threads())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{wanted}\n"
