@@ -8,6 +8,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,21 +31,21 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=5, min_tokens=5, logprobs=1)
 PICTURES = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(3)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+Load = Callable[..., LLM]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Load a tiny checkpoint, with settings beside those of all tests."""
     folder: Path = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder)
-    return folder
-
-
-def load(folder: Path, **settings: Any) -> LLM:
-    kind: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 200, **settings}
-    return LLM(folder, **kind)
+    settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
+    return partial(LLM, folder, **settings, kv_cache_tokens=4096, max_num_seqs=16)
 
 
 @pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return load(folder)
+def llm(load: Load) -> LLM:
+    return load()
 
 
 def rows() -> list[Any]:
@@ -102,8 +104,8 @@ def assert_equal(got: list[Any], wanted: list[Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[Any]:
-    return answers(load(folder))
+def expected(load: Load) -> list[Any]:
+    return answers(load())
 
 
 def raise_once(
@@ -167,9 +169,9 @@ def test_an_interrupt_inside_a_step_leaves_no_trace(
 
 
 def test_a_fault_of_the_engine_is_the_callers_and_leaves_no_trace(
-    folder: Path, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+    load: Load, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = load(folder)
+    llm = load()
 
     def act() -> None:
         raise AssertionError("pages")
@@ -239,9 +241,9 @@ def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a signal of Unix")
 def test_a_time_out_reaches_the_caller(
-    folder: Path, expected: list[Any], count: int, monkeypatch: pytest.MonkeyPatch
+    load: Load, expected: list[Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = load(folder)
+    llm = load()
 
     def handle(*_: Any) -> None:
         raise TimeoutError("too late")
@@ -296,11 +298,12 @@ def test_calls_may_be_nested(llm: LLM) -> None:
 
 class _Autocast:
     def __enter__(self) -> None:
-        self._context = torch.autocast("cpu", torch.bfloat16)
-        self._context.__enter__()
+        self._contexts = ExitStack()
+        for kind in ("cpu", *["cuda"] * torch.cuda.is_available()):
+            self._contexts.enter_context(torch.autocast(kind, torch.bfloat16))
 
-    def __exit__(self, *error: Any) -> None:
-        self._context.__exit__(*error)
+    def __exit__(self, *_: Any) -> None:
+        self._contexts.close()
 
 
 class _DefaultDtype:
@@ -322,12 +325,14 @@ class _DefaultDevice:
 @pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_torch_settings_of_the_caller_change_no_answer(
-    folder: Path, setting: Callable[[], Any], quantization: str | None
+    load: Load, setting: Callable[[], Any], quantization: str | None
 ) -> None:
-    loaded_outside = load(folder, quantization=quantization)
+    if quantization is not None and load().model.device.type == "cuda":
+        pytest.skip("in 16 bit, which NF4 needs there, the order of sums may change a token")
+    loaded_outside = load(quantization=quantization)
     wanted = answers(loaded_outside)
     with setting():
-        loaded_inside = load(folder, quantization=quantization)
+        loaded_inside = load(quantization=quantization)
         assert_equal(answers(loaded_outside), wanted)
         assert_equal(answers(loaded_inside), wanted)
     assert_equal(answers(loaded_inside), wanted)
@@ -337,9 +342,9 @@ def engine_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "idefics2-engine"}
 
 
-def test_a_closed_model_gives_everything_back_and_says_so(folder: Path) -> None:
+def test_a_closed_model_gives_everything_back_and_says_so(load: Load) -> None:
     before = engine_threads()
-    with load(folder) as llm:
+    with load() as llm:
         model = weakref.ref(llm.model)
         stream = llm.stream("the chicken", PARAMS)
         next(stream)
@@ -355,8 +360,8 @@ def test_a_closed_model_gives_everything_back_and_says_so(folder: Path) -> None:
     llm.close()
 
 
-def test_a_call_that_waits_hears_of_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = load(folder)
+def test_a_call_that_waits_hears_of_the_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load()
     in_step, go_on = threading.Event(), threading.Event()
 
     def act() -> None:
@@ -374,9 +379,9 @@ def test_a_call_that_waits_hears_of_the_end(folder: Path, monkeypatch: pytest.Mo
         closing.result(60)
 
 
-def test_a_model_that_nobody_has_ends_its_thread(folder: Path) -> None:
+def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
     before = engine_threads()
-    llm = load(folder)
+    llm = load()
     llm.generate("the chicken", PARAMS)
     (thread,) = engine_threads() - before
     del llm

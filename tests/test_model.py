@@ -1,5 +1,7 @@
 """The reference path against transformers, same weights and dtype, stage by stage."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,14 @@ from torch import Tensor, nn
 
 from idefics2_engine.batch import TextBatch
 from idefics2_engine.checkpoint import load_checkpoint
+from idefics2_engine.config import ModelConfig
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.model import Idefics2
 from idefics2_engine.padded import forward_padded
+from idefics2_engine.processor import Processor
 from oracle import CASES, TinyCase, build_oracle, image_batch, padded_pixels, save_oracle
+from tiny_checkpoint import write_checkpoint
 
 RELATIVE = 1e-5
 
@@ -255,6 +261,159 @@ def test_image_tokens_and_features_must_be_as_many(tmp_path: Path) -> None:
     inputs["pixel_attention_mask"].zero_()
     with pytest.raises(ValueError, match="whole patch of some image"):
         forward_padded(model, **inputs)
+
+
+Change = Callable[[dict[str, Tensor]], object]
+
+WRONG: dict[str, tuple[Change, str]] = {
+    "padding row": (
+        lambda i: i["input_ids"].__setitem__((1, 2), 99),
+        "input_ids must be from 0 to 98, got 99",
+    ),
+    "last padding row": (
+        lambda i: i["input_ids"].__setitem__((1, 2), 127),
+        "input_ids must be from 0 to 98, got 127",
+    ),
+    "negative": (
+        lambda i: i["input_ids"].__setitem__((0, 0), -1),
+        "input_ids must be from 0 to 98, got -1",
+    ),
+    "floats": (lambda i: i.update(input_ids=i["input_ids"].float()), "must be whole numbers"),
+    "one row": (lambda i: i.update(input_ids=i["input_ids"][0]), "must be whole numbers (B, S)"),
+    "hole": (
+        lambda i: i["attention_mask"].__setitem__((1, 20), 0),
+        "must keep one run of tokens in each row, with padding on its sides alone, got 2 runs in row 1",
+    ),
+    "nothing kept": (lambda i: i["attention_mask"][2].zero_(), "got 0 runs in row 2"),
+    "mask's shape": (
+        lambda i: i.update(attention_mask=i["attention_mask"][:, 1:]),
+        "attention_mask must have the shape of input_ids (3, 27), got (3, 26)",
+    ),
+    "labels' shape": (
+        lambda i: i.update(labels=i["labels"][:, :-1]),
+        "labels must have the shape of input_ids (3, 27), got (3, 26)",
+    ),
+    "label": (
+        lambda i: i["labels"].__setitem__((1, 3), 99),
+        "labels must be from 0 to 98, or -100, got 99",
+    ),
+    "negative label": (lambda i: i["labels"].__setitem__((1, 3), -1), "or -100, got -1"),
+    "corner of an image": (
+        lambda i: i["pixel_attention_mask"][0, 0, :14, :14].zero_(),
+        "must keep a rectangle of patches from the top left corner",
+    ),
+    "edge of an image": (
+        lambda i: i["pixel_attention_mask"][0, 0, :14].zero_(),
+        "must keep a rectangle of patches from the top left corner",
+    ),
+    "pixels' mask's shape": (
+        lambda i: i.update(pixel_attention_mask=i["pixel_attention_mask"][:, :, 1:]),
+        "pixel_attention_mask must be (3, 2, 112, 70) for these pixel_values, got (3, 2, 111, 70)",
+    ),
+    "pixels' shape": (
+        lambda i: i.update(pixel_values=i["pixel_values"][0]),
+        "pixel_values must be (B, images, 3, height, width), got (2, 3, 112, 70)",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyCase, Any, Idefics2]:
+    case = next(c for c in CASES if c.name == "mixed-batch")
+    return case, *make_pair(case, tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_padded_batches_that_mean_nothing_are_refused(
+    name: str, mixed: tuple[TinyCase, Any, Idefics2]
+) -> None:
+    case, _, model = mixed
+    inputs = oracle_inputs(case)
+    inputs["labels"] = make_labels(inputs, model.config.image_token_id)
+    change, message = WRONG[name]
+    change(inputs)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        forward_padded(model, **inputs)
+
+
+def test_what_stands_on_padding_means_nothing(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
+    case, _, model = mixed
+    inputs = oracle_inputs(case)
+    inputs["labels"] = make_labels(inputs, model.config.image_token_id)
+    wanted = forward_padded(model, **inputs)
+    padding = inputs["attention_mask"] == 0
+    inputs["input_ids"][padding] = -5
+    inputs["labels"][padding] = 12345
+    got = forward_padded(model, **inputs)
+    assert torch.equal(got.logits, wanted.logits)
+    assert torch.equal(got.loss, wanted.loss)  # type: ignore[arg-type]
+
+
+def test_the_loss_of_rows_padded_on_the_left(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
+    """transformers counts each row's first token, as predicted from padding, unless its label is -100."""
+    case, oracle, model = mixed
+    inputs = oracle_inputs(case)
+    inputs["input_ids"], inputs["attention_mask"] = padded_ids(case, "left")
+    labels = make_labels(inputs, model.config.image_token_id)
+    ours = forward_padded(model, **inputs, labels=labels).loss
+    first = inputs["attention_mask"].diff(dim=1, prepend=torch.zeros(3, 1, dtype=torch.int64)) == 1
+    with torch.no_grad():
+        counted = oracle(**inputs, labels=labels).loss
+        theirs = oracle(**inputs, labels=labels.masked_fill(first, -100)).loss
+    assert ours is not None
+    assert abs(ours.item() - theirs.item()) < RELATIVE * theirs.item()
+    assert abs(ours.item() - counted.item()) > 100 * RELATIVE * counted.item()
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_images_of_zeros_are_not_there(with_mask: bool, tmp_path: Path) -> None:
+    case = next(c for c in CASES if c.name == "row-without-image")
+    oracle, model = make_pair(case, tmp_path)
+    inputs = oracle_inputs(case)
+    mask = inputs.pop("pixel_attention_mask")
+    assert not inputs["pixel_values"][1].any()
+    if with_mask:
+        inputs["pixel_attention_mask"] = torch.ones_like(mask)
+    with torch.no_grad():
+        ours, theirs = forward_padded(model, **inputs), oracle(**inputs)
+    kept = inputs["attention_mask"].bool()
+    assert relative_error(ours.logits[kept], theirs.logits[kept]) < RELATIVE
+    inputs["pixel_values"].zero_()
+    with pytest.raises(ValueError, match="whole patch of some image"):
+        forward_padded(model, **inputs)
+
+
+def test_ids_features_labels_and_lengths_that_do_not_fit_the_model(
+    mixed: tuple[TinyCase, Any, Idefics2],
+) -> None:
+    case, _, model = mixed
+    batch, features = TextBatch.from_ids(case.token_ids()), torch.zeros(4, 5, 64)
+    assert model(batch, features).isfinite().all()
+    for rows in (features[:3], torch.zeros(5, 5, 64)):
+        wanted = f"image tokens must be as many as rows of image_features {len(rows) * 5}, got 20"
+        with pytest.raises(ValueError, match=wanted):
+            model(batch, rows)
+    for id in (99, 127, 128, -1):  # the embedding has 128 rows
+        with pytest.raises(IndexError):
+            model(TextBatch.from_ids([[3, id]]))
+        with pytest.raises(IndexError):
+            model.loss(TextBatch.from_ids([[3, 4]]), torch.tensor([3, id]))
+    with pytest.raises(ValueError, match=r"labels must be \(2,\), one a token, got \(3,\)"):
+        model.loss(TextBatch.from_ids([[3, 4]]), torch.tensor([3, 4, 5]))
+    assert model(TextBatch.from_ids([[3] * 256])).isfinite().all()
+    with pytest.raises(ValueError, match="at most 256 tokens, got one of 257"):
+        model(TextBatch.from_ids([[3, 4], [3] * 257]))
+
+
+def test_a_tokenizer_with_an_id_beyond_the_models_is_refused(tmp_path: Path) -> None:
+    """There are as many tokens as before, but one id lies among the rows that fill the embedding up."""
+    write_checkpoint(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["▁Device"] = 32010
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="must have at most the model's 32003 tokens, got 32011"):
+        Processor.load(tmp_path, ModelConfig.load(tmp_path))
 
 
 def test_a_cache_without_a_paged_view_is_refused(tmp_path: Path) -> None:

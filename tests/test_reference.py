@@ -17,7 +17,14 @@ from transformers import (
 )
 from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
-from idefics2_kernels import REFERENCE, MissingOperationError, Ops, ops, reference
+from idefics2_kernels import (
+    REFERENCE,
+    MissingOperationError,
+    NoGradientError,
+    Ops,
+    ops,
+    reference,
+)
 
 D, H, H_KV = 24, 6, 2
 
@@ -393,6 +400,31 @@ def test_every_operation_is_covered_here_or_above() -> None:
     names = {field.name for field in dataclasses.fields(Ops)}
     nf4 = {"nf4_quantize", "nf4_dequantize", "nf4_matmul"}  # in test_nf4
     assert names == {*FLOAT64_CALLS, "sample", *nf4}
+
+
+def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(ops._kernels()) == {field.name for field in dataclasses.fields(Ops)}
+    got: list[Any] = []
+
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        got.append((args, kwargs))
+        return torch.zeros(1)
+
+    names = [field.name for field in dataclasses.fields(Ops)]
+    monkeypatch.setattr(ops, "_kernels", lambda: dict.fromkeys(names, kernel))
+    triton, leaf, plain = ops._triton(), torch.ones(2, requires_grad=True), torch.ones(2)
+    for name in names:
+        call = getattr(triton, name)
+        for args, kwargs in (((leaf,), {}), ((plain, leaf * 2), {}), ((plain,), {"bias": leaf})):
+            with pytest.raises(NoGradientError, match=f"TRITON's '{name}' has no gradient, got"):
+                call(*args, **kwargs)
+            assert not got
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    assert call(*args, **kwargs) is not None
+                assert got.pop() == (args, kwargs)
+        call(plain, plain, scale=None)
+        assert got.pop() == ((plain, plain), {"scale": None})
 
 
 def test_an_operation_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from idefics2_engine.detokenizer import Detokenizer
 from idefics2_engine.sampler import Choice, Sampler
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.sequence import Request, Sequence
-from idefics2_kernels import REFERENCE, reference
+from idefics2_kernels import REFERENCE, TRITON, Ops, reference
 
 V, IMAGE, EOS = 50, 49, 2
 NEVER = float("-inf")
@@ -176,8 +176,9 @@ def slow_sample(row: Tensor, sequence: Sequence, min_p_first: bool) -> Choice:
         min_p_first=min_p_first,
     ).tolist()
     if params.logprobs is None:
-        return Choice(token, None)
-    return Choice(token, cast(Any, slow_logprobs(row, token, params.logprobs)))
+        return Choice(token, None, logits.max().item())
+    scores = slow_logprobs(row, token, params.logprobs)
+    return Choice(token, cast(Any, scores), logits.max().item())
 
 
 def slow_logprobs(row: Tensor, token: int, number: int) -> dict[int, tuple[float, int, str]]:
@@ -192,7 +193,7 @@ def plain(choice: Choice) -> Choice:
     if choice.logprobs is None:
         return choice
     entries = {i: (e.logprob, e.rank, e.decoded_token) for i, e in choice.logprobs.items()}
-    return Choice(choice.token_id, cast(Any, entries))
+    return choice._replace(logprobs=cast(Any, entries))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -433,12 +434,79 @@ def test_log_probabilities_are_of_the_logits_before_anything_else() -> None:
     params = SamplingParams(
         temperature=0.0, allowed_token_ids=[10], logit_bias={10: -50.0}, logprobs=2
     )
-    ((token, logprobs),) = make_sampler().sample(logits.clone(), [make_sequence([1], [10], params)])
+    ((token, logprobs, _),) = make_sampler().sample(
+        logits.clone(), [make_sequence([1], [10], params)]
+    )
     assert token == 10
     assert logprobs is not None
     assert logprobs[10].logprob == pytest.approx(logits.log_softmax(-1)[0, 10].item(), abs=1e-6)
     assert logprobs[10].rank == 1 + int((logits > logits[0, 10]).sum())
     assert [*logprobs] == [10, *logits.topk(2).indices[0].tolist()]
+
+
+BROKEN: dict[int, tuple[int | slice, float]] = {  # row: logits, and what becomes of them
+    1: (7, math.nan),
+    3: (slice(None), math.nan),
+    4: (IMAGE, math.nan),  # barred in every row
+    6: (7, math.inf),
+    7: (IMAGE, math.inf),
+    9: (slice(None), NEVER),
+    10: (slice(10, 13), NEVER),  # all that this row may choose among
+    12: (20, math.nan),  # not among what this row may choose
+}
+
+
+@pytest.mark.parametrize(
+    ("ops", "dtype"),
+    [(REFERENCE, torch.float32), (REFERENCE, torch.float16), (TRITON, torch.float32)],
+    ids=["reference", "reference-half", "triton"],
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
+def test_rows_that_cannot_be_sampled_are_told_from_others(
+    ops: Ops, temperature: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, logprobs=2, top_k=9, top_p=0.9, min_p=0.01, logit_bias={3: 1.0}
+    )
+    sequences = [make_sequence([1, 5], [6], params, seed=row) for row in range(14)]
+    for row in (10, 11, 12):
+        only = replace(params, allowed_token_ids=[10, 11, 12])
+        sequences[row] = make_sequence([1, 5], [6], only, seed=row)
+    logits = torch.randn(14, V).to(device, dtype)
+    logits[0, 3:20] = NEVER  # legal: tokens that are never drawn
+    logits[11, 11:] = NEVER
+    whole = make_sampler(ops=ops).sample(logits.clone(), sequences)
+    assert all(choice.is_finite for choice in whole)
+    for row, (places, value) in BROKEN.items():
+        logits[row, places] = value
+    choices = make_sampler(ops=ops).sample(logits, sequences)
+    for row, (choice, wanted) in enumerate(zip(choices, whole, strict=True)):
+        assert choice.is_finite == (row not in BROKEN)
+        assert 0 <= choice.token_id < V, "the next step may look it up before it is refused"
+        assert row in BROKEN or choice == wanted
+
+
+def test_the_greedy_choice_and_its_logit_are_one_operation() -> None:
+    logits = torch.randn(4, V)
+    sequences = [make_sequence([1], [3], SamplingParams(temperature=0.0)) for _ in range(4)]
+    with Operations() as operations:
+        make_sampler().draw(logits, sequences)
+    over_all = [n for n in operations.names if "max" in n or "isnan" in n or "isfinite" in n]
+    assert over_all == ["aten.max.dim"]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_prompt_is_not_scored_by_what_is_not_finite(wrong: float) -> None:
+    logits = torch.randn(300, V)
+    logits[:, 4] = NEVER  # legal, and so is its log probability
+    assert make_sampler().prompt_logprobs(logits, [4] * 300, 2)[0][4].logprob == NEVER
+    logits[270, 7] = wrong
+    with pytest.raises(FloatingPointError, match="logits must be finite"):
+        make_sampler().prompt_logprobs(logits, [1] * 300, 2)
+    logits[270] = NEVER
+    with pytest.raises(FloatingPointError, match="logits must be finite"):
+        make_sampler().prompt_logprobs(logits, [1] * 300, 2)
 
 
 def test_prompt_log_probabilities() -> None:
@@ -535,8 +603,6 @@ def test_ids_that_a_smaller_vocabulary_does_not_have_are_left_out() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_chooses_as_the_cpu_does_and_is_not_waited_for(device: torch.device) -> None:
-    from idefics2_kernels import TRITON
-
     logits, sequences = random_batch(random.Random(3), 32)
     wanted = make_sampler().sample(logits.clone(), sequences)
     sampler = make_sampler(ops=TRITON)

@@ -16,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from transformers import Idefics2Processor, LlamaTokenizer
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionEmbeddings
 
 from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ImageError, PromptError
-from idefics2_engine.images import ImageConfig
+from idefics2_engine.images import ImageConfig, position_ids
 from idefics2_engine.processor import Processor
 from oracle import random_image
 
@@ -368,6 +370,27 @@ def test_the_image_processor_by_a_saved_file(tmp_path: Path) -> None:
     """Mirror ``test_image_processor_from_and_save_pretrained``: what transformers saves, ours reads."""
     theirs(True).image_processor.save_pretrained(tmp_path)
     assert ImageConfig.load(tmp_path) == ours(True).image_config
+
+
+def test_two_sides_have_other_positions() -> None:
+    """Compare the trained positions of every side with transformers': 49 patches (an A4 page) and 58 differ.
+
+    Up to 4.54 transformers had the rule of the training (``tests/data``); since then it rounds otherwise, and puts a
+    patch of these sides into a neighboring bucket.
+    """
+    config = Idefics2VisionConfig(hidden_size=2, image_size=980, patch_size=14)
+    embeddings = Idefics2VisionEmbeddings(config)
+    seen: list[torch.Tensor] = []
+    embeddings.position_embedding.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    differ = []
+    for side in range(1, 71):
+        for shape in ((side, 1), (1, side)):
+            pixels = torch.zeros(1, 3, 14 * shape[0], 14 * shape[1])
+            with torch.no_grad():
+                embeddings(pixels, torch.ones(1, *shape, dtype=torch.bool))
+            if seen.pop()[0].tolist() != position_ids(*shape, 70).tolist():
+                differ.append(side)
+    assert differ == [49, 49, 58, 58]
 
 
 def test_no_image_at_all() -> None:

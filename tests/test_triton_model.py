@@ -18,7 +18,7 @@ from idefics2_engine.hub_tensors import hub_tensors
 from idefics2_engine.images import Tile
 from idefics2_engine.kv_cache import KVCache
 from idefics2_engine.model import Idefics2
-from idefics2_kernels import REFERENCE, TRITON, Ops
+from idefics2_kernels import REFERENCE, TRITON, NoGradientError, Ops
 from idefics2_kernels.catalog.criterion import RATIO, worst_error
 from oracle import CASES, TinyCase, image_batch
 
@@ -226,6 +226,17 @@ def test_logits(name: str, dtype: torch.dtype, paged: bool, device: torch.device
     exact = run(random_model(config, REFERENCE, device, torch.float64), case, device, False)
     worst = chain_error(ours["logits"], same["logits"], exact["logits"])
     assert worst <= 1, f"{worst:.2f} times the allowed error"
+
+
+def test_a_model_on_the_kernels_is_not_trained_in_part(device: torch.device) -> None:
+    case = next(c for c in CASES if c.name == "no-image")
+    config = ModelConfig.from_dict(case.config().to_dict())
+    model = random_model(config, TRITON, device, torch.float32)
+    batch = TextBatch.from_ids(case.token_ids()).to(device)
+    with pytest.raises(NoGradientError, match="'rms_norm' has no gradient"):
+        model.loss(batch, batch.input_ids)
+    model.requires_grad_(False)
+    assert model.loss(batch, batch.input_ids).isfinite()
 
 
 @pytest.mark.gpu

@@ -6,12 +6,11 @@ refused before memory is taken for it, without touching Pillow's own limit, whic
 """
 
 import io
-import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
-import numpy as np
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -24,17 +23,21 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
+from idefics2_engine.bounded_file import BoundedFile
+from idefics2_engine.chunk_bounds import check_png, check_webp
 from idefics2_engine.errors import ImageError
 from idefics2_engine.image_policy import ImagePolicy, upright_rgb
+from idefics2_engine.jpeg_bounds import check_jpeg
 from idefics2_engine.pillow_errors import reading
+from idefics2_engine.ppm import in_binary
+from idefics2_engine.tiff_bounds import check_tiff
 
-_MAX_JPEG_SCANS = 100  # encoders write about ten; each costs a pass over the whole picture
-_MAX_JPEG_PASSES = 20  # over as many pixels as a picture may have
-_MAX_JPEG_APP1 = (
-    200  # EXIF and XMP; Pillow appends each EXIF part to those before, in quadratic time
-)
-_MAX_PPM_COMMENTS = 100  # in a file of digits; Pillow cuts them out one by one, in quadratic time
-_PPM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
+# The smallest part that pixels are stored in is a block of a GIF: two reads for 255 bytes.
+_PIXELS_A_READ = 64
+# Decoders that Pillow has in Python are up to 500 times slower than those in C.
+_MAX_PYTHON_PIXELS = 1 << 20
+# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie apart.
+_MAX_PIXELS_A_BYTE = 64
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class _Format:
 
     name: str
     beginnings: tuple[bytes, ...]
-    open: Callable[[io.BytesIO], ImageFile]
+    open: Callable[[BoundedFile], ImageFile]
     is_whole: Callable[[bytes], bool]  # what can be told without decoding; for ``strict``
+    # Refuses a file with more parts than its pixels need, as far as counting tells; gets the file,
+    # the largest number of pixels, and the name for messages.
+    check: Callable[[bytes, int, str], None] = lambda _data, _max_pixels, _name: None
 
 
 def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
@@ -65,14 +71,15 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
         got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
         raise ImageError(f"{name}: must be an image file ({names}), got {got}")
     with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
-        if kind.name == "WebP":  # whose plugin takes memory for the picture when it is opened
-            check_size(_webp_size(data), max_pixels, name)
-        if kind.name == "JPEG" and _jpeg_markers(data, 0xE1) > _MAX_JPEG_APP1:
-            raise ImageError(f"{name}: must have at most {_MAX_JPEG_APP1} APP1 parts, got more")
-        with kind.open(io.BytesIO(data)) as image:
-            check_size(image.size, max_pixels, name)
-            if kind.name == "JPEG":
-                _check_scans(_jpeg_markers(data, 0xDA), image.size, max_pixels, name)
+        kind.check(data, max_pixels, name)
+        file = BoundedFile(data, name)
+        with kind.open(file) as opened:
+            check_size(opened.size, max_pixels, name)
+            file.allow(opened.width * opened.height // _PIXELS_A_READ)
+            image = opened
+            if kind.name == "PPM":
+                image = PpmImagePlugin.PpmImageFile(io.BytesIO(in_binary(opened, data, name)))
+            _check_tiles(image, file, name)
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
             rgb = upright_rgb(image, policy, name)
@@ -99,23 +106,28 @@ def _format(data: bytes) -> _Format | None:
     return None
 
 
-def _jpeg_markers(data: bytes, code: int) -> int:
-    """Count the markers of one kind, without holding up other threads as bytes.count does."""
-    values = np.frombuffer(data, np.uint8)
-    return int(np.count_nonzero((values[:-1] == 0xFF) & (values[1:] == code)))
+def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
+    """Bound what opened files cost beyond their pixels: decoders in Python, rows read piece by piece."""
+    # Pillow keeps those in Python, and only those, in this dictionary
+    if any(tile[0] in Image.DECODERS for tile in image.tile):
+        pixels, size = image.width * image.height, len(file.getbuffer())
+        if max(pixels, size) > _MAX_PYTHON_PIXELS:
+            raise ImageError(
+                f"{name}: must have at most {_MAX_PYTHON_PIXELS} pixels and bytes in run-length "
+                f"encoding, got {pixels} and {size}"
+            )
+        file.allow(2 * pixels)
+    # Pillow reads up to the next strip and joins that with what it has of a row: in quadratic time
+    image.decodermaxblock = max(image.decodermaxblock, image.width)
+    starts = sorted({tile.offset for tile in image.tile})
+    if any((end - start) * _MAX_PIXELS_A_BYTE < image.width for start, end in pairwise(starts)):
+        raise ImageError(f"{name}: must have strips apart from each other, got some that overlap")
 
 
-def _check_scans(scans: int, size: tuple[int, int], max_pixels: int, name: str) -> None:
-    most = min(_MAX_JPEG_SCANS, _MAX_JPEG_PASSES * max_pixels // (size[0] * size[1]))
-    if scans > most:
-        raise ImageError(f"{name}: must have at most {most} scans at its size, got {scans}")
-
-
-def _open_ppm(file: io.BytesIO) -> ImageFile:
-    data = file.getvalue()
-    if data[1:2] in (b"1", b"2", b"3") and data.count(b"#") > _MAX_PPM_COMMENTS:
-        file = io.BytesIO(_PPM_COMMENT.sub(b"", data))
-    return PpmImagePlugin.PpmImageFile(file)
+def _check_webp(data: bytes, max_pixels: int, name: str) -> None:
+    """Check the size too: the plugin takes memory for the picture when it is opened."""
+    check_size(_webp_size(data), max_pixels, name)
+    check_webp(data, name)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -152,14 +164,15 @@ def _whole_bmp(data: bytes) -> bool:
 
 
 _FORMATS = (
-    _Format("PNG", (b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile, _whole_png),
+    _Format("PNG", (b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile, _whole_png, check_png),
     _Format(
         "JPEG",
         (b"\xff\xd8\xff",),
         JpegImagePlugin.JpegImageFile,
         lambda data: b"\xff\xd9" in data[-1024:],  # cameras append padding
+        check_jpeg,
     ),
-    _Format("WebP", (b"RIFF",), WebPImagePlugin.WebPImageFile, _whole_webp),
+    _Format("WebP", (b"RIFF",), WebPImagePlugin.WebPImageFile, _whole_webp, _check_webp),
     _Format(
         "GIF", (b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile, lambda data: b";" in data[-16:]
     ),
@@ -169,11 +182,12 @@ _FORMATS = (
         (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
         TiffImagePlugin.TiffImageFile,
         lambda _data: True,  # its parts lie in any order
+        check_tiff,
     ),
     _Format(
         "PPM",
         tuple(b"P%d" % number for number in range(1, 7)),
-        _open_ppm,
+        PpmImagePlugin.PpmImageFile,
         lambda _data: True,  # decoding needs every byte
     ),
 )

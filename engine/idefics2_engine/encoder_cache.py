@@ -5,6 +5,7 @@ one that was let go longest ago first.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 
 class EncoderCache:
@@ -52,11 +53,16 @@ class EncoderCache:
             del self._holders[content]
             self._idle[content] = None
 
+    def forget(self, contents: Iterable[bytes]) -> None:
+        """Drop those pictures that are known and not held."""
+        for content in contents:
+            if content in self._idle:
+                del self._idle[content]
+                self._empty.append(self._slot_of.pop(content))
+
     def forget_idle(self) -> None:
         """Drop all that nobody holds, as when contents are no longer to be trusted."""
-        for content in self._idle:
-            self._empty.append(self._slot_of.pop(content))
-        self._idle.clear()
+        self.forget([*self._idle])
 
     def check_integrity(self, held: list[bytes]) -> None:
         """Assert that holders are as ``held``, and that every slot is one picture's or empty."""

@@ -36,6 +36,7 @@ class _Flight:
     requests: set[Request]
     sequences: list[Sequence]  # that draw a token, in the order of its rows
     drawn: Drawn | None  # if any do
+    failed: list[tuple[Request, str]]  # whose prompts cannot be scored, and why
 
 
 class Engine:
@@ -150,12 +151,16 @@ class Engine:
         """Put ``step`` on the device, behind the one ``before`` if its tokens are not read yet."""
         known_there = {} if before is None else {s: row for row, s in enumerate(before.sequences)}
         logits, prompts = self.runner.run(step, known_there)
+        failed = []
         for request, prompt_logits in prompts:
             begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
             followers = request.prompt_token_ids[begin + 1 : begin + 1 + len(prompt_logits)]
-            request.prompt_logprobs += self.sampler.prompt_logprobs(
-                prompt_logits, followers, number or 0
-            )
+            try:
+                request.prompt_logprobs += self.sampler.prompt_logprobs(
+                    prompt_logits, followers, number or 0
+                )
+            except FloatingPointError as error:
+                failed.append((request, str(error)))
         self.scheduler.computed(step)
         sequences: list[Sequence] = []
         rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
@@ -164,7 +169,7 @@ class Engine:
             sequences += drawn
             rows += [row] * len(drawn)
         if not sequences:
-            return _Flight(step, requests, [], None)
+            return _Flight(step, requests, [], None, failed)
         if len(rows) > len(logits):
             (places,) = to_device([np.array(rows, np.int64)], logits.device)
             logits = logits[places]
@@ -172,7 +177,7 @@ class Engine:
         self.runner.note(tokens.token_ids)
         for sequence in sequences:
             sequence.num_pending += 1
-        return _Flight(step, requests, sequences, tokens)
+        return _Flight(step, requests, sequences, tokens, failed)
 
     def _land(self, flight: _Flight | None) -> None:
         """Wait for a step and append its tokens to the answers that have not ended since it was launched."""
@@ -187,14 +192,22 @@ class Engine:
             self._flight = None
             self._recover(flight.requests, error)
             return
+        for request, reason in flight.failed:
+            self._fail(request, reason)
         got = []
         for sequence, choice in zip(flight.sequences, choices, strict=True):
             if not sequence.num_pending:
                 continue
+            if not choice.is_finite:
+                largest = choice.largest_logit
+                self._fail(
+                    sequence.request, f"logits must be finite, got {largest} for the largest"
+                )
+                continue
             try:
-                sequence.append(*choice)
+                sequence.append(choice.token_id, choice.logprobs)
             except Exception as error:
-                self._fail(sequence.request, "its tokens must have a text", error)
+                self._fail(sequence.request, _failure("its tokens must have a text", error), error)
             else:
                 got.append(sequence)
                 self._changed[sequence.request] = None
@@ -214,16 +227,14 @@ class Engine:
             self.scheduler.max_num_seqs = len(requests) // 2
             return
         for request in requests:  # one, or none if it has ended meanwhile
-            self._fail(request, "the model must run on it", error)
+            self._fail(request, _failure("the model must run on it", error), error)
 
-    def _fail(self, request: Request, wanted: str, error: Exception) -> None:
-        """Give up one request because of ``error``; the others go on."""
-        failed = RequestFailedError(
-            f"request {request.request_id}: {wanted}, got {type(error).__name__}"
-        )
-        failed.__cause__ = error
-        request.error = failed
+    def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
+        """Give up one request and forget what was computed for it, which others might share; they go on."""
+        request.error = RequestFailedError(f"request {request.request_id}: {reason}")
+        request.error.__cause__ = cause
         self.cancel(request)
+        self.scheduler.forget(request.sequences)
         self._changed[request] = None
 
     def _clear(self, requests: set[Request]) -> None:
@@ -244,3 +255,7 @@ class Engine:
         """Drop what is unfinished of ``request``."""
         self.scheduler.cancel(request.sequences)
         self._clear({request})
+
+
+def _failure(wanted: str, error: Exception) -> str:
+    return f"{wanted}, got {type(error).__name__}"

@@ -90,6 +90,6 @@ class InternalError(Idefics2Error):
 
 
 class RequestFailedError(Idefics2Error):
-    """The model could not be run on one request, alone in a step; the others went on."""
+    """The model could not be run on one request, alone in a step, or gave no finite logits; the others went on."""
 
     code = "request_failed"

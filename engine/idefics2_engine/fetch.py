@@ -19,15 +19,17 @@ from io import BufferedReader, RawIOBase
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from idefics2_engine.addresses import is_global
 from idefics2_engine.errors import MediaFetchError, MediaNotAllowedError
 
 _PORTS = {"https": 443, "http": 80}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 3
 _CHUNK = 65536  # bytes
-_HOST = re.compile(r"(?!-)[a-z0-9-]+(\.(?!-)[a-z0-9-]+)*")
+_HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(\.(?!-)[a-z0-9-]{1,63})*")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # what resolvers take for (part of) an address
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_LONGEST = 86400.0  # seconds; sockets take no much larger number
+_MAX_OVERHEAD = 1 << 20  # bytes of headers, and of chunks an eighth of the body besides
 
 
 def _resolve(host: str, port: int) -> list[str]:
@@ -41,11 +43,12 @@ def _connect(address: str, port: int, timeout: float) -> socket.socket:
 
 @dataclass(frozen=True)
 class Network:
-    """How names become addresses and addresses connections; tests bring their own."""
+    """How names become addresses, addresses connections, and how time is told; tests bring their own."""
 
     resolve: Callable[[str, int], list[str]] = _resolve
     connect: Callable[[str, int, float], socket.socket] = _connect  # address, port, seconds
     tls: ssl.SSLContext | None = None  # None: the system's certificates
+    clock: Callable[[], float] = time.monotonic  # seconds
 
     def secure(self, raw: socket.socket, host: str) -> socket.socket:
         """Wrap a connection in TLS, checked against ``host``."""
@@ -63,6 +66,21 @@ class FetchRules:
     network: Network = field(default_factory=Network)
 
 
+class _Deadline:
+    """When a fetch must be over."""
+
+    def __init__(self, rules: FetchRules) -> None:
+        self._clock = rules.network.clock
+        self._end = self._clock() + min(rules.seconds, _LONGEST)
+
+    def remaining(self) -> float:
+        """Return the seconds left; ``TimeoutError`` if there are none."""
+        seconds = self._end - self._clock()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+
 def fetch(url: str, rules: FetchRules) -> bytes:
     """Return what lies at ``url``.
 
@@ -70,13 +88,18 @@ def fetch(url: str, rules: FetchRules) -> bytes:
         MediaNotAllowedError: The URL, or where it redirects to, is not covered by ``rules``.
         MediaFetchError: The host cannot be reached or answers with an error, too much or too slowly.
     """
-    deadline = time.monotonic() + rules.seconds
+    deadline = _Deadline(rules)
     for _ in range(_MAX_REDIRECTS + 1):
         parts = check_url(url, rules)
         found = _get(parts, rules, deadline)
         if isinstance(found, bytes):
             return found
-        url = urljoin(url, found)
+        try:
+            url = urljoin(url, found)
+        except ValueError:  # of addresses that only begin to look like IPv6
+            raise MediaFetchError(
+                f"{_short(parts)}: must redirect to an address that can be read"
+            ) from None
     raise MediaFetchError(
         f"{_short(parts)}: must redirect at most {_MAX_REDIRECTS} times, got more"
     )
@@ -115,26 +138,6 @@ def check_url(url: str, rules: FetchRules) -> SplitResult:
     return parts
 
 
-def is_global(address: str) -> bool:
-    """Tell whether an address belongs to the public internet, and so does every one inside it."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False  # such as an IPv6 address with a scope, which is local
-    inner: list[Any] = []
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64:
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if ip.ipv4_mapped is not None:  # Pythons differ about these: the address inside decides
-            return is_global(str(ip.ipv4_mapped))
-    return (
-        ip.is_global
-        and not ip.is_multicast
-        and all(is_global(str(other)) for other in inner if other is not None)
-    )
-
-
 def _host(parts: SplitResult) -> str:
     """Return the host in lower case: a name, or an address in its one usual spelling."""
     host = (parts.hostname or "").removesuffix(".")
@@ -165,7 +168,7 @@ def _covers(entry: str, host: str, port: int) -> bool:
     return name in ("*", host) or (name.startswith(".") and host.endswith(name))
 
 
-def _get(parts: SplitResult, rules: FetchRules, deadline: float) -> bytes | str:
+def _get(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> bytes | str:
     """Return the body, or the address that the server redirects to."""
     where = _short(parts)
     connection = http.client.HTTPConnection(_host(parts), parts.port or _PORTS[parts.scheme])
@@ -210,7 +213,7 @@ def _body(response: http.client.HTTPResponse, where: str, max_bytes: int) -> byt
     return bytes(body)
 
 
-def _open(parts: SplitResult, rules: FetchRules, deadline: float) -> "_TimedSocket":
+def _open(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> "_TimedSocket":
     """Connect to one of the host's addresses, all of which must be global."""
     host, port = _host(parts), parts.port or _PORTS[parts.scheme]
     addresses = _resolve_in_time(rules.network, host, port, deadline)
@@ -219,11 +222,11 @@ def _open(parts: SplitResult, rules: FetchRules, deadline: float) -> "_TimedSock
     for number, address in enumerate(addresses, 1):
         raw = None
         try:
-            raw = rules.network.connect(address, port, _remaining(deadline))
-            raw.settimeout(_remaining(deadline))
+            raw = rules.network.connect(address, port, deadline.remaining())
+            raw.settimeout(deadline.remaining())
             secured = rules.network.secure(raw, host) if parts.scheme == "https" else raw
-            return _TimedSocket(secured, deadline)
-        except OSError:
+            return _TimedSocket(secured, deadline, rules.max_bytes)
+        except (OSError, ValueError):
             if raw is not None:
                 raw.close()
             if number == len(addresses):
@@ -231,32 +234,24 @@ def _open(parts: SplitResult, rules: FetchRules, deadline: float) -> "_TimedSock
     raise AssertionError("there is at least one address")
 
 
-def _resolve_in_time(network: Network, host: str, port: int, deadline: float) -> Sequence[str]:
+def _resolve_in_time(network: Network, host: str, port: int, deadline: _Deadline) -> Sequence[str]:
     """Resolve in a thread: the system's resolver knows no time limit."""
     answers: queue.Queue[list[str] | OSError] = queue.Queue()
 
     def ask() -> None:
         try:
             answers.put(network.resolve(host, port))
-        except (OSError, UnicodeError):
+        except (OSError, ValueError):
             answers.put(OSError())
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        answer = answers.get(timeout=_remaining(deadline))
+        answer = answers.get(timeout=deadline.remaining())
     except queue.Empty:
         raise TimeoutError from None
     if isinstance(answer, OSError):
         raise MediaFetchError(f"URL: host {host[:80]!r} cannot be resolved")
     return answer
-
-
-def _remaining(deadline: float) -> float:
-    """Return the seconds left; ``TimeoutError`` if there are none."""
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
 
 
 def _reason(error: Exception, rules: FetchRules) -> str:
@@ -275,16 +270,17 @@ def _short(parts: SplitResult) -> str:
 class _TimedSocket:
     """As much of a socket as ``http.client`` uses; every read has what is left until the deadline."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._max_bytes = max_bytes
 
     def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.settimeout(self._deadline.remaining())
         self._sock.sendall(data)
 
     def makefile(self, _mode: str) -> BufferedReader:
-        return BufferedReader(_TimedReader(self._sock, self._deadline))
+        return BufferedReader(_TimedReader(self._sock, self._deadline, self._max_bytes))
 
     def close(self) -> None:
         """Leave the connection open: ``http.client`` closes before it has read the body."""
@@ -294,13 +290,23 @@ class _TimedSocket:
 
 
 class _TimedReader(RawIOBase):
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
+    """Reads until the deadline, and no more than a body of ``max_bytes`` can take on its way.
+
+    The latter because ``http.client`` reads a chunk of -1 bytes to the end, and headers up to 6 MB.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:
         self._sock = sock
         self._deadline = deadline
+        self._left = max_bytes + max_bytes // 8 + _MAX_OVERHEAD
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self._sock.settimeout(_remaining(self._deadline))
-        return self._sock.recv_into(buffer)
+        self._sock.settimeout(self._deadline.remaining())
+        count = self._sock.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise OSError("more than a body with its headers")
+        return count

@@ -9,12 +9,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
 from idefics2_engine.pixel_parts import convert_in_parts
 
 _PLAIN_MODES = ("1", "L", "P", "RGB")  # what ``strict`` takes, without transparency
+_PART_PIXELS = 1 << 20  # of a picture that is laid on white
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colours were multiplied by alpha
 
 
@@ -90,7 +100,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    turn = _TURNS.get(_orientation(image))  # ImageOps.exif_transpose would write all of EXIF anew
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -135,8 +146,17 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    straight = image.convert(_STRAIGHT.get(image.mode, image.mode)).convert("RGBA")
-    shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), straight)
-    # Each of them is as large as the picture
-    del straight
-    return shown.convert("RGB")
+    """Return the picture on a white page, part by part: the steps hold five copies of a part."""
+    page = Image.new("RGB", image.size)
+    width = min(image.width, _PART_PIXELS)
+    height = max(1, _PART_PIXELS // width)
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            right, bottom = min(left + width, image.width), min(top + height, image.height)
+            box = left, top, right, bottom
+            # Not `crop`, which holds parts to the process's limit for whole pictures
+            part = image.resize((right - left, bottom - top), Image.Resampling.NEAREST, box)
+            straight = part.convert(_STRAIGHT.get(part.mode, part.mode)).convert("RGBA")
+            white = Image.new("RGBA", part.size, "white")
+            page.paste(Image.alpha_composite(white, straight).convert("RGB"), box)
+    return page

@@ -3,6 +3,9 @@
 The host lists (row, token) pairs, and the device applies each list to all rows at once: only listed places are read and
 written, and a row that asks for nothing costs nothing. In this order: allowed ids, bad words, end tokens that come too
 early, bias, penalties. What is barred stays so, because neither bias nor penalty moves -inf.
+
+A token is barred by adding -inf to its logit, not by writing it there: NaN stays NaN and infinity becomes NaN, so the
+largest edited logit still tells whether all logits of the model could be used.
 """
 
 from collections.abc import Sequence as Items
@@ -47,11 +50,10 @@ class LogitEdits:
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if len(self.allowed_rows):
             kept = logits[self.allowed]
-            logits.index_fill_(0, self.allowed_rows, NEVER)
+            logits[self.allowed_rows] = logits[self.allowed_rows] + NEVER
             logits[self.allowed] = kept
         if len(self.barred[0]):
-            never = logits.new_full((), NEVER)  # a number of the host's would have to be waited for
-            logits.index_put_(self.barred, never)
+            logits[self.barred] = logits[self.barred] + NEVER
         if len(self.bias):
             logits[self.biased] = logits[self.biased] + self.bias
         if len(self.repetition):

@@ -110,8 +110,15 @@ class Idefics2(nn.Module):
         """Return logits (rows, vocabulary) for ``batch.logits_indices``, or for every token.
 
         ``image_features`` (..., hidden) take the places of the image token, in order. There must be as many rows as such
-        tokens in the batch: not checked here, as that would wait for the device. Without them an image token keeps its own embedding.
+        tokens in the batch. Without them an image token keeps its own embedding.
+
+        Raises:
+            ValueError: A sequence is longer than the model has positions, or, on a CPU, features and image tokens differ
+                in number. A GPU stops with an assertion then, as for an id that is no token: nothing waits for it. With
+                a KV cache neither is looked at, as the engine makes such batches from checked requests.
         """
+        if batch.paged is None:
+            self._check(batch, image_features)
         hidden = self.text(self.embed(batch.input_ids, image_features), batch, kv_cache)
         if batch.logits_indices is not None:
             hidden = hidden[batch.logits_indices]
@@ -120,7 +127,9 @@ class Idefics2(nn.Module):
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Look up ``input_ids`` (T,) and put ``image_features`` in the image tokens' places: (T, hidden)."""
-        embeds = nn.functional.embedding(input_ids, self.text.embedding)
+        # without the rows that fill the table up: an id there is no token
+        tokens = self.text.embedding[: self.config.text.vocab_size]
+        embeds = nn.functional.embedding(input_ids, tokens)
         if image_features is None:
             return embeds
         is_image = input_ids == self.config.image_token_id
@@ -128,6 +137,23 @@ class Idefics2(nn.Module):
         rows = (is_image.cumsum(0) - 1).clamp(min=0)
         features = image_features.flatten(0, -2).to(embeds.dtype)
         return torch.where(is_image[:, None], nn.functional.embedding(rows, features), embeds)
+
+    def _check(self, batch: TextBatch, image_features: Tensor | None) -> None:
+        positions = self.config.text.max_positions
+        if batch.max_seqlen > positions:
+            raise ValueError(
+                f"sequences must have at most {positions} tokens, got one of {batch.max_seqlen}"
+            )
+        if image_features is None:
+            return
+        slots = (batch.input_ids == self.config.image_token_id).sum()
+        rows = image_features.shape[:-1].numel()
+        wanted = f"image tokens must be as many as rows of image_features {rows}"
+        if slots.device.type == "cpu":
+            if int(slots) != rows:
+                raise ValueError(f"{wanted}, got {int(slots)}")
+        else:
+            torch._assert_async(slots == rows, wanted)
 
     def loss(
         self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None
@@ -168,6 +194,8 @@ def next_token_loss(logits: Tensor, labels: Tensor, batch: TextBatch) -> Tensor:
     """Return the mean cross entropy of ``logits`` (T, V) against each token's successor among ``labels`` (T,)."""
     if batch.logits_indices is not None:
         raise ValueError("the loss needs logits for every token, got a batch with logits_indices")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels must be ({len(logits)},), one a token, got {tuple(labels.shape)}")
     targets = labels.roll(-1).index_fill(0, batch.cu_seqlens[1:].long() - 1, IGNORED_LABEL)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(wide, targets, ignore_index=IGNORED_LABEL)

@@ -78,6 +78,14 @@ class PageAllocator:
             found.append(page)
         return found
 
+    def forget(self, names: Iterable[bytes]) -> None:
+        """Let no page with one of these contents be found again; their holders keep them."""
+        for name in names:
+            if (page := self._page_of.get(name)) is not None:
+                self._forget(page)
+                if page in self._free:
+                    self._free.move_to_end(page, last=False)
+
     def num_idle(self, pages: Iterable[int]) -> int:
         """Count those of ``pages`` that nobody holds."""
         return sum(page in self._free for page in pages)

@@ -79,9 +79,9 @@ class Tokenizer:
             read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
         )
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        """Ids in use, control tokens included."""
+        """Ids up to the largest in use, control tokens and gaps included."""
         return self._library.vocab_size
 
     @property

@@ -10,10 +10,15 @@ In this order, vLLM's:
 
 The stream is keyed by (seed, token index), so batching, preemption and resuming cannot change what is drawn. What a step
 needs goes to the device in two copies, and all that is asked for comes back in one.
+
+A row can be sampled if the largest of its edited logits is finite. It is not if any logit of the model is NaN or infinity
+(edits keep both visible), or if no finite logit is left. A single logit of -inf is a token that is never drawn. The largest
+logit comes to the host with the tokens: the greedy choice computes it anyway, and a draw reads the logits once more for it.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +37,14 @@ from idefics2_kernels import Ops
 class Choice(NamedTuple):
     """The next token of a sequence."""
 
-    token_id: int
+    token_id: int  # means nothing if the largest logit is not finite
     logprobs: TokenLogprobs | None  # if asked for
+    largest_logit: float  # after edits
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the logits could be sampled."""
+        return isfinite(self.largest_logit)
 
 
 class Drawn:
@@ -42,6 +53,7 @@ class Drawn:
     def __init__(
         self,
         token_ids: Tensor,  # (B,) int64
+        largest: Tensor,  # (B,), each row's largest edited logit
         tops: list[int | None],  # log probabilities that each row asks for
         scores: Scores | None,  # of the rows that ask
         text: Callable[[int], str],
@@ -50,16 +62,18 @@ class Drawn:
         self.scores = scores
         self._tops = tops
         self._text = text
-        self._copy = ToHost([token_ids.int(), *(scores.tensors if scores else ())])
+        self._copy = ToHost([token_ids.int(), largest.float(), *(scores.tensors if scores else ())])
 
     def choices(self) -> list[Choice]:
         """Wait for the device and return one choice a row."""
-        token_ids, *scored = self._copy.arrays()
+        token_ids, largest, *scored = self._copy.arrays()
         asked = [top for top in self._tops if top is not None]
         places = iter(described(scored, asked, self._text) if asked else ())
         return [
-            Choice(token, None if top is None else next(places))
-            for token, top in zip(token_ids.tolist(), self._tops, strict=True)
+            Choice(token, None if top is None else next(places), logit)
+            for token, logit, top in zip(
+                token_ids.tolist(), largest.tolist(), self._tops, strict=True
+            )
         ]
 
 
@@ -115,10 +129,11 @@ class Sampler:
         raw = padded_rows(logits, ids[0]) if len(rows) else None
         logits = LogitEdits.of(ids[1:split_ids], values[:split_values]).apply(logits)
         if greedy:
-            tokens = logits.argmax(-1)
+            largest, tokens = logits.max(-1)
         else:
             top_k, seed, index = ids[split_ids:]
             temperature, top_p, min_p = values[split_values:]
+            largest = logits.amax(-1)
             tokens = self.ops.sample(
                 logits,
                 temperature,
@@ -131,7 +146,7 @@ class Sampler:
             )
         most = max((top for top in tops if top is not None), default=0)
         scores = None if raw is None else score(raw, tokens[ids[0]], most, V)
-        return Drawn(tokens, tops, scores, self.text)
+        return Drawn(tokens, largest, tops, scores, self.text)
 
     @torch.inference_mode()
     def prompt_logprobs(
@@ -143,6 +158,9 @@ class Sampler:
             logits: As the model gave them at T places in a row, (T, V).
             token_ids: The tokens (T) at the places behind these.
             number: Of the likeliest tokens to report beside each; -1 for the whole vocabulary.
+
+        Raises:
+            FloatingPointError: A row has no probabilities, because a logit is NaN or infinity or all are -inf.
         """
         if len(logits) != len(token_ids):
             raise ValueError(
@@ -153,7 +171,10 @@ class Sampler:
         top = likeliest(number, logits.shape[1])
         parts = score_prompt(logits, token_ids, top)
         scores = [torch.cat(some) for some in zip(*(part.tensors for part in parts), strict=True)]
-        return described(ToHost(scores).arrays(), [top] * len(token_ids), self.text)
+        arrays = ToHost(scores).arrays()
+        if np.isnan(arrays[1]).any():
+            raise FloatingPointError("logits must be finite, got log probabilities that are NaN")
+        return described(arrays, [top] * len(token_ids), self.text)
 
 
 def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:

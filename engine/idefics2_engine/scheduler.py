@@ -142,6 +142,12 @@ class Scheduler:
                 self.waiting.pop(sequence, None)
             sequence.num_pending = 0
 
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Let nobody find the pages and pictures that were computed for ``sequences``, which neither wait nor run."""
+        for sequence in sequences:
+            self.pages.forget(sequence.page_names(self.pages.page_size))
+            self.encoder.forget(item.tile.fingerprint for item in sequence.request.images)
+
     def preempt_newest(self) -> Sequence:
         """Let the newest that runs wait again, before all others, without its pages; one must run."""
         sequence, _ = self.running.popitem()

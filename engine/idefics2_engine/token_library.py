@@ -34,7 +34,9 @@ class TokenLibrary:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             _check_growth(part, description.get(part))
         _check_decoder(description.get("decoder"))
-        self.vocab_size: int = self._tokenizer.get_vocab_size()  # added tokens included
+        # Added tokens and gaps between ids included
+        ids = sorted(self._tokenizer.get_vocab().values())
+        self.vocab_size: int = 1 + ids[-1]
         self.added_tokens: dict[int, tokenizers.AddedToken] = (
             self._tokenizer.get_added_tokens_decoder()
         )
@@ -42,7 +44,7 @@ class TokenLibrary:
         try:  # the parts that are looked into no sooner
             self.prefix: list[int] = self._tokenizer.encode("").ids  # what begins and ends a text
             self._tokenizer.decode([])
-            self._tokenizer.decode(list(range(self.vocab_size)), skip_special_tokens=False)
+            self._tokenizer.decode(ids, skip_special_tokens=False)
         except BaseException as error:
             raise _unusable(error) from None
 

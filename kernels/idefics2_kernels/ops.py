@@ -3,10 +3,15 @@
 A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation that cannot run
 raises. ``dataclasses.replace(TRITON, flash_attention=reference.flash_attention)`` swaps one, to find which of them
 a wrong logit comes from. What each operation computes is written in ``reference``; shapes are repeated here.
+
+``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd knows nothing of, so the
+gradient would stop there in silence. Every operation of ``TRITON`` therefore refuses inputs that require one, also where a
+shape would be computed by PyTorch's own operations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
 from importlib.util import find_spec
 from typing import Any, NoReturn, Protocol
 
@@ -19,6 +24,10 @@ from idefics2_kernels.nf4_weight import NF4Weight
 
 class MissingOperationError(RuntimeError):
     """An operation that this filling of ``Ops`` does not have was called."""
+
+
+class NoGradientError(RuntimeError):
+    """An operation without a gradient got an input that requires one."""
 
 
 class Linear(Protocol):
@@ -227,6 +236,23 @@ def _missing(name: str) -> Any:
     return raise_missing
 
 
+def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``kernel``, which raises where autograd would record it: that would stop the gradient in silence."""
+
+    @wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # False in inference, where nothing else is looked at
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise NoGradientError(
+                        f"TRITON's {name!r} has no gradient, got an input that requires one: "
+                        "use REFERENCE to train, or torch.no_grad()"
+                    )
+        return kernel(*args, **kwargs)
+
+    return call
+
+
 def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
@@ -269,7 +295,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def _triton() -> Ops:
-    kernels = _kernels()
+    kernels = {name: _inference_only(name, kernel) for name, kernel in _kernels().items()}
     return Ops(
         **{field.name: kernels.get(field.name, _missing(field.name)) for field in fields(Ops)}
     )
