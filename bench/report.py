@@ -1,6 +1,6 @@
-"""Results as a table to paste, as JSON, as a roofline plot, and as the tables of the README and of the kernels' page.
+"""Results as a table to paste, as JSON, as a roofline plot, and as the tables of the pages in ``docs/kernels``.
 
-PYTHONPATH=kernels python bench/report.py      # writes these anew, from catalog and results
+PYTHONPATH=kernels python bench/report.py      # writes these tables anew, from catalog and results
 """
 
 import json
@@ -14,7 +14,9 @@ Row = dict[str, Any]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SHOWN = _ROOT / "bench/results/h200-kernels.json"
+_PAGES = _ROOT / "docs/kernels"
 TABLE_BEGIN, TABLE_END = "<!-- kernels -->\n", "<!-- /kernels -->"
+_SLOWER = re.compile(r"(<!-- slower -->\n).*?(<!-- /slower -->)", re.DOTALL)
 _FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
 
 
@@ -138,7 +140,7 @@ def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
 
 
 def kernel_table(results: list[Row]) -> str:
-    """Return the README's table: every operation, what it computes, its cases, and its best figure in ``results``."""
+    """Return the index's table: every operation, what it computes, its cases, and its best figure in ``results``."""
     lines = [
         "| operation | computes | cases | measured |",
         "|---|---|---:|---|",
@@ -156,7 +158,23 @@ def kernel_table(results: list[Row]) -> str:
             )
             if "speedup" in best:
                 figure += f", {best['speedup']:.2f} x {best['peer']}"
-        lines.append(f"| `{spec.name}` | {summary} | {len(spec.cases)} | {figure} |")
+        page = f"[`{spec.name}`]({spec.name}.md)"
+        lines.append(f"| {page} | {summary} | {len(spec.cases)} | {figure} |")
+    return "\n".join(lines) + "\n"
+
+
+def slower_table(results: list[Row]) -> str:
+    """Return the cases of ``results`` in which ``TRITON`` was slower than its best peer, by 1 % or more."""
+    lines = [
+        "| operation | case | us | best peer, us | x |",
+        "|---|---|---:|---|---:|",
+    ]
+    for row in results:
+        if row["impl"] == "triton" and round(row.get("speedup", 1.0), 2) < 1:
+            lines.append(
+                f"| `{row['kernel']}` | {row['case']} | {row['ms'] * 1e3:.1f} | "
+                f"{row['peer']}, {row['peer_ms'] * 1e3:.1f} | {row['speedup']:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -166,11 +184,13 @@ def recorded() -> list[Row]:
     return rows
 
 
-def with_table(readme: str) -> str:
-    """Return the text ``readme`` with its table of kernels as catalog and results have it now."""
-    head, rest = readme.split(TABLE_BEGIN)
+def with_table(index: str) -> str:
+    """Return the text ``index`` with its tables of kernels as catalog and results have them now."""
+    results = recorded()
+    head, rest = index.split(TABLE_BEGIN)
     _, tail = rest.split(TABLE_END)
-    return f"{head}{TABLE_BEGIN}{kernel_table(recorded())}{TABLE_END}{tail}"
+    tail = _SLOWER.sub(lambda m: f"{m[1]}{slower_table(results)}{m[2]}", tail)
+    return f"{head}{TABLE_BEGIN}{kernel_table(results)}{TABLE_END}{tail}"
 
 
 def figures_table(kernel: str, results: list[Row]) -> str:
@@ -178,7 +198,7 @@ def figures_table(kernel: str, results: list[Row]) -> str:
     (spec,) = [spec for spec in CATALOG if spec.name == kernel]
     own = [row for row in results if row["kernel"] == kernel and "ms" in row]
     lines = [
-        "| case | implementation | us | TFLOP/s | GB/s | FLOP a byte | of roofline | best peer, us |",
+        "| case | implementation | us | TFLOP/s | GB/s | FLOP/byte | of roofline | best peer, us |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for row in own:
@@ -198,9 +218,16 @@ def with_figures(page: str) -> str:
     return _FIGURES.sub(lambda m: f"{m[1]}{figures_table(m[2], results)}{m[3]}", page)
 
 
+def renewed_pages() -> dict[Path, str]:
+    """Return the index of the kernels and the page of each operation, with their tables as of now."""
+    index = _PAGES / "README.md"
+    renewed = {index: with_table(index.read_text(encoding="utf-8"))}
+    for spec in CATALOG:
+        page = _PAGES / f"{spec.name}.md"
+        renewed[page] = with_figures(page.read_text(encoding="utf-8"))
+    return renewed
+
+
 if __name__ == "__main__":
-    for path, renewed in (
-        (_ROOT / "README.md", with_table),
-        (_ROOT / "kernels/README.md", with_figures),
-    ):
-        path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in renewed_pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -92,6 +92,19 @@ def test_results_are_kept_by_case_and_machine(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["rows"] == [one]
 
 
+def test_a_case_slower_than_its_peer_is_listed() -> None:
+    timed = {"kernel": "linear", "impl": "triton", "ms": 0.1, "peer": "cublas", "peer_ms": 0.098}
+    rows: list[report.Row] = [
+        {**timed, "case": "slower", "speedup": 0.98},
+        {**timed, "case": "as-fast", "speedup": 0.996},
+        {**timed, "case": "other-kernel", "speedup": 0.5, "impl": "tiled"},
+        {"kernel": "linear", "case": "alone", "impl": "triton", "ms": 0.1},
+    ]
+    *_, last = report.slower_table(rows).splitlines()
+    assert last == "| `linear` | slower | 100.0 | cublas, 98.0 | 0.98 |"
+    assert len(report.slower_table(rows).splitlines()) == 3
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

@@ -126,17 +126,23 @@ def test_wheel(tmp_path: Path) -> None:
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_the_readme_has_the_catalogs_table() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert "| `flash_attention` |" in readme
-    assert report.with_table(readme) == readme
+def test_the_kernels_pages_have_the_tables_of_catalog_and_results() -> None:
+    pages = report.renewed_pages()
+    assert set(pages) == set((ROOT / "docs/kernels").glob("*.md"))
+    for path, renewed in pages.items():
+        assert path.read_text(encoding="utf-8") == renewed, f"{path}: run bench/report.py"
 
 
-def test_every_operation_has_a_page_with_its_figures() -> None:
-    page = (ROOT / "kernels/README.md").read_text()
-    for spec in CATALOG:
-        assert page.count(f"\n## {spec.name}\n") == page.count(f"figures: {spec.name} ") == 1
-    assert report.with_figures(page) == page
+@pytest.mark.parametrize("name", [spec.name for spec in CATALOG])
+def test_every_operation_has_a_page_with_its_figures(name: str) -> None:
+    page = (ROOT / f"docs/kernels/{name}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {name}\n")
+    assert page.count("<!-- figures: ") == page.count(f"<!-- figures: {name} -->\n") == 1
+    assert "\n| case | implementation |" in page
+    for heading in ("What it computes", "How the work is divided", "Why it is launched so"):
+        assert page.count(f"\n## {heading}\n") == 1
+    index = (ROOT / "docs/kernels/README.md").read_text(encoding="utf-8")
+    assert f"\n| [`{name}`]({name}.md) |" in index
 
 
 def test_version_is_in_one_place() -> None:
