@@ -38,10 +38,10 @@ wheel: $(INSTALLED)  ## build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 mutants: $(INSTALLED)  ## break every kernel on purpose and see its tests fail
-	$(BIN)/python tests/mutants.py --jobs $(WORKERS)
+	$(BIN)/python tests/tools/mutants.py --jobs $(WORKERS)
 
 sanitize: $(INSTALLED)  ## run every kernel under compute-sanitizer (needs a GPU)
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/tools/sanitize.py
 
 clean:  ## remove everything that was built, the environment too
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

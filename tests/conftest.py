@@ -12,7 +12,9 @@ from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(SMALL_MODEL_THREADS))
 ROOT = Path(__file__).parents[1]
-os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / root) for root in ("engine", "kernels"))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    str(ROOT / root) for root in ("engine", "kernels", "bench")
+)
 
 import torch  # noqa: E402
 

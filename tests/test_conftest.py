@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
+from paths import TESTS
 
-TESTS = Path(__file__).parent
 WITHOUT = """
 import sys
 

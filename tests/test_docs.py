@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from paths import ROOT
+
 PAGES = [ROOT / "DESIGN.md", *sorted((ROOT / "docs").rglob("*.md"))]
 WIDTH = 100
 

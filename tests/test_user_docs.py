@@ -10,8 +10,8 @@ import pytest
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.cli.command import build_parser
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

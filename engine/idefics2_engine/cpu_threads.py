@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from idefics2_engine.weight_files import weight_paths
+from idefics2_engine.checkpoint.shards import weight_paths
 
 SMALL_MODEL_THREADS = 1
 """Of a model such as the demo. Its operations are so short that threads mostly wait for each other, and beside

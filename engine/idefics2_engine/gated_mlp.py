@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from idefics2_engine.linear import Linear
+from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 

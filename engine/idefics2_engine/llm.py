@@ -10,12 +10,18 @@ from typing import Any, Self, cast
 
 import torch
 
-from idefics2_engine.checkpoint import build_model, load_checkpoint
-from idefics2_engine.config import GenerationConfig, ModelConfig
-from idefics2_engine.engine import Engine
-from idefics2_engine.engine_thread import EngineThread
+from idefics2_engine.checkpoint.checksums import verify_files
+from idefics2_engine.checkpoint.hub import find_adapter
+from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
+from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
 from idefics2_engine.errors import Idefics2Error, InternalError, PromptError
-from idefics2_engine.hub import find_adapter
+from idefics2_engine.images.loader import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    MEDIA_TIMEOUT,
+    ImageSource,
+    media_config,
+)
 from idefics2_engine.llm_arguments import (
     at_least_one,
     engine_config,
@@ -24,13 +30,12 @@ from idefics2_engine.llm_arguments import (
     torch_dtype,
 )
 from idefics2_engine.llm_options import LLMOptions
-from idefics2_engine.media import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, ImageSource, media_config
-from idefics2_engine.memory import kv_cache_tokens as measured_kv_cache_tokens
+from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.prefetcher import Prefetcher
-from idefics2_engine.processor import ProcessedPrompt, Processor
-from idefics2_engine.progress import Progress
-from idefics2_engine.quantization import Quantization
+from idefics2_engine.progress_bar import Progress
+from idefics2_engine.prompts.processor import ProcessedPrompt, Processor
 from idefics2_engine.request_builder import (
     Conversation,
     Prompt,
@@ -39,11 +44,12 @@ from idefics2_engine.request_builder import (
     is_conversation,
     read_params,
 )
+from idefics2_engine.runtime.engine import Engine
+from idefics2_engine.runtime.engine_thread import EngineThread
+from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.sequence import Request
+from idefics2_engine.scheduling.sequence import Request
 from idefics2_engine.torch_defaults import torch_defaults
-from idefics2_engine.verify import verify_files
-from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from idefics2_engine.config import PAGE_SIZE, EngineConfig, ModelConfig
+from idefics2_engine.checkpoint.hub import find_model
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.field_checks import Whole, check
-from idefics2_engine.hub import find_model
 from idefics2_engine.llm_options import LLMOptions
+from idefics2_engine.model.config import PAGE_SIZE, EngineConfig, ModelConfig
 
 _KV_CACHE_TOKENS = 65536  # 8 GiB at the 8B model's shape in 16 bit
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

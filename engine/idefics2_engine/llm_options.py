@@ -19,8 +19,8 @@ from idefics2_engine.field_checks import (
     path,
     text,
 )
-from idefics2_engine.image_policy import ImagePolicy
-from idefics2_engine.quantization import PARTS
+from idefics2_engine.images.policy import ImagePolicy
+from idefics2_engine.model.quantization import PARTS
 from idefics2_engine.shown import shown
 from idefics2_kernels import Ops
 

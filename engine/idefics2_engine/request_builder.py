@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from idefics2_engine.bad_words import bad_words_ids, check_choice
 from idefics2_engine.caller_errors import about, caller_code
-from idefics2_engine.config import GenerationConfig, ModelConfig
 from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError
-from idefics2_engine.image_items import image_items
-from idefics2_engine.logprobs import check_entries
-from idefics2_engine.media import ImageSource
-from idefics2_engine.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.images.loader import ImageSource
+from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
+from idefics2_engine.sampling.logprobs import check_entries
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.sequence import Request
+from idefics2_engine.scheduling.placeholders import image_items
+from idefics2_engine.scheduling.sequence import Request
 from idefics2_engine.shown import shown
 
 Prompt = str | Mapping[str, Any]

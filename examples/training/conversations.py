@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from idefics2_engine.config import ModelConfig
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.images import Tile, make_tiles
-from idefics2_engine.processor import Processor
-from idefics2_engine.prompt import END_OF_UTTERANCE, expand_image_slots
+from idefics2_engine.images.tiling import Tile, make_tiles
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.prompts.processor import Processor
+from idefics2_engine.prompts.tokenizer import END_OF_UTTERANCE, expand_image_slots
 from questions import Conversation
 from scenes import Scene, render
 

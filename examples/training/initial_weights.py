@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from idefics2_engine.model import Idefics2
+from idefics2_engine.model.idefics2 import Idefics2
 
 _INIT_STD = 0.02  # of Idefics2.init_weights
 _EMBEDDING_STD = 0.2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data_workers import DataWorkers, progress_jobs, training_jobs
-from idefics2_engine.config import ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from rounds import Rounds
 from trainer import Trainer
 from training_data import DataSet

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from chunks import Bytes, Chunk, Grids, GroupKey, Rows, runs, tile_bytes
 from conversations import Grid
-from idefics2_engine.batch import TextBatch
-from idefics2_engine.config import ModelConfig
-from idefics2_engine.images import position_ids
-from idefics2_engine.model import IGNORED_LABEL
+from idefics2_engine.images.tiling import position_ids
+from idefics2_engine.model.batch import TextBatch
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.model.idefics2 import IGNORED_LABEL
 
 
 @dataclass(frozen=True, eq=False)

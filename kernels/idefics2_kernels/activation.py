@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.dependent_launch import dependent, let_next_begin, wait_for_last
-from idefics2_kernels.primitives import LOG2_E
+from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.gpu.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.gpu.primitives import LOG2_E
 
 GELU_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi) / math.log(2))
 GELU_CUBIC = tl.constexpr(0.044715)

@@ -18,8 +18,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from idefics2_kernels import reference, reference_nf4
-from idefics2_kernels.nf4_weight import NF4Weight
+from idefics2_kernels.nf4.nf4_weight import NF4Weight
+from idefics2_kernels.reference import nf4 as reference_nf4
+from idefics2_kernels.reference import operations as reference
 
 
 class MissingOperationError(RuntimeError):
@@ -257,20 +258,12 @@ def _kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import (
-        activation,
-        flash_attention,
-        layer_norm,
-        linear,
-        nf4,
-        nf4_matmul,
-        paged_attention,
-        patches,
-        perceiver_attention,
-        rms_norm,
-        rotary,
-        sample,
-    )
+    from idefics2_kernels import activation, patches, rotary, sample
+    from idefics2_kernels.attention import flash_attention, paged_attention, perceiver_attention
+    from idefics2_kernels.matmul import linear
+    from idefics2_kernels.nf4 import nf4_matmul
+    from idefics2_kernels.nf4 import nf4_quantize as nf4
+    from idefics2_kernels.norms import layer_norm, rms_norm
 
     return {
         "linear": linear.linear,

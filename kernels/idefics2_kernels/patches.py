@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.checks import FLOATS, INTS, check_device, check_dtype, check_shape
+from idefics2_kernels.gpu.checks import FLOATS, INTS, check_device, check_dtype, check_shape
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.checks import (
+from idefics2_kernels.gpu.checks import (
     FLOATS,
     INTS,
     check_device,
@@ -19,7 +19,7 @@ from idefics2_kernels.checks import (
     check_rows,
     check_shape,
 )
-from idefics2_kernels.dependent_launch import (
+from idefics2_kernels.gpu.dependent_launch import (
     dependent,
     let_next_begin,
     prefetch,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.checks import (
+from idefics2_kernels.gpu.checks import (
     FLOATS,
     INTS,
     check_device,
@@ -26,7 +26,7 @@ from idefics2_kernels.checks import (
     check_rows,
     check_shape,
 )
-from idefics2_kernels.primitives import LOG2_E
+from idefics2_kernels.gpu.primitives import LOG2_E
 
 INF_BITS = tl.constexpr(0x7F800000)  # of the farthest distance there is, that of a logit of -inf
 BEYOND = tl.constexpr(0x7FFFFFFF)  # what fills a row up to whole blocks: past every bound

@@ -1,19 +1,14 @@
-"""``idefics2 bench``: run a benchmark of the folder ``bench``, which lies in an installed package too."""
+"""``idefics2 bench``: run a suite of ``idefics2_bench``."""
 
 import argparse
-import runpy
-import sys
-from pathlib import Path
+import importlib
 from typing import Any
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_INSTALLED = (_PACKAGE / "bench").is_dir()
-_BENCH = _PACKAGE / "bench" if _INSTALLED else _PACKAGE.parents[1] / "bench"
 _SUITES = {
-    "kernels": "micro.py",
-    "latency": "latency.py",
-    "load": "load.py",
-    "offline": "offline.py",
+    "kernels": "kernels",
+    "latency": "latency",
+    "load": "checkpoint_loading",
+    "offline": "offline",
 }
 
 
@@ -32,12 +27,10 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the suite's script as its own command line would; return its exit code."""
-    script = _BENCH / _SUITES[args.suite]
-    sys.path.insert(0, str(_BENCH))
-    sys.argv = [str(script), *args.arguments]
+    """Run the suite as its own command line would; return its exit code."""
+    suite = importlib.import_module(f"idefics2_bench.{_SUITES[args.suite]}")
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        code: int = suite.main(args.arguments)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else 0
-    return 0
+    return code

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import streams
 from idefics2_engine.errors import ImageError, SamplingError
-from idefics2_engine.quantization import PARTS
+from idefics2_engine.model.quantization import PARTS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +30,7 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
     Raises:
         ImageError: That cannot be.
     """
-    from idefics2_engine.media import load_image, media_config
+    from idefics2_engine.images.loader import load_image, media_config
 
     config = media_config(**_media_settings(args))
     if name == "-":
@@ -47,7 +47,7 @@ def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def folder_or_hub_id(text: str) -> Path | str:
     """Take an argument that names a checkpoint: a folder that is there, or an id on the hub."""
-    from idefics2_engine.hub import is_hub_id
+    from idefics2_engine.checkpoint.hub import is_hub_id
 
     path = os.path.expanduser(text)
     if text and os.path.isdir(path):

@@ -5,12 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from idefics2_engine.checkpoint.checksums import verify_files
+from idefics2_engine.checkpoint.hub import find_adapter, find_model
+from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
 from idefics2_engine.cli import options
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.hub import find_adapter, find_model
-from idefics2_engine.quantization import Quantization
-from idefics2_engine.verify import verify_files
-from idefics2_engine.weight_files import ADAPTER_WEIGHTS, weight_paths
+from idefics2_engine.model.quantization import Quantization
 
 
 def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     target = Path(os.path.expanduser(args.target))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: must be a new folder or an empty one")
-    from idefics2_engine.checkpoint import load_checkpoint, save_checkpoint
+    from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
     from idefics2_engine.llm_arguments import torch_device, torch_dtype
 
     source = find_model(args.source)

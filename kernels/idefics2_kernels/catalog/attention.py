@@ -6,8 +6,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from idefics2_kernels.attention_tiles import arch
-from idefics2_kernels.primitives import UPCAST
+from idefics2_kernels.attention.tiles import arch
+from idefics2_kernels.gpu.primitives import UPCAST
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import flash_attention
-from idefics2_kernels.attention_warps import HEAD_DIMS
+from idefics2_kernels.attention import flash_attention
+from idefics2_kernels.attention.warp_specialized import HEAD_DIMS
 from idefics2_kernels.catalog.attention import (
     DTYPES,
     case_name,

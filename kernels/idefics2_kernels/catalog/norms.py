@@ -4,9 +4,9 @@ from itertools import product
 
 import torch
 
-from idefics2_kernels import layer_norm, rms_norm
 from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+from idefics2_kernels.norms import layer_norm, rms_norm
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SIZES = ((1, 1), (1, 64), (5, 123), (3, 127), (17, 129), (7, 31), (0, 64), (4, 1152))

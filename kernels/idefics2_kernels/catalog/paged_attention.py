@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import paged_attention
-from idefics2_kernels.attention_warps import HEAD_DIMS
+from idefics2_kernels.attention import paged_attention
+from idefics2_kernels.attention.paged_attention_hopper import PAGE_SIZE
+from idefics2_kernels.attention.warp_specialized import HEAD_DIMS
 from idefics2_kernels.catalog.attention import (
     DTYPES,
     case_name,
@@ -18,7 +19,6 @@ from idefics2_kernels.catalog.attention import (
 )
 from idefics2_kernels.catalog.layouts import POISON, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.paged_attention_gluon import PAGE_SIZE
 
 
 def _paged_inputs(case: Case, device: torch.device) -> Inputs:

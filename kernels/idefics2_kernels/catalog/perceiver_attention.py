@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import perceiver_attention
+from idefics2_kernels.attention import perceiver_attention
 from idefics2_kernels.catalog.attention import DTYPES, case_name, cumulative
 from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import linear, nf4, nf4_few_rows_gluon, nf4_matmul, reference_nf4
 from idefics2_kernels.catalog.attention import on_hopper
 from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.nf4_weight import BLOCK, NESTED_BLOCK, NF4Weight, nf4_code, stack
+from idefics2_kernels.matmul import linear
+from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
+from idefics2_kernels.nf4 import nf4_matmul
+from idefics2_kernels.nf4 import nf4_quantize as nf4
+from idefics2_kernels.nf4.nf4_weight import BLOCK, NESTED_BLOCK, NF4Weight, nf4_code, stack
+from idefics2_kernels.reference import nf4 as reference_nf4
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FP32, _FP16, _BF16 = _DTYPES

@@ -13,7 +13,7 @@ from torch import Tensor
 from idefics2_kernels import sample
 from idefics2_kernels.catalog.layouts import LAYOUTS, laid_out
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.reference import _keep_min_p, _least_of_top_p, philox_uniform
+from idefics2_kernels.reference.operations import _keep_min_p, _least_of_top_p, philox_uniform
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MARGIN = 2.0**-18  # of the whole probability

@@ -1,0 +1,83 @@
+"""Time how long a checkpoint takes from the page cache to the device; also ``idefics2 bench load``.
+
+    idefics2 bench load                                                         # the demo checkpoint
+    idefics2 bench load --random-weights tests/data/idefics2-8b --json bench/results/h200-load.json
+
+Ours is ``load_checkpoint``, transformers' is ``from_pretrained`` with ``device_map``; they take turns, and each has run once
+before, so that files are in memory and libraries set up. Random weights are written to a temporary folder first.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from idefics2_bench import model_suite, report
+from idefics2_bench.timing import alternate
+from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.model.config import PAGE_SIZE
+from idefics2_engine.model.quantization import Quantization
+
+Row = dict[str, Any]
+
+_ROUNDS = 5
+_WARM_UP = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as ``argv`` says, the process's own command line if ``None``."""
+    parser = model_suite.parser("load", __doc__)
+    options = parser.parse_args(argv)
+    model_suite.resolve(options, parser)
+    about = model_suite.about(options)
+    llm = model_suite.load(
+        options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
+    )
+    head: Row = {"kernel": "load", "case": model_suite.case_name("load", options)}
+    head |= model_suite.settings_of(llm, options)
+    with TemporaryDirectory() as temporary:
+        folder = model_suite.folder(options)
+        if options.random_weights is not None:
+            save_checkpoint(llm.model, temporary, config_from=folder)
+            folder = Path(temporary)
+        model = llm.model
+        ops, device, dtype = model.ops, model.device, model.dtype
+        quantization = Quantization.from_arguments(options.quantization, None, True)
+        del llm, model  # and with it their memory
+        gc.collect()
+
+        def ours() -> None:
+            load_checkpoint(folder, ops, device, dtype, quantization=quantization)
+
+        def theirs() -> None:
+            import transformers
+
+            library: Any = transformers  # its classes are typed in part
+            library.Idefics2ForConditionalGeneration.from_pretrained(
+                folder, dtype=dtype, device_map=str(device)
+            )
+
+        calls: dict[str, Callable[[], object]] = {options.ops: ours}
+        if options.peer is not None:
+            calls[model_suite.PEER] = theirs
+        times = alternate(calls, _ROUNDS, _WARM_UP, device)
+    rows: list[Row] = [{**head, "impl": name, **asdict(time)} for name, time in times.items()]
+    if options.peer is not None:
+        ours_ms, theirs_ms = (time.ms for time in times.values())
+        rows[0] |= {
+            "peer": model_suite.PEER,
+            "peer_ms": theirs_ms,
+            "speedup": theirs_ms / ours_ms,
+        }
+    for row in rows:
+        print(report.whole_line(row), flush=True)
+    report.write_json(options.json, about, rows)
+    model_suite.print_table(about, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Time the kernels of the catalog at the model's shapes, peers beside them; also ``idefics2 bench kernels``.
+
+    python bench/idefics2_bench/kernels.py                                     # everything: a table to paste
+    python bench/idefics2_bench/kernels.py --json bench/results/h200-kernels.json --plot roofline.svg
+    python bench/idefics2_bench/kernels.py --kernel flash_attention --case text-causal-16k
+    python bench/idefics2_bench/kernels.py --kernel rms_norm --base main       # beside the same kernel of another commit
+
+A kernel that is wrong gets no time. Needs a CUDA device.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from idefics2_bench import machine, report
+from idefics2_bench.kernel_peers import prepared
+from idefics2_bench.timing import Call, Time, measure, num_copies
+from idefics2_kernels.catalog import Case, Inputs, KernelSpec, rows
+from idefics2_kernels.catalog.criterion import case_error
+
+_ROOT = Path(__file__).resolve().parents[2]
+_MOST_BYTES = 24 << 30  # of input sets that are rotated
+
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as ``argv`` says, the process's own command line if ``None``; 1 if a kernel was wrong."""
+    options = _parser().parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench: needs a CUDA device, found none", file=sys.stderr)
+        return 2
+    about = machine.describe()
+    if options.commit:
+        about["commit"] = options.commit
+    base = _base_rows(options) if options.base else {}
+    results: list[Row] = []
+    for (kernel, case_name), members in _chosen(options).items():
+        spec, case = members[0][0], members[0][2]
+        implementations = [implementation for _, implementation, _ in members]
+        moved = spec.cost(case).bytes
+        copies = max(1, min(num_copies(moved), _MOST_BYTES // max(1, moved)))
+        for row in bench_case(spec, implementations, case, about, torch.device("cuda"), copies):
+            if (earlier := base.get((kernel, case_name, row["impl"]))) is not None:
+                row |= {"base_ms": earlier, "base_speedup": earlier / row["ms"]}
+            results.append(row)
+            print(report.line(row), flush=True)
+        report.write_json(options.json, about, results)
+    if options.plot is not None:
+        report.plot(options.plot, about, results)
+    print()
+    print(report.table(about, results))
+    return int(any(row["error"] > 1 for row in results))
+
+
+def bench_case(
+    spec: KernelSpec,
+    implementations: list[str],
+    case: Case,
+    about: dict[str, object],
+    device: torch.device,
+    copies: int,
+) -> list[Row]:
+    """Check and time ``implementations`` and peers on ``copies`` sets of inputs of ``case``: a row of results each."""
+    torch.manual_seed(0)
+    cost = spec.cost(case)
+    inputs = spec.make_inputs(case, device)
+    errors = {name: case_error(spec, name, case, inputs) for name in implementations}
+    sets = [inputs, *(spec.make_inputs(case, device) for _ in range(copies - 1))]
+    calls: dict[str, list[Call]] = {
+        name: [_bound(spec.implementations[name], one) for one in sets]
+        for name in implementations
+        if errors[name] <= 1
+    }
+    peers: dict[str, list[Call]] = {}
+    for one in sets:
+        for name, call in prepared(spec.name, one).items():
+            peers.setdefault(name, []).append(call)
+    times = measure({**calls, **peers})
+    best = min((name for name in peers), key=lambda name: times[name].ms, default=None)
+    rows = []
+    for name in (*implementations, *peers):
+        row: Row = {
+            "kernel": spec.name,
+            "case": case.name,
+            "impl": name,
+            "error": errors.get(name, 0.0),
+        }
+        if name in times:
+            row |= _figures(times[name], cost.bytes, cost.flops, about)
+            if best is not None and name not in peers:
+                row |= {
+                    "peer": best,
+                    "peer_ms": times[best].ms,
+                    "speedup": times[best].ms / times[name].ms,
+                }
+        rows.append(row)
+    return rows
+
+
+def _bound(function: Callable[..., object], inputs: Inputs) -> Call:
+    return lambda: function(**inputs)
+
+
+def _figures(time: Time, moved: int, flops: int, about: dict[str, Any]) -> Row:
+    tflops, gbps = flops / time.ms / 1e9, moved / time.ms / 1e6
+    share = max(gbps / 1e3 / about["copy_TBps"], tflops / about["matmul_TFLOPs"])
+    return {**asdict(time), "TFLOPs": tflops, "GBps": gbps, "roofline": share}
+
+
+def _chosen(
+    options: argparse.Namespace,
+) -> dict[tuple[str, str], list[tuple[KernelSpec, str, Case]]]:
+    chosen: dict[tuple[str, str], list[tuple[KernelSpec, str, Case]]] = {}
+    for spec, implementation, case in rows("model"):
+        if (not options.kernel or spec.name in options.kernel) and (
+            not options.case or case.name in options.case
+        ):
+            chosen.setdefault((spec.name, case.name), []).append((spec, implementation, case))
+    if not chosen:
+        _parser().error("no kernel has such a case")
+    return chosen
+
+
+def _base_rows(options: argparse.Namespace) -> dict[tuple[str, str, str], float]:
+    """Run the same cases in a worktree of ``--base``."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree, out = Path(folder) / "tree", Path(folder) / "base.json"
+        git = ["git", "-C", str(_ROOT), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(tree), options.base], check=True)
+        try:
+            command = [sys.executable, "-m", "idefics2_bench.kernels", "--json", str(out)]
+            for flag in ("kernel", "case"):
+                for value in getattr(options, flag) or ():
+                    command += [f"--{flag}", value]
+            roots = os.pathsep.join(str(tree / root) for root in ("engine", "kernels", "bench"))
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": roots})
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+        found = json.loads(out.read_text())["rows"]
+    return {(row["kernel"], row["case"], row["impl"]): row["ms"] for row in found if "ms" in row}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="idefics2 bench kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--kernel", action="append", help="only this operation; may be repeated")
+    add("--case", action="append", help="only this case; may be repeated")
+    add("--base", metavar="REF", help="time the same cases at this commit too")
+    add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
+    add("--plot", type=Path, help="file to draw the roofline to, .svg or .png")
+    add("--commit", help="what to record as the commit, where there is no git")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,397 @@
+"""Time decode steps, the encoding of images and prefill of a whole model; also ``idefics2 bench latency``.
+
+    idefics2 bench latency                                                      # the demo checkpoint
+    idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h200-latency.json
+    idefics2 bench latency --case decode-b4-s64 --case image-112-b2 --case prefill-64
+
+A step is ``Engine.step``, all of it: scheduling, the forward pass, sampling, the tokens on the host; the mean of eight in
+a row, as the engine runs ahead of the device. Prefill is one such step of a whole prompt. Images are timed from pixels on the device to embeddings; ms is for all of them. transformers takes
+turns with it in the same process, on the same weights, in the same type, with SDPA attention (in decode steps not cuDNN's): its forward pass with a
+``DynamicCache`` and the choice of the likeliest token, without what ``generate`` does around it and without graphs.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from idefics2_bench import model_suite, report, transformers_peer
+from idefics2_bench.timing import alternate
+from idefics2_bench.workloads import (
+    LATENCY_CASES,
+    Counts,
+    LatencyCase,
+    latency_case,
+    text_tokens,
+    tiles,
+)
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.model.batch import ImageBatch
+from idefics2_engine.model.config import PAGE_SIZE, EngineConfig, GenerationConfig
+from idefics2_engine.runtime.engine import Engine
+from idefics2_engine.scheduling.sequence import Request
+
+Row = dict[str, Any]
+
+_STEPS = 80
+_STEPS_IN_A_ROW = 8
+_MOST_ROUNDS = 10  # of images and prefill, which take longer than a step
+_WARM_UP = 3
+# For each new number of keys cuDNN's attention makes a plan, 2 ms a layer: a decode step of transformers' 8B model takes 74
+# to 87 ms with it, 19 to 38 without (H100, PyTorch 2.11). Prompts and images are faster with it.
+_WITHOUT_CUDNN = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class Contender(Protocol):
+    """One way to compute a case."""
+
+    def first(self) -> Tensor:
+        """Get ready; return a result (rows, values) to check and to compare."""
+
+    def __call__(self) -> object:
+        """Do what is timed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run as ``argv`` says, the process's own command line if ``None``; 1 if a result was not finite."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    model_suite.resolve(options, parser)
+    try:
+        cases = [latency_case(name) for name in options.case or LATENCY_CASES]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    about = model_suite.about(options)
+    # its own cache stays unused: each case builds an engine of the size it needs
+    llm = model_suite.load(
+        options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
+    )
+    settings = model_suite.settings_of(llm, options) | model_suite.memory_of(llm)
+    peer = None
+    if options.peer is not None:
+        peer = transformers_peer.transformers_model(llm.model, model_suite.folder(options))
+    results: list[Row] = []
+    for case in cases:
+        if (problem := misfit(case, llm, options.steps)) is not None:
+            if options.case:
+                parser.error(problem)
+            print(f"{problem}: left out", file=sys.stderr)
+            continue
+        for row in bench_case(case, llm, peer, options.ops, options.steps):
+            row["case"] = model_suite.case_name(case.name, options)
+            results.append({**row, **settings})
+            print(report.whole_line(row), flush=True)
+        report.write_json(options.json, about, results)
+    model_suite.print_table(about, results)
+    return int(any("ms" not in row for row in results))
+
+
+def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
+    """Say why the model cannot run ``case``, if it cannot."""
+    text, vision = llm.config.text, llm.config.vision
+    if case.kernel == "image":
+        longest = max(max(size) for size in case.sizes)
+        if longest // vision.patch_size > vision.grid:
+            return f"{case.name}: the model's images have at most {vision.image_size} pixels a side, got {longest}"
+        return None
+    new = 1
+    if case.kernel == "step":
+        new = _most_new_tokens(_rounds(case, steps))
+    wanted = case.length + new
+    if wanted > text.max_positions:
+        return (
+            f"{case.name}: the model must have {wanted} positions for it, got {text.max_positions}"
+        )
+    return None
+
+
+def _rounds(case: LatencyCase, steps: int) -> int:
+    """Return how often ``case`` is timed for ``steps``."""
+    return -(-steps // _STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
+
+
+def _most_new_tokens(rounds: int) -> int:
+    """Return how many tokens a sequence comes to get in ``rounds`` of decode steps, the first two and warm-up included."""
+    return 2 + (rounds + _WARM_UP) * _STEPS_IN_A_ROW
+
+
+def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int) -> list[Row]:
+    """Check and time ``case``, with transformers' model ``peer`` beside it unless that is None: a row each."""
+    gc.collect()  # the caches of the case before; their memory is not to be given back inside a timed call
+    if llm.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    rounds = _rounds(case, steps)
+    ours = _OURS[case.kernel](case, llm, rounds)
+    contenders: dict[str, Contender] = {ops_name: ours}
+    if peer is not None:
+        contenders[model_suite.PEER] = _THEIRS[case.kernel](case, llm, peer, ours)
+    with torch.inference_mode():
+        firsts = {name: one.first().float() for name, one in contenders.items()}
+        finite = {name: bool(first.isfinite().all()) for name, first in firsts.items()}
+        calls: dict[str, Callable[[], object]] = {n: contenders[n] for n in finite if finite[n]}
+        times = alternate(calls, rounds, _WARM_UP, llm.model.device)
+    if case.kernel == "step":
+        times = {name: time.shared_by(_STEPS_IN_A_ROW) for name, time in times.items()}
+    counts = _counts(case, llm)
+    rows = []
+    for name in contenders:
+        row: Row = {"kernel": case.kernel, "case": case.name, "impl": name}
+        row |= {"batch": case.batch, "context": case.length if case.kernel == "step" else 0}
+        row |= asdict(counts)
+        if name in times:
+            row |= {**asdict(times[name]), **counts.rates(times[name].ms / 1e3)}
+            if name == ops_name and model_suite.PEER in times:
+                theirs = times[model_suite.PEER].ms
+                row |= {
+                    "peer": model_suite.PEER,
+                    "peer_ms": theirs,
+                    "speedup": theirs / row["ms"],
+                    "peer_difference": _difference(firsts[name], firsts[model_suite.PEER]),
+                }
+        rows.append(row)
+    return rows
+
+
+class EngineCalls:
+    """An engine of the size that a case needs, and its requests."""
+
+    def __init__(self, case: LatencyCase, llm: LLM, new_tokens: int) -> None:
+        tokenizer = llm.processor.tokenizer
+        never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
+        length = case.length + new_tokens
+        pages = -(-length // PAGE_SIZE) + 1  # one is kept free for each that runs
+        self.engine = Engine(
+            llm.model,
+            tokenizer,
+            llm.processor.image_config,
+            GenerationConfig(frozenset(), never),
+            EngineConfig(
+                max_model_len=length,
+                max_num_seqs=case.batch,
+                kv_cache_tokens=case.batch * pages * PAGE_SIZE,
+                max_num_batched_tokens=case.batch * case.length,  # a prompt, or all, in one step
+                max_cached_images=1,
+                prefix_caching=False,
+                cuda_graphs=llm.engine_config.cuda_graphs,
+                run_ahead=llm.engine_config.run_ahead and case.kernel == "step",
+            ),
+        )
+        self.case = case
+        self.new_tokens = new_tokens
+        random = np.random.default_rng(0)
+        self.prompts = [text_tokens(tokenizer, case.length, random) for _ in range(case.batch)]
+        self.requests: list[Request] = []  # that run
+
+    def add(self, prompt: list[int]) -> Request:
+        """Queue a request for ``new_tokens`` greedy tokens behind ``prompt``."""
+        params = SamplingParams(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)
+        request = Request("", "", prompt, [], params, seed=0, max_tokens=self.new_tokens)
+        self.engine.add(request)
+        self.requests = [one for one in (*self.requests, request) if not one.finished]
+        return request
+
+    def step(self) -> None:
+        """Run one step, in which every sequence of the case must get a token."""
+        drawn = [request for request in self.engine.step() if request.error is None]
+        if len(drawn) != self.case.batch:
+            raise RuntimeError(
+                f"{self.case.name}: {len(drawn)} of {self.case.batch} sequences got a token"
+            ) from next((one.error for one in self.requests if one.error is not None), None)
+
+
+class OurSteps(EngineCalls):
+    """Decode steps."""
+
+    def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
+        super().__init__(case, llm, _most_new_tokens(rounds))
+        self.first_tokens: list[int] = []
+
+    def first(self) -> Tensor:
+        """Compute the prompts and a step, or the prompts alone if their logits are not finite: the engine stops there."""
+        requests = [self.add(prompt) for prompt in self.prompts]
+        with model_suite.watched_logits(self.engine) as seen:
+            while len(seen) < 2 and self.engine.has_work:
+                self.engine.step()
+        drawn = [request.sequences[0].token_ids[self.case.length :] for request in requests]
+        self.first_tokens = [tokens[0] if tokens else 0 for tokens in drawn]
+        return seen[-1]
+
+    def __call__(self) -> None:
+        """Run the next steps."""
+        for _ in range(_STEPS_IN_A_ROW):
+            self.step()
+
+
+class OurPrefill(EngineCalls):
+    """A prompt in one step."""
+
+    def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
+        super().__init__(case, llm, new_tokens=1)
+
+    def first(self) -> Tensor:
+        """Compute the prompt, whose logits may turn out not to be finite."""
+        self.add(self.prompts[0])
+        with model_suite.watched_logits(self.engine) as seen:
+            self.engine.step()
+        return seen[0]
+
+    def __call__(self) -> None:
+        """Compute it again; nothing of it is remembered."""
+        self.add(self.prompts[0])
+        self.step()
+
+
+class OurImages:
+    """All images in one packed pass."""
+
+    def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
+        vision = llm.config.vision
+        self.tiles = tiles(case, vision.patch_size, vision.grid)
+        self.model = llm.model
+        batch = ImageBatch.from_tiles(self.tiles, llm.processor.image_config)
+        self.batch = batch.to(llm.model.device)
+
+    def first(self) -> Tensor:
+        """Return the embeddings, row by row."""
+        return self().flatten(0, -2)
+
+    def __call__(self) -> Tensor:
+        """Encode."""
+        return self.model.image_features(self.batch)
+
+
+class TheirTokens:
+    """transformers' forward pass of a batch of prompts, and of one more token each."""
+
+    def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: EngineCalls) -> None:
+        self.peer = peer
+        self.ours = ours
+        self.prompts = torch.tensor(ours.prompts, device=llm.model.device)
+        self.cache: Any = None
+
+    def prefill(self) -> Tensor:
+        """Compute the prompts into a new cache; return the logits behind them (B, V)."""
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.peer.config)
+        return self.forward(self.prompts)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Compute ``input_ids`` (B, S) behind what is in the cache; return the last logits (B, V)."""
+        output = self.peer(
+            input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class TheirSteps(TheirTokens):
+    """Decode steps."""
+
+    def first(self) -> Tensor:
+        """Compute the prompts and a step, from our tokens."""
+        assert isinstance(self.ours, OurSteps)
+        self.prefill()
+        tokens = torch.tensor(self.ours.first_tokens, device=self.prompts.device)
+        logits = self.forward(tokens[:, None])
+        self.tokens = logits.argmax(-1, keepdim=True)
+        return logits
+
+    def __call__(self) -> None:
+        """Run the next steps."""
+        with sdpa_kernel(_WITHOUT_CUDNN):
+            for _ in range(_STEPS_IN_A_ROW):
+                self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
+
+
+class TheirPrefill(TheirTokens):
+    """A prompt in one forward pass."""
+
+    def first(self) -> Tensor:
+        """Compute the prompt."""
+        return self.prefill()
+
+    def __call__(self) -> None:
+        """Compute it again."""
+        self.prefill().argmax(-1)
+
+
+class TheirImages:
+    """All images in one pass, padded to the largest."""
+
+    def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: OurImages) -> None:
+        self.peer = peer
+        model, config = llm.model, llm.processor.image_config
+        rows = [[tile] for tile in ours.tiles]
+        self.inputs = transformers_peer.padded_images(rows, config, model.device, model.dtype)
+
+    def first(self) -> Tensor:
+        """Return the embeddings, row by row; transformers gives a tensor for each image, or one for all."""
+        encoded = self()
+        if isinstance(encoded, Tensor):
+            return encoded.flatten(0, -2)
+        return torch.cat([each.flatten(0, -2) for each in encoded])
+
+    def __call__(self) -> Tensor | list[Tensor]:
+        """Encode."""
+        encoded: Tensor | list[Tensor] = self.peer.get_image_features(**self.inputs).pooler_output
+        return encoded
+
+
+_OURS: dict[str, Callable[..., Contender]] = {
+    "step": OurSteps,
+    "prefill": OurPrefill,
+    "image": OurImages,
+}
+_THEIRS: dict[str, Callable[..., Contender]] = {
+    "step": TheirSteps,
+    "prefill": TheirPrefill,
+    "image": TheirImages,
+}
+
+
+def _counts(case: LatencyCase, llm: LLM) -> Counts:
+    """Count what one call of ``case`` works through."""
+    if case.kernel == "step":
+        return Counts(new_tokens=case.batch)
+    if case.kernel == "prefill":
+        return Counts(text_tokens=case.length, new_tokens=1)
+    side = llm.config.vision.patch_size
+    return Counts(
+        images=case.batch,
+        patches=sum((height // side) * (width // side) for height, width in case.sizes),
+        image_tokens=case.batch * llm.config.perceiver.num_latents,
+    )
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, as a share of the largest value."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = model_suite.parser("latency", __doc__)
+    parser.add_argument(
+        "--case", action="append", help="only this case, as in the examples; may be repeated"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=_STEPS, help="timed decode steps (default: %(default)s)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The machine that figures are from, and the two ceilings that they are compared with."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from idefics2_bench.timing import measure
+
+_COPY_BYTES = 1 << 28  # in graphs, larger copies take another and slower way
+_COPIES = 4
+_MATMUL_SIZE = 8192
+
+
+def describe(device: str = "cuda") -> dict[str, object]:
+    """Return GPU, versions, commit, date, and measured bandwidth (TB/s) and bf16 rate (TFLOP/s).
+
+    On a CPU its name and cores stand for the GPU, and nothing is measured.
+    """
+    versions: dict[str, object] = {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    if torch.device(device).type == "cpu":
+        return {"gpu": None, "cpu": _cpu(), "threads": torch.get_num_threads(), **versions}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        **versions,
+        "copy_TBps": round(copy_bandwidth(), 3),
+        "matmul_TFLOPs": round(matmul_rate(), 1),
+    }
+
+
+def copy_bandwidth() -> float:
+    """Measure a copy on the device, read and written bytes together, in TB/s."""
+    size = (_COPIES, _COPY_BYTES)
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_(256)
+    target = torch.empty_like(source)
+    pairs = list(zip(target, source, strict=True))
+    time = measure({"copy": [partial(a.copy_, b) for a, b in pairs]})["copy"]
+    return 2 * _COPY_BYTES / time.ms / 1e9
+
+
+def matmul_rate() -> float:
+    """Measure a large bf16 product of random matrices, in TFLOP/s."""
+    size = (_MATMUL_SIZE, _MATMUL_SIZE)
+    a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    time = measure({"matmul": [lambda: a @ b]})["matmul"]
+    return 2 * _MATMUL_SIZE**3 / time.ms / 1e9
+
+
+def _cpu() -> str:
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
+
+
+def _commit() -> str:
+    here = str(Path(__file__).parent)
+    commit = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
+    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    return commit if changed == "unknown" else f"{commit}-changed"

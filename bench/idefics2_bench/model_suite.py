@@ -1,0 +1,142 @@
+"""Which model the benchmarks of the whole model time, on what and how: the options that they share."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from idefics2_bench import machine, report, transformers_peer
+from idefics2_engine import LLM
+from idefics2_engine.checkpoint.hub import find_model
+from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.runtime.engine import Engine
+from idefics2_kernels import REFERENCE, TRITON
+
+PEER = "transformers"
+
+
+def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of ``idefics2 bench <suite>``, with the options that ``resolve`` and ``load`` read."""
+    parser = argparse.ArgumentParser(
+        prog=f"idefics2 bench {suite}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--model", help="a checkpoint's folder or hub id (default: the demo checkpoint)"
+    )
+    which.add_argument(
+        "--random-weights",
+        type=Path,
+        metavar="FOLDER",
+        help="draw weights on the device for the config, tokenizer and processor files in FOLDER",
+    )
+    add("--device", default="auto", help="auto (the default: a GPU if any), cpu or cuda")
+    add("--dtype", default="auto", help="auto (the default): bfloat16 on a GPU, float32 on a CPU")
+    add("--ops", choices=("triton", "reference"), help="default: triton on a GPU, else reference")
+    add(
+        "--quantization",
+        choices=("nf4",),
+        help="quantise linear layers; nothing is timed beside it, as the peer would need weights of its own",
+    )
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument(
+        "--peer",
+        choices=(PEER,),
+        help="what to time beside it, on the same weights (default: transformers, if installed)",
+    )
+    peer.add_argument("--no-peer", action="store_true", help="time nothing beside it")
+    add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
+    add("--commit", help="what to record as the commit, where there is no git")
+    return parser
+
+
+def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fill in what is left to defaults: the device, the operations, the peer."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.ops is None:
+        options.ops = "triton" if options.device.startswith("cuda") else "reference"
+    if options.peer == PEER and not transformers_peer.is_installed():
+        parser.error("--peer transformers: it is not installed")
+    if options.peer == PEER and options.quantization:
+        parser.error("--peer transformers: it cannot be given weights in NF4")
+    wanted = not options.no_peer and not options.quantization
+    if options.peer is None and wanted and transformers_peer.is_installed():
+        options.peer = PEER
+
+
+def about(options: argparse.Namespace) -> dict[str, object]:
+    """Describe the machine, and the commit as the options have it."""
+    described = machine.describe(options.device)
+    return {**described, "commit": options.commit} if options.commit else described
+
+
+def print_table(about: dict[str, object], rows: list[dict[str, Any]]) -> None:
+    """Print ``rows`` as a table."""
+    print()
+    print(report.whole_table(about, rows))
+
+
+def folder(options: argparse.Namespace) -> Path:
+    """Return the folder of the model's files."""
+    if options.random_weights is not None:
+        return Path(options.random_weights)
+    return DEMO_MODEL if options.model is None else find_model(options.model)
+
+
+def load(options: argparse.Namespace, **settings: Any) -> LLM:
+    """Build the model that the options ask for, images whole."""
+    return LLM(
+        folder(options),
+        load_format="auto" if options.random_weights is None else "dummy",
+        device=options.device,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        ops=TRITON if options.ops == "triton" else REFERENCE,
+        split_images=False,
+        **settings,
+    )
+
+
+@contextmanager
+def watched_logits(engine: Engine) -> Iterator[list[Tensor]]:
+    """Collect copies of the logits that each step of ``engine`` draws from."""
+    seen: list[Tensor] = []
+    run = engine.runner.run
+
+    def watch(*arguments: Any) -> Any:
+        found = run(*arguments)
+        seen.append(found[0].clone())  # the sampler bars tokens in it
+        return found
+
+    with patch.object(engine.runner, "run", watch):
+        yield seen
+
+
+def case_name(name: str, options: argparse.Namespace) -> str:
+    """Return what a row calls the case ``name``: weights in NF4 make another one of it."""
+    return f"{name}-{options.quantization}" if options.quantization else name
+
+
+def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
+    """Return what a row says about the model that it is of."""
+    weights = options.random_weights or options.model or "demo"
+    name = Path(weights).name if Path(weights).is_dir() else str(weights)
+    kind = " (random weights)" if options.random_weights is not None else ""
+    return {"model": f"{name}{kind}", "dtype": str(llm.model.dtype).removeprefix("torch.")}
+
+
+def memory_of(llm: LLM) -> dict[str, float]:
+    """Return what the weights of ``llm`` take, and on a GPU all that is allocated there, an engine's buffers included."""
+    memory = {"weights_GB": llm.model.num_bytes / 1e9}
+    if llm.model.device.type == "cuda":
+        memory["allocated_GB"] = torch.cuda.memory_allocated(llm.model.device) / 1e9
+    return memory

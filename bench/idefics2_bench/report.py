@@ -1,0 +1,233 @@
+"""Results as a table to paste, as JSON, as a roofline plot, and as the tables of the pages in ``docs/kernels``.
+
+PYTHONPATH=kernels python bench/idefics2_bench/report.py      # writes these tables anew, from catalog and results
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from idefics2_kernels.catalog import CATALOG
+
+Row = dict[str, Any]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SHOWN = _ROOT / "bench/results/h200-kernels.json"
+_PAGES = _ROOT / "docs/kernels"
+TABLE_BEGIN, TABLE_END = "<!-- kernels -->\n", "<!-- /kernels -->"
+_SLOWER = re.compile(r"(<!-- slower -->\n).*?(<!-- /slower -->)", re.DOTALL)
+_FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def line(row: Row) -> str:
+    """Return one row for people who watch."""
+    head = f"{row['kernel']:20} {row['case']:20} {row['impl']:14}"
+    if "ms" not in row:
+        return f"{head} WRONG: {row['error']:.2f} times the allowed error"
+    spread = f"{row['ms_p20'] * 1e3:.1f}-{row['ms_p80'] * 1e3:.1f}"
+    figures = f"{row['ms'] * 1e3:10.1f} us ({spread}) {row['TFLOPs']:7.1f} TFLOP/s {row['GBps']:7.0f} GB/s"
+    beside = f"  {row['speedup']:.2f}x {row['peer']}" if "speedup" in row else ""
+    base = f"  {row['base_speedup']:.2f}x base" if "base_speedup" in row else ""
+    return f"{head} {figures} {row['roofline']:5.0%}{beside}{base}"
+
+
+def table(about: dict[str, Any], rows: list[Row]) -> str:
+    """Return a Markdown table."""
+    lines = [
+        f"{about['gpu']}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}; "
+        f"copy {about['copy_TBps']} TB/s, bf16 product {about['matmul_TFLOPs']} TFLOP/s",
+        "",
+        "| kernel | case | implementation | us | TFLOP/s | GB/s | of roofline | best peer | speedup |",
+        "|---|---|---|---:|---:|---:|---:|---|---:|",
+    ]
+    for row in rows:
+        head = f"| {row['kernel']} | {row['case']} | {row['impl']} |"
+        if "ms" not in row:
+            lines.append(f"{head} wrong | | | | | |")
+            continue
+        peer = f"{row['peer']}, {row['peer_ms'] * 1e3:.1f} us" if "peer" in row else ""
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        lines.append(
+            f"{head} {row['ms'] * 1e3:.1f} | {row['TFLOPs']:.0f} | {row['GBps']:.0f} | "
+            f"{row['roofline']:.0%} | {peer} | {speedup} |"
+        )
+    return "\n".join(lines)
+
+
+def whole_line(row: Row) -> str:
+    """Return one row of the whole model for people who watch."""
+    head = f"{row['kernel']:8} {row['case']:20} {row['impl']:22}"
+    if "ms" not in row:
+        return f"{head} WRONG: the result is not finite"
+    spread = f" ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})" if "ms_p20" in row else ""
+    beside = f"  {row['speedup']:.2f}x {row['peer']}" if "speedup" in row else ""
+    return f"{head} {row['ms']:10.2f} ms{spread}  {_rates(row)}{beside}"
+
+
+def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
+    """Return a Markdown table of the whole model."""
+    name = about["gpu"] or about["cpu"]
+    lines = [
+        f"{name}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}",
+        "",
+        "| kernel | case | implementation | model | ms | in a second | peak GB | peer | speedup |",
+        "|---|---|---|---|---:|---|---:|---|---:|",
+    ]
+    for row in rows:
+        head = (
+            f"| {row['kernel']} | {row['case']} | {row['impl']} | {row['model']}, {row['dtype']} |"
+        )
+        if "ms" not in row:
+            lines.append(f"{head} wrong | | | | |")
+            continue
+        memory = f"{row['peak_GB']:.1f}" if "peak_GB" in row else ""
+        peer = f"{row['peer']}, {row['peer_ms']:.2f} ms" if "peer" in row else ""
+        speedup = f"{row['speedup']:.2f}" if "speedup" in row else ""
+        lines.append(f"{head} {row['ms']:.2f} | {_rates(row)} | {memory} | {peer} | {speedup} |")
+    return "\n".join(lines)
+
+
+def _rates(row: Row) -> str:
+    ending = "_per_s"
+    rates = {k.removesuffix(ending): v for k, v in row.items() if k.endswith(ending)}
+    return ", ".join(f"{value:.4g} {name.replace('_', ' ')}" for name, value in rates.items())
+
+
+def write_json(path: Path | None, about: dict[str, Any], rows: list[Row]) -> None:
+    """Write ``rows``, if there is a ``path``; rows of other cases that are in the file, from the same machine and commit, stay.
+
+    To be called whenever there are more: who is interrupted then has what was timed.
+    """
+    if path is None:
+        return
+    new = {(row["kernel"], row["case"]) for row in rows}
+    kept: list[Row] = []
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if all(
+            old["machine"].get(key) == about[key] for key in ("gpu", "commit", "torch", "triton")
+        ):
+            kept = [row for row in old["rows"] if (row["kernel"], row["case"]) not in new]
+    text = json.dumps({"machine": about, "rows": [*kept, *rows]}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    """Draw every row against the machine's two ceilings; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    bandwidth, peak = about["copy_TBps"], about["matmul_TFLOPs"]
+    intensities = [2.0**k for k in range(-4, 15)]
+    axes.loglog(intensities, [min(peak, bandwidth * x) for x in intensities], color="black")
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    for kernel in kernels:
+        own = [
+            row for row in rows if row["kernel"] == kernel and row.get("TFLOPs") and "peer" in row
+        ]
+        axes.scatter(
+            [1e3 * row["TFLOPs"] / row["GBps"] for row in own],
+            [row["TFLOPs"] for row in own],
+            label=kernel,
+        )
+    axes.set_xlabel("FLOP per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(f"{about['gpu']}: {bandwidth} TB/s, {peak} TFLOP/s measured")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def kernel_table(results: list[Row]) -> str:
+    """Return the index's table: every operation, what it computes, its cases, and its best figure in ``results``."""
+    lines = [
+        "| operation | computes | cases | measured |",
+        "|---|---|---:|---|",
+    ]
+    for spec in CATALOG:
+        kernel = next(iter(spec.implementations.values()))
+        summary = (kernel.__doc__ or "").strip().splitlines()[0].replace("``", "`").rstrip(".")
+        own = [row for row in results if row["kernel"] == spec.name and "ms" in row]
+        own = [row for row in own if row["impl"] in spec.implementations]
+        best = max(own, key=lambda row: row["roofline"], default=None)
+        figure = "not yet"
+        if best is not None:
+            figure = (
+                f"{best['case']}: {best['ms'] * 1e3:.0f} us, {best['roofline']:.0%} of roofline"
+            )
+            if "speedup" in best:
+                figure += f", {best['speedup']:.2f} x {best['peer']}"
+        page = f"[`{spec.name}`]({spec.name}.md)"
+        lines.append(f"| {page} | {summary} | {len(spec.cases)} | {figure} |")
+    return "\n".join(lines) + "\n"
+
+
+def slower_table(results: list[Row]) -> str:
+    """Return the cases of ``results`` in which ``TRITON`` was slower than its best peer, by 1 % or more."""
+    lines = [
+        "| operation | case | us | best peer, us | x |",
+        "|---|---|---:|---|---:|",
+    ]
+    for row in results:
+        if row["impl"] == "triton" and round(row.get("speedup", 1.0), 2) < 1:
+            lines.append(
+                f"| `{row['kernel']}` | {row['case']} | {row['ms'] * 1e3:.1f} | "
+                f"{row['peer']}, {row['peer_ms'] * 1e3:.1f} | {row['speedup']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def recorded() -> list[Row]:
+    """Return the rows that the tables show: of one machine."""
+    rows: list[Row] = json.loads(_SHOWN.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def with_table(index: str) -> str:
+    """Return the text ``index`` with its tables of kernels as catalog and results have them now."""
+    results = recorded()
+    head, rest = index.split(TABLE_BEGIN)
+    _, tail = rest.split(TABLE_END)
+    tail = _SLOWER.sub(lambda m: f"{m[1]}{slower_table(results)}{m[2]}", tail)
+    return f"{head}{TABLE_BEGIN}{kernel_table(results)}{TABLE_END}{tail}"
+
+
+def figures_table(kernel: str, results: list[Row]) -> str:
+    """Return what ``results`` say of an operation: each case and implementation, its roofline point, its best peer."""
+    (spec,) = [spec for spec in CATALOG if spec.name == kernel]
+    own = [row for row in results if row["kernel"] == kernel and "ms" in row]
+    lines = [
+        "| case | implementation | us | TFLOP/s | GB/s | FLOP/byte | of roofline | best peer, us |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in own:
+        if row["impl"] not in spec.implementations:
+            continue
+        peer = f"{row['peer']}, {row['peer_ms'] * 1e3:.1f}" if "peer" in row else ""
+        lines.append(
+            f"| {row['case']} | {row['impl']} | {row['ms'] * 1e3:.1f} | {row['TFLOPs']:.3g} | {row['GBps']:.0f} | "
+            f"{1e3 * row['TFLOPs'] / row['GBps']:.3g} | {row['roofline']:.0%} | {peer} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_figures(page: str) -> str:
+    """Return the text ``page`` with the figures of each operation as results have them now."""
+    results = recorded()
+    return _FIGURES.sub(lambda m: f"{m[1]}{figures_table(m[2], results)}{m[3]}", page)
+
+
+def renewed_pages() -> dict[Path, str]:
+    """Return the index of the kernels and the page of each operation, with their tables as of now."""
+    index = _PAGES / "README.md"
+    renewed = {index: with_table(index.read_text(encoding="utf-8"))}
+    for spec in CATALOG:
+        page = _PAGES / f"{spec.name}.md"
+        renewed[page] = with_figures(page.read_text(encoding="utf-8"))
+    return renewed
+
+
+if __name__ == "__main__":
+    for path, text in renewed_pages().items():
+        path.write_text(text, encoding="utf-8")

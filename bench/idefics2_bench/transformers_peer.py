@@ -1,0 +1,116 @@
+"""transformers' Idefics2 on the very weights of ours, for benchmarks that run both in one process.
+
+Its parameters are views of our fused ones, so the second model takes no memory for them.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
+from idefics2_engine.images.tiling import ImageConfig, Tile, normalise
+from idefics2_engine.json_file import read_json
+from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.prompts.processor import ProcessedPrompt
+
+
+def is_installed() -> bool:
+    """Say whether there is a transformers to compare with."""
+    return find_spec("transformers") is not None
+
+
+def transformers_model(model: Idefics2, folder: Path) -> Any:
+    """Build transformers' model of ``folder``'s config, with SDPA attention, around the parameters of ``model``."""
+    import transformers
+
+    library: Any = transformers  # its classes are typed in part
+
+    values = read_json(folder / "config.json")
+    perceiver = values.get("perceiver_config") or {}
+    eps = model.config.perceiver.rms_norm_eps  # its own default is not what was trained
+    config = library.Idefics2Config(
+        **{**values, "perceiver_config": {**perceiver, "rms_norm_eps": eps}}
+    )
+    with torch.device("meta"):
+        peer: Any = library.Idefics2ForConditionalGeneration._from_config(
+            config, attn_implementation="sdpa"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for place in hub_tensors(model.config):
+        rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
+        view = nn.Parameter(rows.detach().view(place.shape), requires_grad=False)
+        owner, _, name = place.name.rpartition(".")
+        setattr(peer.get_submodule(owner), name, view)
+    if model.config.tie_word_embeddings:
+        peer.lm_head.weight = peer.model.text_model.embed_tokens.weight
+    text = peer.model.text_model
+    text.rotary_emb = type(text.rotary_emb)(config.text_config).to(model.device)
+    left = [n for n, t in [*peer.named_parameters(), *peer.named_buffers()] if t.is_meta]
+    if left:
+        raise RuntimeError(f"transformers' model has tensors that ours lacks: {', '.join(left)}")
+    return peer.eval()
+
+
+def padded_images(
+    rows: Sequence[Sequence[Tile]], config: ImageConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return ``pixel_values`` (B, N, 3, H, W) and ``pixel_attention_mask`` (B, N, H, W) as its processor pads them."""
+    sizes = [tile.pixels.shape[:2] for row in rows for tile in row]
+    height, width = (max(side) for side in zip(*sizes, strict=True))
+    shape = len(rows), max(map(len, rows))
+    pixels = np.zeros((*shape, 3, height, width), dtype=np.float32)
+    mask = np.zeros((*shape, height, width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        for j, tile in enumerate(row):
+            h, w, _ = tile.pixels.shape
+            pixels[i, j, :, :h, :w] = normalise(tile, config)
+            mask[i, j, :h, :w] = 1
+    values = torch.from_numpy(pixels).to(device).to(dtype)
+    return {"pixel_values": values, "pixel_attention_mask": torch.from_numpy(mask).to(device)}
+
+
+def left_padded(
+    prompts: Sequence[ProcessedPrompt], pad_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` (B, T), the shorter prompts padded at their left."""
+    shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
+    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, shape[1] - len(prompt.token_ids) :] = prompt.token_ids
+        mask[row, shape[1] - len(prompt.token_ids) :] = 1
+    return {
+        "input_ids": torch.from_numpy(ids).to(device),
+        "attention_mask": torch.from_numpy(mask).to(device),
+    }
+
+
+def generate(
+    peer: Any,
+    prompts: Sequence[ProcessedPrompt],
+    config: ImageConfig,
+    pad_id: int,
+    max_new_tokens: int,
+) -> Tensor:
+    """Continue ``prompts`` greedily by ``max_new_tokens``, whatever ends come: (B, max_new_tokens)."""
+    import transformers
+
+    library: Any = transformers
+    greedy = library.GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None, pad_token_id=pad_id
+    )
+    peer.generation_config = greedy  # its own would bring an end token in
+    inputs = left_padded(prompts, pad_id, peer.device)
+    if any(prompt.tiles for prompt in prompts):
+        tiles = [prompt.tiles for prompt in prompts]
+        inputs |= padded_images(tiles, config, peer.device, peer.dtype)
+    with torch.inference_mode():
+        tokens: Tensor = peer.generate(**inputs, generation_config=greedy)
+    new = tokens[:, inputs["input_ids"].shape[1] :]
+    if new.shape[1] != max_new_tokens:
+        raise RuntimeError(f"transformers generated {new.shape[1]} tokens, not {max_new_tokens}")
+    return new

@@ -1,0 +1,170 @@
+"""An NF4 weight in a checkpoint's files, as bitsandbytes writes it through transformers: tensors beside each other.
+
+For a weight of N x K elements in blocks of 64, called ``name``:
+
+| tensor | type and shape | holds |
+|---|---|---|
+| ``name`` | uint8 (ceil(N * K / 2), 1) | the codes |
+| ``name.absmax`` | uint8 (blocks,), fp32 without double quantisation | the blocks' absmaxes |
+| ``name.quant_map`` | fp32 (16,) | what a code stands for |
+| ``name.nested_absmax`` | fp32 (ceil(blocks / 256),) | with double quantisation only, as the next |
+| ``name.nested_quant_map`` | fp32 (256,) | what an absmax's byte stands for |
+| ``name.quant_state.bitsandbytes__nf4`` | uint8 | JSON in UTF-8: shape, type, block sizes, the absmaxes' offset |
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from idefics2_engine.checkpoint.safetensors_header import StoredTensor
+from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.json_file import Section, parse_json
+from idefics2_kernels import NF4Weight
+from idefics2_kernels.nf4.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
+
+_STATE = ".quant_state.bitsandbytes__nf4"
+_PLAIN = ("", ".absmax", ".quant_map", _STATE)
+_NESTED = (".nested_absmax", ".nested_quant_map")
+_MOST_STATE_BYTES = 4096  # bitsandbytes' have less than 200
+_CPU = torch.device("cpu")
+
+
+def is_in_nf4(name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """Say whether the weight ``name`` is in NF4 among the tensors ``stored``."""
+    return name + _STATE in stored
+
+
+def tensor_names(name: str, stored: Mapping[str, StoredTensor]) -> list[str]:
+    """List the tensors that the weight ``name``, in NF4, must have among those ``stored``."""
+    is_nested = any(name + end in stored for end in _NESTED)
+    return [name + end for end in (*_PLAIN, *(_NESTED if is_nested else ()))]
+
+
+def weight_name(tensor: str) -> str:
+    """Return the name of the weight that ``tensor`` would belong to: the same for all six."""
+    for end in (*_PLAIN[1:], *_NESTED):
+        if tensor.endswith(end):
+            return tensor.removesuffix(end)
+    return tensor
+
+
+def check_headers(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor]) -> None:
+    """Check that the tensors of the weight ``name`` can be one of ``shape``; all are in ``stored``.
+
+    Raises:
+        CheckpointError: One has another shape or type.
+    """
+    numel = math.prod(shape)
+    blocks = -(-numel // BLOCK)
+    is_nested = name + _NESTED[0] in stored
+    stored[name].check((-(-numel // 2), 1), "U8")
+    stored[name + ".absmax"].check((blocks,), "U8" if is_nested else "F32")
+    stored[name + ".quant_map"].check((16,), "F32")
+    if is_nested:
+        stored[name + ".nested_absmax"].check((-(-blocks // NESTED_BLOCK),), "F32")
+        stored[name + ".nested_quant_map"].check((256,), "F32")
+    state = stored[name + _STATE]
+    if len(state.shape) != 1 or state.shape[0] > _MOST_STATE_BYTES:
+        raise CheckpointError(
+            f"{state.file}: tensor {state.name!r} must have at most {_MOST_STATE_BYTES} bytes in one row, "
+            f"got shape {state.shape}"
+        )
+    state.check(state.shape, "U8")
+
+
+def read_weight(
+    source: StoredTensor, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> NF4Weight:
+    """Make the weight ``source`` of ``shape`` from its ``tensors``, whose headers were checked; it is for computing in ``dtype``.
+
+    Raises:
+        CheckpointError: Its state is no JSON, or is of another weight or another format.
+    """
+    name = source.name
+    is_nested = name + _NESTED[0] in tensors
+    offset = None
+    try:
+        state = _state(source.file, tensors[name + _STATE])
+        _require(state, "quant_type", "nf4")
+        _require(state, "blocksize", BLOCK)
+        _require(state, "shape", list(shape))
+        _require(state, "dtype", "bfloat16", "float16", "float32")
+        if is_nested:
+            _require(state, "nested_blocksize", NESTED_BLOCK)
+            _require(state, "nested_dtype", "float32")
+            offset = _offset(state)
+    except ConfigError as error:
+        raise CheckpointError(f"{source.file}: tensor {name + _STATE!r}: {error}") from None
+    if not torch.equal(tensors[name + ".quant_map"], nf4_code(_CPU)):
+        raise CheckpointError(
+            f"{source.file}: tensor {name + '.quant_map'!r} must hold the 16 values of NF4, "
+            f"got {tensors[name + '.quant_map'].tolist()}"
+        )
+    nested_absmax = tensors[name + ".nested_absmax"] if is_nested else None
+    return NF4Weight(
+        tensors[name].view(-1),
+        tensors[name + ".absmax"],
+        shape,
+        dtype,
+        None
+        if offset is None or nested_absmax is None
+        else offset.expand_as(nested_absmax).clone(),
+        nested_absmax,
+        tensors[name + ".nested_quant_map"] if is_nested else None,
+    )
+
+
+def weight_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors, on the CPU, that hold ``weight`` under ``name``; read again they give ``dtype``.
+
+    Each has memory of its own, as safetensors wants it.
+    """
+    state: dict[str, object] = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": weight.shape,
+    }
+    tensors = {
+        "": weight.codes.view(-1, 1),
+        ".absmax": weight.absmax,
+        ".quant_map": nf4_code(_CPU),
+    }
+    if weight.offset is not None:
+        assert weight.nested_absmax is not None
+        assert weight.nested_code is not None
+        tensors |= {
+            ".nested_absmax": weight.nested_absmax,
+            ".nested_quant_map": weight.nested_code,
+        }
+        state |= {
+            "nested_blocksize": NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(weight.offset[0]) if weight.numel else 0.0,
+        }
+    tensors[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return {name + end: tensor.to("cpu", copy=True) for end, tensor in tensors.items()}
+
+
+def _state(file: Path, packed: Tensor) -> Section:
+    """Parse the JSON that is ``packed`` in bytes."""
+    return Section("quant_state", parse_json(bytes(packed.tolist()), file))
+
+
+def _require(state: Section, key: str, *wanted: object) -> None:
+    """Refuse any other value than those ``wanted``, and none."""
+    got = state.values.get(key)
+    if got not in wanted:
+        raise state.error(key, " or ".join(map(repr, wanted)), got)
+
+
+def _offset(state: Section) -> Tensor:
+    offset = state.values.get("nested_offset")
+    value = torch.tensor(offset if type(offset) is float else math.nan, dtype=torch.float32)
+    if not bool(value.isfinite()):
+        raise state.error("nested_offset", "a number in fp32", offset)
+    return value

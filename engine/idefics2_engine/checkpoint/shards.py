@@ -1,0 +1,117 @@
+"""Which files of a folder hold a checkpoint's tensors; headers are read, values are not."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from idefics2_engine.checkpoint.safetensors_header import StoredTensor, read_header
+from idefics2_engine.errors import CheckpointError
+from idefics2_engine.json_file import printable, read_json
+from idefics2_engine.model_files import is_there, paths_in, shown_path
+from idefics2_engine.shown import shown
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MOST_NAME_BYTES = 255  # of file systems in use
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def find_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of the checkpoint in ``folder`` by name.
+
+    Raises:
+        ConfigError: The shards' index is no JSON object.
+        CheckpointError: A file is missing or malformed, or the index and its shards contradict each other.
+    """
+    index = _read_index(folder)
+    if index is None:
+        return read_header(folder / SINGLE)
+    _check_present(folder, set(index.values()))
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(index.values())):
+        for name, tensor in read_header(folder / file).items():
+            if name in tensors:
+                raise CheckpointError(
+                    f"{shown_path(folder)}: tensor {name!r:.200} is in two shards: {tensors[name].file.name} and {file}"
+                )
+            if index.get(name) != file:
+                placed = index.get(name, "nowhere")
+                raise CheckpointError(
+                    f"{shown_path(folder / file)}: holds {name!r:.200}, which {INDEX} places in {placed}"
+                )
+            tensors[name] = tensor
+    lacking = [name for name in index if name not in tensors]
+    if lacking:
+        raise CheckpointError(
+            f"{shown_path(folder / index[lacking[0]])}: lacks tensors that {INDEX} places in it: {listing(lacking)}"
+        )
+    return tensors
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """Return the weight files of ``folder``, all of which exist; raises as ``find_weights`` does."""
+    index = _read_index(folder)
+    names = {SINGLE} if index is None else set(index.values())
+    _check_present(folder, names)
+    return [folder / name for name in sorted(names)]
+
+
+def listing(names: Collection[str], most: int = 3) -> str:
+    """Write out ``names``, but not more than ``most``."""
+    first = ", ".join(printable(name) for name in list(names)[:most])
+    return f"{first} and {len(names) - most} more" if len(names) > most else first
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Return the index, tensor to file; None where one file holds all, which goes first as in transformers."""
+    if is_there(folder / SINGLE):
+        return None
+    path = folder / INDEX
+    if not is_there(path):
+        raise CheckpointError(_nothing(folder))
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{shown_path(path)}: must hold a 'weight_map' object, got {shown(weight_map)}"
+        )
+    for name, file in weight_map.items():
+        if not _is_plain(file):
+            raise CheckpointError(
+                f"{shown_path(path)}: {name!r:.200} must be in a .safetensors file of this folder, got {shown(file)}"
+            )
+    return weight_map
+
+
+def _is_plain(file: object) -> bool:
+    """Whether ``file`` is a weight file's bare name: no path, on any system, and safe to print."""
+    return (
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and file.isprintable()
+        and len(file.encode()) <= _MOST_NAME_BYTES
+        and not any(character in "/\\:" for character in file)
+    )
+
+
+def _check_present(folder: Path, names: set[str]) -> None:
+    missing = sorted(name for name in names if not os.path.exists(folder / name))
+    if missing:
+        raise CheckpointError(
+            f"{shown_path(folder)}: {len(missing)} of {len(names)} weight files are missing: {listing(missing, 20)}"
+        )
+
+
+def pickles(folder: Path) -> list[str]:
+    """Return the printable names of files in ``folder`` that are pickles: they are never read, because they can run code."""
+    return [printable(path.name) for path in paths_in(folder, *_PICKLES, error=CheckpointError)]
+
+
+def _nothing(folder: Path) -> str:
+    message = f"{shown_path(folder)}: holds neither {SINGLE} nor {INDEX}"
+    if found := pickles(folder):
+        message += (
+            f", only pickles ({listing(found)}), which are refused because they can run code when they are read: "
+            "convert them to safetensors where you trust them"
+        )
+    return message

@@ -1,0 +1,90 @@
+"""What PNG and WebP files may hold in chunks beside their pixels, counted without decoding anything."""
+
+import zlib
+from collections.abc import Iterator
+
+from idefics2_engine.errors import ImageError
+from idefics2_engine.images.bounds.tags import check_exif
+
+_MAX_CHUNKS = 1024
+_PIXELS_A_CHUNK = 512  # beyond those; encoders write 4 KiB and more at a time
+_MAX_ANIMATED_CHUNKS = 1 << 14  # a frame has two or more
+_MAX_TEXTS = 20  # of those kinds of which Pillow inflates this much each
+_MAX_TEXT = 1 << 20
+_MAX_TEXT_BYTES = 16 << 20
+_RAW_EXIF = b"Raw profile type exif\0"  # EXIF in hexadecimal digits
+
+
+def check_png(data: bytes, max_pixels: int, name: str) -> None:
+    """Hold a PNG file to the bounds on chunks, texts and tags.
+
+    Raises:
+        ImageError: It has too many. What is damaged is left to the decoder.
+    """
+    most, texts, text_bytes = _MAX_CHUNKS, 0, 0
+    for number, (kind, start, end) in enumerate(_png_chunks(data), 1):
+        if kind == b"IHDR" and number == 1:
+            width, height = (int.from_bytes(data[start + at : start + at + 4]) for at in (0, 4))
+            most += min(width * height, max_pixels) // _PIXELS_A_CHUNK
+        elif kind == b"acTL":
+            most = max(most, _MAX_ANIMATED_CHUNKS)
+        if number > most:
+            raise ImageError(f"{name}: must have at most {most} chunks at its size, got more")
+        if kind in (b"IDAT", b"fdAT"):
+            continue
+        if kind == b"eXIf":
+            check_exif(data[start:end], name)
+        elif data.startswith(_RAW_EXIF, start):
+            check_exif(_raw_exif(kind, data[start + len(_RAW_EXIF) : end]), name)
+        texts += kind in (b"zTXt", b"iTXt", b"iCCP")
+        text_bytes += end - start
+        if texts > _MAX_TEXTS or text_bytes > _MAX_TEXT_BYTES:
+            raise ImageError(
+                f"{name}: must have at most {_MAX_TEXTS} zTXt, iTXt and iCCP chunks, and "
+                f"{_MAX_TEXT_BYTES} bytes beside its pixels, got {texts} and {text_bytes}"
+            )
+
+
+def check_webp(data: bytes, name: str) -> None:
+    """Hold a WebP file to the bounds on chunks, of which each frame is one, and tags.
+
+    Raises:
+        ImageError: It has too many. What is damaged is left to the decoder.
+    """
+    number, at = 0, 12
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        number += 1
+        if number > _MAX_ANIMATED_CHUNKS:
+            raise ImageError(f"{name}: must have at most {_MAX_ANIMATED_CHUNKS} chunks, got more")
+        if kind == b"EXIF":
+            check_exif(data[at + 8 : at + 8 + size], name)
+        at += 8 + size + size % 2
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield each chunk's kind and where its contents start and end, up to IEND."""
+    at = 8
+    while at + 8 <= len(data):
+        kind, start = data[at + 4 : at + 8], at + 8
+        end = start + int.from_bytes(data[at : at + 4])
+        if kind == b"IEND" or end > len(data):
+            return
+        yield kind, start, end
+        at = end + 4
+
+
+def _raw_exif(kind: bytes, text: bytes) -> bytes:
+    """Return the EXIF in a text chunk, behind its keyword; nothing where Pillow finds none either."""
+    packed = kind == b"zTXt"
+    try:
+        if kind == b"iTXt":
+            packed = text[0] != 0
+            text = text[2:].split(b"\0", 2)[2]
+        elif packed:
+            text = text[1:]
+        if packed:
+            text = zlib.decompressobj().decompress(text, _MAX_TEXT)
+        return bytes.fromhex("".join(text.decode("latin-1").split("\n")[3:]))
+    except (ValueError, IndexError, zlib.error):
+        return b""

@@ -1,0 +1,105 @@
+"""What a JPEG file may hold beside its pixels, counted without decoding anything."""
+
+import re
+
+from idefics2_engine.errors import ImageError
+from idefics2_engine.images.bounds.tags import check_exif
+
+_MAX_SCANS = 24  # encoders write at most 18; a scan costs up to half of a plain file's decoding
+_MAX_PARSED_BYTES = 1 << 19  # of what Pillow takes apart: tables, and tags of EXIF and Photoshop
+_MAX_SEGMENTS = 1000
+_MAX_SEGMENT_BYTES = 16 << 20
+_MAX_FILL = 1 << 12  # bytes between segments; Pillow reads them one by one
+
+# A byte FF before neither a stuffed zero nor a fill byte. Not `FF+`, which is quadratic in fill bytes.
+_MARKER = re.compile(rb"\xff([^\x00\xff])")
+# Within a scan restarts are data too, as is TEM, which has no contents
+_MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
+_EXIF, _PHOTOSHOP = b"Exif\0\0", b"Photoshop 3.0\0"
+_SOI, _EOI, _SOS, _DQT, _APP1, _APP13 = 0xD8, 0xD9, 0xDA, 0xDB, 0xE1, 0xED
+_FRAMES = frozenset((*range(0xC0, 0xD0), 0xDE)) - {0xC4, 0xC8, 0xCC}
+_BARE = frozenset((0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))  # to Pillow they have no contents
+
+
+def check_jpeg(data: bytes, max_pixels: int, name: str) -> None:
+    """Hold a JPEG file to the bounds on segments, tags and scans.
+
+    Raises:
+        ImageError: It has too many. What is damaged is left to the decoder.
+    """
+    segments = total = parsed = pixels = 0
+    exif: list[bytes] = []
+    at, code = 2, 0
+    while code != _SOS:
+        match = _MARKER.search(data, at, at + _MAX_FILL)
+        if match is None and at + _MAX_FILL < len(data):
+            raise ImageError(f"{name}: must have at most {_MAX_FILL} bytes of fill, got more")
+        if match is None:
+            break
+        code, at = match[1][0], match.end()
+        if code < 0xC0:
+            break  # Pillow gives up here
+        size = 0 if code in _BARE else max(2, int.from_bytes(data[at : at + 2]))
+        if code in _FRAMES:
+            height, width = (int.from_bytes(data[at + n : at + n + 2]) for n in (3, 5))
+            pixels = min(width * height, max_pixels)
+        is_exif = code == _APP1 and data.startswith(_EXIF, at + 2)
+        if is_exif:
+            exif.append(data[at + 2 + len(_EXIF) : at + size])
+        segments += 1
+        total += size
+        is_photoshop = code == _APP13 and data.startswith(_PHOTOSHOP, at + 2)
+        if is_exif or is_photoshop or code == _DQT or code in _FRAMES:
+            parsed += size
+        at += size
+        if segments > _MAX_SEGMENTS or total > _MAX_SEGMENT_BYTES:
+            raise ImageError(
+                f"{name}: must have at most {_MAX_SEGMENTS} segments of {_MAX_SEGMENT_BYTES} bytes "
+                f"before its pixels, got {segments} of {total}"
+            )
+        if parsed > _MAX_PARSED_BYTES:
+            raise ImageError(
+                f"{name}: must have at most {_MAX_PARSED_BYTES} bytes of tables, and of tags of "
+                f"EXIF and Photoshop, got {parsed}"
+            )
+    check_exif(b"".join(exif), name)
+    if code == _SOS:
+        end = at + max_stream_bytes(pixels)
+        if not check_scans(data, at, end, name, scans=1) and end < len(data):
+            raise ImageError(
+                f"{name}: must have at most {end - at} bytes in scans at its size, got more"
+            )
+
+
+def max_stream_bytes(pixels: int) -> int:
+    """Return how long the scans of a picture may be; of noise at full quality they take 2 bytes a pixel."""
+    return (1 << 20) + 16 * pixels
+
+
+def check_scans(data: bytes, start: int, end: int, name: str, scans: int = 0) -> bool:
+    """Hold the part of a file from ``start`` to ``end``, inside one JPEG stream, to the bound on scans.
+
+    Returns:
+        Whether the stream ends there.
+
+    Raises:
+        ImageError: It has more scans, or endless segments between them.
+    """
+    segments = 0
+    at = start
+    while (match := _MARKER_IN_SCAN.search(data, at, end)) is not None:
+        code, at = match[1][0], match.end()
+        if code in (_SOI, _EOI):
+            if scans:
+                return True  # libjpeg ends, or gives up, here
+            continue
+        scans += code == _SOS
+        if scans > _MAX_SCANS:
+            raise ImageError(f"{name}: must have at most {_MAX_SCANS} scans, got more")
+        segments += 1
+        if segments > _MAX_SEGMENTS:
+            raise ImageError(
+                f"{name}: must have at most {_MAX_SEGMENTS} segments between scans, got more"
+            )
+        at += int.from_bytes(data[at : at + 2])
+    return False

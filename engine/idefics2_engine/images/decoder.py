@@ -1,0 +1,193 @@
+"""The bytes of an image file to a picture: which formats, how large, and errors in our own words.
+
+Each file goes to the one Pillow plugin that its first bytes ask for, and never through Pillow's
+search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget is
+refused before memory is taken for it, without touching Pillow's own limit, which belongs to the process.
+"""
+
+import io
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.ImageFile import ImageFile
+
+from idefics2_engine.errors import ImageError
+from idefics2_engine.images.bounds.bounded_file import BoundedFile
+from idefics2_engine.images.bounds.chunks import check_png, check_webp
+from idefics2_engine.images.bounds.jpeg import check_jpeg
+from idefics2_engine.images.bounds.tiff import check_tiff
+from idefics2_engine.images.pillow_guard import reading
+from idefics2_engine.images.policy import ImagePolicy, upright_rgb
+from idefics2_engine.images.ppm import in_binary
+
+# The smallest part that pixels are stored in is a block of a GIF: two reads for 255 bytes.
+_PIXELS_A_READ = 64
+# Decoders that Pillow has in Python are up to 500 times slower than those in C.
+_MAX_PYTHON_PIXELS = 1 << 20
+# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie apart.
+_MAX_PIXELS_A_BYTE = 64
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A kind of file: how it begins, and what opens and checks it."""
+
+    name: str
+    beginnings: tuple[bytes, ...]
+    open: Callable[[BoundedFile], ImageFile]
+    is_whole: Callable[[bytes], bool]  # what can be told without decoding; for ``strict``
+    # Refuses a file with more parts than its pixels need, as far as counting tells; gets the file,
+    # the largest number of pixels, and the name for messages.
+    check: Callable[[bytes, int, str], None] = lambda _data, _max_pixels, _name: None
+
+
+def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
+    """Return the picture in an image file, upright and in RGB.
+
+    Args:
+        data: A PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file.
+        policy: What becomes of alpha, rotation, 16 bits and further frames.
+        max_pixels: Largest width x height.
+        name: What messages call the file.
+
+    Raises:
+        ImageError: It is no such file, damaged, too large, or refused by the policy.
+    """
+    kind = _format(data)
+    if kind is None:
+        names = ", ".join(one.name for one in _FORMATS)
+        got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
+        raise ImageError(f"{name}: must be an image file ({names}), got {got}")
+    with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
+        kind.check(data, max_pixels, name)
+        file = BoundedFile(data, name)
+        with kind.open(file) as opened:
+            check_size(opened.size, max_pixels, name)
+            file.allow(opened.width * opened.height // _PIXELS_A_READ)
+            image = opened
+            if kind.name == "PPM":
+                image = PpmImagePlugin.PpmImageFile(io.BytesIO(in_binary(opened, data, name)))
+            _check_tiles(image, file, name)
+            if policy is ImagePolicy.STRICT and not kind.is_whole(data):
+                raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
+            rgb = upright_rgb(image, policy, name)
+            return rgb.copy() if rgb is image else rgb  # without the file's frames
+
+
+def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Hold a (width, height) to the budget.
+
+    Raises:
+        ImageError: It has too many pixels, or none.
+    """
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: must have pixels, got {width} x {height}")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: must have at most {max_pixels} pixels, got {width} x {height}")
+
+
+def _format(data: bytes) -> _Format | None:
+    for kind in _FORMATS:
+        if data.startswith(kind.beginnings) and (kind.name != "WebP" or data[8:12] == b"WEBP"):
+            return kind
+    return None
+
+
+def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
+    """Bound what opened files cost beyond their pixels: decoders in Python, rows read piece by piece."""
+    # Pillow keeps those in Python, and only those, in this dictionary
+    if any(tile[0] in Image.DECODERS for tile in image.tile):
+        pixels, size = image.width * image.height, len(file.getbuffer())
+        if max(pixels, size) > _MAX_PYTHON_PIXELS:
+            raise ImageError(
+                f"{name}: must have at most {_MAX_PYTHON_PIXELS} pixels and bytes in run-length "
+                f"encoding, got {pixels} and {size}"
+            )
+        file.allow(2 * pixels)
+    # Pillow reads up to the next strip and joins that with what it has of a row: in quadratic time
+    image.decodermaxblock = max(image.decodermaxblock, image.width)
+    starts = sorted({tile.offset for tile in image.tile})
+    if any((end - start) * _MAX_PIXELS_A_BYTE < image.width for start, end in pairwise(starts)):
+        raise ImageError(f"{name}: must have strips apart from each other, got some that overlap")
+
+
+def _check_webp(data: bytes, max_pixels: int, name: str) -> None:
+    """Check the size too: the plugin takes memory for the picture when it is opened."""
+    check_size(_webp_size(data), max_pixels, name)
+    check_webp(data, name)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) of a WebP file from its header."""
+    chunk, body = data[12:16], data[20:30]
+    if chunk == b"VP8X":  # the canvas, 24 bits a side
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if chunk == b"VP8L":  # a signature of one byte, then 14 bits a side
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    return width, height
+
+
+def _whole_png(data: bytes) -> bool:
+    """Every chunk has its checksum, and the last is the end."""
+    at = 8
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4]):
+            return False
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at = end + 4
+    return False
+
+
+def _whole_webp(data: bytes) -> bool:
+    return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+
+
+def _whole_bmp(data: bytes) -> bool:
+    return len(data) >= int.from_bytes(data[2:6], "little")
+
+
+_FORMATS = (
+    _Format("PNG", (b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile, _whole_png, check_png),
+    _Format(
+        "JPEG",
+        (b"\xff\xd8\xff",),
+        JpegImagePlugin.JpegImageFile,
+        lambda data: b"\xff\xd9" in data[-1024:],  # cameras append padding
+        check_jpeg,
+    ),
+    _Format("WebP", (b"RIFF",), WebPImagePlugin.WebPImageFile, _whole_webp, _check_webp),
+    _Format(
+        "GIF", (b"GIF87a", b"GIF89a"), GifImagePlugin.GifImageFile, lambda data: b";" in data[-16:]
+    ),
+    _Format("BMP", (b"BM",), BmpImagePlugin.BmpImageFile, _whole_bmp),
+    _Format(
+        "TIFF",
+        (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+        TiffImagePlugin.TiffImageFile,
+        lambda _data: True,  # its parts lie in any order
+        check_tiff,
+    ),
+    _Format(
+        "PPM",
+        tuple(b"P%d" % number for number in range(1, 7)),
+        PpmImagePlugin.PpmImageFile,
+        lambda _data: True,  # decoding needs every byte
+    ),
+)

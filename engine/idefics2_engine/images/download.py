@@ -1,0 +1,312 @@
+"""An image from a URL, and only from where it may come: listed hosts at global addresses, in bounds.
+
+A name is resolved once, every address it has is checked, and the connection goes to a checked address,
+so that no second answer can point elsewhere. Redirects pass the same door. Proxies, cookies
+and credentials play no part.
+"""
+
+import http.client
+import ipaddress
+import queue
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader, RawIOBase
+from typing import Any
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from idefics2_engine.errors import MediaFetchError, MediaNotAllowedError
+from idefics2_engine.images.addresses import is_global
+
+_PORTS = {"https": 443, "http": 80}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MAX_REDIRECTS = 3
+_CHUNK = 65536  # bytes
+_HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(\.(?!-)[a-z0-9-]{1,63})*")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # what resolvers take for (part of) an address
+_LONGEST = 86400.0  # seconds; sockets take no much larger number
+_MAX_OVERHEAD = 1 << 20  # bytes of headers, and of chunks an eighth of the body besides
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def _connect(address: str, port: int, timeout: float) -> socket.socket:
+    return socket.create_connection((address, port), timeout)
+
+
+@dataclass(frozen=True)
+class Network:
+    """How names become addresses, addresses connections, and how time is told; tests bring their own."""
+
+    resolve: Callable[[str, int], list[str]] = _resolve
+    connect: Callable[[str, int, float], socket.socket] = _connect  # address, port, seconds
+    tls: ssl.SSLContext | None = None  # None: the system's certificates
+    clock: Callable[[], float] = time.monotonic  # seconds
+
+    def secure(self, raw: socket.socket, host: str) -> socket.socket:
+        """Wrap a connection in TLS, checked against ``host``."""
+        return (self.tls or ssl.create_default_context()).wrap_socket(raw, server_hostname=host)
+
+
+@dataclass(frozen=True)
+class FetchRules:
+    """Where images may be fetched from, and what a fetch may cost."""
+
+    hosts: tuple[str, ...]  # "name", "name:port", ".name" for all below it, or "*" for any
+    allow_http: bool
+    max_bytes: int
+    seconds: float  # for the whole fetch, redirects included
+    network: Network = field(default_factory=Network)
+
+
+class _Deadline:
+    """When a fetch must be over."""
+
+    def __init__(self, rules: FetchRules) -> None:
+        self._clock = rules.network.clock
+        self._end = self._clock() + min(rules.seconds, _LONGEST)
+
+    def remaining(self) -> float:
+        """Return the seconds left; ``TimeoutError`` if there are none."""
+        seconds = self._end - self._clock()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+
+def fetch(url: str, rules: FetchRules) -> bytes:
+    """Return what lies at ``url``.
+
+    Raises:
+        MediaNotAllowedError: The URL, or where it redirects to, is not covered by ``rules``.
+        MediaFetchError: The host cannot be reached or answers with an error, too much or too slowly.
+    """
+    deadline = _Deadline(rules)
+    for _ in range(_MAX_REDIRECTS + 1):
+        parts = check_url(url, rules)
+        found = _get(parts, rules, deadline)
+        if isinstance(found, bytes):
+            return found
+        try:
+            url = urljoin(url, found)
+        except ValueError:  # of addresses that only begin to look like IPv6
+            raise MediaFetchError(
+                f"{_short(parts)}: must redirect to an address that can be read"
+            ) from None
+    raise MediaFetchError(
+        f"{_short(parts)}: must redirect at most {_MAX_REDIRECTS} times, got more"
+    )
+
+
+def check_url(url: str, rules: FetchRules) -> SplitResult:
+    """Return the parts of a URL that may be fetched.
+
+    Raises:
+        MediaNotAllowedError: It may not be, or is written in a way that two readers may differ about.
+    """
+    if not url.isascii() or "\\" in url or any(char <= " " or char == "\x7f" for char in url):
+        raise MediaNotAllowedError(
+            "URL: must be ASCII without spaces, controls and backslashes (percent-encode others)"
+        )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise MediaNotAllowedError("URL: must have a host and a port that can be read") from None
+    schemes = ("https", "http") if rules.allow_http else ("https",)
+    if parts.scheme not in schemes:
+        raise MediaNotAllowedError(
+            f"URL: must begin with {' or '.join(f'{one}://' for one in schemes)}, "
+            f"got {parts.scheme[:20]!r}"
+        )
+    if "@" in parts.netloc:
+        raise MediaNotAllowedError("URL: must not hold a user or password")
+    host = _host(parts)
+    if not any(_covers(entry, host, port or _PORTS[parts.scheme]) for entry in rules.hosts):
+        raise MediaNotAllowedError(
+            f"URL: host {host[:80]!r} is not allowed"
+            + ("" if port is None else f" at port {port}")
+            + " (allowed_media_hosts, --allow-host)"
+        )
+    return parts
+
+
+def _host(parts: SplitResult) -> str:
+    """Return the host in lower case: a name, or an address in its one usual spelling."""
+    host = (parts.hostname or "").removesuffix(".")
+    if ":" in host and "%" not in host:  # a scope is local by its nature
+        try:
+            return str(ipaddress.IPv6Address(host))
+        except ValueError:
+            host = ""
+    labels = host.split(".")
+    try:
+        return str(ipaddress.IPv4Address(host))
+    except ValueError:
+        if not _HOST.fullmatch(host) or len(host) > 253 or _NUMBER.fullmatch(labels[-1]):
+            raise MediaNotAllowedError(
+                "URL: must name a host, or an address as four decimal numbers or in brackets"
+            ) from None
+    return host
+
+
+def _covers(entry: str, host: str, port: int) -> bool:
+    """Tell whether an entry of the allow-list covers a host at a port."""
+    name, colon, number = entry.lower().rpartition(":")
+    if not colon or not number.isdigit() or (":" in name and not name.endswith("]")):
+        name, number = entry.lower(), ""
+    if port != int(number or 0) and (number or port not in _PORTS.values()):
+        return False
+    name = name.removeprefix("[").removesuffix("]")
+    return name in ("*", host) or (name.startswith(".") and host.endswith(name))
+
+
+def _get(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> bytes | str:
+    """Return the body, or the address that the server redirects to."""
+    where = _short(parts)
+    connection = http.client.HTTPConnection(_host(parts), parts.port or _PORTS[parts.scheme])
+    opened = None
+    try:
+        opened = connection.sock = _open(parts, rules, deadline)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Host": parts.netloc, "Accept": "image/*", "Accept-Encoding": "identity"}
+        connection.putrequest("GET", target, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        with connection.getresponse() as response:
+            if response.status in _REDIRECTS and response.headers.get("Location"):
+                return str(response.headers["Location"])
+            return _body(response, where, rules.max_bytes)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, (MediaNotAllowedError, MediaFetchError)):
+            raise
+        raise MediaFetchError(f"{where}: {_reason(error, rules)}") from None
+    finally:
+        if opened is not None:
+            opened.shut()
+
+
+def _body(response: http.client.HTTPResponse, where: str, max_bytes: int) -> bytes:
+    if response.status != 200:
+        raise MediaFetchError(f"{where}: must answer with status 200, got {response.status}")
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise MediaFetchError(f"{where}: must send the file as it is, got a content encoding")
+    length = response.length  # None where the server does not say
+    if length is not None and length > max_bytes:
+        raise MediaFetchError(f"{where}: must have at most {max_bytes} bytes, got {length}")
+    body = bytearray()
+    while chunk := response.read(_CHUNK):
+        body += chunk
+        if len(body) > max_bytes:
+            raise MediaFetchError(f"{where}: must have at most {max_bytes} bytes, got more")
+    if length is not None and len(body) != length:
+        raise MediaFetchError(f"{where}: must have the {length} bytes it says, got {len(body)}")
+    return bytes(body)
+
+
+def _open(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> "_TimedSocket":
+    """Connect to one of the host's addresses, all of which must be global."""
+    host, port = _host(parts), parts.port or _PORTS[parts.scheme]
+    addresses = _resolve_in_time(rules.network, host, port, deadline)
+    if not addresses or not all(is_global(address) for address in addresses):
+        raise MediaNotAllowedError(f"URL: host {host[:80]!r} must have global addresses only")
+    for number, address in enumerate(addresses, 1):
+        raw = None
+        try:
+            raw = rules.network.connect(address, port, deadline.remaining())
+            raw.settimeout(deadline.remaining())
+            secured = rules.network.secure(raw, host) if parts.scheme == "https" else raw
+            return _TimedSocket(secured, deadline, rules.max_bytes)
+        except (OSError, ValueError):
+            if raw is not None:
+                raw.close()
+            if number == len(addresses):
+                raise
+    raise AssertionError("there is at least one address")
+
+
+def _resolve_in_time(network: Network, host: str, port: int, deadline: _Deadline) -> Sequence[str]:
+    """Resolve in a thread: the system's resolver knows no time limit."""
+    answers: queue.Queue[list[str] | OSError] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(network.resolve(host, port))
+        except (OSError, ValueError):
+            answers.put(OSError())
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=deadline.remaining())
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, OSError):
+        raise MediaFetchError(f"URL: host {host[:80]!r} cannot be resolved")
+    return answer
+
+
+def _reason(error: Exception, rules: FetchRules) -> str:
+    if isinstance(error, TimeoutError):
+        return f"must arrive within {rules.seconds:g} seconds, and did not"
+    if isinstance(error, ssl.SSLError):
+        return "cannot be reached over TLS with a certificate that holds"
+    return "cannot be reached, or does not speak HTTP"
+
+
+def _short(parts: SplitResult) -> str:
+    """Return a URL for messages, without the query: keys are kept in queries."""
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"[:120]
+
+
+class _TimedSocket:
+    """As much of a socket as ``http.client`` uses; every read has what is left until the deadline."""
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._max_bytes = max_bytes
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(self._deadline.remaining())
+        self._sock.sendall(data)
+
+    def makefile(self, _mode: str) -> BufferedReader:
+        return BufferedReader(_TimedReader(self._sock, self._deadline, self._max_bytes))
+
+    def close(self) -> None:
+        """Leave the connection open: ``http.client`` closes before it has read the body."""
+
+    def shut(self) -> None:
+        self._sock.close()
+
+
+class _TimedReader(RawIOBase):
+    """Reads until the deadline, and no more than a body of ``max_bytes`` can take on its way.
+
+    The latter because ``http.client`` reads a chunk of -1 bytes to the end, and headers up to 6 MB.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._left = max_bytes + max_bytes // 8 + _MAX_OVERHEAD
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._sock.settimeout(self._deadline.remaining())
+        count = self._sock.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise OSError("more than a body with its headers")
+        return count

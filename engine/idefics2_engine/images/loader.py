@@ -1,0 +1,253 @@
+"""The one door for images: whatever a caller calls an image, read within the rules, comes out as RGB."""
+
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Union
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
+from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
+from idefics2_engine.images.decoder import check_size, decode
+from idefics2_engine.images.download import FetchRules, Network, fetch
+from idefics2_engine.images.parallel import alone_with
+from idefics2_engine.images.pillow_guard import reading
+from idefics2_engine.images.policy import ImagePolicy, upright_rgb
+from idefics2_engine.images.sources import (
+    check_bytes,
+    data_uri_bytes,
+    file_url_path,
+    plain_source,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ImageSource = Union[
+    str,
+    os.PathLike[str],
+    bytes,
+    bytearray,
+    memoryview,
+    IO[bytes],
+    Mapping[str, Any],
+    Image.Image,
+    npt.NDArray[Any],
+    "Tensor",
+]
+"""What ``load_image`` reads."""
+
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn: a quarter of a gigabyte as RGB
+MAX_BYTES = 256 << 20
+MEDIA_TIMEOUT = 20.0  # seconds
+MAX_THREADS = 8
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+@dataclass(frozen=True)
+class MediaConfig:
+    """What images may cost, where they may come from, and how doubtful ones are read.
+
+    Attributes:
+        image_policy: See ``ImagePolicy``.
+        max_image_pixels: Largest width x height, checked before anything is decoded.
+        max_media_bytes: Largest file, data URI or download, in whatever form it comes.
+        allowed_media_root: Files must lie below it; any file will do if ``None``.
+        allowed_media_hosts: Hosts that URLs may name: ``"name"``, ``"name:port"``, ``".name"`` for
+            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected to.
+        media_timeout: Longest a download may take in seconds, redirects included.
+        image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
+        allow_http: Whether URLs may do without TLS.
+        network: How hosts are found and connected to.
+    """
+
+    image_policy: ImagePolicy = ImagePolicy.PARITY
+    max_image_pixels: int = MAX_PIXELS
+    max_media_bytes: int = MAX_BYTES
+    allowed_media_root: Path | None = None
+    allowed_media_hosts: tuple[str, ...] = ()
+    media_timeout: float = MEDIA_TIMEOUT
+    image_threads: int | None = None
+    allow_http: bool = False
+    network: Network = field(default_factory=Network)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no image could meet; ``ConfigError`` says which."""
+        for name in ("max_image_pixels", "max_media_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, got {value!r}")
+        seconds = self.media_timeout
+        if (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, int | float)
+            or not 0 < seconds < inf
+        ):
+            raise ConfigError(f"media_timeout must be seconds above 0, got {seconds!r}")
+        threads = self.image_threads
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ConfigError(f"image_threads must be at least 1, got {threads!r}")
+        for host in self.allowed_media_hosts:
+            if not isinstance(host, str) or not host or not set(host).isdisjoint("/@ "):
+                raise ConfigError(f"allowed_media_hosts must be names of hosts, got {host!r}")
+        root = self.allowed_media_root
+        if root is not None and not root.is_dir():
+            raise ConfigError(f"allowed_media_root must be a folder, got {str(root)!r}")
+
+    @property
+    def num_threads(self) -> int:
+        """Images that are read at once."""
+        return self.image_threads or min(MAX_THREADS, os.cpu_count() or 1)
+
+
+def media_config(
+    *,
+    image_policy: str = ImagePolicy.PARITY,
+    max_image_pixels: int = MAX_PIXELS,
+    max_media_bytes: int = MAX_BYTES,
+    allowed_media_root: str | Path | None = None,
+    allowed_media_hosts: Sequence[str] = (),
+    media_timeout: float = MEDIA_TIMEOUT,
+    image_threads: int | None = None,
+) -> MediaConfig:
+    """Return the rules that ``LLM``'s arguments and the command line's options spell.
+
+    Raises:
+        ConfigError: A value makes no sense.
+    """
+    if isinstance(allowed_media_hosts, str):
+        raise ConfigError(
+            f"allowed_media_hosts must be a list of names, got {allowed_media_hosts!r}"
+        )
+    return MediaConfig(
+        image_policy=ImagePolicy.named(image_policy),
+        max_image_pixels=max_image_pixels,
+        max_media_bytes=max_media_bytes,
+        allowed_media_root=None if allowed_media_root is None else Path(allowed_media_root),
+        allowed_media_hosts=tuple(allowed_media_hosts),
+        media_timeout=media_timeout,
+        image_threads=image_threads,
+    )
+
+
+def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.Image:
+    """Read one image, upright and in RGB; a Pillow image that is so already comes back itself.
+
+    Args:
+        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI with
+            base64, the bytes of an image file, an open binary file, which is read from its
+            beginning, ``{"bytes": …, "path": …}`` as ``datasets`` has it, where bytes win, a Pillow
+            image, or an array or tensor (see ``pixel_arrays.array_rgb``).
+        config: The rules; those of ``MediaConfig()`` if ``None``.
+
+    Raises:
+        MediaNotAllowedError: The rules do not let the source be read.
+        MediaFetchError: A URL gave no image in time.
+        ImageError: ``source`` is none of these, cannot be decoded, is too large, or is refused by
+            the policy.
+    """
+    config = config or MediaConfig()
+    policy, budget = config.image_policy, config.max_image_pixels
+    plain = plain_source(source, config.max_media_bytes)
+    if isinstance(plain, Image.Image):
+        with reading("image: Pillow cannot read it as RGB"):
+            # Images that are not loaded may share a file
+            files = (getattr(plain, name, None) for name in ("fp", "_fp"))
+            with alone_with(plain, *files):
+                check_size(plain.size, budget, "image")
+                return upright_rgb(plain, policy, "image")
+    if isinstance(plain, np.ndarray):
+        return array_rgb(plain, policy, budget, "image array")
+    if is_tensor(plain):
+        return tensor_rgb(plain, policy, budget, "image tensor")
+    name, data = _named_bytes(plain, config)
+    return decode(data, policy, budget, name)
+
+
+def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
+    """Return an image that its caller can no longer change, equal to ``source`` as it is now.
+
+    Names of files, text and bytes are left to be read later. All else is read here.
+
+    Raises:
+        ImageError: As in ``load_image``.
+    """
+    plain: ImageSource = plain_source(source, config.max_media_bytes)
+    if isinstance(plain, str | bytes | Path):
+        return plain
+    image = load_image(plain, config)
+    if image is not source:
+        return image
+    with reading("image: Pillow cannot copy it"):
+        return image.copy()
+
+
+def _named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, bytes]:
+    """Return what messages call an image file, and its bytes."""
+    if isinstance(source, bytes):
+        check_bytes(len(source), config.max_media_bytes, "image bytes")
+        return "image bytes", source
+    if isinstance(source, str):
+        if source[:5].lower() == "data:":
+            return "data URI", data_uri_bytes(source, config.max_media_bytes)
+        scheme = _SCHEME.match(source)
+        if scheme is not None and scheme[1].lower() != "file":
+            return "downloaded image", _fetch(source, config)
+        if scheme is not None:
+            source = file_url_path(source)
+    return _shortened(str(source)), _file_bytes(source, config)
+
+
+def _fetch(url: str, config: MediaConfig) -> bytes:
+    if not config.allowed_media_hosts:
+        raise MediaNotAllowedError(
+            f"image: must be a local file or a data URI, got the address {_shortened(url)!r} "
+            "and no allowed host (allowed_media_hosts, --allow-host)"
+        )
+    rules = FetchRules(
+        hosts=config.allowed_media_hosts,
+        allow_http=config.allow_http,
+        max_bytes=config.max_media_bytes,
+        seconds=config.media_timeout,
+        network=config.network,
+    )
+    return fetch(url, rules)
+
+
+def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
+    """Read a regular file; symbolic links are followed first, and judged by where they lead."""
+    name = _shortened(str(source))
+    try:
+        path = Path(source).resolve()
+        if config.allowed_media_root is not None and not path.is_relative_to(
+            config.allowed_media_root.resolve()
+        ):
+            raise MediaNotAllowedError(f"{name}: must lie below the allowed folder")
+        # A pipe or a device would block or never end, so neither is waited for
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
+        with open(path, "rb", opener=lambda at, _flags: os.open(at, flags)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{name}: cannot be read as an image: it is no regular file")
+            check_bytes(status.st_size, config.max_media_bytes, name)
+            return file.read(config.max_media_bytes)
+    except ImageError:
+        raise
+    except OSError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else "the system refuses"
+        raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
+    except (ValueError, RuntimeError):  # a null character; a loop of links
+        raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+
+
+def _shortened(text: str) -> str:
+    """Return text for a message: a caller may have passed a whole file's worth as a name."""
+    return text if len(text) <= 120 else text[:117] + "…"

@@ -1,0 +1,103 @@
+"""The metadata of one forward pass: frozen, built on the host, passed down, never a global context."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from idefics2_engine.images.tiling import ImageConfig, Tile
+
+
+class _Movable:
+    """Tensors in a frozen dataclass that go to a device together."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy with every tensor on ``device``, without waiting for it."""
+        moved = {
+            field.name: _moved(getattr(self, field.name), torch.device(device))
+            for field in fields(self)  # type: ignore[arg-type]
+        }
+        return type(self)(**moved)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, _Movable):
+        return value.to(device)
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" and device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
+
+
+@dataclass(frozen=True)
+class ImageBatch(_Movable):
+    """Tiles of any sizes, packed: N tiles with P patches in all, no padding."""
+
+    pixels: Tensor  # (P * patch_size**2 * 3,) uint8: each tile cropped to whole patches, row by row, RGB
+    widths: Tensor  # (N,) int32: patches in a row of each tile
+    position_ids: Tensor  # (P,) int64: row * grid + column on the trained grid
+    cu_seqlens: Tensor  # (N + 1,) int32: where each tile's patches begin
+    max_seqlen: int  # most patches in a tile
+    rescale_factor: float = 1 / 255
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_tiles(cls, tiles: Sequence[Tile], config: ImageConfig | None = None) -> "ImageBatch":
+        """Pack ``tiles`` (at least one) on the CPU, to be normalised as ``config`` says or as trained."""
+        patches = [tile.num_patches for tile in tiles]
+        batch = cls(
+            pixels=torch.from_numpy(
+                np.concatenate([tile.patch_pixels().ravel() for tile in tiles])
+            ),
+            widths=torch.tensor([tile.grid[1] for tile in tiles], dtype=torch.int32),
+            position_ids=torch.from_numpy(np.concatenate([tile.position_ids() for tile in tiles])),
+            cu_seqlens=cumulative(patches),
+            max_seqlen=max(patches),
+        )
+        if config is None:
+            return batch
+        return replace(
+            batch, rescale_factor=config.rescale_factor, mean=config.mean, std=config.std
+        )
+
+
+@dataclass(frozen=True)
+class PagedView(_Movable):
+    """Where this step's keys and values go in the KV cache, and what each sequence may read there."""
+
+    slots: Tensor  # (T,) int32 or int64: page * page size + offset of each new token
+    block_table: Tensor  # (B, most pages of a sequence) int32
+    context_lens: Tensor  # (B,) int32: keys of each sequence, this step's included
+
+
+@dataclass(frozen=True)
+class TextBatch(_Movable):
+    """B sequences packed into T tokens, with or without a KV cache behind them."""
+
+    input_ids: Tensor  # (T,) int32 or int64
+    positions: Tensor  # (T,) int32 or int64
+    cu_seqlens: Tensor  # (B + 1,) int32
+    max_seqlen: int
+    logits_indices: Tensor | None = None  # rows to give logits for; every row if None
+    paged: PagedView | None = None
+
+    @classmethod
+    def from_ids(cls, sequences: Sequence[Sequence[int]]) -> "TextBatch":
+        """Pack whole ``sequences`` (each at least one token), without a cache, logits for every row."""
+        lengths = [len(ids) for ids in sequences]
+        return cls(
+            input_ids=torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64),
+            positions=torch.cat([torch.arange(n) for n in lengths]),
+            cu_seqlens=cumulative(lengths),
+            max_seqlen=max(lengths),
+        )
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """Turn lengths (N) into offsets (N + 1)."""
+    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

@@ -1,0 +1,211 @@
+"""The whole network: vision tower, connector, text model and head, written once against ``Ops``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from idefics2_engine.model.batch import ImageBatch, TextBatch
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.model.connector import Connector
+from idefics2_engine.model.linear import NF4Linear, SideBySide
+from idefics2_engine.model.text import LayerCache, TextModel
+from idefics2_engine.model.vision import VisionTower
+from idefics2_kernels import REFERENCE, NF4Weight, Ops
+
+IGNORED_LABEL = -100
+
+
+class Idefics2(nn.Module):
+    """Idefics2 over packed tiles and packed tokens.
+
+    Parameters are allocated on ``device`` in ``dtype`` and not initialised: load a checkpoint into them or call
+    ``init_weights``. On the device ``"meta"`` they get memory by ``allocate``; until then layers can be replaced at no cost.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops = REFERENCE,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        with torch.device(device), _default_dtype(dtype):
+            self.vision = VisionTower(config.vision, ops)
+            self.connector = Connector(config, ops)
+            self.text = TextModel(config.text, ops)
+            if config.tie_word_embeddings:
+                self.lm_head = self.text.embedding
+            else:
+                self.lm_head = nn.Parameter(torch.empty_like(self.text.embedding))
+
+    def allocate(self, device: torch.device | str) -> None:
+        """Give the parameters memory on ``device``, uninitialised; what they held is lost."""
+        self.to_empty(device=device)
+        if self.config.tie_word_embeddings:  # two parameters now
+            self.lm_head = self.text.embedding
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.lm_head.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters, and of everything computed."""
+        return self.lm_head.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take, in whatever form."""
+        parts = [
+            part
+            for m in self.modules()
+            if isinstance(m, NF4Linear)
+            for part in m.weight.tensors.values()
+        ]
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *parts))
+
+    def set_nf4(self, name: str, weight: NF4Weight) -> None:
+        """Set the weight of the NF4 layer called ``name``; the last of those that lie side by side has them stacked."""
+        layer = self.get_submodule(name)
+        assert isinstance(layer, NF4Linear)
+        layer.weight = weight
+        group = self.get_submodule(name.rpartition(".layers.")[0])
+        if isinstance(group, SideBySide):
+            group.stack()
+
+    def image_features(self, images: ImageBatch) -> Tensor:
+        """Encode N tiles to (N, latents, hidden) embeddings of the text model, reusable across calls."""
+        patches = self.ops.patches(
+            images.pixels,
+            images.cu_seqlens,
+            images.widths,
+            self.config.vision.patch_size,
+            images.rescale_factor,
+            images.mean,
+            images.std,
+            self.dtype,
+        )
+        return self.encode(patches, images.position_ids, images.cu_seqlens, images.max_seqlen)
+
+    def encode(
+        self, patches: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    ) -> Tensor:
+        """Encode normalised ``patches`` (P, patch_dim) of N tiles to (N, latents, hidden)."""
+        features = self.vision(patches, position_ids, cu_seqlens, max_seqlen)
+        encoded: Tensor = self.connector(features, cu_seqlens, max_seqlen)
+        return encoded
+
+    def forward(
+        self,
+        batch: TextBatch,
+        image_features: Tensor | None = None,
+        kv_cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Return logits (rows, vocabulary) for ``batch.logits_indices``, or for every token.
+
+        ``image_features`` (..., hidden) take the places of the image token, in order. There must be as many rows as such
+        tokens in the batch. Without them an image token keeps its own embedding.
+
+        Raises:
+            ValueError: A sequence is longer than the model has positions, or, on a CPU, features and image tokens differ
+                in number. A GPU stops with an assertion then, as for an id that is no token: nothing waits for it. With
+                a KV cache neither is looked at, as the engine makes such batches from checked requests.
+        """
+        if batch.paged is None:
+            self._check(batch, image_features)
+        hidden = self.text(self.embed(batch.input_ids, image_features), batch, kv_cache)
+        if batch.logits_indices is not None:
+            hidden = hidden[batch.logits_indices]
+        logits = self.ops.linear(hidden, self.lm_head)
+        return logits[:, : self.config.text.vocab_size]
+
+    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Look up ``input_ids`` (T,) and put ``image_features`` in the image tokens' places: (T, hidden)."""
+        # without the rows that fill the table up: an id there is no token
+        tokens = self.text.embedding[: self.config.text.vocab_size]
+        embeds = nn.functional.embedding(input_ids, tokens)
+        if image_features is None:
+            return embeds
+        is_image = input_ids == self.config.image_token_id
+        # each image token's row; not masked_scatter, whose backward waits for the device
+        rows = (is_image.cumsum(0) - 1).clamp(min=0)
+        features = image_features.flatten(0, -2).to(embeds.dtype)
+        return torch.where(is_image[:, None], nn.functional.embedding(rows, features), embeds)
+
+    def _check(self, batch: TextBatch, image_features: Tensor | None) -> None:
+        positions = self.config.text.max_positions
+        if batch.max_seqlen > positions:
+            raise ValueError(
+                f"sequences must have at most {positions} tokens, got one of {batch.max_seqlen}"
+            )
+        if image_features is None:
+            return
+        slots = (batch.input_ids == self.config.image_token_id).sum()
+        rows = image_features.shape[:-1].numel()
+        wanted = f"image tokens must be as many as rows of image_features {rows}"
+        if slots.device.type == "cpu":
+            if int(slots) != rows:
+                raise ValueError(f"{wanted}, got {int(slots)}")
+        else:
+            torch._assert_async(slots == rows, wanted)
+
+    def loss(
+        self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean cross entropy of each token's successor in its sequence, in fp32 or wider.
+
+        ``labels`` (T,) are aligned with the tokens; -100 is ignored, and the caller sets it for image and padding tokens.
+        """
+        return next_token_loss(self(batch, image_features), labels, batch)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, std: float = 0.02, *, double_quant: bool = True) -> None:
+        """Draw random weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms at one, biases at zero.
+
+        Latents start apart, for equal latents would stay equal in training. Weights in NF4 are drawn in the model's type
+        and quantised, with ``double_quant`` or without, one at a time.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("latents"):
+                parameter.normal_(generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=std, generator=generator)
+        for name, module in self.named_modules():
+            if isinstance(module, NF4Linear):
+                drawn = torch.empty(module.shape, device=self.device, dtype=self.dtype)
+                drawn.normal_(std=std, generator=generator)
+                self.set_nf4(name, self.ops.nf4_quantize(drawn, double_quant=double_quant))
+        for table in (self.text.embedding, self.lm_head):
+            table[self.config.text.vocab_size :] = 0.0
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, batch: TextBatch) -> Tensor:
+    """Return the mean cross entropy of ``logits`` (T, V) against each token's successor among ``labels`` (T,)."""
+    if batch.logits_indices is not None:
+        raise ValueError("the loss needs logits for every token, got a batch with logits_indices")
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(f"labels must be ({len(logits)},), one a token, got {tuple(labels.shape)}")
+    targets = labels.roll(-1).index_fill(0, batch.cu_seqlens[1:].long() - 1, IGNORED_LABEL)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, targets, ignore_index=IGNORED_LABEL)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,120 @@
+"""Linear layers, called through ``Ops``: dense, in NF4, and several side by side."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from idefics2_kernels import NF4Weight, Ops
+from idefics2_kernels.nf4.nf4_weight import can_stack, split, stack
+
+
+class Linear(nn.Module):
+    """Product with ``weight`` (N, K) and an optional ``bias`` (N,)."""
+
+    def __init__(self, K: int, N: int, ops: Ops, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(N, K))
+        self.bias = nn.Parameter(torch.empty(N)) if bias else None
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to (..., N)."""
+        return self.ops.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to the tanh form of GELU of what ``forward`` gives (..., N)."""
+        return self.ops.linear_gelu(x, self.weight, self.bias)
+
+
+class NF4Linear(nn.Module):
+    """Product with a weight (N, K) in NF4 and an optional ``bias`` (N,).
+
+    The weight is no parameter: it has no gradient and is not in ``state_dict``. ``to`` moves it, and leaves its types alone.
+    """
+
+    def __init__(self, K: int, N: int, ops: Ops, *, bias: bool) -> None:
+        super().__init__()
+        self.shape = (N, K)
+        self.bias = nn.Parameter(torch.empty(N)) if bias else None
+        self.ops = ops
+        self._weight: NF4Weight | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the weight was set."""
+        return self._weight is not None
+
+    @property
+    def weight(self) -> NF4Weight:
+        """The weight; ``RuntimeError`` before it is set."""
+        if self._weight is None:
+            raise RuntimeError(f"the NF4 weight of shape {self.shape} was not loaded")
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: NF4Weight) -> None:
+        if weight.shape != self.shape:
+            raise ValueError(f"weight must have shape {self.shape}, got {weight.shape}")
+        self._weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to (..., N)."""
+        return self.ops.nf4_matmul(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to the tanh form of GELU of what ``forward`` gives (..., N)."""
+        return self.ops.gelu_tanh(self(x))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self._weight is not None:
+            self._weight = self._weight.to(fn(self._weight.codes).device)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class SideBySide(nn.Module):
+    """Linear layers of one input whose outputs lie side by side, in place of one layer with their rows stacked.
+
+    ``stack`` makes weights in NF4 one, and the layers' own views of it: one product in place of several.
+    """
+
+    def __init__(self, layers: Sequence[Linear | NF4Linear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self._stacked: NF4Weight | None = None
+        self._parts: list[NF4Weight] = []  # the layers' weights when they were stacked
+
+    def stack(self) -> None:
+        """Stack the layers' weights, if all are loaded and can be one."""
+        layers = [l for l in self.layers if isinstance(l, NF4Linear) and l.is_loaded]
+        if len(layers) == len(self.layers) and can_stack([layer.weight for layer in layers]):
+            self._share(stack([layer.weight for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., K) to (..., N), N being the sum of the layers' own."""
+        layers = cast(Sequence[Linear | NF4Linear], self.layers)
+        if self._stacked is None or not self._is_shared:
+            return torch.cat([layer(x) for layer in layers], dim=-1)
+        biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+        return layers[0].ops.nf4_matmul(x, self._stacked, torch.cat(biases) if biases else None)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether no layer has got another weight since they were stacked."""
+        layers = cast(Sequence[NF4Linear], self.layers)
+        return all(l.weight is part for l, part in zip(layers, self._parts, strict=True))
+
+    def _share(self, stacked: NF4Weight) -> None:
+        layers = cast(Sequence[NF4Linear], self.layers)
+        self._stacked = stacked
+        self._parts = split(stacked, [layer.shape[0] for layer in layers])
+        for layer, part in zip(layers, self._parts, strict=True):
+            layer.weight = part
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        stacked = self._stacked if self._stacked is not None and self._is_shared else None
+        applied = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if stacked is not None:
+            self._share(stacked.to(fn(stacked.codes).device))
+        return applied

@@ -1,0 +1,130 @@
+"""Conversations as callers write them, in OpenAI's or transformers' shape, checked."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from idefics2_engine.caller_errors import caller_code
+from idefics2_engine.errors import PromptError
+from idefics2_engine.images.loader import ImageSource
+from idefics2_engine.prompts.tokenizer import check_text
+from idefics2_engine.shown import shown
+
+ROLES = ("system", "user", "assistant")
+
+
+def read_messages(
+    messages: Sequence[Mapping[str, Any]],
+    images: Sequence[ImageSource] = (),
+    name: str = "messages",
+) -> tuple[list[dict[str, Any]], list[ImageSource]]:
+    """Check a conversation and take the images out of it.
+
+    Args:
+        messages: Each ``{"role": "system", "user" or "assistant", "content": str or list of parts}``,
+            a part being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes
+            the next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
+            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's ``detail``
+            may stand and changes nothing. A key whose value is ``None`` counts as missing:
+            ``datasets`` gives every row the keys of all.
+        images: What the bare image parts stand for, in order.
+        name: What errors call the conversation.
+
+    Returns:
+        The messages, their content always a list of text parts and bare image parts, and the
+        source of each image part. Nothing of them but the sources belongs to the caller.
+
+    Raises:
+        PromptError: A message has another shape or a key that is not listed here (a ``chat_template``
+            among them: templates come with the checkpoint alone), its text cannot be written in
+            UTF-8, there are more or fewer images than bare parts, or reading it raised an error.
+    """
+    turns = []
+    sources: list[ImageSource | None] = []
+    with caller_code(name, PromptError):
+        if (
+            isinstance(messages, str | Mapping)
+            or not isinstance(messages, Sequence)
+            or not messages
+        ):
+            raise PromptError(
+                f"{name}: must be a list of at least one message, got {shown(messages)}"
+            )
+        for index, message in enumerate(messages):
+            where = f"{name}[{index}]"
+            with caller_code(where, PromptError):
+                turn, message_sources = _read_message(message, where)
+            turns.append(turn)
+            sources += message_sources
+    bare = sum(source is None for source in sources)
+    if bare != len(images):
+        raise PromptError(
+            f"{name}: must have as many image parts without a source as there are images, "
+            f"wanted {len(images)}, got {bare}"
+        )
+    rest = iter(images)
+    return turns, [next(rest) if source is None else source for source in sources]
+
+
+def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageSource | None]]:
+    given = _given(message)
+    if not isinstance(given, dict) or given.keys() != {"role", "content"}:
+        got = shown(sorted(map(str, given))) if isinstance(given, dict) else type(message).__name__
+        raise PromptError(f"{where}: must be a dict with 'role' and 'content', got {got}")
+    role, content = given["role"], given["content"]
+    if not isinstance(role, str) or role not in ROLES:
+        raise PromptError(
+            f"{where}: role must be 'system', 'user' or 'assistant', got {shown(role)}"
+        )
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple) or not content:
+        raise PromptError(
+            f"{where}: content must be a string or a list of at least one part, got {shown(content)}"
+        )
+    parts = []
+    sources: list[ImageSource | None] = []
+    for index, part in enumerate(map(_given, content)):
+        if isinstance(part, dict) and part.get("type") == "text":
+            parts.append({"type": "text", "text": _read_text(part, f"{where}: content[{index}]")})
+        else:
+            parts.append({"type": "image"})
+            sources.append(_read_source(part, f"{where}: content[{index}]"))
+    return {"role": role, "content": parts}, sources
+
+
+def _given(value: Any) -> Any:
+    """Return a mapping as a dict of what it has besides ``None``, anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: one for key, one in value.items() if one is not None}
+
+
+def _read_text(part: Mapping[str, Any], where: str) -> str:
+    match part:
+        case {"text": str(text)} if len(part) == 2:
+            check_text(text, where)
+            return text
+    raise PromptError(f"{where}: must be {{'type': 'text', 'text': string}}, got {shown(part)}")
+
+
+def _read_source(part: Any, where: str) -> ImageSource | None:
+    """Return where an image part's image is, None if it is the caller's next."""
+    found: ImageSource
+    match part:
+        case {"type": "image"} if len(part) == 1:
+            return None
+        case {"type": "image_url", "image_url": str(url)} if len(part) == 2:
+            return url
+        case {"type": "image_url", "image_url": {"url": source} as url} if (
+            len(part) == 2 and source is not None and url.keys() <= {"url", "detail"}
+        ):
+            found = source
+            return found
+        case (
+            {"type": "image", "image": source}
+            | {"type": "image", "url": source}
+            | {"type": "image", "path": source}
+        ) if len(part) == 2:
+            found = source
+            return found
+    raise PromptError(f"{where}: must be a text, image or image_url part, got {shown(part)}")

@@ -1,0 +1,383 @@
+"""Prompts, conversations and images to what the model takes: token ids and tiles."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from idefics2_engine.caller_errors import about, caller_code
+from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
+from idefics2_engine.images.parallel import read_all
+from idefics2_engine.images.settings import PROCESSOR, image_settings
+from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalise
+from idefics2_engine.json_file import read_json_if_there
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.prompts.messages import read_messages
+from idefics2_engine.prompts.tokenizer import (
+    FAKE_IMAGE,
+    IMAGE,
+    ChatTemplate,
+    Tokenizer,
+    check_text,
+    expand_image_slots,
+)
+from idefics2_engine.shown import shown
+
+# What can be iterated over, but is text or has no order
+_NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedPrompt:
+    """One request, ready for the model."""
+
+    prompt: str  # each image is one "<image>"
+    token_ids: list[int]  # each tile is ``image_seq_len`` times the image token
+    tiles: list[Tile]  # in the order of their slots
+
+
+@dataclass(frozen=True, eq=False)
+class PromptDraft:
+    """A request whose images have not been read yet."""
+
+    prompt: str
+    token_ids: list[int]
+    images: Sequence[ImageSource]
+    media: MediaConfig  # the rules that the images are read by
+
+    def owned(self) -> "PromptDraft":
+        """Return a draft that nothing can change which its caller does from now on.
+
+        Arrays, tensors, Pillow images, buffers and open files are read now. Files by name, text and
+        bytes stay what they are, so that ``Processor.finish`` decodes them in threads.
+
+        Raises:
+            ImageError: An image cannot be read; the message says which, if there are several.
+        """
+        owned: dict[int, ImageSource] = {}
+        for index, image in enumerate(self.images):
+            if id(image) not in owned:
+                with about(f"images[{index}]" if len(self.images) > 1 else None):
+                    owned[id(image)] = own_image(image, self.media)
+        return replace(self, images=[owned[id(image)] for image in self.images])
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What a checkpoint's files say about turning text and images into the model's input."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the model has not learnt to chat
+    image_config: ImageConfig
+    image_seq_len: int  # image tokens per tile
+    patch_size: int  # pixels per side
+    grid_side: int  # trained positions per side
+    media: MediaConfig = field(default_factory=MediaConfig)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        split: bool | None = None,
+        media: MediaConfig | None = None,
+    ) -> "Processor":
+        """Read the processor's files beside the weights in ``folder``.
+
+        Args:
+            folder: A checkpoint in the hub's format.
+            config: The model that the input is for.
+            split: Whether to split images, if not as the checkpoint says.
+            media: The rules for images; those of ``MediaConfig()`` if ``None``.
+
+        Raises:
+            ConfigError: A file is missing or unusable, or does not fit ``config``.
+        """
+        tokenizer = Tokenizer.load(folder)
+        settings = image_settings(folder)
+        image_config = ImageConfig.from_settings(settings)
+        if split is not None:
+            image_config = replace(image_config, split=split)
+        path = folder / PROCESSOR
+        latents = config.perceiver.num_latents
+        values = read_json_if_there(path)
+        if values.get("image_seq_len", latents) != latents:
+            raise ConfigError(
+                f"{path}: image_seq_len must be the model's {latents} latents, "
+                f"got {shown(values['image_seq_len'])}"
+            )
+        if tokenizer.image_id != config.image_token_id:
+            raise ConfigError(
+                f"{folder}/tokenizer.json: {IMAGE} must have the model's id "
+                f"{config.image_token_id}, got {tokenizer.image_id}"
+            )
+        if tokenizer.vocab_size > config.text.vocab_size:
+            raise ConfigError(
+                f"{folder}/tokenizer.json: must have at most the model's {config.text.vocab_size} "
+                f"tokens, got {tokenizer.vocab_size}"
+            )
+        patch, grid = config.vision.patch_size, config.vision.grid
+        if image_config.shortest_edge < patch or image_config.longest_edge // patch > grid:
+            raise ConfigError(
+                f"{settings.name}: size must give every side 1 to {grid} patches of {patch} pixels, "
+                f"got {image_config.shortest_edge} to {image_config.longest_edge} pixels"
+            )
+        return cls(
+            tokenizer=tokenizer,
+            template=ChatTemplate.load(folder, tokenizer),
+            image_config=image_config,
+            image_seq_len=latents,
+            patch_size=patch,
+            grid_side=grid,
+            media=media or MediaConfig(),
+        )
+
+    def prompt(
+        self, text: str, images: Sequence[ImageSource] | ImageSource = ()
+    ) -> ProcessedPrompt:
+        """Process a raw prompt, as transformers' ``Idefics2Processor`` does.
+
+        Args:
+            text: Control tokens in it are control tokens; each ``<image>`` is a slot.
+            images: One for each slot, in order; a single one may come by itself.
+
+        Raises:
+            PromptError: There are more or fewer slots than images.
+            ImageError: An image cannot be read.
+        """
+        return self.finish([self.draft_prompt(text, images)])[0]
+
+    def draft_prompt(
+        self, text: str, images: Sequence[ImageSource] | ImageSource = ()
+    ) -> PromptDraft:
+        """Do as ``prompt`` does, but leave the images to ``finish``."""
+        check_text(text)
+        images = _as_list(images)
+        token_ids = self.tokenizer.encode(self._expand(text, len(images)))
+        return PromptDraft(text, token_ids, images, self.media)
+
+    def token_prompt(
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
+    ) -> ProcessedPrompt:
+        """Take a prompt that is token ids already, image slots written out.
+
+        Raises:
+            PromptError: An id is out of range, or the image tokens do not fit the images.
+            ImageError: An image cannot be read.
+        """
+        return self.finish([self.draft_token_prompt(token_ids, images)])[0]
+
+    def draft_token_prompt(
+        self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
+    ) -> PromptDraft:
+        """Do as ``token_prompt`` does, but leave the images to ``finish``."""
+        if isinstance(token_ids, _NO_LIST) or not isinstance(token_ids, Iterable):
+            raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
+        vocab_size = self.tokenizer.vocab_size
+        ids: list[int] = []
+        with caller_code("token_ids", PromptError):
+            for index, id in enumerate(token_ids):
+                if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
+                    raise PromptError(
+                        f"token_ids[{index}]: must be an id below {vocab_size}, got {shown(id)}"
+                    )
+                ids.append(int(id))
+        images = _as_list(images)
+        per_image = self.image_seq_len * self.image_config.tiles_per_image
+        wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
+        if got != wanted:
+            raise PromptError(
+                f"token_ids: must have {per_image} image tokens for each of {len(images)} images, "
+                f"wanted {wanted}, got {got}"
+            )
+        return PromptDraft(self._collapse(ids), ids, images, self.media)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | ImageSource = (),
+        add_generation_prompt: bool = True,
+    ) -> ProcessedPrompt:
+        """Process a conversation; nothing in its texts or roles becomes a control token.
+
+        Args:
+            messages: In OpenAI's or transformers' shape, see ``messages.read_messages``.
+            images: For the image parts that bring none themselves, in order.
+            add_generation_prompt: End where the assistant's answer begins.
+
+        Raises:
+            PromptError: A message has an unknown shape, images and image parts differ in number, or
+                the checkpoint's template cannot render the conversation.
+            ImageError: An image cannot be read.
+        """
+        return self.finish([self.draft_chat(messages, images, add_generation_prompt)])[0]
+
+    def draft_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | ImageSource = (),
+        add_generation_prompt: bool = True,
+        name: str = "messages",
+    ) -> PromptDraft:
+        """Do as ``chat`` does, but leave the images to ``finish``; errors speak of ``name``."""
+        if self.template is None:
+            raise PromptError(
+                "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
+                "so it takes plain prompts only"
+            )
+        turns, sources = read_messages(messages, _as_list(images), name)
+        marked = self.template.render(turns, add_generation_prompt)
+        bos = self.tokenizer.bos
+        add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
+        token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
+        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
+
+    def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
+        """Read the images of all ``drafts``, several at a time, and return the drafts with them.
+
+        Args:
+            drafts: What ``draft_prompt``, ``draft_token_prompt`` or ``draft_chat`` returned.
+            name: What errors call the list that the drafts were made of.
+
+        Raises:
+            ImageError: An image cannot be read; the message says which, if there are several.
+        """
+        several = len(drafts) > 1
+        places = [
+            (f"images[{index}]" + (f" of {name}[{number}]" if several else ""), image)
+            for number, draft in enumerate(drafts)
+            for index, image in enumerate(draft.images)
+        ]
+
+        def read(index: int) -> list[Tile]:
+            place, source = places[index]
+            with about(place if several or len(places) > 1 else None):
+                image = load_image(source, self.media)
+                tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
+            for tile in tiles:
+                _ = tile.fingerprint  # kept by the tile: here it costs no other thread's time
+            return tiles
+
+        tiles = iter(read_all(read, [source for _, source in places], self.media.num_threads))
+        return [
+            ProcessedPrompt(
+                draft.prompt,
+                draft.token_ids,
+                [tile for _ in draft.images for tile in next(tiles)],
+            )
+            for draft in drafts
+        ]
+
+    def padded(
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[ImageSource]] | Sequence[ImageSource],
+        padding_side: Literal["left", "right"] = "right",
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Process raw prompts to transformers' rectangular form, for training and comparison.
+
+        Args:
+            texts: B raw prompts, at least one.
+            images: The images of each, or all of them one after the other, in the order of the slots.
+            padding_side: Where the shorter rows get padding tokens.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, both int64 (B, T), and if there are images
+            ``pixel_values``, float32 (B, N, 3, H, W), and ``pixel_attention_mask``, int64
+            (B, N, H, W), with N the most tiles of a prompt; the tiles that others lack are zero.
+
+        Raises:
+            PromptError: Slots and images differ in number, or there is no padding token.
+            ImageError: An image cannot be read.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise PromptError(f"texts: must be a list of strings, got {type(texts).__name__}")
+        for index, text in enumerate(texts):
+            check_text(text, f"texts[{index}]")
+        nested = _nested(texts, images)
+        if self.tokenizer.pad_id is None:
+            raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
+        if padding_side not in ("left", "right"):
+            raise PromptError(f"padding_side: must be 'left' or 'right', got {shown(padding_side)}")
+        pairs = zip(texts, nested, strict=True)
+        prompts = self.finish([self.draft_prompt(text, own) for text, own in pairs])
+        shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "input_ids": np.full(shape, self.tokenizer.pad_id, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+        }
+        for row, prompt in enumerate(prompts):
+            length = len(prompt.token_ids)
+            columns = slice(length) if padding_side == "right" else slice(shape[1] - length, None)
+            arrays["input_ids"][row, columns] = prompt.token_ids
+            arrays["attention_mask"][row, columns] = 1
+        if any(prompt.tiles for prompt in prompts):
+            arrays |= self._padded_pixels([prompt.tiles for prompt in prompts])
+        return arrays
+
+    def _padded_pixels(self, tiles: Sequence[Sequence[Tile]]) -> dict[str, npt.NDArray[Any]]:
+        sizes = [tile.pixels.shape[:2] for row in tiles for tile in row]
+        height, width = (max(side) for side in zip(*sizes, strict=True))
+        shape = len(tiles), max(len(row) for row in tiles)
+        pixels = np.zeros((*shape, 3, height, width), dtype=np.float32)
+        mask = np.zeros((*shape, height, width), dtype=np.int64)
+        for i, row in enumerate(tiles):
+            for j, tile in enumerate(row):
+                h, w, _ = tile.pixels.shape
+                pixels[i, j, :, :h, :w] = normalise(tile, self.image_config)
+                mask[i, j, :h, :w] = 1
+        return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+    def _expand(self, text: str, images: int) -> str:
+        """Write out the image slots of ``text``, of which there must be as many as images."""
+        slots = text.count(IMAGE)
+        if slots != images:
+            raise PromptError(
+                f"prompt: must have one {IMAGE} for each image, wanted {images}, got {slots}"
+            )
+        return expand_image_slots(text, self.image_seq_len, self.image_config.tiles_per_image)
+
+    def _collapse(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids`` with each image as one slot."""
+        tile = FAKE_IMAGE + IMAGE * self.image_seq_len
+        image = f"(?:{tile}){{{self.image_config.tiles_per_image}}}(?:{FAKE_IMAGE}(?!{IMAGE}))?"
+        return re.sub(image, IMAGE, self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
+    """Return a list of images, of a single one too: its own length is no number of images."""
+    if images is None:
+        raise PromptError("images: must be a list of images, got None")
+    several: Any = images if isinstance(images, list | tuple) else [images]
+    with caller_code("images", PromptError):
+        return list(several)
+
+
+def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:
+    """Return the images of each text; those that come in one list go to the slots in order.
+
+    Raises:
+        PromptError: There is not one list for each text, or one image for each slot.
+    """
+    lists = [isinstance(own, list | tuple) for own in _as_list(images)]
+    slots = [text.count(IMAGE) for text in texts]
+    if lists and not any(lists):
+        if sum(slots) != len(lists):
+            raise PromptError(
+                f"images: must be one for each {IMAGE} of {len(texts)} texts, "
+                f"wanted {sum(slots)}, got {len(lists)}"
+            )
+        rest = iter(_as_list(images))
+        return [list(islice(rest, count)) for count in slots]
+    if len(texts) != len(lists) or not texts or not all(lists):
+        raise PromptError(
+            f"images: must be one list for each of {len(texts)} texts, got {sum(lists)}"
+        )
+    return [_as_list(own) for own in images]

@@ -1,0 +1,261 @@
+"""The step loop: schedule, launch, land.
+
+With ``run_ahead`` the next step is planned and launched before the tokens of the last one are known to the host, so that
+the device need not wait for it: they are read on the device, and an answer that turns out to have ended is computed
+once for nothing.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from idefics2_engine.device import to_device
+from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.images.tiling import ImageConfig
+from idefics2_engine.model.config import EngineConfig, GenerationConfig
+from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.prompts.detokenizer import Detokenizer
+from idefics2_engine.prompts.tokenizer import Tokenizer
+from idefics2_engine.runtime.kv_cache import KVCache
+from idefics2_engine.runtime.model_runner import Runner
+from idefics2_engine.runtime.stats import EngineStats
+from idefics2_engine.sampling.logprobs import TokenTexts
+from idefics2_engine.sampling.sampler import Drawn, Sampler
+from idefics2_engine.scheduling.encoder_cache import EncoderCache
+from idefics2_engine.scheduling.page_allocator import PageAllocator
+from idefics2_engine.scheduling.scheduler import Scheduler, Step
+from idefics2_engine.scheduling.sequence import Request, Sequence
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that has been launched, and whose tokens the host has not read."""
+
+    step: Step
+    requests: set[Request]
+    sequences: list[Sequence]  # that draw a token, in the order of its rows
+    drawn: Drawn | None  # if any do
+    failed: list[tuple[Request, str]]  # whose prompts cannot be scored, and why
+
+
+class Engine:
+    """Answers many requests at once on one device."""
+
+    def __init__(
+        self,
+        model: Idefics2,
+        tokenizer: Tokenizer,
+        image_config: ImageConfig,
+        generation: GenerationConfig,
+        config: EngineConfig,
+        *,
+        min_p_first: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.generation = generation
+        self.config = config
+        self._window = model.config.text.sliding_window
+        self.reset()
+        kv_cache = KVCache(
+            model.config.text, config.num_pages, config.page_size, model.device, model.dtype
+        )
+        self.runner = Runner(
+            model,
+            kv_cache,
+            image_config,
+            config.max_cached_images,
+            config.max_num_seqs,
+            self.scheduler.pages.pages_for(config.max_model_len) if config.cuda_graphs else None,
+        )
+        self.stats = EngineStats()
+        self.sampler = Sampler(
+            model.ops,
+            generation.bad_words_ids,
+            model.config.image_token_id,
+            TokenTexts(tokenizer),
+            min_p_first=min_p_first,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue the sequences of ``request``; it must fit the engine's lengths."""
+        for index in range(request.params.n):
+            detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens)
+            sequence = Sequence(request, index, self.generation.eos_token_ids, detokenizer)
+            request.sequences.append(sequence)
+        self.scheduler.add(request.sequences[0])  # the others start from its prompt
+
+    def reset(self) -> None:
+        """Drop every request and forget what the caches hold, whatever state the engine is in."""
+        config = self.config
+        self.scheduler = Scheduler(
+            PageAllocator(config.num_pages, config.page_size),
+            EncoderCache(config.max_cached_images),
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.max_patches,
+            self._window,
+            config.prefix_caching,
+        )
+        self._flight: _Flight | None = None  # the step launched last
+        self._suspects: set[Request] = set()  # of a step that failed, and not in one since
+        self._changed: dict[Request, None] = {}  # requests that ``step`` has to return
+
+    def step(self) -> list[Request]:
+        """Launch the next step and read the tokens of the last one; when running ahead, of the one before.
+
+        If a forward pass fails, only the request that caused it fails, and gets an ``error``. After an out-of-memory
+        error steps become smaller. After any other error fewer sequences run at once, until one request fails alone.
+
+        Returns:
+            The requests that got a token or failed, each once.
+
+        Raises:
+            BaseException: An interrupt, or a fault of the engine itself. Nothing of a step that was cut off is trusted:
+                the engine was ``reset``.
+        """
+        try:
+            self._step()
+        except BaseException:
+            self.reset()
+            raise
+        changed, self._changed = self._changed, {}
+        return list(changed)
+
+    def _step(self) -> None:
+        before, self._flight = self._flight, None
+        if before is not None and any(map(self.sampler.reads_answer, before.sequences)):
+            self._land(before)
+            before = None
+        if self.scheduler.has_work:
+            step = self.scheduler.schedule()
+            requests = {chunk.sequence.request for chunk in step.chunks}
+            try:
+                if step.chunks:
+                    self._flight = self._launch(step, requests, before)
+            except Exception as error:
+                self._land(before)
+                self._recover(requests, error)
+                return
+        self._land(before)
+        if not self.config.run_ahead:
+            landing, self._flight = self._flight, None
+            self._land(landing)
+
+    def _launch(self, step: Step, requests: set[Request], before: _Flight | None) -> _Flight:
+        """Put ``step`` on the device, behind the one ``before`` if its tokens are not read yet."""
+        known_there = {} if before is None else {s: row for row, s in enumerate(before.sequences)}
+        logits, prompts = self.runner.run(step, known_there)
+        failed = []
+        for request, prompt_logits in prompts:
+            begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
+            followers = request.prompt_token_ids[begin + 1 : begin + 1 + len(prompt_logits)]
+            try:
+                request.prompt_logprobs += self.sampler.prompt_logprobs(
+                    prompt_logits, followers, number or 0
+                )
+            except FloatingPointError as error:
+                failed.append((request, str(error)))
+        self.scheduler.computed(step)
+        sequences: list[Sequence] = []
+        rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
+        for row, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
+            drawn = [chunk.sequence, *self.scheduler.fork(chunk.sequence)]
+            sequences += drawn
+            rows += [row] * len(drawn)
+        if not sequences:
+            return _Flight(step, requests, [], None, failed)
+        if len(rows) > len(logits):
+            (places,) = to_device([np.array(rows, np.int64)], logits.device)
+            logits = logits[places]
+        tokens = self.sampler.draw(logits, sequences)
+        self.runner.note(tokens.token_ids)
+        for sequence in sequences:
+            sequence.num_pending += 1
+        return _Flight(step, requests, sequences, tokens, failed)
+
+    def _land(self, flight: _Flight | None) -> None:
+        """Wait for a step and append its tokens to the answers that have not ended since it was launched."""
+        if flight is None:
+            return
+        try:
+            choices = [] if flight.drawn is None else flight.drawn.choices()
+        except Exception as error:
+            for lost in (flight, self._flight):
+                for sequence in lost.sequences if lost else ():
+                    sequence.num_pending = 0
+            self._flight = None
+            self._recover(flight.requests, error)
+            return
+        for request, reason in flight.failed:
+            self._fail(request, reason)
+        got = []
+        for sequence, choice in zip(flight.sequences, choices, strict=True):
+            if not sequence.num_pending:
+                continue
+            if not choice.is_finite:
+                largest = choice.largest_logit
+                self._fail(
+                    sequence.request, f"logits must be finite, got {largest} for the largest"
+                )
+                continue
+            try:
+                sequence.append(choice.token_id, choice.logprobs)
+            except Exception as error:
+                self._fail(sequence.request, _failure("its tokens must have a text", error), error)
+            else:
+                got.append(sequence)
+                self._changed[sequence.request] = None
+        self.scheduler.finish(got)
+        self._clear(flight.requests)
+        self._count(flight.step, len(got))
+
+    def _recover(self, requests: set[Request], error: Exception) -> None:
+        self.scheduler.start_over()
+        requests = {request for request in requests if not request.finished}
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            if self.scheduler.halve_budgets():
+                return
+        if len(requests) > 1:
+            self._suspects |= requests
+            self.scheduler.max_num_seqs = len(requests) // 2
+            return
+        for request in requests:  # one, or none if it has ended meanwhile
+            self._fail(request, _failure("the model must run on it", error), error)
+
+    def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
+        """Give up one request and forget what was computed for it, which others might share; they go on."""
+        request.error = RequestFailedError(f"request {request.request_id}: {reason}")
+        request.error.__cause__ = cause
+        self.cancel(request)
+        self.scheduler.forget(request.sequences)
+        self._changed[request] = None
+
+    def _clear(self, requests: set[Request]) -> None:
+        self._suspects -= requests
+        if not self._suspects:
+            self.scheduler.max_num_seqs = self.config.max_num_seqs
+
+    def _count(self, step: Step, num_drawn: int) -> None:
+        stats, pages = self.stats, self.scheduler.pages
+        stats.steps += 1
+        stats.computed_tokens += sum(chunk.end - chunk.begin for chunk in step.chunks)
+        stats.generated_tokens += num_drawn
+        stats.encoded_tiles += len(step.encodes)
+        stats.encoded_patches += sum(tile.num_patches for tile, _ in step.encodes)
+        stats.cache_usage = 1 - pages.num_free / pages.num_pages
+
+    def cancel(self, request: Request) -> None:
+        """Drop what is unfinished of ``request``."""
+        self.scheduler.cancel(request.sequences)
+        self._clear({request})
+
+
+def _failure(wanted: str, error: Exception) -> str:
+    return f"{wanted}, got {type(error).__name__}"

@@ -1,0 +1,42 @@
+"""Keys and values of every layer, in pages."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from idefics2_engine.device import to_device
+from idefics2_engine.model.config import TextConfig
+from idefics2_engine.model.text import LayerCache
+
+
+class KVCache:
+    """Two tensors a layer, (pages, H_KV, page size, D): a page of one head is one run of memory."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+
+        def allocate() -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        self.layers: list[LayerCache] = [(allocate(), allocate()) for _ in range(config.num_layers)]
+        self.page_size = page_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that all layers take."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    def copy(self, pages: list[tuple[int, int]]) -> None:
+        """Copy pages, each (from, to), in every layer; no page is on both sides."""
+        columns = [np.array(column, np.int64) for column in zip(*pages, strict=True)]
+        sources, targets = to_device(columns, self.layers[0][0].device)
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[targets] = tensor[sources]

@@ -1,0 +1,86 @@
+"""How many tokens the KV cache can hold in what a GPU has left."""
+
+import torch
+
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.model.batch import ImageBatch, TextBatch, cumulative
+from idefics2_engine.model.config import EngineConfig, TextConfig
+from idefics2_engine.model.idefics2 import Idefics2
+
+
+def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -> int:
+    """Measure how many tokens fit when the process and others use ``utilization`` of the GPU's memory in all.
+
+    The largest steps that ``config`` allows are run once, without a cache, to see what they take beside the weights.
+    No more tokens than ``max_num_seqs`` full sequences are of use, and no more are returned.
+
+    Raises:
+        ConfigError: Not even one full sequence fits.
+    """
+    device, text = model.device, model.config.text
+    try:
+        steps = _peak_bytes(model, config)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"max_num_batched_tokens {config.max_num_batched_tokens}: a step of so many tokens, or of "
+            f"{config.max_patches} patches, must fit beside the weights, but ran out of memory"
+        ) from None
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    latents = config.max_cached_images * model.config.perceiver.num_latents
+    encoded = latents * text.hidden_size * model.dtype.itemsize
+    left = int(utilization * total) - (total - free) - steps - encoded
+    each = bytes_per_token(text, model.dtype)
+    pages = left // (each * config.page_size)
+    wanted = -(-config.max_model_len // config.page_size)
+    if pages < wanted:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len}: its KV cache must fit into gpu_memory_utilization {utilization} of "
+            f"{total / 2**30:.1f} GiB, of which {left / 2**30:.1f} GiB are left for it; it takes "
+            f"{wanted * config.page_size * each / 2**30:.1f} GiB"
+        )
+    return min(pages, config.max_num_seqs * wanted) * config.page_size
+
+
+def bytes_per_token(text: TextConfig, dtype: torch.dtype) -> int:
+    """Return what the keys and values of a token take in all layers."""
+    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
+
+
+@torch.inference_mode()
+def _peak_bytes(model: Idefics2, config: EngineConfig) -> int:
+    """Return what the largest steps take at their peak: of images, and of text."""
+    torch.cuda.synchronize(model.device)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    model.image_features(_images(model, config.max_patches))
+    model(_text(model, config))
+    torch.cuda.synchronize(model.device)
+    return torch.cuda.max_memory_allocated(model.device) - before
+
+
+def _images(model: Idefics2, num_patches: int) -> ImageBatch:
+    """Make black pictures of the largest size, with ``num_patches`` in all or a little less."""
+    vision = model.config.vision
+    each = vision.grid**2
+    count = max(1, num_patches // each)
+    return ImageBatch(
+        pixels=torch.zeros(
+            count * each * vision.patch_size**2 * 3, dtype=torch.uint8, device=model.device
+        ),
+        widths=torch.full((count,), vision.grid, dtype=torch.int32),
+        position_ids=torch.arange(each).repeat(count),
+        cu_seqlens=cumulative([each] * count),
+        max_seqlen=each,
+    ).to(model.device)
+
+
+def _text(model: Idefics2, config: EngineConfig) -> TextBatch:
+    """Make the tokens of a whole step; logits are wanted for one of each sequence."""
+    longest, tokens = config.max_model_len, config.max_num_batched_tokens
+    lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+    batch = TextBatch.from_ids([[0] * length for length in lengths])
+    rows = torch.arange(min(config.max_num_seqs, tokens))
+    return TextBatch(batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, rows).to(
+        model.device
+    )

@@ -1,0 +1,63 @@
+"""Bad words to token ids, as they stand behind a space and inside a word."""
+
+from collections.abc import Sequence
+
+from idefics2_engine.errors import PromptError, SamplingError
+from idefics2_engine.prompts.tokenizer import Tokenizer
+from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.shown import shown
+
+_BEFORE = "\n"  # merges with no word, and no space follows it
+
+
+def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of ``words`` with and without a space before, each once.
+
+    As in vLLM, spaces that a word begins with do not count, and control tokens are recognised. Where vLLM adds a space to
+    have the second form, this tokenizer puts one before any text, so here it is the form without that has to be made.
+
+    Raises:
+        SamplingError: The tokenizer fails on a word.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        try:
+            before, spaced, inside = (
+                tokenizer.encode(text, add_bos=False)
+                for text in (_BEFORE, word.lstrip(" "), _BEFORE + word.lstrip(" "))
+            )
+        except PromptError as error:
+            raise SamplingError(f"bad_words: {shown(word)}: {error}") from None
+        found[tuple(spaced)] = None
+        if inside[: len(before)] == before and len(inside) > len(before):
+            found[tuple(inside[len(before) :])] = None
+    return tuple(found)
+
+
+def check_choice(
+    params: SamplingParams,
+    words: Sequence[Sequence[int]],
+    eos_token_ids: frozenset[int],
+    vocab_size: int,
+) -> None:
+    """Refuse parameters that could leave no token to choose.
+
+    Args:
+        params: Of a request.
+        words: All bad words, by token ids: each may bar its last.
+        eos_token_ids: End tokens of the checkpoint.
+        vocab_size: Tokens of the model.
+
+    Raises:
+        SamplingError: Every allowed token may be barred.
+    """
+    barred = {word[-1] for word in words}
+    if params.min_tokens:
+        barred |= {*params.stop_token_ids} | (set() if params.ignore_eos else eos_token_ids)
+    allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
+    if all(token in barred for token in allowed):
+        name = "bad_words" if params.allowed_token_ids is None else "allowed_token_ids"
+        raise SamplingError(
+            f"{name} must leave a token that is neither barred nor an end token before min_tokens, "
+            f"got {shown(getattr(params, name))}"
+        )

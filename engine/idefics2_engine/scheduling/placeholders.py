@@ -1,0 +1,38 @@
+"""Where the embeddings of each tile stand among a prompt's tokens; host only."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from idefics2_engine.images.tiling import Tile
+
+
+@dataclass(frozen=True, eq=False)
+class ImageItem:
+    """A tile and the tokens that its embeddings take the places of."""
+
+    tile: Tile
+    begin: int  # its first token in the prompt
+    end: int  # one past its last
+
+
+def image_items(
+    token_ids: Sequence[int], tiles: Sequence[Tile], image_token_id: int, num_latents: int
+) -> list[ImageItem]:
+    """Find the slots of ``tiles``: each is ``num_latents`` image tokens in a row."""
+    slots = [at for at, token in enumerate(token_ids) if token == image_token_id]
+    assert len(slots) == num_latents * len(tiles)
+    firsts = slots[::num_latents] if tiles else []
+    items = [
+        ImageItem(tile, first, first + num_latents)
+        for tile, first in zip(tiles, firsts, strict=True)
+    ]
+    assert slots == [at for item in items for at in range(item.begin, item.end)]
+    return items
+
+
+def items_between(items: Sequence[ImageItem], begin: int, end: int) -> Iterator[ImageItem]:
+    """Yield those of ``items``, in order, that have a token in [``begin``, ``end``)."""
+    first = bisect_right(items, begin, key=lambda item: item.end)
+    last = bisect_left(items, end, key=lambda item: item.begin)
+    yield from items[first:last]

@@ -1,0 +1,347 @@
+"""Which tokens are computed in a step: first come, first served, within budgets; host only.
+
+A step has a budget of tokens, which decoding sequences and chunks of prompts share, and one of patches, for the tiles
+that it encodes. Running sequences go first, oldest first; then waiting ones are admitted in their order. Where a
+running sequence needs a page and none is free, the newest that runs is preempted: it waits again, before all others,
+and computes again what the cache does not remember of it. So the oldest always goes on.
+
+A step may be planned while tokens of the one before are still being drawn (``Sequence.num_pending``): where they go is
+known, and steps are computed in order.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from idefics2_engine.images.tiling import Tile
+from idefics2_engine.scheduling.encoder_cache import EncoderCache
+from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
+from idefics2_engine.scheduling.placeholders import ImageItem, items_between
+from idefics2_engine.scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [``begin``, ``end``) of a sequence."""
+
+    sequence: Sequence
+    begin: int
+    end: int
+    samples: bool  # whether they are all there are, so that the next token can be drawn
+    scores: range  # places in the prompt whose logits are wanted, for the tokens behind them
+    images: list[tuple[ImageItem, int]]  # it has tokens of, and the slots of their embeddings
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass does: encode tiles into slots, copy pages, compute chunks."""
+
+    chunks: list[Chunk]
+    encodes: list[tuple[Tile, int]]
+    copies: list[tuple[int, int]]  # pages, from and to
+
+
+class Scheduler:
+    """Waiting and running sequences, their pages and their images."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        encoder: EncoderCache,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_patches: int,
+        window: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.pages = pages
+        self.encoder = encoder
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens  # a step
+        self.max_patches = max_patches  # a step; a larger tile has a step without others
+        self.window = window  # keys that a query sees
+        self.prefix_caching = prefix_caching
+        # In order, as keys: a sequence is found and removed without passing over the others
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.running: OrderedDict[Sequence, None] = OrderedDict()
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def most_pages(self, length: int) -> int:
+        """Return how many pages a sequence of ``length`` tokens holds at most."""
+        if self.window is not None:
+            length = min(length, self.window + self.max_num_batched_tokens + self.pages.page_size)
+        return self.pages.pages_for(length)
+
+    def add(self, sequence: Sequence) -> None:
+        """Put ``sequence`` at the end of the queue; it must fit an empty cache."""
+        assert self.most_pages(sequence.max_length) <= self.pages.num_pages
+        sequence.request.num_started += 1
+        self.waiting[sequence] = None
+
+    def schedule(self) -> Step:
+        """Choose the tokens of the next step and give them pages and slots."""
+        plan = _Plan(self.max_num_batched_tokens, self.max_patches)
+        preempted = self._go_on(plan)
+        if not preempted:
+            self._admit(plan)
+        return Step(plan.chunks, plan.encodes, plan.copies)
+
+    def computed(self, step: Step) -> None:
+        """Note that ``step`` has been or is being computed: name full pages, let go of what is behind."""
+        for chunk in step.chunks:
+            chunk.sequence.num_computed = chunk.end
+            self._name_pages(chunk.sequence)
+            self._let_go_behind(chunk.sequence)
+
+    def fork(self, first: Sequence) -> list[Sequence]:
+        """Start the other answers of a request whose prompt ``first`` has computed.
+
+        As many as may run share its pages, and those are returned; the rest wait, before all others.
+        """
+        request = first.request
+        others = request.sequences[request.num_started :]
+        request.num_started = len(request.sequences)
+        forked = others[: self.max_num_seqs - len(self.running)]
+        for sequence in forked:
+            sequence.num_computed, sequence.num_named = first.num_computed, first.num_named
+            sequence.pages = list(first.pages)
+            self.pages.share(first.pages)
+        if forked:
+            running = list(self.running)
+            at = running.index(first) + 1
+            running[at:at] = forked
+            self.running = OrderedDict.fromkeys(running)
+        for sequence in reversed(others[len(forked) :]):
+            self._wait_first(sequence)
+        return forked
+
+    def finish(self, sequences: Iterable[Sequence]) -> None:
+        """Let go of those ``sequences`` that have ended."""
+        for sequence in sequences:
+            if not sequence.finish_reason:
+                continue
+            if sequence in self.running:
+                del self.running[sequence]
+                self._name_pages(sequence)
+                self._drop(sequence)
+            else:  # preempted while its last token was drawn
+                self.waiting.pop(sequence, None)
+
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """Drop those of ``sequences`` that wait or run."""
+        for sequence in sequences:
+            if sequence in self.running:
+                del self.running[sequence]
+                self._drop(sequence)
+            else:
+                self.waiting.pop(sequence, None)
+            sequence.num_pending = 0
+
+    def forget(self, sequences: Iterable[Sequence]) -> None:
+        """Let nobody find the pages and pictures that were computed for ``sequences``, which neither wait nor run."""
+        for sequence in sequences:
+            self.pages.forget(sequence.page_names(self.pages.page_size))
+            self.encoder.forget(item.tile.fingerprint for item in sequence.request.images)
+
+    def preempt_newest(self) -> Sequence:
+        """Let the newest that runs wait again, before all others, without its pages; one must run."""
+        sequence, _ = self.running.popitem()
+        self._drop(sequence)
+        self._wait_first(sequence)
+        self.num_preemptions += 1
+        return sequence
+
+    def start_over(self) -> None:
+        """Preempt all that run and forget every picture, as after a step that was not computed to its end."""
+        while self.running:
+            self.preempt_newest()
+        self.encoder.forget_idle()
+
+    def halve_budgets(self) -> bool:
+        """Make steps half as large from now on; return whether they could be."""
+        if self.max_num_batched_tokens <= self.pages.page_size:
+            return False
+        self.max_num_batched_tokens //= 2
+        self.max_patches = max(1, self.max_patches // 2)
+        return True
+
+    def check_integrity(self) -> None:
+        """Assert that pages and slots are held by those that run, and by nobody else."""
+        self.pages.check_integrity([sequence.pages for sequence in self.running])
+        self.encoder.check_integrity(
+            [item.tile.fingerprint for s in self.running for item in s.held_images]
+        )
+        assert not any(sequence.pages or sequence.held_images for sequence in self.waiting)
+
+    def _go_on(self, plan: "_Plan") -> bool:
+        """Plan the next chunks of those that run; return whether any was preempted."""
+        preempted = False
+        for sequence in list(self.running):
+            # The newest are preempted first: those behind a preempted sequence no longer run either
+            if not plan.tokens or sequence not in self.running:
+                break
+            begin, end = sequence.num_computed, sequence.length
+            if end == sequence.max_length:  # its last token is being drawn
+                continue
+            end = self._image_limit(sequence, begin, min(end, begin + plan.tokens), plan)
+            while end > begin and not self._has_room(sequence, begin, end):
+                preempted = True
+                if self.preempt_newest() is sequence:
+                    return True
+            if end > begin:
+                self._take_pages(sequence, begin, end, plan)
+                self._plan(sequence, begin, end, plan)
+        return preempted
+
+    def _admit(self, plan: "_Plan") -> None:
+        size = self.pages.page_size
+        while self.waiting and plan.tokens and len(self.running) < self.max_num_seqs:
+            sequence = next(iter(self.waiting))
+            cached = []
+            if self.prefix_caching:  # at least one token is computed, for its logits
+                known = len(sequence.token_ids) - 1
+                if sequence.scores_prompt:
+                    known = min(known, len(sequence.request.prompt_logprobs))
+                names = sequence.page_names(size)[: known // size]
+                cached = self.pages.find(names)
+            begin = len(cached) * size
+            behind = self._num_behind(begin)
+            cached[:behind] = [NO_PAGE] * behind
+            end = self._image_limit(
+                sequence, begin, min(len(sequence.token_ids), begin + plan.tokens), plan
+            )
+            wanted = self.pages.pages_for(end) - len(cached)
+            # a page for each that runs stays free, or the new one would soon be preempted for them
+            spare = self.pages.num_free - self.pages.num_idle(cached) - len(self.running)
+            if end == begin or wanted > spare:
+                return
+            self.pages.share(cached)
+            sequence.pages = cached
+            sequence.num_computed, sequence.num_named = begin, len(cached)
+            if sequence.request.num_cached_tokens is None:
+                sequence.request.num_cached_tokens = begin
+            del self.waiting[sequence]
+            self.running[sequence] = None
+            self._take_pages(sequence, begin, end, plan)
+            self._plan(sequence, begin, end, plan)
+
+    def _image_limit(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> int:
+        """Return how far towards ``end`` the images can be encoded in this step."""
+        patches, slots = plan.patches, self.encoder.num_available
+        seen: set[bytes] = set()
+        for item in items_between(sequence.request.images, begin, end):
+            content = item.tile.fingerprint
+            if content in seen:
+                continue
+            seen.add(content)
+            is_held = content in self.encoder and self.encoder.is_held(content)
+            slots -= not is_held
+            if content not in self.encoder:
+                alone = patches == self.max_patches  # a tile may be larger than the budget
+                patches -= item.tile.num_patches
+                if patches < 0 and not alone:
+                    return max(begin, item.begin)
+            if slots < 0:
+                return max(begin, item.begin)
+        return end
+
+    def _has_room(self, sequence: Sequence, begin: int, end: int) -> bool:
+        missing = self.pages.pages_for(end) - len(sequence.pages)
+        return missing + self._writes_shared_page(sequence, begin) <= self.pages.num_free
+
+    def _writes_shared_page(self, sequence: Sequence, begin: int) -> bool:
+        index = begin // self.pages.page_size
+        return index < len(sequence.pages) and self.pages.is_shared(sequence.pages[index])
+
+    def _take_pages(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
+        """Give pages up to ``end``, and one of its own for a shared one that would be written to."""
+        if self._writes_shared_page(sequence, begin):
+            index = begin // self.pages.page_size
+            shared, (own,) = sequence.pages[index], self.pages.allocate(1)
+            plan.copies.append((shared, own))
+            self.pages.release([shared])
+            sequence.pages[index] = own
+        missing = self.pages.pages_for(end) - len(sequence.pages)
+        sequence.pages += self.pages.allocate(max(0, missing))
+
+    def _plan(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
+        """Add a chunk to the plan, and hold the images that it reads."""
+        items = list(items_between(sequence.request.images, begin, end))
+        # the known ones first, before a new one takes the slot of one of them
+        for item in sorted(items, key=lambda item: item.tile.fingerprint not in self.encoder):
+            if item in sequence.held_images:
+                continue
+            content = item.tile.fingerprint
+            is_new = content not in self.encoder
+            self.encoder.hold(content)
+            sequence.held_images.append(item)
+            if is_new:
+                plan.patches -= item.tile.num_patches
+                plan.encodes.append((item.tile, self.encoder.slot(content)))
+        images = [(item, self.encoder.slot(item.tile.fingerprint)) for item in items]
+        plan.tokens -= end - begin
+        samples, scores = end == sequence.length, range(0)
+        if sequence.scores_prompt:
+            request = sequence.request
+            last = len(request.prompt_token_ids) - 1  # nothing of the prompt is behind it
+            scores = range(max(begin, len(request.prompt_logprobs)), min(end, last))
+        plan.chunks.append(Chunk(sequence, begin, end, samples, scores, images))
+
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Note the names of full pages, as far as their tokens are known."""
+        if not self.prefix_caching:
+            return
+        size = self.pages.page_size
+        num_full = min(sequence.num_computed, len(sequence.token_ids)) // size
+        if num_full > sequence.num_named:
+            names = sequence.page_names(size)
+            for index in range(sequence.num_named, num_full):
+                self.pages.remember(sequence.pages[index], names[index])
+            sequence.num_named = num_full
+
+    def _let_go_behind(self, sequence: Sequence) -> None:
+        """Give back images that have been read, and pages that no later query sees."""
+        for item in list(sequence.held_images):
+            if item.end <= sequence.num_computed:
+                sequence.held_images.remove(item)
+                self.encoder.release(item.tile.fingerprint)
+        for index in range(self._num_behind(sequence.num_computed) - 1, -1, -1):
+            if sequence.pages[index] == NO_PAGE:
+                break
+            self.pages.release([sequence.pages[index]])
+            sequence.pages[index] = NO_PAGE
+
+    def _num_behind(self, position: int) -> int:
+        """Return how many pages neither a query at ``position`` nor a later one sees."""
+        if self.window is None:
+            return 0
+        return max(0, position - self.window + 1) // self.pages.page_size
+
+    def _wait_first(self, sequence: Sequence) -> None:
+        """Put ``sequence`` before all that wait."""
+        self.waiting[sequence] = None
+        self.waiting.move_to_end(sequence, last=False)
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = sequence.num_named = 0
+        for item in sequence.held_images:
+            self.encoder.release(item.tile.fingerprint)
+        sequence.held_images = []
+
+
+class _Plan:
+    """A step as it grows, and what is left of its budgets."""
+
+    def __init__(self, tokens: int, patches: int) -> None:
+        self.tokens = tokens
+        self.patches = patches
+        self.chunks: list[Chunk] = []
+        self.encodes: list[tuple[Tile, int]] = []
+        self.copies: list[tuple[int, int]] = []

@@ -1,0 +1,241 @@
+"""Requests and the answers growing from them: tokens, text, status and stop rules; host only."""
+
+import time
+from array import array
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.outputs import (
+    CompletionOutput,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    TokenLogprobs,
+)
+from idefics2_engine.prompts.detokenizer import Detokenizer
+from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.scheduling.placeholders import ImageItem, items_between
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked, and the ``n`` sequences that answer it."""
+
+    request_id: str
+    prompt: str
+    prompt_token_ids: list[int]
+    images: Items[ImageItem]  # in the order of their slots
+    params: SamplingParams
+    seed: int  # of the first sequence; the others count up from it
+    max_tokens: int  # of each sequence, within the model's length
+    bad_words_ids: Items[tuple[int, ...]] = ()  # of ``params.bad_words``
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    arrival_time: float = field(default_factory=time.monotonic)
+    sequences: "list[Sequence]" = field(default_factory=list)
+    num_started: int = 0  # of the sequences; the others start from the first one's prompt
+    num_cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
+    error: Idefics2Error | None = None  # set by the engine: it will not be finished
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended, or none goes on."""
+        return self.error is not None or all(s.finish_reason for s in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """Describe the request as it stands."""
+        first = [s.first_token_time for s in self.sequences if s.first_token_time is not None]
+        last = [s.finished_time for s in self.sequences if s.finished_time is not None]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.prompt_token_ids),
+            prompt_logprobs=(
+                None
+                if self.params.prompt_logprobs is None
+                else [None, *map(dict, self.prompt_logprobs)]
+            ),
+            outputs=[sequence.output() for sequence in self.sequences],
+            finished=self.finished,
+            metrics=RequestMetrics(
+                arrival_time=self.arrival_time,
+                first_token_time=min(first, default=None),
+                finished_time=max(last, default=None) if self.finished else None,
+            ),
+            num_cached_tokens=self.num_cached_tokens or 0,
+            error=self.error,
+        )
+
+
+class Sequence:
+    """One answer: the prompt's tokens, then generated ones, and the rules that end it."""
+
+    def __init__(
+        self, request: Request, index: int, eos_token_ids: frozenset[int], detokenizer: Detokenizer
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_pending = 0  # tokens behind them that are being drawn
+        self.num_computed = (
+            0  # tokens whose keys and values are in the cache, or will be before they are read
+        )
+        self.pages: list[int] = []  # of the KV cache, given by the scheduler
+        self.num_named = 0  # of the pages: those whose names the scheduler has noted
+        self.held_images: list[ImageItem] = []  # whose embeddings are held for it
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.first_token_time: float | None = None
+        self.finished_time: float | None = None
+        self._page_names: list[bytes] = []
+        self.logprobs: list[TokenLogprobs] = []  # of each generated token, if asked for
+        self._eos_token_ids = eos_token_ids
+        self._detokenizer = detokenizer
+        self._text = ""
+        self._num_detokenized = 0  # of the generated tokens
+        self._end_is_hidden = False  # whether the last token ended the answer and is not shown
+        self._text_is_whole = False
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens after the prompt, with those that are being drawn."""
+        return self.num_generated + self.num_pending
+
+    @property
+    def length(self) -> int:
+        """Tokens, with those that are being drawn."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the sequence can come to."""
+        return len(self.request.prompt_token_ids) + self.request.max_tokens
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sequence's random stream, in 64 bits."""
+        return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the request still waits for its prompt's log probabilities, which its first sequence gives."""
+        request = self.request
+        wanted = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) - 1
+        return self.index == 0 and len(request.prompt_logprobs) < wanted
+
+    @property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end the answer."""
+        eos = frozenset[int]() if self.request.params.ignore_eos else self._eos_token_ids
+        return eos | frozenset(self.request.params.stop_token_ids)
+
+    def page_names(self, page_size: int) -> list[bytes]:
+        """Name the contents of all full pages, the unwritten ones too: a chain of 128-bit hashes."""
+        for begin in range(
+            len(self._page_names) * page_size, len(self.token_ids) - page_size + 1, page_size
+        ):
+            end = begin + page_size
+            digest = blake2b(self._page_names[-1] if begin else b"", digest_size=16)
+            digest.update(array("q", self.token_ids[begin:end]))
+            for item in items_between(self.request.images, begin, end):
+                digest.update(item.tile.fingerprint + array("q", [item.begin - begin]).tobytes())
+            self._page_names.append(digest.digest())
+        return self._page_names
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Add a generated token, with ``logprobs`` if asked for, and apply the stop rules: end token, stop string, length."""
+        params = self.request.params
+        now = time.monotonic()
+        self.first_token_time = self.first_token_time or now
+        self.token_ids.append(token_id)
+        self.num_pending = max(0, self.num_pending - 1)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token_id in self.end_token_ids and self.num_generated >= params.min_tokens:
+            self.finish_reason = "stop"
+            self._end_is_hidden = not params.include_stop_str_in_output
+            if token_id in params.stop_token_ids:
+                self.stop_reason = token_id
+        elif self.num_generated == self.request.max_tokens:
+            self.finish_reason = "length"
+        if params.stop:
+            before = len(self._text)
+            self._detokenize()
+            if self.num_generated >= params.min_tokens:
+                self._stop_at_string(before)
+        if self.finish_reason:
+            self.finished_time = now
+            self.num_pending = 0
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without half a character at its end."""
+        self._detokenize()
+        return self._text
+
+    def _detokenize(self) -> None:
+        """Bring the text up to the tokens; without stop strings nobody reads it before the answer is wanted."""
+        if self._text_is_whole:
+            return
+        begin = len(self.request.prompt_token_ids) + self._num_detokenized
+        end = len(self.token_ids) - self._end_is_hidden
+        for token_id in self.token_ids[begin:end]:
+            self._text += self._detokenizer.add(token_id)
+        self._num_detokenized += max(0, end - begin)
+        if self.finish_reason:
+            self._text += self._detokenizer.flush()
+            self._text_is_whole = True
+
+    def _stop_at_string(self, before: int) -> None:
+        """End at the first stop string that the text since ``before`` completes."""
+        found = [
+            (at, stop)
+            for stop in self.request.params.stop
+            if (at := self._text.find(stop, max(0, before - len(stop) + 1))) >= 0
+        ]
+        if found:
+            at, stop = min(found)
+            kept = at + len(stop) if self.request.params.include_stop_str_in_output else at
+            self._text, self._text_is_whole = self._text[:kept], True
+            self.finish_reason, self.stop_reason = "stop", stop
+
+    def output(self) -> CompletionOutput:
+        """Describe the answer as it stands; text that may become a stop string is held back."""
+        text = self.text
+        if not self.finish_reason:
+            text = text[: len(text) - self._held_back()]
+        tokens = self.token_ids[len(self.request.prompt_token_ids) :]
+        scored = self.request.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tokens,
+            cumulative_logprob=(
+                sum(
+                    place[token].logprob for token, place in zip(tokens, self.logprobs, strict=True)
+                )
+                if scored
+                else None
+            ),
+            logprobs=[dict(place) for place in self.logprobs] if scored else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def _held_back(self) -> int:
+        """Count the characters at the end that begin a stop string."""
+        return max(
+            (
+                length
+                for stop in self.request.params.stop
+                for length in range(1, min(len(stop), len(self.text) + 1))
+                if self.text.endswith(stop[:length])
+            ),
+            default=0,
+        )

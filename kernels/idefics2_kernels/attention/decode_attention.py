@@ -1,0 +1,254 @@
+"""Causal attention of one new query a sequence to its keys in pages of the KV cache.
+
+The rows of a program are the query heads of one key head; ``num_splits`` programs share the pages of a sequence. How
+many there are depends on sizes of tensors alone, so that a CUDA graph serves any lengths; what each of them takes is
+computed from ``context_lens``. The next page's id is loaded one iteration ahead, as in ``paged_attention``.
+"""
+
+from dataclasses import asdict, dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idefics2_kernels.attention.split_kv import MAX_SPLITS, merge_tile, share_state, state_buffers
+from idefics2_kernels.attention.tiles import (
+    alignment,
+    arch,
+    attend,
+    empty_state,
+    head_parts,
+    load_head,
+)
+from idefics2_kernels.gpu.dependent_launch import (
+    dependent,
+    let_next_begin,
+    lines_of,
+    prefetch_lines,
+    wait_for_last,
+)
+from idefics2_kernels.gpu.tile_counters import counters
+
+MAX_GROUPS = 64  # query heads of a key head: the rows of a program
+_PROGRAMS = 132  # that share keys: one on each of an H100's processors
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options; BLOCK_N keys are a page or a part of it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def _block_n(P: int, itemsize: int) -> int:
+    return min(P, 64 if itemsize == 2 else 32)
+
+
+def _launch_config(groups: int, D: int, P: int, itemsize: int, *, is_split: bool) -> LaunchConfig:
+    # On an H100, of 16 sequences of 2,048 tokens: 51 us by one program a processor with six pages on their way, 51 to 53 with
+    # five, 53 to 59 by two or three programs with three or four. Where there are programs enough for all, two with three each.
+    width = sum(head_parts(D))
+    return LaunchConfig(
+        BLOCK_M=max(16, triton.next_power_of_2(groups)),
+        BLOCK_N=_block_n(P, itemsize),
+        num_warps=4,
+        num_stages=2 if width > 128 else 6 if is_split and arch() == 90 else 3,
+    )
+
+
+def _num_splits(programs: int, tiles: int) -> int:
+    """Return how many shall share up to ``tiles`` of keys, if without sharing there are so many ``programs``."""
+    return max(1, min(_PROGRAMS // programs, MAX_SPLITS, tiles))
+
+
+@triton.jit
+def _own_tiles(T, left, split, num_splits, BLOCK_N: tl.constexpr):
+    """Return the first of ``T`` keys that is seen, the tiles of ``split`` from start to end, and how many have any."""
+    first_key = tl.maximum(T - 1 - left, 0)
+    first_tile = first_key // BLOCK_N
+    tiles = tl.cdiv(T, BLOCK_N) - first_tile
+    per_split = tl.maximum(tl.cdiv(tiles, num_splits), 1)
+    parts = tl.maximum(tl.cdiv(tiles, per_split), 1)
+    start = first_tile + split * per_split
+    return first_key, start, tl.minimum(start + per_split, first_tile + tiles), parts
+
+
+@triton.jit(do_not_specialize=["table_width", "num_pages", "H_KV", "GROUPS", "num_splits", "left"])
+def _decode_attention_kernel(
+    q_ptr,  # (T, H, D)
+    k_ptr,  # (pages, H_KV, P, D)
+    v_ptr,  # (pages, H_KV, P, D)
+    out_ptr,  # (T, H, D), contiguous
+    acc_ptr,  # (T * H, num_splits, D), if IS_SPLIT
+    m_ptr,  # (T * H, num_splits), if IS_SPLIT
+    l_ptr,  # (T * H, num_splits), if IS_SPLIT
+    counters_ptr,  # (B * H_KV,), if IS_SPLIT
+    block_table_ptr,  # (B, pages of a sequence)
+    context_lens_ptr,  # (B,)
+    cu_seqlens_ptr,  # (B + 1,)
+    stride_table,
+    table_width,
+    q_strides,  # of token and head; multiples of ALIGN
+    k_strides,  # of page, head and slot
+    v_strides,
+    num_pages,
+    H_KV,
+    GROUPS,  # query heads of a key head
+    num_splits,
+    left,  # keys a query sees before its own position
+    qk_scale,  # in base two
+    P: tl.constexpr,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LINES: tl.constexpr,  # of the L2 cache, of a key, or more
+    IS_SPLIT: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+    MERGE_M: tl.constexpr,  # rows, splits and columns that are merged at once
+    MERGE_S: tl.constexpr,
+    MERGE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    TILES: tl.constexpr = P // BLOCK_N  # of a page
+    let_next_begin(IS_DEPENDENT)
+    pid = tl.program_id(0)
+    split = pid % num_splits
+    head_kv = pid // num_splits % H_KV
+    sequence = (pid // (num_splits * H_KV)).to(tl.int64)
+    # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
+    stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
+    stride_kp, stride_ks = k_strides[0] // ALIGN * ALIGN, k_strides[2] // ALIGN * ALIGN
+    stride_vp, stride_vs = v_strides[0] // ALIGN * ALIGN, v_strides[2] // ALIGN * ALIGN
+    k_ptr += head_kv.to(tl.int64) * (k_strides[1] // ALIGN * ALIGN)
+    v_ptr += head_kv.to(tl.int64) * (v_strides[1] // ALIGN * ALIGN)
+    block_table_ptr += sequence * stride_table
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
+
+    if IS_SPLIT and IS_DEPENDENT:
+        # Length, page and keys are loads that wait for each other. What they find is looked at early and past the L1
+        # cache, so as to have it all in the L2 cache; were it old, something else would come there.
+        T = tl.load(context_lens_ptr + sequence, cache_modifier=".cg")
+        _, start, end, _ = _own_tiles(T, left, split, num_splits, BLOCK_N)
+        if (start >= 0) & (start < tl.minimum(end, table_width * TILES)):
+            page = tl.load(block_table_ptr + start // TILES, cache_modifier=".cg")
+            page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
+            slot = start % TILES * BLOCK_N
+            prefetch_lines(k_ptr + page * stride_kp + slot * stride_ks + offs_kn, 0, D, LINES)
+            prefetch_lines(v_ptr + page * stride_vp + slot * stride_vs + offs_vn, 0, D, LINES)
+    wait_for_last(IS_DEPENDENT)
+    token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    T = tl.load(context_lens_ptr + sequence)
+    if tl.load(cu_seqlens_ptr + sequence + 1) == token:
+        return
+    first_key, start, end, parts = _own_tiles(T, left, split, num_splits, BLOCK_N)
+    if split >= parts:
+        return
+
+    offs_m = tl.arange(0, BLOCK_M)
+    heads = (head_kv * GROUPS + offs_m).to(tl.int64)
+    mask_m = offs_m < GROUPS
+    offs_q = token * stride_qt + heads * stride_qh
+    q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
+    state = empty_state(BLOCK_M, D_MAIN, D_REST)
+
+    page = tl.load(block_table_ptr + start // TILES, mask=start < end, other=0)
+    for tile in tl.range(start, end):
+        slot = tile % TILES * BLOCK_N
+        k_tile = k_ptr + page.to(tl.int64) * stride_kp + slot * stride_ks
+        v_tile = v_ptr + page.to(tl.int64) * stride_vp + slot * stride_vs
+        page = tl.load(block_table_ptr + (tile + 1) // TILES, mask=tile + 1 < end, other=0)
+        keys = tile * BLOCK_N + offs_n
+        mask_n = (keys >= first_key) & (keys < T)  # others may hold anything, NaN too
+        k = load_head(k_tile, offs_kn, mask_n, D, D_MAIN, D_REST, True)
+        v = load_head(v_tile, offs_vn, mask_n, D, D_MAIN, D_REST, True)
+        visible = mask_n[None, :]
+        state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
+
+    share_state(
+        out_ptr,
+        acc_ptr,
+        m_ptr,
+        l_ptr,
+        counters_ptr,
+        pid // num_splits,
+        token * (H_KV * GROUPS) + head_kv * GROUPS,
+        GROUPS,
+        split,
+        num_splits,
+        parts,
+        state,
+        D,
+        D_MAIN,
+        D_REST,
+        IS_SPLIT,
+        MERGE_M,
+        MERGE_S,
+        MERGE_D,
+        BLOCK_M,
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    left: int,
+    qk_scale: float,
+) -> None:
+    """Write ``paged_attention`` of at most one query a sequence to ``out`` (T, H, D), contiguous.
+
+    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
+    """
+    B, H, D = context_lens.shape[0], q.shape[1], q.shape[2]
+    _, H_KV, P, _ = k_cache.shape
+    D_MAIN, D_REST = head_parts(D)
+    BLOCK_N = _block_n(P, q.itemsize)
+    tiles = min(block_table.shape[1] * (P // BLOCK_N), left // BLOCK_N + 2)
+    num_splits = _num_splits(B * H_KV, tiles)
+    config = _launch_config(H // H_KV, D, P, q.itemsize, is_split=num_splits > 1)
+    acc, m, l = state_buffers(out, num_splits)
+    arrived = None if acc is None else counters(B * H_KV, q.device)
+    _decode_attention_kernel[(num_splits * H_KV * B,)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        acc,
+        m,
+        l,
+        arrived,
+        block_table,
+        context_lens,
+        cu_seqlens,
+        block_table.stride(0),
+        block_table.shape[1],
+        q.stride()[:2],
+        k_cache.stride()[:3],
+        v_cache.stride()[:3],
+        k_cache.shape[0],
+        H_KV,
+        H // H_KV,
+        num_splits,
+        left,
+        qk_scale,
+        P=P,
+        D=D,
+        D_MAIN=D_MAIN,
+        D_REST=D_REST,
+        ALIGN=alignment(q, k_cache, v_cache),
+        LINES=lines_of(D * q.itemsize),
+        IS_SPLIT=num_splits > 1,
+        **dependent(),
+        **merge_tile(num_splits, H // H_KV, D, config.num_warps),
+        **asdict(config),
+    )

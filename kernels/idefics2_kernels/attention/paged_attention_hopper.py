@@ -1,0 +1,358 @@
+"""Causal attention to keys in pages on Hopper: what ``paged_attention``'s plain kernel computes, in Gluon.
+
+Who computes what is said in ``attention_warps``. The rows of a tile are queries and the heads that share their keys,
+side by side, as in the plain kernel. Here a warp loads them, and tiles of keys and values that are two pages each.
+
+A cache is to a descriptor what packed sequences are: a page is a sequence, and ends after its last key, so that
+slots without a key are zeros, whatever they hold. In the page where the window begins the rows before it lie before
+the first of all, and are zeros too. No page lacks rows at both ends as long as the window is at least a page.
+"""
+
+import math
+from dataclasses import dataclass
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.warp_specialized import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    END,
+    HEAD_DIMS,
+    MOST_ROWS,
+    PRODUCER_REGISTERS,
+    ROWS,
+    TILE_ROWS,
+    WARPGROUP_ROWS,
+    all_barriers,
+    async_load,
+    consume,
+    descriptors,
+    first_key,
+    key_tiles,
+    load_rows,
+    longest_tile,
+    positions,
+    processors,
+    reinterpret,
+    sequence_of,
+    shared_tiles,
+    take_tile,
+)
+from idefics2_kernels.gpu.tile_counters import counters
+
+PAGE_SIZE = 64
+PAGE = gl.constexpr(PAGE_SIZE)
+BLOCK_N = gl.constexpr(2 * PAGE_SIZE)  # keys of a tile
+_COLUMNS = 64  # of a box: as wide as a swizzle, so that the boxes of two pages lie in shared memory as those of one
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Launch options."""
+
+    PACK: int  # query heads that are rows of one tile
+    BUFFERS: int  # tiles of keys, and as many of values, in shared memory
+    IN_TURN: int  # 1: the warpgroups issue their products one after the other
+
+
+def _launch_config(D: int, groups: int) -> LaunchConfig:
+    # packed, a tile has fewer positions, and so fewer tiles of keys at the edges; the rest is as without pages
+    return LaunchConfig(PACK=math.gcd(groups, WARPGROUP_ROWS), BUFFERS=2, IN_TURN=int(D <= 96))
+
+
+@gluon.jit
+def _page(key, first_n, end_n, table_ptr):
+    """Return the id of the page that begins at ``key``, and the row and its coordinate that bound what is read of it.
+
+    That is the first row that is not, at END, or where the window begins in the page the first that is, at 0. Of a
+    page outside [first_n, end_n) nothing is read, nor its id.
+    """
+    before = first_n - key
+    rows = gl.minimum(end_n - key, PAGE)
+    page = gl.load(table_ptr + key // PAGE, mask=(before < PAGE) & (rows > 0), other=0)
+    edge = gl.where(before > 0, before, rows)
+    coordinate = gl.where(before > 0, 0, END)
+    return page, edge, coordinate
+
+
+@gluon.jit
+def _load_pages(descs, pages, page_rows, head, tiles, boxes, full, index, D_REST: gl.constexpr):
+    """Load a tile's two pages of one head, both parts; ``full[index]`` completes when they are there."""
+    full = full.index(index)
+    D_MAIN: gl.constexpr = tiles[0].shape[5]
+    COLUMNS: gl.constexpr = boxes[0].shape[5]
+    BLOCKS: gl.constexpr = D_MAIN // COLUMNS
+    mbarrier.expect(full, BLOCK_N * (D_MAIN + D_REST) * 2)
+    for i in gl.static_range(2):
+        page, edge, coordinate = pages[i]
+        row, place = page * page_rows + edge, coordinate - edge
+        for block in gl.static_range(BLOCKS):
+            async_load(
+                descs[0],
+                [coordinate, row, place, head, block * COLUMNS],
+                full,
+                boxes[0].index((index * BLOCKS + block) * 2 + i),
+            )
+        if D_REST > 0:
+            async_load(
+                descs[1],
+                [coordinate, row, place, head, D_MAIN],
+                full,
+                boxes[1].index(index * 2 + i),
+            )
+
+
+@gluon.jit
+def _produce(
+    queries,
+    table,
+    q_descs,
+    k_descs,
+    v_descs,
+    smem,
+    barriers,
+    taken,
+    counters_ptr,
+    D_REST: gl.constexpr,
+):
+    """Take tiles; load their queries and the keys and values that they see, as buffers become free."""
+    lengths, sizes, reach = queries
+    B, heads, packs = sizes
+    block_table_ptr, stride_table, k_rows, v_rows = table
+    q_smem, k_smem, v_smem, _ = smem
+    q_full, q_empty, k_full, v_full, freed, _ = barriers
+    k_boxes, v_boxes = _boxes(k_smem, k_descs, D_REST), _boxes(v_smem, v_descs, D_REST)
+    BUFFERS: gl.constexpr = k_smem[0].shape[0]
+    PACK: gl.constexpr = q_smem[0].shape[4]
+    round = 0  # query tiles so far
+    step = 0  # tiles of keys so far
+    index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    tiles_before = 0  # of the sequences before
+    sequence = 0
+    while sequence < B:
+        begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
+        count = tiles_m * heads
+        if index < count:
+            start_m, head, head_kv = longest_tile(index, tiles_m, heads, packs, PACK)
+            for c in gl.static_range(CONSUMERS):
+                place = begin, S, start_m + c * (ROWS // PACK), head
+                mbarrier.wait(q_empty.index(c), round & 1 ^ 1)
+                load_rows(q_descs, place, q_smem, q_full, c, D_REST)
+            first_m, last_m = positions(start_m, S, T, PACK)
+            begins, counts = key_tiles(first_m, last_m, T, reach, BLOCK_N)
+            tiles = counts[0] + counts[1] + counts[2]
+            first_n, end_n = first_m - reach[0], last_m + 1
+            table_ptr = block_table_ptr + gl.cast(sequence, gl.int64) * stride_table
+            before = (0, 0, END), (0, 0, END)
+            # values follow the next tile's keys: the scores are taken first
+            for tile in range(tiles + 1):
+                start_n = first_key(tile, begins, counts, BLOCK_N)
+                # read before a buffer is waited for: they come meanwhile
+                pages = (
+                    _page(start_n, first_n, end_n, table_ptr),
+                    _page(start_n + PAGE, first_n, end_n, table_ptr),
+                )
+                mbarrier.wait(freed.index(step % BUFFERS), step // BUFFERS & 1 ^ 1)
+                buffer = step % BUFFERS
+                if tile < tiles:
+                    _load_pages(
+                        k_descs, pages, k_rows, head_kv, k_smem, k_boxes, k_full, buffer, D_REST
+                    )
+                if tile > 0:
+                    buffer = (step - 1) % BUFFERS
+                    _load_pages(
+                        v_descs, before, v_rows, head_kv, v_smem, v_boxes, v_full, buffer, D_REST
+                    )
+                before = pages
+                step += 1
+            step -= 1
+            round += 1
+            index = take_tile(taken, counters_ptr, round) - tiles_before
+        else:
+            index -= count
+            tiles_before += count
+            sequence += 1
+    # the last program to come here has the counters at zero again for the next launch
+    if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counters_ptr, 0)
+        gl.store(counters_ptr + 1, 0)
+
+
+@gluon.jit
+def _key_memory(descs, NUM: gl.constexpr, D_MAIN: gl.constexpr, D_REST: gl.constexpr):
+    """Return shared memory for ``NUM`` tiles of keys in two parts; where there is one, the second is the first."""
+    dtype: gl.constexpr = descs[0].dtype
+    main = gl.allocate_shared_memory(dtype, [NUM, 1, 1, BLOCK_N, 1, D_MAIN], descs[0].layout)
+    rest = main
+    if D_REST > 0:
+        rest = gl.allocate_shared_memory(dtype, [NUM, 1, 1, BLOCK_N, 1, D_REST], descs[1].layout)
+    return main, rest
+
+
+@gluon.jit
+def _boxes(tiles, descs, D_REST: gl.constexpr):
+    """Return the same memory as boxes: those of two pages below each other, then the next columns, the next tile."""
+    COLUMNS: gl.constexpr = descs[0].block_type.shape[4]
+    NUM: gl.constexpr = tiles[0].shape[0] * tiles[0].shape[5] // COLUMNS * 2
+    main = reinterpret(tiles[0], descs[0].dtype, [NUM, 1, 1, PAGE, 1, COLUMNS], descs[0].layout)
+    rest = main
+    if D_REST > 0:
+        NUM_REST: gl.constexpr = tiles[1].shape[0] * 2
+        rest = reinterpret(
+            tiles[1], descs[1].dtype, [NUM_REST, 1, 1, PAGE, 1, D_REST], descs[1].layout
+        )
+    return main, rest
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "stride_table",
+        "k_rows",
+        "v_rows",
+        "B",
+        "heads",
+        "packs",
+        "left",
+    ]
+)
+def _paged_attention_kernel(
+    q_desc,  # tiles (1, 1, ROWS // PACK, PACK, D_MAIN) of q
+    q_rest_desc,  # (1, 1, ROWS // PACK, PACK, D_REST)
+    k_desc,  # (1, 1, PAGE, 1, 64) of the cache
+    k_rest_desc,  # (1, 1, PAGE, 1, D_REST)
+    v_desc,
+    v_rest_desc,
+    out_desc,  # as q's
+    out_rest_desc,
+    block_table_ptr,  # (B, pages of a sequence)
+    context_lens_ptr,  # (B,)
+    cu_seqlens_ptr,  # (B + 1,)
+    counters_ptr,  # (2,): tiles that were taken, programs that have ended
+    stride_table,
+    k_rows,  # of the cache from one page to the next
+    v_rows,
+    B,
+    heads,  # packs of all key heads
+    packs,  # of PACK query heads of a key head
+    left,  # keys a query sees before its own position
+    qk_scale,  # in base two
+    D_MAIN: gl.constexpr,
+    D_REST: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    IN_TURN: gl.constexpr,
+):
+    q_descs, k_descs, v_descs = (q_desc, q_rest_desc), (k_desc, k_rest_desc), (v_desc, v_rest_desc)
+    out_descs = out_desc, out_rest_desc
+    smem = (
+        shared_tiles(q_descs, CONSUMERS, D_REST),
+        _key_memory(k_descs, BUFFERS, D_MAIN, D_REST),
+        _key_memory(v_descs, BUFFERS, D_MAIN, D_REST),
+        shared_tiles(out_descs, CONSUMERS, D_REST),
+    )
+    barriers = all_barriers(BUFFERS)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ready.index(i), count=1)
+    slots = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    taken = slots, ready
+    fence_async_shared()
+    lengths, sizes = (cu_seqlens_ptr, context_lens_ptr), (B, heads, packs)
+    queries = lengths, sizes, (left, 0)
+    table = block_table_ptr, stride_table, k_rows, v_rows
+    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
+    gl.warp_specialize(
+        [
+            (consume, (queries, out_descs, smem, barriers, taken, qk_scale, D_REST, 0, IN_TURN)),
+            (consume, (queries, out_descs, smem, barriers, taken, qk_scale, D_REST, 1, IN_TURN)),
+            (
+                _produce,
+                (
+                    queries,
+                    table,
+                    q_descs,
+                    k_descs,
+                    v_descs,
+                    smem,
+                    barriers,
+                    taken,
+                    counters_ptr,
+                    D_REST,
+                ),
+            ),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, left: int) -> bool:
+    """Return whether the kernel is for such a call.
+
+    That is: 16 bits, a head dim of the model's, pages of 64 tokens, whole rows from one page to the next, rows aligned
+    to 16 bytes, and a window of a page at least.
+    """
+    return (
+        q.itemsize == 2
+        and q.shape[-1] in HEAD_DIMS
+        and k_cache.shape[2] == PAGE_SIZE
+        and left >= PAGE_SIZE - 1
+        and alignment(q, k_cache, v_cache) > 1
+        and all(
+            cache.stride(0) % cache.stride(2) == 0
+            and cache.shape[0] * (cache.stride(0) // cache.stride(2)) <= MOST_ROWS
+            for cache in (k_cache, v_cache)
+        )
+    )
+
+
+def paged_attention_gluon(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    out: Tensor,
+    left: int,
+    qk_scale: float,
+) -> None:
+    """Write ``paged_attention`` of what ``takes`` says is for this kernel to ``out`` (T, H, D), contiguous.
+
+    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
+    """
+    _, H, D = q.shape
+    B, H_KV = context_lens.shape[0], k_cache.shape[1]
+    config = _launch_config(D, H // H_KV)
+    pack = config.PACK
+    most_tiles = triton.cdiv(max_seqlen * pack, TILE_ROWS) * (H // pack) * B
+    D_MAIN, D_REST = head_parts(D)
+    _paged_attention_kernel[(min(most_tiles, processors(q.device)),)](
+        *descriptors(q, WARPGROUP_ROWS // pack, pack),
+        *descriptors(k_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
+        *descriptors(v_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
+        *descriptors(out, WARPGROUP_ROWS // pack, pack),
+        block_table,
+        context_lens,
+        cu_seqlens,
+        counters(2, q.device),
+        block_table.stride(0),
+        k_cache.stride(0) // k_cache.stride(2),
+        v_cache.stride(0) // v_cache.stride(2),
+        B,
+        H // pack,
+        H // H_KV // pack,
+        left,
+        qk_scale,
+        D_MAIN=D_MAIN,
+        D_REST=D_REST,
+        BUFFERS=config.BUFFERS,
+        IN_TURN=config.IN_TURN,
+        num_warps=4,
+        maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
+    )

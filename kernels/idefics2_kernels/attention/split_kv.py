@@ -1,0 +1,224 @@
+"""Softmax over keys that several programs share: what each leaves behind, and the sum of it.
+
+Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs take some each and
+store their state. Who merges the states takes them in order, so that results do not depend on who came first. For the
+few rows of a decoding sequence that is the last of the programs to arrive (``share_state``); for tiles of more rows it
+takes one program longer than a second launch with programs for all (``combine``).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idefics2_kernels.attention.tiles import LOWEST, normalised, store_head
+from idefics2_kernels.gpu.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.gpu.tile_counters import is_last
+
+MAX_SPLITS = 32  # whoever merges takes all states of a row at once
+# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more would spill
+_MERGED_ROWS = 16
+_MERGED = 144 * 32
+_COMBINE_ROWS = 4  # of a program of the second launch, a warp each
+
+
+@triton.jit
+def store_state(
+    out_ptr,  # (R, D), if not IS_SPLIT
+    acc_ptr,  # (R, num_splits, D) fp32, if IS_SPLIT
+    m_ptr,  # (R, num_splits) fp32, if IS_SPLIT
+    l_ptr,  # (R, num_splits) fp32, if IS_SPLIT
+    rows,  # (ROWS,) int64: which of R
+    mask,  # (ROWS,)
+    split,
+    num_splits,
+    state,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+):
+    """Store the output of ``rows``, or the state that one of several splits has for them."""
+    if IS_SPLIT:
+        acc, acc_rest, m_i, l_i = state
+        places = rows * num_splits + split
+        tl.store(m_ptr + places, m_i, mask=mask)
+        tl.store(l_ptr + places, l_i, mask=mask)
+        store_head(acc_ptr, places * D, mask, (acc, acc_rest), D, D_MAIN, D_REST)
+    else:
+        store_head(
+            out_ptr, rows * D, mask, normalised(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
+        )
+
+
+@triton.jit
+def share_state(
+    out_ptr,  # (R, D)
+    acc_ptr,  # (R, num_splits, D) fp32, if IS_SPLIT
+    m_ptr,  # (R, num_splits) fp32, if IS_SPLIT
+    l_ptr,  # (R, num_splits) fp32, if IS_SPLIT
+    counters_ptr,  # (tiles,), if IS_SPLIT
+    tile,
+    first_row,  # of R, int64; the tile has num_rows from there on
+    num_rows,
+    split,
+    num_splits,
+    parts,  # splits that have keys; no others may come here
+    state,
+    D: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    MERGE_M: tl.constexpr,
+    MERGE_S: tl.constexpr,
+    MERGE_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """``store_state`` of a tile of rows; the last of its splits merges."""
+    offs_m = tl.arange(0, BLOCK_M)
+    store_state(
+        out_ptr,
+        acc_ptr,
+        m_ptr,
+        l_ptr,
+        first_row + offs_m,
+        offs_m < num_rows,
+        split,
+        num_splits,
+        state,
+        D,
+        D_MAIN,
+        D_REST,
+        IS_SPLIT,
+    )
+    if IS_SPLIT:  # noqa: SIM102
+        if is_last(counters_ptr, tile, parts):
+            for start in tl.range(0, num_rows, MERGE_M, num_stages=1):
+                offs = start + tl.arange(0, MERGE_M)
+                _merge(
+                    out_ptr,
+                    acc_ptr,
+                    m_ptr,
+                    l_ptr,
+                    first_row + offs,
+                    offs < num_rows,
+                    num_splits,
+                    parts,
+                    D,
+                    MERGE_S,
+                    MERGE_D,
+                )
+
+
+@triton.jit
+def _merge(
+    out_ptr,  # (R, D)
+    acc_ptr,  # (R, num_splits, D)
+    m_ptr,  # (R, num_splits)
+    l_ptr,  # (R, num_splits)
+    rows,  # (BLOCK_M,) int64: which of R
+    mask_m,  # (BLOCK_M,)
+    num_splits,
+    parts,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # a variable for each split: an axis of splits would go to threads or registers as the compiler's release likes
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_m[:, None] & (offs_d < D)[None, :]
+    ms, ls, accs = tl.tuple(()), tl.tuple(()), tl.tuple(())
+    for split in tl.static_range(BLOCK_S):
+        places, is_there = rows * num_splits + split, split < parts
+        ms += (tl.load(m_ptr + places, mask=mask_m & is_there, other=LOWEST, cache_modifier=".cg"),)
+        ls += (tl.load(l_ptr + places, mask=mask_m & is_there, other=0.0, cache_modifier=".cg"),)
+        ptrs = acc_ptr + places[:, None] * D + offs_d[None, :]
+        accs += (tl.load(ptrs, mask=mask & is_there, other=0.0, cache_modifier=".cg"),)
+    m_i = ms[0]
+    for split in tl.static_range(1, BLOCK_S):
+        m_i = tl.maximum(m_i, ms[split])
+    l_i, total = tl.zeros_like(m_i), tl.zeros_like(accs[0])
+    for split in tl.static_range(BLOCK_S):
+        weight = tl.exp2(ms[split] - m_i)
+        l_i += ls[split] * weight
+        total += accs[split] * weight[:, None]
+    out = tl.div_rn(total, tl.where(l_i == 0.0, 1.0, l_i)[:, None])
+    tl.store(
+        out_ptr + rows[:, None] * D + offs_d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit(do_not_specialize=["R", "num_splits"])
+def _combine_kernel(
+    acc_ptr,  # (R, num_splits, D)
+    m_ptr,  # (R, num_splits)
+    l_ptr,  # (R, num_splits)
+    out_ptr,  # (R, D)
+    R,
+    num_splits,
+    D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    let_next_begin(IS_DEPENDENT)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    wait_for_last(IS_DEPENDENT)
+    _merge(
+        out_ptr,
+        acc_ptr,
+        m_ptr,
+        l_ptr,
+        rows,
+        rows < R,
+        num_splits,
+        num_splits,
+        D,
+        BLOCK_S,
+        BLOCK_D,
+    )
+
+
+def state_buffers(
+    out: Tensor, num_splits: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D); nothing for one."""
+    if num_splits == 1:
+        return None, None, None
+    D = out.shape[-1]
+    rows = out.numel() // D
+    return (
+        torch.empty((rows, num_splits, D), dtype=torch.float32, device=out.device),
+        torch.empty((rows, num_splits), dtype=torch.float32, device=out.device),
+        torch.empty((rows, num_splits), dtype=torch.float32, device=out.device),
+    )
+
+
+def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
+    """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out``, R rows of D."""
+    R, num_splits, D = acc.shape
+    _combine_kernel[(triton.cdiv(R, _COMBINE_ROWS),)](
+        acc,
+        m,
+        l,
+        out,
+        R,
+        num_splits,
+        D=D,
+        BLOCK_R=_COMBINE_ROWS,
+        BLOCK_S=triton.next_power_of_2(num_splits),
+        BLOCK_D=triton.next_power_of_2(D),
+        num_warps=4,
+        **dependent(),
+    )
+
+
+def merge_tile(num_splits: int, rows: int, D: int, num_warps: int) -> dict[str, int]:
+    """Return how many of a tile's ``rows`` are merged at once, and the powers of two that hold splits and columns."""
+    MERGE_S, MERGE_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
+    fitting = max(_MERGED * num_warps // ((MERGE_S + 1) * MERGE_D), 1)  # states and their sum
+    MERGE_M = min(1 << fitting.bit_length() - 1, _MERGED_ROWS, triton.next_power_of_2(rows))
+    return {"MERGE_M": MERGE_M, "MERGE_S": MERGE_S, "MERGE_D": MERGE_D}

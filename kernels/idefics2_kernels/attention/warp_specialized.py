@@ -1,0 +1,452 @@
+"""What the attention kernels for Hopper in Gluon share: the warpgroups that compute, and what they wait for.
+
+A program has a warp that loads (each kernel has its own way) and warpgroups that compute, each on 64 rows of its own,
+over the same keys. While a warpgroup takes the softmax of one tile of scores, the tensor cores are at the product of
+the tile before with its values, and at the other warpgroups' work. Programs walk over query tiles: while one tile's
+output is written, the next one's queries and keys are on their way. Which tiles a program has is settled by its number, or it
+takes the next one from a counter whenever it is free, and its warps learn of it by shared memory.
+
+The rows of a query tile are queries of one head, or of several that share their keys (``PACK``), side by side. Tiles of
+keys at the edges (window, diagonal, end of the sequence) come first and are masked; those that all queries see whole
+follow without masks. Nothing past a sequence's end is read or written: there the descriptors end.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from idefics2_kernels.attention.tiles import LOWEST, head_parts
+
+# Triton 3.8 has new names, and 3.9 another
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_shared = gl.shared_memory_descriptor
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+
+HEAD_DIMS = (72, 96, 128)
+WARPGROUP_ROWS = 64
+TILE_ROWS = 2 * WARPGROUP_ROWS
+ROWS = gl.constexpr(WARPGROUP_ROWS)
+CONSUMERS = gl.constexpr(2)  # warpgroups that compute
+CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
+PRODUCER_REGISTERS = gl.constexpr(32)
+LAST = 2**30  # the row that every sequence ends at in its descriptor's coordinates
+END = gl.constexpr(LAST)
+MOST_ROWS = 2**31 - 2**16  # that a descriptor can name
+NO_SCORE = gl.constexpr(LOWEST.value)
+
+
+@gluon.jit
+def sequence_of(index, lengths, PACK: gl.constexpr):
+    """Return where a sequence begins, its queries, its keys, and its tiles of queries for ``PACK`` heads."""
+    cu_seqlens_ptr, context_lens_ptr = lengths
+    begin = gl.load(cu_seqlens_ptr + index)
+    S = gl.load(cu_seqlens_ptr + index + 1) - begin
+    T = S
+    if context_lens_ptr is not None:
+        T = gl.load(context_lens_ptr + index)
+    return begin, S, T, gl.cdiv(S * PACK, ROWS * CONSUMERS)
+
+
+@gluon.jit
+def query_tile(index, tiles_m, packs, PACK: gl.constexpr):
+    """Return the first query of one of a sequence's tiles, and its heads: those of one key head after the other's."""
+    pid_m = tiles_m - 1 - index // packs % tiles_m  # longest first
+    head_kv = index // (packs * tiles_m)
+    return pid_m * (ROWS * CONSUMERS // PACK), (head_kv * packs + index % packs) * PACK, head_kv
+
+
+@gluon.jit
+def longest_tile(index, tiles_m, heads, packs, PACK: gl.constexpr):
+    """Return the same for tiles that are taken as programs become free: of all heads the longest first."""
+    pid_m, pack = tiles_m - 1 - index // heads, index % heads
+    return pid_m * (ROWS * CONSUMERS // PACK), pack * PACK, pack // packs
+
+
+@gluon.jit
+def take_tile(taken, counters_ptr, round):
+    """Take the next of all programs' tiles, this one's number ``round``; return its index, and tell the warpgroups."""
+    slots, ready = taken
+    index = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
+    WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    slots.index(round % 2).store(gl.full([1], index, gl.int32, WARP))
+    mbarrier.arrive(ready.index(round % 2))
+    return index
+
+
+@gluon.jit
+def taken_tile(taken, round):
+    """Return the index of this program's tile number ``round``, not the first, once it has been taken."""
+    slots, ready = taken
+    mbarrier.wait(ready.index(round % 2), (round - 1) // 2 & 1)
+    WARPGROUP: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(slots.index(round % 2).load(WARPGROUP), axis=0)
+
+
+@gluon.jit
+def positions(start_m, S, T, PACK: gl.constexpr):
+    """Return the positions of a tile's first and last query: a sequence's queries are the last of its keys."""
+    last_m = gl.minimum(start_m + ROWS * CONSUMERS // PACK, S) - 1
+    return T - S + start_m, T - S + last_m
+
+
+@gluon.jit
+def key_tiles(first_m, last_m, T, reach, BLOCK_N: gl.constexpr):
+    """Return where keys begin at the right edge, the left edge and between, and how many tiles there are of each.
+
+    There is always one, though queries before the first key see none.
+    """
+    left, right = reach
+    first_n = gl.maximum(first_m - left, 0) // BLOCK_N * BLOCK_N
+    end_n = gl.maximum(gl.minimum(last_m + right + 1, T), 1)
+    full_n = gl.cdiv(gl.maximum(last_m - left, 0), BLOCK_N) * BLOCK_N
+    edge_n = gl.maximum(gl.minimum(first_m + right + 1, T) // BLOCK_N * BLOCK_N, full_n)
+    begins = edge_n, first_n, full_n
+    counts = (
+        gl.cdiv(end_n - edge_n, BLOCK_N),
+        (full_n - first_n) // BLOCK_N,
+        (edge_n - full_n) // BLOCK_N,
+    )
+    return begins, counts
+
+
+@gluon.jit
+def first_key(tile, begins, counts, BLOCK_N: gl.constexpr):
+    """Return where a tile of keys begins: the right edge's come first, then the left edge's, then the others."""
+    start_n = begins[2] - (counts[0] + counts[1]) * BLOCK_N
+    if tile < counts[0] + counts[1]:
+        start_n = begins[1] - counts[0] * BLOCK_N
+    if tile < counts[0]:
+        start_n = begins[0]
+    return start_n + tile * BLOCK_N
+
+
+@gluon.jit
+def load_rows(descs, place, tiles, full, index, D_REST: gl.constexpr):
+    """Load rows of heads of a sequence, both parts; ``full[index]`` completes when they are there."""
+    begin, T, row, head = place
+    full = full.index(index)
+    D_MAIN: gl.constexpr = tiles[0].shape[5]
+    NUM_ROWS: gl.constexpr = tiles[0].shape[3] * tiles[0].shape[4]
+    mbarrier.expect(full, NUM_ROWS * (D_MAIN + D_REST) * 2)
+    async_load(descs[0], [END, begin + T, END - T + row, head, 0], full, tiles[0].index(index))
+    if D_REST > 0:
+        async_load(
+            descs[1], [END, begin + T, END - T + row, head, D_MAIN], full, tiles[1].index(index)
+        )
+
+
+@gluon.jit
+def _matrix(tiles, index):
+    """Return one of several tiles (1, 1, tokens, heads, columns) as (tokens * heads, columns)."""
+    return tiles.index(index).reshape([tiles.shape[3] * tiles.shape[4], tiles.shape[5]])
+
+
+@gluon.jit
+def _scores(q_smem, k_smem, consumer, buffer, D_REST: gl.constexpr, LAYOUT: gl.constexpr):
+    """Begin to multiply a warpgroup's queries by a tile of keys."""
+    q, k = _matrix(q_smem[0], consumer), _matrix(k_smem[0], buffer)
+    BLOCK_N: gl.constexpr = k.shape[0]
+    qk = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    qk = warpgroup_mma(q, k.permute((1, 0)), qk, use_acc=False, is_async=True)
+    if D_REST > 0:
+        q, k = _matrix(q_smem[1], consumer), _matrix(k_smem[1], buffer)
+        qk = warpgroup_mma(q, k.permute((1, 0)), qk, is_async=True)
+    return qk
+
+
+@gluon.jit
+def _softmax(qk, m_i, l_i, visible, qk_scale, MASKED: gl.constexpr):
+    """Return a tile's weights, the factor for what was summed before it, and the new m_i and l_i."""
+    if MASKED:
+        keys = gl.arange(0, qk.shape[1], gl.SliceLayout(0, qk.type.layout))[None, :]
+        seen = (keys >= visible[0][:, None]) & (keys <= visible[1][:, None])
+        qk = gl.where(seen, qk, float("-inf"))
+    m_new = gl.maximum(m_i, gl.max(qk, axis=1) * qk_scale)
+    p = gl.exp2(qk * qk_scale - m_new[:, None])
+    alpha = gl.exp2(m_i - m_new)
+    return p, alpha, m_new, l_i * alpha + gl.sum(p, axis=1)
+
+
+@gluon.jit
+def _weigh(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
+    """Begin to add a tile of values, weighed."""
+    acc = warpgroup_mma(p, _matrix(v_smem[0], buffer), acc, is_async=True)
+    if D_REST > 0:
+        p = gl.convert_layout(p, gl.DotOperandLayout(0, acc_rest.type.layout, 2))
+        acc_rest = warpgroup_mma(p, _matrix(v_smem[1], buffer), acc_rest, is_async=True)
+    return acc, acc_rest
+
+
+@gluon.jit
+def _weighed(p, weights, acc, acc_rest, D_REST: gl.constexpr):
+    """Wait for what ``_weigh`` began; ``p`` is kept until then, and the next weights come before, not after."""
+    if D_REST > 0:
+        acc, acc_rest, p, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, weights))
+    else:
+        acc, p, weights = warpgroup_mma_wait(0, deps=(acc, p, weights))
+    return acc, acc_rest, weights
+
+
+@gluon.jit
+def _times(acc, acc_rest, factor, D_REST: gl.constexpr):
+    """Multiply both parts of the accumulator, row by row."""
+    acc *= gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if D_REST > 0:
+        acc_rest *= gl.convert_layout(factor, gl.SliceLayout(1, acc_rest.type.layout))[:, None]
+    return acc, acc_rest
+
+
+@gluon.jit
+def _step(
+    state,  # acc in two parts, m_i, l_i, the weights of the tile before
+    smem,
+    barriers,
+    step,  # tiles of keys so far
+    turns,  # calls so far
+    visible,  # first and last key of each row, if MASKED
+    qk_scale,
+    D_REST: gl.constexpr,
+    CONSUMER: gl.constexpr,
+    IN_TURN: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Take the scores of a tile of keys while the weights of the tile before are multiplied by its values."""
+    acc, acc_rest, m_i, l_i, p = state
+    q_smem, k_smem, v_smem, _ = smem
+    _, _, k_full, v_full, freed, turn = barriers
+    BUFFERS: gl.constexpr = k_smem[0].shape[0]
+    QK: gl.constexpr = m_i.type.layout.parent
+    buffer, before = step % BUFFERS, (step - 1) % BUFFERS
+    mbarrier.wait(k_full.index(buffer), step // BUFFERS & 1)
+    if IN_TURN:
+        mbarrier.wait(turn.index(CONSUMER), turns + (CONSUMER == 0) & 1)
+    qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
+    mbarrier.wait(v_full.index(before), (step - 1) // BUFFERS & 1)
+    acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, before, D_REST)
+    if IN_TURN:
+        mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))
+    qk = warpgroup_mma_wait(2 if D_REST > 0 else 1, deps=(qk,))
+    weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
+    weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
+    acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
+    mbarrier.arrive(freed.index(buffer))
+    acc, acc_rest = _times(acc, acc_rest, alpha, D_REST)
+    return acc, acc_rest, m_i, l_i, weights
+
+
+@gluon.jit
+def consume(
+    queries,
+    out_descs,
+    smem,
+    barriers,
+    taken,
+    qk_scale,
+    D_REST: gl.constexpr,
+    CONSUMER: gl.constexpr,
+    IN_TURN: gl.constexpr,
+):
+    """Compute ``ROWS`` rows of each of this program's query tiles: as many apart as there are programs, or as ``taken``."""
+    lengths, sizes, reach = queries
+    B, heads, packs = sizes
+    q_smem, k_smem, v_smem, out_smem = smem
+    q_full, q_empty, k_full, v_full, freed, _ = barriers
+    BUFFERS: gl.constexpr = k_smem[0].shape[0]
+    BLOCK_N: gl.constexpr = k_smem[0].shape[3]
+    D_MAIN: gl.constexpr = k_smem[0].shape[5]
+    PACK: gl.constexpr = q_smem[0].shape[4]
+    dtype: gl.constexpr = out_descs[0].dtype
+    WIDTH_REST: gl.constexpr = D_REST if D_REST > 0 else 16
+    QK: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_MAIN, 16])
+    ACC_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_REST, 16])
+    offs_m = (CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, QK))) // PACK
+    round = 0  # query tiles so far
+    step = 0  # tiles of keys so far
+    index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    before = 0  # tiles of the sequences before
+    sequence = 0
+    while sequence < B:
+        begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
+        count = tiles_m * heads
+        if index < count:
+            if taken is None:
+                start_m, head, _head_kv = query_tile(index, tiles_m, packs, PACK)
+                index += gl.num_programs(0)
+            else:
+                start_m, head, _head_kv = longest_tile(index, tiles_m, heads, packs, PACK)
+            first_m, last_m = positions(start_m, S, T, PACK)
+            begins, counts = key_tiles(first_m, last_m, T, reach, BLOCK_N)
+            edges = counts[0] + counts[1]
+            tiles = edges + counts[2]
+            lowest = first_m + offs_m - reach[0]
+            highest = gl.minimum(first_m + offs_m + reach[1], T - 1)
+
+            mbarrier.wait(q_full.index(CONSUMER), round & 1)
+            buffer = step % BUFFERS
+            mbarrier.wait(k_full.index(buffer), step // BUFFERS & 1)
+            qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
+            qk = warpgroup_mma_wait(0, deps=(qk,))
+            mbarrier.arrive(freed.index(buffer))
+            m_i = gl.full([ROWS], NO_SCORE, gl.float32, gl.SliceLayout(1, QK))
+            l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, QK))
+            start_n = first_key(0, begins, counts, BLOCK_N)
+            visible = lowest - start_n, highest - start_n
+            # masked wherever it is: a loop of its own would cost more than masks that change nothing
+            weights, _alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, True)
+            acc = gl.zeros([ROWS, D_MAIN], gl.float32, ACC)
+            acc_rest = gl.zeros([ROWS, WIDTH_REST], gl.float32, ACC_REST)
+            p = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, ACC, 2))
+            state = acc, acc_rest, m_i, l_i, p
+            for tile in range(1, edges):
+                start_n = first_key(tile, begins, counts, BLOCK_N)
+                state = _step(
+                    state,
+                    smem,
+                    barriers,
+                    step + tile,
+                    step + tile - round - 1,
+                    (lowest - start_n, highest - start_n),
+                    qk_scale,
+                    D_REST,
+                    CONSUMER,
+                    IN_TURN,
+                    True,
+                )
+            for tile in range(gl.maximum(edges, 1), tiles):
+                state = _step(
+                    state,
+                    smem,
+                    barriers,
+                    step + tile,
+                    step + tile - round - 1,
+                    visible,
+                    qk_scale,
+                    D_REST,
+                    CONSUMER,
+                    IN_TURN,
+                    False,
+                )
+            acc, acc_rest, m_i, l_i, p = state
+            mbarrier.arrive(q_empty.index(CONSUMER))
+            step += tiles
+            round += 1
+            buffer = (step - 1) % BUFFERS
+            mbarrier.wait(v_full.index(buffer), (step - 1) // BUFFERS & 1)
+            acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, buffer, D_REST)
+            inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
+            acc, acc_rest, p = _weighed(p, p, acc, acc_rest, D_REST)
+
+            acc, acc_rest = _times(acc, acc_rest, inverse, D_REST)
+            row = END - S + start_m + CONSUMER * ROWS // PACK
+            tma.store_wait(0)  # the tile before has left
+            _matrix(out_smem[0], CONSUMER).store(acc.to(dtype))
+            if D_REST > 0:
+                _matrix(out_smem[1], CONSUMER).store(acc_rest.to(dtype))
+            fence_async_shared()
+            async_store(out_descs[0], [END, begin + S, row, head, 0], out_smem[0].index(CONSUMER))
+            if D_REST > 0:
+                async_store(
+                    out_descs[1], [END, begin + S, row, head, D_MAIN], out_smem[1].index(CONSUMER)
+                )
+            if taken is not None:
+                index = taken_tile(taken, round) - before
+        else:
+            index -= count
+            before += count
+            sequence += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def shared_tiles(descs, NUM: gl.constexpr, D_REST: gl.constexpr):
+    """Return shared memory for ``NUM`` tiles in two parts; where there is one part, the second is the first."""
+    desc = descs[0]
+    main = gl.allocate_shared_memory(desc.dtype, [NUM] + desc.block_type.shape, desc.layout)  # noqa: RUF005
+    rest = main
+    if D_REST > 0:
+        desc_rest = descs[1]
+        rest = gl.allocate_shared_memory(
+            desc_rest.dtype,
+            [NUM] + desc_rest.block_type.shape,  # noqa: RUF005
+            desc_rest.layout,
+        )
+    return main, rest
+
+
+@gluon.jit
+def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
+    """Return ``NUM`` barriers that complete with ``COUNT`` arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUM, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUM):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def all_barriers(BUFFERS: gl.constexpr):
+    """Return the barriers that the warps wait for."""
+    return (
+        _barriers(CONSUMERS, 1),  # queries are there
+        _barriers(CONSUMERS, 1),  # and no longer needed
+        _barriers(BUFFERS, 1),  # keys
+        _barriers(BUFFERS, 1),  # values
+        # a tile of keys and the values before them are no longer needed
+        _barriers(BUFFERS, CONSUMERS),
+        _barriers(CONSUMERS, 1),  # whose turn it is
+    )
+
+
+def descriptors(
+    x: Tensor, rows: int, heads: int = 1, *, axes: tuple[int, int] = (0, 1), widest: int = 128
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Describe boxes of ``rows`` x ``heads`` of ``x`` (..., D), one for each part of the head; see ``load_rows``.
+
+    ``axes`` are those of rows and heads. A box has at most ``widest`` columns. Columns past D are an axis' end and so
+    are zeros. So are rows past a sequence's end: a row's coordinates are (END, its sequence's end, END - the
+    sequence's length + its place in the sequence), and END is where its axis ends. The first axis takes 2^30 rows away
+    again, as its END strides add up to 2^64 elements less than nothing: an address wraps around. That is what
+    triton.tools.ragged_tma does.
+    """
+    row, head = (x.stride(axis) for axis in axes)
+    shape = [MOST_ROWS, MOST_ROWS, LAST, x.shape[axes[1]], x.shape[-1]]
+    strides = [2**34 - row, row, row, head, 1]
+    boxes = _boxes(x.shape[-1], rows, heads, widest)
+    main, rest = (TensorDescriptor(x, shape, strides, box, layout) for box, layout in boxes)
+    return main, rest
+
+
+@cache  # many are asked for in each layer
+def _boxes(
+    D: int, rows: int, heads: int, widest: int
+) -> tuple[tuple[list[int], gl.NVMMASharedLayout], ...]:
+    """Return the box of each part of the head, and its layout in shared memory."""
+    widths = head_parts(D)
+    return tuple(
+        (
+            [1, 1, rows, heads, min(width or widths[0], widest)],
+            gl.NVMMASharedLayout(
+                swizzle_byte_width=min(128, 2 * (width or widths[0])), element_bitwidth=16, rank=5
+            ),
+        )
+        for width in widths
+    )
+
+
+def processors(device: torch.device) -> int:
+    """Return how many programs run at once."""
+    if device.type != "cuda":
+        return 132  # an H100's
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,248 @@
+"""NF4 codes to weights, in the two ways that are exact and fast on a GPU, for kernels in Gluon.
+
+In shared memory there is a table with an entry for each byte of codes, the two values that its nibbles stand for in fp32. An entry
+has 16 copies, in banks of their own, for the lanes of half a warp, which are served at a time, and begins at a multiple of 256 bytes, half of
+which stay unused. So one instruction makes an address, one loads two
+values, two multiply them by the block's absmax, one rounds both: 2.5 a weight, and the path to shared memory is busiest.
+
+In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept as bytes; then bytes are
+permuted, four codes at once (``nf4_permute`` says more): 3 instructions a weight, all of them the integer units'.
+
+A kernel that decodes eight rows of sixteen in either way keeps both busy. Tables and places are addresses of shared memory.
+"""
+
+import struct
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from idefics2_kernels.nf4 import nf4_weight as tables
+from idefics2_kernels.nf4.nf4_quantize import LOWEST, NESTED_SHIFT
+
+MEMORY = 256 * 256  # bytes
+TABLE_BYTES = gl.constexpr(MEMORY)
+PLACES = gl.constexpr(16)  # of a byte's values; the two halves of a warp read one after the other
+_CODE = gl.constexpr(tables.NF4_CODE)
+_LOWEST = gl.constexpr(LOWEST.value)
+_NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
+
+
+def _looked_up(pair: str, base: str = "") -> str:
+    """Return the PTX that makes of a word, a lane's place in the table and an absmax four ``pair``s.
+
+    A byte of codes goes to the second byte of the place, and ``base`` is added. ``mul.rn`` is never fused.
+    """
+    add = f" add.u32 a, a, {base};" if base else ""
+    return "".join(
+        "{ .reg .b32 a; .reg .f32 e, f;"
+        f" prmt.b32 a, $4, $5, 0x76{i}4;{add}"
+        " ld.shared.v2.f32 {e, f}, [a];"
+        " mul.rn.f32 e, e, $6;"
+        " mul.rn.f32 f, f, $6;"
+        f" cvt.rn.{pair}.f32 ${i}, f, e; }}\n"
+        for i in range(4)
+    )
+
+
+def _numbers(pair: str) -> str:
+    """Return the PTX that makes of an absmax the low bytes of the numbers that codes stand for, in four words, and the high ones."""
+    text = ""
+    for i in range(4):
+        text += "{ .reg .f32 a, b, c, d; .reg .b32 p, q;"
+        for name, value in zip("abcd", tables.NF4_CODE[4 * i : 4 * i + 4], strict=True):
+            text += f" mul.rn.f32 {name}, $8, 0f{struct.pack('>f', value).hex()};"
+        text += f" cvt.rn.{pair}.f32 p, b, a; cvt.rn.{pair}.f32 q, d, c;"
+        text += f" prmt.b32 ${i}, p, q, 0x6420; prmt.b32 ${i + 4}, p, q, 0x7531; }}\n"
+    return text
+
+
+def _permuted() -> str:
+    """Return the PTX that makes of a word, and of ``_numbers``' eight, four pairs; ``m`` has 0xFF for codes from 8."""
+    text = (
+        "{ .reg .b32 c, s, m, t, u, l, h; and.b32 c, $4, 0x77777777; shl.b32 s, $4, 4;"
+        " prmt.b32 m, s, $4, 0xD9C8;"
+    )
+    for i in range(2):
+        for name, first in ("l", 5), ("h", 9):
+            text += f" prmt.b32 t, ${first}, ${first + 1}, c; prmt.b32 u, ${first + 2}, ${first + 3}, c;"
+            text += f" lop3.b32 {name}, m, u, t, 0xCA;"
+        text += f" prmt.b32 ${2 * i}, l, h, 0x4051; prmt.b32 ${2 * i + 1}, l, h, 0x6273;"
+        if i == 0:
+            text += " shr.u32 c, c, 16; prmt.b32 m, s, $4, 0xFBEA;\n"
+    return text + " }"
+
+
+_LOOKED_UP_BF16, _LOOKED_UP_FP16 = (gl.constexpr(_looked_up(pair)) for pair in ("bf16x2", "f16x2"))
+_BEHIND_BF16, _BEHIND_FP16 = (gl.constexpr(_looked_up(pair, "$7")) for pair in ("bf16x2", "f16x2"))
+_NUMBERS_BF16, _NUMBERS_FP16 = (gl.constexpr(_numbers(pair)) for pair in ("bf16x2", "f16x2"))
+_PERMUTED = gl.constexpr(_permuted())
+
+
+@gluon.jit
+def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Return what ``FIRST`` plus each of ``code``, below ``COUNT``, stands for, without reading memory."""
+    value = gl.where(code == 0, _CODE[FIRST], 0.0)
+    for i in gl.static_range(1, COUNT):
+        value = gl.where(code == i, _CODE[FIRST + i], value)
+    return value
+
+
+@gluon.jit
+def fill_table(table, NUM_WARPS: gl.constexpr):
+    """Write the two values of every byte, the high nibble's first, for each place; 16 bytes, of two places, at once."""
+    LANES: gl.constexpr = PLACES // 2
+    AT_ONCE: gl.constexpr = NUM_WARPS * 32 // LANES  # bytes, in which so many nibbles occur:
+    LOWS: gl.constexpr = 16 if AT_ONCE > 16 else AT_ONCE
+    HIGHS: gl.constexpr = AT_ONCE // LOWS
+    thread = gl.arange(0, NUM_WARPS * 32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    byte = thread // LANES
+    for i in gl.static_range(256 // AT_ONCE):
+        low = _value(byte % LOWS, i * AT_ONCE % 16, LOWS)
+        high = _value(byte // LOWS, i * AT_ONCE // 16, HIGHS)
+        gl.inline_asm_elementwise(
+            "st.shared.v4.f32 [$1], {$2, $3, $2, $3}; mov.u32 $0, 0;",
+            "=r,r,f,f",
+            [table + (byte + i * AT_ONCE) * 256 + thread % LANES * 16, high, low],
+            gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@gluon.jit
+def warp_number(anything):
+    """Return the number of this warp, which the language has no word for."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;",
+        "=&r,r",
+        [anything],
+        gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def queued(stages, stage):
+    """Return ``stages`` and, last, ``stage``."""
+    stages += (stage,)
+    return stages
+
+
+@gluon.jit
+def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
+    """Begin to load the codes of ``blocks`` (WARPS_K, rows, 4), in two parts, and what makes their absmax.
+
+    Lanes of odd rows (``is_odd`` (WARPS_K, rows, 4, 1) is 1, else 0) load their blocks' second half first: of the 16 bytes
+    that each of eight lanes loads at once, no two then lie in the same banks of the L1 cache.
+    """
+    codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
+    word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
+        None, None, None, :
+    ]
+    words_ptrs = codes_ptr + (blocks * 8)[:, :, :, None] + word
+    absmax = gl.load(absmax_ptr + blocks)
+    nested, offset = absmax, absmax
+    if IS_NESTED:
+        nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))
+        offset = gl.load(offset_ptr + (blocks >> _NESTED_SHIFT))
+    other = is_odd * 4
+    return gl.load(words_ptrs + other), gl.load(words_ptrs + (4 - other)), absmax, nested, offset
+
+
+@gluon.jit
+def absmax_of(stage, nested_code, IS_NESTED: gl.constexpr):
+    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4.load_absmax``; ``nested_code`` is an address."""
+    absmax = stage[2]
+    if IS_NESTED:
+        code = gl.inline_asm_elementwise(
+            "ld.shared.f32 $0, [$1];",
+            "=f,r",
+            [nested_code + gl.cast(absmax, gl.int32) * 4],
+            gl.float32,
+            is_pure=False,
+            pack=1,
+        )
+        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
+    return absmax
+
+
+@gluon.jit
+def look_up(words, places, absmax, dtype: gl.constexpr):
+    """Return the weights of four words in four pairs each, by the table."""
+    asm: gl.constexpr = _LOOKED_UP_BF16 if dtype == gl.bfloat16 else _LOOKED_UP_FP16
+    # read from shared memory, so not pure
+    return gl.inline_asm_elementwise(
+        asm,
+        "=&r,=&r,=&r,=&r,r,r,f",
+        [words, places, absmax],
+        (gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def look_up_behind(words, places, absmax, base, dtype: gl.constexpr):
+    """Return what ``look_up`` does, by a table at ``base``, to which ``places`` are relative."""
+    asm: gl.constexpr = _BEHIND_BF16 if dtype == gl.bfloat16 else _BEHIND_FP16
+    return gl.inline_asm_elementwise(
+        asm,
+        "=&r,=&r,=&r,=&r,r,r,f,r",
+        [words, places, absmax, base],
+        (gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def numbers_of(absmax, dtype: gl.constexpr):
+    """Return the bytes of the 16 numbers that a block's codes stand for."""
+    asm: gl.constexpr = _NUMBERS_BF16 if dtype == gl.bfloat16 else _NUMBERS_FP16
+    return gl.inline_asm_elementwise(
+        asm,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,f",
+        [absmax],
+        (gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def permute(words, numbers):
+    """Return the weights of four words in four pairs each, by ``numbers``."""
+    l0, l1, l2, l3, h0, h1, h2, h3 = numbers
+    return gl.inline_asm_elementwise(
+        _PERMUTED,
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+        [words, l0, l1, l2, l3, h0, h1, h2, h3],
+        (gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _joined(pairs):
+    """Return four pairs a word side by side: (..., byte of a half, half of a word)."""
+    return gl.join(gl.join(pairs[0], pairs[1]), gl.join(pairs[2], pairs[3]))
+
+
+@gluon.jit
+def left(lower, upper, dtype: gl.constexpr, PRODUCT: gl.constexpr):
+    """Return the weights of both rows' pairs as the product's left operand (WARPS_K, 16 WARPS_N, 128)."""
+    pairs = gl.join(_joined(lower), _joined(upper))
+    WARPS_K: gl.constexpr = pairs.shape[0]
+    WARPS_N: gl.constexpr = pairs.shape[1] // 8
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.uint16, gl.uint16), True, 1
+    )
+    weight = gl.join(low, high).to(dtype, bitcast=True)
+    # columns come to be in the order word, half a word, byte, block, of a byte
+    weight = gl.reshape(weight, [WARPS_K, WARPS_N, 8, 4, 4, 2, 2, 2, 2])
+    weight = gl.permute(weight, (0, 1, 7, 2, 4, 6, 5, 3, 8))
+    weight = gl.reshape(weight, [WARPS_K, WARPS_N * 16, 128])
+    return gl.convert_layout(weight, gl.DotOperandLayout(0, PRODUCT, 2))

@@ -1,0 +1,535 @@
+"""NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
+
+Codes are looked up in shared memory, and half of them, where there is too much else to read there, by permuting bytes
+in registers (``nf4_decode``).
+
+A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the weight at a time, and
+never leaves them. The order of the columns in a sum is free, so that each of the four lanes that share a row takes a
+block of 64 columns, with one absmax, out of every 256; x lies in shared memory so that a lane finds the columns of its
+block side by side.
+
+A program takes ``groups`` groups of rows whole, so that nothing is summed through global memory. Its warps
+are dealt to groups first and along K next, and go through their share without waiting for each other, but where the
+columns of x do not all fit into shared memory. The partial sums of the warps along K are added in a fixed order at the end.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from idefics2_kernels.gpu.dependent_launch import dependent
+from idefics2_kernels.gpu.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
+from idefics2_kernels.nf4.dequantize_gluon import (
+    MEMORY,
+    PLACES,
+    TABLE_BYTES,
+    absmax_of,
+    fill_table,
+    left,
+    load_blocks,
+    look_up_behind,
+    numbers_of,
+    permute,
+    queued,
+    warp_number,
+)
+from idefics2_kernels.nf4.nf4_weight import NF4Weight
+
+BLOCK_K = 256  # a block for each of the four lanes that share a row
+SMS = 132  # of an H100
+X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
+ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
+MAX_M = 64
+WIDE = 128 * SMS  # rows of a weight that are worth reading all of x for in every program
+# turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a program
+PREFETCHED = gl.constexpr(4)
+_shared = gl.shared_memory_descriptor
+# Triton 3.8 has a new name
+reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+PAGE = 1024  # bytes
+PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a product is cut: rows of x; of the weight a warp; warps along N and K; turns of the loop for a buffer of x."""
+
+    BLOCK_M: int
+    X_ROWS: int  # of x in shared memory
+    ROWS: int
+    WARPS_N: int
+    WARPS_K: int
+    TURNS: int
+    BUFFERS: int  # 1: all of x
+    DEPTH: int  # turns for which codes are on their way
+    programs: int
+    PERMUTES: bool  # whether the upper eight of 16 rows are decoded by permuting bytes
+
+    @property
+    def pages(self) -> int:
+        """Pages of shared memory: the table, nested codes, and x.
+
+        And so many that a processor has no room for a program of the next kernel as well: of one launch, two would then
+        come to be on some processors and none on others, and it would take twice as long.
+        """
+        x = self.BUFFERS * self.TURNS * self.WARPS_K * self.X_ROWS * 2 * BLOCK_K
+        return -(-max(MEMORY + PAGE + x, ALONE) // PAGE)
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+        return self.WARPS_N * self.WARPS_K
+
+
+def _x_rows(M: int) -> int:
+    """Return how many rows of x are in shared memory; the lanes of eight may share one."""
+    return 1 if M == 1 else max(8, int(triton.next_power_of_2(M)))
+
+
+def _config(
+    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS
+) -> LaunchConfig:
+    """Complete a choice by what follows from it."""
+    X_ROWS = _x_rows(M)
+    turns = triton.next_power_of_2(triton.cdiv(K // BLOCK_K, WARPS_K))
+    turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
+    BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
+    TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
+    # 4096 x 14336 on an H100, 16 rows: 27 us, by look-ups alone 30; with all of x in shared memory these take 0 to 20 % less.
+    PERMUTES = BUFFERS == 2 and X_ROWS == 16
+    return LaunchConfig(
+        max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs, PERMUTES
+    )
+
+
+def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
+    def program_rows(ROWS: int) -> int:
+        return -(-N // (ROWS * SMS)) * ROWS
+
+    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 16 rows of x on an
+    # H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with 38; 6144 x 4096 13, with 16. Codes of three
+    # turns on their way, or 16 warps, were never faster.
+    ROWS = 32 if program_rows(32) > 128 else 16
+    WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
+    # a buffer holds x for a turn at least
+    most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
+    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
+
+
+@cache
+def _layouts(config: LaunchConfig) -> dict[str, object]:
+    """Return who holds what: lanes and warps as ``mma.sync`` has them, registers as they are loaded."""
+    warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
+    warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
+    more_rows = [[0, 16 * config.WARPS_N, 0, 0]] if config.ROWS == 32 else []
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
+    codes = gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2], [0, 8, 0, 0], *more_rows],
+        lane_bases=lanes,
+        warp_bases=[*([0, 16 * w, 0, 0] for w in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.WARPS_N * config.ROWS, 4, 4],
+    )
+    half = gl.DistributedLinearLayout(
+        reg_bases=[
+            [0, 0, 0, 1],
+            [0, 0, 0, 2],
+            *([0, rows // 2, 0, 0] for _, rows, _, _ in more_rows),
+        ],
+        lane_bases=lanes,
+        warp_bases=[*([0, 8 * w, 0, 0] for w in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.WARPS_N * config.ROWS // 2, 4, 4],
+    )
+    more_rows = [[0, 32 << i, 0] for i in range((config.BLOCK_M // 8 - 1).bit_length())]
+    x = gl.DistributedLinearLayout(
+        reg_bases=[*([0, 0, 1 << i] for i in range(5)), *more_rows],
+        lane_bases=[[0, 1 << i, 0] for i in range(5)],
+        warp_bases=[*([0, 0, 0] for _ in warps_n), *([w, 0, 0] for w in warps_k)],
+        block_bases=[],
+        shape=[config.WARPS_K, config.BLOCK_M * 4, 32],
+    )
+    if config.X_ROWS == 1:  # (WARPS_K, BLOCK_M, 4, 32), and the load's is a slice of it
+        x = gl.DistributedLinearLayout(
+            reg_bases=[[0, 0, 0, 1 << i] for i in range(5)],
+            lane_bases=[
+                *([0, 0, 1 << i, 0] for i in range(2)),
+                *([0, 1 << i, 0, 0] for i in range(3)),
+            ],
+            warp_bases=[*([0, 0, 0, 0] for _ in warps_n), *([w, 0, 0, 0] for w in warps_k)],
+            block_bases=[],
+            shape=[config.WARPS_K, config.BLOCK_M, 4, 32],
+        )
+    product = gl.NVMMADistributedLayout(
+        version=[2, 0],
+        warps_per_cta=[config.WARPS_K, config.WARPS_N, 1],
+        instr_shape=[1, 16, 8],
+    )
+    # a thread copies along x's rows, from one address on
+    lines = min(config.X_ROWS * 4, 8)
+    warps = min(config.X_ROWS * 4 // lines, config.num_warps)
+    copy = gl.BlockedLayout(
+        [1, 1, 8], [8 // lines, lines, 4], [config.num_warps // warps, warps, 1], [2, 1, 0]
+    )
+    return {"CODES": codes, "HALF": half, "X": x, "COPY": copy, "PRODUCT": product}
+
+
+@gluon.jit
+def _copy_x(
+    x_ptr,
+    smem,  # (TURNS * 2 * WARPS_K, X_ROWS * 4, 32)
+    start,  # turn
+    stride_x,
+    M,
+    steps,
+    WARPS_K: gl.constexpr,
+    COPY: gl.constexpr,
+    IS_EVEN: gl.constexpr,
+):
+    """Begin to copy the columns of x for a buffer's turns; rows and columns that are not there become zeros."""
+    PARTS: gl.constexpr = smem.shape[0]
+    LINES: gl.constexpr = smem.shape[1]
+    part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, COPY)))[:, None, None]
+    line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, COPY)))[None, :, None]
+    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, COPY)))[None, None, :]
+    step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
+    stride_x = stride_x // 8 * 8  # rows begin at multiples of 16 bytes, which no compiler knows
+    offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
+    offs = offs + part // WARPS_K % 2 * 32 + column
+    mask = (line // 4 < M) & (part >= 0) & (column >= 0)
+    if not IS_EVEN:
+        mask = mask & (step < steps)
+    async_copy.async_copy_global_to_shared(smem, x_ptr + offs, mask)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _blocks(place, flat, IS_ONE_ROUND: gl.constexpr, TILE: gl.constexpr):
+    """Return the flat blocks of a turn; past the end of rows or columns the last ones again."""
+    row, k, q, first, N, steps, turns, rows = place
+    round = 0
+    if not IS_ONE_ROUND:
+        round = flat // turns
+    row = gl.minimum(first + gl.minimum(round * TILE + row, rows - 1), N - 1)
+    step = gl.minimum((flat - round * turns) * k.shape[0] + k, steps - 1)
+    return row * (steps * 4) + step * 4 + q
+
+
+@gluon.jit
+def _stage(
+    weight,
+    place,
+    flat,
+    CODES: gl.constexpr,
+    IS_NESTED: gl.constexpr,
+    IS_ONE_ROUND: gl.constexpr,
+    TILE: gl.constexpr,
+):
+    """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax."""
+    blocks = _blocks(place, flat, IS_ONE_ROUND, TILE)
+    return load_blocks(weight, blocks, _is_odd(place), CODES, IS_NESTED)
+
+
+@gluon.jit
+def _is_odd(place):
+    """Return 1 where a lane's row is odd, else 0, for each of its words."""
+    row, k, q, _first, _N, _steps, _turns, _rows = place
+    return (row % 2 + k * 0 + q * 0)[:, :, :, None]
+
+
+@gluon.jit
+def _absmax(
+    stage,
+    table,
+    is_there,
+    IS_NESTED: gl.constexpr,
+    IS_EVEN: gl.constexpr,
+):
+    """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
+    absmax = absmax_of(stage, table + TABLE_BYTES, IS_NESTED)
+    if not IS_EVEN:
+        absmax = gl.where(is_there, absmax, 0.0)
+    return absmax
+
+
+@gluon.jit
+def _halves(words, HALF: gl.constexpr):
+    """Return the lower eight of 16 rows of ``words`` (WARPS_K, rows, 4, 4), and the upper eight."""
+    parts = gl.reshape(words, [words.shape[0], words.shape[1] // 16, 2, 8, 4, 4])
+    lower, upper = gl.split(gl.permute(parts, (0, 1, 3, 4, 5, 2)))
+    shape: gl.constexpr = [words.shape[0], words.shape[1] // 2, 4, 4]
+    lower, upper = gl.reshape(lower, shape), gl.reshape(upper, shape)
+    return gl.convert_layout(lower, HALF), gl.convert_layout(upper, HALF)
+
+
+@gluon.jit
+def _halves_of_blocks(values, HALF: gl.constexpr):
+    """Return the same of ``values`` (WARPS_K, rows, 4), one a block, to go with its words."""
+    parts = gl.reshape(values, [values.shape[0], values.shape[1] // 16, 2, 8, 4])
+    lower, upper = gl.split(gl.permute(parts, (0, 1, 3, 4, 2)))
+    shape: gl.constexpr = [values.shape[0], values.shape[1] // 2, 4]
+    BLOCKS: gl.constexpr = gl.SliceLayout(3, HALF)
+    lower = gl.convert_layout(gl.reshape(lower, shape), BLOCKS)
+    upper = gl.convert_layout(gl.reshape(upper, shape), BLOCKS)
+    return lower[:, :, :, None], upper[:, :, :, None]
+
+
+@gluon.jit
+def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
+    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``left``'s."""
+    WARPS_K: gl.constexpr = smem.shape[1]
+    BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
+    if smem.shape[2] == 4:  # all lanes read the one row
+        x = smem.index(index).load(gl.SliceLayout(1, X))[:, None, :, :]
+        x = gl.broadcast(x, gl.full([WARPS_K, BLOCK_M, 4, 32], 0.0, x.dtype, X))[0]
+    else:
+        x = smem.index(index).load(X)
+    x = gl.permute(gl.reshape(x, [WARPS_K, BLOCK_M, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
+    x = gl.reshape(x, [WARPS_K, 128, BLOCK_M])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, PRODUCT, 2))
+
+
+@gluon.jit
+def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
+    """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
+
+    A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all others; in the
+    weight a warp's rows are neighbours.
+    """
+    return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
+
+
+@gluon.jit
+def _store(
+    acc,  # (WARPS_K, TILE, BLOCK_M)
+    bias_ptr,
+    out_ptr,
+    row,  # the tile's first, of the program's
+    place,
+    M,
+    HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):
+    """Add up the warps along K, add the bias, and store."""
+    _, _, _, first, N, _, _, rows = place
+    out = gl.sum(acc, axis=0)
+    OUT: gl.constexpr = gl.SliceLayout(0, PRODUCT)
+    i = gl.arange(0, out.shape[0], gl.SliceLayout(1, OUT))
+    m = gl.arange(0, out.shape[1], gl.SliceLayout(0, OUT))
+    row += _rows_of_tile(i, ROWS, out.shape[0] // ROWS)
+    n = first + row
+    mask_n = (row < rows) & (n < N)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + n, mask=mask_n, other=0.0)
+        out += gl.cast(bias, gl.float32)[:, None]
+    out_ptrs = out_ptr + gl.cast(m, gl.int64)[None, :] * N + n[:, None]
+    out = gl.cast(out, out_ptr.dtype.element_ty)
+    gl.store(out_ptrs, out, mask=mask_n[:, None] & (m < M)[None, :])
+
+
+@gluon.jit(do_not_specialize=["stride_x", "M", "N", "steps", "groups"])
+def _few_rows_gluon_kernel(
+    x_ptr,  # (M, K)
+    codes_ptr,  # (N * K / 8,), eight codes each
+    absmax_ptr,  # (N * K / 64,)
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,  # (ceil(N * K / 64 / 256),)
+    bias_ptr,  # (N,), if HAS_BIAS
+    out_ptr,  # (M, N), contiguous
+    stride_x,
+    M,
+    N,
+    steps,  # K / BLOCK_K
+    groups,  # of ROWS rows, of a program
+    IS_NESTED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    IS_ONE_ROUND: gl.constexpr,
+    IS_EVEN: gl.constexpr,  # warps along K have as many columns each, and buffers
+    IS_DEPENDENT: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    X_ROWS: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS_N: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    TURNS: gl.constexpr,
+    BUFFERS: gl.constexpr,
+    DEPTH: gl.constexpr,
+    PERMUTES: gl.constexpr,
+    PAGES: gl.constexpr,
+    CODES: gl.constexpr,
+    HALF: gl.constexpr,
+    X: gl.constexpr,
+    COPY: gl.constexpr,
+    PRODUCT: gl.constexpr,
+):
+    NUM_WARPS: gl.constexpr = WARPS_N * WARPS_K
+    TILE: gl.constexpr = WARPS_N * ROWS
+    dtype: gl.constexpr = x_ptr.dtype.element_ty
+    BLOCKS: gl.constexpr = gl.SliceLayout(3, CODES)
+    turns = gl.cdiv(steps, WARPS_K)
+    rounds = gl.cdiv(groups, WARPS_N)
+    chunks = gl.cdiv(turns, TURNS)
+
+    # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
+    smem = gl.allocate_shared_memory(
+        gl.float32,
+        [PAGES, PAGE_BYTES // 4],
+        gl.SwizzledSharedLayout(1, 1, 1, [0]),
+    )
+    X_LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])
+    x_smem = reinterpret(
+        smem.index(TABLE_BYTES // PAGE_BYTES + 1),
+        dtype,
+        [BUFFERS, TURNS * 2 * WARPS_K, X_ROWS * 4, 32],
+        X_LAYOUT,
+    )
+    x_turns = reinterpret(x_smem, dtype, [BUFFERS * TURNS * 2, WARPS_K, X_ROWS * 4, 32], X_LAYOUT)
+
+    # blocks of a turn: (WARPS_K, TILE, 4)
+    k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS)))[:, None, None]
+    i = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
+    q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
+    row = _rows_of_tile(i, ROWS, WARPS_N)
+    first = gl.cast(gl.program_id(0), gl.int64) * groups * ROWS
+    weight = codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr
+    place = row, k, q, first, N, steps, turns, groups * ROWS
+
+    let_next_begin(IS_DEPENDENT, steps)
+    stages = queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    for depth in gl.static_range(1, DEPTH):
+        stages = queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    if IS_DEPENDENT:
+        for ahead in gl.static_range(DEPTH, PREFETCHED):
+            prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
+        prefetch(absmax_ptr + _blocks(place, DEPTH, IS_ONE_ROUND, TILE))
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+    nested_code = gl.zeros([256], gl.float32, FLAT)
+    if IS_NESTED:
+        nested_code = gl.load(nested_code_ptr + gl.arange(0, 256, FLAT))
+    fill_table(
+        gl.inline_asm_elementwise(
+            "mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=True, pack=1
+        ),
+        NUM_WARPS,
+    )
+    wait_for_last(IS_DEPENDENT, steps)
+    for i in gl.static_range(BUFFERS):
+        _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
+    smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
+    if BUFFERS == 1:
+        async_copy.wait_group(0)
+    # the address is not known before the barrier, so that nothing is looked up before the table is there
+    table = gl.inline_asm_elementwise(
+        "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
+    )
+    lanes, _upper = _halves_of_blocks((row % 8 * 4 + q + k * 0) % PLACES * 8, HALF)
+    absmax = _absmax(stages[0], table, k < steps, IS_NESTED, IS_EVEN)
+
+    for round in range(rounds):
+        acc = gl.zeros([WARPS_K, TILE, BLOCK_M], gl.float32, PRODUCT)
+        is_idle = round * WARPS_N + warp_number(steps) % WARPS_N >= groups
+        for chunk in range(chunks):
+            start = chunk * TURNS
+            buffer = 0
+            if BUFFERS == 2:
+                buffer = (round * chunks + chunk) % 2
+                async_copy.wait_group(1)
+            end = gl.where(is_idle, start, gl.minimum(start + TURNS, turns))
+            for turn in range(start, end):
+                flat = round * turns + turn
+                stage = _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
+                stages = queued(stages, stage)
+                next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
+                lower_absmax, upper_absmax = _halves_of_blocks(absmax, HALF)
+                if PERMUTES:
+                    numbers = numbers_of(upper_absmax, dtype)
+                absmax = _absmax(stages[1], table, next < steps, IS_NESTED, IS_EVEN)
+                loaded, other = stages[0][0], stages[0][1]
+                for part in gl.static_range(2):
+                    words = gl.where(_is_odd(place) == part, loaded, other)
+                    lower, upper = _halves(words, HALF)
+                    lower = look_up_behind(lower, lanes, lower_absmax, table, dtype)
+                    if PERMUTES:
+                        upper = permute(upper, numbers)
+                    else:
+                        upper = look_up_behind(upper, lanes, upper_absmax, table, dtype)
+                    right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
+                    acc = mma_v2(left(lower, upper, dtype, PRODUCT), right, acc)
+                stages = stages[1:]
+            if BUFFERS == 2:
+                # the next round begins where this one did; behind the last one nothing is read
+                is_wanted = round * chunks + chunk + 2 < rounds * chunks
+                _copy_x(
+                    x_ptr,
+                    x_smem.index(buffer),
+                    (chunk + 2) % chunks * TURNS,
+                    stride_x,
+                    gl.where(is_wanted, M, 0),
+                    steps,
+                    WARPS_K,
+                    COPY,
+                    IS_EVEN,
+                )
+
+        _store(acc, bias_ptr, out_ptr, round * TILE, place, M, HAS_BIAS, ROWS, PRODUCT)
+    smem._keep_alive()
+
+
+def takes(rows: Tensor, weight: NF4Weight) -> bool:
+    """Return whether the kernel is for such a call, of a weight that the plain one takes.
+
+    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a weight of so many rows
+    that reading all of x in every program costs less than the weight.
+    """
+    return (
+        0 < rows.shape[0] <= MAX_M
+        and (rows.shape[0] <= 16 or weight.shape[0] >= WIDE)
+        and rows.data_ptr() % 16 == 0
+        and rows.stride(0) * rows.itemsize % 16 == 0
+        and weight.codes.data_ptr() % 16 == 0
+    )
+
+
+def multiply_gluon(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply as ``nf4_few_rows.multiply`` what ``takes`` says is for this kernel; fewer rows of ``weight`` will do."""
+    return _launch(rows, weight, bias, _launch_config(rows.shape[0], *weight.shape))
+
+
+def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
+    """Multiply, cut as ``config`` says."""
+    (M, K), N = rows.shape, weight.shape[0]
+    out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
+    groups = triton.cdiv(triton.cdiv(N, config.ROWS), config.programs)
+    if out.numel():
+        _few_rows_gluon_kernel[(triton.cdiv(N, groups * config.ROWS),)](
+            rows,
+            weight.codes.view(torch.int32),
+            *weight.absmax_parts,
+            bias,
+            out,
+            rows.stride(0),
+            M,
+            N,
+            K // BLOCK_K,
+            groups,
+            IS_NESTED=weight.is_nested,
+            HAS_BIAS=bias is not None,
+            IS_ONE_ROUND=groups <= config.WARPS_N,
+            IS_EVEN=K % (BLOCK_K * config.WARPS_K * config.TURNS) == 0,
+            **dependent(),
+            **{k: v for k, v in asdict(config).items() if k != "programs"},
+            PAGES=config.pages,
+            **_layouts(config),
+            num_warps=config.num_warps,
+            # x leaves no room for a second program, for whose sake ptxas would spill
+            **({"maxnreg": 240} if config.BLOCK_M == 16 else {}),
+        )
+    return out

@@ -1,0 +1,189 @@
+"""Layer norm, alone and after adding a residual: whole rows in registers, several to a program if short.
+
+A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 + 128: padded to 2048
+it would waste nearly half of the loads. Up to 2047 columns a warp has rows of its own, and sums them without a barrier.
+
+The mean is taken out before the squares are summed, so that a large mean costs no digits of the variance.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """A tile of whole rows, in two parts, and the warps that share it."""
+
+    block_m: int
+    block_n: int  # columns of the first part, a power of two
+    block_rest: int  # and of the second, or 0
+    num_warps: int
+
+
+@cache
+def _launch_config(N: int) -> LaunchConfig:
+    block_n = 1 << (N.bit_length() - 1)
+    block_rest = triton.next_power_of_2(N - block_n) if block_n < N else 0
+    # rows within a warp need no barrier
+    num_warps = 1 if block_n <= 1024 else 4 if block_n <= 4096 else 8
+    return LaunchConfig(max(1, min(16, 512 // block_n)), block_n, block_rest, num_warps)
+
+
+@triton.jit
+def _load(ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Load columns ``FIRST`` to ``FIRST + WIDTH`` of rows; those past N, if MASKED, as zeros."""
+    offs_n = FIRST + tl.arange(0, WIDTH)[None, :]
+    mask = mask_m & (offs_n < N) if MASKED else mask_m
+    # what streams past must not push weight and bias, which every program reads, out of the cache
+    x = tl.load(ptr + rows + offs_n, mask=mask, other=0.0, eviction_policy="evict_first")
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, rows, x, mask_m, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
+    mask = mask_m & (offs_n < N) if MASKED else mask_m
+    tl.store(ptr + rows + offs_n, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
+    if MASKED:
+        weight = tl.load(weight_ptr + offs_n, mask=offs_n < N, other=0.0)
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+    else:
+        weight, bias = tl.load(weight_ptr + offs_n), tl.load(bias_ptr + offs_n)
+    return x * weight.to(tl.float32) + bias.to(tl.float32)
+
+
+@triton.jit
+def _layer_norm_kernel(
+    x_ptr,  # (M, N)
+    residual_ptr,  # (M, N), if HAS_RESIDUAL
+    weight_ptr,  # (N,)
+    bias_ptr,  # (N,)
+    out_ptr,  # (M, N), contiguous
+    total_ptr,  # (M, N), contiguous, if HAS_RESIDUAL
+    stride_x,
+    stride_residual,
+    M,
+    N,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    mask_m = offs_m < M
+    rows = offs_m * N
+
+    x = _load(x_ptr, offs_m * stride_x, mask_m, N, 0, BLOCK_N, False)
+    rest = x
+    if BLOCK_REST > 0:
+        rest = _load(x_ptr, offs_m * stride_x, mask_m, N, BLOCK_N, BLOCK_REST, True)
+    if HAS_RESIDUAL:
+        rows_r = offs_m * stride_residual
+        x += _load(residual_ptr, rows_r, mask_m, N, 0, BLOCK_N, False)
+        x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
+        _store(total_ptr, rows, x, mask_m, N, 0, False)
+        if BLOCK_REST > 0:
+            rest += _load(residual_ptr, rows_r, mask_m, N, BLOCK_N, BLOCK_REST, True)
+            rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
+            _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
+
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    count = tl.cast(N, tl.float32)
+    sum_x = tl.sum(x, axis=1, keep_dims=True)
+    if BLOCK_REST > 0:
+        sum_x += tl.sum(rest, axis=1, keep_dims=True)
+    mean = tl.div_rn(sum_x, count)
+    x -= mean
+    squares = tl.sum(x * x, axis=1, keep_dims=True)
+    if BLOCK_REST > 0:
+        offs_rest = BLOCK_N + tl.arange(0, BLOCK_REST)[None, :]
+        rest = tl.where(offs_rest < N, rest - mean, 0.0)
+        squares += tl.sum(rest * rest, axis=1, keep_dims=True)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
+
+    out = _scaled(x * rstd, weight_ptr, bias_ptr, N, 0, False)
+    _store(out_ptr, rows, out, mask_m, N, 0, False)
+    if BLOCK_REST > 0:
+        out = _scaled(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
+        _store(out_ptr, rows, out, mask_m, N, BLOCK_N, True)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
+
+    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a contiguous last
+    axis.
+
+    Raises:
+        ValueError: A shape, stride or device does not fit.
+        TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
+    """
+    return _launch(x, None, weight, bias, eps)[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add ``x`` to ``residual`` (..., N); return the rounded sum's ``layer_norm`` and the sum.
+
+    Raises:
+        ValueError: A shape, stride or device does not fit.
+        TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
+    """
+    out, total = _launch(x, residual, weight, bias, eps)
+    assert total is not None
+    return out, total
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    N = x.shape[-1]
+    check_dtype("x", x, *FLOATS)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        check_shape(name, vector, (N,))
+        check_dtype(name, vector, x.dtype)
+    check_rows("x", x)
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+        check_dtype("residual", residual, x.dtype)
+        check_rows("residual", residual)
+    check_device(x=x, residual=residual, weight=weight, bias=bias)
+    rows = x.reshape(-1, N)
+    residual_rows = None if residual is None else residual.reshape(-1, N)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    total = None if residual is None else torch.empty_like(out)
+    if out.numel():
+        config = _launch_config(N)
+        _layer_norm_kernel[(triton.cdiv(rows.shape[0], config.block_m),)](
+            rows,
+            residual_rows,
+            weight.contiguous(),
+            bias.contiguous(),
+            out,
+            total,
+            rows.stride(0),
+            0 if residual_rows is None else residual_rows.stride(0),
+            rows.shape[0],
+            N,
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_REST=config.block_rest,
+            num_warps=config.num_warps,
+        )
+    return out.view(x.shape), None if total is None else total.view(x.shape)

@@ -1,0 +1,84 @@
+"""What the NF4 operations must compute, in plain PyTorch: bitsandbytes' bits on a CPU.
+
+Its CUDA code differs in quantising: where a nested code is looked up (here in bins, there to the last bit), in a last
+block that is not full (divided here, multiplied by the reciprocal there) and in the codes of zeros in a block of
+zeros. Dequantising is the same everywhere, but for its AVX-512 path, which takes rows for whole numbers of blocks.
+"""
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels.nf4.nf4_weight import (
+    BINS,
+    BLOCK,
+    NESTED_BLOCK,
+    NF4Weight,
+    dynamic_bins,
+    dynamic_code,
+    nf4_bounds,
+    nf4_code,
+)
+from idefics2_kernels.reference.operations import linear
+
+_SMALLEST = 1e-38  # below it a block's reciprocal would overflow
+
+
+def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
+    """Quantise ``weight`` of any shape in blocks of 64; with ``double_quant``, its absmaxes in blocks of 256."""
+    flat = weight.reshape(-1).float()
+    full = flat.numel() // BLOCK * BLOCK
+    blocks, rest = flat[:full].view(-1, BLOCK), flat[full:]
+    absmax = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_SMALLEST))[:, None]).view(-1)
+    if rest.numel():
+        last = rest.abs().amax().clamp(min=_SMALLEST)
+        absmax = torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, rest / last])
+    if scaled.numel() % 2:
+        scaled = torch.cat([scaled, scaled.new_zeros(1)])
+    scaled = scaled.clamp(-1, 1)
+    codes = torch.bucketize(scaled, nf4_bounds(flat.device), out_int32=True).to(torch.uint8)
+    packed = codes[::2] << 4 | codes[1::2]
+    shape = tuple(weight.shape)
+    if not double_quant:
+        return NF4Weight(packed, absmax, shape, weight.dtype)
+    offset = absmax.mean()
+    quantised, nested_absmax = _quantize_absmax(absmax - offset)
+    offsets = offset.repeat(nested_absmax.numel())
+    nested_code = dynamic_code(flat.device)
+    return NF4Weight(packed, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
+
+
+def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise ``centred`` (blocks,) to the dynamic code in blocks of 256: bytes (blocks,), their absmax."""
+    padding = -centred.numel() % NESTED_BLOCK
+    blocks = torch.cat([centred, centred.new_zeros(padding)]).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(-1)
+    scaled = (blocks * (1.0 / absmax.masked_fill(absmax == 0, 1.0))[:, None]).clamp(-1, 1)
+    # no weight that is not finite comes through, but none may read past the table either
+    bins = ((scaled + 1.0) * 0.5 * (BINS - 1) + 0.5).nan_to_num().long()
+    quantised = dynamic_bins(centred.device)[bins].masked_fill(absmax[:, None] == 0, 0)
+    return quantised.view(-1)[: centred.numel()], absmax
+
+
+def nf4_dequantize(weight: NF4Weight) -> Tensor:
+    """Return the numbers ``weight`` stands for, in its shape and dtype: fp32 products, rounded once."""
+    codes = torch.stack([weight.codes >> 4, weight.codes & 15], -1).view(-1)[: weight.numel]
+    absmax = weight.absmax
+    if weight.offset is not None:
+        assert weight.nested_absmax is not None
+        assert weight.nested_code is not None
+        nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+        offset = weight.offset.repeat_interleave(NESTED_BLOCK)[: absmax.numel()]
+        absmax = weight.nested_code[absmax.int()] * nested + offset
+    scales = absmax.repeat_interleave(BLOCK)[: weight.numel]
+    values = nf4_code(weight.device)[codes.int()] * scales
+    return values.view(weight.shape).to(weight.dtype)
+
+
+def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (..., N).
+
+    The weight is rounded to its own dtype, which is the model's; ``x`` may be wider.
+    """
+    return linear(x, nf4_dequantize(weight).to(x.dtype), bias)

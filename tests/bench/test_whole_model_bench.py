@@ -1,0 +1,238 @@
+"""``idefics2 bench latency``, ``load`` and ``offline`` on a tiny checkpoint, transformers beside it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from idefics2_bench import latency, machine, report
+from idefics2_bench.transformers_peer import transformers_model
+from idefics2_bench.workloads import LatencyCase, offline_requests
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
+from idefics2_engine.cli.main import main
+from idefics2_engine.errors import ConfigError
+from tiny_checkpoint import LATENTS, write_checkpoint
+
+CPU = ["--device", "cpu", "--ops", "reference", "--commit", "abc"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def bare(tiny: Path, tmp_path: Path) -> Path:
+    """The same without weights."""
+    return Path(
+        shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))  # the command sets both
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def bench(out: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run a suite; return what it wrote of the machine and its rows."""
+    assert main(["bench", *arguments, *CPU, "--json", str(out)]) == 0
+    written = json.loads(out.read_text())
+    return written["machine"], written["rows"]
+
+
+def test_latency(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["decode-b3-s20", "image-56x84-b2", "prefill-100"]
+    cases = [argument for name in names for argument in ("--case", name)]
+    about, rows = bench(
+        tmp_path / "out.json", "latency", "--model", str(tiny), "--steps", "4", *cases
+    )
+    assert about["gpu"] is None
+    assert about["commit"] == "abc"
+    assert [(row["kernel"], row["case"], row["impl"]) for row in rows] == [
+        (kernel, case, impl)
+        for kernel, case in zip(("step", "image", "prefill"), names, strict=True)
+        for impl in ("reference", "transformers")
+    ]
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        assert ours["peer_difference"] < 1e-4
+        assert (ours["peer"], ours["peer_ms"]) == ("transformers", theirs["ms"])
+        assert ours["speedup"] == pytest.approx(theirs["ms"] / ours["ms"])
+        assert 0 < ours["ms_p20"] <= ours["ms"] <= ours["ms_p80"]
+        assert ours["dtype"] == "float32"
+    step, image, prefill = rows[::2]
+    assert (step["batch"], step["context"], step["new_tokens"]) == (3, 20, 3)
+    assert step["new_tokens_per_s"] == pytest.approx(3e3 / step["ms"])
+    assert (image["images"], image["patches"], image["image_tokens"]) == (2, 48, 2 * LATENTS)
+    assert image["patches_per_s"] == pytest.approx(48e3 / image["ms"])
+    assert (prefill["text_tokens"], prefill["new_tokens"]) == (100, 1)
+    printed = capsys.readouterr().out
+    assert "| step | decode-b3-s20 | reference |" in printed
+
+
+def test_what_was_timed_before_an_interruption_is_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time_case = latency.bench_case
+
+    def interrupted(case: LatencyCase, *rest: Any) -> list[latency.Row]:
+        if case.kernel == "image":
+            raise KeyboardInterrupt
+        return time_case(case, *rest)
+
+    monkeypatch.setattr(latency, "bench_case", interrupted)
+    out = tmp_path / "out.json"
+    cases = ["--case", "prefill-20", "--case", "image-56x84-b2"]
+    options = ["--model", str(tiny), "--steps", "1", "--no-peer", *cases, "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["latency", *CPU, *options])
+    with pytest.raises(KeyboardInterrupt):
+        latency.main()
+    assert [row["case"] for row in json.loads(out.read_text())["rows"]] == ["prefill-20"]
+
+
+def test_images_of_many_sizes_agree_with_padded_ones(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", split_images=False)
+    case = LatencyCase("image", "image-mixed-b3", 3, sizes=((56, 84), (112, 42), (28, 112)))
+    ours, _ = latency.bench_case(case, llm, transformers_model(llm.model, tiny), "reference", 1)
+    assert ours["patches"] == 24 + 24 + 16
+    assert ours["peer_difference"] < 1e-4
+
+
+def test_latency_on_random_weights(bare: Path, tmp_path: Path) -> None:
+    case = ["--case", "decode-b2-s8", "--steps", "1"]
+    _, rows = bench(tmp_path / "out.json", "latency", "--random-weights", str(bare), *case)
+    assert rows[0]["model"] == "bare (random weights)"
+    assert rows[0]["peer_difference"] < 1e-4
+
+
+def test_load(tiny: Path, bare: Path, tmp_path: Path) -> None:
+    _, rows = bench(tmp_path / "out.json", "load", "--random-weights", str(bare))
+    assert [(row["case"], row["impl"]) for row in rows] == [
+        ("load", "reference"),
+        ("load", "transformers"),
+    ]
+    assert rows[0]["speedup"] == pytest.approx(rows[1]["ms"] / rows[0]["ms"])
+    _, rows = bench(tmp_path / "nf4.json", "load", "--model", str(tiny), "--quantization", "nf4")
+    assert [(row["case"], row["impl"]) for row in rows] == [("load-nf4", "reference")]
+
+
+def test_weights_in_nf4(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = ["--case", "decode-b2-s8", "--steps", "1", "--quantization", "nf4"]
+    _, rows = bench(tmp_path / "out.json", "latency", "--random-weights", str(bare), *case)
+    assert [(row["case"], row["impl"]) for row in rows] == [("decode-b2-s8-nf4", "reference")]
+    assert main(["bench", "latency", *CPU, *case, "--peer", "transformers"]) == 2
+    assert "cannot be given weights in NF4" in capsys.readouterr().err
+    dense, packed = (
+        LLM(bare, load_format="dummy", device="cpu", quantization=quantization).model
+        for quantization in (None, "nf4")
+    )
+    assert dense.num_bytes == 4 * sum(p.numel() for p in dense.parameters())
+    assert dense.num_bytes > packed.num_bytes > sum(p.nbytes for p in packed.parameters())
+
+
+def test_cases_that_do_not_fit(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for case, wanted in (
+        ("prefill-512", "513 positions for it, got 512"),
+        ("image-980-b1", "at most 112 pixels a side, got 980"),
+        ("nothing", "case must be one like decode-b1"),
+    ):
+        arguments = ["latency", "--model", str(tiny), *CPU, "--no-peer", "--case", case]
+        assert main(["bench", *arguments]) == 2
+        assert wanted in capsys.readouterr().err
+
+
+def test_a_model_of_nan_gets_no_time(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.text_model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors")
+    model = ["--model", str(broken), *CPU]
+    out = tmp_path / "out.json"
+    case = ["--case", "decode-b2-s8", "--steps", "1", "--json", str(out)]
+    assert main(["bench", "latency", *model, *case]) == 1
+    assert not [row for row in json.loads(out.read_text())["rows"] if "ms" in row]
+    assert "WRONG" in capsys.readouterr().out
+    assert main(["bench", "offline", *model, "--requests", "2", "--shrink", "16", "--no-peer"]) == 2
+    assert "logits must be finite, got nan" in capsys.readouterr().err
+
+
+def test_offline(tiny: Path, tmp_path: Path) -> None:
+    options = ["--requests", "4", "--shrink", "8", "--peer-batch", "3"]
+    _, rows = bench(tmp_path / "out.json", "offline", "--model", str(tiny), *options)
+    assert [row["impl"] for row in rows] == [
+        "reference",
+        "transformers-arrival",
+        "transformers-sorted",
+    ]
+    llm = LLM(tiny, device="cpu", split_images=False)
+    requests = offline_requests(llm.processor, 4, shrink=8)
+    drafts = [llm.processor.draft_token_prompt(r.prompt_token_ids, r.images) for r in requests]
+    prompts = llm.processor.finish(drafts)
+    counts = {
+        "requests": 4,
+        "images": sum(len(prompt.tiles) for prompt in prompts),
+        "patches": sum(len(tile.position_ids()) for p in prompts for tile in p.tiles),
+        "image_tokens": sum(prompt.token_ids.count(32001) for prompt in prompts),
+        "text_tokens": sum(id != 32001 for prompt in prompts for id in prompt.token_ids),
+        "new_tokens": sum(request.max_tokens for request in requests),
+    }
+    for row in rows:
+        assert (row["kernel"], row["case"]) == ("offline", "offline-4-shrink8")
+        assert {name: row[name] for name in counts} == counts
+        for name, count in counts.items():
+            assert row[f"{name}_per_s"] == pytest.approx(1e3 * count / row["ms"])
+    best = min(rows[1:], key=lambda row: row["ms"])
+    assert (rows[0]["peer"], rows[0]["peer_ms"]) == (best["impl"], best["ms"])
+    assert rows[0]["speedup"] == pytest.approx(best["ms"] / rows[0]["ms"])
+    assert 0 < rows[1]["prepare_ms"] < rows[1]["ms"]
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_transformers_runs_on_our_weights(tied: bool, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tied=tied)
+    ours = load_checkpoint(tmp_path)
+    theirs = transformers_model(ours, tmp_path)
+    assert theirs.config._attn_implementation == "sdpa"
+    parameters = dict(ours.named_parameters(remove_duplicate=False))
+    own = dict(theirs.named_parameters(remove_duplicate=False))
+    for place in hub_tensors(ours.config):
+        rows = parameters[place.parameter][place.first_row :]
+        assert own[place.name].data_ptr() == rows.data_ptr()
+        assert own[place.name].shape == place.shape
+    assert {parameter.device.type for parameter in own.values()} == {"cpu"}
+
+
+def test_random_weights_need_no_files_of_weights(bare: Path) -> None:
+    prompt = {"prompt_token_ids": [1, 5, 9]}
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    answers = [
+        LLM(bare, load_format="dummy", device="cpu").generate(prompt, params)[0] for _ in range(2)
+    ]
+    assert answers[0].outputs[0].token_ids == answers[1].outputs[0].token_ids
+    with pytest.raises(ConfigError, match="load_format must be 'auto' or 'dummy', got 'pickle'"):
+        LLM(bare, load_format="pickle")
+    with pytest.raises(ConfigError, match="without adapter, verify and check_finite"):
+        LLM(bare, load_format="dummy", verify=True)
+
+
+def test_a_cpu_is_described_without_measuring() -> None:
+    about = machine.describe("cpu")
+    assert about["gpu"] is None
+    assert about["threads"] == torch.get_num_threads()
+    assert not about.keys() & {"copy_TBps", "matmul_TFLOPs"}
+    row = {"kernel": "step", "case": "c", "impl": "i", "model": "m", "dtype": "d"}
+    assert "| wrong |" in report.whole_table(about, [row])

@@ -1,0 +1,429 @@
+"""The engine on its own thread: interrupts at any point, calls from several threads, and the end of a model."""
+
+import gc
+import itertools
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.runtime.engine import Engine
+from idefics2_engine.runtime.model_runner import Runner
+from idefics2_engine.sampling.sampler import Drawn, Sampler
+from idefics2_engine.scheduling.scheduler import Scheduler
+from idefics2_engine.scheduling.sequence import Request, Sequence
+from oracle import random_image
+from tiny_checkpoint import write_checkpoint
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=5, min_tokens=5, logprobs=1)
+PICTURES = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(3)]
+
+
+Load = Callable[..., LLM]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Load a tiny checkpoint, with settings beside those of all tests."""
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder)
+    settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
+    return partial(LLM, folder, **settings, kv_cache_tokens=4096, max_num_seqs=16)
+
+
+@pytest.fixture(scope="module")
+def llm(load: Load) -> LLM:
+    return load()
+
+
+def rows() -> list[Any]:
+    common = "A common beginning that fills a page or two of the cache, or even three. "
+    return [
+        {
+            "prompt": "<image>" * (i % 3) + common + "the chicken sits " * i,
+            "multi_modal_data": {"image": PICTURES[: i % 3]},
+        }
+        for i in range(5)
+    ]
+
+
+def conversation(image: Any) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "what is left of it"}]
+    return [{"role": "user", "content": parts}]
+
+
+def by_generate(llm: LLM) -> list[Any]:
+    return llm.generate(rows(), PARAMS)
+
+
+def by_chat(llm: LLM) -> list[Any]:
+    return llm.chat([conversation(picture) for picture in PICTURES], PARAMS)
+
+
+def by_iterate(llm: LLM) -> list[Any]:
+    return sorted(llm.iterate(rows(), PARAMS), key=lambda output: output.request_id)
+
+
+def by_stream(llm: LLM) -> list[Any]:
+    return [list(llm.stream(row, PARAMS))[-1] for row in rows()[:3]]
+
+
+CALLS = [by_generate, by_chat, by_iterate, by_stream]
+
+
+def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int], list[float]]]:
+    """Return what ``calls`` answer, all kinds if none is given: tokens and log probabilities."""
+    return [
+        (
+            answer.token_ids,
+            [place[t].logprob for t, place in zip(answer.token_ids, answer.logprobs, strict=True)],
+        )
+        for call in calls or CALLS
+        for output in call(llm)
+        for answer in output.outputs
+    ]
+
+
+def assert_equal(got: list[Any], wanted: list[Any]) -> None:
+    """Same tokens; log probabilities may differ by the rounding of sums that batches order differently."""
+    assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted]
+    for (_, mine), (_, theirs) in zip(got, wanted, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def expected(load: Load) -> list[Any]:
+    return answers(load())
+
+
+def raise_once(
+    monkeypatch: pytest.MonkeyPatch, owner: type, name: str, at: int, act: Callable[[], None]
+) -> list[int]:
+    """Let the ``at``-th call of a method act before it runs; return a list that grows with each call."""
+    calls: list[int] = []
+    method = getattr(owner, name)
+
+    def acting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            act()
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, acting)
+    return calls
+
+
+class Interrupt(BaseException):
+    """Neither an ``Exception`` nor a fault of a request."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at"),
+    [
+        (Runner, "_encode", 1),
+        (Runner, "run", 2),
+        (Runner, "note", 1),
+        (Sampler, "draw", 2),
+        (Drawn, "choices", 1),
+        (Scheduler, "schedule", 2),
+        (Scheduler, "_take_pages", 3),
+        (Scheduler, "computed", 1),
+        (Scheduler, "finish", 1),
+        (Sequence, "append", 2),
+        (Engine, "add", 1),
+    ],
+)
+def test_an_interrupt_inside_a_step_leaves_no_trace(
+    llm: LLM,
+    expected: list[Any],
+    owner: type,
+    name: str,
+    at: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With caches that know nothing, so that each call computes what the interrupt cuts off."""
+    for call, error in zip(CALLS, itertools.cycle([KeyboardInterrupt, Interrupt]), strict=False):
+
+        def act(error: type[BaseException] = error) -> None:
+            raise error("now")
+
+        llm.engine.reset()
+        with monkeypatch.context() as patches:
+            raise_once(patches, owner, name, at, act)
+            with pytest.raises(error, match="now"):
+                call(llm)
+        assert_equal(answers(llm, by_generate), expected[: len(rows())])
+    llm.engine.scheduler.pages.check_integrity([])
+
+
+def test_a_fault_of_the_engine_is_the_callers_and_leaves_no_trace(
+    load: Load, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load()
+
+    def act() -> None:
+        raise AssertionError("pages")
+
+    with monkeypatch.context() as patches:
+        raise_once(patches, Scheduler, "schedule", 2, act)
+        with pytest.raises(AssertionError, match="pages"):
+            by_generate(llm)
+    assert_equal(answers(llm), expected)
+
+
+def test_a_token_without_text_costs_its_own_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [output.outputs[0].token_ids for output in by_generate(llm)]
+
+    def act() -> None:
+        raise ValueError("no text")
+
+    raise_once(monkeypatch, Sequence, "append", 3, act)
+    outputs = by_generate(llm)
+    failed = [i for i, output in enumerate(outputs) if output.error]
+    assert len(failed) == 1
+    assert isinstance(outputs[failed[0]].error, RequestFailedError)
+    for i, output in enumerate(outputs):
+        assert i in failed or output.outputs[0].token_ids == wanted[i]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
+    llm: LLM, expected: list[Any], call: Callable[[LLM], list[Any]]
+) -> None:
+    """It is raised at nine of the lines that the call runs in the package, one run for each."""
+
+    def run_until(line: int) -> int:
+        count = 0
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal count
+            if "idefics2_engine" not in frame.f_code.co_filename:
+                return None
+            if event == "line":
+                count += 1
+                if count == line:
+                    raise KeyboardInterrupt
+            return trace
+
+        gc.collect()  # no finalizer may meet the interrupt instead of the call
+        gc.disable()
+        sys.settrace(trace)
+        try:
+            call(llm)
+        finally:
+            sys.settrace(None)
+            gc.enable()
+        return count
+
+    total = run_until(-1)
+    assert total > 100
+    for line in range(1, total, total // 8):
+        with pytest.raises(KeyboardInterrupt):
+            run_until(line)
+    assert_equal(answers(llm), expected)
+    llm.engine.scheduler.pages.check_integrity([])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a signal of Unix")
+def test_a_time_out_reaches_the_caller(
+    load: Load, expected: list[Any], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load()
+
+    def handle(*_: Any) -> None:
+        raise TimeoutError("too late")
+
+    def act() -> None:
+        signal.raise_signal(signal.SIGALRM)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        with monkeypatch.context() as patches:
+            raise_once(patches, Runner, "run", 2, act)
+            with pytest.raises(TimeoutError, match="too late"):
+                llm.generate(rows()[:count], PARAMS)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert_equal(answers(llm), expected)
+
+
+def test_an_interrupt_among_many_requests_is_forgotten(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def act() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        raise_once(patches, Engine, "add", 50, act)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["the chicken"] * 100, PARAMS)
+    assert len(llm.generate(["the chicken"] * 3, PARAMS)) == 3
+    assert not llm.engine.has_work
+
+
+def test_calls_on_several_threads_share_the_engine(llm: LLM, expected: list[Any]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(answers, [llm] * 4):
+            assert_equal(got, expected)
+
+
+def test_calls_may_be_nested(llm: LLM) -> None:
+    """While a stream and two iterators are open, in turns, other calls answer as if alone."""
+    wanted = [output.outputs[0].token_ids for output in by_generate(llm)]
+    one, other = (llm.iterate(rows(), PARAMS, in_flight=1) for _ in range(2))
+    stream = llm.stream(rows()[1], PARAMS)
+    next(stream)
+    pairs = list(zip(one, other, strict=True))
+    for outputs in zip(*pairs, strict=True):
+        got = {output.request_id: output.outputs[0].token_ids for output in outputs}
+        assert got == {str(i): ids for i, ids in enumerate(wanted)}
+    assert [o.outputs[0].token_ids for o in by_generate(llm)] == wanted
+    assert list(stream)[-1].outputs[0].token_ids == wanted[1]
+
+
+class _Autocast:
+    def __enter__(self) -> None:
+        self._contexts = ExitStack()
+        for kind in ("cpu", *["cuda"] * torch.cuda.is_available()):
+            self._contexts.enter_context(torch.autocast(kind, torch.bfloat16))
+
+    def __exit__(self, *_: Any) -> None:
+        self._contexts.close()
+
+
+class _DefaultDtype:
+    def __enter__(self) -> None:
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_default_dtype(torch.float32)
+
+
+class _DefaultDevice:
+    def __enter__(self) -> None:
+        torch.set_default_device("meta")
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_torch_settings_of_the_caller_change_no_answer(
+    load: Load, setting: Callable[[], Any], quantization: str | None
+) -> None:
+    if quantization is not None and load().model.device.type == "cuda":
+        pytest.skip("in 16 bit, which NF4 needs there, the order of sums may change a token")
+    loaded_outside = load(quantization=quantization)
+    wanted = answers(loaded_outside)
+    with setting():
+        loaded_inside = load(quantization=quantization)
+        assert_equal(answers(loaded_outside), wanted)
+        assert_equal(answers(loaded_inside), wanted)
+    assert_equal(answers(loaded_inside), wanted)
+
+
+def engine_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "idefics2-engine"}
+
+
+def test_a_closed_model_gives_everything_back_and_says_so(load: Load) -> None:
+    before = engine_threads()
+    with load() as llm:
+        model = weakref.ref(llm.model)
+        stream = llm.stream("the chicken", PARAMS)
+        next(stream)
+        (thread,) = engine_threads() - before
+    thread.join(60)
+    assert not thread.is_alive()
+    assert model() is None
+    for call in (by_generate, by_chat, by_iterate, by_stream):
+        with pytest.raises(RuntimeError, match="this model was closed"):
+            call(llm)
+    with pytest.raises(RuntimeError, match="closed before it had answered"):
+        list(stream)
+    llm.close()
+
+
+def test_a_call_that_waits_hears_of_the_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load()
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def act() -> None:
+        in_step.set()
+        go_on.wait(60)
+
+    raise_once(monkeypatch, Runner, "run", 2, act)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(by_generate, llm)
+        in_step.wait(60)
+        closing = pool.submit(llm.close)
+        go_on.set()
+        with pytest.raises(RuntimeError, match="closed before it had answered"):
+            waiting.result(60)
+        closing.result(60)
+
+
+def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
+    before = engine_threads()
+    llm = load()
+    llm.generate("the chicken", PARAMS)
+    (thread,) = engine_threads() - before
+    del llm
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_an_abandoned_source_does_not_keep_a_process(llm: LLM) -> None:
+    """A source that never gives its next row is left alone when the iterator is closed."""
+    never = threading.Event()
+
+    def source() -> Iterator[str]:
+        yield "the chicken"
+        never.wait()
+
+    outputs = llm.iterate(source(), PARAMS)
+    assert next(outputs).outputs[0].token_ids
+    outputs.close()
+    assert llm.generate("the car", PARAMS)
+    never.set()
+
+
+def test_each_request_is_looked_at_as_often_however_many_there_are(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def finished(request: Request) -> bool:
+        nonlocal looks
+        looks += 1
+        return request.error is not None or all(s.finish_reason for s in request.sequences)
+
+    monkeypatch.setattr(Request, "finished", property(finished))
+    each = []
+    for count in (64, 640):
+        looks = 0
+        prompts = [{"prompt_token_ids": [1, 5, 7]}] * count
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+        llm.generate(prompts, params, progress=True)
+        generated = looks / count
+        looks = 0
+        list(llm.iterate(prompts, params))
+        each.append((generated, looks / count))
+    assert each[0] == each[1]

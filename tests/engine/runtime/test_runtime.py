@@ -1,0 +1,493 @@
+"""The same tokens however the work is cut: batches, chunks, preemption, known prefixes, windows, few slots."""
+
+import gc
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.demo import DEMO_IMAGES
+from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.model.config import EngineConfig
+from idefics2_engine.runtime.engine import Engine
+from idefics2_engine.sampling.sampler import Drawn
+from idefics2_engine.scheduling.sequence import Request
+from oracle import random_image
+from tiny_checkpoint import write_checkpoint
+
+WINDOW, PAGE = 24, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, window=WINDOW)
+    return folder
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", False), id="cpu"),
+        pytest.param(("cpu", True), id="ahead"),
+        pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu),
+    ],
+)
+def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
+    """The model, in fp32; on a CPU with the reference's operations, on a GPU with kernels and graphs."""
+    device, run_ahead = request.param
+    llm = LLM(folder, device=device, dtype="float32", max_model_len=200, kv_cache_tokens=208)
+    llm.engine_config = replace(llm.engine_config, run_ahead=run_ahead)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def exact(folder: Path) -> LLM:
+    """The same model in float64."""
+    return LLM(folder, device="cpu", dtype=torch.float64, max_model_len=200)
+
+
+def make_engine(llm: LLM, **sizes: Any) -> Engine:
+    """Build an engine on the model of ``llm`` with sizes of its own; the cache starts full of NaN."""
+    config = EngineConfig(
+        **{
+            "max_model_len": 200,
+            "max_num_seqs": 64,
+            "kv_cache_tokens": 4096,
+            "max_cached_images": 16,
+            "page_size": PAGE,
+            "run_ahead": llm.engine_config.run_ahead,
+            "cuda_graphs": llm.engine_config.cuda_graphs,
+            **sizes,
+        }
+    )
+    old = llm.engine
+    engine = Engine(
+        llm.model,
+        old.tokenizer,
+        llm.processor.image_config,
+        old.generation,
+        config,
+    )
+    for layer in engine.runner.kv_cache.layers:
+        for tensor in layer:
+            tensor.fill_(float("nan"))
+    engine.runner.image_features.fill_(float("nan"))
+    return engine
+
+
+def make_requests(llm: LLM) -> list[Request]:
+    """Build requests of unequal length: greedy and drawn, several answers, pictures that recur, common beginnings."""
+    requests = []
+    pictures = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(4)]
+    for i in range(14):
+        images = [pictures[(i + j) % 4] for j in range(i % 4)]
+        words = "the chicken sits on a pile of money and looks at what is left of the red car"
+        text = "A common beginning that fills a page or two. " * (i % 2) + words[: 3 + 5 * i]
+        prompt = {"prompt": "<image>" * len(images) + text, "multi_modal_data": {"image": images}}
+        (processed,) = llm.processor.finish([llm.request_builder.read_prompt(prompt)])
+        params = SamplingParams(
+            temperature=[0.0, 0.9][i % 2],
+            top_p=0.95,
+            seed=i,
+            n=1 + 2 * (i % 5 == 4),
+            max_tokens=6 + 3 * (i % 3),
+            min_tokens=2,
+            logprobs=0,
+            prompt_logprobs=0 if i % 4 == 3 else None,
+        )
+        requests.append(llm.request_builder.build(processed, params))
+    return requests
+
+
+def answers(
+    engine: Engine, requests: list[Request], between: Callable[[int], None] = lambda _: None
+) -> list[list[list[int]]]:
+    """Run ``requests`` to their ends, ``between`` before each step; return the tokens of their answers."""
+    for request in requests:
+        engine.add(request)
+    steps = 0
+    while engine.has_work:
+        between(steps)
+        engine.step()
+        engine.scheduler.check_integrity()
+        steps += 1
+    return [[output.token_ids for output in request.output().outputs] for request in requests]
+
+
+def log_probabilities(requests: list[Request]) -> torch.Tensor:
+    """Return those of all tokens that were scored, of prompts and of answers."""
+    values = []
+    for request in requests:
+        output = request.output()
+        scored = list(zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False))[1:]
+        for answer in output.outputs:
+            scored += zip(answer.token_ids, answer.logprobs or [], strict=True)
+        values += [of_place[token].logprob for token, of_place in scored if of_place]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of one request after the other, in fp32 and in float64."""
+    found = []
+    for model in (llm, exact):
+        requests = make_requests(model)
+        for request in requests:
+            answers(make_engine(model), [request])
+        found.append(log_probabilities(requests))
+    return found[0], found[1]
+
+
+def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Apply the three-way rule to log probabilities."""
+    single, exact = one_by_one
+    eps = torch.finfo(torch.float32).eps
+    allowed = 2 * ((single - exact).abs().max() + eps * exact.abs().max())
+    assert (log_probabilities(requests) - exact).abs().max() <= allowed
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> list[list[list[int]]]:
+    """One request after the other, each with a cache of its own."""
+    return [answers(make_engine(llm), [request])[0] for request in make_requests(llm)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 1},
+        {"max_num_batched_tokens": 7},
+        {"max_num_batched_tokens": 50, "prefix_caching": False},
+        {"kv_cache_tokens": 208},
+        {"kv_cache_tokens": 96, "max_num_batched_tokens": 32},
+        {"max_cached_images": 1},
+        {"max_patches": 1},
+        {"run_ahead": False},
+        {"cuda_graphs": False},
+    ],
+    ids=str,
+)
+def test_the_way_the_work_is_cut_changes_no_token(
+    llm: LLM,
+    expected: list[list[list[int]]],
+    one_by_one: tuple[torch.Tensor, torch.Tensor],
+    sizes: dict[str, Any],
+) -> None:
+    engine, requests = make_engine(llm, **sizes), make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert_scores(requests, one_by_one)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_preempted_every_seven_steps(
+    llm: LLM,
+    expected: list[list[list[int]]],
+    one_by_one: tuple[torch.Tensor, torch.Tensor],
+    prefix_caching: bool,
+) -> None:
+    requests = make_requests(llm)
+    engine = make_engine(llm, max_num_batched_tokens=8, prefix_caching=prefix_caching)
+
+    def preempt(step: int) -> None:
+        if step % 7 == 6 and engine.scheduler.running:
+            engine.scheduler.preempt_newest()
+
+    assert answers(engine, requests, preempt) == expected
+    assert engine.scheduler.num_preemptions > 3
+    assert_scores(requests, one_by_one)
+
+
+def test_known_prefixes(
+    llm: LLM, expected: list[list[list[int]]], one_by_one: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    engine = make_engine(llm)
+    for times in range(3):
+        requests = make_requests(llm)
+        assert answers(engine, requests) == expected
+        assert_scores(requests, one_by_one)
+        plain = [request for request in requests if request.params.prompt_logprobs is None]
+        cached = [request.output().num_cached_tokens for request in plain]
+        whole = [(len(r.prompt_token_ids) - 1) // PAGE * PAGE for r in plain]
+        assert cached == whole or times == 0
+
+
+def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
+    engine = make_engine(llm, kv_cache_tokens=4096)
+    requests = make_requests(llm)[:2]
+    answers(engine, requests)
+    used = sum(engine.scheduler.most_pages(len(s.token_ids)) for r in requests for s in r.sequences)
+    for layer in engine.runner.kv_cache.layers:
+        for tensor in layer:
+            touched = ~tensor.isnan().flatten(1).all(1)
+            assert 0 < touched.sum() <= used
+
+
+def test_a_cancelled_request_leaves_the_others_as_they_were(
+    llm: LLM, expected: list[list[list[int]]]
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=30)
+    requests = make_requests(llm)
+
+    def cancel(step: int) -> None:
+        if step in (1, 5):
+            engine.cancel(requests[step])
+            engine.scheduler.check_integrity()
+
+    got = answers(engine, requests, cancel)
+    for index, (mine, wanted) in enumerate(zip(got, expected, strict=True)):
+        assert mine == wanted or index in (1, 5)
+
+
+def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
+    engine = make_engine(llm, max_num_seqs=100)
+
+    def serve(count: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=2)
+        for begin in range(0, count, 100):
+            prompts = [{"prompt_token_ids": [1, 5 + (begin + i) % 30000, 7]} for i in range(100)]
+            drafts = [llm.request_builder.read_prompt(prompt) for prompt in prompts]
+            requests = [llm.request_builder.build(p, params) for p in llm.processor.finish(drafts)]
+            answers(engine, requests)
+
+    serve(500)
+    gc.collect()
+    before = len(gc.get_objects())
+    serve(1500)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
+
+
+def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=16, cuda_graphs=False)
+    sizes = []
+    forward = llm.model.forward
+
+    def record(batch: Any, *args: Any) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        return forward(batch, *args)
+
+    monkeypatch.setattr(llm.model, "forward", record)
+    answers(engine, make_requests(llm))
+    assert max(sizes) == 16
+
+
+def failing(
+    engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
+) -> list[int]:
+    """Let the model raise ``error`` on batches that ``fails`` picks; return the sizes of all batches."""
+    sizes = []
+    forward = engine.runner.model.forward
+
+    def raise_or_run(batch: Any, *args: Any) -> torch.Tensor:
+        sizes.append(len(batch.input_ids))
+        if fails(batch):
+            raise error
+        return forward(batch, *args)
+
+    monkeypatch.setattr(engine.runner.model, "forward", raise_or_run)
+    return sizes
+
+
+@pytest.mark.parametrize("poisoned", [0, 7, 13])
+def test_a_request_that_cannot_be_run_fails_alone(
+    llm: LLM, expected: list[list[list[int]]], poisoned: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=64, cuda_graphs=False)
+    requests = make_requests(llm)
+    poison = 9999
+    requests[poisoned].prompt_token_ids[-1] = poison
+    failing(engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken"))
+    got = answers(engine, requests)
+    assert got[:poisoned] == expected[:poisoned]
+    assert got[poisoned + 1 :] == expected[poisoned + 1 :]
+    assert not any(got[poisoned])
+    error = requests[poisoned].output().error
+    assert isinstance(error, RequestFailedError)
+    assert isinstance(error.__cause__, RuntimeError)
+    assert requests[poisoned].finished
+    assert engine.scheduler.max_num_seqs == 64
+
+
+def test_out_of_memory_makes_steps_smaller(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm, cuda_graphs=False)
+    sizes = failing(
+        engine, monkeypatch, lambda batch: len(batch.input_ids) > 40, torch.OutOfMemoryError()
+    )
+    assert answers(engine, make_requests(llm)) == expected
+    assert max(sizes) > 40
+    assert engine.scheduler.max_num_batched_tokens == 32
+
+
+def test_what_never_fits_into_memory_fails_alone(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm, cuda_graphs=False)
+    requests = make_requests(llm)
+    longest = max(requests, key=lambda request: len(request.prompt_token_ids))
+    fits = max(
+        request.sequences[0].max_length if request.sequences else len(request.prompt_token_ids) + 12
+        for request in requests
+        if request is not longest
+    )
+
+    def is_long(batch: Any) -> bool:
+        return bool((batch.paged.context_lens > fits).any())
+
+    failing(engine, monkeypatch, is_long, torch.OutOfMemoryError())
+    got = answers(engine, requests)
+    for request, mine, wanted in zip(requests, got, expected, strict=True):
+        assert mine == wanted or request is longest
+    assert isinstance(longest.output().error, RequestFailedError)
+
+
+@pytest.mark.parametrize("failing_step", [1, 3, 6])
+def test_tokens_that_cannot_be_read_once_are_drawn_again(
+    llm: LLM, expected: list[list[list[int]]], failing_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, choices, calls = make_engine(llm), Drawn.choices, []
+
+    def fail_once(drawn: Drawn) -> Any:
+        calls.append(drawn)
+        if len(calls) == failing_step:
+            raise RuntimeError("broken")
+        return choices(drawn)
+
+    monkeypatch.setattr(Drawn, "choices", fail_once)
+    requests = make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert not any(request.error for request in requests)
+    assert len(calls) > failing_step
+
+
+def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
+    llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(llm)
+    encode = llm.model.image_features
+    calls = []
+
+    def fail_once(images: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("broken")
+        return encode(images)
+
+    monkeypatch.setattr(llm.model, "image_features", fail_once)
+    requests = make_requests(llm)
+    assert answers(engine, requests) == expected
+    assert not any(request.error for request in requests)
+
+
+on_a_gpu = pytest.mark.parametrize(
+    "llm", [pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu)], indirect=True
+)
+
+
+@on_a_gpu
+def test_memory_does_not_grow(llm: LLM) -> None:
+    engine = make_engine(llm, max_num_batched_tokens=100)
+    taken = []
+    for _ in range(20):
+        answers(engine, make_requests(llm))
+        gc.collect()
+        torch.cuda.synchronize()
+        taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(taken[4:])) == 1  # before, kernels are compiled and graphs recorded
+
+
+@on_a_gpu
+def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, land = make_engine(llm), Engine._land
+
+    def may_wait(self: Engine, flight: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            return land(self, flight)
+        finally:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def serve() -> tuple[list[list[list[int]]], list[Exception | None]]:
+        requests = make_requests(llm)
+        unscored = [request for request in requests if request.params.prompt_logprobs is None]
+        return answers(engine, unscored), [request.error for request in unscored]
+
+    wanted = serve()  # compiles and records
+    monkeypatch.setattr(Engine, "_land", may_wait)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode is a prototype, it says
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert serve() == wanted
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+)
+def test_half_precision(device: str, dtype: torch.dtype) -> None:
+    """Scores keep to the three-way rule, and where two tokens are further apart than it allows, the better one is drawn."""
+    questions = json.loads((DEMO_IMAGES / "questions.json").read_text())[:6]
+    ours, same, exact = (
+        LLM(device=where, dtype=kind, max_model_len=400, kv_cache_tokens=448)
+        for where, kind in ((device, dtype), ("cpu", dtype), ("cpu", torch.float64))
+    )
+    cut = {"max_model_len": 400, "max_num_batched_tokens": 50}
+
+    def asked(llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None) -> Any:
+        """Make requests of the questions, with what is ``behind`` them."""
+        requests = []
+        for index, one in enumerate(questions):
+            images = [str(DEMO_IMAGES / name) for name in one["images"]]
+            content = [*({"type": "image", "image": path} for path in images)]
+            content.append({"type": "text", "text": one["turns"][0][0]})
+            draft = llm.processor.draft_chat([{"role": "user", "content": content}])
+            (prompt,) = llm.processor.finish([draft])
+            if behind:
+                prompt = replace(prompt, token_ids=[*prompt.token_ids, *behind[index]])
+            requests.append(llm.request_builder.build(prompt, params))
+        return requests
+
+    def scores(llm: LLM, texts: list[list[int]], sizes: dict[str, Any]) -> list[torch.Tensor]:
+        """Return the log probabilities (places, vocabulary) of the answers given."""
+        requests = asked(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
+        answers(make_engine(llm, **sizes), requests)
+        assert not any(request.error for request in requests)
+        return [
+            torch.tensor(
+                [[p[i].logprob for i in range(len(p))] for p in r.prompt_logprobs[-len(text) :]]
+            )
+            for r, text in zip(requests, texts, strict=True)
+        ]
+
+    greedy = asked(ours, SamplingParams(temperature=0.0, max_tokens=20))
+    texts = [answer[0] for answer in answers(make_engine(ours, **cut), greedy)]
+    mine = torch.cat(scores(ours, texts, cut))
+    reference, truth = (
+        torch.cat(scores(llm, texts, {"max_model_len": 400})) for llm in (same, exact)
+    )
+    error, eps = (reference - truth).abs().max(), torch.finfo(dtype).eps
+    allowed = 2 * (error + eps * truth.abs().max())
+    assert (mine - truth).abs().max() <= allowed
+    best = truth.topk(2)
+    decided = best.values[:, 0] - best.values[:, 1] > 2 * allowed
+    assert decided.sum() > 10
+    drawn = torch.tensor([token for text in texts for token in text])
+    assert torch.equal(drawn[decided], best.indices[decided, 0])

@@ -1,0 +1,78 @@
+"""Every kernel compiles, and fits, on the GPUs it is meant for; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from idefics2_kernels.nf4 import nf4_gemv_hopper as nf4_one_row
+from paths import TESTS
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use
+# the tensor core instructions of Hopper that each head dim must use: 72 is 64 + 16 columns, 96 is 64 + 32
+WGMMA = {
+    "flash_attention-plain-text-causal-16k": ["64x128x16"],
+    "flash_attention-plain-vision-4900": ["64x16x16", "64x64x16"],
+    "flash_attention-triton-text-causal-16k": ["64x128x16"],
+    "flash_attention-triton-vision-4900": ["64x128x16", "64x16x16", "64x64x16"],
+    "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
+    "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
+    "paged_attention-triton-chunk-512": ["64x128x16"],
+    "nf4_matmul-triton-28672x4096-m256": ["64x256x16"],
+    "nf4_matmul-triton-6144x4096-m256": ["64x128x16"],
+    "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],
+    "nf4_matmul-plain-28672x4096-m64": ["64x64x16"],
+}
+# they may begin before the kernel ahead of them has ended
+DEPENDENT = {
+    "_combine_kernel",
+    "_decode_attention_kernel",
+    "_few_rows_gluon_kernel",
+    "_one_row_kernel",
+    "_perceiver_attention_kernel",
+    "_rms_norm_kernel",
+    "_rotary_kernel",
+    "_silu_mul_kernel",
+    "_split_k_kernel",
+}
+# of Hopper, codes and x for three stages and x once more: a decoded tile of the weight would take another 32 KB
+NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 47104}
+# NF4's table, which is looked up where shared memory begins: nothing else may begin before its end
+NF4_TABLE = 64 * 1024
+# of Hopper, places where tensor cores are waited for, four in all: one for each of two steps, in each of two warpgroups.
+# ptxas puts one behind every product where it fears for registers, and says so where nobody sees it.
+NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x4096-m256": 4}
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY)
+def test_model_shapes_compile_and_fit(arch: int) -> None:
+    # a process of its own: whether Triton interprets is settled when a kernel is imported
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # the oldest version that is supported lies in an environment of its own
+    python = os.environ.get("COMPILE_PYTHON", sys.executable)
+    script = TESTS / "tools" / "compile_catalog.py"
+    done = subprocess.run(
+        [python, str(script), str(arch)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert reports
+    for report in reports:
+        assert report["shared"] <= SHARED_MEMORY[arch], report
+        assert report["spills"] == 0, report
+        assert report["waits_first"] or not report["is_dependent"], report
+    dependent = {report["kernel"] for report in reports if report["is_dependent"]}
+    assert dependent == (DEPENDENT if arch >= 90 else set())
+    if arch == 90:
+        found = {report["case"]: report["wgmma"] for report in reports if report["wgmma"]}
+        assert WGMMA.items() <= found.items()
+        shared = {report["case"]: report["shared"] for report in reports if report["wgmma"]}
+        assert NF4_SHARED_MEMORY.items() <= shared.items()
+        behind = {report["case"]: report.get("behind_table") for report in reports}
+        assert set(behind.values()) == {None, NF4_TABLE, nf4_one_row.MEMORY}
+        assert behind["nf4_matmul-triton-28672x4096-m1"] == nf4_one_row.MEMORY
+        assert behind["nf4_matmul-triton-28672x4096-m64"] == NF4_TABLE
+        waits = {report["case"]: report["waits"] for report in reports if report["wgmma"]}
+        assert NF4_WAITS.items() <= waits.items()

@@ -1,0 +1,19 @@
+"""Every mutation of ``make mutants`` changes a kernel as it is now: what they find is seen only when they are tried."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mutants import PACKAGE, Mutation, mutations
+
+
+@pytest.mark.parametrize("mutation", mutations(), ids=lambda one: f"{one.file}-{one.name}")
+def test_applies(mutation: Mutation, tmp_path: Path) -> None:
+    file = f"{mutation.file}.py"
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    shutil.copy(PACKAGE / file, tmp_path / file)
+    mutation.apply(tmp_path)
+    mutated = (tmp_path / file).read_text(encoding="utf-8")
+    assert mutated != (PACKAGE / file).read_text(encoding="utf-8")
+    compile(mutated, file, "exec")

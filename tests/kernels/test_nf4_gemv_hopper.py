@@ -1,0 +1,175 @@
+"""NF4's kernel for one row, run on a CPU: every weight bit for bit, what it reads, who adds up what."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gluon_on_cpu
+from guarded import guarded_allocations
+from idefics2_kernels.nf4 import nf4_gemv_hopper as nf4_one_row
+from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
+from nf4_product import DTYPES, draw, expected
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Any:
+    return gluon_on_cpu.load(
+        "gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_gemv_hopper"
+    )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A product, and how it is cut: as the kernel would unless ``warps_n`` says otherwise."""
+
+    N: int
+    K: int
+    warps_n: int = 0
+    depth: int = 1
+    programs: int = 2
+    double_quant: bool = True
+    bias: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    absmax: float = 0.0  # of all blocks, where given; then no number is negative
+
+    def inputs(self) -> dict[str, Any]:
+        return draw(
+            1,
+            self.N,
+            self.K,
+            self.dtype,
+            double_quant=self.double_quant,
+            has_bias=self.bias,
+            absmax=self.absmax,
+        )
+
+    def run(self, kernel: Any, inputs: dict[str, Any]) -> Tensor:
+        config = kernel._launch_config(self.N, self.K)
+        if self.warps_n:
+            config = replace(config, WARPS_N=self.warps_n, DEPTH=self.depth, programs=self.programs)
+        with guarded_allocations():
+            out: Tensor = kernel._launch(**inputs, config=config)
+            return out
+
+
+@pytest.mark.parametrize(("dtype", "double_quant"), [*product(DTYPES, (True, False))])
+def test_every_weight_bit_for_bit(dtype: torch.dtype, double_quant: bool, kernel: Any) -> None:
+    """A one at a column reads the weights there out; all codes of both ways, absmaxes across what the dtype can hold."""
+    scales = torch.logspace(-6, 3, 70)[:, None]
+    weight = nf4_quantize((torch.randn(70, 2048) * scales).to(dtype), double_quant=double_quant)
+    wanted = nf4_dequantize(weight)
+    cut = Cut(70, 2048)
+    for column in (0, 1, 2, 7, 8, 31, 32, 63, 64, 255, 256, 1023, 2047):
+        rows = torch.zeros(1, 2048, dtype=dtype)
+        rows[0, column] = 1
+        out = cut.run(kernel, {"rows": rows, "weight": weight, "bias": None})
+        assert torch.equal(out[0], wanted[:, column])
+
+
+CUTS: dict[str, Cut] = {
+    # as the kernel cuts them
+    "square": Cut(300, 4096),
+    "one-warp-along-k": Cut(70, 2048, double_quant=False),
+    "long": Cut(40, 14336, dtype=torch.float16),
+    "longest": Cut(3, 32768, bias=False),
+    "one-weight-row": Cut(1, 2048),
+    "many-programs": Cut(5000, 2048, bias=False),
+    "three-warps-along-k": Cut(65, 6144, bias=False),
+    # rounds, and what is on its way beyond the last
+    "rounds": Cut(200, 2048, warps_n=4),
+    "rounds-deep": Cut(75, 4096, warps_n=2, depth=3),
+    "rounds-of-one-warp": Cut(31, 2048, warps_n=1, depth=2, double_quant=False),
+    # infinite: a warp without columns adds nothing
+    "infinite": Cut(20, 6144, double_quant=False, dtype=torch.float16, absmax=1e6),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_products(name: str, kernel: Any) -> None:
+    cut = CUTS[name]
+    inputs = cut.inputs()
+    assert torch.equal(cut.run(kernel, inputs), expected(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("N", "K"), [*product((1, 4096, 6144, 28672, 128256), (2048, 4096, 14336, 32768))]
+)
+def test_parts_of_all_rows_fit(N: int, K: int) -> None:
+    config = nf4_one_row._launch_config(N, K)
+    assert config.num_warps in (8, 16)
+    assert config.WARPS_K * nf4_one_row.COLUMNS >= K
+    pairs = nf4_one_row._pairs(N, config.programs)
+    rounds = -(-pairs // config.WARPS_N)  # a warp may write what nobody reads
+    rows = 2 * rounds * config.WARPS_N
+    assert rows * nf4_one_row._row_bytes(config.WARPS_K) <= nf4_one_row.PARTS_MEMORY
+
+
+def test_what_the_kernel_takes() -> None:
+    weight = nf4_quantize(torch.randn(3, 2048).half())
+    x = torch.zeros(4, 2056).half()
+    takes = nf4_one_row.takes
+    assert takes(x[:1, :2048], weight)
+    assert takes(x[1:2, 8:], weight)
+    assert not takes(x[:0, :2048], weight)
+    assert not takes(x[:2, :2048], weight)
+    assert not takes(x[:1, 4:2052], weight), "not aligned"
+    assert not takes(x[:1, :1024], nf4_quantize(torch.randn(3, 1024).half()))
+
+
+# Changes of the source, and the case that must notice.
+MUTATIONS: dict[str, tuple[str, str, str]] = {
+    "low nibble first": ("* 16, high, low],", "* 16, low, high],", "square"),
+    "the lane's place is left out": ("% PLACES * 8", "% PLACES * 0 + 1", "square"),
+    "halves as in memory": (
+        "is_odd = (eighth % 2 +",
+        "is_odd = (eighth * 0 +",
+        "one-warp-along-k",
+    ),
+    "x as in memory": ("half = (part + line // 4) % 2", "half = part + line * 0", "square"),
+    "eighths of x in another order": ("line // 4 * steps + k", "line // 4 + k * 8", "square"),
+    "codes of the round before": ("base + turn + DEPTH, CODES", "base + turn, CODES", "rounds"),
+    "rows of the first program": ("first = gl.program_id(0) * pairs * 2", "first = 0", "square"),
+    "rows past the end": ("* 2 + upper, N - 1)", "* 2 + upper, N)", "one-weight-row"),
+    "columns past the end": (
+        "gl.minimum(k, steps - 1)) * 4",
+        "k) * 4",
+        "three-warps-along-k",
+    ),
+    "a warp without columns counts": (
+        "gl.where(i // 2 < steps,",
+        "gl.where(i >= 0,",
+        "three-warps-along-k",
+    ),
+    "one half of the sums": ("gl.static_range(WARPS_K * 2)", "gl.static_range(WARPS_K)", "square"),
+    "another's eighth": ("gl.where(is_odd, odd, even)", "gl.where(is_odd, even, odd)", "square"),
+    "sums of all eighths": ("@p st.shared.f32", "st.shared.f32", "square"),
+    "sums of the first round": (
+        "(base + turn) * (WARPS_N * 2 * ROW_BYTES)",
+        "0 * ROW_BYTES",
+        "rounds",
+    ),
+    "bias dropped": ("if HAS_BIAS:", "if False:", "square"),
+    "bias of the first program": ("bias_ptr + first + row", "bias_ptr + row", "square"),
+    "no offset": ("_LOWEST) + stage[4]", "_LOWEST)", "square"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_seen(name: str) -> None:
+    old, new, case = MUTATIONS[name]
+    kernel = gluon_on_cpu.load(
+        "gpu.dependent_launch_gluon",
+        "nf4.dequantize_gluon",
+        "nf4.nf4_gemv_hopper",
+        change=(old, new),
+    )
+    inputs = CUTS[case].inputs()
+    try:
+        out = CUTS[case].run(kernel, inputs)
+    except (AssertionError, IndexError):
+        return  # it read past a tensor
+    assert not torch.equal(out, expected(**inputs))

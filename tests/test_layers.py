@@ -1,0 +1,196 @@
+"""The walls between packages: what may import what, and what must do without torch."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from paths import ROOT
+
+# From the bottom to the top: a package imports itself and what is on lines above its own. Packages of one line do not
+# import each other.
+ENGINE = """
+errors
+caller_errors field_checks model_files
+json_file demo device torch_defaults
+images
+model
+checkpoint prompts
+outputs sampling_params
+scheduling
+sampling
+runtime
+cpu_threads llm_options prefetcher progress_bar request_builder
+llm
+hf
+idefics2_bench
+cli
+__main__
+"""
+KERNELS = """
+gpu
+attention matmul nf4 norms activation rotary patches sample reference
+ops
+catalog
+"""
+# The specification knows one file of the kernels: the format of a weight
+EXCEPTIONS = {("reference", "idefics2_kernels.nf4.nf4_weight")}
+# Inside a function alone, where torch is at hand anyway
+INSIDE = {("images", "torch")}
+
+NO_TORCH = [
+    "idefics2_engine",
+    "idefics2_engine.errors",
+    "idefics2_engine.field_checks",
+    "idefics2_engine.caller_errors",
+    "idefics2_engine.model_files",
+    "idefics2_engine.json_file",
+    "idefics2_engine.demo",
+    "idefics2_engine.cpu_threads",
+    "idefics2_engine.sampling_params",
+    "idefics2_engine.model.config",
+    "idefics2_engine.model.quantization",
+    "idefics2_engine.checkpoint.hub",
+    "idefics2_engine.checkpoint.shards",
+    "idefics2_engine.checkpoint.safetensors_header",
+    "idefics2_engine.checkpoint.checksums",
+    "idefics2_engine.checkpoint.lora_config",
+]
+NO_TORCH_WHOLE = ["images", "prompts", "scheduling"]
+PACKAGES = {
+    "idefics2_engine": ROOT / "engine/idefics2_engine",
+    "idefics2_kernels": ROOT / "kernels/idefics2_kernels",
+    "idefics2_bench": ROOT / "bench/idefics2_bench",
+}
+
+
+def module_name(file: Path) -> str:
+    root = next(root for root in PACKAGES.values() if file.is_relative_to(root))
+    parts = file.relative_to(root.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield every module that ``file`` imports, wherever in it the import is."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module: str, package: str) -> str:
+    """Return the name of a module or package directly below ``package`` that ``module`` is or is in."""
+    if package == "idefics2_engine" and module.startswith("idefics2_bench"):
+        return "idefics2_bench"
+    return module.removeprefix(f"{package}.").partition(".")[0]
+
+
+def upward(package: str, order: str) -> list[str]:
+    """Return the imports that go upward or sideways in ``order``."""
+    levels = {name: i for i, line in enumerate(order.split("\n")) for name in line.split()}
+    wrong = []
+    known = {package, "idefics2_bench"} if package == "idefics2_engine" else {package}
+    files = [file for name in known for file in PACKAGES[name].rglob("*.py")]
+    for file in files:
+        own = layer(module_name(file), package)
+        if own == package or file == PACKAGES[package] / "__init__.py":
+            continue
+        for name in imports(file):
+            if (
+                name.partition(".")[0] not in known
+                or (own, ".".join(name.split(".")[:3])) in EXCEPTIONS
+            ):
+                continue
+            other = layer(name, package)
+            if other == package or other.startswith("__version__"):
+                continue
+            if other != own and levels[other] >= levels[own]:
+                wrong.append(f"{module_name(file)} imports {name}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("package", "order"), [("idefics2_engine", ENGINE), ("idefics2_kernels", KERNELS)]
+)
+def test_imports_go_down(package: str, order: str) -> None:
+    assert upward(package, order) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "order"), [("idefics2_engine", ENGINE), ("idefics2_kernels", KERNELS)]
+)
+def test_every_module_has_its_layer(package: str, order: str) -> None:
+    names = {
+        path.stem
+        for path in PACKAGES[package].iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert names - {"__init__"} == set(order.split()) - {"idefics2_bench"}
+
+
+def test_an_import_upward_is_found() -> None:
+    turned = "\n".join(reversed(KERNELS.split("\n")))
+    assert any(
+        "imports idefics2_kernels.gpu" in wrong for wrong in upward("idefics2_kernels", turned)
+    )
+
+
+def test_kernels_do_not_know_the_engine() -> None:
+    for file in PACKAGES["idefics2_kernels"].rglob("*.py"):
+        assert not [
+            name for name in imports(file) if name.startswith(("idefics2_engine", "idefics2_bench"))
+        ], file
+
+
+def test_the_reference_imports_no_triton() -> None:
+    for file in (PACKAGES["idefics2_kernels"] / "reference").rglob("*.py"):
+        assert "triton" not in [name.partition(".")[0] for name in imports(file)], file
+
+
+def test_import_roots_are_no_packages() -> None:
+    # With an __init__.py, `engine` and `kernels` would be packages for whoever has the checkout on
+    # the path, and `kernels` would hide Hugging Face's package of that name from transformers.
+    for root in ("engine", "kernels", "bench", "tests/engine", "tests/kernels"):
+        assert (ROOT / root).is_dir()
+        assert not (ROOT / root / "__init__.py").exists()
+
+
+def no_torch_modules() -> list[str]:
+    whole = [
+        module_name(file)
+        for package in NO_TORCH_WHOLE
+        for file in sorted((PACKAGES["idefics2_engine"] / package).rglob("*.py"))
+    ]
+    return NO_TORCH + whole
+
+
+def test_the_modules_without_torch_exist() -> None:
+    for name in no_torch_modules():
+        assert importlib.util.find_spec(name) is not None, name
+
+
+def test_these_modules_import_no_torch() -> None:
+    """One process imports them in turn, and says after which one torch is there."""
+    check = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    if {'torch', 'triton'} & sys.modules.keys():\n"
+        "        sys.exit(f'{name} imports torch or Triton')\n"
+    )
+    command = [sys.executable, "-c", check, *no_torch_modules()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_imports_without_a_gpu(package: str) -> None:
+    for file in sorted(PACKAGES[package].rglob("*.py")):
+        importlib.import_module(module_name(file))

@@ -1,0 +1,117 @@
+"""Compile every kernel of the catalog for a GPU that need not be here; run by test_compile.
+
+The host wrappers run as they are, on meta tensors, which have no memory, at the model's shapes; only the launch
+is left out. Prints a line of JSON for each kernel that was compiled.
+
+    PYTHONPATH=kernels python tests/tools/compile_catalog.py 90
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.disasm import path_to_cuobjdump
+
+from idefics2_kernels.catalog import rows
+from idefics2_kernels.gpu import checks
+
+
+class _AbsentGPU:
+    """Tells Triton what it would ask a driver."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _sass(cubin: bytes) -> str:
+    """Disassemble; ``triton.tools.disasm.get_sass`` leaves off what lies behind the first 64 KiB."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.check_output([path_to_cuobjdump(), "-sass", file.name], text=True)
+
+
+def _digest(sass: str) -> str:
+    """Return the SHA-256 of the instructions alone: names of symbols may change, machine code may not."""
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\*", sass)
+    return hashlib.sha256(re.sub(r"\(\S*@\S*\)", "()", "\n".join(lines)).encode()).hexdigest()
+
+
+# What must come after the wait in kernels that load some things before. NF4's load the weight; x they copy to shared
+# memory, or mark to stay in the L1 cache. Others look, past that cache, at what decides what to prefetch.
+_NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
+_LOADS = {
+    "_few_rows_gluon_kernel": "LDGSTS",
+    "_one_row_kernel": r"LDG\S*\.EL\S*",
+    "_decode_attention_kernel": _NOT_A_LOOK,
+    "_perceiver_attention_kernel": _NOT_A_LOOK,
+    "_rotary_kernel": _NOT_A_LOOK,
+}
+
+
+def _waits_first(kernel: str, sass: str) -> bool:
+    """Return whether programs wait for the kernel before ahead of their first access to memory that may depend on it."""
+    loads = _LOADS.get(kernel, "LDG|LDGSTS")
+    found = re.search(rf"\b(?:ACQBULK|{loads}|UTMALDG|STG|ATOMG|REDG?)\b", sass)
+    return found is not None and found[0] == "ACQBULK"
+
+
+def main(arch: int) -> None:
+    """Compile for ``sm_<arch>``."""
+    driver.set_active(_AbsentGPU(arch))
+    checks.INTERPRETED = True  # tensors may be on the CPU
+    launch = JITFunction.run
+    seen: set[str] = set()
+    case_name = ""
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            sass = _sass(compiled.asm["cubin"])
+            report = {
+                "kernel": self.__name__,
+                "case": case_name,
+                "arch": arch,
+                "digest": _digest(sass),
+                "triton": triton.__version__,
+                "shared": compiled.metadata.shared,
+                "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+                "is_dependent": bool(compiled.metadata.launch_pdl),
+                "waits_first": _waits_first(self.__name__, sass),
+                "waits": sass.count("WARPGROUP.DEPBAR"),
+                "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
+            }
+            if "mov.u32 $0, global_smem" in compiled.asm["llir"]:
+                offsets = re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"])
+                report["behind_table"] = min(map(int, offsets), default=compiled.metadata.shared)
+            print(json.dumps(report), flush=True)
+        return compiled
+
+    JITFunction.run = compile_only
+    for spec, implementation, case in rows("model"):
+        case_name = f"{spec.name}-{implementation}-{case.name}"
+        inputs = spec.make_inputs(case, torch.device("meta"))
+        spec.implementations[implementation](**inputs)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
