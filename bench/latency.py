@@ -215,15 +215,14 @@ class OurSteps(EngineCalls):
         self.first_tokens: list[int] = []
 
     def first(self) -> Tensor:
-        """Compute the prompts and a step."""
+        """Compute the prompts and a step, or the prompts alone if their logits are not finite: the engine stops there."""
         requests = [self.add(prompt) for prompt in self.prompts]
         with whole_model.watched_logits(self.engine) as seen:
-            while len(seen) < 2:
+            while len(seen) < 2 and self.engine.has_work:
                 self.engine.step()
-        self.first_tokens = [
-            request.sequences[0].token_ids[self.case.length] for request in requests
-        ]
-        return seen[1]
+        drawn = [request.sequences[0].token_ids[self.case.length :] for request in requests]
+        self.first_tokens = [tokens[0] if tokens else 0 for tokens in drawn]
+        return seen[-1]
 
     def __call__(self) -> None:
         """Run the next steps."""
@@ -238,9 +237,10 @@ class OurPrefill(EngineCalls):
         super().__init__(case, llm, new_tokens=1)
 
     def first(self) -> Tensor:
-        """Compute the prompt."""
+        """Compute the prompt, whose logits may turn out not to be finite."""
+        self.add(self.prompts[0])
         with whole_model.watched_logits(self.engine) as seen:
-            self()
+            self.engine.step()
         return seen[0]
 
     def __call__(self) -> None:

@@ -168,8 +168,8 @@ def test_a_model_of_nan_gets_no_time(
     assert main(["bench", "latency", *model, *case]) == 1
     assert not [row for row in json.loads(out.read_text())["rows"] if "ms" in row]
     assert "WRONG" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="not all finite"):
-        main(["bench", "offline", *model, "--requests", "2", "--shrink", "16", "--no-peer"])
+    assert main(["bench", "offline", *model, "--requests", "2", "--shrink", "16", "--no-peer"]) == 2
+    assert "logits must be finite, got nan" in capsys.readouterr().err
 
 
 def test_offline(tiny: Path, tmp_path: Path) -> None:
