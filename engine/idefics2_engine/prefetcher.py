@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Generic, Self, TypeVar
 
 Row = TypeVar("Row")
@@ -39,7 +40,9 @@ class Prefetcher(Generic[Row, Draft]):
         self._prepare = prepare
         self._on_end = on_end
         self._pool = ThreadPoolExecutor(threads, "idefics2-prepare")
-        self._room = threading.Semaphore(ahead)
+        self._ahead = ahead
+        # A queue and no semaphore, whose lock an interrupt in ``done`` could leave locked
+        self._done: SimpleQueue[None] = SimpleQueue()
         self._is_over = False
         # A source may wait for ever: a process must be able to end without it
         self._reader = threading.Thread(target=self._run, name="idefics2-read", daemon=True)
@@ -52,19 +55,20 @@ class Prefetcher(Generic[Row, Draft]):
     def __exit__(self, *_error: object) -> None:
         """Read no more and drop what is not being prepared; nothing is waited for."""
         self._is_over = True
-        self._room.release()
+        self._done.put(None)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def done(self) -> None:
         """Say that one more row is done with, so that another may be read."""
-        self._room.release()
+        self._done.put(None)
 
     def _run(self) -> None:
         count, error = 0, None
         try:
             rows = iter(self._rows)
             while True:
-                self._room.acquire()
+                if count >= self._ahead:
+                    self._done.get()
                 if self._is_over:
                     return
                 try:

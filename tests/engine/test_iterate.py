@@ -132,7 +132,7 @@ def test_an_error_of_the_source_is_the_callers(llm: LLM) -> None:
 
 
 def test_in_flight_has_a_bound(llm: LLM) -> None:
-    with pytest.raises(ConfigError, match="in_flight must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="in_flight must be an integer of at least 1, got 0"):
         llm.iterate([], in_flight=0)
 
 

@@ -5,6 +5,7 @@ the caller's thread, such as ``torch.autocast`` and the default device, do not r
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -18,22 +19,23 @@ from idefics2_engine.scheduling.sequence import Request
 
 
 class EngineThread:
-    """Steps ``engine`` while any request is unfinished; the thread starts with the first client.
+    """Steps ``engine`` while any request is unfinished.
 
-    Callers talk to the engine through commands, functions that run on the thread between two steps.
+    Callers talk to the engine through commands, functions that run on the thread between two steps. They hold no lock,
+    which an interrupt at the wrong instruction could leave locked.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # Guards the next two; reentrant, because garbage collection may close the engine at any point
-        self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._process = os.getpid()
         # What follows is used on the thread alone
         self._clients: WeakSet[Client] = WeakSet()
         self._client_of: dict[Request, Client] = {}
         self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="idefics2-engine", daemon=True)
+        self._thread.start()
 
     def client(
         self,
@@ -60,30 +62,23 @@ class EngineThread:
         """Run ``function`` on the thread, between two steps.
 
         Raises:
-            RuntimeError: The engine was closed.
+            RuntimeError: The engine was closed, or belongs to the process that this one was forked from.
         """
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("LLM: this model was closed, and answers no more")
-            # A process that was forked has the object, but not its thread
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._run, name="idefics2-engine", daemon=True
-                )
-                self._thread.start()
-            self._commands.put(function)
+        if self._process != os.getpid():
+            raise RuntimeError("LLM: a forked process must load a model of its own")
+        self._commands.put(function)
+        # Asked afterwards: whatever is put before the engine is closed is run
+        if self._is_closed:
+            raise RuntimeError("LLM: this model was closed, and answers no more")
 
     def close(self) -> None:
         """End the thread after the step it is in; clients are told. Does nothing the second time."""
-        with self._lock:
-            self._is_closed = True
-            self._commands.put(self._stop)
-            thread = self._thread
-        if thread is threading.current_thread():
-            return
-        if thread is not None:
-            thread.join()
-        self.__dict__.pop("_engine", None)
+        self._is_closed = True
+        self._commands.put(self._stop)
+        # Garbage collection may close the engine on its own thread; a forked process has no such thread
+        if self._thread is not threading.current_thread() and self._process == os.getpid():
+            self._thread.join()
+            self.__dict__.pop("_engine", None)
 
     def add(self, client: "Client", requests: Sequence[Request]) -> None:
         """Queue ``requests``; a command."""

@@ -612,12 +612,18 @@ class TestChatAtATerminal:
             FakeLLM.asked.clear()
             typed = [f"/image {picture}", "What?", "And?", "And?"]
             sit_at_a_terminal(monkeypatch, *typed)
-            before = sys.gettrace()
-            sys.settrace(trace)
-            try:
-                assert main(["chat"]) == 0
-            finally:
-                sys.settrace(before)
+
+            def traced() -> Iterator[int]:
+                before = sys.gettrace()
+                sys.settrace(trace)
+                try:
+                    yield main(["chat"])
+                finally:
+                    sys.settrace(before)
+
+            # Python 3.11 leaves an exception as the one being handled if a trace function raises in its handler.
+            # A generator has a state of its own for that, so the tests behind this one do not see it.
+            assert list(traced()) == [0]
             return lines
 
         total = talk(0)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -36,6 +36,12 @@ class Answerer:
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
         Answerer.built = settings
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
 
     def stream(self, prompt: Any, params: SamplingParams) -> Any:
         Answerer.shown = [part["image"] for part in prompt[0]["content"] if "image" in part]
@@ -147,7 +153,9 @@ def test_llm_reads_many_in_order_and_names_the_bad_one(
         chatted = [output.outputs[0].token_ids for output in llm.chat(chats, short)]
         answers.append((raw, chatted))
         chats[4] = [{"role": "user", "content": [{"type": "image", "image": b"bad"}]}]
-        with pytest.raises(ImageError, match=r"^images\[0\] of prompts\[4\]: image bytes: must be"):
+        with pytest.raises(
+            ImageError, match=r"^images\[0\] of messages\[4\]: image bytes: must be"
+        ):
             llm.chat(chats, short)
         pair = {"prompt": "<image><image>", "multi_modal_data": {"image": [images[0], b"bad"]}}
         with pytest.raises(ImageError, match=r"^images\[1\]: image bytes: must be"):

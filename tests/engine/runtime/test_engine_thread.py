@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -427,3 +428,18 @@ def test_each_request_is_looked_at_as_often_however_many_there_are(
         list(llm.iterate(prompts, params))
         each.append((generated, looks / count))
     assert each[0] == each[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only some systems fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_load_its_own(llm: LLM) -> None:
+    """It has the object, but not the thread that answers."""
+    process = os.fork()
+    if process == 0:
+        try:
+            llm.generate("the chicken", PARAMS)
+        except RuntimeError as error:
+            os._exit(0 if "forked process" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
