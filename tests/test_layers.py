@@ -16,7 +16,7 @@ from paths import ROOT
 ENGINE = """
 errors
 caller_errors field_checks model_files
-json_file demo device torch_defaults
+json_file demo device
 images
 model
 checkpoint prompts

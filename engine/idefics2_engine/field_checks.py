@@ -8,8 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import Idefics2Error
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import Idefics2Error, shown
 
 Kind = Callable[[object], Any]
 """Returns a value in Python's own types, or raises ``MismatchError``."""

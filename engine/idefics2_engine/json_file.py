@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, shown
 from idefics2_engine.model_files import is_there, read_file, shown_path
-from idefics2_engine.shown import shown
 
 _MOST_LEVELS = 64  # a tokenizer has 6
 

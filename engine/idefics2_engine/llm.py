@@ -14,6 +14,7 @@ from idefics2_engine.checkpoint.checksums import verify_files
 from idefics2_engine.checkpoint.hub import find_adapter
 from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
 from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
+from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
 from idefics2_engine.errors import Idefics2Error, InternalError, PromptError
 from idefics2_engine.images.loader import (
     MAX_BYTES,
@@ -22,14 +23,7 @@ from idefics2_engine.images.loader import (
     ImageSource,
     media_config,
 )
-from idefics2_engine.llm_arguments import (
-    at_least_one,
-    engine_config,
-    model_folder,
-    torch_device,
-    torch_dtype,
-)
-from idefics2_engine.llm_options import LLMOptions
+from idefics2_engine.llm_options import LLMOptions, at_least_one, engine_config, model_folder
 from idefics2_engine.model.config import GenerationConfig, ModelConfig
 from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.outputs import RequestOutput, failed_output
@@ -49,7 +43,6 @@ from idefics2_engine.runtime.engine_thread import EngineThread
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request
-from idefics2_engine.torch_defaults import torch_defaults
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.checkpoint.hub import find_model
+from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.errors import ConfigError, shown
 from idefics2_engine.field_checks import (
     ListOf,
     MismatchError,
@@ -13,6 +15,7 @@ from idefics2_engine.field_checks import (
     OneOf,
     OrNone,
     Whole,
+    check,
     check_fields,
     checked,
     flag,
@@ -20,8 +23,8 @@ from idefics2_engine.field_checks import (
     text,
 )
 from idefics2_engine.images.policy import ImagePolicy
+from idefics2_engine.model.config import PAGE_SIZE, EngineConfig, ModelConfig
 from idefics2_engine.model.quantization import PARTS
-from idefics2_engine.shown import shown
 from idefics2_kernels import Ops
 
 # Far above any use: a larger number is a mistake, and should say so before anything is allocated or counted to.
@@ -29,6 +32,8 @@ _MOST_AT_ONCE = 1 << 20  # answers, or tokens of a step
 _MOST_KEPT = 2**31 - 1  # tokens, pixels or bytes
 _MOST_SECONDS = 86400.0
 _MOST_THREADS = 1024
+# 8 GiB at the 8B model's shape in 16 bit
+_KV_CACHE_TOKENS = 65536
 
 
 def _dtype(value: object) -> str | torch.dtype:
@@ -98,3 +103,46 @@ class LLMOptions:
             raise ConfigError(
                 "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
             )
+
+
+def model_folder(model: str | Path | None, revision: str | None) -> Path:
+    """Return the folder of ``model``, the demo checkpoint's for None."""
+    if model is not None:
+        return find_model(model, revision)
+    if revision is not None:
+        raise ConfigError(f"revision must come with a model, got {revision!r}")
+    return DEMO_MODEL
+
+
+def engine_config(
+    config: ModelConfig, options: LLMOptions, *, cuda_graphs: bool, run_ahead: bool
+) -> EngineConfig:
+    """Return the sizes of the runtime; ``ConfigError`` if one does not fit the model or another."""
+    positions = config.text.max_positions
+    length = positions if options.max_model_len is None else options.max_model_len
+    if length > positions:
+        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    kv_cache_tokens = options.kv_cache_tokens
+    if kv_cache_tokens is None:
+        whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
+        wanted = options.max_num_seqs * whole_pages
+        kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, wanted))
+    if kv_cache_tokens < length:
+        raise ConfigError(
+            f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
+        )
+    return EngineConfig(
+        max_model_len=length,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_tokens=kv_cache_tokens,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        prefix_caching=options.enable_prefix_caching,
+        cuda_graphs=cuda_graphs,
+        run_ahead=run_ahead,
+    )
+
+
+def at_least_one(name: str, value: int) -> int:
+    """Return the integer ``value``; raise ``ConfigError`` unless it is one and positive."""
+    number: int = check(name, value, Whole(1), ConfigError)
+    return number

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from idefics2_engine.caller_errors import about, caller_code
-from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError
+from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError, shown
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.model.config import GenerationConfig, ModelConfig
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
@@ -16,7 +16,6 @@ from idefics2_engine.sampling.logprobs import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
-from idefics2_engine.shown import shown
 
 Prompt = str | Mapping[str, Any]
 """A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import SamplingError, shown
 from idefics2_engine.field_checks import (
     ListOf,
     MismatchError,
@@ -16,7 +16,6 @@ from idefics2_engine.field_checks import (
     checked,
     flag,
 )
-from idefics2_engine.shown import shown
 
 _LARGEST = 1e6  # far beyond it fp32 logits overflow
 _MOST_ANSWERS = 16384  # to one prompt, as in vLLM: each is a sequence that waits for its turn

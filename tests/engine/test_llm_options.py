@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from idefics2_engine import LLM
-from idefics2_engine.errors import ConfigError
-from idefics2_engine.llm_arguments import at_least_one
-from idefics2_engine.llm_options import LLMOptions
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import ConfigError, shown
+from idefics2_engine.llm_options import LLMOptions, at_least_one
 from idefics2_kernels import REFERENCE
 
 DEFAULTS: dict[str, Any] = {

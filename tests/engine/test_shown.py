@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, shown
 from idefics2_engine.prompts.messages import read_messages
-from idefics2_engine.shown import shown
 
 HUGE = 10**5000
 DEEP: list[Any] = []

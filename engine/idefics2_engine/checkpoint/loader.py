@@ -37,13 +37,13 @@ from idefics2_engine.checkpoint.tensor_mapping import (
 )
 from idefics2_engine.checkpoint.tensor_values import read_values
 from idefics2_engine.checkpoint.tied_head import settle_head
+from idefics2_engine.device import Uploader
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import Linear, NF4Linear, SideBySide
 from idefics2_engine.model.quantization import Quantization, bitsandbytes_config
 from idefics2_engine.model_files import CONFIG, is_there, shown_path
-from idefics2_engine.upload import Uploader
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from idefics2_engine.checkpoint.name_pattern import NamePattern
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, shown
 from idefics2_engine.json_file import Section, printable, read_json
 from idefics2_engine.model_files import ADAPTER_CONFIG, shown_path, why_no_adapter
-from idefics2_engine.shown import shown
 
 _Value = TypeVar("_Value")
 

@@ -7,8 +7,7 @@ characters. Here all ways go through the name together: a Thompson automaton, wh
 import re
 from functools import cache
 
-from idefics2_engine.errors import ConfigError
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import ConfigError, shown
 
 _MOST_CHARACTERS = 200
 _MOST_QUANTIFIERS = 2

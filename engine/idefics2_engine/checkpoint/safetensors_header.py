@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.errors import CheckpointError, ConfigError, shown
 from idefics2_engine.json_file import parse_json
 from idefics2_engine.model_files import open_file, shown_path
-from idefics2_engine.shown import shown
 
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 1 << 25  # 32 MiB; the 8B model's seven have 0.1

@@ -5,10 +5,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor, read_header
-from idefics2_engine.errors import CheckpointError
+from idefics2_engine.errors import CheckpointError, shown
 from idefics2_engine.json_file import printable, read_json
 from idefics2_engine.model_files import is_there, paths_in, shown_path
-from idefics2_engine.shown import shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -211,9 +211,9 @@ def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
 
 def model_folder(model: Path | str | None) -> Path:
     """Return the folder of the model that ``--model`` names, downloaded if need be."""
-    from idefics2_engine import llm_arguments
+    from idefics2_engine import llm_options
 
-    return llm_arguments.model_folder(model, None)
+    return llm_options.model_folder(model, None)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: must be a new folder or an empty one")
     from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
-    from idefics2_engine.llm_arguments import torch_device, torch_dtype
+    from idefics2_engine.device import torch_device, torch_dtype
 
     source = find_model(args.source)
     adapter = None if args.adapter is None else find_adapter(args.adapter)

@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from idefics2_engine.caller_errors import caller_code
-from idefics2_engine.errors import ImageError, MediaNotAllowedError
+from idefics2_engine.errors import ImageError, MediaNotAllowedError, shown
 from idefics2_engine.images.arrays import is_tensor
 from idefics2_engine.images.parallel import alone_with
-from idefics2_engine.shown import shown
 
 _READ_AT_ONCE = 1 << 20  # bytes of an open file
 _WHITE_SPACE = " \t\r\n\f\v"

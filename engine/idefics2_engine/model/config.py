@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, shown
 from idefics2_engine.json_file import Section, read_json, read_json_if_there
 from idefics2_engine.model.quantization import is_nf4
 from idefics2_engine.model_files import CONFIG, shown_path, why_no_model
-from idefics2_engine.shown import shown
 
 PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, shown
 from idefics2_engine.json_file import Section
-from idefics2_engine.shown import shown
 
 PARTS = ("vision", "connector", "text")
 """The parts of the model whose linear layers can be in NF4; embeddings, norms and the head never are."""

@@ -6,10 +6,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.gated_mlp import GatedMLP
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.config import TextConfig
-from idefics2_engine.model.layers import RMSNorm
+from idefics2_engine.model.layers import GatedMLP, RMSNorm
 from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idefics2_engine.caller_errors import caller_code
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, shown
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.prompts.tokenizer import check_text
-from idefics2_engine.shown import shown
 
 ROLES = ("system", "user", "assistant")
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from idefics2_engine.caller_errors import about, caller_code
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import ConfigError, PromptError, shown
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.settings import PROCESSOR, image_settings
@@ -28,7 +28,6 @@ from idefics2_engine.prompts.tokenizer import (
     check_text,
     expand_image_slots,
 )
-from idefics2_engine.shown import shown
 
 # What can be iterated over, but is text or has no order
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)

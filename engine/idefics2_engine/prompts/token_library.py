@@ -10,9 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from idefics2_engine.errors import ConfigError, Idefics2Error, PromptError
+from idefics2_engine.errors import ConfigError, Idefics2Error, PromptError, shown
 from idefics2_engine.prompts.text_growth import growth, leaves
-from idefics2_engine.shown import shown
 
 _MOST_GROWTH = 64  # characters of one; NFKC and lower case together may make 54
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import jinja2
 
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import ConfigError, PromptError, shown
 from idefics2_engine.json_file import read_json, read_json_if_there
 from idefics2_engine.model_files import is_there, read_text
 from idefics2_engine.prompts.template_sandbox import Sandbox
 from idefics2_engine.prompts.token_library import TokenLibrary
-from idefics2_engine.shown import shown
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from idefics2_engine.errors import PromptError, SamplingError
+from idefics2_engine.errors import PromptError, SamplingError, shown
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.shown import shown
 
 _BEFORE = "\n"  # merges with no word, and no space follows it
 

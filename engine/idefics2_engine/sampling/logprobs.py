@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import SamplingError, shown
 from idefics2_engine.outputs import Logprob, TokenLogprobs
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.shown import shown
 
 _COLUMNS = 64  # rows are filled up to whole multiples, so that each begins at the same alignment
 _ROWS = 256  # of a prompt, that are scored at once: bounds the memory
