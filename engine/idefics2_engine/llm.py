@@ -24,7 +24,7 @@ from idefics2_engine.images.loader import (
     media_config,
 )
 from idefics2_engine.llm_options import LLMOptions, at_least_one, engine_config, model_folder
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.prefetcher import Prefetcher
@@ -41,6 +41,7 @@ from idefics2_engine.request_builder import (
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.engine_thread import EngineThread
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request
 from idefics2_kernels import REFERENCE, TRITON, Ops

@@ -23,8 +23,9 @@ from idefics2_engine.field_checks import (
     text,
 )
 from idefics2_engine.images.policy import ImagePolicy
-from idefics2_engine.model.config import PAGE_SIZE, EngineConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.quantization import PARTS
+from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_kernels import Ops
 
 # Far above any use: a larger number is a mistake, and should say so before anything is allocated or counted to.

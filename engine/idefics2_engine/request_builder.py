@@ -9,9 +9,10 @@ from typing import Any, cast
 from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError, shown
 from idefics2_engine.images.loader import ImageSource
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items

@@ -4,17 +4,13 @@ Where one of a fused layer's tensors is in NF4, each has a layer of its own, sid
 quantised tensor are its own.
 """
 
-import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from idefics2_engine.checkpoint.companion_files import read_companions, write_config
 from idefics2_engine.checkpoint.lora import Adapter
 from idefics2_engine.checkpoint.nf4_tensors import (
     check_headers,
@@ -22,15 +18,13 @@ from idefics2_engine.checkpoint.nf4_tensors import (
     read_weight,
     tensor_names,
     weight_name,
-    weight_tensors,
 )
 from idefics2_engine.checkpoint.safetensors_header import FLOATS, StoredTensor
-from idefics2_engine.checkpoint.shards import INDEX, SINGLE, find_weights, listing
+from idefics2_engine.checkpoint.shards import find_weights, listing
 from idefics2_engine.checkpoint.tensor_mapping import (
     EMBEDDING,
     HEAD,
     HubTensor,
-    dense_modules,
     hub_tensors,
     in_our_names,
     tensor_places,
@@ -42,8 +36,8 @@ from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import Linear, NF4Linear, SideBySide
-from idefics2_engine.model.quantization import Quantization, bitsandbytes_config
-from idefics2_engine.model_files import CONFIG, is_there, shown_path
+from idefics2_engine.model.quantization import Quantization
+from idefics2_engine.model_files import shown_path
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
 
@@ -305,83 +299,3 @@ def _check_finite(source: StoredTensor, values: Tensor, where: str = "") -> None
             f"{shown_path(source.file)}: tensor {source.key!r} must be finite{where}, "
             f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
         )
-
-
-def save_checkpoint(
-    model: Idefics2,
-    folder: Path | str,
-    dtype: torch.dtype | None = None,
-    *,
-    config_from: Path | str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
-
-    Weights in NF4 are written as they are, in bitsandbytes' form, and ``config.json`` says so. Weights are sharded by size and replace
-    those that are there. The JSON files, the chat template and the tokenizer are copied from the folder ``config_from``; without
-    it those of ``folder`` stay as they are. ``config.json`` is made to say whether the head is the embedding.
-
-    Raises:
-        ConfigError: A file to be copied is no regular file or cannot be read; nothing was written then.
-        ValueError: Weights are in NF4 and the dtype is none of bf16, fp16, fp32.
-    """
-    folder = Path(folder)
-    dtype = dtype or model.dtype
-    layers = dict(model.named_modules())
-    places = tensor_places(model)
-    in_nf4 = {p.name for p in places if p.is_linear and isinstance(layers[p.module], NF4Linear)}
-    if in_nf4 and dtype not in NF4_DTYPES:
-        raise ValueError(
-            f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
-        )
-    companions: dict[str, bytes] = {}
-    if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
-        companions = read_companions(Path(config_from))
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
-        old.unlink(missing_ok=True)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shards: list[dict[str, Tensor]] = [{}]
-    for place in places:
-        layer = layers[place.module]
-        if isinstance(layer, NF4Linear) and place.name in in_nf4:
-            tensors = weight_tensors(place.name, layer.weight, dtype)
-        else:
-            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-            tensor = rows.detach().to("cpu", dtype).reshape(place.shape).contiguous()
-            tensors = {place.name: tensor.clone()}
-        if shards[-1] and _bytes(shards[-1]) + _bytes(tensors) > max_shard_bytes:
-            shards.append({})
-        shards[-1] |= tensors
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
-    else:
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(shards, start=1):
-            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-        total = sum(_bytes(shard) for shard in shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name, content in companions.items():
-        (folder / name).write_bytes(content)
-    if is_there(folder / CONFIG):
-        nf4_layers = [layer for layer in layers.values() if isinstance(layer, NF4Linear)]
-        dtype_name = str(dtype).removeprefix("torch.")
-        write_config(
-            folder / CONFIG,
-            tied=model.config.tie_word_embeddings,
-            dtype=dtype_name,
-            quantization=bitsandbytes_config(
-                dtype_name,
-                any(layer.weight.is_nested for layer in nf4_layers),
-                dense_modules(places, in_nf4),
-            )
-            if in_nf4
-            else None,
-        )
-
-
-def _bytes(shard: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in shard.values())

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     target = Path(os.path.expanduser(args.target))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: must be a new folder or an empty one")
-    from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+    from idefics2_engine.checkpoint.loader import load_checkpoint
+    from idefics2_engine.checkpoint.writer import save_checkpoint
     from idefics2_engine.device import torch_device, torch_dtype
 
     source = find_model(args.source)

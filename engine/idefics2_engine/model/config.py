@@ -5,17 +5,16 @@ transformers' Idefics2 and Mistral configurations, except the perceiver's norm e
 the text model's, which is what a missing ``rms_norm_eps`` means here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError, shown
-from idefics2_engine.json_file import Section, read_json, read_json_if_there
+from idefics2_engine.json_file import Section, read_json
 from idefics2_engine.model.quantization import is_nf4
 from idefics2_engine.model_files import CONFIG, shown_path, why_no_model
 
-PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
 # Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in the file, and should
 # say so before anything is allocated or counted to.
@@ -203,70 +202,6 @@ class ModelConfig:
                 f"got {built.image_token_id}"
             )
         return built
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """What ends an answer and what may not be in it: ``generation_config.json``."""
-
-    eos_token_ids: frozenset[int]
-    bad_words_ids: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def load(cls, folder: Path) -> "GenerationConfig":
-        """Read ``folder/generation_config.json``; empty if there is none.
-
-        Raises:
-            ConfigError: The file holds something else than token ids.
-        """
-        path = folder / "generation_config.json"
-        values = read_json_if_there(path)
-        eos = values.get("eos_token_id")
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        bad_words = values.get("bad_words_ids") or []
-        if not _are_ids(eos):
-            raise ConfigError(f"{path}: eos_token_id must be token ids, got {shown(eos)}")
-        if not isinstance(bad_words, list) or not all(map(_are_ids, bad_words)):
-            raise ConfigError(
-                f"{path}: bad_words_ids must be lists of token ids, got {shown(bad_words)}"
-            )
-        return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
-
-    def with_defaults(
-        self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]
-    ) -> "GenerationConfig":
-        """End at ``eos_token_ids`` where the file names none, and bar ``bad_words_ids`` in any case."""
-        bad_words = dict.fromkeys((*self.bad_words_ids, *bad_words_ids))
-        return GenerationConfig(self.eos_token_ids or frozenset(eos_token_ids), tuple(bad_words))
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of the runtime."""
-
-    max_model_len: int  # tokens of a prompt with its answer
-    max_num_seqs: int  # sequences that run at once
-    kv_cache_tokens: int  # tokens that the KV cache holds
-    max_num_batched_tokens: int = 8192  # of one step
-    max_patches: int = (
-        8 * 4900
-    )  # that one step encodes; it bounds the memory of encoding, 90 KB a patch of the 8B model
-    max_cached_images: int = 256  # tiles whose embeddings are kept
-    prefix_caching: bool = True
-    page_size: int = PAGE_SIZE  # tokens
-    cuda_graphs: bool = False  # whether decode steps are recorded and replayed
-    run_ahead: bool = (
-        False  # whether a step is launched before the last one's tokens have been read
-    )
-
-    @property
-    def num_pages(self) -> int:
-        """Pages of the KV cache."""
-        return -(-self.kv_cache_tokens // self.page_size)
 
 
 def _rope_theta(text: Section) -> float:

@@ -19,11 +19,11 @@ from idefics2_engine.images.settings import PROCESSOR, image_settings
 from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalise
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.prompts.chat_template import ChatTemplate
 from idefics2_engine.prompts.messages import read_messages
 from idefics2_engine.prompts.tokenizer import (
     FAKE_IMAGE,
     IMAGE,
-    ChatTemplate,
     Tokenizer,
     check_text,
     expand_image_slots,

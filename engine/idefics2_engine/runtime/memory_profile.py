@@ -4,8 +4,9 @@ import torch
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model.batch import ImageBatch, TextBatch, cumulative
-from idefics2_engine.model.config import EngineConfig, TextConfig
+from idefics2_engine.model.config import TextConfig
 from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.runtime.config import EngineConfig
 
 
 def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -> int:

@@ -19,10 +19,11 @@ from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
 
 import idefics2_engine.checkpoint.loader
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.checkpoint.loader import build_model, load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
 from idefics2_engine.checkpoint.nf4_tensors import weight_name
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor
 from idefics2_engine.checkpoint.tensor_values import read_values
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import CheckpointError, ConfigError

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.device import Uploader
 from idefics2_engine.errors import ConfigError
