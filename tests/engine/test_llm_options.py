@@ -72,6 +72,10 @@ def test_every_argument_has_a_check_and_bad_values() -> None:
     assert BAD.keys() == DEFAULTS.keys()
 
 
+def test_the_options_have_the_same_defaults() -> None:
+    assert {field.name: field.default for field in fields(LLMOptions)} == DEFAULTS
+
+
 def test_the_defaults_pass_and_stay_what_they_are() -> None:
     options = LLMOptions(**DEFAULTS)
     for name, value in DEFAULTS.items():
