@@ -133,7 +133,7 @@ class SamplingParams:
             )
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether tokens that have occurred change logits."""
         return bool(
             self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty

@@ -1,7 +1,7 @@
 """Checkpoints in the hub's form to parameters and back.
 
 Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the blocks and the state of a
-quantised tensor are its own.
+quantized tensor are its own.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -52,8 +52,8 @@ def build_model(
     """Build a model without weights, for ``init_weights``; its layers are in NF4 as ``quantization`` says.
 
     Raises:
-        ConfigError: ``config`` is of a checkpoint that is quantised, whose files alone say which layers are; or it is to be
-            quantised and ``dtype`` is none of bf16, fp16, fp32.
+        ConfigError: ``config`` is of a checkpoint that is quantized, whose files alone say which layers are; or it is to be
+            quantized and ``dtype`` is none of bf16, fp16, fp32.
     """
     if config.is_quantized:
         raise ConfigError(
@@ -75,20 +75,20 @@ def load_checkpoint(
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
     The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
-    memory-mapped and each tensor goes straight to its place; what is quantised takes one tensor of extra memory on the device.
+    memory-mapped and each tensor goes straight to its place; what is quantized takes one tensor of extra memory on the device.
 
     Args:
-        folder: A checkpoint in the hub's form, or one that bitsandbytes quantised to NF4, which stays so.
+        folder: A checkpoint in the hub's form, or one that bitsandbytes quantized to NF4, which stays so.
         ops: Filling of the operations to run on.
         device: Where the parameters go.
         dtype: What they become, rounded once, and what weights in NF4 are computed in.
-        adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantised.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantized.
         check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
-        quantization: What to quantise on ``device``, each tensor alone, after it was rounded to ``dtype``.
+        quantization: What to quantize on ``device``, each tensor alone, after it was rounded to ``dtype``.
 
     Raises:
         ConfigError: ``config.json`` is missing or wrong, or the adapter's; ``quantization`` or an adapter is given and the
-            checkpoint is quantised already; or ``dtype`` is one that nothing can be quantised in.
+            checkpoint is quantized already; or ``dtype`` is one that nothing can be quantized in.
         CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is not expected, or with
             ``check_finite`` holds a value that is no number.
     """
@@ -96,11 +96,11 @@ def load_checkpoint(
     config = ModelConfig.load(folder)
     if config.is_quantized and quantization is not None:
         raise ConfigError(
-            f"{shown_path(folder)}: is quantised already: load it without quantization, or quantise the checkpoint it was made from"
+            f"{shown_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
         )
     if config.is_quantized and adapter is not None:
         raise ConfigError(
-            f"{shown_path(folder)}: is quantised, and an adapter must be merged before that: "
+            f"{shown_path(folder)}: is quantized, and an adapter must be merged before that: "
             "load the checkpoint that this was made from, with the adapter and quantization"
         )
     config, stored = settle_head(config, in_our_names(config, find_weights(folder)))
@@ -131,7 +131,7 @@ def load_checkpoint(
             if isinstance(layer, NF4Linear) and place.is_linear:
                 model.set_nf4(
                     place.module,
-                    _quantised(source, value, model, uploader, double_quant, check_finite),
+                    _quantized(source, value, model, uploader, double_quant, check_finite),
                 )
                 continue
             if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
@@ -253,7 +253,7 @@ def _weights(
             yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
 
 
-def _quantised(
+def _quantized(
     source: StoredTensor,
     value: Tensor | NF4Weight,
     model: Idefics2,
@@ -261,7 +261,7 @@ def _quantised(
     double_quant: bool,
     check_finite: bool,
 ) -> NF4Weight:
-    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantised."""
+    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantized."""
     if isinstance(value, Tensor):
         there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
         value = uploader.copy(value, there)

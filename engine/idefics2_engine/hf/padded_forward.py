@@ -38,7 +38,7 @@ def forward_padded(
         model: The packed model.
         input_ids: (B, S) int64, padded on either side.
         attention_mask: (B, S), zero on padding; all ones if ``None``.
-        pixel_values: (B, images, 3, height, width) normalised, padded on the right and bottom; an image of zeros alone
+        pixel_values: (B, images, 3, height, width) normalized, padded on the right and bottom; an image of zeros alone
             is not there.
         pixel_attention_mask: (B, images, height, width), zero on padding and all zero for an image that is not there;
             all ones if ``None``.

@@ -22,7 +22,7 @@ from idefics2_engine.images.policy import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
+_CHANNELS = (1, 3, 4)  # gray, RGB, RGB with alpha
 _Index = tuple[slice, ...]
 
 

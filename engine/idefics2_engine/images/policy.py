@@ -25,7 +25,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colours were multiplied by alpha
+_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colors were multiplied by alpha
 
 
 class ImagePolicy(StrEnum):
@@ -60,7 +60,7 @@ def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Ima
     """
     if policy is ImagePolicy.PARITY:
         rgb = _rgb(_upright(image))
-        # Alpha is gone, but a transparent colour is still known, and transformers' second step sees it
+        # Alpha is gone, but a transparent color is still known, and transformers' second step sees it
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
     several = getattr(image, "is_animated", False)  # before loading: it moves between frames
     if policy is ImagePolicy.STRICT:
@@ -139,9 +139,9 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
             raise ImageError(
                 f"{name}: integers in mode {image.mode} must lie in [0, 65535], got {low} to {high}"
             )
-        grey = convert_in_parts(scale_16_bits, values)
-        grey[values == image.info.get("transparency")] = 255
-        return Image.fromarray(grey).convert("RGB")
+        gray = convert_in_parts(scale_16_bits, values)
+        gray[values == image.info.get("transparency")] = 255
+        return Image.fromarray(gray).convert("RGB")
     return _on_white(image) if image.has_transparency_data else _rgb(image)
 
 

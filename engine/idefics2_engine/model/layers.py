@@ -18,7 +18,7 @@ class LayerNorm(nn.Module):
         self.ops = ops
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``x`` to ``residual`` (..., hidden): the sum normalised, and the sum."""
+        """Add ``x`` to ``residual`` (..., hidden): the sum normalized, and the sum."""
         return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
@@ -32,11 +32,11 @@ class RMSNorm(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (..., hidden)."""
+        """Normalize ``x`` (..., hidden)."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``x`` to ``residual`` (..., hidden): the sum normalised, and the sum."""
+        """Add ``x`` to ``residual`` (..., hidden): the sum normalized, and the sum."""
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 

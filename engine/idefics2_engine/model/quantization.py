@@ -12,7 +12,7 @@ PARTS = ("vision", "connector", "text")
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantise the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
+    """Quantize the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
 
     Raises:
         ConfigError: ``parts`` are none or are not all parts of the model.
@@ -45,13 +45,13 @@ class Quantization:
 
 
 def is_nf4(config: Section) -> bool:
-    """Say whether the checkpoint of this ``config.json`` was quantised by bitsandbytes to NF4.
+    """Say whether the checkpoint of this ``config.json`` was quantized by bitsandbytes to NF4.
 
     Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules`` matches has
     changed between releases of transformers.
 
     Raises:
-        ConfigError: It was quantised in another way.
+        ConfigError: It was quantized in another way.
     """
     if config.values.get("quantization_config") is None:
         return False

@@ -81,7 +81,7 @@ class TextLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Token embeddings in, normalised hidden states out."""
+    """Token embeddings in, normalized hidden states out."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ class ChatTemplate:
 
         That is ``processor_config.json``, ``chat_template.json``, ``chat_template.jinja``,
         ``tokenizer_config.json``, and failing these the built-in one. None if its
-        ``<end_of_utterance>`` is unknown to the tokenizer: a base model has not learnt to chat.
+        ``<end_of_utterance>`` is unknown to the tokenizer: a base model has not learned to chat.
         """
         source = _find_template(folder)
         if source is None and tokenizer.end_of_utterance_id is None:

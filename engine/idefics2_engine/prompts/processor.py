@@ -16,7 +16,7 @@ from idefics2_engine.errors import ConfigError, PromptError, shown
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.settings import PROCESSOR, image_settings
-from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalise
+from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalize
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.chat_template import ChatTemplate
@@ -73,7 +73,7 @@ class Processor:
     """What a checkpoint's files say about turning text and images into the model's input."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # None: the model has not learnt to chat
+    template: ChatTemplate | None  # None: the model has not learned to chat
     image_config: ImageConfig
     image_seq_len: int  # image tokens per tile
     patch_size: int  # pixels per side
@@ -330,7 +330,7 @@ class Processor:
         for i, row in enumerate(tiles):
             for j, tile in enumerate(row):
                 h, w, _ = tile.pixels.shape
-                pixels[i, j, :, :h, :w] = normalise(tile, self.image_config)
+                pixels[i, j, :, :h, :w] = normalize(tile, self.image_config)
                 mask[i, j, :h, :w] = 1
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
 

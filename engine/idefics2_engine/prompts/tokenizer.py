@@ -120,7 +120,7 @@ class Tokenizer:
         return text.replace(_MARK, "")
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Return the ids of ``text``, control tokens recognised wherever they stand.
+        """Return the ids of ``text``, control tokens recognized wherever they stand.
 
         Args:
             text: Any text.

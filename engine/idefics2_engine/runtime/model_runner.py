@@ -23,7 +23,7 @@ class Runner:
     Args:
         model: Runs on its device.
         kv_cache: On the same.
-        image_config: How pixels are normalised.
+        image_config: How pixels are normalized.
         num_images: Slots for the embeddings of tiles.
         max_num_seqs: Sequences that draw a token in a step, at most.
         max_pages: Of a sequence; steps of decoding alone are then CUDA graphs, if one is large enough. None for no graphs.

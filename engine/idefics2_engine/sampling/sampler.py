@@ -90,7 +90,7 @@ class Sampler:
     Args:
         ops: Operations; ``sample`` is used.
         bad_words_ids: Token sequences that no answer may have; one may begin in the prompt.
-        image_token_id: Stands for an image in prompts; never penalised.
+        image_token_id: Stands for an image in prompts; never penalized.
         text: Text of a token, for log probabilities.
         min_p_first: Whether min-p goes before top-k and top-p (vLLM) or after (transformers).
     """
@@ -113,7 +113,7 @@ class Sampler:
     def reads_answer(self, sequence: Sequence) -> bool:
         """Say whether the next token of ``sequence`` depends on its last ones otherwise than through the logits."""
         words = (*self.bad_words_ids, *sequence.request.bad_words_ids)
-        return sequence.request.params.penalises or any(len(word) > 1 for word in words)
+        return sequence.request.params.penalizes or any(len(word) > 1 for word in words)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
         """Choose a token for each row of ``logits`` (B, V), which may be overwritten."""

@@ -529,7 +529,7 @@ class TestRefused:
             ModelConfig.from_dict(config)
 
     def test_what_is_quantised_already(self, theirs: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="is quantised already: load it without quantization"):
+        with pytest.raises(ConfigError, match="is quantized already: load it without quantization"):
             load_checkpoint(theirs, quantization=NF4)
         adapter = make_adapter(tmp_path / "adapter")
         with pytest.raises(ConfigError, match="an adapter must be merged before that"):
@@ -706,7 +706,7 @@ class TestWholeSystem:
         assert main(["quantize", str(DEMO_MODEL), str(out)]) == 2
         assert "must be a new folder or an empty one" in capsys.readouterr().err
         assert main(["quantize", str(out), str(tmp_path / "twice")]) == 2
-        assert "is quantised already" in capsys.readouterr().err
+        assert "is quantized already" in capsys.readouterr().err
         assert not (tmp_path / "twice").exists()
         assert main([*question, "--quantized-part", "text"]) == 2
         assert "must come with quantization" in capsys.readouterr().err
