@@ -1,4 +1,4 @@
-"""Checkpoints in the hub's form to parameters and back.
+"""Checkpoints in the hub's form to parameters.
 
 Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the blocks and the state of a
 quantized tensor are its own.
@@ -19,6 +19,7 @@ from idefics2_engine.checkpoint.nf4_tensors import (
     tensor_names,
     weight_name,
 )
+from idefics2_engine.checkpoint.parameter_filler import ParameterFiller, require_finite
 from idefics2_engine.checkpoint.safetensors_header import FLOATS, StoredTensor
 from idefics2_engine.checkpoint.shards import find_weights, listing
 from idefics2_engine.checkpoint.tensor_mapping import (
@@ -27,11 +28,9 @@ from idefics2_engine.checkpoint.tensor_mapping import (
     HubTensor,
     hub_tensors,
     in_our_names,
-    tensor_places,
 )
 from idefics2_engine.checkpoint.tensor_values import read_values
-from idefics2_engine.checkpoint.tied_head import settle_head
-from idefics2_engine.device import Uploader
+from idefics2_engine.checkpoint.tied_head import resolve_tied_head
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
@@ -94,6 +93,32 @@ def load_checkpoint(
     """
     folder = Path(folder)
     config = ModelConfig.load(folder)
+    _check_not_quantized_before(folder, config, adapter, quantization)
+    config, stored = resolve_tied_head(config, in_our_names(config, find_weights(folder)))
+    places = {place.name: place for place in hub_tensors(config)}
+    stored_nf4 = _check_fit(folder, config, places, stored)
+    changes = (
+        None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
+    )
+    model = _build(config, ops, device, dtype, stored_nf4 | _chosen(config, quantization))
+    filler = ParameterFiller(
+        model,
+        changes,
+        check_finite=check_finite,
+        double_quant=quantization is None or quantization.double_quant,
+    )
+    for source, value in _weights(stored, filler.places, stored_nf4, dtype):
+        filler.fill(source, value)
+    return model
+
+
+def _check_not_quantized_before(
+    folder: Path,
+    config: ModelConfig,
+    adapter: Path | str | None,
+    quantization: Quantization | None,
+) -> None:
+    """Raise ``ConfigError`` if the checkpoint is quantized and something is asked for that must come before."""
     if config.is_quantized and quantization is not None:
         raise ConfigError(
             f"{shown_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
@@ -103,44 +128,6 @@ def load_checkpoint(
             f"{shown_path(folder)}: is quantized, and an adapter must be merged before that: "
             "load the checkpoint that this was made from, with the adapter and quantization"
         )
-    config, stored = settle_head(config, in_our_names(config, find_weights(folder)))
-    places = {place.name: place for place in hub_tensors(config)}
-    stored_nf4 = _check_fit(folder, config, places, stored)
-    changes = (
-        None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
-    )
-    chosen = _chosen(config, quantization)
-    double_quant = quantization is None or quantization.double_quant
-    model = _build(config, ops, device, dtype, stored_nf4 | chosen)
-    places = {place.name: place for place in tensor_places(model)}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    uploader = Uploader(model.device)
-    with torch.no_grad():
-        for table in {model.text.embedding, model.lm_head}:
-            table[config.text.vocab_size :] = 0.0
-        for source, value in _weights(stored, places, stored_nf4, dtype):
-            place = places[source.name]
-            if isinstance(value, NF4Weight):
-                value = value.to(model.device)
-            else:
-                if check_finite:
-                    _check_finite(source, value)
-                if changes is not None:
-                    value = changes.merge(source.name, value, dtype, model.device)
-            layer = model.get_submodule(place.module)
-            if isinstance(layer, NF4Linear) and place.is_linear:
-                model.set_nf4(
-                    place.module,
-                    _quantized(source, value, model, uploader, double_quant, check_finite),
-                )
-                continue
-            if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
-                value = ops.nf4_dequantize(value)
-            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-            uploader.copy(value, rows)
-            if check_finite:
-                _check_finite(source, rows, f" in {dtype}")
-    return model
 
 
 def _chosen(config: ModelConfig, quantization: Quantization | None) -> frozenset[str]:
@@ -253,26 +240,6 @@ def _weights(
             yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
 
 
-def _quantized(
-    source: StoredTensor,
-    value: Tensor | NF4Weight,
-    model: Idefics2,
-    uploader: Uploader,
-    double_quant: bool,
-    check_finite: bool,
-) -> NF4Weight:
-    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantized."""
-    if isinstance(value, Tensor):
-        there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
-        value = uploader.copy(value, there)
-    if check_finite:
-        numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
-        _check_finite(source, numbers, f" in {model.dtype}")
-    if isinstance(value, NF4Weight):
-        return value
-    return model.ops.nf4_quantize(value, double_quant=double_quant)
-
-
 def _load_adapter(
     folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
 ) -> Adapter:
@@ -285,17 +252,5 @@ def _load_adapter(
     adapter.check(places)
     if check_finite:
         for name, tensor in adapter.values.items():
-            _check_finite(adapter.stored[name], tensor)
+            require_finite(adapter.stored[name], tensor)
     return adapter
-
-
-def _check_finite(source: StoredTensor, values: Tensor, where: str = "") -> None:
-    """Refuse NaN and infinity among ``values``, naming the first and how many there are."""
-    bad = ~torch.isfinite(values)
-    count = int(bad.count_nonzero())
-    if count:
-        first = tuple(bad.nonzero()[0].tolist())
-        raise CheckpointError(
-            f"{shown_path(source.file)}: tensor {source.key!r} must be finite{where}, "
-            f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
-        )

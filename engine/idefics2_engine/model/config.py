@@ -132,76 +132,94 @@ class ModelConfig:
         perceiver.require("hidden_act", "silu")
         text.require("hidden_act", "silu")
         text.require("model_type", "mistral")
-        hidden = text.size("hidden_size", 4096, _MOST_WIDTH)
-        heads = text.size("num_attention_heads", 32, _MOST_HEADS)
-        # Mistral's own defaults apply inside a text_config, Idefics2's where there is none
-        eps = text.positive("rms_norm_eps", 1e-6 if text.values else 1e-5)
+        text_config = _text_config(text)
         built = cls(
-            vision=VisionConfig(
-                hidden_size=vision.size("hidden_size", 768, _MOST_WIDTH),
-                intermediate_size=vision.size("intermediate_size", 3072, _MOST_WIDTH),
-                num_layers=vision.size("num_hidden_layers", 12, _MOST_LAYERS),
-                num_heads=vision.size("num_attention_heads", 12, _MOST_HEADS),
-                num_channels=vision.size("num_channels", 3, _MOST_WIDTH),
-                image_size=vision.size("image_size", 224, _MOST_PIXELS),
-                patch_size=vision.size("patch_size", 32, _MOST_PIXELS),
-                layer_norm_eps=vision.positive("layer_norm_eps", 1e-6),
-            ),
-            perceiver=PerceiverConfig(
-                hidden_size=hidden,
-                num_latents=perceiver.size("resampler_n_latents", 64, _MOST_WIDTH),
-                num_layers=perceiver.size("resampler_depth", 3, _MOST_LAYERS),
-                num_heads=perceiver.size("resampler_n_heads", 16, _MOST_HEADS),
-                num_kv_heads=perceiver.size("num_key_value_heads", 4, _MOST_HEADS),
-                head_dim=perceiver.size("resampler_head_dim", 96, _MOST_WIDTH),
-                rms_norm_eps=perceiver.positive("rms_norm_eps", eps),
-            ),
-            text=TextConfig(
-                vocab_size=text.size("vocab_size", 32000, _MOST_TOKENS),
-                hidden_size=hidden,
-                intermediate_size=text.size("intermediate_size", 14336, _MOST_WIDTH),
-                num_layers=text.size("num_hidden_layers", 32, _MOST_LAYERS),
-                num_heads=heads,
-                num_kv_heads=text.size("num_key_value_heads", 8, _MOST_HEADS),
-                head_dim=text.size("head_dim", hidden // heads, _MOST_WIDTH),
-                max_positions=text.size(
-                    "max_position_embeddings", 131072 if text.values else 32768, _MOST_TOKENS
-                ),
-                rms_norm_eps=eps,
-                rope_theta=_rope_theta(text),
-                sliding_window=text.size_or_none("sliding_window", 4096, 2**31 - 1),
-                pad_token_id=text.index("pad_token_id", 0),
-            ),
+            vision=_vision_config(vision),
+            perceiver=_perceiver_config(perceiver, text_config),
+            text=text_config,
             image_token_id=top.index("image_token_id", 32001),
             tie_word_embeddings=top.flag("tie_word_embeddings"),
             is_quantized=is_quantized,
         )
-        if built.vision.hidden_size % built.vision.num_heads:
-            raise ConfigError(
-                f"vision_config: hidden_size must be a multiple of num_attention_heads, "
-                f"got {built.vision.hidden_size} and {built.vision.num_heads}"
-            )
-        if built.vision.grid < 1:
-            raise ConfigError(
-                f"vision_config: image_size must be at least patch_size {built.vision.patch_size}, "
-                f"got {built.vision.image_size}"
-            )
-        if built.vision.num_channels != 3:
-            raise ConfigError(
-                f"vision_config: num_channels must be 3, got {built.vision.num_channels}"
-            )
-        if built.text.head_dim % 2:
-            raise ConfigError(
-                f"text_config: head_dim must be even for rotary angles, got {built.text.head_dim}"
-            )
-        _check_heads("perceiver_config", built.perceiver.num_heads, built.perceiver.num_kv_heads)
-        _check_heads("text_config", built.text.num_heads, built.text.num_kv_heads)
-        if built.image_token_id >= built.text.vocab_size:
-            raise ConfigError(
-                f"config.json: image_token_id must be below vocab_size {built.text.vocab_size}, "
-                f"got {built.image_token_id}"
-            )
+        _check_shapes(built)
         return built
+
+
+def _vision_config(vision: Section) -> VisionConfig:
+    return VisionConfig(
+        hidden_size=vision.size("hidden_size", 768, _MOST_WIDTH),
+        intermediate_size=vision.size("intermediate_size", 3072, _MOST_WIDTH),
+        num_layers=vision.size("num_hidden_layers", 12, _MOST_LAYERS),
+        num_heads=vision.size("num_attention_heads", 12, _MOST_HEADS),
+        num_channels=vision.size("num_channels", 3, _MOST_WIDTH),
+        image_size=vision.size("image_size", 224, _MOST_PIXELS),
+        patch_size=vision.size("patch_size", 32, _MOST_PIXELS),
+        layer_norm_eps=vision.positive("layer_norm_eps", 1e-6),
+    )
+
+
+def _perceiver_config(perceiver: Section, text: TextConfig) -> PerceiverConfig:
+    return PerceiverConfig(
+        hidden_size=text.hidden_size,
+        num_latents=perceiver.size("resampler_n_latents", 64, _MOST_WIDTH),
+        num_layers=perceiver.size("resampler_depth", 3, _MOST_LAYERS),
+        num_heads=perceiver.size("resampler_n_heads", 16, _MOST_HEADS),
+        num_kv_heads=perceiver.size("num_key_value_heads", 4, _MOST_HEADS),
+        head_dim=perceiver.size("resampler_head_dim", 96, _MOST_WIDTH),
+        rms_norm_eps=perceiver.positive("rms_norm_eps", text.rms_norm_eps),
+    )
+
+
+def _text_config(text: Section) -> TextConfig:
+    """Read the text model's sizes.
+
+    Mistral's own defaults apply inside a ``text_config``, Idefics2's where there is none.
+    """
+    hidden = text.size("hidden_size", 4096, _MOST_WIDTH)
+    heads = text.size("num_attention_heads", 32, _MOST_HEADS)
+    eps, positions = (1e-6, 131072) if text.values else (1e-5, 32768)
+    return TextConfig(
+        vocab_size=text.size("vocab_size", 32000, _MOST_TOKENS),
+        hidden_size=hidden,
+        intermediate_size=text.size("intermediate_size", 14336, _MOST_WIDTH),
+        num_layers=text.size("num_hidden_layers", 32, _MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=text.size("num_key_value_heads", 8, _MOST_HEADS),
+        head_dim=text.size("head_dim", hidden // heads, _MOST_WIDTH),
+        max_positions=text.size("max_position_embeddings", positions, _MOST_TOKENS),
+        rms_norm_eps=text.positive("rms_norm_eps", eps),
+        rope_theta=_rope_theta(text),
+        sliding_window=text.size_or_none("sliding_window", 4096, 2**31 - 1),
+        pad_token_id=text.index("pad_token_id", 0),
+    )
+
+
+def _check_shapes(config: ModelConfig) -> None:
+    """Check what depends on several sizes; ``ConfigError`` if the model is impossible."""
+    vision, text = config.vision, config.text
+    if vision.hidden_size % vision.num_heads:
+        raise ConfigError(
+            f"vision_config: hidden_size must be a multiple of num_attention_heads, "
+            f"got {vision.hidden_size} and {vision.num_heads}"
+        )
+    if vision.grid < 1:
+        raise ConfigError(
+            f"vision_config: image_size must be at least patch_size {vision.patch_size}, "
+            f"got {vision.image_size}"
+        )
+    if vision.num_channels != 3:
+        raise ConfigError(f"vision_config: num_channels must be 3, got {vision.num_channels}")
+    if text.head_dim % 2:
+        raise ConfigError(
+            f"text_config: head_dim must be even for rotary angles, got {text.head_dim}"
+        )
+    _check_heads("perceiver_config", config.perceiver.num_heads, config.perceiver.num_kv_heads)
+    _check_heads("text_config", text.num_heads, text.num_kv_heads)
+    if config.image_token_id >= text.vocab_size:
+        raise ConfigError(
+            f"config.json: image_token_id must be below vocab_size {text.vocab_size}, "
+            f"got {config.image_token_id}"
+        )
 
 
 def _rope_theta(text: Section) -> float:
