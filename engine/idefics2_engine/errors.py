@@ -100,7 +100,7 @@ class RequestFailedError(Idefics2Error):
     code = "request_failed"
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return ``value`` as Python writes it, cut; an object that is no plain data by its type's name."""
     return _SHORT.repr(value)[:_LENGTH]
 

@@ -11,7 +11,7 @@ from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
 from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.device import torch_dtype
-from idefics2_engine.errors import ConfigError, shown
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.field_checks import (
     ListOf,
     MismatchError,
@@ -56,7 +56,7 @@ def _dtype(value: object) -> str | torch.dtype:
     """Accept a name, or a floating dtype of torch's."""
     if isinstance(value, str) or (isinstance(value, torch.dtype) and value.is_floating_point):
         return value
-    got = str(value) if isinstance(value, torch.dtype) else shown(value)
+    got = str(value) if isinstance(value, torch.dtype) else short_repr(value)
     raise MismatchError("the name of a dtype or a floating torch.dtype", got)
 
 
@@ -64,12 +64,12 @@ def _device(value: object) -> str:
     """Accept a name, or a device of torch's."""
     if isinstance(value, str | torch.device):
         return str(value)
-    raise MismatchError("the name of a device", shown(value))
+    raise MismatchError("the name of a device", short_repr(value))
 
 
 def _ops(value: object) -> Ops:
     if not isinstance(value, Ops):
-        raise MismatchError("a filling of Ops", shown(value))
+        raise MismatchError("a filling of Ops", short_repr(value))
     return value
 
 

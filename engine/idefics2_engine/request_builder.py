@@ -13,7 +13,7 @@ from idefics2_engine.errors import (
     PromptError,
     PromptTooLongError,
     SamplingError,
-    shown,
+    short_repr,
 )
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.model.config import ModelConfig
@@ -87,11 +87,11 @@ class RequestBuilder:
         if unknown or len(given) != 1:
             raise PromptError(
                 "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
-                f"got {shown(sorted(map(str, prompt)))}{_advice(prompt)}"
+                f"got {short_repr(sorted(map(str, prompt)))}{_advice(prompt)}"
             )
         media = prompt.get("multi_modal_data") or {}
         if not isinstance(media, Mapping) or media.keys() - {"image"}:
-            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {shown(media)}")
+            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {short_repr(media)}")
         images = media.get("image", [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if "prompt" in prompt:
@@ -214,7 +214,7 @@ class RequestBuilder:
         if params.min_tokens > max_tokens:
             raise SamplingError(
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
-                f"{self.max_model_len}, got {shown(params.min_tokens)}"
+                f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
         check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
         # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
@@ -262,7 +262,7 @@ def read_params(params: object) -> SamplingParams:
     if params is None:
         return SamplingParams()
     if not isinstance(params, SamplingParams):
-        raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
+        raise SamplingError(f"sampling_params must be SamplingParams, got {short_repr(params)}")
     return params
 
 

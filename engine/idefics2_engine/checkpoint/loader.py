@@ -21,7 +21,7 @@ from idefics2_engine.checkpoint.nf4_tensors import (
 )
 from idefics2_engine.checkpoint.parameter_filler import ParameterFiller, require_finite
 from idefics2_engine.checkpoint.safetensors_header import FLOATS, StoredTensor
-from idefics2_engine.checkpoint.shards import find_weights, listing
+from idefics2_engine.checkpoint.shards import find_weights, join_names
 from idefics2_engine.checkpoint.tensor_mapping import (
     EMBEDDING,
     HEAD,
@@ -36,7 +36,7 @@ from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import Linear, NF4Linear, SideBySide
 from idefics2_engine.model.quantization import Quantization
-from idefics2_engine.model_files import shown_path
+from idefics2_engine.model_files import printable_path
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
 
@@ -121,11 +121,11 @@ def _check_not_quantized_before(
     """Raise ``ConfigError`` if the checkpoint is quantized and something is asked for that must come before."""
     if config.is_quantized and quantization is not None:
         raise ConfigError(
-            f"{shown_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
+            f"{printable_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
         )
     if config.is_quantized and adapter is not None:
         raise ConfigError(
-            f"{shown_path(folder)}: is quantized, and an adapter must be merged before that: "
+            f"{printable_path(folder)}: is quantized, and an adapter must be merged before that: "
             "load the checkpoint that this was made from, with the adapter and quantization"
         )
 
@@ -190,7 +190,7 @@ def _check_fit(
     if extra:
         names = sorted(extra)
         raise CheckpointError(
-            f"{shown_path(stored[names[0]].file)}: tensors are not part of this model: {listing(names)}"
+            f"{printable_path(stored[names[0]].file)}: tensors are not part of this model: {join_names(names)}"
         )
     missing = [name for name in wanted if name not in stored]
     if missing:
@@ -199,7 +199,7 @@ def _check_fit(
             "at the top level of config.json)"
         )
         raise CheckpointError(
-            f"{shown_path(folder)}: tensors are missing: {listing(missing)}"
+            f"{printable_path(folder)}: tensors are missing: {join_names(missing)}"
             + (hint if missing == [HEAD] else "")
         )
     for name, place in places.items():
@@ -209,11 +209,11 @@ def _check_fit(
             stored[name].check(place.shape, *FLOATS)
     if in_nf4 and not config.is_quantized:
         raise CheckpointError(
-            f"{shown_path(folder)}: config.json must have a quantization_config, as tensors are in NF4: {listing(sorted(in_nf4))}"
+            f"{printable_path(folder)}: config.json must have a quantization_config, as tensors are in NF4: {join_names(sorted(in_nf4))}"
         )
     if config.is_quantized and not in_nf4:
         raise CheckpointError(
-            f"{shown_path(folder)}: config.json has a quantization_config, but no tensor is in NF4"
+            f"{printable_path(folder)}: config.json has a quantization_config, but no tensor is in NF4"
         )
     return in_nf4
 

@@ -10,7 +10,7 @@ from idefics2_engine.device import Uploader
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import NF4Linear
-from idefics2_engine.model_files import shown_path
+from idefics2_engine.model_files import printable_path
 from idefics2_kernels import NF4Weight
 
 
@@ -92,6 +92,6 @@ def require_finite(source: StoredTensor, values: Tensor, where: str = "") -> Non
     if count:
         first = tuple(bad.nonzero()[0].tolist())
         raise CheckpointError(
-            f"{shown_path(source.file)}: tensor {source.key!r} must be finite{where}, "
+            f"{printable_path(source.file)}: tensor {source.key!r} must be finite{where}, "
             f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
         )

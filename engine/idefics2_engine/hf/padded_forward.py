@@ -61,11 +61,11 @@ def forward_padded(
     batch = batch.to(input_ids.device)
     if pixel_values is not None:
         image_features = encode_padded(model, pixel_values, pixel_attention_mask)
-    slots = int((input_ids[kept] == model.config.image_token_id).sum())
-    if image_features is not None and slots != image_features.shape[:-1].numel():
+    image_tokens = int((input_ids[kept] == model.config.image_token_id).sum())
+    if image_features is not None and image_tokens != image_features.shape[:-1].numel():
         raise ValueError(
             "input_ids must have an image token for each image feature, "
-            f"wanted {image_features.shape[:-1].numel()}, got {slots}"
+            f"wanted {image_features.shape[:-1].numel()}, got {image_tokens}"
         )
     packed = model(batch, image_features)
     loss = None

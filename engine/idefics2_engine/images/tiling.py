@@ -1,6 +1,6 @@
-"""Pictures to tiles: split, resize; uint8 until somebody asks for floats.
+"""Images to tiles: split, resize; uint8 until somebody asks for floats.
 
-A tile is one picture that the vision tower sees: a whole image or, with splitting, a quarter of
+A tile is one image that the vision tower sees: a whole image or, with splitting, a quarter of
 one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit for bit.
 """
 
@@ -98,7 +98,7 @@ class ImageConfig:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One resized picture and the patches that the vision tower cuts it into."""
+    """One resized image and the patches that the vision tower cuts it into."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
     patch_size: int  # pixels per side

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError, shown
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section, read_json
 from idefics2_engine.model.quantization import is_nf4
-from idefics2_engine.model_files import CONFIG, shown_path, why_no_model
+from idefics2_engine.model_files import CONFIG, printable_path, why_no_model
 
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
 # Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in the file, and should
@@ -114,7 +114,7 @@ class ModelConfig:
             ConfigError: The file is missing, is not JSON, or describes another or an impossible model.
         """
         if mistaken := why_no_model(folder):
-            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
+            raise ConfigError(f"{printable_path(folder)}: {mistaken}")
         return cls.from_dict(read_json(folder / CONFIG))
 
     @classmethod
@@ -228,7 +228,7 @@ def _rope_theta(text: Section) -> float:
     nested = parameters if parameters.values else scaling
     rope_type = nested.values.get("rope_type", nested.values.get("type", "default"))
     if rope_type != "default":
-        raise ConfigError(f"{text.name}: rope_type must be 'default', got {shown(rope_type)}")
+        raise ConfigError(f"{text.name}: rope_type must be 'default', got {short_repr(rope_type)}")
     return nested.positive("rope_theta", text.positive("rope_theta", 10000.0))
 
 

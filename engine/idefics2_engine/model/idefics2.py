@@ -146,14 +146,14 @@ class Idefics2(nn.Module):
             )
         if image_features is None:
             return
-        slots = (batch.input_ids == self.config.image_token_id).sum()
+        image_tokens = (batch.input_ids == self.config.image_token_id).sum()
         rows = image_features.shape[:-1].numel()
         wanted = f"image tokens must be as many as rows of image_features {rows}"
-        if slots.device.type == "cpu":
-            if int(slots) != rows:
-                raise ValueError(f"{wanted}, got {int(slots)}")
+        if image_tokens.device.type == "cpu":
+            if int(image_tokens) != rows:
+                raise ValueError(f"{wanted}, got {int(image_tokens)}")
         else:
-            torch._assert_async(slots == rows, wanted)
+            torch._assert_async(image_tokens == rows, wanted)
 
     def loss(
         self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None

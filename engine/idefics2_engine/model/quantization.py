@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from idefics2_engine.errors import ConfigError, shown
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section
 
 PARTS = ("vision", "connector", "text")
@@ -36,11 +36,11 @@ class Quantization:
                 raise ConfigError("quantized_parts and double_quant must come with quantization")
             return None
         if quantization != "nf4":
-            raise ConfigError(f"quantization must be 'nf4', got {shown(quantization)}")
+            raise ConfigError(f"quantization must be 'nf4', got {short_repr(quantization)}")
         if quantized_parts is None:
             return cls(double_quant=double_quant)
         if isinstance(quantized_parts, str):
-            raise ConfigError(f"quantized_parts must be a list, got {shown(quantized_parts)}")
+            raise ConfigError(f"quantized_parts must be a list, got {short_repr(quantized_parts)}")
         return cls(tuple(quantized_parts), double_quant)
 
 

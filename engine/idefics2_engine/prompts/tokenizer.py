@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError, PromptError, shown
+from idefics2_engine.errors import ConfigError, PromptError, short_repr
 from idefics2_engine.json_file import read_json
 from idefics2_engine.prompts.token_library import TokenLibrary
 
@@ -157,7 +157,7 @@ class Tokenizer:
         if not isinstance(token, str) or token not in self._special:
             raise ConfigError(
                 f"tokenizer_config.json: {key} must be a special token of tokenizer.json, "
-                f"got {shown(token)}"
+                f"got {short_repr(token)}"
             )
         return token
 
@@ -211,7 +211,7 @@ def check_text(text: str, name: str = "text") -> None:
         ) from None
 
 
-def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> str:
+def expand_placeholders(text: str, image_seq_len: int, tiles_per_image: int) -> str:
     """Write out each ``<image>`` as its tokens, as transformers' ``Idefics2Processor`` does.
 
     A tile is ``image_seq_len`` times ``<image>`` between two ``<fake_token_around_image>``; two of
@@ -229,7 +229,7 @@ def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
     tokens = description.get("added_tokens") or []
     if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
         raise ConfigError(
-            f"tokenizer.json: added_tokens must be a list of objects, got {shown(tokens)}"
+            f"tokenizer.json: added_tokens must be a list of objects, got {short_repr(tokens)}"
         )
     for token in tokens:
         if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):

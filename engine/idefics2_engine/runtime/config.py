@@ -16,10 +16,10 @@ class EngineConfig:
     max_num_batched_tokens: int = 8192  # of one step
     # That one step encodes. It bounds the memory of encoding, 90 KB a patch of the 8B model
     max_patches: int = 8 * 4900
-    max_cached_images: int = 256  # tiles whose embeddings are kept
+    max_cached_images: int = 256  # images and sub-images whose embeddings are kept
     prefix_caching: bool = True
     page_size: int = PAGE_SIZE  # tokens
-    cuda_graphs: bool = False  # whether decode steps are recorded and replayed
+    cuda_graphs: bool = False  # whether decode steps are captured and replayed
     # Whether a step is launched before the last one's tokens have been read
     run_ahead: bool = False
 

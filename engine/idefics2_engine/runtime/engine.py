@@ -175,7 +175,7 @@ class Engine:
             (places,) = to_device([np.array(rows, np.int64)], logits.device)
             logits = logits[places]
         tokens = self.sampler.draw(logits, sequences)
-        self.runner.note(tokens.token_ids)
+        self.runner.store_last_tokens(tokens.token_ids)
         for sequence in sequences:
             sequence.num_pending += 1
         return _Flight(step, requests, sequences, tokens, failed)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from idefics2_engine.errors import ConfigError, shown
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import read_json_if_there
 
 
@@ -28,10 +28,10 @@ class GenerationConfig:
         eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
         bad_words = values.get("bad_words_ids") or []
         if not _are_ids(eos):
-            raise ConfigError(f"{path}: eos_token_id must be token ids, got {shown(eos)}")
+            raise ConfigError(f"{path}: eos_token_id must be token ids, got {short_repr(eos)}")
         if not isinstance(bad_words, list) or not all(map(_are_ids, bad_words)):
             raise ConfigError(
-                f"{path}: bad_words_ids must be lists of token ids, got {shown(bad_words)}"
+                f"{path}: bad_words_ids must be lists of token ids, got {short_repr(bad_words)}"
             )
         return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
 

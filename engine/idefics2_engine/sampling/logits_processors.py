@@ -129,7 +129,7 @@ class _Asked:
         self.allowed: Ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
         self.biased: Ids = np.array(list(bias), dtype=np.int64)
         self.bias: Floats = np.array(list(bias.values()), dtype=np.float32)
-        # the prompt counts for repetition alone; image slots are not text that is repeated
+        # the prompt counts for repetition alone; placeholders are not text that is repeated
         prompt = {*request.prompt_token_ids} - {image_token_id}
         tokens = sorted(prompt) if params.repetition_penalty != 1.0 else []
         self._place = {token: place for place, token in enumerate(tokens)}

@@ -30,8 +30,8 @@ from idefics2_engine.outputs import TokenLogprobs
 from idefics2_engine.sampling.logits_processors import EditFinder, LogitEdits
 from idefics2_engine.sampling.logprobs import (
     Scores,
-    described,
     likeliest,
+    make_token_logprobs,
     padded_rows,
     score,
     score_prompt,
@@ -75,7 +75,7 @@ class Drawn:
         """Wait for the device and return one choice a row."""
         token_ids, largest, *scored = self._copy.arrays()
         asked = [top for top in self._tops if top is not None]
-        places = iter(described(scored, asked, self._text) if asked else ())
+        places = iter(make_token_logprobs(scored, asked, self._text) if asked else ())
         return [
             Choice(token, None if top is None else next(places), logit)
             for token, logit, top in zip(
@@ -181,7 +181,7 @@ class Sampler:
         arrays = ToHost(scores).arrays()
         if np.isnan(arrays[1]).any():
             raise FloatingPointError("logits must be finite, got log probabilities that are NaN")
-        return described(arrays, [top] * len(token_ids), self.text)
+        return make_token_logprobs(arrays, [top] * len(token_ids), self.text)
 
 
 def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:
