@@ -111,12 +111,13 @@ class LLM:
     ) -> None:
         # All arguments, which are the only local names yet
         options = LLMOptions(**{name: value for name, value in locals().items() if name != "self"})
+        to_quantize = options.to_quantize
         folder, adapter_folder = find_folders(options)
         config = ModelConfig.load(folder)
         self.processor = Processor.load(folder, config, options.split_images, options.media)
         on = torch_device(options.device)
         sizes = engine_config(options, config, on)
-        self.model = load_model(options, config, on, folder, adapter_folder)
+        self.model = load_model(options, config, on, folder, adapter_folder, to_quantize)
         self.config = self.model.config
         self.engine_config = fit_kv_cache(options, sizes, self.model)
         generation = generation_config(folder, self.processor.tokenizer)

@@ -69,7 +69,7 @@ def _device(value: object) -> str:
 
 def _ops(value: object) -> Ops:
     if not isinstance(value, Ops):
-        raise MismatchError("a filling of Ops", short_repr(value))
+        raise MismatchError("an instance of Ops", short_repr(value))
     return value
 
 
@@ -128,7 +128,7 @@ class LLMOptions:
             and ``REFERENCE`` on a CPU.
 
     Raises:
-        ConfigError: A value is of the wrong type or out of its range, or two contradict each other.
+        ConfigError: A value is of the wrong type or out of its range, or two of them contradict each other.
     """
 
     model: str | Path | None = checked(OrNone(path), None)
@@ -171,11 +171,10 @@ class LLMOptions:
             raise ConfigError(
                 "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
             )
-        _ = self.to_quantize  # which raises
 
     @property
     def to_quantize(self) -> Quantization | None:
-        """What is quantized while it is loaded."""
+        """What is quantized while it is loaded; ``ConfigError`` if arguments contradict each other."""
         return Quantization.from_arguments(
             self.quantization, self.quantized_parts, self.double_quant
         )
@@ -256,6 +255,7 @@ def load_model(
     device: torch.device,
     folder: Path,
     adapter: Path | None,
+    quantization: Quantization | None,
 ) -> Idefics2:
     """Load the model of ``folder``, or draw its weights, on ``device``.
 
@@ -265,7 +265,7 @@ def load_model(
     """
     ops, dtype = options.ops_on(device), torch_dtype(options.dtype, device)
     if options.load_format == "dummy":
-        model = build_model(config, ops, device, dtype, options.to_quantize)
+        model = build_model(config, ops, device, dtype, quantization)
         model.init_weights(double_quant=options.double_quant)
         return model
     return load_checkpoint(
@@ -275,7 +275,7 @@ def load_model(
         dtype,
         adapter=adapter,
         check_finite=options.check_finite,
-        quantization=options.to_quantize,
+        quantization=quantization,
     )
 
 

@@ -78,7 +78,7 @@ def load_checkpoint(
 
     Args:
         folder: A checkpoint in the hub's form, or one that bitsandbytes quantized to NF4, which stays so.
-        ops: Filling of the operations to run on.
+        ops: Implementation of the operations to run on.
         device: Where the parameters go.
         dtype: What they become, rounded once, and what weights in NF4 are computed in.
         adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantized.

@@ -137,7 +137,7 @@ current: ContextVar[Budget] = ContextVar("budget of the rendering")
 Estimate = Callable[[Budget, list[Any]], float]
 
 
-def total(budget: Budget, values: list[Any]) -> float:
+def sum_of_sizes(budget: Budget, values: list[Any]) -> float:
     """Bound what is as long as the operands together."""
     return sum(budget.size(value) for value in values)
 
@@ -150,12 +150,12 @@ def _padded(budget: Budget, values: list[Any]) -> float:
     return sum(_extent(budget, value) for value in values)
 
 
-def product(budget: Budget, values: list[Any]) -> float:
+def product_of_sizes(budget: Budget, values: list[Any]) -> float:
     """Bound what repeats or pads, by lengths and numbers."""
     return math.prod(1 + _extent(budget, value) for value in values)
 
 
-def nothing(budget: Budget, values: list[Any]) -> float:
+def no_size(budget: Budget, values: list[Any]) -> float:
     """Leave out what makes nothing new."""
     return 0
 
@@ -164,7 +164,7 @@ def _replaced(budget: Budget, values: list[Any]) -> float:
     text, *rest = values
     words = [value for value in rest if isinstance(value, str)]
     if not isinstance(text, str) or len(words) < 2:
-        return product(budget, values)
+        return product_of_sizes(budget, values)
     return len(text) + max(text.count(word) for word in words) * sum(map(len, words))
 
 
@@ -173,8 +173,8 @@ def formatted(budget: Budget, values: list[Any]) -> float:
     text, *rest = str(values[0]), *values[1:]
     width = _largest_number(text)
     if "*" in text:  # a width among the values
-        width += product(budget, [number for value in rest for number in _numbers(value)])
-    return len(text) + text.count("%") * (width + total(budget, rest))
+        width += product_of_sizes(budget, [number for value in rest for number in _numbers(value)])
+    return len(text) + text.count("%") * (width + sum_of_sizes(budget, rest))
 
 
 def _braced(budget: Budget, values: list[Any]) -> float:
@@ -184,7 +184,7 @@ def _braced(budget: Budget, values: list[Any]) -> float:
         nested = any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(text))
     except ValueError:  # which format raises itself
         return 0
-    fields = text.count("{") * (_largest_number(text) + total(budget, rest))
+    fields = text.count("{") * (_largest_number(text) + sum_of_sizes(budget, rest))
     return math.inf if nested else len(text) + fields
 
 
@@ -197,7 +197,10 @@ def _encoded(budget: Budget, values: list[Any]) -> float:
     """Bound ``tojson`` but for the indent of deep values, which is written piece by piece."""
     value, *options = values
     indent = max((_extent(budget, option) for option in options), default=0)
-    return budget.size(value) * (1 + total(budget, options) / _ELEMENT_SIZE) + _MAX_DEPTH * indent
+    return (
+        budget.size(value) * (1 + sum_of_sizes(budget, options) / _ELEMENT_SIZE)
+        + _MAX_DEPTH * indent
+    )
 
 
 def _summed(budget: Budget, values: list[Any]) -> float:
@@ -221,7 +224,7 @@ def _table(**names: tuple[Estimate, str]) -> dict[str, Estimate]:
 
 METHODS = _table(
     linear=(
-        total,
+        sum_of_sizes,
         "count endswith find get index partition removeprefix removesuffix split startswith",
     ),
     padded=(_padded, "center ljust rjust zfill"),
@@ -229,14 +232,14 @@ METHODS = _table(
     replaced=(_replaced, "replace"),
 )
 FILTERS = _table(
-    free=(nothing, "abs attr count d default first last length max min random safe"),
+    free=(no_size, "abs attr count d default first last length max min random safe"),
     linear=(
-        total,
+        sum_of_sizes,
         "capitalize dictsort e escape filesizeformat float forceescape groupby int items list "
         "lower map reject rejectattr reverse select selectattr sort string title truncate unique "
         "upper urlencode wordcount",
     ),
-    multiplied=(product, "batch indent join round slice trim"),
+    multiplied=(product_of_sizes, "batch indent join round slice trim"),
     padded=(_padded, "center"),
     formatted=(formatted, "format"),
     replaced=(_replaced, "replace"),

@@ -35,9 +35,9 @@ from idefics2_engine.prompts.template_budget import (
     current,
     formatted,
     is_number,
-    nothing,
-    product,
-    total,
+    no_size,
+    product_of_sizes,
+    sum_of_sizes,
 )
 
 MAX_SOURCE = 2**16  # characters of a template; the hub's have up to some 30,000
@@ -111,7 +111,7 @@ def _bounded_value(value: Any) -> Any:
 
 def _bounded_text(values: tuple[Any, ...]) -> str:
     budget = current.get()
-    budget.allow(total(budget, list(values)))
+    budget.allow(sum_of_sizes(budget, list(values)))
     return "".join(map(str, values))
 
 
@@ -218,7 +218,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "%":
             budget.allow(formatted(budget, [left, right]) if isinstance(left, str) else 0)
         else:
-            budget.allow((product if operator == "*" else total)(budget, [left, right]))
+            budget.allow(
+                (product_of_sizes if operator == "*" else sum_of_sizes)(budget, [left, right])
+            )
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -237,7 +239,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(method, BuiltinMethodType) or isinstance(owner, str):  # Markup is in Python
-            estimate = METHODS.get(method.__name__, product)
+            estimate = METHODS.get(method.__name__, product_of_sizes)
             budget.allow(estimate(budget, [owner, *args, *kwargs.values()]))
         result = super().call(__context, __obj, *args, **kwargs)
         budget.allow(budget.size(result))
@@ -270,7 +272,7 @@ def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[
         budget = current.get()
         budget.allow(estimate(budget, [*args[skipped:], *kwargs.values()]))
         result = budget.materialize(function(*args, **kwargs))
-        if estimate is not nothing:
+        if estimate is not no_size:
             budget.allow(budget.size(result))
         return result
 
