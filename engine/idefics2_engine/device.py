@@ -13,6 +13,7 @@ from idefics2_engine.errors import ConfigError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements, at least 16 bytes: Triton compiles a kernel anew for a pointer that is less aligned
 _ALIGNMENT = 4
+# Of the pinned buffers that weights pass through
 _BUFFER_BYTES = 1 << 24
 _BUFFERS = 4
 

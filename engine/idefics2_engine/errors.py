@@ -4,8 +4,9 @@ import reprlib
 from numbers import Number
 from typing import ClassVar
 
-_LENGTH = 80  # characters
-_WRITTEN_BITS = 4096  # Python refuses to write integers that are not much longer
+_MOST_CHARACTERS = 80
+# Python refuses to write integers that are not much longer
+_WRITTEN_BITS = 4096
 
 
 class Idefics2Error(ValueError):
@@ -102,7 +103,7 @@ class RequestFailedError(Idefics2Error):
 
 def short_repr(value: object) -> str:
     """Return ``value`` as Python writes it, cut; an object that is no plain data by its type's name."""
-    return _SHORT.repr(value)[:_LENGTH]
+    return _SHORT.repr(value)[:_MOST_CHARACTERS]
 
 
 class _Short(reprlib.Repr):

@@ -66,9 +66,7 @@ class LLM:
         stats: What the engine has done so far.
         request_builder: Turns prompts and parameters into requests for ``engine``.
 
-    Args:
-        model: A folder, an id on the hub, or ``None`` for the demo checkpoint.
-        revision: Branch, tag or commit of a hub id. ``LLMOptions`` describes this and all other arguments.
+    Its arguments are the fields of ``idefics2_engine.llm_options.LLMOptions``, which describes each.
 
     Raises:
         ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument does not fit it.
