@@ -145,7 +145,7 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
         source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI with
             base64, the bytes of an image file, an open binary file, which is read from its
             beginning, ``{"bytes": …, "path": …}`` as ``datasets`` has it, where bytes win, a Pillow
-            image, or an array or tensor (see ``pixel_arrays.array_rgb``).
+            image, or an array or tensor (see ``arrays.array_rgb``).
         config: The rules; those of ``MediaConfig()`` if ``None``.
 
     Raises:
