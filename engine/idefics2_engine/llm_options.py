@@ -1,4 +1,4 @@
-"""The arguments of ``LLM``: what each means, its bounds, and the configs and the model that follow from them."""
+"""The arguments of ``LLM``, their bounds, and the configs and the model that follow from them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +128,8 @@ class LLMOptions:
             and ``REFERENCE`` on a CPU.
 
     Raises:
-        ConfigError: A value is of the wrong type or out of its range, or two of them contradict each other.
+        ConfigError: A value is of the wrong type or out of its range, or two of them contradict
+            each other.
     """
 
     model: str | Path | None = checked(OrNone(path), None)
@@ -174,7 +175,7 @@ class LLMOptions:
 
     @property
     def to_quantize(self) -> Quantization | None:
-        """What is quantized while it is loaded; ``ConfigError`` if arguments contradict each other."""
+        """What is quantized while loading; ``ConfigError`` if arguments contradict each other."""
         return Quantization.from_arguments(
             self.quantization, self.quantized_parts, self.double_quant
         )
@@ -218,7 +219,7 @@ def find_folders(options: LLMOptions) -> tuple[Path, Path | None]:
 
 
 def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device) -> EngineConfig:
-    """Return the sizes of the runtime on ``device``, as far as they are known before the model is loaded.
+    """Return the sizes of the runtime on ``device``, as far as known before the model is loaded.
 
     Raises:
         ConfigError: One does not fit the model or another.

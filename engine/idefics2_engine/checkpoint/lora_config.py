@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` says about a LoRA adapter in PEFT's format: ranks and scales, and that it is of the plain kind."""
+"""What ``adapter_config.json`` says about a plain LoRA adapter in PEFT's format: ranks, scales."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -130,7 +130,7 @@ def _names(section: Section, key: str) -> list[str]:
 
 
 def _patterns(section: Section, read: Callable[[str], _Value]) -> list[tuple[NamePattern, _Value]]:
-    """Compile the keys of ``section``, which PEFT takes for regular expressions of the end of a module's name."""
+    """Compile the keys of ``section``, to PEFT expressions of the end of a module's name."""
     keys = list(section.values)
     starred = sum("*" in key or "+" in key for key in keys)
     if len(keys) > _MOST_PATTERNS or starred > _MOST_STARRED:

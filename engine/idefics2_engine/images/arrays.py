@@ -146,7 +146,7 @@ def _channel_axis(
 
 @dataclass(frozen=True)
 class _ImageValues:
-    """Pixels that are converted part by part: at full size there is nothing but the uint8 result."""
+    """Pixels that are converted part by part: only the uint8 result has the full size."""
 
     pixels: Callable[[Part], npt.NDArray[Any]]  # (h, w, C) of a part
     height: int

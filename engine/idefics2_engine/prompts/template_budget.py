@@ -1,8 +1,8 @@
-"""What the rendering of a chat template may take: a clock, and the sizes of values before they are made.
+"""The limits of rendering a chat template: a clock, and sizes of values before they are made.
 
-Sizes are characters; an element of a container counts eight. An estimate bounds the size of a result from the operands,
-in whatever order keywords bring them. Of what is in no table here it is the product of lengths and numbers, which bounds
-all that repeats or pads.
+Sizes are characters; an element of a container counts eight. An estimate bounds the size of a
+result from the operands, in whatever order keywords bring them. Of what is in no table here it is
+the product of lengths and numbers, which bounds all that repeats or pads.
 """
 
 import math
@@ -59,7 +59,10 @@ class Budget:
             raise TemplateLimitError(f"must take at most {SECONDS} s")
 
     def allow(self, size: float) -> None:
-        """Raise if the time is over or a value of ``size`` too much; all are counted, as if none went away."""
+        """Raise if the time is over or a value of ``size`` too much.
+
+        All are counted, as if none went away.
+        """
         self.look()
         if not size <= self.max_size:  # NaN, which a template can make, neither
             raise TemplateLimitError(f"a value must have a size of at most {self.max_size}")
@@ -70,7 +73,10 @@ class Budget:
             )
 
     def size(self, value: Any) -> int:
-        """Return the characters of ``value``, a shared part counted each time; stop above the limit."""
+        """Return the characters of ``value``, a shared part counted each time.
+
+        Stop above the limit.
+        """
         total = 0
         rest: list[Any] = [value]
         while rest and total <= self.max_size:
@@ -93,7 +99,7 @@ class Budget:
         return total
 
     def materialize(self, value: object) -> object:
-        """Return ``value``, or if it is lazy an iterator over what it yields, now that its size is known."""
+        """Return ``value``, or if it is lazy an iterator of known size over what it yields."""
         if not isinstance(value, Iterator) or isinstance(
             value, _MaterializedIterator | LoopContext
         ):
@@ -111,7 +117,7 @@ class Budget:
 
 @dataclass
 class _MaterializedIterator:
-    """An iterator of known size: like the lazy one it replaces it is true, has no length and ends."""
+    """An iterator of known size, which like the lazy one it replaces is true and has no length."""
 
     items: Iterator[Any]
     size: int

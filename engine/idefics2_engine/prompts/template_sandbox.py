@@ -1,10 +1,11 @@
 """A Jinja environment for chat templates: no way out, and bounds on time and memory.
 
-Jinja's sandbox keeps a template from Python's internals, not from ``'a' * 10**9`` or from loops in loops. Here every
-operation that a template is made of first looks at the clock, and none begins whose result could pass a size limit.
-So what lies between two looks is bounded, in any thread and without a signal. The hooks are Jinja's own for calls,
-operators, items and output; what has none (``~``, comparisons, slices, literals, loops) is rewritten, when the
-template is compiled, into filters whose names no template can spell.
+Jinja's sandbox keeps a template from Python's internals, not from ``'a' * 10**9`` or from loops in
+loops. Here every operation that a template is made of first looks at the clock, and none begins
+whose result could pass a size limit. So what lies between two looks is bounded, in any thread and
+without a signal. The hooks are Jinja's own for calls, operators, items and output; what has none
+(``~``, comparisons, slices, literals, loops) is rewritten, when the template is compiled, into
+filters whose names no template can spell.
 """
 
 import json
@@ -71,7 +72,10 @@ def _check_public(name: object) -> None:
 
 
 class _Generation(Extension):
-    """``{% generation %}``, which marks the assistant's words for training; here it does nothing."""
+    """``{% generation %}``, which marks the assistant's words for training.
+
+    Here it does nothing.
+    """
 
     tags = {"generation"}  # noqa: RUF012  as declared by the base
 
@@ -145,7 +149,7 @@ def _filter(node: Any, name: str) -> nodes.Filter:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles templates and renders them within the bounds, as transformers' environment does otherwise."""
+    """Compiles and renders templates as transformers' environment does, but within bounds."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -186,7 +190,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def bounds(self, input_size: int) -> Iterator[None]:
-        """Start the clock for one rendering of ``input_size`` characters; nothing runs without it."""
+        """Start the clock for one rendering of ``input_size`` characters.
+
+        Nothing runs without it.
+        """
         token = current.set(Budget.for_input(input_size))
         try:
             yield
@@ -289,7 +296,7 @@ def _watch_test(function: Any) -> Any:
 
 
 def _make_dict(source: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
-    """Do what ``dict`` does, item by item: keys with the same hash, which are easy to make, take quadratic time."""
+    """Do what ``dict`` does, item by item, as keys with the same hash take quadratic time."""
     look = current.get().look
     made = {}
     for key, value in source.items() if isinstance(source, Mapping) else source:

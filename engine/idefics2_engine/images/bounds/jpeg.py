@@ -72,12 +72,15 @@ def check_jpeg(data: bytes, max_pixels: int, name: str) -> None:
 
 
 def max_stream_bytes(pixels: int) -> int:
-    """Return how long the scans of an image may be; of noise at full quality they take 2 bytes a pixel."""
+    """Return how long the scans of an image may be.
+
+    Of noise at full quality they take 2 bytes a pixel.
+    """
     return (1 << 20) + 16 * pixels
 
 
 def check_scans(data: bytes, start: int, end: int, name: str, scans: int = 0) -> bool:
-    """Hold the part of a file from ``start`` to ``end``, inside one JPEG stream, to the bound on scans.
+    """Hold the part of a file from ``start`` to ``end``, in one JPEG stream, to the bound on scans.
 
     Returns:
         Whether the stream ends there.
