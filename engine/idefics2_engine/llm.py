@@ -135,7 +135,8 @@ class LLM:
             self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )
         if on.type == "cuda":
-            # Weights may have been copied on a stream of the caller's, which the engine does not wait for
+            # Weights may have been copied on a stream of the caller's, which the engine does not
+            # wait for
             torch.cuda.synchronize(on)
         self.stats = self.engine.stats
         self._thread = EngineThread(self.engine)

@@ -43,7 +43,8 @@ from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_k
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
-# Far above any use: a larger number is a mistake, and should say so before anything is allocated or counted to.
+# Far above any use: a larger number is a mistake, and should say so before anything is allocated or
+# counted to.
 _MOST_AT_ONCE = 1 << 20  # answers, or tokens of a step
 _MOST_KEPT = 2**31 - 1  # tokens, pixels or bytes
 _MOST_SECONDS = 86400.0

@@ -219,7 +219,8 @@ class RequestBuilder:
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
         check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
-        # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
+        # Drawn for a request with its own seed too, so that the seeds of the others do not depend
+        # on it
         drawn = self.draw_seed() if seed is None else seed
         return Request(
             request_id=str(next(self._ids)) if request_id is None else request_id,

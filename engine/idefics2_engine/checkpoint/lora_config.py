@@ -20,7 +20,8 @@ _MOST_PATTERNS = 4096
 _MOST_STARRED = 64
 # How training began, as far as the base weights stayed what they are
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out is back
+# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out
+# is back
 _SILENT = frozenset(
     [
         "auto_mapping",

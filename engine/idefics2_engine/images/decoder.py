@@ -37,7 +37,8 @@ from idefics2_engine.images.ppm import in_binary
 _PIXELS_A_READ = 64
 # Decoders that Pillow has in Python are up to 500 times slower than those in C.
 _MAX_PYTHON_PIXELS = 1 << 20
-# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie apart.
+# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie
+# apart.
 _MAX_PIXELS_A_BYTE = 64
 
 

@@ -62,7 +62,8 @@ def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Ima
     """
     if policy is ImagePolicy.PARITY:
         rgb = _rgb(_upright(image))
-        # Alpha is gone, but a transparent color is still known, and transformers' second step sees it
+        # Alpha is gone, but a transparent color is still known, and transformers' second step sees
+        # it
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
     several = getattr(image, "is_animated", False)  # before loading: it moves between frames
     if policy is ImagePolicy.STRICT:

@@ -18,8 +18,8 @@ from idefics2_engine.model.quantization import is_nf4
 from idefics2_engine.model_files import CONFIG, printable_path, why_no_model
 
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
-# Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in the file, and should
-# say so before anything is allocated or counted to.
+# Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in
+# the file, and should say so before anything is allocated or counted to.
 _MOST_LAYERS = 1024  # 32
 _MOST_HEADS = 1024  # 32
 _MOST_PIXELS = 1 << 14  # 980 a side

@@ -43,8 +43,8 @@ from idefics2_engine.prompts.template_budget import (
 
 MAX_SOURCE = 2**16  # characters of a template; the hub's have up to some 30,000
 _MAX_NODES = 2**14  # of its syntax tree, each of which takes some 50 us to compile
-# What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many keys at once, which
-# may all have the same hash
+# What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many
+# keys at once, which may all have the same hash
 _UNSAFE_METHODS = {"encode", "to_bytes", "striptags", "unescape", "fromkeys", "isdisjoint"}
 
 

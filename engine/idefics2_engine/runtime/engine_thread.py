@@ -27,7 +27,8 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # Guards the next two; reentrant, because garbage collection may close the engine at any point
+        # Guards the next two; reentrant, because garbage collection may close the engine at any
+        # point
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._is_closed = False

@@ -19,7 +19,8 @@ from idefics2_engine.sampling_params import SamplingParams
 _COLUMNS = 64  # rows are filled up to whole multiples, so that each begins at the same alignment
 _ROWS = 256  # of a prompt, that are scored at once: bounds the memory
 _ALWAYS = 20  # likeliest tokens beside each that every request may have, as by vLLM's default
-# Of a request that asks for more: an entry takes some 180 bytes, so 94 MB; 16 tokens with a vocabulary of 32,003
+# Of a request that asks for more: an entry takes some 180 bytes, so 94 MB; 16 tokens with a
+# vocabulary of 32,003
 _MOST_ENTRIES = 2**19
 
 

@@ -11,7 +11,8 @@ _MAX_SEGMENTS = 1000
 _MAX_SEGMENT_BYTES = 16 << 20
 _MAX_FILL = 1 << 12  # bytes between segments; Pillow reads them one by one
 
-# A byte FF before neither a stuffed zero nor a fill byte. Not `FF+`, which is quadratic in fill bytes.
+# A byte FF before neither a stuffed zero nor a fill byte. Not `FF+`, which is quadratic in fill
+# bytes.
 _MARKER = re.compile(rb"\xff([^\x00\xff])")
 # Within a scan restarts are data too, as is TEM, which has no contents
 _MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
