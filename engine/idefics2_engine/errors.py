@@ -1,13 +1,20 @@
 """What a caller may catch: one class per kind of bad input, all of them ``ValueError``."""
 
+import reprlib
+from numbers import Number
 from typing import ClassVar
+
+_MOST_CHARACTERS = 80
+# Python refuses to write integers that are not much longer
+_WRITTEN_BITS = 4096
 
 
 class Idefics2Error(ValueError):
     """Base of every error that bad input causes; the message names what, wanted and got.
 
     Attributes:
-        code: Short name of the class for machines, in ``--json`` and in the error rows of jobs; it never changes.
+        code: Short name of the class for machines, in ``--json`` and in the error rows of jobs; it
+            never changes.
     """
 
     code: ClassVar[str] = "bad_input"
@@ -84,12 +91,56 @@ class SamplingError(Idefics2Error):
 
 
 class InternalError(Idefics2Error):
-    """A prompt could not be prepared for a reason that is no fault of the prompt; the cause is chained."""
+    """A prompt could not be prepared for a reason that is no fault of the prompt.
+
+    The cause is chained.
+    """
 
     code = "internal"
 
 
 class RequestFailedError(Idefics2Error):
-    """The model could not be run on one request, alone in a step, or gave no finite logits; the others went on."""
+    """The model could not be run on one request, alone in a step, or gave no finite logits.
+
+    The others went on.
+    """
 
     code = "request_failed"
+
+
+def short_repr(value: object) -> str:
+    """Return ``value`` as Python writes it, cut.
+
+    An object that is no plain data is its type's name.
+    """
+    return _SHORT.repr(value)[:_MOST_CHARACTERS]
+
+
+class _Short(reprlib.Repr):
+    """Writes the beginning of containers.
+
+    Nothing large, deep or of a stranger's class is written out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 60
+        self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        bits = value.bit_length()
+        return repr(value) if bits <= _WRITTEN_BITS else f"an integer of {bits} bits"
+
+    def repr_instance(self, value: object, level: int) -> str:
+        if isinstance(value, bytes):
+            return repr(value[: self.maxother])
+        numpy_scalar = getattr(value, "shape", None) == ()  # its bool is no Number
+        if value is None or isinstance(value, Number) or numpy_scalar:
+            try:
+                return repr(value)
+            except ValueError:  # an integer that is too long to be written is part of it
+                pass
+        return f"<{type(value).__name__}>"
+
+
+_SHORT = _Short()

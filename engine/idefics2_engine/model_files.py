@@ -1,7 +1,8 @@
 """The one door to the files of a model's or an adapter's folder.
 
-A folder comes from outside: a name in it may be a pipe or a device, which could be read without end, or a link to one. Only
-regular files pass, after links are followed, and only up to the size that their kind can have.
+A folder comes from outside: a name in it may be a pipe or a device, which could be read without
+end, or a link to one. Only regular files pass, after links are followed, and only up to the size
+that their kind can have.
 """
 
 import io
@@ -37,27 +38,29 @@ def open_file(
     """Open the regular file ``path`` for a ``with`` statement, which gets it and its size in bytes.
 
     Raises:
-        Idefics2Error: As ``error``: the file is missing, is no regular file, is too large or cannot be read, here or
-            inside the ``with`` statement.
+        Idefics2Error: As ``error``: the file is missing, is no regular file, is too large or cannot
+            be read, here or inside the ``with`` statement.
     """
     try:
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError:
-        raise error(f"{shown_path(path)}: must be a file, got a folder") from None
+        raise error(f"{printable_path(path)}: must be a file, got a folder") from None
     except (OSError, ValueError) as reason:  # a name with half a character is a ValueError
-        raise error(f"{shown_path(path)}: cannot be read: {_why(reason)}") from None
+        raise error(f"{printable_path(path)}: cannot be read: {_why(reason)}") from None
     with file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
-            raise error(f"{shown_path(path)}: must be a file, got {kind}")
+            raise error(f"{printable_path(path)}: must be a file, got {kind}")
         most = _MOST_BYTES.get(path.suffix, _MOST_OTHER_BYTES)
         if status.st_size > most:
-            raise error(f"{shown_path(path)}: must have at most {most} bytes, got {status.st_size}")
+            raise error(
+                f"{printable_path(path)}: must have at most {most} bytes, got {status.st_size}"
+            )
         try:
             yield file, status.st_size
         except OSError as reason:
-            raise error(f"{shown_path(path)}: cannot be read: {_why(reason)}") from None
+            raise error(f"{printable_path(path)}: cannot be read: {_why(reason)}") from None
 
 
 def read_file(path: Path, error: type[Idefics2Error] = ConfigError) -> bytes:
@@ -67,27 +70,30 @@ def read_file(path: Path, error: type[Idefics2Error] = ConfigError) -> bytes:
 
 
 def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
-    """Return the text of the regular file ``path``, its lines ended as Python ends them; raises as ``open_file`` does."""
+    """Return the text of the regular file ``path``, its lines ended as Python ends them.
+
+    Raises as ``open_file`` does.
+    """
     content = read_file(path, error)
     try:
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
     except UnicodeDecodeError as reason:
         raise error(
-            f"{shown_path(path)}: cannot be read as text: byte {reason.start} is not UTF-8"
+            f"{printable_path(path)}: cannot be read as text: byte {reason.start} is not UTF-8"
         ) from None
 
 
 def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigError) -> list[Path]:
-    """Return what is in ``folder`` under a name that fits one of ``patterns``, sorted; ``error`` if it cannot be listed."""
+    """Return the paths in ``folder`` that fit a pattern, sorted; ``error`` if it fails."""
     try:
         names = os.listdir(folder)
     except (OSError, ValueError) as reason:
-        raise error(f"{shown_path(folder)}: cannot be listed: {_why(reason)}") from None
+        raise error(f"{printable_path(folder)}: cannot be listed: {_why(reason)}") from None
     return [folder / name for name in sorted(names) if any(fnmatchcase(name, p) for p in patterns)]
 
 
 def is_there(path: Path) -> bool:
-    """Whether something is called ``path``, a broken link included: that is an error to be told, not an absent file."""
+    """Whether something is called ``path``. A broken link counts, as it is no absent file."""
     return os.path.lexists(path)
 
 
@@ -108,7 +114,7 @@ def why_no_adapter(folder: Path) -> str:
     return "is a model, not an adapter: name it with --model"
 
 
-def shown_path(path: Path) -> str:
+def printable_path(path: Path) -> str:
     """Return ``path`` as it is if a terminal can bear it, else as Python writes it."""
     text = str(path)
     return text if text.isprintable() else repr(text)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import SamplingError, short_repr
 from idefics2_engine.field_checks import (
     ListOf,
     MismatchError,
@@ -16,7 +16,6 @@ from idefics2_engine.field_checks import (
     checked,
     flag,
 )
-from idefics2_engine.shown import shown
 
 _LARGEST = 1e6  # far beyond it fp32 logits overflow
 _MOST_ANSWERS = 16384  # to one prompt, as in vLLM: each is a sequence that waits for its turn
@@ -27,7 +26,7 @@ _TOKEN_ID = Whole(0)
 def _biases(values: object) -> dict[int, float]:
     """Accept a mapping from token ids, which JSON writes as text, to numbers."""
     if not isinstance(values, Mapping):
-        raise MismatchError("a mapping from token ids to numbers", shown(values))
+        raise MismatchError("a mapping from token ids to numbers", short_repr(values))
     to_bias = Number(-_LARGEST_BIAS, _LARGEST_BIAS)
     biases: dict[int, float] = {}
     for key, value in values.items():
@@ -36,9 +35,9 @@ def _biases(values: object) -> dict[int, float]:
             token, bias = _TOKEN_ID(int(key) if in_json else key), to_bias(value)
         except MismatchError:
             wanted = "a mapping from token ids to numbers in [-100, 100]"
-            raise MismatchError(wanted, f"{shown(value)} for {shown(key)}") from None
+            raise MismatchError(wanted, f"{short_repr(value)} for {short_repr(key)}") from None
         if token in biases:
-            raise MismatchError("a mapping with each token id once", f"{shown(key)} twice")
+            raise MismatchError("a mapping with each token id once", f"{short_repr(key)} twice")
         biases[token] = bias
     return biases
 
@@ -46,14 +45,14 @@ def _biases(values: object) -> dict[int, float]:
 def _string(value: object) -> str:
     """Accept a string that is not empty and that UTF-8 can write."""
     if not isinstance(value, str) or not value or not _is_unicode(value):
-        raise MismatchError("not empty and writable in UTF-8", shown(value))
+        raise MismatchError("not empty and writable in UTF-8", short_repr(value))
     return value
 
 
 def _word(value: object) -> str:
     """Accept a string that is more than spaces and that UTF-8 can write."""
     if not isinstance(value, str) or not value.strip(" ") or not _is_unicode(value):
-        raise MismatchError("more than spaces and writable in UTF-8", shown(value))
+        raise MismatchError("more than spaces and writable in UTF-8", short_repr(value))
     return value
 
 
@@ -74,14 +73,14 @@ class SamplingParams:
         top_p: Keep the most likely tokens that together have this probability; 1 keeps all.
         top_k: Keep this many most likely tokens; 0 or -1 keeps all.
         min_p: Keep tokens with at least this fraction of the most likely one's probability.
-        repetition_penalty: Divide positive logits of tokens seen in prompt or answer by this, multiply
-            negative ones; image tokens do not count.
+        repetition_penalty: Divide positive logits of tokens seen in prompt or answer by this,
+            multiply negative ones; image tokens do not count.
         presence_penalty: Subtract this from the logits of tokens that the answer has; from -2 to 2.
         frequency_penalty: Subtract this as often as the answer has the token; from -2 to 2.
         logit_bias: Add this, from -100 to 100, to the logits of tokens, by id.
         allowed_token_ids: The only tokens to choose from; all if ``None``.
-        bad_words: Words that the answer may not have, at the beginning of a word or inside one: the token that would
-            complete one is barred. A string is one word.
+        bad_words: Words that the answer may not have, at the beginning of a word or inside one: the
+            token that would complete one is barred. A string is one word.
         seed: Makes the request's random numbers its own; drawn from the engine's seed if ``None``.
         n: Answers to give.
         max_tokens: Tokens to generate at most; up to the model's length if ``None``.
@@ -91,9 +90,10 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string in the text.
         ignore_eos: Go on after an end token of the checkpoint.
         skip_special_tokens: Leave control tokens out of the text.
-        logprobs: How many of the likeliest tokens to report at each place of the answer, beside the chosen one; at
-            most the vocabulary, which -1 stands for. Above 20 they may have 524,288 entries for all places of the answers
-            together: 16 places of a vocabulary of 32,003. They are the model's own, before anything above. None if ``None``.
+        logprobs: How many of the likeliest tokens to report at each place of the answer, beside the
+            chosen one; at most the vocabulary, which -1 stands for. Above 20 they may have 524,288
+            entries for all places of the answers together: 16 places of a vocabulary of 32,003.
+            They are the model's own, before anything above. None if ``None``.
         prompt_logprobs: The same for each place of the prompt but the first.
 
     Raises:
@@ -129,12 +129,12 @@ class SamplingParams:
         check_fields(self, SamplingError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
-                f"min_tokens must be at most max_tokens {shown(self.max_tokens)}, "
-                f"got {shown(self.min_tokens)}"
+                f"min_tokens must be at most max_tokens {short_repr(self.max_tokens)}, "
+                f"got {short_repr(self.min_tokens)}"
             )
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether tokens that have occurred change logits."""
         return bool(
             self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
@@ -148,12 +148,12 @@ class SamplingParams:
             SamplingError: A name is unknown, or a value is out of its range or of the wrong type.
         """
         if not isinstance(values, Mapping):
-            raise SamplingError(f"sampling parameters must be a dict, got {shown(values)}")
+            raise SamplingError(f"sampling parameters must be a dict, got {short_repr(values)}")
         known = [field.name for field in fields(cls)]
         for name, value in values.items():
             if name not in known:
                 raise SamplingError(
-                    f"{shown(name)} must be one of {', '.join(known)}, got it with {shown(value)}"
+                    f"{short_repr(name)} must be one of {', '.join(known)}, got it with {short_repr(value)}"
                 )
         return cls(**values)
 
@@ -161,17 +161,18 @@ class SamplingParams:
         """Refuse what a model with ``vocab_size`` tokens does not have.
 
         Raises:
-            SamplingError: A token id is not below ``vocab_size``, or more log probabilities are asked for.
+            SamplingError: A token id is not below ``vocab_size``, or more log probabilities are
+                asked for.
         """
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             largest = max(getattr(self, name) or (0,))
             if largest >= vocab_size:
                 raise SamplingError(
-                    f"{name} must be below the vocabulary's {vocab_size}, got {shown(largest)}"
+                    f"{name} must be below the vocabulary's {vocab_size}, got {short_repr(largest)}"
                 )
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name) or 0
             if number > vocab_size:
                 raise SamplingError(
-                    f"{name} must be at most the vocabulary's {vocab_size}, got {shown(number)}"
+                    f"{name} must be at most the vocabulary's {vocab_size}, got {short_repr(number)}"
                 )

@@ -1,8 +1,9 @@
 """Checksums: whether a folder's files are those that somebody published.
 
-Three sources name them, and every one that there is must agree: sums files in the folder (``SHA256SUMS``, ``*.sha256``); the hub's cache,
-where a file is a link to a blob that is called by its checksum; and what the hub's client notes beside a download into a folder.
-For large files the hub's checksum is sha256, for others the one that git gives a blob.
+Three sources name them, and every one that there is must agree: sums files in the folder
+(``SHA256SUMS``, ``*.sha256``); the hub's cache, where a file is a link to a blob that is called by
+its checksum; and what the hub's client notes beside a download into a folder. For large files the
+hub's checksum is sha256, for others the one that git gives a blob.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.json_file import printable
-from idefics2_engine.model_files import is_there, open_file, paths_in, read_text, shown_path
+from idefics2_engine.model_files import is_there, open_file, paths_in, printable_path, read_text
 
 _NOTES = Path(".cache/huggingface/download")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -36,7 +37,8 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
 
     Args:
         folder: A checkpoint's or an adapter's.
-        weights: Files that must have a checksum. JSON files and templates are compared where they have one.
+        weights: Files that must have a checksum. JSON files and templates are compared where they
+            have one.
 
     Raises:
         CheckpointError: A file differs, a weight file has no checksum, or a sums file is malformed.
@@ -52,13 +54,13 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
     unknown = sorted(weights - {file for file, _ in expected})
     if unknown:
         raise CheckpointError(
-            f"{shown_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
+            f"{printable_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
             "names it, or a download from the hub"
         )
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         found = list(pool.map(lambda pair: _digest(pair[0], len(pair[1].digest)), expected))
     wrong = [
-        f"{shown_path(file)}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
+        f"{printable_path(file)}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
         for (file, wanted), got in zip(expected, found, strict=True)
         if got != wanted.digest
     ]
@@ -76,7 +78,10 @@ def _digest(file: Path, length: int) -> str:
 
 
 def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
-    """Return what the folder's sums files say, by file name; lines of subfolders' files are passed over."""
+    """Return what the folder's sums files say, by file name.
+
+    Lines of subfolders' files are passed over.
+    """
     sums: dict[str, list[_Sum]] = {}
     for path in paths_in(folder, "SHA256SUMS", "*.sha256", error=CheckpointError):
         lines = read_text(path, CheckpointError).splitlines()
@@ -88,7 +93,7 @@ def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
             name = match and (match[2] or alone)
             if not match or not name:
                 raise CheckpointError(
-                    f"{shown_path(path)}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
+                    f"{printable_path(path)}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
                 )
             sums.setdefault(name, []).append(_Sum(match[1].lower(), printable(path.name)))
     return sums
@@ -105,7 +110,7 @@ def _cache_sums(file: Path) -> list[_Sum]:
 
 
 def _note_sums(file: Path) -> list[_Sum]:
-    """Return what the hub's client wrote down when it downloaded ``file`` into its folder: commit, checksum, time."""
+    """Return the checksum that the hub's client noted when it downloaded ``file``."""
     note = file.parent / _NOTES / f"{file.name}.metadata"
     if not is_there(note):
         return []

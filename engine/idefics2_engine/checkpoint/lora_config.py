@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` says about a LoRA adapter in PEFT's format: ranks and scales, and that it is of the plain kind."""
+"""What ``adapter_config.json`` says about a plain LoRA adapter in PEFT's format: ranks, scales."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from idefics2_engine.checkpoint.name_pattern import NamePattern
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section, printable, read_json
-from idefics2_engine.model_files import ADAPTER_CONFIG, shown_path, why_no_adapter
-from idefics2_engine.shown import shown
+from idefics2_engine.model_files import ADAPTER_CONFIG, printable_path, why_no_adapter
 
 _Value = TypeVar("_Value")
 
@@ -21,7 +20,8 @@ _MOST_PATTERNS = 4096
 _MOST_STARRED = 64
 # How training began, as far as the base weights stayed what they are
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out is back
+# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out
+# is back
 _SILENT = frozenset(
     [
         "auto_mapping",
@@ -78,7 +78,7 @@ class AdapterConfig:
             ConfigError: It is missing, no JSON, or describes something else than plain LoRA.
         """
         if mistaken := why_no_adapter(folder):
-            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
+            raise ConfigError(f"{printable_path(folder)}: {mistaken}")
         path = folder / ADAPTER_CONFIG
         values = read_json(path)
         section = Section(str(path), values)
@@ -91,7 +91,7 @@ class AdapterConfig:
             # as null, false and {} they mean the plain kind
             if key not in _SILENT | _READ and value:
                 raise ConfigError(
-                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {shown(value)}: "
+                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {short_repr(value)}: "
                     "merge the adapter with PEFT's merge_and_unload, and save and load that model instead"
                 )
         ranks = section.section("rank_pattern")
@@ -131,7 +131,7 @@ def _names(section: Section, key: str) -> list[str]:
 
 
 def _patterns(section: Section, read: Callable[[str], _Value]) -> list[tuple[NamePattern, _Value]]:
-    """Compile the keys of ``section``, which PEFT takes for regular expressions of the end of a module's name."""
+    """Compile the keys of ``section``, to PEFT expressions of the end of a module's name."""
     keys = list(section.values)
     starred = sum("*" in key or "+" in key for key in keys)
     if len(keys) > _MOST_PATTERNS or starred > _MOST_STARRED:

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor
 from idefics2_engine.errors import CheckpointError
-from idefics2_engine.model_files import shown_path
+from idefics2_engine.model_files import printable_path
 
 
 def read_values(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Yield the values of ``tensors`` in their order; a file is opened once for those that follow each other.
+    """Yield the values of ``tensors`` in their order.
+
+    A file is opened once for those that follow each other.
 
     Raises:
         CheckpointError: A file has changed since its header was read.
@@ -24,5 +26,5 @@ def read_values(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
                     yield tensor, opened.get_tensor(tensor.key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{shown_path(file)}: cannot be read as safetensors: {error}"
+                f"{printable_path(file)}: cannot be read as safetensors: {error}"
             ) from None

@@ -1,8 +1,9 @@
-"""The bytes of an image file to a picture: which formats, how large, and errors in our own words.
+"""The bytes of an image file to pixels: which formats, how large, and errors in our own words.
 
 Each file goes to the one Pillow plugin that its first bytes ask for, and never through Pillow's
-search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget is
-refused before memory is taken for it, without touching Pillow's own limit, which belongs to the process.
+search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget
+is refused before memory is taken for it, without touching Pillow's own limit, which belongs to the
+process.
 """
 
 import io
@@ -28,7 +29,7 @@ from idefics2_engine.images.bounds.bounded_file import BoundedFile
 from idefics2_engine.images.bounds.chunks import check_png, check_webp
 from idefics2_engine.images.bounds.jpeg import check_jpeg
 from idefics2_engine.images.bounds.tiff import check_tiff
-from idefics2_engine.images.pillow_guard import reading
+from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
 from idefics2_engine.images.ppm import in_binary
 
@@ -36,7 +37,8 @@ from idefics2_engine.images.ppm import in_binary
 _PIXELS_A_READ = 64
 # Decoders that Pillow has in Python are up to 500 times slower than those in C.
 _MAX_PYTHON_PIXELS = 1 << 20
-# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie apart.
+# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie
+# apart.
 _MAX_PIXELS_A_BYTE = 64
 
 
@@ -54,7 +56,7 @@ class _Format:
 
 
 def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
-    """Return the picture in an image file, upright and in RGB.
+    """Return the image in a file, upright and in RGB.
 
     Args:
         data: A PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file.
@@ -70,7 +72,7 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
         names = ", ".join(one.name for one in _FORMATS)
         got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
         raise ImageError(f"{name}: must be an image file ({names}), got {got}")
-    with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
+    with guard_pillow(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
         kind.check(data, max_pixels, name)
         file = BoundedFile(data, name)
         with kind.open(file) as opened:
@@ -107,7 +109,7 @@ def _format(data: bytes) -> _Format | None:
 
 
 def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
-    """Bound what opened files cost beyond their pixels: decoders in Python, rows read piece by piece."""
+    """Bound what files cost beyond their pixels: decoders in Python, rows read piece by piece."""
     # Pillow keeps those in Python, and only those, in this dictionary
     if any(tile[0] in Image.DECODERS for tile in image.tile):
         pixels, size = image.width * image.height, len(file.getbuffer())
@@ -125,7 +127,7 @@ def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
 
 
 def _check_webp(data: bytes, max_pixels: int, name: str) -> None:
-    """Check the size too: the plugin takes memory for the picture when it is opened."""
+    """Check the size too: the plugin takes memory for the image when it is opened."""
     check_size(_webp_size(data), max_pixels, name)
     check_webp(data, name)
 

@@ -1,4 +1,4 @@
-"""The one door for images: whatever a caller calls an image, read within the rules, comes out as RGB."""
+"""The one entry for images: turns everything that a caller passes as one into RGB, by the rules."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
 from idefics2_engine.images.download import FetchRules, Network, fetch
 from idefics2_engine.images.parallel import alone_with
-from idefics2_engine.images.pillow_guard import reading
+from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
 from idefics2_engine.images.sources import (
     check_bytes,
@@ -62,7 +62,8 @@ class MediaConfig:
         max_media_bytes: Largest file, data URI or download, in whatever form it comes.
         allowed_media_root: Files must lie below it; any file will do if ``None``.
         allowed_media_hosts: Hosts that URLs may name: ``"name"``, ``"name:port"``, ``".name"`` for
-            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected to.
+            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected
+            to.
         media_timeout: Longest a download may take in seconds, redirects included.
         image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
         allow_http: Whether URLs may do without TLS.
@@ -142,10 +143,10 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     """Read one image, upright and in RGB; a Pillow image that is so already comes back itself.
 
     Args:
-        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI with
-            base64, the bytes of an image file, an open binary file, which is read from its
+        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI
+            with base64, the bytes of an image file, an open binary file, which is read from its
             beginning, ``{"bytes": …, "path": …}`` as ``datasets`` has it, where bytes win, a Pillow
-            image, or an array or tensor (see ``pixel_arrays.array_rgb``).
+            image, or an array or tensor (see ``arrays.array_rgb``).
         config: The rules; those of ``MediaConfig()`` if ``None``.
 
     Raises:
@@ -158,7 +159,7 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     policy, budget = config.image_policy, config.max_image_pixels
     plain = plain_source(source, config.max_media_bytes)
     if isinstance(plain, Image.Image):
-        with reading("image: Pillow cannot read it as RGB"):
+        with guard_pillow("image: Pillow cannot read it as RGB"):
             # Images that are not loaded may share a file
             files = (getattr(plain, name, None) for name in ("fp", "_fp"))
             with alone_with(plain, *files):
@@ -186,7 +187,7 @@ def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
     image = load_image(plain, config)
     if image is not source:
         return image
-    with reading("image: Pillow cannot copy it"):
+    with guard_pillow("image: Pillow cannot copy it"):
         return image.copy()
 
 

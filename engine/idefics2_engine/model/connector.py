@@ -1,4 +1,4 @@
-"""The connector: a gated projection of every patch, then a perceiver that resamples an image to its latents."""
+"""The connector: a gated projection of patches, and a perceiver that resamples them to latents."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -6,14 +6,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.gated_mlp import GatedMLP
 from idefics2_engine.model.config import ModelConfig, PerceiverConfig
-from idefics2_engine.model.layers import RMSNorm
+from idefics2_engine.model.layers import GatedMLP, RMSNorm
 from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 
-class Attention(nn.Module):
+class PerceiverAttention(nn.Module):
     """Latents look at their image's patches and at themselves; the two key ranges stay apart."""
 
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
@@ -28,7 +27,7 @@ class Attention(nn.Module):
     def forward(
         self, latents: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """Map ``latents`` (N, L, hidden), reading ``context`` (P, hidden) by ``cu_seqlens`` (N + 1,)."""
+        """Update ``latents`` (N, L, hidden) from ``context`` (P, hidden) by ``cu_seqlens``."""
         q = self.q_proj(latents).unflatten(-1, (-1, self.head_dim))
         k_latents, v_latents = self._keys_and_values(latents)
         k_context, v_context = self._keys_and_values(context)
@@ -43,7 +42,7 @@ class Attention(nn.Module):
         return k, v
 
 
-class Layer(nn.Module):
+class PerceiverLayer(nn.Module):
     """Pre-norm block; its last branch is added to the residual by the norm that follows."""
 
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
@@ -51,14 +50,17 @@ class Layer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.latents_norm = RMSNorm(hidden, eps, ops)
         self.context_norm = RMSNorm(hidden, eps, ops)
-        self.attention = Attention(config, ops)
+        self.attention = PerceiverAttention(config, ops)
         self.mlp_norm = RMSNorm(hidden, eps, ops)
         self.mlp = GatedMLP(hidden, config.intermediate_size, hidden, ops)
 
     def forward(
         self, x: Tensor, residual: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        """Take ``x`` (N, L, hidden), the norm of ``residual``; return a branch, and the residual to add it to."""
+        """Take ``x`` (N, L, hidden), the norm of ``residual``.
+
+        Return a branch, and the residual to add it to.
+        """
         x = self.attention(x, self.context_norm(context), cu_seqlens, max_seqlen)
         x, residual = self.mlp_norm.add(x, residual)
         return self.mlp(x), residual
@@ -70,13 +72,13 @@ class Perceiver(nn.Module):
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(PerceiverLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, context: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Resample ``context`` (P, hidden), N images packed by ``cu_seqlens`` (N + 1,): (N, L, hidden)."""
+        """Resample ``context`` (P, hidden), N images by ``cu_seqlens``, to (N, L, hidden)."""
         residual = self.latents.expand(cu_seqlens.shape[0] - 1, -1, -1)
-        layers = cast(Sequence[Layer], self.layers)
+        layers = cast(Sequence[PerceiverLayer], self.layers)
         next_norms = [*(layer.latents_norm for layer in layers[1:]), self.norm]
         x: Tensor = layers[0].latents_norm(residual)
         for layer, next_norm in zip(layers, next_norms, strict=True):

@@ -1,11 +1,10 @@
-"""What is kept in four bits: what a caller asks for, and what a ``config.json`` says of weights that are so already."""
+"""What is quantized: as a caller asks, or as a ``config.json`` says of the weights beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section
-from idefics2_engine.shown import shown
 
 PARTS = ("vision", "connector", "text")
 """The parts of the model whose linear layers can be in NF4; embeddings, norms and the head never are."""
@@ -13,7 +12,7 @@ PARTS = ("vision", "connector", "text")
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantise the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
+    """Quantize the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
 
     Raises:
         ConfigError: ``parts`` are none or are not all parts of the model.
@@ -31,28 +30,28 @@ class Quantization:
     def from_arguments(
         cls, quantization: str | None, quantized_parts: Sequence[str] | None, double_quant: bool
     ) -> "Quantization | None":
-        """Return what the arguments of ``LLM`` by these names ask for; ``ConfigError`` if they contradict each other."""
+        """Return what these arguments of ``LLM`` ask for; ``ConfigError`` on contradictions."""
         if quantization is None:
             if quantized_parts is not None or not double_quant:
                 raise ConfigError("quantized_parts and double_quant must come with quantization")
             return None
         if quantization != "nf4":
-            raise ConfigError(f"quantization must be 'nf4', got {shown(quantization)}")
+            raise ConfigError(f"quantization must be 'nf4', got {short_repr(quantization)}")
         if quantized_parts is None:
             return cls(double_quant=double_quant)
         if isinstance(quantized_parts, str):
-            raise ConfigError(f"quantized_parts must be a list, got {shown(quantized_parts)}")
+            raise ConfigError(f"quantized_parts must be a list, got {short_repr(quantized_parts)}")
         return cls(tuple(quantized_parts), double_quant)
 
 
 def is_nf4(config: Section) -> bool:
-    """Say whether the checkpoint of this ``config.json`` was quantised by bitsandbytes to NF4.
+    """Say whether the checkpoint of this ``config.json`` was quantized by bitsandbytes to NF4.
 
-    Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules`` matches has
-    changed between releases of transformers.
+    Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules``
+    matches has changed between releases of transformers.
 
     Raises:
-        ConfigError: It was quantised in another way.
+        ConfigError: It was quantized in another way.
     """
     if config.values.get("quantization_config") is None:
         return False
@@ -83,7 +82,7 @@ def is_nf4(config: Section) -> bool:
 def bitsandbytes_config(
     dtype: str, double_quant: bool, skipped: Sequence[str]
 ) -> dict[str, object]:
-    """Return the ``quantization_config`` by which transformers reads NF4 weights and computes with them in ``dtype``.
+    """Return the ``quantization_config`` for transformers to compute with NF4 weights in ``dtype``.
 
     ``skipped`` are the modules in 16 bit, with all that is in them.
     """

@@ -6,17 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.gated_mlp import GatedMLP
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.config import TextConfig
-from idefics2_engine.model.layers import RMSNorm
+from idefics2_engine.model.layers import GatedMLP, RMSNorm
 from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, (pages, H_KV, P, D) each
 
 
-class Attention(nn.Module):
+class TextAttention(nn.Module):
     """Causal attention with grouped heads, rotary positions and a sliding window."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
@@ -34,7 +33,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, batch: TextBatch, cos_sin: Tensor, cache: LayerCache | None
     ) -> Tensor:
-        """Map ``x`` (T, hidden) to (T, hidden), through ``cache`` when the batch has a paged view."""
+        """Map ``x`` (T, hidden) to (T, hidden), through ``cache`` if the batch has a paged view."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         if batch.paged is None or cache is None:
             q, k = self.ops.rotary(q, k, batch.positions, cos_sin)
@@ -57,14 +56,14 @@ class Attention(nn.Module):
         return projected
 
 
-class Layer(nn.Module):
+class TextLayer(nn.Module):
     """Pre-norm block; its last branch is added to the residual by the norm that follows."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, ops)
-        self.attention = Attention(config, ops)
+        self.attention = TextAttention(config, ops)
         self.mlp_norm = RMSNorm(hidden, eps, ops)
         self.mlp = GatedMLP(hidden, config.intermediate_size, hidden, ops)
 
@@ -76,19 +75,22 @@ class Layer(nn.Module):
         cos_sin: Tensor,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """Take ``x`` (T, hidden), the norm of ``residual``; return a branch, and the residual to add it to."""
+        """Take ``x`` (T, hidden), the norm of ``residual``.
+
+        Return a branch, and the residual to add it to.
+        """
         x, residual = self.mlp_norm.add(self.attention(x, batch, cos_sin, cache), residual)
         return self.mlp(x), residual
 
 
 class TextModel(nn.Module):
-    """Token embeddings in, normalised hidden states out."""
+    """Token embeddings in, normalized hidden states out."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TextLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self._cos_sin: Tensor | None = None
 
@@ -101,7 +103,7 @@ class TextModel(nn.Module):
                 "a batch with a paged view needs kv_cache, and one without must have none"
             )
         cos_sin = self.cos_sin(embeds.device)
-        layers = cast(Sequence[Layer], self.layers)
+        layers = cast(Sequence[TextLayer], self.layers)
         next_norms = [*(layer.attention_norm for layer in layers[1:]), self.norm]
         x: Tensor = layers[0].attention_norm(embeds)
         residual = embeds
@@ -112,14 +114,14 @@ class TextModel(nn.Module):
         return x
 
     def cos_sin(self, device: torch.device) -> Tensor:
-        """Return the rotary table (positions, D) on ``device``: D/2 cosines, then D/2 sines, fp32."""
+        """Return the rotary table (positions, D), fp32: D/2 cosines, then D/2 sines."""
         if self._cos_sin is None or self._cos_sin.device != device:
             self._cos_sin = rotary_table(self.config).to(device)
         return self._cos_sin
 
 
 def rotary_table(config: TextConfig) -> Tensor:
-    """Build the rotary table (positions, D) on the CPU, in fp32 throughout as the model was trained."""
+    """Build the rotary table (positions, D) on the CPU, in fp32 as the model was trained."""
     D = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (
         torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D

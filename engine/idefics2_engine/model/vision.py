@@ -9,7 +9,7 @@ from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     """Full attention inside each image."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
@@ -20,14 +20,14 @@ class Attention(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Map ``x`` (P, hidden) to (P, hidden); ``cu_seqlens`` (N + 1,) says whose patches are whose."""
+        """Map ``x`` (P, hidden) to (P, hidden); ``cu_seqlens`` (N + 1,) bounds the images."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         out = self.ops.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal=False)
         projected: Tensor = self.out_proj(out.flatten(1))
         return projected
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     """Two products with GELU, in its tanh form, between."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
@@ -41,20 +41,23 @@ class MLP(nn.Module):
         return out
 
 
-class Layer(nn.Module):
+class VisionLayer(nn.Module):
     """Pre-norm block; its last branch is added to the residual by the norm that follows."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
-        self.attention = Attention(config, ops)
+        self.attention = VisionAttention(config, ops)
         self.mlp_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
-        self.mlp = MLP(config, ops)
+        self.mlp = VisionMLP(config, ops)
 
     def forward(
         self, branch: Tensor, residual: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        """Take and return a branch (P, hidden) that is not yet added to its ``residual`` (P, hidden)."""
+        """Map a branch and its ``residual`` (P, hidden) to the next two.
+
+        Neither pair is added yet.
+        """
         x, residual = self.attention_norm.add(branch, residual)
         x, residual = self.mlp_norm.add(self.attention(x, cu_seqlens, max_seqlen), residual)
         return self.mlp(x), residual
@@ -67,7 +70,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.patch_embedding = Linear(config.patch_dim, config.hidden_size, ops, bias=True)
         self.position_embedding = nn.Parameter(torch.empty(config.grid**2, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(VisionLayer(config, ops) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
 
     def forward(

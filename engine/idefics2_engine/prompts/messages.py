@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idefics2_engine.caller_errors import caller_code
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, short_repr
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.prompts.tokenizer import check_text
-from idefics2_engine.shown import shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -20,12 +19,13 @@ def read_messages(
     """Check a conversation and take the images out of it.
 
     Args:
-        messages: Each ``{"role": "system", "user" or "assistant", "content": str or list of parts}``,
-            a part being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes
-            the next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
-            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's ``detail``
-            may stand and changes nothing. A key whose value is ``None`` counts as missing:
-            ``datasets`` gives every row the keys of all.
+        messages: Each
+            ``{"role": "system", "user" or "assistant", "content": str or list of parts}``, a part
+            being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes the
+            next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
+            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's
+            ``detail`` may stand and changes nothing. A key whose value is ``None`` counts as
+            missing: ``datasets`` gives every row the keys of all.
         images: What the bare image parts stand for, in order.
         name: What errors call the conversation.
 
@@ -34,9 +34,10 @@ def read_messages(
         source of each image part. Nothing of them but the sources belongs to the caller.
 
     Raises:
-        PromptError: A message has another shape or a key that is not listed here (a ``chat_template``
-            among them: templates come with the checkpoint alone), its text cannot be written in
-            UTF-8, there are more or fewer images than bare parts, or reading it raised an error.
+        PromptError: A message has another shape or a key that is not listed here (a
+            ``chat_template`` among them: templates come with the checkpoint alone), its text cannot
+            be written in UTF-8, there are more or fewer images than bare parts, or reading it
+            raised an error.
     """
     turns = []
     sources: list[ImageSource | None] = []
@@ -47,7 +48,7 @@ def read_messages(
             or not messages
         ):
             raise PromptError(
-                f"{name}: must be a list of at least one message, got {shown(messages)}"
+                f"{name}: must be a list of at least one message, got {short_repr(messages)}"
             )
         for index, message in enumerate(messages):
             where = f"{name}[{index}]"
@@ -68,18 +69,22 @@ def read_messages(
 def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageSource | None]]:
     given = _given(message)
     if not isinstance(given, dict) or given.keys() != {"role", "content"}:
-        got = shown(sorted(map(str, given))) if isinstance(given, dict) else type(message).__name__
+        got = (
+            short_repr(sorted(map(str, given)))
+            if isinstance(given, dict)
+            else type(message).__name__
+        )
         raise PromptError(f"{where}: must be a dict with 'role' and 'content', got {got}")
     role, content = given["role"], given["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(
-            f"{where}: role must be 'system', 'user' or 'assistant', got {shown(role)}"
+            f"{where}: role must be 'system', 'user' or 'assistant', got {short_repr(role)}"
         )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple) or not content:
         raise PromptError(
-            f"{where}: content must be a string or a list of at least one part, got {shown(content)}"
+            f"{where}: content must be a string or a list of at least one part, got {short_repr(content)}"
         )
     parts = []
     sources: list[ImageSource | None] = []
@@ -104,7 +109,9 @@ def _read_text(part: Mapping[str, Any], where: str) -> str:
         case {"text": str(text)} if len(part) == 2:
             check_text(text, where)
             return text
-    raise PromptError(f"{where}: must be {{'type': 'text', 'text': string}}, got {shown(part)}")
+    raise PromptError(
+        f"{where}: must be {{'type': 'text', 'text': string}}, got {short_repr(part)}"
+    )
 
 
 def _read_source(part: Any, where: str) -> ImageSource | None:
@@ -127,4 +134,4 @@ def _read_source(part: Any, where: str) -> ImageSource | None:
         ) if len(part) == 2:
             found = source
             return found
-    raise PromptError(f"{where}: must be a text, image or image_url part, got {shown(part)}")
+    raise PromptError(f"{where}: must be a text, image or image_url part, got {short_repr(part)}")

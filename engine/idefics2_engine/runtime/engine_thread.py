@@ -1,7 +1,8 @@
 """The engine on a thread of its own, for callers on any number of threads.
 
-Signal handlers run on the main thread, so an interrupt or a time-out of the caller never cuts off a step. Settings of
-the caller's thread, such as ``torch.autocast`` and the default device, do not reach the engine either.
+Signal handlers run on the main thread, so an interrupt or a time-out of the caller never cuts off a
+step. Settings of the caller's thread, such as ``torch.autocast`` and the default device, do not
+reach the engine either.
 """
 
 import contextlib
@@ -47,8 +48,10 @@ class EngineThread:
         """Return a room for requests whose progress is told on the engine's thread.
 
         Args:
-            on_update: Is called with each request that has finished, which the engine then no longer changes.
-            on_error: Is called once if the engine drops the client: after a fault of its own, or when it is closed.
+            on_update: Is called with each request that has finished, which the engine then no
+                longer changes.
+            on_error: Is called once if the engine drops the client: after a fault of its own, or
+                when it is closed.
             every_token: Whether ``on_update`` is called after each step that changed a request too.
 
         Raises:
@@ -62,7 +65,8 @@ class EngineThread:
         """Run ``function`` on the thread, between two steps.
 
         Raises:
-            RuntimeError: The engine was closed, or belongs to the process that this one was forked from.
+            RuntimeError: The engine was closed, or belongs to the process that this one was forked
+                from.
         """
         if self._process != os.getpid():
             raise RuntimeError("LLM: a forked process must load a model of its own")
@@ -72,10 +76,14 @@ class EngineThread:
             raise RuntimeError("LLM: this model was closed, and answers no more")
 
     def close(self) -> None:
-        """End the thread after the step it is in; clients are told. Does nothing the second time."""
+        """End the thread after the step it is in.
+
+        Clients are told. Does nothing the second time.
+        """
         self._is_closed = True
         self._commands.put(self._stop)
-        # Garbage collection may close the engine on its own thread; a forked process has no such thread
+        # Garbage collection may close the engine on its own thread, and a forked process has no
+        # such thread
         if self._thread is not threading.current_thread() and self._process == os.getpid():
             self._thread.join()
             self.__dict__.pop("_engine", None)

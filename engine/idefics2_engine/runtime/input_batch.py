@@ -1,4 +1,4 @@
-"""What a step's tokens are and where they go, as arrays on the host, packed and ready to be copied to the device."""
+"""A step's tokens and their places as arrays on the host, packed to be copied to the device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class PackedStep:
     context_lens: Ints  # (B,)
     block_table: Ints  # (B, W)
     logits_indices: Ints  # tokens whose logits are wanted
-    image_rows: Ints  # rows of all slots' embeddings that the image tokens are, in order
+    image_rows: Ints  # rows of the embeddings of all entries that the image tokens are, in order
     max_seqlen: int
     is_decode: bool  # whether every chunk is one text token that another is drawn behind
 
@@ -46,7 +46,7 @@ class PackedStep:
 
 
 def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents: int) -> PackedStep:
-    """Pack the chunks of ``step``; ``drawn`` says in which row of the step before a sequence's token is being drawn."""
+    """Pack the chunks of ``step``; ``drawn`` has the rows of tokens that are being sampled."""
     chunks = step.chunks
     begins = np.array([chunk.begin for chunk in chunks], np.int32)
     lengths = np.array([chunk.end for chunk in chunks], np.int32) - begins
@@ -95,7 +95,7 @@ NOTHING = PackedStep(
 
 
 def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
-    """Return a step of ``size`` decoding sequences with ``width`` pages each: those of ``packed``, and padding.
+    """Return ``packed`` padded to ``size`` decoding sequences with ``width`` pages each.
 
     Padding has no query: nothing is read or written for it.
     """
@@ -118,7 +118,7 @@ def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
     )
 
 
-def known(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
+def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
     """Replace each -1 - row among ``input_ids`` (T,) by ``last_tokens[row]``."""
     rows = (-1 - input_ids).clamp(min=0)
     return torch.where(input_ids < 0, last_tokens[rows], input_ids)
@@ -127,7 +127,7 @@ def known(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 def text_batch(
     copies: list[Tensor], input_ids: Tensor, packed: PackedStep, *, every_row: bool = False
 ) -> TextBatch:
-    """Make a batch of the copies of ``packed.arrays()`` on the device, with ``input_ids`` (T,) all known.
+    """Make a batch of the device's copies of ``packed.arrays()``, with ``input_ids`` (T,) known.
 
     ``every_row`` gives logits for all tokens.
     """
@@ -154,7 +154,7 @@ def _tokens(chunk: Chunk, drawn: Mapping[Sequence, int]) -> list[int]:
 
 
 def _wanted(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
-    """Return the tokens whose logits are wanted: prompt tokens that are scored, and each last one that samples."""
+    """Return the tokens whose logits are needed: prompt tokens to score, and those that sample."""
     wanted = [
         place - chunk.begin + offset
         for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)
@@ -166,8 +166,8 @@ def _wanted(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
 def _image_rows(chunks: list[Chunk], num_latents: int) -> Ints:
     rows = [
         np.arange(max(item.begin, chunk.begin), min(item.end, chunk.end), dtype=np.int32)
-        + (slot * num_latents - item.begin)
+        + (entry * num_latents - item.begin)
         for chunk in chunks
-        for item, slot in chunk.images
+        for item, entry in chunk.images
     ]
     return np.concatenate([*rows, _NONE]).astype(np.int32)

@@ -1,11 +1,12 @@
 """What the parameters of a batch change in its logits, before temperature and filters.
 
-The host lists (row, token) pairs, and the device applies each list to all rows at once: only listed places are read and
-written, and a row that asks for nothing costs nothing. In this order: allowed ids, bad words, end tokens that come too
-early, bias, penalties. What is barred stays so, because neither bias nor penalty moves -inf.
+The host lists (row, token) pairs, and the device applies each list to all rows at once: only listed
+places are read and written, and a row that asks for nothing costs nothing. In this order: allowed
+ids, bad words, end tokens that come too early, bias, penalties. What is barred stays so, because
+neither bias nor penalty moves -inf.
 
-A token is barred by adding -inf to its logit, not by writing it there: NaN stays NaN and infinity becomes NaN, so the
-largest edited logit still tells whether all logits of the model could be used.
+A token is barred by adding -inf to its logit, not by writing it there: NaN stays NaN and infinity
+becomes NaN, so the largest edited logit still tells whether all logits of the model could be used.
 """
 
 from collections.abc import Sequence as Items
@@ -26,13 +27,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """Places to change in logits (B, V), by row and token: N of each kind, and none twice but those that are barred."""
+    """Places to change in logits (B, V), by row and token: N of each kind."""
 
     allowed_rows: Tensor  # (R,): rows that choose among allowed places only
     allowed: tuple[Tensor, Tensor]
     barred: tuple[Tensor, Tensor]
     biased: tuple[Tensor, Tensor]
-    penalised: tuple[Tensor, Tensor]
+    penalized: tuple[Tensor, Tensor]
     bias: Tensor  # (N,) fp32: added
     repetition: Tensor  # (N,) fp32: divides a positive logit, multiplies another
     frequency: Tensor  # (N,) fp32: subtracted
@@ -45,7 +46,10 @@ class LogitEdits:
         return cls(ids[0], *pairs, *values)  # type: ignore[arg-type]
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the edited ``logits`` (B, V), fp32 or wider if more than masks was asked for; ``logits`` may be overwritten."""
+        """Return the edited ``logits`` (B, V), which may be overwritten.
+
+        They are fp32 or wider if more than masks was asked for.
+        """
         if len(self.bias) or len(self.repetition):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if len(self.allowed_rows):
@@ -57,14 +61,17 @@ class LogitEdits:
         if len(self.bias):
             logits[self.biased] = logits[self.biased] + self.bias
         if len(self.repetition):
-            values = logits[self.penalised]
+            values = logits[self.penalized]
             values = torch.where(values > 0, values / self.repetition, values * self.repetition)
-            logits[self.penalised] = values - self.frequency - self.presence
+            logits[self.penalized] = values - self.frequency - self.presence
         return logits
 
 
 class EditFinder:
-    """Lists the edits of a step; keeps a history of each sequence that is penalised, as long as the sequence lives."""
+    """Lists the edits of a step.
+
+    Keeps a history of each sequence that is penalized, as long as the sequence lives.
+    """
 
     def __init__(self, image_token_id: int) -> None:
         self.image_token_id = image_token_id
@@ -75,7 +82,7 @@ class EditFinder:
     ) -> tuple[list[Ids], list[Floats]]:
         """List what ``LogitEdits.of`` takes; ``bad_words_ids`` are barred in every row."""
         allowed_rows: list[int] = []
-        allowed, barred, biased, penalised = (_Places() for _ in range(4))
+        allowed, barred, biased, penalized = (_Places() for _ in range(4))
         values: list[list[Floats]] = [[], [], [], []]
         for row, sequence in enumerate(sequences):
             asked = self._requests.get(sequence)
@@ -90,14 +97,14 @@ class EditFinder:
             biased.add(row, asked.biased)
             values[0].append(asked.bias)
             params = sequence.request.params
-            if params.penalises:
+            if params.penalizes:
                 tokens, counts = asked.seen(sequence)
-                penalised.add(row, tokens)
+                penalized.add(row, tokens)
                 values[1].append(np.full(len(tokens), params.repetition_penalty, np.float32))
                 values[2].append(np.float32(params.frequency_penalty) * counts)
                 values[3].append(np.float32(params.presence_penalty) * (counts > 0))
         ids = [np.array(allowed_rows, dtype=np.int64)]
-        for places in (allowed, barred, biased, penalised):
+        for places in (allowed, barred, biased, penalized):
             ids += places.joined()
         return ids, [np.concatenate([*parts, np.zeros(0, np.float32)]) for parts in values]
 
@@ -121,7 +128,7 @@ class _Places:
 
 
 class _Asked:
-    """What a sequence's parameters ask for, as arrays made once, and how often its tokens occurred, kept up to date."""
+    """What a sequence's parameters ask for, as arrays made once, and its counts of tokens."""
 
     def __init__(self, sequence: Sequence, image_token_id: int) -> None:
         request, params = sequence.request, sequence.request.params
@@ -129,18 +136,18 @@ class _Asked:
         self.allowed: Ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
         self.biased: Ids = np.array(list(bias), dtype=np.int64)
         self.bias: Floats = np.array(list(bias.values()), dtype=np.float32)
-        # the prompt counts for repetition alone; image slots are not text that is repeated
+        # the prompt counts for repetition alone; placeholders are not text that is repeated
         prompt = {*request.prompt_token_ids} - {image_token_id}
         tokens = sorted(prompt) if params.repetition_penalty != 1.0 else []
         self._place = {token: place for place, token in enumerate(tokens)}
-        room = len(tokens) + request.max_tokens if params.penalises else 0
+        room = len(tokens) + request.max_tokens if params.penalizes else 0
         self._tokens: Ids = np.zeros(room, dtype=np.int64)
         self._tokens[: len(tokens)] = tokens
         self._counts: Floats = np.zeros(room, dtype=np.float32)
         self._num_counted = len(request.prompt_token_ids)
 
     def seen(self, sequence: Sequence) -> tuple[Ids, Floats]:
-        """Return the tokens to penalise, each once, and how often the answer has them: 0 for the prompt's own."""
+        """Return the tokens to penalize, each once, and their counts: 0 for the prompt's own."""
         for token in sequence.token_ids[self._num_counted :]:
             place = self._place.setdefault(token, len(self._place))
             self._tokens[place] = token
@@ -151,7 +158,7 @@ class _Asked:
 
 
 def _barred(sequence: Sequence, bad_words_ids: Items[Items[int]]) -> list[int]:
-    """Return the tokens that would complete a bad word, or end the answer of ``sequence`` too early."""
+    """Return the tokens that would complete a bad word or end ``sequence`` too early."""
     request, tokens = sequence.request, sequence.token_ids
     barred = [word[-1] for word in bad_words_ids if _ends_with(tokens, 0, word[:-1])]
     begin = len(request.prompt_token_ids)  # a word that was asked for may begin in the answer only

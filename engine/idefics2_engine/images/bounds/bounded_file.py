@@ -1,7 +1,8 @@
 """The bytes of a file for Pillow, with a bound on how often they are read.
 
-Pillow's plugins walk over markers, chunks, blocks, tags and strips in Python, with a read or more for
-each. A count of reads therefore bounds their work, whatever the format and wherever the loop is.
+Pillow's plugins walk over markers, chunks, blocks, tags and strips in Python, with a read or more
+for each. A count of reads therefore bounds their work, whatever the format and wherever the loop
+is.
 """
 
 import io
@@ -21,7 +22,7 @@ class BoundedFile(io.BytesIO):
         self._most = self._left = _READS
 
     def allow(self, reads: int) -> None:
-        """Permit further reads, for a picture whose size is known by now."""
+        """Permit further reads, for an image whose size is known by now."""
         self._most += reads
         self._left += reads
 
@@ -29,7 +30,7 @@ class BoundedFile(io.BytesIO):
         """Return the next bytes.
 
         Raises:
-            ImageError: The file has more parts than a picture of its size needs.
+            ImageError: The file has more parts than an image of its size needs.
         """
         self._left -= 1
         if self._left < 0:
