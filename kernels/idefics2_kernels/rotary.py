@@ -25,8 +25,10 @@ from idefics2_kernels.gpu.dependent_launch import (
     prefetch,
     wait_for_last,
 )
+from idefics2_kernels.gpu.target import H100_SMS
 
-_AT_ONCE = 132  # programs of which each has an H100's processor: what they read early makes nobody else wait
+# programs that each have an SM of an H100: reading early delays no other program
+_AT_ONCE = H100_SMS
 
 
 @dataclass(frozen=True)

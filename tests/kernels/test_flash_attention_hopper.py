@@ -20,7 +20,9 @@ from idefics2_kernels.reference import operations as reference
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load("attention.warp_specialized", "attention.flash_attention_hopper")
+    return gluon_on_cpu.load(
+        "gpu.gluon_compat", "attention.warp_specialized", "attention.flash_attention_hopper"
+    )
 
 
 CASES: list[dict[str, Any]] = [
@@ -50,7 +52,7 @@ def test_the_kernel_step_by_step(
     lengths, D = case["lengths"], case["D"]
     T, H, H_KV = sum(lengths), 2, 1
     # a few programs, so that each has several tiles
-    monkeypatch.setattr(kernel, "processors", lambda _device: 2)
+    monkeypatch.setattr(kernel, "num_sms", lambda _device: 2)
     config = kernel._launch_config
     monkeypatch.setattr(kernel, "_launch_config", lambda n: replace(config(n), **options))
     wide = torch.randn(T + 2, H + 2 * H_KV, D).half()

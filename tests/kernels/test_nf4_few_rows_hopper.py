@@ -18,7 +18,10 @@ from nf4_product import DTYPES, draw, expected
 @pytest.fixture(scope="module")
 def kernel() -> Any:
     return gluon_on_cpu.load(
-        "gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_few_rows_hopper"
+        "gpu.gluon_compat",
+        "gpu.dependent_launch_gluon",
+        "nf4.dequantize_gluon",
+        "nf4.nf4_few_rows_hopper",
     )
 
 
@@ -223,6 +226,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
     kernel = gluon_on_cpu.load(
+        "gpu.gluon_compat",
         "gpu.dependent_launch_gluon",
         "nf4.dequantize_gluon",
         "nf4.nf4_few_rows_hopper",

@@ -15,7 +15,7 @@ from idefics2_kernels.nf4 import nf4_matmul
 from idefics2_kernels.nf4.nf4_weight import stack
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 
-MODULES = "attention.warp_specialized", "nf4.dequantize_gluon", "nf4.nf4_many_rows_hopper"
+MODULES = "gpu.gluon_compat", "nf4.dequantize_gluon", "nf4.nf4_many_rows_hopper"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def run(
     **options: int,
 ) -> Tensor:
     """Run the kernel with a few programs, so that each has several tiles."""
-    kernel.processors = lambda _device: programs
+    kernel.num_sms = lambda _device: programs
     config = {"BLOCK_M": 128, "STAGES": 3, "GROUP_M": 2} | options
     with guarded_allocations():
         out: Tensor = kernel.multiply(x, weight, bias, kernel.LaunchConfig(**config))

@@ -19,7 +19,7 @@ from idefics2_kernels.catalog.criterion import worst_error
 from idefics2_kernels.reference import operations as reference
 
 SPEC = next(spec for spec in CATALOG if spec.name == "attention.paged_attention")
-MODULES = "attention.warp_specialized", "attention.paged_attention_hopper"
+MODULES = "gpu.gluon_compat", "attention.warp_specialized", "attention.paged_attention_hopper"
 NAN = float("nan")
 
 
@@ -74,7 +74,7 @@ def run(
     arguments = {name: value for name, value in inputs.items() if name not in ("window", "scale")}
     window = inputs["window"]
     with monkeypatch.context() as patch, guarded_allocations():
-        patch.setattr(kernel, "processors", lambda _device: programs)
+        patch.setattr(kernel, "num_sms", lambda _device: programs)
         patch.setattr(kernel, "counters", lambda _count, _device: own)
         patch.setattr(kernel, "_launch_config", lambda *sizes: replace(config(*sizes), **options))
         out = torch.empty(inputs["q"].shape, dtype=inputs["q"].dtype)

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import MAX_SPLITS, merge_tile, share_state, state_buffers
 from idefics2_kernels.attention.tiles import (
-    alignment,
-    arch,
     attend,
     empty_state,
     head_parts,
@@ -27,10 +25,11 @@ from idefics2_kernels.gpu.dependent_launch import (
     prefetch_lines,
     wait_for_last,
 )
+from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
 from idefics2_kernels.gpu.tile_counters import counters
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
-_PROGRAMS = 132  # that share keys: one on each of an H100's processors
+PROGRAMS = H100_SMS  # that share keys, one on each SM
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ def _block_n(P: int, itemsize: int) -> int:
     return min(P, 64 if itemsize == 2 else 32)
 
 
-def _launch_config(groups: int, D: int, P: int, itemsize: int, *, is_split: bool) -> LaunchConfig:
+def _launch_config(
+    groups: int, D: int, P: int, itemsize: int, arch: int, *, is_split: bool
+) -> LaunchConfig:
     # On an H100, of 16 sequences of 2,048 tokens: 51 us by one program a processor with six pages on their way, 51 to 53 with
     # five, 53 to 59 by two or three programs with three or four. Where there are programs enough for all, two with three each.
     width = sum(head_parts(D))
@@ -55,13 +56,13 @@ def _launch_config(groups: int, D: int, P: int, itemsize: int, *, is_split: bool
         BLOCK_M=max(16, triton.next_power_of_2(groups)),
         BLOCK_N=_block_n(P, itemsize),
         num_warps=4,
-        num_stages=2 if width > 128 else 6 if is_split and arch() == 90 else 3,
+        num_stages=2 if width > 128 else 6 if is_split and arch == 90 else 3,
     )
 
 
 def _num_splits(programs: int, tiles: int) -> int:
     """Return how many shall share up to ``tiles`` of keys, if without sharing there are so many ``programs``."""
-    return max(1, min(_PROGRAMS // programs, MAX_SPLITS, tiles))
+    return max(1, min(PROGRAMS // programs, MAX_SPLITS, tiles))
 
 
 @triton.jit
@@ -215,7 +216,7 @@ def decode_attention(
     BLOCK_N = _block_n(P, q.itemsize)
     tiles = min(block_table.shape[1] * (P // BLOCK_N), left // BLOCK_N + 2)
     num_splits = _num_splits(B * H_KV, tiles)
-    config = _launch_config(H // H_KV, D, P, q.itemsize, is_split=num_splits > 1)
+    config = _launch_config(H // H_KV, D, P, q.itemsize, current_arch(), is_split=num_splits > 1)
     acc, m, l = state_buffers(out, num_splits)
     arrived = None if acc is None else counters(B * H_KV, q.device)
     _decode_attention_kernel[(num_splits * H_KV * B,)](

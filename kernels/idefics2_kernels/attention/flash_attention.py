@@ -16,8 +16,6 @@ from torch import Tensor
 from idefics2_kernels.attention.flash_attention_hopper import flash_attention_gluon, takes
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
-    alignment,
-    arch,
     attend,
     base_two,
     check_heads,
@@ -30,7 +28,7 @@ from idefics2_kernels.attention.tiles import (
     store_head,
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def flash_attention(
         return out
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     arguments = (q, k, v, cu_seqlens, max_seqlen, out, left, 0 if causal else left, qk_scale)
-    if not plain and not UPCAST.value and arch() == 90 and takes(q, k, v):
+    if not plain and is_hopper() and takes(q, k, v):
         flash_attention_gluon(*arguments)
     else:
         _flash_attention_plain(*arguments)
@@ -225,9 +223,9 @@ def _flash_attention_plain(
 ) -> None:
     H, D = q.shape[1:]
     H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
-    config = _launch_config(D, q.itemsize, arch())
+    config = _launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k, v)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
+    described = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
     no_descriptors = (None, None)
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen, config.BLOCK_M)

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.attention.warp_specialized import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -28,11 +28,11 @@ from idefics2_kernels.attention.warp_specialized import (
     key_tiles,
     load_rows,
     positions,
-    processors,
     query_tile,
     sequence_of,
     shared_tiles,
 )
+from idefics2_kernels.gpu.target import alignment, num_sms
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def flash_attention_gluon(
     config = _launch_config(D)
     B = cu_seqlens.shape[0] - 1
     most_tiles = triton.cdiv(max_seqlen, TILE_ROWS) * H * B
-    _flash_attention_kernel[(min(most_tiles, processors(q.device)),)](
+    _flash_attention_kernel[(min(most_tiles, num_sms(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS),
         *descriptors(k, config.BLOCK_N),
         *descriptors(v, config.BLOCK_N),

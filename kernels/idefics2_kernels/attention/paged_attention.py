@@ -18,8 +18,6 @@ from idefics2_kernels.attention.decode_attention import MAX_GROUPS, decode_atten
 from idefics2_kernels.attention.paged_attention_hopper import paged_attention_gluon, takes
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
-    alignment,
-    arch,
     attend,
     base_two,
     check_heads,
@@ -32,7 +30,7 @@ from idefics2_kernels.attention.tiles import (
     store_head,
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
 
 
 @dataclass(frozen=True)
@@ -243,7 +241,7 @@ def paged_attention(
     arguments = (q, k_cache, v_cache, block_table, context_lens, cu_seqlens)
     if max_seqlen == 1 and H // H_KV <= MAX_GROUPS:
         decode_attention(*arguments, out, left, qk_scale)
-    elif not plain and not UPCAST.value and arch() == 90 and takes(q, k_cache, v_cache, left):
+    elif not plain and is_hopper() and takes(q, k_cache, v_cache, left):
         paged_attention_gluon(*arguments, max_seqlen, out, left, qk_scale)
     else:
         _paged_attention_plain(*arguments, max_seqlen, out, left, qk_scale)
@@ -265,9 +263,9 @@ def _paged_attention_plain(
     H, D = q.shape[1:]
     _, H_KV, P, _ = k_cache.shape
     B = context_lens.shape[0]
-    config = _launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, arch())
+    config = _launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, current_arch())
     ALIGN = alignment(q, k_cache, v_cache)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
+    described = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
     no_descriptors = (None, None)
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen * (H // H_KV), config.BLOCK_M)

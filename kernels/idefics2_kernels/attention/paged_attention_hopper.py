@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.attention.warp_specialized import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -29,7 +29,6 @@ from idefics2_kernels.attention.warp_specialized import (
     TILE_ROWS,
     WARPGROUP_ROWS,
     all_barriers,
-    async_load,
     consume,
     descriptors,
     first_key,
@@ -37,12 +36,12 @@ from idefics2_kernels.attention.warp_specialized import (
     load_rows,
     longest_tile,
     positions,
-    processors,
-    reinterpret,
     sequence_of,
     shared_tiles,
     take_tile,
 )
+from idefics2_kernels.gpu.gluon_compat import async_load, reinterpret
+from idefics2_kernels.gpu.target import alignment, num_sms
 from idefics2_kernels.gpu.tile_counters import counters
 
 PAGE_SIZE = 64
@@ -332,7 +331,7 @@ def paged_attention_gluon(
     pack = config.PACK
     most_tiles = triton.cdiv(max_seqlen * pack, TILE_ROWS) * (H // pack) * B
     D_MAIN, D_REST = head_parts(D)
-    _paged_attention_kernel[(min(most_tiles, processors(q.device)),)](
+    _paged_attention_kernel[(min(most_tiles, num_sms(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS // pack, pack),
         *descriptors(k_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
         *descriptors(v_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),

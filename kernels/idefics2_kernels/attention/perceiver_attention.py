@@ -14,8 +14,6 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import combine, state_buffers, store_state
 from idefics2_kernels.attention.tiles import (
-    alignment,
-    arch,
     attend,
     base_two,
     check_heads,
@@ -32,8 +30,9 @@ from idefics2_kernels.gpu.dependent_launch import (
     prefetch_lines,
     wait_for_last,
 )
+from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
 
-_PROGRAMS = 264  # two on each of an H100's processors
+PROGRAMS = 2 * H100_SMS
 _MAX_SPLITS = (
     8  # of one image on an H100 15.3 us, with 16, 17 with 12: there is more state to merge
 )
@@ -65,7 +64,7 @@ def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
 
 def _num_splits(programs: int, tiles: int) -> int:
     """Return how many shall share ``tiles`` of keys, if without sharing there are so many ``programs``."""
-    return max(1, min(_PROGRAMS // programs, _MAX_SPLITS, tiles))
+    return max(1, min(PROGRAMS // programs, _MAX_SPLITS, tiles))
 
 
 @triton.jit
@@ -285,9 +284,9 @@ def perceiver_attention(
     out = torch.empty((N, L, H, D), dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    config = _launch_config(D, q.itemsize, arch())
+    config = _launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k_context, v_context, k_latents, v_latents)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
+    described = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
     no_descriptors = (None, None)
     D_MAIN, D_REST = head_parts(D)
     programs = triton.cdiv(L * (H // H_KV), config.BLOCK_M) * N * H_KV

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import LOWEST, normalised, store_head
+from idefics2_kernels.attention.tiles import normalised, store_head
 from idefics2_kernels.gpu.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.gpu.tile_counters import is_last
 
 MAX_SPLITS = 32  # whoever merges takes all states of a row at once

@@ -13,7 +13,6 @@ follow without masks. Nothing past a sequence's end is read or written: there th
 
 from functools import cache
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,13 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from idefics2_kernels.attention.tiles import LOWEST, head_parts
-
-# Triton 3.8 has new names, and 3.9 another
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_shared = gl.shared_memory_descriptor
-reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+from idefics2_kernels.attention.tiles import head_parts
+from idefics2_kernels.gpu.gluon_compat import async_load, async_store
+from idefics2_kernels.gpu.primitives import LOWEST
 
 HEAD_DIMS = (72, 96, 128)
 WARPGROUP_ROWS = 64
@@ -443,10 +438,3 @@ def _boxes(
         )
         for width in widths
     )
-
-
-def processors(device: torch.device) -> int:
-    """Return how many programs run at once."""
-    if device.type != "cuda":
-        return 132  # an H100's
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from idefics2_kernels.attention.tiles import arch
 from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import current_arch
 
 ENABLED = True  # a switch for measurements
 LINE = tl.constexpr(128)  # bytes that the L2 cache fetches
@@ -27,7 +27,7 @@ LINE = tl.constexpr(128)  # bytes that the L2 cache fetches
 
 def dependent() -> dict[str, bool]:
     """Return the launch options of a kernel that keeps the rule, and its constant ``IS_DEPENDENT``."""
-    if ENABLED and not UPCAST.value and arch() >= 90:
+    if ENABLED and not UPCAST.value and current_arch() >= 90:
         return {"IS_DEPENDENT": True, "launch_pdl": True}
     return {"IS_DEPENDENT": False}
 

@@ -23,11 +23,13 @@ from idefics2_kernels.gpu.dependent_launch import (
     wait_for_last,
 )
 from idefics2_kernels.gpu.primitives import cast, dot
+from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.matmul.split_k import k_per_split, shared_buffers, store_product
 
 FEW_ROWS = 16  # the tensor cores' narrowest tile that serves every dtype
 PREFETCHED = tl.constexpr(8)  # lines of each row of the weight: the 64 KB that fill a pipeline
-PROGRAMS = 264  # of split_k, wanted at once: two for each of an H100's 132 SMs, as many as their pipelines leave room for
+# of split_k, at once: as many as the pipelines of programs leave room for on each SM
+PROGRAMS = 2 * H100_SMS
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import struct
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.nf4 import nf4_weight as tables
-from idefics2_kernels.nf4.nf4_quantize import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4.nf4_quantize import NESTED_SHIFT
 
 MEMORY = 256 * 256  # bytes
 TABLE_BYTES = gl.constexpr(MEMORY)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import arch
-from idefics2_kernels.gpu.primitives import UPCAST, cast, dot
+from idefics2_kernels.gpu.primitives import cast, dot
+from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
 from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
 from idefics2_kernels.nf4 import nf4_gemv_hopper as nf4_one_row
@@ -43,14 +43,14 @@ def _launch_config(M: int, arch: int) -> LaunchConfig:
     # An H100's us at 28672 x 4096 and 6144 x 4096. One row: 46 and 14, with 8 warps 55 and 19. 16 rows: 58 and 21, with 4
     # warps 70 and 19. Between, and from 17 to 32 rows, nothing was measured.
     if M <= 16:
-        num_warps, programs = (4, 4 * 132) if M <= 8 else (8, 2 * 132)
+        num_warps, programs = (4, 4 * H100_SMS) if M <= 8 else (8, 2 * H100_SMS)
         return LaunchConfig(BLOCK_M=16, num_warps=num_warps, num_stages=3, programs=programs)
     # For more rows partial results weigh as much as the weight, and x, read once for each tile of the weight, more:
     # tiles of 128 rows of the weight halve that. 64 rows at 28672 x 4096: 111 us, in tiles of 64 rows 151, with twice the
     # programs 128. Before Hopper the left operand goes through shared memory, and 64 rows spill.
     if M > 32 and arch == 90:
-        return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * 132)
-    return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * 132)
+        return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * H100_SMS)
+    return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * H100_SMS)
 
 
 @triton.jit(do_not_specialize=["M", "steps", "steps_split"])
@@ -160,13 +160,13 @@ def multiply(
     """
     if (refusal := _refusal(weight)) is not None:
         raise refusal
-    if not plain and not UPCAST.value and arch() == 90:
+    if not plain and is_hopper():
         if nf4_one_row.takes(rows, weight):
             return nf4_one_row.multiply_one_row(rows, weight, bias)
         if nf4_few_rows_gluon.takes(rows, weight):
             return nf4_few_rows_gluon.multiply_gluon(rows, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _launch_config(M, arch())
+    config = _launch_config(M, current_arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, 16 * config.num_warps)
     k_split = k_per_split(tiles_m * tiles_n, K, BLOCK_K, config.programs)
     splits = triton.cdiv(K, k_split)

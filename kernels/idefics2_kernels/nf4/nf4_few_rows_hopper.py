@@ -25,6 +25,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from idefics2_kernels.gpu.dependent_launch import dependent
 from idefics2_kernels.gpu.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
+from idefics2_kernels.gpu.gluon_compat import reinterpret
+from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.nf4.dequantize_gluon import (
     MEMORY,
     PLACES,
@@ -42,16 +44,12 @@ from idefics2_kernels.nf4.dequantize_gluon import (
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK_K = 256  # a block for each of the four lanes that share a row
-SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
 MAX_M = 64
-WIDE = 128 * SMS  # rows of a weight that are worth reading all of x for in every program
+WIDE = 128 * H100_SMS  # rows of a weight that are worth reading all of x for in every program
 # turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a program
 PREFETCHED = gl.constexpr(4)
-_shared = gl.shared_memory_descriptor
-# Triton 3.8 has a new name
-reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 PAGE = 1024  # bytes
 PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
 
@@ -93,7 +91,7 @@ def _x_rows(M: int) -> int:
 
 
 def _config(
-    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS
+    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = H100_SMS
 ) -> LaunchConfig:
     """Complete a choice by what follows from it."""
     X_ROWS = _x_rows(M)
@@ -110,7 +108,7 @@ def _config(
 
 def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
-        return -(-N // (ROWS * SMS)) * ROWS
+        return -(-N // (ROWS * H100_SMS)) * ROWS
 
     # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 16 rows of x on an
     # H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with 38; 6144 x 4096 13, with 16. Codes of three

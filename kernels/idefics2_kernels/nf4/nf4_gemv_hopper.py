@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from idefics2_kernels.gpu.dependent_launch import dependent
 from idefics2_kernels.gpu.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
+from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.nf4.dequantize_gluon import (
     PLACES,
     absmax_of,
@@ -38,7 +39,6 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 EIGHTHS = gl.constexpr(8)
 COLUMNS = 2048  # of a warp: a block for each of its 32 lanes
-SMS = 132  # of an H100
 MAX_WARPS = 16
 # rounds whose codes are in registers or the L2 cache before the kernel ahead ends
 PREFETCHED = gl.constexpr(4)
@@ -71,9 +71,9 @@ def _launch_config(N: int, K: int) -> LaunchConfig:
     WARPS_K = triton.next_power_of_2(K // COLUMNS)
     WARPS_N = max(8 // WARPS_K, 1)
     waves = 1  # of programs, whose rows fit into shared memory
-    while (2 * _pairs(N, waves * SMS) + 2 * WARPS_N) * _row_bytes(WARPS_K) > PARTS_MEMORY:
+    while (2 * _pairs(N, waves * H100_SMS) + 2 * WARPS_N) * _row_bytes(WARPS_K) > PARTS_MEMORY:
         waves += 1
-    return LaunchConfig(WARPS_N, WARPS_K, 2, waves * SMS)
+    return LaunchConfig(WARPS_N, WARPS_K, 2, waves * H100_SMS)
 
 
 def _row_bytes(WARPS_K: int) -> int:

@@ -28,18 +28,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from idefics2_kernels.attention.warp_specialized import (
-    async_load,
-    async_store,
-    processors,
-    reinterpret,
-)
+from idefics2_kernels.gpu import primitives
+from idefics2_kernels.gpu.gluon_compat import async_load, async_store, reinterpret
+from idefics2_kernels.gpu.target import num_sms
 from idefics2_kernels.nf4 import nf4_weight as tables
 from idefics2_kernels.nf4.dequantize_gluon import MEMORY, PLACES, TABLE_BYTES, fill_table
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = gl.constexpr(tables.BLOCK)
-LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32
+LOWEST = gl.constexpr(primitives.LOWEST.value)
 NESTED_SHIFT = gl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)
 WORDS = gl.constexpr(tables.BLOCK // 8)  # of eight codes, a step
 ROWS = gl.constexpr(64)  # of the weight, a warpgroup's
@@ -485,7 +482,7 @@ def multiply(
     if (reason := refusal(rows, weight)) is not None:
         raise reason
     (M, K), N = rows.shape, weight.shape[0]
-    programs = processors(rows.device)
+    programs = num_sms(rows.device)
     if config is None:
         config = _launch_config(M, N, programs)
     # rows must be a multiple of 16 bytes apart; what lies between is not written

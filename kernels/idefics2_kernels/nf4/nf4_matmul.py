@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import arch
-from idefics2_kernels.attention.warp_specialized import processors
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST, cast, dot
+from idefics2_kernels.gpu.primitives import cast, dot
+from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper, num_sms
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
 from idefics2_kernels.nf4 import nf4_few_rows
 from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
@@ -54,19 +53,19 @@ class LaunchConfig:
     programs: int
 
 
-def _launch_config(M: int, K: int, dtype: torch.dtype) -> LaunchConfig:
+def _launch_config(M: int, K: int, itemsize: int, arch: int) -> LaunchConfig:
     BLOCK_M = 16 if M <= 16 else 64
-    # An H100 has 132 SMs. Dequantising is bound by instructions and wants many warps; for more rows, the partial
-    # results of many splits would weigh as much as the weight.
-    programs = 4 * 132 if M <= 16 else 2 * 132
+    # Dequantizing is bound by instructions and needs many warps. For more rows, the partial results
+    # of many splits would be as large as the weight.
+    programs = 4 * H100_SMS if M <= 16 else 2 * H100_SMS
     # fp32 products take no tensor cores, and rows that begin inside a block an address for each element: both need
     # registers that a pipeline of larger tiles would spill
-    if dtype is torch.float32 or K % tables.BLOCK:
+    if itemsize == 4 or K % tables.BLOCK:
         return LaunchConfig(
             BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1, programs=programs
         )
     # before Hopper 64 rows with three stages spill
-    num_stages = 2 if BLOCK_M == 64 and arch() < 90 else 3
+    num_stages = 2 if BLOCK_M == 64 and arch < 90 else 3
     return LaunchConfig(
         BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=num_stages, programs=programs
     )
@@ -171,7 +170,7 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
     rows = _checked(x, weight, bias)
-    on_hopper = not UPCAST.value and arch() == 90
+    on_hopper = is_hopper()
     few = 0
     if nf4_few_rows.can_take(weight):
         is_wide = on_hopper and weight.shape[0] >= nf4_few_rows_gluon.WIDE
@@ -179,7 +178,7 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     way = choose(
         rows.shape[0],
         weight.shape[0],
-        processors(x.device),
+        num_sms(x.device),
         few=few,
         many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
     )
@@ -229,7 +228,7 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """``nf4_matmul`` by the kernel that dequantises as it multiplies; it takes any number of rows."""
     rows = _checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _launch_config(M, K, x.dtype)
+    config = _launch_config(M, K, x.itemsize, current_arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, config.programs)
     splits = max(triton.cdiv(K, k_split), 1)

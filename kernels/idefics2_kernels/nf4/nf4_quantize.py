@@ -13,7 +13,7 @@ from torch import Tensor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype
 from idefics2_kernels.gpu.dependent_launch import settle
-from idefics2_kernels.gpu.primitives import cast
+from idefics2_kernels.gpu.primitives import LOWEST, cast
 from idefics2_kernels.nf4 import nf4_weight as tables
 from idefics2_kernels.nf4.dequantize_triton import decode, numbers
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
@@ -23,7 +23,6 @@ NESTED_BLOCK = tl.constexpr(tables.NESTED_BLOCK)
 LAST_BIN = tl.constexpr(float(tables.BINS - 1))
 # Below it a block's reciprocal would overflow. Smaller than a normal fp32, it would make a float64 of what it meets.
 SMALLEST = tl.constexpr(1e-38)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
 # from words of eight codes to blocks
 WORD_SHIFT = tl.constexpr((tables.BLOCK // 8).bit_length() - 1)
