@@ -16,7 +16,7 @@ from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog.flash_attention import flash_attention_rows
 from idefics2_kernels.gpu.target import alignment
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention as reference
 
 Call = dict[str, Any]
 Change = Callable[[Call], Any]

@@ -15,7 +15,7 @@ from idefics2_kernels.catalog import CATALOG
 from idefics2_kernels.catalog import flash_attention as catalog
 from idefics2_kernels.catalog.attention import cumulative
 from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention as reference
 
 
 @pytest.fixture(scope="module")

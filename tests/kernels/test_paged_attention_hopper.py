@@ -16,7 +16,7 @@ from idefics2_kernels.attention.tiles import UNBOUNDED, base_two
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog import paged_attention as catalog
 from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention as reference
 
 SPEC = next(spec for spec in CATALOG if spec.name == "attention.paged_attention")
 MODULES = "gpu.gluon_compat", "attention.warp_specialized", "attention.paged_attention_hopper"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from idefics2_kernels.catalog import CATALOG
 from idefics2_kernels.ops import TRITON
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import sampling as reference
 from idefics2_kernels.sample import _philox_uniform
 
 Inputs = dict[str, Any]
