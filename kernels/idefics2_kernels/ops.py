@@ -1,4 +1,4 @@
-"""The table of operations the model is written against, and its two fillings.
+"""The table of operations the model is written against, and its two implementations.
 
 A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation that cannot run
 raises. ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)`` swaps one, to find which of them
@@ -23,7 +23,7 @@ from idefics2_kernels.reference import attention, nf4, operations, sampling
 
 
 class MissingOperationError(RuntimeError):
-    """An operation that this filling of ``Ops`` does not have was called."""
+    """An operation that this implementation of ``Ops`` does not have was called."""
 
 
 class NoGradientError(RuntimeError):

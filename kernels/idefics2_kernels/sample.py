@@ -11,7 +11,7 @@ the same tokens; a mass differs from the reference's by rounding (a relative 1e-
 are the same unless ``top_p`` or the number drawn lies that close to a boundary.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -36,11 +36,12 @@ BEYOND = tl.constexpr(0x7FFFFFFF)  # what fills a row up to whole blocks: past e
 class LaunchConfig:
     """Columns of a row taken at a time, and the warps that share them."""
 
-    block_v: int
+    BLOCK_V: int
     num_warps: int
 
 
-def _launch_config(V: int) -> LaunchConfig:
+def launch_config(V: int) -> LaunchConfig:
+    """Return the block for a vocabulary of ``V``."""
     # on an H100 92 us for 64 rows, 73 us for one: passes over a row bound it; few programs run, so each is as wide as it can be
     return LaunchConfig(1024, 4) if V <= 1024 else LaunchConfig(8192, 32)
 
@@ -239,8 +240,8 @@ def sample(
     check_device(logits=logits, top_k=top_k, **fractions, **words)
     out = torch.empty((B,), dtype=torch.int64, device=logits.device)
     if B:
-        config = _launch_config(V)
-        end = triton.cdiv(V, config.block_v) * config.block_v
+        config = launch_config(V)
+        end = triton.cdiv(V, config.BLOCK_V) * config.BLOCK_V
         bits = torch.empty((B, end), dtype=torch.int32, device=logits.device)
         _sample_kernel[(B,)](
             logits,
@@ -256,7 +257,6 @@ def sample(
             V,
             end,
             MIN_P_FIRST=min_p_first,
-            BLOCK_V=config.block_v,
-            num_warps=config.num_warps,
+            **asdict(config),
         )
     return out

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from idefics2_kernels import TRITON
 from idefics2_kernels.catalog import CATALOG, Case
-from idefics2_kernels.catalog.spec import widened
+from idefics2_kernels.catalog.spec import widen_inputs
 from idefics2_kernels.gpu.checks import FLOATS
 from idefics2_kernels.matmul import linear
 from idefics2_kernels.matmul.split_k import k_per_split
-from idefics2_kernels.nf4 import dequantize_triton as nf4_permute
-from idefics2_kernels.nf4 import nf4_matmul
+from idefics2_kernels.nf4 import dequantize_triton, nf4_matmul
 from idefics2_kernels.nf4 import nf4_quantize as nf4
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 
@@ -41,7 +40,7 @@ def _integer_product(name: str, implementation: str, case: Case, device: torch.d
     """Integers whose products and sums are exact: the tensor cores have nothing to round but the result."""
     spec = SPECS[name]
     inputs = spec.make_inputs(case, device)
-    (exact,) = spec.expected(widened(inputs))
+    (exact,) = spec.expected(widen_inputs(inputs))
     (ours,) = spec.run(spec.implementations[implementation], inputs)
     assert exact.abs().max() > 1
     assert torch.equal(exact, exact.round())
@@ -71,7 +70,7 @@ def test_integers_are_exact_compiled(
 def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped-def]
     offs = tl.arange(0, 64)
     a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
-    tl.store(out_ptr + offs, nf4_permute.permute_bytes(a, b, tl.zeros_like(a) + selector))
+    tl.store(out_ptr + offs, dequantize_triton.permute_bytes(a, b, tl.zeros_like(a) + selector))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

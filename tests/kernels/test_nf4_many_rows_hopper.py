@@ -10,8 +10,7 @@ import gluon_on_cpu
 from guarded import guarded_allocations
 from idefics2_kernels import NF4Weight
 from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.nf4 import nf4_many_rows_hopper as nf4_many_rows
-from idefics2_kernels.nf4 import nf4_matmul
+from idefics2_kernels.nf4 import nf4_many_rows_hopper, nf4_matmul
 from idefics2_kernels.nf4.nf4_weight import stack
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 
@@ -148,7 +147,7 @@ def test_nothing_to_multiply(M: int, kernel: Any) -> None:
 
 def test_what_the_kernel_takes() -> None:
     x, weight = torch.zeros(3, 128).half(), random_weight(5, 128, torch.half)
-    assert nf4_many_rows.refusal(x, weight) is None
+    assert nf4_many_rows_hopper.supports(x, weight)
     for bad_x, bad_weight, error, message in (
         (x.float(), random_weight(5, 128, torch.float32), TypeError, "got float32"),
         (x[:, :96], random_weight(5, 96, torch.half), ValueError, "multiple of 64, got"),
@@ -157,7 +156,7 @@ def test_what_the_kernel_takes() -> None:
         (x[:1].expand(3, 128), weight, ValueError, "x must have rows a multiple"),
     ):
         with pytest.raises(error, match=message):
-            nf4_many_rows.multiply(bad_x, bad_weight, None)
+            nf4_many_rows_hopper.multiply(bad_x, bad_weight, None)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +196,14 @@ def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> N
     ],
 )
 def test_which_tiles_are_taken(M: int, N: int, block_m: int) -> None:
-    assert block_m == nf4_many_rows._launch_config(M, N, 132).BLOCK_M
+    assert block_m == nf4_many_rows_hopper.launch_config(M, N, 132).BLOCK_M
 
 
 @pytest.mark.parametrize(
     ("block_m", "stages", "out_rows"), [(128, 6, 128), (256, 3, 128), (256, 4, 64)]
 )
 def test_the_output_has_what_is_left(block_m: int, stages: int, out_rows: int) -> None:
-    config = nf4_many_rows.LaunchConfig(BLOCK_M=block_m, STAGES=stages, GROUP_M=8)
+    config = nf4_many_rows_hopper.LaunchConfig(BLOCK_M=block_m, STAGES=stages, GROUP_M=8)
     assert config.out_rows == out_rows
 
 

@@ -202,7 +202,7 @@ def attend(
 
 
 @triton.jit
-def normalised(state, dtype: tl.constexpr):
+def normalize(state, dtype: tl.constexpr):
     """Return the output of rows in two parts; rows that saw no key have zeros, and must not divide."""
     acc, acc_rest, _, l_i = state
     l_i = tl.where(l_i == 0.0, 1.0, l_i)

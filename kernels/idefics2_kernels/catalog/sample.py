@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels import sample
-from idefics2_kernels.catalog.layouts import LAYOUTS, laid_out
+from idefics2_kernels.catalog.layouts import LAYOUTS, arrange
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.reference.sampling import keep_min_p, philox_uniform, top_p_threshold
 
@@ -122,7 +122,7 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
         inputs["seed"] = torch.where(undecided, _words(B, device), inputs["seed"])
     else:
         raise AssertionError(f"{case.name}: no inputs found that rounding cannot decide")
-    inputs["logits"] = laid_out(inputs["logits"], case.dims.get("layout", "plain"))
+    inputs["logits"] = arrange(inputs["logits"], case.dims.get("layout", "plain"))
     return inputs
 
 

@@ -67,7 +67,7 @@ def _four_bytes(absmax, FIRST: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def numbers(absmax, dtype: tl.constexpr):
+def code_values(absmax, dtype: tl.constexpr):
     """Return the low bytes of the 16 numbers that a block's codes stand for, four by four, and the high bytes."""
     low0, high0 = _four_bytes(absmax, 0, dtype)
     low4, high4 = _four_bytes(absmax, 4, dtype)

@@ -8,7 +8,7 @@ Programs walk over tiles, those of the same rows of the weight one after another
 
 The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of codes, the same byte all
 along. So a register tells one instruction to make an address of that byte, and the rest is as in
-``nf4_few_rows_gluon``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
+``nf4_few_rows_hopper``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
 The table takes so much of shared memory that the output of a tile of 256 rows leaves by way of what remains, in pieces.
 """
 
@@ -85,7 +85,8 @@ class LaunchConfig:
         return next(rows for rows in (self.BLOCK_M, 128, 64) if rows * TILE_N * 2 <= left)
 
 
-def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
+def launch_config(M: int, N: int, programs: int) -> LaunchConfig:
+    """Return how a product of ``M`` rows of x is cut for ``programs`` that run at once."""
     # Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
     # 270 of each scheduler's and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
@@ -456,7 +457,12 @@ def keeps_busy(M: int, N: int, programs: int) -> bool:
     return 3 * _tiles(1, N, 128) >= programs or (M > 256 and 2 * _tiles(M, N, 128) >= programs)
 
 
-def refusal(rows: Tensor, weight: NF4Weight) -> Exception | None:
+def supports(rows: Tensor, weight: NF4Weight) -> bool:
+    """Return whether the kernel can multiply ``rows`` (M, K) by ``weight`` (N, K)."""
+    return _find_obstacle(rows, weight) is None
+
+
+def _find_obstacle(rows: Tensor, weight: NF4Weight) -> Exception | None:
     """Return why the kernel cannot multiply ``rows`` (M, K) by ``weight`` (N, K), if it cannot."""
     if weight.dtype is torch.float32:
         return TypeError("weight must be bfloat16 or float16, got float32")
@@ -479,12 +485,12 @@ def multiply(
         ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``rows`` or the codes where they lie.
         TypeError: ``weight`` is fp32.
     """
-    if (reason := refusal(rows, weight)) is not None:
-        raise reason
+    if (obstacle := _find_obstacle(rows, weight)) is not None:
+        raise obstacle
     (M, K), N = rows.shape, weight.shape[0]
     programs = num_sms(rows.device)
     if config is None:
-        config = _launch_config(M, N, programs)
+        config = launch_config(M, N, programs)
     # rows must be a multiple of 16 bytes apart; what lies between is not written
     out = torch.empty((M, triton.cdiv(N, 8) * 8), dtype=rows.dtype, device=rows.device)
     if not M or not N:

@@ -4,7 +4,7 @@ Up to 128 rows, codes are read once for each 16 or 64 rows and dequantised on th
 weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
 compute dtype, as the model's own dequantisation rounds it. For more rows the dequantised weight is written out once
 and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or
-64, and on Hopper ``nf4_many_rows`` takes more: ``choose`` says which way is taken.
+64, and on Hopper ``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
 """
 
 import math
@@ -21,9 +21,7 @@ from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check
 from idefics2_kernels.gpu.primitives import cast, dot
 from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper, num_sms
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
-from idefics2_kernels.nf4 import nf4_few_rows
-from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
-from idefics2_kernels.nf4 import nf4_many_rows_hopper as nf4_many_rows
+from idefics2_kernels.nf4 import nf4_few_rows, nf4_few_rows_hopper, nf4_many_rows_hopper
 from idefics2_kernels.nf4 import nf4_weight as tables
 from idefics2_kernels.nf4.nf4_quantize import load_absmax, look_up, nf4_dequantize, unpack
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
@@ -53,7 +51,8 @@ class LaunchConfig:
     programs: int
 
 
-def _launch_config(M: int, K: int, itemsize: int, arch: int) -> LaunchConfig:
+def launch_config(M: int, K: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Return how a product of ``M`` rows of x of ``itemsize`` bytes is cut."""
     BLOCK_M = 16 if M <= 16 else 64
     # Dequantizing is bound by instructions and needs many warps. For more rows, the partial results
     # of many splits would be as large as the weight.
@@ -146,7 +145,7 @@ Way = Literal["few_rows", "fused", "many_rows", "dequantised"]
 def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
     """Return which way takes ``M`` rows of x and ``N`` of the weight.
 
-    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether ``nf4_many_rows`` can take them.
+    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether ``nf4_many_rows_hopper`` can take them.
 
     For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each tile, so more than 64
     go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
@@ -155,7 +154,11 @@ def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
     """
     if few and few >= M:
         return "few_rows"
-    if many and FEW_ROWS_OF_WIDE < M <= MANY_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
+    if (
+        many
+        and FEW_ROWS_OF_WIDE < M <= MANY_ROWS
+        and nf4_many_rows_hopper.keeps_busy(M, N, programs)
+    ):
         return "many_rows"
     return "fused" if M <= FUSED_ROWS else "dequantised"
 
@@ -169,18 +172,18 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     on_hopper = is_hopper()
     few = 0
-    if nf4_few_rows.can_take(weight):
-        is_wide = on_hopper and weight.shape[0] >= nf4_few_rows_gluon.WIDE
+    if nf4_few_rows.supports(weight):
+        is_wide = on_hopper and weight.shape[0] >= nf4_few_rows_hopper.WIDE
         few = FEW_ROWS_OF_WIDE if is_wide else FEW_ROWS
     way = choose(
         rows.shape[0],
         weight.shape[0],
         num_sms(x.device),
         few=few,
-        many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
+        many=on_hopper and nf4_many_rows_hopper.supports(rows, weight),
     )
     ways: dict[Way, Callable[..., Tensor]] = {
         "few_rows": few_rows,
@@ -193,7 +196,7 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
 def dequantised(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """``nf4_matmul`` by cuBLAS, once the whole weight is dequantised."""
-    _checked(x, weight, bias)
+    _flatten_checked(x, weight, bias)
     return torch.nn.functional.linear(x, nf4_dequantize(weight), bias)
 
 
@@ -204,8 +207,8 @@ def many_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tenso
         ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``x`` or the codes where they lie.
         TypeError: ``weight`` is fp32.
     """
-    rows = _checked(x, weight, bias)
-    return nf4_many_rows.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    rows = _flatten_checked(x, weight, bias)
+    return nf4_many_rows_hopper.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def few_rows(
@@ -219,16 +222,16 @@ def few_rows(
         ValueError: Rows of ``weight`` are no multiple of 256 columns, or its codes do not begin at a multiple of 4 bytes.
         TypeError: ``weight`` is fp32.
     """
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     product = nf4_few_rows.multiply(rows, weight, bias, plain=plain)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
 def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """``nf4_matmul`` by the kernel that dequantises as it multiplies; it takes any number of rows."""
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _launch_config(M, K, x.itemsize, current_arch())
+    config = launch_config(M, K, x.itemsize, current_arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, config.programs)
     splits = max(triton.cdiv(K, k_split), 1)
@@ -261,7 +264,7 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], N)
 
 
-def _checked(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+def _flatten_checked(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
     if not x.ndim:
         raise ValueError("x must have an axis or more, got a scalar")

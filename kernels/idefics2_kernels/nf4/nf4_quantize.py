@@ -2,7 +2,7 @@
 
 Double quantisation takes two launches with PyTorch's mean between them: offset and bytes are then those of the
 reference on every device. A block's two halves, even and odd elements, are read apart, so that packing two codes a byte
-moves nothing between threads. Dequantising to 16 bits takes eight codes a word, by permuting bytes (``nf4_permute``); for all
+moves nothing between threads. Dequantising to 16 bits takes eight codes a word, by permuting bytes (``dequantize_triton``); for all
 else there is a kernel that looks them up one by one.
 """
 
@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype
-from idefics2_kernels.gpu.dependent_launch import settle
+from idefics2_kernels.gpu.launch_barrier import launch_barrier
 from idefics2_kernels.gpu.primitives import LOWEST, cast
 from idefics2_kernels.nf4 import nf4_weight as tables
-from idefics2_kernels.nf4.dequantize_triton import decode, numbers
+from idefics2_kernels.nf4.dequantize_triton import code_values, decode
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
@@ -186,7 +186,7 @@ def _dequantize_words_kernel(
             ),
         )
     for tile in tl.static_range(TILES):
-        lows, highs = numbers(absmaxes[tile], dtype)
+        lows, highs = code_values(absmaxes[tile], dtype)
         values = decode(lows, highs, codes[tile], dtype)  # (WORDS, of a byte, byte, half a word)
         values = tl.reshape(tl.permute(values, (0, 3, 2, 1)), [WORDS, 8])
         word = first + tile * WORDS + tl.arange(0, WORDS)
@@ -221,7 +221,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         )
     shape = tuple(weight.shape)
     if not double_quant:
-        settle(device)
+        launch_barrier(device)
         return NF4Weight(codes, absmax, shape, weight.dtype)
     offset = absmax.mean()
     quantised = torch.empty(blocks, dtype=torch.uint8, device=device)
@@ -239,7 +239,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         )
     offsets = offset.repeat(nested_blocks)
     nested_code = tables.dynamic_code(device)
-    settle(device)
+    launch_barrier(device)
     return NF4Weight(codes, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 

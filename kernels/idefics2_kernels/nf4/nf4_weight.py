@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_shape
-from idefics2_kernels.gpu.dependent_launch import settle
+from idefics2_kernels.gpu.launch_barrier import launch_barrier
 
 BLOCK = 64  # elements that share an absmax
 NESTED_BLOCK = 256  # absmaxes that share a nested absmax
@@ -148,7 +148,7 @@ def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
         if name != "nested_code"
     }
     rows = sum(weight.shape[0] for weight in weights)
-    settle(weights[0].device)
+    launch_barrier(weights[0].device)
     return replace(weights[0], shape=(rows, weights[0].shape[1]), **parts)  # type: ignore[arg-type]
 
 

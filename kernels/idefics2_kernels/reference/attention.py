@@ -30,7 +30,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
     return (weights @ values).permute(0, 3, 1, 2, 4).reshape(B, S, H, D).to(q.dtype)
 
 
-def _visible(
+def _make_mask(
     S: int, T: int, causal: bool, window: int | None, device: torch.device
 ) -> Tensor | None:
     """Say which of T keys each of the last S queries sees: (S, T), or ``None`` for all of them."""
@@ -45,7 +45,9 @@ def _visible(
     return seen
 
 
-def _groups(cu_seqlens: Tensor, max_seqlen: int, total: int) -> list[tuple[int, Tensor | None]]:
+def _group_by_length(
+    cu_seqlens: Tensor, max_seqlen: int, total: int
+) -> list[tuple[int, Tensor | None]]:
     """Group packed sequences by length: (length, their indices), ``None`` where all have that length.
 
     The equal case reads nothing back from the device.
@@ -57,7 +59,7 @@ def _groups(cu_seqlens: Tensor, max_seqlen: int, total: int) -> list[tuple[int, 
     return [(n, torch.nonzero(lengths == n)[:, 0]) for n in torch.unique(lengths).tolist()]
 
 
-def _rows(cu_seqlens: Tensor, members: Tensor, length: int) -> Tensor:
+def _packed_rows(cu_seqlens: Tensor, members: Tensor, length: int) -> Tensor:
     """Give the packed rows of the ``members`` (G,), all of one ``length``: (G, length)."""
     return cu_seqlens[members].long()[:, None] + torch.arange(length, device=cu_seqlens.device)
 
@@ -80,13 +82,13 @@ def flash_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts, rows = [], []
-    for length, members in _groups(cu_seqlens, max_seqlen, q.shape[0]):
-        visible = _visible(length, length, causal, window, q.device)
+    for length, members in _group_by_length(cu_seqlens, max_seqlen, q.shape[0]):
+        visible = _make_mask(length, length, causal, window, q.device)
         if members is None:
             B = cu_seqlens.shape[0] - 1
             batched = [t.reshape(B, length, *t.shape[1:]) for t in (q, k, v)]
             return _attend(batched[0], batched[1], batched[2], visible, scale).reshape(q.shape)
-        rows.append(_rows(cu_seqlens, members, length))
+        rows.append(_packed_rows(cu_seqlens, members, length))
         parts.append(_attend(q[rows[-1]], k[rows[-1]], v[rows[-1]], visible, scale))
     order = torch.cat([r.flatten() for r in rows]).argsort()
     return torch.cat([part.flatten(0, 1) for part in parts])[order]
@@ -110,14 +112,14 @@ def perceiver_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts, images = [], []
-    for length, members in _groups(cu_seqlens, max_seqlen, k_context.shape[0]):
+    for length, members in _group_by_length(cu_seqlens, max_seqlen, k_context.shape[0]):
         if members is None:
             k, v = (
                 torch.cat([t.reshape(q.shape[0], length, *t.shape[1:]), latents], 1)
                 for t, latents in ((k_context, k_latents), (v_context, v_latents))
             )
             return _attend(q, k, v, None, scale)
-        rows = _rows(cu_seqlens, members, length)
+        rows = _packed_rows(cu_seqlens, members, length)
         k = torch.cat([k_context[rows], k_latents[members]], 1)
         v = torch.cat([v_context[rows], v_latents[members]], 1)
         parts.append(_attend(q[members], k, v, None, scale))
@@ -158,6 +160,6 @@ def paged_attention(
             cache[pages].transpose(1, 2).flatten(0, 1)[None, : T - first * P]
             for cache in (k_cache, v_cache)
         )
-        visible = _visible(S, T - first * P, True, window, q.device)
+        visible = _make_mask(S, T - first * P, True, window, q.device)
         outs.append(_attend(q[None, offsets[b] : offsets[b + 1]], k, v, visible, scale)[0])
     return torch.cat(outs) if outs else torch.zeros_like(q)
