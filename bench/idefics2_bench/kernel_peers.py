@@ -1,6 +1,6 @@
 """What there is besides our kernels: PyTorch's attention backends, cuBLAS, PyTorch's own operations, bitsandbytes.
 
-A peer takes a case's inputs, prepares what it would hold already (a padded cache, a mask, quantised weights), and
+A peer takes a case's inputs, prepares what it would hold already (a padded cache, a mask, quantized weights), and
 returns the call to time, or ``None`` where it cannot run the case.
 """
 

@@ -37,7 +37,7 @@ def launch_config() -> LaunchConfig:
 
 @triton.jit
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return this program's rows (BLOCK_M, 1), columns (1, BLOCK_N) and mask; neighbours share rows."""
+    """Return this program's rows (BLOCK_M, 1), columns (1, BLOCK_N) and mask; neighbors share rows."""
     pid = tl.program_id(0)
     blocks_n = tl.cdiv(N, BLOCK_N)
     offs_m = (pid // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]

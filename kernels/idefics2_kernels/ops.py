@@ -227,7 +227,7 @@ class Ops:
     sample: Sample
 
 
-def _missing(name: str) -> Any:
+def _make_missing(name: str) -> Any:
     def raise_missing(*_args: object, **_kwargs: object) -> NoReturn:
         raise MissingOperationError(
             f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=REFERENCE.{name})"
@@ -253,7 +253,7 @@ def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-def _kernels() -> dict[str, Any]:
+def triton_kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
@@ -285,17 +285,18 @@ def _kernels() -> dict[str, Any]:
     }
 
 
-def _triton() -> Ops:
-    kernels = {name: _inference_only(name, kernel) for name, kernel in _kernels().items()}
+def make_triton_ops() -> Ops:
+    """Return every operation as a kernel that raises for inputs that require a gradient."""
+    kernels = {name: _inference_only(name, kernel) for name, kernel in triton_kernels().items()}
     return Ops(
-        **{field.name: kernels.get(field.name, _missing(field.name)) for field in fields(Ops)}
+        **{field.name: kernels.get(field.name, _make_missing(field.name)) for field in fields(Ops)}
     )
 
 
-def _reference() -> Ops:
+def _make_reference_ops() -> Ops:
     functions = vars(operations) | vars(attention) | vars(sampling) | vars(nf4)
     return Ops(**{field.name: functions[field.name] for field in fields(Ops)})
 
 
-REFERENCE = _reference()
-TRITON = _triton()
+REFERENCE = _make_reference_ops()
+TRITON = make_triton_ops()

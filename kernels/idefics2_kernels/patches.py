@@ -1,4 +1,4 @@
-"""Packed uint8 tiles to normalised patch rows: a program takes a few patches and all of their columns.
+"""Packed uint8 tiles to normalized patch rows: a program takes a few patches and all of their columns.
 
 The tile that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is read back. A thread
 loads two pixels side by side, all channels, and stores two values for each channel: half the loads, stores and
@@ -124,7 +124,7 @@ def patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn packed uint8 tiles into normalised patch rows (P, C * patch_size**2) in ``dtype``.
+    """Turn packed uint8 tiles into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
     ``pixels`` (P * patch_size**2 * C,): each tile's rows of pixels, channels last, cropped to whole patches.
     ``cu_seqlens`` (N + 1,) counts patches from 0 to P, ``widths`` (N,) is each tile's number of patches in a row. A

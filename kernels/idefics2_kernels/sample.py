@@ -47,7 +47,7 @@ def launch_config(V: int) -> LaunchConfig:
 
 
 @triton.jit
-def _philox_uniform(seed, index):
+def philox_uniform(seed, index):
     """Return the first word of Philox4x32-10 for key ``seed`` and counter ``index``, as fp32 in [0, 1)."""
     WORD: tl.constexpr = 0xFFFFFFFF
     key0, key1 = seed.to(tl.uint64) & WORD, (seed >> 32).to(tl.uint64) & WORD
@@ -192,7 +192,7 @@ def _sample_kernel(
             bound = _top_p_bound(bits_row, p, bound, BLOCKS_END, BLOCK_V)
         if not MIN_P_FIRST:
             bound = tl.minimum(bound, min_p_bound)
-        uniform = _philox_uniform(tl.load(seed_ptr + row), tl.load(index_ptr + row))
+        uniform = philox_uniform(tl.load(seed_ptr + row), tl.load(index_ptr + row))
         drawn = _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V // 2)  # sums of 64 bits
         token = tl.where(drawn < 0, token, drawn)
     tl.store(out_ptr + row, token.to(tl.int64))

@@ -168,7 +168,7 @@ def test_what_the_kernel_takes() -> None:
 # Changes of the source, and the case that must notice.
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "few-rows"),
-    "a byte for its neighbour": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
+    "a byte for its neighbor": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
     "second value first": ("${i}, f, e;", "${i}, e, f;", "few-rows"),
     "absmax of the turn before": ("stages[1], table", "stages[0], table", "buffers"),
     "the same half twice": ("_is_odd(place) == part", "_is_odd(place) == 0", "few-rows"),
@@ -184,8 +184,8 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "left(upper, lower, dtype, PRODUCT)",
         "few-rows",
     ),
-    "permuted to a neighbour": ("l, h, 0x4051;", "l, h, 0x5140;", "buffers"),
-    "numbers of a neighbour": ("p, q, 0x6420;", "p, q, 0x4620;", "buffers"),
+    "permuted to a neighbor": ("l, h, 0x4051;", "l, h, 0x5140;", "buffers"),
+    "numbers of a neighbor": ("p, q, 0x6420;", "p, q, 0x4620;", "buffers"),
     "numbers of the lower rows": (
         "code_values(upper_absmax",
         "code_values(lower_absmax",
@@ -197,7 +197,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "nested = gl.load(nested_absmax_ptr + blocks * 0)",
         "both-halves",
     ),
-    "a nested code for its neighbour": (
+    "a nested code for its neighbor": (
         "table + TABLE_BYTES,",
         "table + TABLE_BYTES - 4,",
         "few-rows",

@@ -131,7 +131,7 @@ def test_any_number_of_programs_and_order_of_tiles(
 
 @pytest.mark.parametrize(("tiles_m", "tiles_n", "group_m"), [(5, 3, 2), (1, 7, 8), (8, 2, 8)])
 def test_every_tile_is_visited_once(tiles_m: int, tiles_n: int, group_m: int, kernel: Any) -> None:
-    tiles = [kernel._tile(i, (tiles_m, tiles_n), group_m) for i in range(tiles_m * tiles_n)]
+    tiles = [kernel.locate_tile(i, (tiles_m, tiles_n), group_m) for i in range(tiles_m * tiles_n)]
     assert {(int(m), int(n)) for m, n in tiles} == {
         (m, n) for m in range(tiles_m) for n in range(tiles_n)
     }
@@ -172,12 +172,12 @@ def test_what_the_kernel_takes() -> None:
         (65, 28672, 64, False, "fused"),
         (128, 4096, 32, True, "fused"),  # 32 tiles for 132 programs
         (65, 6144, 32, True, "many_rows"),
-        (256, 4096, 32, True, "dequantised"),  # tiles for a half, of a small weight
+        (256, 4096, 32, True, "dequantized"),  # tiles for a half, of a small weight
         (257, 4096, 32, True, "many_rows"),
         (512, 28672, 64, True, "many_rows"),
-        (513, 28672, 64, True, "dequantised"),
-        (129, 28672, 64, False, "dequantised"),
-        (300, 128, 32, True, "dequantised"),
+        (513, 28672, 64, True, "dequantized"),
+        (129, 28672, 64, False, "dequantized"),
+        (300, 128, 32, True, "dequantized"),
     ],
 )
 def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> None:

@@ -397,7 +397,7 @@ def test_every_operation_is_covered_here_or_above() -> None:
 
 
 def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ops._kernels()) == {field.name for field in dataclasses.fields(Ops)}
+    assert set(ops.triton_kernels()) == {field.name for field in dataclasses.fields(Ops)}
     got: list[Any] = []
 
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
@@ -405,8 +405,8 @@ def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) 
         return torch.zeros(1)
 
     names = [field.name for field in dataclasses.fields(Ops)]
-    monkeypatch.setattr(ops, "_kernels", lambda: dict.fromkeys(names, kernel))
-    triton, leaf, plain = ops._triton(), torch.ones(2, requires_grad=True), torch.ones(2)
+    monkeypatch.setattr(ops, "triton_kernels", lambda: dict.fromkeys(names, kernel))
+    triton, leaf, plain = ops.make_triton_ops(), torch.ones(2, requires_grad=True), torch.ones(2)
     for name in names:
         call = getattr(triton, name)
         for args, kwargs in (((leaf,), {}), ((plain, leaf * 2), {}), ((plain,), {"bias": leaf})):
@@ -423,7 +423,7 @@ def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_operation_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)  # as where there is no Triton
-    absent = ops._triton()
+    absent = ops.make_triton_ops()
     for field in dataclasses.fields(Ops):
         with pytest.raises(MissingOperationError, match=f"TRITON has no '{field.name}' here"):
             getattr(absent, field.name)(torch.zeros(1))

@@ -132,18 +132,18 @@ def _linear_inputs(case: Case, device: torch.device) -> Inputs:
 
 def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
     dense = _weight(case, device, integers=2)
-    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantisation
+    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantization
     double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
-    weight = _quantised(case, dense, double_quant)
+    weight = _quantized(case, dense, double_quant)
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
-def _quantised(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
-    """Quantise ``dense``, in two parts where the case says after how many rows: each has an offset of its own then."""
+def _quantized(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
+    """Quantize ``dense``, in two parts where the case says after how many rows: each has an offset of its own then."""
     rows = case.dims.get("stacked")
     parts = [dense] if rows is None else [dense[:rows], 3 * dense[rows:]]
-    quantised = [reference_nf4.nf4_quantize(p, double_quant=double_quant) for p in parts]
-    return quantised[0] if rows is None else stack(quantised)
+    quantized = [reference_nf4.nf4_quantize(p, double_quant=double_quant) for p in parts]
+    return quantized[0] if rows is None else stack(quantized)
 
 
 def _few_rows_supports(case: Case) -> bool:
@@ -208,7 +208,7 @@ _GPU_SHAPES = (
 )
 
 
-def _quantise_cases() -> tuple[Case, ...]:
+def _quantize_cases() -> tuple[Case, ...]:
     cases = []
     for i, shape in enumerate(_SHAPES):
         dims = {"shape": shape, "double_quant": i % 3 != 1}
@@ -253,17 +253,17 @@ def _values(case: Case, device: torch.device) -> Tensor:
     return arrange(drawn.to(case.dtype), case.dims.get("layout", "plain"))
 
 
-def _quantise_inputs(case: Case, device: torch.device) -> Inputs:
+def _quantize_inputs(case: Case, device: torch.device) -> Inputs:
     double_quant = case.dims.get("double_quant", True)
     return {"weight": _values(case, device), "double_quant": double_quant}
 
 
-def _dequantise_inputs(case: Case, device: torch.device) -> Inputs:
-    inputs = _quantise_inputs(case, device)
-    return {"weight": _quantised(case, inputs["weight"], inputs["double_quant"])}
+def _dequantize_inputs(case: Case, device: torch.device) -> Inputs:
+    inputs = _quantize_inputs(case, device)
+    return {"weight": _quantized(case, inputs["weight"], inputs["double_quant"])}
 
 
-def _quantise_cost(case: Case) -> Cost:
+def _quantize_cost(case: Case) -> Cost:
     elements = math.prod(case.dims["shape"])
     return Cost(bytes=elements * case.dtype.itemsize + _nf4_bytes(elements), flops=2 * elements)
 
@@ -303,7 +303,7 @@ PRODUCTS = (
             "plain": _plain_few_rows,
             "gluon": _gluon_few_rows,
             "many_rows": nf4_matmul.many_rows,
-            "dequantised": nf4_matmul.dequantised,
+            "dequantized": nf4_matmul.dequantized,
         },
         only={
             "few_rows": _few_rows_supports,
@@ -314,18 +314,18 @@ PRODUCTS = (
     ),
     KernelSpec(
         name="nf4_quantize",
-        make_inputs=_quantise_inputs,
-        cases=_quantise_cases(),
-        cost=_quantise_cost,
+        make_inputs=_quantize_inputs,
+        cases=_quantize_cases(),
+        cost=_quantize_cost,
         implementations={"triton": nf4.nf4_quantize},
         outputs=lambda _inputs, result: tuple(result.tensors.values()),
         exact=True,
     ),
     KernelSpec(
         name="nf4_dequantize",
-        make_inputs=_dequantise_inputs,
-        cases=_quantise_cases(),
-        cost=_quantise_cost,
+        make_inputs=_dequantize_inputs,
+        cases=_quantize_cases(),
+        cost=_quantize_cost,
         implementations={"triton": nf4.nf4_dequantize},
         exact=True,
     ),

@@ -1,4 +1,4 @@
-"""The product x @ dequantised(weight).T + bias with the weight in NF4, for few rows: decoding codes is what costs.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4, for few rows: decoding codes is what costs.
 
 A program takes 16 rows of the weight a warp and 256 columns at a time: four blocks of each row, one block a thread, whose
 16 numbers are computed once and looked up by permuting bytes (``dequantize_triton``).
@@ -149,7 +149,7 @@ def _find_obstacle(weight: NF4Weight) -> Exception | None:
 def multiply(
     rows: Tensor, weight: NF4Weight, bias: Tensor | None, *, plain: bool = False
 ) -> Tensor:
-    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (M, N).
 
     On Hopper some calls have faster kernels of their own (those that ``nf4_gemv_hopper`` or ``nf4_few_rows_hopper`` ``supports``),
     unless ``plain``.

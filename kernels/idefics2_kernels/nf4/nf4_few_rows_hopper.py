@@ -300,7 +300,7 @@ def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
     """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
 
     A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all others; in the
-    weight a warp's rows are neighbours.
+    weight a warp's rows are neighbors.
     """
     return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
 

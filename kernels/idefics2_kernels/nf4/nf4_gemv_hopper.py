@@ -80,7 +80,7 @@ def launch_config(N: int, K: int) -> LaunchConfig:
 
 
 def row_bytes(WARPS_K: int) -> int:
-    """Return what a row's parts take, so that eight neighbouring rows' begin in different banks."""
+    """Return what a row's parts take, so that eight neighboring rows' begin in different banks."""
     return WARPS_K * 8 * 4 + 16
 
 
@@ -340,7 +340,7 @@ def supports(rows: Tensor, weight: NF4Weight) -> bool:
 
 
 def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply ``rows`` (1, K), which the kernel ``supports``, by ``weight`` (N, K), dequantised and transposed: (1, N)."""
+    """Multiply ``rows`` (1, K), which the kernel ``supports``, by ``weight`` (N, K), dequantized and transposed: (1, N)."""
     return launch(rows, weight, bias, launch_config(*weight.shape))
 
 

@@ -1,4 +1,4 @@
-"""The product x @ dequantised(weight).T + bias with the weight in NF4, for many rows, on Hopper, in Gluon.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4, for many rows, on Hopper, in Gluon.
 
 A tile is 128 rows of the weight by 128 or 256 rows of x; K is walked through in steps of 64, a block of each row of the
 weight. Two warpgroups compute, each 64 rows of the weight: they decode the next step's codes into registers, as the
@@ -150,7 +150,7 @@ def _table(steps):
 
 @gluon.jit
 def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
-    """Return a step's weights, each exactly what dequantising gives, in pairs: those of 8 columns in 16, and the others.
+    """Return a step's weights, each exactly what dequantizing gives, in pairs: those of 8 columns in 16, and the others.
 
     Pairs go from step to step as they are: halves of a register would be moved about.
     """
@@ -181,7 +181,7 @@ def _operand(pairs, A: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _tile(index, tiles, GROUP_M: gl.constexpr):
+def locate_tile(index, tiles, GROUP_M: gl.constexpr):
     """Return a tile's place among those of x and among those of the weight."""
     tiles_m, tiles_n = tiles
     group = index // (GROUP_M * tiles_n)
@@ -200,7 +200,7 @@ def _load(descs, smem, barriers, tiles, steps, GROUP_M: gl.constexpr):
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     step = 0  # so far, over all tiles
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
-        pid_m, pid_n = _tile(index, tiles, GROUP_M)
+        pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         for k in range(steps):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
@@ -251,7 +251,7 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
     N, blocks = sizes
     step = 0  # so far, over all tiles
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
-        _pid_m, pid_n = _tile(index, tiles, GROUP_M)
+        _pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         row0 = pid_n * CONSUMERS * ROWS + rows
         row1 = row0 + ROWS
         mask0, mask1 = row0 < N, row1 < N
@@ -363,7 +363,7 @@ def _multiply(
     even = _decode_step(smem, table, barriers, step, CONSUMER)
     odd = even
     for tile in range(count):
-        pid_m, pid_n = _tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
+        pid_m, pid_n = locate_tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
         # weights of even and odd steps have registers of their own: there is nothing to copy
         for _pair in range(steps // 2):
@@ -452,7 +452,7 @@ def _many_rows_kernel(
 def keeps_busy(M: int, N: int, programs: int) -> bool:
     """Whether an output (M, N) has tiles for enough of the programs, among which K is not cut.
 
-    That is a third where N alone gives as many, and half for more than 256 rows: dequantising a smaller weight costs less.
+    That is a third where N alone gives as many, and half for more than 256 rows: dequantizing a smaller weight costs less.
     """
     return 3 * _tiles(1, N, 128) >= programs or (M > 256 and 2 * _tiles(M, N, 128) >= programs)
 
@@ -479,7 +479,7 @@ def _find_obstacle(rows: Tensor, weight: NF4Weight) -> Exception | None:
 def multiply(
     rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (M, N).
 
     Raises:
         ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``rows`` or the codes where they lie.

@@ -1,8 +1,8 @@
-"""The product x @ dequantised(weight).T + bias with the weight in NF4.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4.
 
-Up to 128 rows, codes are read once for each 16 or 64 rows and dequantised on their way to the tensor cores: the
+Up to 128 rows, codes are read once for each 16 or 64 rows and dequantized on their way to the tensor cores: the
 weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
-compute dtype, as the model's own dequantisation rounds it. For more rows the dequantised weight is written out once
+compute dtype, as the model's own dequantization rounds it. For more rows the dequantized weight is written out once
 and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or
 64, and on Hopper ``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
 """
@@ -28,10 +28,10 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
 # Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256 rows: 110 us, by cuBLAS with
-# the dequantised weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
+# the dequantized weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
 # its tiles read too much (an H200: 1.08), as Triton 3.6 cannot have two processors share what they read.
 MANY_ROWS = 512
-FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
+FUSED_ROWS = 128  # more pay for the dequantized weight's way through memory
 # One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where
 # fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.5 to 0.72 of fused's
 # time at 16 rows; at 64, a tile that 33 rows fill as well, 1.02 to 1.2, but for wide weights on Hopper, 0.57. What lies
@@ -139,7 +139,7 @@ def _nf4_matmul_kernel(
     tl.store(out_ptrs, out, mask=mask_n[:, None] & mask_m[None, :])
 
 
-Way = Literal["few_rows", "fused", "many_rows", "dequantised"]
+Way = Literal["few_rows", "fused", "many_rows", "dequantized"]
 
 
 def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
@@ -150,7 +150,7 @@ def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
     For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each tile, so more than 64
     go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
     for the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
-    128 costs less than the dequantised weight's way through memory to cuBLAS.
+    128 costs less than the dequantized weight's way through memory to cuBLAS.
     """
     if few and few >= M:
         return "few_rows"
@@ -160,11 +160,11 @@ def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
         and nf4_many_rows_hopper.keeps_busy(M, N, programs)
     ):
         return "many_rows"
-    return "fused" if M <= FUSED_ROWS else "dequantised"
+    return "fused" if M <= FUSED_ROWS else "dequantized"
 
 
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (..., N).
+    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (..., N).
 
     Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. ``choose`` says how.
 
@@ -189,13 +189,13 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         "few_rows": few_rows,
         "fused": fused,
         "many_rows": many_rows,
-        "dequantised": dequantised,
+        "dequantized": dequantized,
     }
     return ways[way](x, weight, bias)
 
 
-def dequantised(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by cuBLAS, once the whole weight is dequantised."""
+def dequantized(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """``nf4_matmul`` by cuBLAS, once the whole weight is dequantized."""
     _flatten_checked(x, weight, bias)
     return torch.nn.functional.linear(x, nf4_dequantize(weight), bias)
 
@@ -228,7 +228,7 @@ def few_rows(
 
 
 def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel that dequantises as it multiplies; it takes any number of rows."""
+    """``nf4_matmul`` by the kernel that dequantizes as it multiplies; it takes any number of rows."""
     rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = launch_config(M, K, x.itemsize, current_arch())

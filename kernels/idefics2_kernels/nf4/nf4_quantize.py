@@ -1,8 +1,8 @@
-"""NF4 quantisation and back: a program takes whole blocks of 64 elements, each a row of its tile.
+"""NF4 quantization and back: a program takes whole blocks of 64 elements, each a row of its tile.
 
-Double quantisation takes two launches with PyTorch's mean between them: offset and bytes are then those of the
+Double quantization takes two launches with PyTorch's mean between them: offset and bytes are then those of the
 reference on every device. A block's two halves, even and odd elements, are read apart, so that packing two codes a byte
-moves nothing between threads. Dequantising to 16 bits takes eight codes a word, by permuting bytes (``dequantize_triton``); for all
+moves nothing between threads. Dequantizing to 16 bits takes eight codes a word, by permuting bytes (``dequantize_triton``); for all
 else there is a kernel that looks them up one by one.
 """
 
@@ -103,7 +103,7 @@ def _quantize_kernel(
 
 @triton.jit
 def _quantize_absmax_kernel(
-    centred_ptr,  # (blocks,)
+    centered_ptr,  # (blocks,)
     bins_ptr,  # (65536,)
     absmax_ptr,  # (blocks,)
     nested_absmax_ptr,  # (ceil(blocks / 256),)
@@ -113,10 +113,10 @@ def _quantize_absmax_kernel(
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * NESTED_BLOCK + tl.arange(0, NESTED_BLOCK)
     mask = offs < blocks
-    centred = tl.load(centred_ptr + offs, mask=mask, other=0.0)
-    absmax = tl.max(tl.abs(centred), axis=0)
+    centered = tl.load(centered_ptr + offs, mask=mask, other=0.0)
+    absmax = tl.max(tl.abs(centered), axis=0)
     reciprocal = tl.math.div_rn(1.0, tl.where(absmax == 0.0, 1.0, absmax))
-    scaled = tl.minimum(tl.maximum(centred * reciprocal, -1.0), 1.0)
+    scaled = tl.minimum(tl.maximum(centered * reciprocal, -1.0), 1.0)
     bins = ((scaled + 1.0) * 0.5 * LAST_BIN + 0.5).to(tl.int32)
     code = tl.load(bins_ptr + bins, mask=mask, other=0)
     tl.store(absmax_ptr + offs, tl.where(absmax == 0.0, 0, code), mask=mask)
@@ -195,9 +195,9 @@ def _dequantize_words_kernel(
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
-    """Quantise ``weight`` of any shape and strides in blocks of 64 of its elements, row by row.
+    """Quantize ``weight`` of any shape and strides in blocks of 64 of its elements, row by row.
 
-    With ``double_quant`` the blocks' absmaxes are quantised too, in blocks of 256.
+    With ``double_quant`` the blocks' absmaxes are quantized too, in blocks of 256.
 
     Raises:
         ValueError: ``weight`` is on a device that runs no kernels.
@@ -224,14 +224,14 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         launch_barrier(device)
         return NF4Weight(codes, absmax, shape, weight.dtype)
     offset = absmax.mean()
-    quantised = torch.empty(blocks, dtype=torch.uint8, device=device)
+    quantized = torch.empty(blocks, dtype=torch.uint8, device=device)
     nested_blocks = triton.cdiv(blocks, tables.NESTED_BLOCK)
     nested_absmax = torch.empty(nested_blocks, dtype=torch.float32, device=device)
     if numel:
         _quantize_absmax_kernel[(nested_blocks,)](
             absmax - offset,
             tables.dynamic_bins(device),
-            quantised,
+            quantized,
             nested_absmax,
             blocks,
             NESTED_BLOCK=tables.NESTED_BLOCK,
@@ -240,7 +240,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     offsets = offset.repeat(nested_blocks)
     nested_code = tables.dynamic_code(device)
     launch_barrier(device)
-    return NF4Weight(codes, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
+    return NF4Weight(codes, quantized, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:

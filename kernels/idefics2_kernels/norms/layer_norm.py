@@ -123,7 +123,7 @@ def _layer_norm_kernel(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
+    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
 
     (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a contiguous last
     axis.

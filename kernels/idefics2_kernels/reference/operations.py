@@ -32,11 +32,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,)."""
+    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,)."""
     wide = widen(x)
-    centred = wide - wide.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    return (centred * rstd * weight + bias).to(x.dtype)
+    centered = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
+    return (centered * rstd * weight + bias).to(x.dtype)
 
 
 def add_layer_norm(
@@ -109,7 +109,7 @@ def patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn packed uint8 tiles into normalised patch rows (P, C * patch_size**2) in ``dtype``.
+    """Turn packed uint8 tiles into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
     ``pixels`` (P * patch_size**2 * C,): each tile's rows of pixels, channels last, cropped to whole patches.
     ``cu_seqlens`` (N + 1,) counts patches, ``widths`` (N,) is each tile's number of patches in a row. A value is
@@ -117,7 +117,7 @@ def patches(
     """
     C, s = len(mean), patch_size
     wide = torch.promote_types(dtype, torch.float32)
-    centre, spread = (
+    center, spread = (
         torch.tensor(t, dtype=wide, device=pixels.device)[:, None] for t in (mean, std)
     )
     rows = []
@@ -129,5 +129,5 @@ def patches(
         rows.append(tile.permute(0, 2, 4, 1, 3).reshape(end - begin, C, s * s))
     if not rows:
         return torch.zeros((0, C * s * s), dtype=dtype, device=pixels.device)
-    values = (torch.cat(rows).to(wide) * rescale_factor - centre) / spread
+    values = (torch.cat(rows).to(wide) * rescale_factor - center) / spread
     return values.flatten(1).to(dtype)
