@@ -1,6 +1,6 @@
-"""Packed uint8 tiles to normalized patch rows: a program takes a few patches and all of their columns.
+"""Packed uint8 images to normalized patch rows: a program takes a few patches and all of their columns.
 
-The tile that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is read back. A thread
+The image that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is read back. A thread
 loads two pixels side by side, all channels, and stores two values for each channel: half the loads, stores and
 instructions of one value at a time, which is what bounds the kernel after memory.
 """
@@ -48,7 +48,7 @@ def _patches_kernel(
     shift,  # C floats
     P,
     N,
-    steps,  # of the search among N tiles
+    steps,  # of the search among N images
     C: tl.constexpr,
     S: tl.constexpr,
     V: tl.constexpr,  # pixels of a load
@@ -62,16 +62,16 @@ def _patches_kernel(
     offs_p = first_p + offs_i
     mask_p = offs_p < P
 
-    # the last tile that begins at or before each patch: an empty one begins where the next does
-    tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
-    end = tile + N
+    # the last image that begins at or before each patch: an empty one begins where the next does
+    image = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
+    end = image + N
     for _ in range(steps):
-        middle = (tile + end) // 2
+        middle = (image + end) // 2
         begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
-        tile = tl.where(begins <= offs_p, middle, tile)
+        image = tl.where(begins <= offs_p, middle, image)
         end = tl.where(begins <= offs_p, end, middle)
-    local = (offs_p - tl.load(cu_seqlens_ptr + tile, mask=mask_p, other=0)).to(tl.int32)
-    width = tl.load(widths_ptr + tile, mask=mask_p, other=1).to(tl.int32)
+    local = (offs_p - tl.load(cu_seqlens_ptr + image, mask=mask_p, other=0)).to(tl.int32)
+    width = tl.load(widths_ptr + image, mask=mask_p, other=1).to(tl.int32)
     # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits hold what is
     # added to the program's first pixel
     back = local % width
@@ -124,10 +124,10 @@ def patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn packed uint8 tiles into normalized patch rows (P, C * patch_size**2) in ``dtype``.
+    """Turn packed uint8 images into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
-    ``pixels`` (P * patch_size**2 * C,): each tile's rows of pixels, channels last, cropped to whole patches.
-    ``cu_seqlens`` (N + 1,) counts patches from 0 to P, ``widths`` (N,) is each tile's number of patches in a row. A
+    ``pixels`` (P * patch_size**2 * C,): each image's rows of pixels, channels last, cropped to whole patches.
+    ``cu_seqlens`` (N + 1,) counts patches from 0 to P, ``widths`` (N,) is each image's number of patches in a row. A
     value is (pixel * rescale_factor - mean[c]) / std[c] for each of C channels, in fp32, rounded once.
 
     Raises:
@@ -154,7 +154,7 @@ def patches(
     P, rest = divmod(pixels.shape[0], E)
     if rest or (P and not N):
         raise ValueError(
-            f"pixels must be {E} bytes for each patch of {N} tiles, got {pixels.shape[0]} bytes"
+            f"pixels must be {E} bytes for each patch of {N} images, got {pixels.shape[0]} bytes"
         )
     out = torch.empty((P, E), dtype=dtype, device=pixels.device)
     if P:

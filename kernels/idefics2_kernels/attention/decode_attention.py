@@ -5,7 +5,7 @@ many there are depends on sizes of tensors alone, so that a CUDA graph serves an
 computed from ``context_lens``. The next page's id is loaded one iteration ahead, as in ``paged_attention``.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import triton
 import triton.language as tl
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import MAX_SPLITS, merge_tile, share_state, state_buffers
 from idefics2_kernels.attention.tiles import (
+    LaunchConfig,
     attend,
     empty_state,
     head_parts,
@@ -30,16 +31,6 @@ from idefics2_kernels.gpu.tile_counters import get_counters
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
 PROGRAMS = H100_SMS  # that share keys, one on each SM
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options; BLOCK_N keys are a page or a part of it."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 def _block_n(P: int, itemsize: int) -> int:

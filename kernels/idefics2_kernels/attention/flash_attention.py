@@ -6,7 +6,7 @@ before its own and ``right`` after it, so that causal, full and windowed attenti
 heads that share keys run together, the longest tiles first, one key head after the other: its keys stay in the L2.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
@@ -16,8 +16,10 @@ from torch import Tensor
 from idefics2_kernels.attention.flash_attention_hopper import flash_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     check_window,
     descriptors,
@@ -29,16 +31,6 @@ from idefics2_kernels.attention.tiles import (
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_shape
 from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -226,8 +218,7 @@ def _flash_attention_plain(
     H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
     config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k, v)
-    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen, config.BLOCK_M)
     _flash_attention_kernel[(tiles_m * H * B,)](
@@ -235,8 +226,8 @@ def _flash_attention_plain(
         k,
         v,
         out,
-        *(descriptors(k, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
-        *(descriptors(v, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
+        *descriptors(k, config.BLOCK_N, 1, wanted=has_descriptors),
+        *descriptors(v, config.BLOCK_N, 1, wanted=has_descriptors),
         cu_seqlens,
         q.stride()[:2],
         k.stride()[:2],

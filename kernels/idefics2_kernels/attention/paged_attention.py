@@ -7,7 +7,7 @@ page is loaded while this one is computed on: read in the iteration that needs i
 and values, whatever ``num_stages`` says. One query a sequence is ``decode_attention``'s.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
@@ -18,8 +18,10 @@ from idefics2_kernels.attention.decode_attention import MAX_GROUPS, decode_atten
 from idefics2_kernels.attention.paged_attention_hopper import paged_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     check_window,
     descriptors,
@@ -31,16 +33,6 @@ from idefics2_kernels.attention.tiles import (
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options; BLOCK_N keys are a page or a part of it."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 def launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -266,8 +258,7 @@ def _paged_attention_plain(
     B = context_lens.shape[0]
     config = launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, current_arch())
     ALIGN = alignment(q, k_cache, v_cache)
-    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen * (H // H_KV), config.BLOCK_M)
     _paged_attention_kernel[(tiles_m * H_KV * B,)](
@@ -275,8 +266,8 @@ def _paged_attention_plain(
         k_cache,
         v_cache,
         out,
-        *(descriptors(k_cache, 1, 1, config.BLOCK_N) if has_descriptors else no_descriptors),
-        *(descriptors(v_cache, 1, 1, config.BLOCK_N) if has_descriptors else no_descriptors),
+        *descriptors(k_cache, 1, 1, config.BLOCK_N, wanted=has_descriptors),
+        *descriptors(v_cache, 1, 1, config.BLOCK_N, wanted=has_descriptors),
         block_table,
         context_lens,
         cu_seqlens,

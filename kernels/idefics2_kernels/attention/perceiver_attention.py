@@ -5,7 +5,7 @@ them. Images are few and their keys many: ``num_splits`` programs share the keys
 over whole tiles of patches without masks, then over what it has of the last patches and of the latents.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import combine, state_buffers, store_state
 from idefics2_kernels.attention.tiles import (
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     descriptors,
     empty_state,
@@ -36,16 +38,6 @@ PROGRAMS = 2 * H100_SMS
 _MAX_SPLITS = (
     8  # of one image on an H100 15.3 us, with 16, 17 with 12: there is more state to merge
 )
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -287,8 +279,7 @@ def perceiver_attention(
         return out
     config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k_context, v_context, k_latents, v_latents)
-    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     programs = triton.cdiv(L * (H // H_KV), config.BLOCK_M) * N * H_KV
     tiles = triton.cdiv(max_seqlen, config.BLOCK_N) + triton.cdiv(L, config.BLOCK_N)
@@ -304,8 +295,8 @@ def perceiver_attention(
         acc,
         m,
         l,
-        *(descriptors(k_context, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
-        *(descriptors(v_context, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
+        *descriptors(k_context, config.BLOCK_N, 1, wanted=has_descriptors),
+        *descriptors(v_context, config.BLOCK_N, 1, wanted=has_descriptors),
         cu_seqlens,
         q.stride()[:3],
         k_context.stride()[:2],

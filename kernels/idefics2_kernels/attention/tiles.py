@@ -6,6 +6,7 @@ two fifths of them. The softmax is online (Milakov and Gimelshein, 2018), in fp3
 """
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -19,18 +20,37 @@ MAX_HEAD_DIM = 256
 UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
 
 
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options; with pages, BLOCK_N keys are a page or a part of it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
 def head_parts(D: int) -> tuple[int, int]:
     """Return the two widths that hold ``D`` columns; the second is 0 where the first is enough."""
     main = max(16, 1 << (D.bit_length() - 1))
     return main, 0 if main >= D else max(16, triton.next_power_of_2(D - main))
 
 
-def descriptors(x: Tensor, *block: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+def can_have_descriptors(itemsize: int, align: int, arch: int) -> bool:
+    """Return whether TMA can load tiles of rows aligned to ``align`` elements of ``itemsize`` bytes."""
+    return align > 1 and itemsize == 2 and arch >= 90
+
+
+def descriptors(
+    x: Tensor, *block: int, wanted: bool
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
     """Describe tiles of ``x`` (..., D), ``block`` on the axes before the last, one for each part of the head.
 
     D is an axis of its own, so that columns past a head's end read as zeros and not as the next head. A head that is
-    all in one part gets the same twice.
+    all in one part gets the same twice. Unless ``wanted``, there are none.
     """
+    if not wanted:
+        return None, None
     widths = head_parts(x.shape[-1])
     main, rest = (
         TensorDescriptor(x, list(x.shape), list(x.stride()), [*block, width or widths[0]])

@@ -1,5 +1,6 @@
 """The checks that every host wrapper makes before it launches: one line each, naming the argument."""
 
+import math
 import os
 
 import torch
@@ -49,3 +50,35 @@ def check_rows(name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` unless the last axis of ``tensor`` is contiguous."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} must have a contiguous last axis, got strides {tensor.stride()}")
+
+
+def check_product(x: Tensor) -> int:
+    """Check ``x`` (..., K) of a product and return K.
+
+    Raises:
+        ValueError: ``x`` is a scalar, or its last axis is not contiguous.
+        TypeError: ``x`` is none of bf16, fp16, fp32.
+    """
+    if not x.ndim:
+        raise ValueError("x must have an axis or more, got a scalar")
+    check_dtype("x", x, *FLOATS)
+    check_rows("x", x)
+    return x.shape[-1]
+
+
+def check_bias(bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
+    """Check the ``bias`` (N,) of a product, if there is one.
+
+    Raises:
+        ValueError: A shape or stride does not fit.
+        TypeError: Its dtype is not ``dtype``.
+    """
+    if bias is not None:
+        check_shape("bias", bias, (N,))
+        check_dtype("bias", bias, dtype)
+        check_rows("bias", bias)
+
+
+def flatten_rows(x: Tensor) -> Tensor:
+    """Return ``x`` (..., K) as rows (M, K)."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -6,7 +6,6 @@ For many rows cuBLAS is the field's best and PyTorch calls it. For few, reading 
 result never depends on the rows beside it.
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.activation import gelu_tanh
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.gpu.checks import (
+    check_bias,
+    check_device,
+    check_dtype,
+    check_product,
+    check_rows,
+    check_shape,
+    flatten_rows,
+)
 from idefics2_kernels.gpu.dependent_launch import (
     dependent_options,
     gdc_launch_dependents,
@@ -248,17 +255,10 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _flatten_checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
-    if not x.ndim:
-        raise ValueError("x must have an axis or more, got a scalar")
-    K = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    check_rows("x", x)
+    K = check_product(x)
     check_shape("weight", weight, (None, K))
     check_dtype("weight", weight, x.dtype)
     check_rows("weight", weight)
-    if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],))
-        check_dtype("bias", bias, x.dtype)
-        check_rows("bias", bias)
+    check_bias(bias, weight.shape[0], x.dtype)
     check_device(x=x, weight=weight, bias=bias)
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), K)
+    return flatten_rows(x)

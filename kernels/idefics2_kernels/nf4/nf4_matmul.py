@@ -7,7 +7,6 @@ and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text mod
 64, and on Hopper ``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.gpu.checks import check_bias, check_device, check_product, flatten_rows
 from idefics2_kernels.gpu.primitives import cast, dot
 from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper, num_sms
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
@@ -266,19 +265,12 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
 
 def _flatten_checked(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
-    if not x.ndim:
-        raise ValueError("x must have an axis or more, got a scalar")
-    K = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    check_rows("x", x)
+    K = check_product(x)
     if len(weight.shape) != 2 or weight.shape[1] != K:
         raise ValueError(f"weight must have shape (*, {K}), got {weight.shape}")
     if weight.dtype is not x.dtype:
         wanted, got = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, weight.dtype))
         raise TypeError(f"weight must be {wanted}, got {got}")
-    if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],))
-        check_dtype("bias", bias, x.dtype)
-        check_rows("bias", bias)
+    check_bias(bias, weight.shape[0], x.dtype)
     check_device(x=x, weight=weight.codes, bias=bias)
-    return x.reshape(math.prod(x.shape[:-1]), K)
+    return flatten_rows(x)

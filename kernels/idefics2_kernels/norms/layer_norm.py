@@ -9,12 +9,11 @@ The mean is taken out before the squares are summed, so that a large mean costs 
 from dataclasses import asdict, dataclass
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.norms.rows import make_norm_rows
 
 
 @dataclass(frozen=True)
@@ -152,36 +151,22 @@ def add_layer_norm(
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    N = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        check_shape(name, vector, (N,))
-        check_dtype(name, vector, x.dtype)
-    check_rows("x", x)
-    if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
-        check_dtype("residual", residual, x.dtype)
-        check_rows("residual", residual)
-    check_device(x=x, residual=residual, weight=weight, bias=bias)
-    rows = x.reshape(-1, N)
-    residual_rows = None if residual is None else residual.reshape(-1, N)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if out.numel():
+    rows = make_norm_rows(x, residual, weight=weight, bias=bias)
+    if rows.out.numel():
+        M, N = rows.x.shape
         config = launch_config(N)
-        _layer_norm_kernel[(triton.cdiv(rows.shape[0], config.BLOCK_M),)](
-            rows,
-            residual_rows,
+        _layer_norm_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+            rows.x,
+            rows.residual,
             weight.contiguous(),
             bias.contiguous(),
-            out,
-            total,
-            rows.stride(0),
-            0 if residual_rows is None else residual_rows.stride(0),
-            rows.shape[0],
+            rows.out,
+            rows.total,
+            *rows.strides,
+            M,
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
             **asdict(config),
         )
-    return out.view(x.shape), None if total is None else total.view(x.shape)
+    return rows.out.view(x.shape), None if rows.total is None else rows.total.view(x.shape)

@@ -5,12 +5,10 @@ The model rounds to its dtype before it scales by the weight, and so does the ke
 
 from dataclasses import asdict, dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.gpu.dependent_launch import (
     LINE,
     dependent_options,
@@ -18,6 +16,7 @@ from idefics2_kernels.gpu.dependent_launch import (
     gdc_wait,
     prefetch,
 )
+from idefics2_kernels.norms.rows import make_norm_rows
 
 
 @dataclass(frozen=True)
@@ -114,35 +113,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    N = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    check_shape("weight", weight, (N,))
-    check_dtype("weight", weight, x.dtype)
-    check_rows("x", x)
-    if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
-        check_dtype("residual", residual, x.dtype)
-        check_rows("residual", residual)
-    check_device(x=x, residual=residual, weight=weight)
-    rows = x.reshape(-1, N)
-    residual_rows = None if residual is None else residual.reshape(-1, N)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if out.numel():
+    rows = make_norm_rows(x, residual, weight=weight)
+    if rows.out.numel():
+        M, N = rows.x.shape
         config = launch_config(N)
-        _rms_norm_kernel[(triton.cdiv(rows.shape[0], config.BLOCK_M),)](
-            rows,
-            residual_rows,
+        _rms_norm_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+            rows.x,
+            rows.residual,
             weight.contiguous(),
-            out,
-            total,
-            rows.stride(0),
-            0 if residual_rows is None else residual_rows.stride(0),
-            rows.shape[0],
+            rows.out,
+            rows.total,
+            *rows.strides,
+            M,
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
             **asdict(config),
             **dependent_options(),
         )
-    return out.view(x.shape), None if total is None else total.view(x.shape)
+    return rows.out.view(x.shape), None if rows.total is None else rows.total.view(x.shape)

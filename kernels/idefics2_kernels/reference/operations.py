@@ -109,10 +109,10 @@ def patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn packed uint8 tiles into normalized patch rows (P, C * patch_size**2) in ``dtype``.
+    """Turn packed uint8 images into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
-    ``pixels`` (P * patch_size**2 * C,): each tile's rows of pixels, channels last, cropped to whole patches.
-    ``cu_seqlens`` (N + 1,) counts patches, ``widths`` (N,) is each tile's number of patches in a row. A value is
+    ``pixels`` (P * patch_size**2 * C,): each image's rows of pixels, channels last, cropped to whole patches.
+    ``cu_seqlens`` (N + 1,) counts patches, ``widths`` (N,) is each image's number of patches in a row. A value is
     (pixel * rescale_factor - mean[c]) / std[c] for each of C channels; a row is channel, row, column.
     """
     C, s = len(mean), patch_size
@@ -125,8 +125,8 @@ def patches(
     for begin, end, width in zip(offsets[:-1], offsets[1:], widths.tolist(), strict=True):
         if begin == end:
             continue
-        tile = pixels[begin * s * s * C : end * s * s * C].view(-1, s, width, s, C)
-        rows.append(tile.permute(0, 2, 4, 1, 3).reshape(end - begin, C, s * s))
+        image = pixels[begin * s * s * C : end * s * s * C].view(-1, s, width, s, C)
+        rows.append(image.permute(0, 2, 4, 1, 3).reshape(end - begin, C, s * s))
     if not rows:
         return torch.zeros((0, C * s * s), dtype=dtype, device=pixels.device)
     values = (torch.cat(rows).to(wide) * rescale_factor - center) / spread
