@@ -1,9 +1,10 @@
 """Attention within packed sequences: causal or full, with or without a window, heads in groups.
 
-One program takes BLOCK_M queries of one head and walks over the keys they see: first, without masks, the tiles that
-all of them see whole; then the few at the edges (window, diagonal, end of the sequence). A query sees ``left`` keys
-before its own and ``right`` after it, so that causal, full and windowed attention are one kernel. Programs of the
-heads that share keys run together, the longest tiles first, one key head after the other: its keys stay in the L2.
+One program takes BLOCK_M queries of one head and walks over the keys they see: first, without
+masks, the tiles that all of them see whole; then the few at the edges (window, diagonal, end of the
+sequence). A query sees ``left`` keys before its own and ``right`` after it, so that causal, full
+and windowed attention are one kernel. Programs of the heads that share keys run together, the
+longest tiles first, one key head after the other: its keys stay in the L2.
 """
 
 from dataclasses import asdict
@@ -169,12 +170,15 @@ def flash_attention(
     scale: float | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
+    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D).
 
-    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the longest one's length.
-    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied
-    by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at most 256. On Hopper some heads
-    have a faster kernel of their own (``flash_attention_hopper.supports``), unless ``plain``.
+    The result is (T, H, D).
+
+    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the
+    longest one's length. Query i sees key j of its own sequence when |i - j| < ``window`` and, if
+    ``causal``, j <= i. Scores are multiplied by ``scale``, 1/sqrt(D) unless given. Any strides but
+    a contiguous last axis; D is at most 256. On Hopper some heads have a faster kernel of their own
+    (``flash_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.

@@ -1,10 +1,11 @@
 """Causal attention of new queries to keys in pages of the KV cache.
 
-The query heads of a key head and the queries make the rows of one matrix, so that keys are read once for all of
-them. One program takes BLOCK_M rows: first, without masks, the pages that all of them see whole; then those at the
-edges (window, diagonal, end of the sequence). A tile of keys is a page, or a part of a large one. The id of the next
-page is loaded while this one is computed on: read in the iteration that needs it, it would leave one buffer for keys
-and values, whatever ``num_stages`` says. One query a sequence is ``decode_attention``'s.
+The query heads of a key head and the queries make the rows of one matrix, so that keys are read
+once for all of them. One program takes BLOCK_M rows: first, without masks, the pages that all of
+them see whole; then those at the edges (window, diagonal, end of the sequence). A tile of keys is a
+page, or a part of a large one. The id of the next page is loaded while this one is computed on:
+read in the iteration that needs it, it would leave one buffer for keys and values, whatever
+``num_stages`` says. One query a sequence is ``decode_attention``'s.
 """
 
 from dataclasses import asdict
@@ -190,13 +191,14 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D), P a power of two of at least 16; sequence b's token t lies in page
-    ``block_table[b, t // P]`` (B, pages) int32 at offset t % P; ``context_lens`` (B,) int32 counts its keys, those of
-    this step's queries last. ``cu_seqlens`` (B + 1,) int32 packs the queries, ``max_seqlen`` is at least the most of a
-    sequence. A query sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
-    query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is undefined. Any
-    strides but a contiguous last axis; D is at most 256. On Hopper some calls have a faster kernel of their own
-    (``paged_attention_hopper.supports``), unless ``plain``.
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D), P a power of two of at least 16; sequence b's
+    token t lies in page ``block_table[b, t // P]`` (B, pages) int32 at offset t % P;
+    ``context_lens`` (B,) int32 counts its keys, those of this step's queries last. ``cu_seqlens``
+    (B + 1,) int32 packs the queries, ``max_seqlen`` is at least the most of a sequence. A query
+    sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
+    query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is
+    undefined. Any strides but a contiguous last axis; D is at most 256. On Hopper some calls have a
+    faster kernel of their own (``paged_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.

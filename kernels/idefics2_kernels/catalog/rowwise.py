@@ -63,7 +63,10 @@ def rowwise_cases(
 
 
 def rowwise_cost(case: Case, passes: int, vectors: int, flops: int) -> Cost:
-    """Return the cost of ``passes`` over the rows, ``vectors`` of a row's length and ``flops`` an element."""
+    """Return the cost of ``passes`` over the rows and ``flops`` an element.
+
+    ``vectors`` of a row's length are read besides.
+    """
     elements, N = torch.Size(case.dims["shape"]).numel(), case.dims["shape"][-1]
     return Cost(
         bytes=(passes * elements + vectors * N) * case.dtype.itemsize, flops=flops * elements

@@ -1,7 +1,8 @@
 """Row of the catalog: logits to tokens.
 
-The token must be the reference's. Inputs are drawn again until neither top-p nor the draw is decided by less than
-rounding could change; counts, distances and min-p's bound have no rounding of their own and get no such care.
+The token must be the reference's. Inputs are drawn again until neither top-p nor the draw is
+decided by less than rounding could change; counts, distances and min-p's bound have no rounding of
+their own and get no such care.
 """
 
 from collections.abc import Mapping
@@ -148,7 +149,10 @@ def _logits(case: Case, device: torch.device) -> Tensor:
 
 
 def _decided(inputs: Inputs) -> Tensor:
-    """Say of which rows the token is the same for every top-p within the margin, and every number drawn: (B,)."""
+    """Return which rows' tokens are the same for every top-p within the margin: (B,).
+
+    They are the same for every number drawn within it, too.
+    """
     top_p: Tensor = inputs["top_p"].double()
     greedy: Tensor = inputs["temperature"] == 0
     decided, tokens = torch.ones_like(greedy), []

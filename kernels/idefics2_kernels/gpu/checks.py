@@ -1,4 +1,7 @@
-"""The checks that every host wrapper makes before it launches: one line each, naming the argument."""
+"""The checks that every host wrapper makes before it launches.
+
+Each is one line and names the argument.
+"""
 
 import math
 import os
@@ -14,7 +17,10 @@ INTS = (torch.int32, torch.int64)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape; ``None`` matches any size."""
+    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape.
+
+    ``None`` matches any size.
+    """
     if tensor.shape == expected:  # the quick way: there are a dozen checks in a layer of a model
         return
     same = tensor.ndim == len(expected) and all(
@@ -33,7 +39,10 @@ def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` unless all ``tensors`` are on one CUDA device; on a CPU kernels are interpreted."""
+    """Raise ``ValueError`` unless all ``tensors`` are on one CUDA device.
+
+    On a CPU kernels are interpreted.
+    """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in given.items())
     if device.type != "cuda" and not INTERPRETED:

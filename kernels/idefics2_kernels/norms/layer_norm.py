@@ -1,9 +1,13 @@
-"""Layer norm, alone and after adding a residual: whole rows in registers, several to a program if short.
+"""Layer norm, alone and after adding a residual.
 
-A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 + 128: padded to 2048
-it would waste nearly half of the loads. Up to 2047 columns a warp has rows of its own, and sums them without a barrier.
+Whole rows are in registers, several to a program if short.
 
-The mean is taken out before the squares are summed, so that a large mean costs no digits of the variance.
+A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 +
+128: padded to 2048 it would waste nearly half of the loads. Up to 2047 columns a warp has rows of
+its own, and sums them without a barrier.
+
+The mean is taken out before the squares are summed, so that a large mean costs no digits of the
+variance.
 """
 
 from dataclasses import asdict, dataclass
@@ -100,7 +104,8 @@ def _layer_norm_kernel(
             rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
             _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
 
-    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by
+    # two units in the last place
     count = tl.cast(N, tl.float32)
     sum_x = tl.sum(x, axis=1, keep_dims=True)
     if BLOCK_REST > 0:
@@ -122,10 +127,12 @@ def _layer_norm_kernel(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
+    """Normalize ``x`` (..., N), scale by ``weight`` (N,) and add ``bias`` (N,).
 
-    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a contiguous last
-    axis.
+    Rows get mean 0 and variance 1 first.
+
+    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a
+    contiguous last axis.
 
     Raises:
         ValueError: A shape, stride or device does not fit.

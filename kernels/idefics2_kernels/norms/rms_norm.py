@@ -1,4 +1,6 @@
-"""Root-mean-square norm, alone and after adding a residual: whole rows in registers, several to a program if short.
+"""Root-mean-square norm, alone and after adding a residual.
+
+Whole rows are in registers, several to a program if short.
 
 The model rounds to its dtype before it scales by the weight, and so does the kernel.
 """
@@ -30,7 +32,8 @@ class LaunchConfig:
 
 def launch_config(N: int) -> LaunchConfig:
     """Return the tile for rows of ``N``."""
-    # a thread holds 16 to 32 elements, two to four loads of 16 bytes; on an H100 90 % of a copy's bandwidth at 8192 x 4096
+    # a thread holds 16 to 32 elements, two to four loads of 16 bytes; on an H100 90 % of a copy's
+    # bandwidth at 8192 x 4096
     BLOCK_N = max(128, triton.next_power_of_2(N))
     BLOCK_M = max(1, min(16, 2048 // BLOCK_N))
     return LaunchConfig(BLOCK_M, BLOCK_N, num_warps=4 if BLOCK_N <= 2048 else 8)
@@ -78,7 +81,8 @@ def _rms_norm_kernel(
         total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offs_m * N + offs_n, total, mask=mask)
         x = total.to(tl.float32)
-    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by
+    # two units in the last place
     mean_square = tl.div_rn(tl.sum(x * x, axis=1, keep_dims=True), tl.cast(N, tl.float32))
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
     x_hat = (x * rstd).to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -89,7 +93,8 @@ def _rms_norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide ``x`` (..., N) by its root mean square, round, and scale by ``weight`` (N,).
 
-    x / sqrt(mean(x^2) + ``eps``) * weight, in fp32 until the rounding. Any strides but a contiguous last axis.
+    x / sqrt(mean(x^2) + ``eps``) * weight, in fp32 until the rounding. Any strides but a contiguous
+    last axis.
 
     Raises:
         ValueError: A shape, stride or device does not fit.

@@ -9,8 +9,8 @@ from idefics2_kernels.reference.precision import widen
 def philox_uniform(seed: Tensor, index: Tensor) -> Tensor:
     """Draw one fp32 number in [0, 1) for each ``seed`` (B,) int64 and ``index`` (B,) int64.
 
-    The first word of Philox4x32-10 (Salmon et al., 2011) with key ``seed`` and counter (index, 0, 0, 0), its upper
-    24 bits: the same stream on every device and for every batching.
+    The first word of Philox4x32-10 (Salmon et al., 2011) with key ``seed`` and counter (index, 0,
+    0, 0), its upper 24 bits: the same stream on every device and for every batching.
     """
     mask = 0xFFFFFFFF
     key0, key1 = seed & mask, (seed >> 32) & mask
@@ -45,11 +45,12 @@ def sample(
 ) -> Tensor:
     """Draw one token a row from ``logits`` (B, V): (B,) int64.
 
-    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p`` in (0, 1],
-    ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. After the temperature, top-k keeps the
-    k largest logits; top-p the tokens with less than ``top_p`` of the remaining probability strictly above them;
-    min-p those with at least ``min_p`` times the largest probability. Ties at a boundary stay together.
-    ``min_p_first`` applies min-p before the other two (vLLM's order), else after (transformers').
+    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p``
+    in (0, 1], ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. After the
+    temperature, top-k keeps the k largest logits; top-p the tokens with less than ``top_p`` of the
+    remaining probability strictly above them; min-p those with at least ``min_p`` times the largest
+    probability. Ties at a boundary stay together. ``min_p_first`` applies min-p before the other
+    two (vLLM's order), else after (transformers').
     """
     greedy = temperature == 0
     scores = filter_scores(widen(logits), temperature, top_k, top_p, min_p, min_p_first)
@@ -95,7 +96,10 @@ def _keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
 
 
 def _top_p_threshold(descending: Tensor, top_p: Tensor) -> Tensor:
-    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already: (B, 1)."""
+    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already.
+
+    The result is (B, 1).
+    """
     above = descending.softmax(-1).cumsum(-1).roll(1, -1)
     above[:, 0] = 0.0  # probability before each rank
     kept = (above < top_p[:, None]) | (top_p >= 1)[:, None]
