@@ -210,9 +210,9 @@ def rotary_and_cache(
     v_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Rotate ``q`` and ``k`` as ``rotary`` does.
+    """Rotate ``q`` and ``k``, write ``k`` and ``v`` into the cache, and return ``q``.
 
-    Write ``k`` and ``v`` (T, H_KV, D) into the cache; return ``q``.
+    The rotation is ``rotary``'s; ``k`` and ``v`` are (T, H_KV, D).
 
     ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page *
     P + offset, each of which must be in the cache and no two the same; for a negative slot nothing

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import gluon_on_cpu
+from gluon_emulator.loader import load_module
 from guarded import guarded_allocations
 from idefics2_kernels.nf4 import nf4_few_rows_hopper
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
@@ -17,7 +17,7 @@ from nf4_product import DTYPES, draw, expected
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(
+    return load_module(
         "gpu.gluon_compat",
         "gpu.dependent_launch_gluon",
         "nf4.dequantize_gluon",
@@ -231,7 +231,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
-    kernel = gluon_on_cpu.load(
+    kernel = load_module(
         "gpu.gluon_compat",
         "gpu.dependent_launch_gluon",
         "nf4.dequantize_gluon",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import gluon_on_cpu
+from gluon_emulator.loader import load_module
 from guarded import guarded_allocations
 from idefics2_kernels.nf4 import nf4_gemv_hopper
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
@@ -17,9 +17,7 @@ from nf4_product import DTYPES, draw, expected
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(
-        "gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_gemv_hopper"
-    )
+    return load_module("gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_gemv_hopper")
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str) -> None:
     old, new, case = MUTATIONS[name]
-    kernel = gluon_on_cpu.load(
+    kernel = load_module(
         "gpu.dependent_launch_gluon",
         "nf4.dequantize_gluon",
         "nf4.nf4_gemv_hopper",
