@@ -1,6 +1,6 @@
 """Attention within packed sequences on Hopper.
 
-What ``flash_attention``'s plain kernel computes, in Gluon.
+It computes what ``flash_attention``'s plain kernel computes, in Gluon.
 
 Who computes what is said in ``warp_specialized``. Here a warp loads the queries of one head, and
 the keys and values that they see, as the descriptors of packed sequences find them.

@@ -1,6 +1,6 @@
 """Causal attention to keys in pages on Hopper.
 
-What ``paged_attention``'s plain kernel computes, in Gluon.
+It computes what ``paged_attention``'s plain kernel computes, in Gluon.
 
 Who computes what is said in ``warp_specialized``. The rows of a tile are queries and the heads that
 share their keys, side by side, as in the plain kernel. Here a warp loads them, and tiles of keys

@@ -1,6 +1,6 @@
 """Attention of latents to their image's patches and to themselves.
 
-Two key ranges, never concatenated.
+The two key ranges are never concatenated.
 
 The query heads of a key head and the latents make the rows of one matrix, so that keys are read
 once for all of them. Images are few and their keys many: ``num_splits`` programs share the keys of

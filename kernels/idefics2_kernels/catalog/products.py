@@ -149,7 +149,7 @@ def _quantized(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
     return quantized[0] if rows is None else stack(quantized)
 
 
-def _few_rows_supports(case: Case) -> bool:
+def _suits_few_rows(case: Case) -> bool:
     """Whether the kernel is one for this case.
 
     That is what ``nf4_matmul`` would give it, and a little more.
@@ -173,14 +173,14 @@ def _has_gluon(case: Case) -> bool:
     There ``few_rows`` may take the one in Gluon.
     """
     rows = case.dims.get("B", 1) * case.dims["M"]
-    return on_hopper() and _few_rows_supports(case) and 0 < rows <= nf4_few_rows_hopper.MAX_M
+    return on_hopper() and _suits_few_rows(case) and 0 < rows <= nf4_few_rows_hopper.MAX_M
 
 
 def _has_aligned_gluon(case: Case) -> bool:
     return _has_gluon(case) and "layout" not in case.dims
 
 
-def _many_rows_supports(case: Case) -> bool:
+def _suits_many_rows(case: Case) -> bool:
     """Whether the kernel is one for this case.
 
     It must be compiled for Hopper, not interpreted, and readable by TMA.
@@ -321,10 +321,10 @@ PRODUCTS = (
             "dequantized": nf4_matmul.dequantized,
         },
         only={
-            "few_rows": _few_rows_supports,
+            "few_rows": _suits_few_rows,
             "plain": _has_gluon,
             "gluon": _has_aligned_gluon,
-            "many_rows": _many_rows_supports,
+            "many_rows": _suits_many_rows,
         },
     ),
     KernelSpec(

@@ -1,6 +1,6 @@
 """What products share that cut K among programs.
 
-How many cuts, and the sum of their partial results.
+They share the number of cuts and the sum of the partial results.
 
 The last program of a tile to arrive (``gpu.tile_counters``) adds the partial results of all; after
 the kernels for NF4, whose registers that would cost programs at once, a second kernel does. The sum

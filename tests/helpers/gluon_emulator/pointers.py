@@ -29,7 +29,10 @@ class Pointer:
         return Pointer(self.tensor, np.asarray(self.offset + offset, dtype=np.int64))
 
     def read(self, mask: Any, other: float) -> Array:
-        """Return what lies there, fp32 as fp32 and all other floats as float64, ``other`` where not ``mask``."""
+        """Return what is there, ``other`` where not ``mask``.
+
+        fp32 stays fp32; all other floats become float64.
+        """
         mask, offset = np.broadcast_arrays(mask, self.offset)
         assert (offset[mask] >= 0).all(), "read before a tensor"
         memory = flat(self.tensor)

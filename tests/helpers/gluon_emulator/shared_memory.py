@@ -48,7 +48,10 @@ class Shared:
         )
 
     def piece(self, dtype: Any, shape: list[int]) -> "Shared":
-        """Return memory of its own for what begins at this page of an allocation of words, and lies beside the others."""
+        """Return memory of its own for what begins at this page of an allocation of words.
+
+        It must not overlap with earlier pieces.
+        """
         begin = 4 * self.first
         end = begin + math.prod(shape) * (4 if dtype == "float32" else 2)
         assert end <= 4 * state.words.size
@@ -62,7 +65,7 @@ class Shared:
 
 
 class Boxes:
-    """Tiles of shared memory (n, 1, 1, rows, 1, columns) as smaller ones, in the order in which they lie there.
+    """Tiles of shared memory (n, 1, 1, rows, 1, columns) as smaller ones, in memory order.
 
     A tile lies there column block by column block, each as wide as its swizzle, and its rows below
     each other.
