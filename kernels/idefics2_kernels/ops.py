@@ -1,12 +1,14 @@
-"""The table of operations the model is written against, and its two fillings.
+"""The table of operations the model is written against, and its two implementations.
 
-A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation that cannot run
-raises. ``dataclasses.replace(TRITON, flash_attention=reference.flash_attention)`` swaps one, to find which of them
-a wrong logit comes from. What each operation computes is written in ``reference``; shapes are repeated here.
+A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation
+that cannot run raises. ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)``
+swaps one, to find which of them a wrong logit comes from. What each operation computes is written
+in ``reference``; shapes are repeated here.
 
-``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd knows nothing of, so the
-gradient would stop there in silence. Every operation of ``TRITON`` therefore refuses inputs that require one, also where a
-shape would be computed by PyTorch's own operations.
+``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd
+knows nothing of, so the gradient would stop there in silence. Every operation of ``TRITON``
+therefore refuses inputs that require one, also where a shape would be computed by PyTorch's own
+operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +21,11 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
-from idefics2_kernels.reference import nf4 as reference_nf4
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention, nf4, operations, sampling
 
 
 class MissingOperationError(RuntimeError):
-    """An operation that this filling of ``Ops`` does not have was called."""
+    """An operation that this implementation of ``Ops`` does not have was called."""
 
 
 class NoGradientError(RuntimeError):
@@ -62,7 +63,7 @@ class RmsNorm(Protocol):
 
 
 class AddRmsNorm(Protocol):
-    """``x`` and ``residual`` (..., N), ``weight`` (N,) -> norm of the sum (..., N), sum (..., N)."""
+    """``x`` and ``residual`` (..., N), ``weight`` (N,) -> norm of the sum, sum (..., N)."""
 
     def __call__(  # noqa: D102
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -76,7 +77,7 @@ class LayerNorm(Protocol):
 
 
 class AddLayerNorm(Protocol):
-    """``x`` and ``residual`` (..., N), ``weight`` and ``bias`` (N,) -> norm of the sum, sum (..., N)."""
+    """``x``, ``residual`` (..., N), ``weight``, ``bias`` (N,) -> norm of the sum, sum (..., N)."""
 
     def __call__(  # noqa: D102
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -96,7 +97,7 @@ class GeluTanh(Protocol):
 
 
 class Rotary(Protocol):
-    """``q`` (T, H, D), ``k`` (T, H_KV, D), ``positions`` (T,), ``cos_sin`` (positions, D) -> q, k."""
+    """``q`` (T, H, D), ``k`` (T, H_KV, D), ``positions`` (T,), ``cos_sin`` (W, D) -> q, k."""
 
     def __call__(  # noqa: D102
         self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
@@ -104,7 +105,10 @@ class Rotary(Protocol):
 
 
 class RotaryAndCache(Protocol):
-    """As ``Rotary``; ``k`` and ``v`` (T, H_KV, D) go to ``slots`` (T,) of the caches (pages, H_KV, P, D) -> q."""
+    """As ``Rotary``; ``k`` and ``v`` are written to ``slots`` (T,) of the caches -> q.
+
+    ``v`` is (T, H_KV, D), the caches are (pages, H_KV, P, D).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -137,7 +141,10 @@ class FlashAttention(Protocol):
 
 
 class PagedAttention(Protocol):
-    """``q`` (T, H, D), caches (pages, H_KV, P, D), ``block_table`` (B, pages), ``context_lens`` (B,) -> (T, H, D)."""
+    """``q`` (T, H, D), caches (pages, H_KV, P, D), ``block_table`` (B, pages) -> (T, H, D).
+
+    ``context_lens`` is (B,), ``cu_seqlens`` (B + 1,).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -155,7 +162,10 @@ class PagedAttention(Protocol):
 
 
 class PerceiverAttention(Protocol):
-    """``q`` (N, L, H, D), context k, v (P, H_KV, D), latents' k, v (N, L, H_KV, D) -> (N, L, H, D)."""
+    """``q`` (N, L, H, D), context k, v (P, H_KV, D), latents' k, v (N, L, H_KV, D).
+
+    The result is (N, L, H, D).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -228,17 +238,20 @@ class Ops:
     sample: Sample
 
 
-def _missing(name: str) -> Any:
+def _make_missing(name: str) -> Any:
     def raise_missing(*_args: object, **_kwargs: object) -> NoReturn:
         raise MissingOperationError(
-            f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=reference.{name})"
+            f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=REFERENCE.{name})"
         )
 
     return raise_missing
 
 
 def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``kernel``, which raises where autograd would record it: that would stop the gradient in silence."""
+    """Return ``kernel``, which raises where autograd would record it.
+
+    That would stop the gradient in silence.
+    """
 
     @wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -254,22 +267,21 @@ def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-def _kernels() -> dict[str, Any]:
+def triton_kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
     from idefics2_kernels import activation, patches, rotary, sample
     from idefics2_kernels.attention import flash_attention, paged_attention, perceiver_attention
     from idefics2_kernels.matmul import linear
-    from idefics2_kernels.nf4 import nf4_matmul
-    from idefics2_kernels.nf4 import nf4_quantize as nf4
+    from idefics2_kernels.nf4 import nf4_matmul, nf4_quantize
     from idefics2_kernels.norms import layer_norm, rms_norm
 
     return {
         "linear": linear.linear,
         "linear_gelu": linear.linear_gelu,
-        "nf4_quantize": nf4.nf4_quantize,
-        "nf4_dequantize": nf4.nf4_dequantize,
+        "nf4_quantize": nf4_quantize.nf4_quantize,
+        "nf4_dequantize": nf4_quantize.nf4_dequantize,
         "nf4_matmul": nf4_matmul.nf4_matmul,
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
@@ -287,17 +299,18 @@ def _kernels() -> dict[str, Any]:
     }
 
 
-def _triton() -> Ops:
-    kernels = {name: _inference_only(name, kernel) for name, kernel in _kernels().items()}
+def make_triton_ops() -> Ops:
+    """Return every operation as a kernel that raises for inputs that require a gradient."""
+    kernels = {name: _inference_only(name, kernel) for name, kernel in triton_kernels().items()}
     return Ops(
-        **{field.name: kernels.get(field.name, _missing(field.name)) for field in fields(Ops)}
+        **{field.name: kernels.get(field.name, _make_missing(field.name)) for field in fields(Ops)}
     )
 
 
-def _reference() -> Ops:
-    functions = vars(reference) | vars(reference_nf4)
+def _make_reference_ops() -> Ops:
+    functions = vars(operations) | vars(attention) | vars(sampling) | vars(nf4)
     return Ops(**{field.name: functions[field.name] for field in fields(Ops)})
 
 
-REFERENCE = _reference()
-TRITON = _triton()
+REFERENCE = _make_reference_ops()
+TRITON = make_triton_ops()

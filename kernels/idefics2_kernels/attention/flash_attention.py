@@ -1,49 +1,41 @@
 """Attention within packed sequences: causal or full, with or without a window, heads in groups.
 
-One program takes BLOCK_M queries of one head and walks over the keys they see: first, without masks, the tiles that
-all of them see whole; then the few at the edges (window, diagonal, end of the sequence). A query sees ``left`` keys
-before its own and ``right`` after it, so that causal, full and windowed attention are one kernel. Programs of the
-heads that share keys run together, the longest tiles first, one key head after the other: its keys stay in the L2.
+One program takes BLOCK_M queries of one head and walks over the keys they see: first, without
+masks, the tiles that all of them see whole; then the few at the edges (window, diagonal, end of the
+sequence). A query sees ``left`` keys before its own and ``right`` after it, so that causal, full
+and windowed attention are one kernel. Programs of the heads that share keys run together, the
+longest tiles first, one key head after the other: its keys stay in the L2.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.flash_attention_hopper import flash_attention_gluon, takes
+from idefics2_kernels.attention.flash_attention_hopper import flash_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
-    alignment,
-    arch,
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     check_window,
     descriptors,
     empty_state,
     head_parts,
     load_head,
-    normalised,
+    normalize,
     store_head,
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
+def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Return the tile for heads of ``D`` columns of ``itemsize`` bytes."""
     width = sum(head_parts(D))
     if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
         if width > 96:
@@ -159,7 +151,7 @@ def _flash_attention_kernel(
         out_ptr,
         out_rows * D,
         mask_m,
-        normalised(state, out_ptr.dtype.element_ty),
+        normalize(state, out_ptr.dtype.element_ty),
         D,
         D_MAIN,
         D_REST,
@@ -178,12 +170,15 @@ def flash_attention(
     scale: float | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
+    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D).
 
-    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the longest one's length.
-    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied
-    by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at most 256. On Hopper some heads
-    have a faster kernel of their own (``flash_attention_gluon.takes``), unless ``plain``.
+    The result is (T, H, D).
+
+    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the
+    longest one's length. Query i sees key j of its own sequence when |i - j| < ``window`` and, if
+    ``causal``, j <= i. Scores are multiplied by ``scale``, 1/sqrt(D) unless given. Any strides but
+    a contiguous last axis; D is at most 256. On Hopper some heads have a faster kernel of their own
+    (``flash_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -205,8 +200,8 @@ def flash_attention(
         return out
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     arguments = (q, k, v, cu_seqlens, max_seqlen, out, left, 0 if causal else left, qk_scale)
-    if not plain and not UPCAST.value and arch() == 90 and takes(q, k, v):
-        flash_attention_gluon(*arguments)
+    if not plain and is_hopper() and supports(q, k, v):
+        flash_attention_hopper(*arguments)
     else:
         _flash_attention_plain(*arguments)
     return out
@@ -225,10 +220,9 @@ def _flash_attention_plain(
 ) -> None:
     H, D = q.shape[1:]
     H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
-    config = _launch_config(D, q.itemsize, arch())
+    config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k, v)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen, config.BLOCK_M)
     _flash_attention_kernel[(tiles_m * H * B,)](
@@ -236,8 +230,8 @@ def _flash_attention_plain(
         k,
         v,
         out,
-        *(descriptors(k, config.BLOCK_N, 1) if described else no_descriptors),
-        *(descriptors(v, config.BLOCK_N, 1) if described else no_descriptors),
+        *descriptors(k, config.BLOCK_N, 1, wanted=has_descriptors),
+        *descriptors(v, config.BLOCK_N, 1, wanted=has_descriptors),
         cu_seqlens,
         q.stride()[:2],
         k.stride()[:2],
@@ -252,6 +246,6 @@ def _flash_attention_plain(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=ALIGN,
-        HAS_DESCRIPTORS=described,
+        HAS_DESCRIPTORS=has_descriptors,
         **asdict(config),
     )

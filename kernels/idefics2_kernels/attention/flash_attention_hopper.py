@@ -1,7 +1,9 @@
-"""Attention within packed sequences on Hopper: what ``flash_attention``'s plain kernel computes, in Gluon.
+"""Attention within packed sequences on Hopper.
 
-Who computes what is said in ``attention_warps``. Here a warp loads the queries of one head, and the keys and values
-that they see, as the descriptors of packed sequences find them.
+It computes what ``flash_attention``'s plain kernel computes, in Gluon.
+
+Who computes what is said in ``warp_specialized``. Here a warp loads the queries of one head, and
+the keys and values that they see, as the descriptors of packed sequences find them.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.attention.warp_specialized import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -27,12 +29,12 @@ from idefics2_kernels.attention.warp_specialized import (
     first_key,
     key_tiles,
     load_rows,
+    locate_sequence,
     positions,
-    processors,
     query_tile,
-    sequence_of,
     shared_tiles,
 )
+from idefics2_kernels.gpu.target import alignment, num_sms
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,19 @@ class LaunchConfig:
     IN_TURN: int  # 1: the warpgroups issue their products one after the other
 
 
-def _launch_config(D: int) -> LaunchConfig:
-    # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are what takes longest
+def launch_config(D: int) -> LaunchConfig:
+    """Return the launch options for heads of ``D`` columns."""
+    # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are
+    # what takes longest
     return LaunchConfig(BLOCK_N=128, BUFFERS=2, IN_TURN=int(D <= 96))
 
 
 @gluon.jit
 def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
-    """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
+    """Load the queries of this program's tiles, and the keys and values that they see.
+
+    Each load waits until a buffer is free.
+    """
     lengths, sizes, reach = queries
     B, heads, groups = sizes
     q_smem, k_smem, v_smem, _ = smem
@@ -63,7 +70,7 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
     index = gl.program_id(0)  # of a query tile, from the sequence's first on
     sequence = 0
     while sequence < B:
-        begin, T, _keys, tiles_m = sequence_of(sequence, lengths, 1)
+        begin, T, _keys, tiles_m = locate_sequence(sequence, lengths, 1)
         count = tiles_m * heads
         if index < count:
             start_m, head, head_kv = query_tile(index, tiles_m, groups, 1)
@@ -127,7 +134,8 @@ def _flash_attention_kernel(
     barriers = all_barriers(BUFFERS)
     fence_async_shared()
     queries = (cu_seqlens_ptr, None), (B, H, GROUPS), (left, right)
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
+    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
+    # twice
     gl.warp_specialize(
         [
             (consume, (queries, out_descs, smem, barriers, None, qk_scale, D_REST, 0, IN_TURN)),
@@ -139,12 +147,15 @@ def _flash_attention_kernel(
     )
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return whether the kernel is for such heads: 16 bits, a head dim of the model's, rows aligned to 16 bytes."""
+def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Return whether the kernel is for such heads.
+
+    They need 16 bits, a head dim of the model's and rows aligned to 16 bytes.
+    """
     return q.itemsize == 2 and q.shape[-1] in HEAD_DIMS and alignment(q, k, v) > 1
 
 
-def flash_attention_gluon(
+def flash_attention_hopper(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,16 +166,17 @@ def flash_attention_gluon(
     right: int,
     qk_scale: float,
 ) -> None:
-    """Write ``flash_attention`` of what ``takes`` says is for this kernel to ``out`` (T, H, D), contiguous.
+    """Write ``flash_attention`` of supported heads to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own and ``right`` after.
+    Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own
+    and ``right`` after.
     """
     _, H, D = q.shape
     H_KV = k.shape[1]
-    config = _launch_config(D)
+    config = launch_config(D)
     B = cu_seqlens.shape[0] - 1
     most_tiles = triton.cdiv(max_seqlen, TILE_ROWS) * H * B
-    _flash_attention_kernel[(min(most_tiles, processors(q.device)),)](
+    _flash_attention_kernel[(min(most_tiles, num_sms(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS),
         *descriptors(k, config.BLOCK_N),
         *descriptors(v, config.BLOCK_N),
@@ -180,5 +192,7 @@ def flash_attention_gluon(
         BUFFERS=config.BUFFERS,
         IN_TURN=config.IN_TURN,
         num_warps=4,
-        maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
+        # a third of the registers for each warpgroup and the producer's, before they are divided
+        # anew
+        maxnreg=168,
     )

@@ -1,9 +1,10 @@
 """Softmax over keys that several programs share: what each leaves behind, and the sum of it.
 
-Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs take some each and
-store their state. Who merges the states takes them in order, so that results do not depend on who came first. For the
-few rows of a decoding sequence that is the last of the programs to arrive (``share_state``); for tiles of more rows it
-takes one program longer than a second launch with programs for all (``combine``).
+Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs
+take some each and store their state. Who merges the states takes them in order, so that results do
+not depend on who came first. For the few rows of a decoding sequence that is the last of the
+programs to arrive (``share_state``); for tiles of more rows it takes one program longer than a
+second launch with programs for all (``combine``).
 """
 
 import torch
@@ -11,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import LOWEST, normalised, store_head
-from idefics2_kernels.gpu.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.attention.tiles import normalize, store_head
+from idefics2_kernels.gpu.dependent_launch import dependent_options, gdc_launch_dependents, gdc_wait
+from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.gpu.tile_counters import is_last
 
 MAX_SPLITS = 32  # whoever merges takes all states of a row at once
-# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more would spill
+# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more
+# would spill
 _MERGED_ROWS = 16
 _MERGED = 144 * 32
 _COMBINE_ROWS = 4  # of a program of the second launch, a warp each
@@ -47,7 +50,7 @@ def store_state(
         store_head(acc_ptr, places * D, mask, (acc, acc_rest), D, D_MAIN, D_REST)
     else:
         store_head(
-            out_ptr, rows * D, mask, normalised(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
+            out_ptr, rows * D, mask, normalize(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
         )
 
 
@@ -124,7 +127,8 @@ def _merge(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # a variable for each split: an axis of splits would go to threads or registers as the compiler's release likes
+    # a variable for each split: an axis of splits would go to threads or registers as the
+    # compiler's release likes
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     ms, ls, accs = tl.tuple(()), tl.tuple(()), tl.tuple(())
@@ -164,9 +168,9 @@ def _combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
     _merge(
         out_ptr,
         acc_ptr,
@@ -185,7 +189,10 @@ def _combine_kernel(
 def state_buffers(
     out: Tensor, num_splits: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D); nothing for one."""
+    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D).
+
+    One needs nothing.
+    """
     if num_splits == 1:
         return None, None, None
     D = out.shape[-1]
@@ -198,7 +205,7 @@ def state_buffers(
 
 
 def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
-    """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out``, R rows of D."""
+    """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out`` (R, D)."""
     R, num_splits, D = acc.shape
     _combine_kernel[(triton.cdiv(R, _COMBINE_ROWS),)](
         acc,
@@ -212,12 +219,15 @@ def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
         BLOCK_S=triton.next_power_of_2(num_splits),
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=4,
-        **dependent(),
+        **dependent_options(),
     )
 
 
 def merge_tile(num_splits: int, rows: int, D: int, num_warps: int) -> dict[str, int]:
-    """Return how many of a tile's ``rows`` are merged at once, and the powers of two that hold splits and columns."""
+    """Return how many of a tile's ``rows`` are merged at once.
+
+    The other two values are the powers of two that hold the splits and the columns.
+    """
     MERGE_S, MERGE_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
     fitting = max(_MERGED * num_warps // ((MERGE_S + 1) * MERGE_D), 1)  # states and their sum
     MERGE_M = min(1 << fitting.bit_length() - 1, _MERGED_ROWS, triton.next_power_of_2(rows))

@@ -1,30 +1,34 @@
 """What the attention kernels share: head dims in two parts, tiles of rows, the online softmax.
 
-A head of D columns is held as a power of two and the power of two that covers the rest: 72 as 64 + 16, 96 as
-64 + 32. Tensor cores then multiply hardly more columns than there are, where padding 72 to 128 would waste
-two fifths of them. The softmax is online (Milakov and Gimelshein, 2018), in fp32 and in base two.
+A head of D columns is held as a power of two and the power of two that covers the rest: 72 as 64 +
+16, 96 as 64 + 32. Tensor cores then multiply hardly more columns than there are, where padding 72
+to 128 would waste two fifths of them. The softmax is online (Milakov and Gimelshein, 2018), in fp32
+and in base two.
 """
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_rows
-from idefics2_kernels.gpu.primitives import UPCAST, dot
+from idefics2_kernels.gpu.primitives import LOWEST, dot
 
-# finite: a row that sees no key never makes inf - inf
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 MAX_HEAD_DIM = 256
 UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
 
 
-def arch() -> int:
-    """Return the compute capability compiled for, times ten; interpreted kernels take Hopper's way."""
-    return 90 if UPCAST.value else int(driver.active.get_current_target().arch)
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options; with pages, BLOCK_N keys are a page or a part of it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
 
 
 def head_parts(D: int) -> tuple[int, int]:
@@ -33,23 +37,26 @@ def head_parts(D: int) -> tuple[int, int]:
     return main, 0 if main >= D else max(16, triton.next_power_of_2(D - main))
 
 
-def alignment(*tensors: Tensor) -> int:
-    """Return how many elements make 16 bytes if every row begins at a multiple of them, else 1."""
-    aligned = all(
-        t.data_ptr() % 16 == 0
-        and t.numel() > 0
-        and all(s > 0 and s * t.itemsize % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
-    return 16 // tensors[0].itemsize if aligned else 1
+def can_have_descriptors(itemsize: int, align: int, arch: int) -> bool:
+    """Return whether TMA can load tiles of rows.
 
-
-def descriptors(x: Tensor, *block: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe tiles of ``x`` (..., D), ``block`` on the axes before the last, one for each part of the head.
-
-    D is an axis of its own, so that columns past a head's end read as zeros and not as the next head. A head that is
-    all in one part gets the same twice.
+    The rows are aligned to ``align`` elements of ``itemsize`` bytes.
     """
+    return align > 1 and itemsize == 2 and arch >= 90
+
+
+def descriptors(
+    x: Tensor, *block: int, wanted: bool
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Describe tiles of ``x`` (..., D), one for each part of the head.
+
+    ``block`` is their size on the axes before the last.
+
+    D is an axis of its own, so that columns past a head's end read as zeros and not as the next
+    head. A head that is all in one part gets the same twice. Unless ``wanted``, there are none.
+    """
+    if not wanted:
+        return None, None
     widths = head_parts(x.shape[-1])
     main, rest = (
         TensorDescriptor(x, list(x.shape), list(x.stride()), [*block, width or widths[0]])
@@ -59,7 +66,7 @@ def descriptors(x: Tensor, *block: int) -> tuple[TensorDescriptor, TensorDescrip
 
 
 def check_heads(q: Tensor, H_KV: int, **keys: Tensor) -> None:
-    """Check dtypes and rows of ``q`` (..., H, D) and of ``keys`` and values (..., H_KV, D), and the heads.
+    """Check dtypes, rows and heads of ``q`` (..., H, D), ``keys`` and values (..., H_KV, D).
 
     Raises:
         ValueError: D is 0 or above 256, H is no multiple of H_KV, or a last axis is not contiguous.
@@ -84,7 +91,9 @@ def check_window(window: int | None) -> None:
 
 
 def base_two(scale: float | None, D: int) -> float:
-    """Return the factor of scores whose softmax is to be taken in base two; ``scale`` is 1/sqrt(D) unless given.
+    """Return the factor of scores whose softmax is to be taken in base two.
+
+    ``scale`` is 1/sqrt(D) unless given.
 
     Raises:
         ValueError: ``scale`` is not positive: a row's largest product must give its largest score.
@@ -129,7 +138,10 @@ def load_head(
     D_REST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load both parts of rows (ROWS, D) of one head; where there is one part, the second is the first."""
+    """Load both parts of rows (ROWS, D) of one head.
+
+    Where there is one part, the second is the first.
+    """
     main = _load_part(ptr, offsets, mask, 0, D_MAIN, D, MASKED)
     rest = main
     if D_REST > 0:
@@ -168,7 +180,8 @@ def empty_state(ROWS: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
     """Return the softmax state of rows that saw no key: acc in two parts, m_i, l_i."""
     acc = tl.zeros((ROWS, D_MAIN), tl.float32)
     acc_rest = tl.zeros((ROWS, D_REST if D_REST > 0 else 16), tl.float32)
-    m_i = tl.full((ROWS,), LOWEST, tl.float32)  # largest score so far, in base two
+    # largest score so far, in base two; finite: a row that sees no key never makes inf - inf
+    m_i = tl.full((ROWS,), LOWEST, tl.float32)
     l_i = tl.zeros((ROWS,), tl.float32)
     return acc, acc_rest, m_i, l_i
 
@@ -179,7 +192,10 @@ def _scores(
     k,  # (KEYS, D_MAIN), (KEYS, D_REST)
     D_REST: tl.constexpr,
 ):
-    """Multiply queries by keys; in fp32 the sum is fp64, as an error in a score is one in all of its key's weight."""
+    """Multiply queries by keys.
+
+    In fp32 the sum is fp64, as an error in a score is one in all of its key's weight.
+    """
     if q[0].dtype == tl.float32:
         qk = tl.dot(q[0].to(tl.float64), tl.trans(k[0]).to(tl.float64), out_dtype=tl.float64)
         if D_REST > 0:
@@ -220,8 +236,11 @@ def attend(
 
 
 @triton.jit
-def normalised(state, dtype: tl.constexpr):
-    """Return the output of rows in two parts; rows that saw no key have zeros, and must not divide."""
+def normalize(state, dtype: tl.constexpr):
+    """Return the output of rows in two parts.
+
+    Rows that saw no key have zeros, and must not divide.
+    """
     acc, acc_rest, _, l_i = state
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
     # the plain operator may be off by two units in the last place

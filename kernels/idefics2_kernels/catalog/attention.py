@@ -1,4 +1,7 @@
-"""What the rows of the three attentions share: names, offsets, who sees whom, whether there is a Hopper."""
+"""What the rows of the three attentions share.
+
+Names, offsets, the pairs of query and key, and whether there is a Hopper.
+"""
 
 from collections.abc import Iterable
 from itertools import accumulate
@@ -6,8 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import arch
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import is_hopper
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,6 +39,6 @@ def visible_pairs(length: int, causal: bool, window: int | None) -> int:
 def on_hopper() -> bool:
     """Return whether kernels are compiled, for Hopper."""
     try:
-        return not UPCAST.value and arch() == 90
+        return is_hopper()
     except RuntimeError:  # no GPU to compile for
         return False

@@ -6,6 +6,7 @@ import triton.language as tl
 from idefics2_kernels.gpu import checks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite number of fp32
 
 # The interpreter holds bfloat16 as integers, so that only loads, stores and casts of it are right.
 UPCAST = tl.constexpr(checks.INTERPRETED)
@@ -15,7 +16,8 @@ UPCAST = tl.constexpr(checks.INTERPRETED)
 def dot(a, b, acc):
     """Return ``a`` @ ``b`` + ``acc`` in fp32; fp32 operands are multiplied as such, not in TF32.
 
-    Their products are summed tile by tile and only then added: one long sum would lose the digits that fp32 is for.
+    Their products are summed tile by tile and only then added: one long sum would lose the digits
+    that fp32 is for.
     """
     if a.dtype == tl.float32:
         product = tl.dot(a, b, tl.zeros_like(acc), input_precision="ieee")
@@ -28,7 +30,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """Return fp32 ``x`` rounded to ``dtype``, to nearest even; interpreted, a plain cast to bf16 truncates."""
+    """Return fp32 ``x`` rounded to ``dtype``, to nearest even.
+
+    Interpreted, a plain cast to bf16 truncates.
+    """
     if UPCAST and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)

@@ -1,39 +1,43 @@
-"""Layer norm, alone and after adding a residual: whole rows in registers, several to a program if short.
+"""Layer norm, alone and after adding a residual.
 
-A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 + 128: padded to 2048
-it would waste nearly half of the loads. Up to 2047 columns a warp has rows of its own, and sums them without a barrier.
+Whole rows are in registers, several to a program if short.
 
-The mean is taken out before the squares are summed, so that a large mean costs no digits of the variance.
+A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 +
+128: padded to 2048 it would waste nearly half of the loads. Up to 2047 columns a warp has rows of
+its own, and sums them without a barrier.
+
+The mean is taken out before the squares are summed, so that a large mean costs no digits of the
+variance.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.norms.rows import make_norm_rows
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """A tile of whole rows, in two parts, and the warps that share it."""
 
-    block_m: int
-    block_n: int  # columns of the first part, a power of two
-    block_rest: int  # and of the second, or 0
+    BLOCK_M: int
+    BLOCK_N: int  # columns of the first part, a power of two
+    BLOCK_REST: int  # and of the second, or 0
     num_warps: int
 
 
 @cache
-def _launch_config(N: int) -> LaunchConfig:
-    block_n = 1 << (N.bit_length() - 1)
-    block_rest = triton.next_power_of_2(N - block_n) if block_n < N else 0
+def launch_config(N: int) -> LaunchConfig:
+    """Return the tile for rows of ``N``."""
+    BLOCK_N = 1 << (N.bit_length() - 1)
+    BLOCK_REST = triton.next_power_of_2(N - BLOCK_N) if BLOCK_N < N else 0
     # rows within a warp need no barrier
-    num_warps = 1 if block_n <= 1024 else 4 if block_n <= 4096 else 8
-    return LaunchConfig(max(1, min(16, 512 // block_n)), block_n, block_rest, num_warps)
+    num_warps = 1 if BLOCK_N <= 1024 else 4 if BLOCK_N <= 4096 else 8
+    return LaunchConfig(max(1, min(16, 512 // BLOCK_N)), BLOCK_N, BLOCK_REST, num_warps)
 
 
 @triton.jit
@@ -54,7 +58,7 @@ def _store(ptr, rows, x, mask_m, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _scaled(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+def _scale_and_shift(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
     offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
     if MASKED:
         weight = tl.load(weight_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -100,7 +104,8 @@ def _layer_norm_kernel(
             rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
             _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
 
-    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by
+    # two units in the last place
     count = tl.cast(N, tl.float32)
     sum_x = tl.sum(x, axis=1, keep_dims=True)
     if BLOCK_REST > 0:
@@ -114,18 +119,20 @@ def _layer_norm_kernel(
         squares += tl.sum(rest * rest, axis=1, keep_dims=True)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
 
-    out = _scaled(x * rstd, weight_ptr, bias_ptr, N, 0, False)
+    out = _scale_and_shift(x * rstd, weight_ptr, bias_ptr, N, 0, False)
     _store(out_ptr, rows, out, mask_m, N, 0, False)
     if BLOCK_REST > 0:
-        out = _scaled(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
+        out = _scale_and_shift(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
         _store(out_ptr, rows, out, mask_m, N, BLOCK_N, True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
+    """Normalize ``x`` (..., N), scale by ``weight`` (N,) and add ``bias`` (N,).
 
-    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a contiguous last
-    axis.
+    Rows get mean 0 and variance 1 first.
+
+    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a
+    contiguous last axis.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -151,39 +158,22 @@ def add_layer_norm(
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    N = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        check_shape(name, vector, (N,))
-        check_dtype(name, vector, x.dtype)
-    check_rows("x", x)
-    if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
-        check_dtype("residual", residual, x.dtype)
-        check_rows("residual", residual)
-    check_device(x=x, residual=residual, weight=weight, bias=bias)
-    rows = x.reshape(-1, N)
-    residual_rows = None if residual is None else residual.reshape(-1, N)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if out.numel():
-        config = _launch_config(N)
-        _layer_norm_kernel[(triton.cdiv(rows.shape[0], config.block_m),)](
-            rows,
-            residual_rows,
+    rows = make_norm_rows(x, residual, weight=weight, bias=bias)
+    if rows.out.numel():
+        M, N = rows.x.shape
+        config = launch_config(N)
+        _layer_norm_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+            rows.x,
+            rows.residual,
             weight.contiguous(),
             bias.contiguous(),
-            out,
-            total,
-            rows.stride(0),
-            0 if residual_rows is None else residual_rows.stride(0),
-            rows.shape[0],
+            rows.out,
+            rows.total,
+            *rows.strides,
+            M,
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_REST=config.block_rest,
-            num_warps=config.num_warps,
+            **asdict(config),
         )
-    return out.view(x.shape), None if total is None else total.view(x.shape)
+    return rows.out.view(x.shape), None if rows.total is None else rows.total.view(x.shape)
