@@ -116,12 +116,13 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
 
 
 def test_the_compiled_peer(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compile_with(monkeypatch, "eager")  # Inductor would take a minute, to compute the same
-    names = ["decode-b2-s60", "image-56x84-b2", "prefill-20"]  # the window is of 64 tokens
+    write_checkpoint(tmp_path, window=64)
+    names = ["decode-b2-s60", "image-56x84-b2", "prefill-20"]  # it decodes beyond the window
     cases = [argument for name in names for argument in ("--case", name)]
-    options = ["--model", str(tiny), "--steps", "8", "--peer-compile", *cases]
+    options = ["--model", str(tmp_path), "--steps", "8", "--peer-compile", *cases]
     _, rows = bench(tmp_path / "out.json", "latency", *options)
     peers = ["transformers", "transformers-compiled"]
     assert [(row["case"], row["impl"]) for row in rows] == [
