@@ -19,9 +19,11 @@ import torch
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.sampling.sampler import Drawn, Sampler
+from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from oracle import random_image
@@ -132,13 +134,13 @@ class Interrupt(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (Runner, "_encode", 1),
+        (Idefics2, "image_features", 1),
         (Runner, "run", 2),
         (Runner, "note", 1),
         (Sampler, "draw", 2),
         (Drawn, "choices", 1),
         (Scheduler, "schedule", 2),
-        (Scheduler, "_take_pages", 3),
+        (PageAllocator, "allocate", 3),
         (Scheduler, "computed", 1),
         (Scheduler, "finish", 1),
         (Sequence, "append", 2),
