@@ -24,6 +24,10 @@ def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """Yield the steps that ``step``, a well-formed part of ``tokenizer.json``, consists of, in order."""
     if step is None:
         return
+    if not isinstance(step, Mapping):
+        # The library reads some steps from a list of their values as well
+        yield {"type": None}
+        return
     if step.get("type") != "Sequence":
         yield step
         return
