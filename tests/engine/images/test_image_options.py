@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import idefics2_engine
-from chat_checkpoint import write_chat_checkpoint
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.cli.main import main
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
@@ -21,21 +20,22 @@ from pictures import file, frames, noise
 URL = "https://pictures.example/a.png"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_chat_checkpoint(folder)
-    return folder
-
-
 class Answerer:
     """Stands in for ``LLM`` and keeps how it was built and what it was shown."""
 
     built: dict[str, Any]
     shown: list[Image.Image]
+    model = SimpleNamespace(device="cpu", dtype="torch.float32")
+    config = SimpleNamespace(is_quantized=False)
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
         Answerer.built = settings
+
+    def __enter__(self) -> "Answerer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def stream(self, prompt: Any, params: SamplingParams) -> Any:
         Answerer.shown = [part["image"] for part in prompt[0]["content"] if "image" in part]
@@ -147,7 +147,9 @@ def test_llm_reads_many_in_order_and_names_the_bad_one(
         chatted = [output.outputs[0].token_ids for output in llm.chat(chats, short)]
         answers.append((raw, chatted))
         chats[4] = [{"role": "user", "content": [{"type": "image", "image": b"bad"}]}]
-        with pytest.raises(ImageError, match=r"^images\[0\] of prompts\[4\]: image bytes: must be"):
+        with pytest.raises(
+            ImageError, match=r"^images\[0\] of messages\[4\]: image bytes: must be"
+        ):
             llm.chat(chats, short)
         pair = {"prompt": "<image><image>", "multi_modal_data": {"image": [images[0], b"bad"]}}
         with pytest.raises(ImageError, match=r"^images\[1\]: image bytes: must be"):
