@@ -90,7 +90,12 @@ def test_a_module_that_is_missing_is_found(tmp_path: Path) -> None:
         "`idefics2_kernels.nf4` `idefics2_kernels.nf5` `tests/helpers/paths.py` `/images/`\n"
         "```\n`in_code.py`\n```\n"
     )
-    assert missing_modules(page) == ["lmm.py", "model/confit.py", "schedule/", "idefics2_kernels.nf5"]
+    assert missing_modules(page) == [
+        "lmm.py",
+        "model/confit.py",
+        "schedule/",
+        "idefics2_kernels.nf5",
+    ]
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:

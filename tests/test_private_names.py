@@ -18,7 +18,9 @@ def files(*roots: str) -> list[Path]:
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name.isidentifier() and name != "_"
+    return (
+        name.startswith("_") and not name.startswith("__") and name.isidentifier() and name != "_"
+    )
 
 
 @cache
@@ -42,16 +44,17 @@ def private_uses(file: Path) -> Iterator[tuple[int, str]]:
     kernels, by which compiled code is found.
     """
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names: list[str] = []
         if isinstance(node, ast.Attribute):
             names = [node.attr]
         elif isinstance(node, ast.ImportFrom):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value] if not node.value.endswith("_kernel") else []
+        else:
+            continue
         for name in names:
             if is_private(name):
-                yield getattr(node, "lineno"), name
+                yield node.lineno, name
 
 
 def foreign_uses(file: Path, ours: frozenset[str]) -> list[str]:

@@ -434,7 +434,9 @@ def test_a_transparent_picture_is_laid_on_white_part_by_part(
     for part in (30, 100, 1000):
         sizes.clear()
         monkeypatch.setattr(image_policy, "PART_PIXELS", part)
-        assert image_policy.upright_rgb(picture, ImagePolicy.CORRECT, "a").tobytes() == whole.tobytes()
+        assert (
+            image_policy.upright_rgb(picture, ImagePolicy.CORRECT, "a").tobytes() == whole.tobytes()
+        )
         assert max(sizes) <= part
         assert sum(sizes) == 70 * 50
 

@@ -27,7 +27,6 @@ from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from oracle import random_image
-from tiny_checkpoint import write_checkpoint
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=5, min_tokens=5, logprobs=1)
 PICTURES = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(3)]
@@ -37,12 +36,10 @@ Load = Callable[..., LLM]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
+def load(request: pytest.FixtureRequest, checkpoint: Path, one_tokenizer: None) -> Load:
     """Load a tiny checkpoint, with settings beside those of all tests."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
     settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
-    return partial(LLM, folder, **settings, kv_cache_tokens=4096, max_num_seqs=16)
+    return partial(LLM, checkpoint, **settings, kv_cache_tokens=4096, max_num_seqs=16)
 
 
 @pytest.fixture(scope="module")
