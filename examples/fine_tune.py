@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.demo import DEMO_IMAGES, DEMO_MODEL
 from idefics2_engine.hf.padded_forward import forward_padded
 from idefics2_engine.prompts.processor import Processor

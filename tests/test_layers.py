@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import idefics2_engine
 from paths import ROOT
 
 # From the bottom to the top: a package imports itself and what is on lines above its own. Packages of one line do not
@@ -16,7 +17,7 @@ from paths import ROOT
 ENGINE = """
 errors
 caller_errors field_checks model_files
-json_file demo device torch_defaults
+json_file demo device
 images
 model
 checkpoint prompts
@@ -89,7 +90,12 @@ def layer(module: str, package: str) -> str:
     """Return the name of a module or package directly below ``package`` that ``module`` is or is in."""
     if package == "idefics2_engine" and module.startswith("idefics2_bench"):
         return "idefics2_bench"
-    return module.removeprefix(f"{package}.").partition(".")[0]
+    name = module.removeprefix(f"{package}.").partition(".")[0]
+    if package == "idefics2_engine" and name in idefics2_engine.__all__ and name != "__version__":
+        # What the root re-exports is of the layer of its own module
+        home: str = getattr(idefics2_engine, name).__module__
+        return layer(home, package)
+    return name
 
 
 def upward(package: str, order: str) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Any
 
 from idefics2_bench import model_suite, report
 from idefics2_bench.timing import alternate
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
-from idefics2_engine.model.config import PAGE_SIZE
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.model.quantization import Quantization
+from idefics2_engine.runtime.config import PAGE_SIZE
 
 Row = dict[str, Any]
 

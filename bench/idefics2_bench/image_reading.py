@@ -34,7 +34,7 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 
 from idefics2_engine.images.loader import load_image
 from idefics2_engine.images.parallel import read_all
-from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalise
+from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalize
 
 SIZE = (1280, 960)
 HALF = (0.5, 0.5, 0.5)
@@ -76,7 +76,7 @@ class Ours:
             tiles = self.tiles(files[index])
             if self.floats:
                 for tile in tiles:
-                    normalise(tile, self.config)
+                    normalize(tile, self.config)
 
         read_all(read, files, self.threads)
 
@@ -131,7 +131,7 @@ def check(data: bytes, split: bool) -> None:
     ours, wanted = Ours(split, 1), Theirs(split).values(data)
     for tile, values in zip(ours.tiles(data), wanted["pixel_values"][0], strict=True):
         height, width, _ = tile.pixels.shape
-        np.testing.assert_array_equal(normalise(tile, ours.config), values[:, :height, :width])
+        np.testing.assert_array_equal(normalize(tile, ours.config), values[:, :height, :width])
 
 
 def measure(

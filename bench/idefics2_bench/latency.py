@@ -34,8 +34,9 @@ from idefics2_bench.workloads import (
 )
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.model.batch import ImageBatch
-from idefics2_engine.model.config import PAGE_SIZE, EngineConfig, GenerationConfig
+from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_engine.runtime.engine import Engine
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.scheduling.sequence import Request
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
-from idefics2_engine.images.tiling import ImageConfig, Tile, normalise
+from idefics2_engine.images.tiling import ImageConfig, Tile, normalize
 from idefics2_engine.json_file import read_json
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.prompts.processor import ProcessedPrompt
@@ -68,7 +68,7 @@ def padded_images(
     for i, row in enumerate(rows):
         for j, tile in enumerate(row):
             h, w, _ = tile.pixels.shape
-            pixels[i, j, :, :h, :w] = normalise(tile, config)
+            pixels[i, j, :, :h, :w] = normalize(tile, config)
             mask[i, j, :h, :w] = 1
     values = torch.from_numpy(pixels).to(device).to(dtype)
     return {"pixel_values": values, "pixel_attention_mask": torch.from_numpy(mask).to(device)}

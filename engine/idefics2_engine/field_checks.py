@@ -8,8 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import Idefics2Error
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import Idefics2Error, short_repr
 
 Kind = Callable[[object], Any]
 """Returns a value in Python's own types, or raises ``MismatchError``."""
@@ -47,14 +46,14 @@ def check(name: str, value: object, kind: Kind, error: type[Idefics2Error]) -> A
 def flag(value: object) -> bool:
     """Accept ``True`` and ``False``."""
     if not isinstance(value, bool):
-        raise MismatchError("True or False", shown(value))
+        raise MismatchError("True or False", short_repr(value))
     return value
 
 
 def text(value: object) -> str:
     """Accept a string."""
     if not isinstance(value, str):
-        raise MismatchError("a string", shown(value))
+        raise MismatchError("a string", short_repr(value))
     return value
 
 
@@ -64,7 +63,7 @@ def path(value: object) -> str | Path:
         return value
     name = os.fspath(value) if isinstance(value, os.PathLike) else None
     if not isinstance(name, str):
-        raise MismatchError("a string or a path", shown(value))
+        raise MismatchError("a string or a path", short_repr(value))
     return Path(name)
 
 
@@ -82,7 +81,7 @@ class Whole:
             bounds = f"from {self.low} to {self.high}"
             if self.high == math.inf:
                 bounds = f"of at least {self.low}"
-            raise MismatchError(f"an integer {bounds}", shown(value))
+            raise MismatchError(f"an integer {bounds}", short_repr(value))
         return number
 
 
@@ -99,7 +98,9 @@ class Number:
         number = _float(value)
         if not self.low <= number <= self.high or (self.above and number == self.low):
             bracket = "(" if self.above else "["
-            raise MismatchError(f"a number in {bracket}{self.low:g}, {self.high:g}]", shown(value))
+            raise MismatchError(
+                f"a number in {bracket}{self.low:g}, {self.high:g}]", short_repr(value)
+            )
         return number
 
 
@@ -114,7 +115,9 @@ class OneOf:
         if not isinstance(value, str) or value not in self._names:
             quoted = [repr(str(name)) for name in self._names]
             several = f"one of {', '.join(quoted)}"
-            raise MismatchError(several if len(quoted) > 2 else " or ".join(quoted), shown(value))
+            raise MismatchError(
+                several if len(quoted) > 2 else " or ".join(quoted), short_repr(value)
+            )
         return value
 
 
@@ -151,11 +154,11 @@ class ListOf:
             values = [values]
         wanted = f"a list of {'one or more ' if self.least else ''}{self.name}"
         if not isinstance(values, (list, tuple)) or len(values) < self.least:
-            raise MismatchError(wanted, shown(values))
+            raise MismatchError(wanted, short_repr(values))
         try:
             return tuple(map(self.kind, values))
         except MismatchError as found:
-            got = f"{found.got} in {shown(values)}"
+            got = f"{found.got} in {short_repr(values)}"
             raise MismatchError(f"{wanted}, each {found.wanted}", got) from None
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError
-from idefics2_engine.model_files import is_there, read_file, shown_path
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import ConfigError, short_repr
+from idefics2_engine.model_files import is_there, printable_path, read_file
 
 _MOST_LEVELS = 64  # a tokenizer has 6
 
@@ -30,7 +29,7 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """Parse the JSON object ``content`` of the file ``path``, which errors name; raises as ``read_json`` does."""
-    file = shown_path(path)
+    file = printable_path(path)
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
     except _RepeatedKeyError as error:
@@ -115,7 +114,7 @@ class Section:
 
     def error(self, key: str, wanted: str, got: object) -> ConfigError:
         """Make the error that names the place, what it must be and what it is."""
-        return ConfigError(f"{self.name}: {key} must be {wanted}, got {shown(got)}")
+        return ConfigError(f"{self.name}: {key} must be {wanted}, got {short_repr(got)}")
 
 
 def printable(text: str) -> str:

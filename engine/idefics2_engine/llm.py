@@ -3,35 +3,26 @@
 import gc
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
-from idefics2_engine.checkpoint.checksums import verify_files
-from idefics2_engine.checkpoint.hub import find_adapter
-from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
-from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
-from idefics2_engine.errors import Idefics2Error, InternalError, PromptError
-from idefics2_engine.images.loader import (
-    MAX_BYTES,
-    MAX_PIXELS,
-    MEDIA_TIMEOUT,
-    ImageSource,
-    media_config,
-)
-from idefics2_engine.llm_arguments import (
+from idefics2_engine.device import torch_defaults, torch_device
+from idefics2_engine.errors import Idefics2Error, PromptError
+from idefics2_engine.images.loader import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, ImageSource
+from idefics2_engine.llm_options import (
+    LLMOptions,
     at_least_one,
     engine_config,
-    model_folder,
-    torch_device,
-    torch_dtype,
+    find_folders,
+    fit_kv_cache,
+    generation_config,
+    load_model,
 )
-from idefics2_engine.llm_options import LLMOptions
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
-from idefics2_engine.model.quantization import Quantization
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.outputs import RequestOutput, failed_output
 from idefics2_engine.prefetcher import Prefetcher
 from idefics2_engine.progress_bar import Progress
@@ -41,16 +32,14 @@ from idefics2_engine.request_builder import (
     Prompt,
     RequestBuilder,
     RowDraft,
-    is_conversation,
     read_params,
+    row_error,
 )
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.engine_thread import EngineThread
-from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request
-from idefics2_engine.torch_defaults import torch_defaults
-from idefics2_kernels import REFERENCE, TRITON, Ops
+from idefics2_kernels import Ops
 
 
 @dataclass(frozen=True)
@@ -78,41 +67,8 @@ class LLM:
         request_builder: Turns prompts and parameters into requests for ``engine``.
 
     Args:
-        model: A checkpoint in the hub's form: its folder, or its id on the hub, ``org/name`` or ``org/name@revision``, which is
-            taken from the hub's cache or downloaded into it; the demo checkpoint if ``None``.
-        revision: Branch, tag or commit of a hub id.
-        adapter: A LoRA adapter in PEFT's format to merge, its folder or its id on the hub.
-        verify: Compare the files with their published checksums first, and refuse weights that have none.
-        check_finite: Look at every weight for NaN and infinity, and for overflow in ``dtype``.
-        load_format: ``"auto"`` reads the weights; ``"dummy"`` draws random ones on the device, for benchmarks, and the
-            folder needs none.
-        device: ``"auto"`` takes a CUDA device if there is one.
-        dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
-        quantization: ``"nf4"`` quantises linear layers to bitsandbytes' NF4 while they are loaded. A checkpoint that is in NF4
-            already is loaded as it is, without this.
-        quantized_parts: Which layers: those of ``"vision"``, ``"connector"`` and ``"text"``; all of them if ``None``.
-        double_quant: Whether to quantise the blocks' absolute maxima too, which saves 0.37 bits a weight.
-        split_images: Whether to cut each image into quarters beside the whole; the checkpoint's choice if ``None``.
-        max_model_len: Tokens of a prompt with its answer; the model's positions if ``None``.
-        max_num_seqs: Answers that are generated at once.
-        max_num_batched_tokens: Tokens that one forward pass computes at most; longer prompts take several.
-        enable_prefix_caching: Whether to keep what was computed of prompts for others that begin the same, pictures included.
-        kv_cache_tokens: Tokens that the KV cache holds. If ``None``: on a CUDA device what ``gpu_memory_utilization`` leaves
-            for it, on a CPU enough for ``max_num_seqs`` full ones, but at most 65,536 unless one alone needs more.
-        gpu_memory_utilization: Share of a CUDA device's memory that weights, steps and KV cache may take in all.
-        enforce_eager: Whether to launch every kernel by itself, without CUDA graphs; ``REFERENCE`` is never recorded, and
-            any other ``ops`` that read values back must not be.
-        seed: Fixes the random numbers of requests without a seed of their own.
-        sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as transformers does.
-        image_policy: How doubtful pictures are read: ``"parity"`` with transformers, ``"correct"``, or ``"strict"``,
-            which refuses them (docs/images.md).
-        max_image_pixels: Largest width x height of an image, checked before it is decoded.
-        max_media_bytes: Largest image file, data URI or download.
-        allowed_media_root: Folder that image files must lie below; anywhere if ``None``.
-        allowed_media_hosts: Hosts that image URLs may name; none by default (``MediaConfig``).
-        media_timeout: Seconds that a download may take.
-        image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
-        ops: Filling of the operations to run on; ``TRITON`` on a CUDA device and ``REFERENCE`` on a CPU if ``None``.
+        model: A folder, an id on the hub, or ``None`` for the demo checkpoint.
+        revision: Branch, tag or commit of a hub id. ``LLMOptions`` describes this and all other arguments.
 
     Raises:
         ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument does not fit it.
@@ -155,61 +111,18 @@ class LLM:
     ) -> None:
         # All arguments, which are the only local names yet
         options = LLMOptions(**{name: value for name, value in locals().items() if name != "self"})
-        to_quantize = Quantization.from_arguments(
-            options.quantization, options.quantized_parts, options.double_quant
-        )
-        folder = model_folder(options.model, options.revision)
-        adapter_folder = None if options.adapter is None else find_adapter(options.adapter)
-        if options.verify:
-            verify_files(folder, weight_paths(folder))
-        if options.verify and adapter_folder is not None:
-            verify_files(adapter_folder, [adapter_folder / ADAPTER_WEIGHTS])
-        self.config = ModelConfig.load(folder)
-        media = media_config(
-            image_policy=options.image_policy,
-            max_image_pixels=options.max_image_pixels,
-            max_media_bytes=options.max_media_bytes,
-            allowed_media_root=options.allowed_media_root,
-            allowed_media_hosts=options.allowed_media_hosts,
-            media_timeout=options.media_timeout,
-            image_threads=options.image_threads,
-        )
-        self.processor = Processor.load(folder, self.config, options.split_images, media)
+        folder, adapter_folder = find_folders(options)
+        config = ModelConfig.load(folder)
+        self.processor = Processor.load(folder, config, options.split_images, options.media)
         on = torch_device(options.device)
-        has_cuda = on.type == "cuda"
-        ops = options.ops or (TRITON if has_cuda else REFERENCE)
-        sizes = engine_config(
-            self.config,
-            options,
-            cuda_graphs=has_cuda and not options.enforce_eager and ops is not REFERENCE,
-            run_ahead=has_cuda,
-        )
-        if options.load_format == "dummy":
-            self.model = build_model(
-                self.config, ops, on, torch_dtype(options.dtype, on), to_quantize
-            )
-            self.model.init_weights(double_quant=options.double_quant)
-        else:
-            self.model = load_checkpoint(
-                folder,
-                ops,
-                on,
-                torch_dtype(options.dtype, on),
-                adapter=adapter_folder,
-                check_finite=options.check_finite,
-                quantization=to_quantize,
-            )
-        if has_cuda and options.kv_cache_tokens is None:
-            fitting = measured_kv_cache_tokens(self.model, sizes, options.gpu_memory_utilization)
-            sizes = replace(sizes, kv_cache_tokens=fitting)
-        self.engine_config = sizes
-        tokenizer = self.processor.tokenizer
-        ends = [i for i in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if i is not None]
-        never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))  # whatever the file says
-        generation = GenerationConfig.load(folder).with_defaults(ends, never)
+        sizes = engine_config(options, config, on)
+        self.model = load_model(options, config, on, folder, adapter_folder)
+        self.config = self.model.config
+        self.engine_config = fit_kv_cache(options, sizes, self.model)
+        generation = generation_config(folder, self.processor.tokenizer)
         self.engine = Engine(
             self.model,
-            tokenizer,
+            self.processor.tokenizer,
             self.processor.image_config,
             generation,
             self.engine_config,
@@ -218,7 +131,7 @@ class LLM:
         self.request_builder = RequestBuilder(
             self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )
-        if has_cuda:
+        if on.type == "cuda":
             # Weights may have been copied on a stream of the caller's, which the engine does not wait for
             torch.cuda.synchronize(on)
         self.stats = self.engine.stats
@@ -268,8 +181,7 @@ class LLM:
             ImageError: An image cannot be read.
             SamplingError: A sampling parameter does not fit the model.
         """
-        several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
-        drafts = self.request_builder.read_prompts(several)
+        drafts = self.request_builder.read_prompts(prompts)
         return self._answer(self.processor.finish(drafts), sampling_params, progress)
 
     def chat(
@@ -297,21 +209,7 @@ class LLM:
             ImageError: An image cannot be read.
             SamplingError: A sampling parameter does not fit the model.
         """
-        if isinstance(messages, (str, Mapping)):
-            raise PromptError(
-                f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
-            )
-        if is_conversation(messages):
-            several, of_each = [cast(Conversation, messages)], [cast(Sequence[ImageSource], images)]
-        else:
-            several = _listed("messages", messages)
-            of_each = _listed("images", images) or [()] * len(several)
-            if len(of_each) != len(several):
-                raise PromptError(
-                    f"images must be a list for each of the {len(several)} conversations, "
-                    f"got {len(of_each)}"
-                )
-        drafts = self.request_builder.read_conversations(several, of_each)
+        drafts = self.request_builder.read_conversations(messages, images)
         return self._answer(self.processor.finish(drafts, "messages"), sampling_params, progress)
 
     def stream(
@@ -322,10 +220,7 @@ class LLM:
         Text that may turn out to be a stop string, or half a character, is held back. What is wrong with the prompt is
         raised by this call; the answer begins when the iterator is first asked, and is dropped when it is closed.
         """
-        if is_conversation(prompt):
-            draft = self.processor.draft_chat(cast(Conversation, prompt))
-        else:
-            draft = self.request_builder.read_prompt(cast(Prompt, prompt))
+        draft = self.request_builder.read(prompt)
         (processed,) = self.processor.finish([draft])
         return self._stream(self.request_builder.build(processed, read_params(sampling_params)))
 
@@ -384,7 +279,7 @@ class LLM:
             try:
                 client.submit([builder.build_row(draft, str(index))])
             except BaseException as error:
-                events.put(failed_output(str(index), _row_error(error)))
+                events.put(failed_output(str(index), row_error(error)))
 
         def end(count: int, error: BaseException | None) -> None:
             events.put(_EndOfRows(count, error))
@@ -428,16 +323,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool,
     ) -> list[RequestOutput]:
-        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
-            params = [read_params(one) for one in sampling_params]
-        else:
-            params = [read_params(sampling_params)] * len(prompts)
-        if len(params) != len(prompts):
-            raise PromptError(
-                f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
-            )
-        build = self.request_builder.build
-        requests = [build(*pair) for pair in zip(prompts, params, strict=True)]
+        requests = self.request_builder.build_all(prompts, sampling_params)
         events: SimpleQueue[Request | BaseException] = SimpleQueue()
         bar = Progress(self.stats, len(requests), progress)
         with bar, self._thread.client(events.put, events.put) as client:
@@ -454,18 +340,3 @@ def _take(events: SimpleQueue[Any]) -> Any:
     if isinstance(event, BaseException):
         raise event
     return event
-
-
-def _row_error(error: BaseException) -> Idefics2Error:
-    """Return ``error`` if it is for users; otherwise one that is, caused by it."""
-    if isinstance(error, Idefics2Error):
-        return error
-    internal = InternalError(f"prompt: could not be prepared, got {type(error).__name__}")
-    internal.__cause__ = error
-    return internal
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    if not isinstance(values, Iterable):
-        raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
-    return list(values)

@@ -1,11 +1,17 @@
-"""The arguments of ``LLM``, each with the values that it takes."""
+"""The arguments of ``LLM``: what each means, its bounds, and the configs and the model that follow from them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.checkpoint.checksums import verify_files
+from idefics2_engine.checkpoint.hub import find_adapter, find_model
+from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
+from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
+from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.device import torch_dtype
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.field_checks import (
     ListOf,
     MismatchError,
@@ -13,29 +19,44 @@ from idefics2_engine.field_checks import (
     OneOf,
     OrNone,
     Whole,
+    check,
     check_fields,
     checked,
     flag,
     path,
     text,
 )
+from idefics2_engine.images.loader import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    MEDIA_TIMEOUT,
+    MediaConfig,
+    media_config,
+)
 from idefics2_engine.images.policy import ImagePolicy
-from idefics2_engine.model.quantization import PARTS
-from idefics2_engine.shown import shown
-from idefics2_kernels import Ops
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.model.quantization import PARTS, Quantization
+from idefics2_engine.prompts.tokenizer import Tokenizer
+from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
+from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
+from idefics2_engine.sampling.generation_config import GenerationConfig
+from idefics2_kernels import REFERENCE, TRITON, Ops
 
 # Far above any use: a larger number is a mistake, and should say so before anything is allocated or counted to.
 _MOST_AT_ONCE = 1 << 20  # answers, or tokens of a step
 _MOST_KEPT = 2**31 - 1  # tokens, pixels or bytes
 _MOST_SECONDS = 86400.0
 _MOST_THREADS = 1024
+# 8 GiB at the 8B model's shape in 16 bit
+_KV_CACHE_TOKENS = 65536
 
 
 def _dtype(value: object) -> str | torch.dtype:
     """Accept a name, or a floating dtype of torch's."""
     if isinstance(value, str) or (isinstance(value, torch.dtype) and value.is_floating_point):
         return value
-    got = str(value) if isinstance(value, torch.dtype) else shown(value)
+    got = str(value) if isinstance(value, torch.dtype) else short_repr(value)
     raise MismatchError("the name of a dtype or a floating torch.dtype", got)
 
 
@@ -43,52 +64,104 @@ def _device(value: object) -> str:
     """Accept a name, or a device of torch's."""
     if isinstance(value, str | torch.device):
         return str(value)
-    raise MismatchError("the name of a device", shown(value))
+    raise MismatchError("the name of a device", short_repr(value))
 
 
 def _ops(value: object) -> Ops:
     if not isinstance(value, Ops):
-        raise MismatchError("a filling of Ops", shown(value))
+        raise MismatchError("a filling of Ops", short_repr(value))
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class LLMOptions:
-    """What ``LLM`` was called with, checked; its docstring says what each means.
+    """What ``LLM`` was called with, checked.
+
+    Attributes:
+        model: A checkpoint in the hub's form: its folder, or its id on the hub, ``org/name`` or
+            ``org/name@revision``, which is read from the hub's cache or downloaded into it. If
+            ``None``, the demo checkpoint.
+        revision: Branch, tag or commit of a hub id.
+        adapter: A LoRA adapter in PEFT's format to merge, its folder or its id on the hub.
+        verify: Compare the files with their published checksums first, and refuse weights that have
+            none.
+        check_finite: Look at every weight for NaN and infinity, and for overflow in ``dtype``.
+        load_format: ``"auto"`` reads the weights. ``"dummy"`` draws random ones on the device, for
+            benchmarks, and the folder needs none.
+        device: ``"auto"`` is a CUDA device if there is one, and otherwise the CPU.
+        dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
+        quantization: ``"nf4"`` quantizes linear layers to bitsandbytes' NF4 while they are loaded.
+            A checkpoint that is in NF4 already is loaded as it is, without this.
+        quantized_parts: Which layers: those of ``"vision"``, ``"connector"`` and ``"text"``. If
+            ``None``, all of them.
+        double_quant: Whether to quantize the blocks' absolute maxima as well, which saves 0.37 bits
+            a weight.
+        split_images: Whether to cut each image into quarters beside the whole. If ``None``, as the
+            checkpoint says.
+        max_model_len: Tokens of a prompt with its answer. If ``None``, the model's positions.
+        max_num_seqs: Answers that are generated at once.
+        max_num_batched_tokens: Tokens that one forward pass computes at most. Longer prompts need
+            several.
+        enable_prefix_caching: Whether to keep the KV cache of prompts for others that start with
+            the same tokens and images.
+        kv_cache_tokens: Tokens that the KV cache holds. If ``None``: on a CUDA device what
+            ``gpu_memory_utilization`` leaves for it, on a CPU enough for ``max_num_seqs`` full
+            ones, but at most 65,536 unless one alone needs more.
+        gpu_memory_utilization: Share of a CUDA device's memory that weights, steps and KV cache may
+            use in all.
+        enforce_eager: Whether to launch every kernel by itself, without CUDA graphs. ``REFERENCE``
+            is never captured, and any other ``ops`` that read values back must not be.
+        seed: Fixes the random numbers of requests without a seed of their own.
+        sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as
+            transformers does.
+        image_policy: How doubtful images are read: ``"parity"`` with transformers, ``"correct"``,
+            or ``"strict"``, which refuses them (docs/images.md).
+        max_image_pixels: Largest width x height of an image, checked before it is decoded.
+        max_media_bytes: Largest image file, data URI or download.
+        allowed_media_root: Folder that image files must be below. If ``None``, they may be
+            anywhere.
+        allowed_media_hosts: Hosts that image URLs may name; none by default (``MediaConfig``).
+        media_timeout: Seconds that a download may last.
+        image_threads: Images that are read at once. If ``None``, the number of cores, but at most
+            8.
+        ops: Implementation of the operations to run on. If ``None``, ``TRITON`` on a CUDA device
+            and ``REFERENCE`` on a CPU.
 
     Raises:
         ConfigError: A value is of the wrong type or out of its range, or two contradict each other.
     """
 
-    model: str | Path | None = checked(OrNone(path))
-    revision: str | None = checked(OrNone(text))
-    adapter: str | Path | None = checked(OrNone(path))
-    verify: bool = checked(flag)
-    check_finite: bool = checked(flag)
-    load_format: str = checked(OneOf("auto", "dummy"))
-    device: str = checked(_device)
-    dtype: str | torch.dtype = checked(_dtype)
-    quantization: str | None = checked(OrNone(OneOf("nf4")))
-    quantized_parts: tuple[str, ...] | None = checked(OrNone(ListOf(OneOf(*PARTS), "parts", 1)))
-    double_quant: bool = checked(flag)
-    split_images: bool | None = checked(OrNone(flag))
-    max_model_len: int | None = checked(OrNone(Whole(2, _MOST_AT_ONCE)))
-    max_num_seqs: int = checked(Whole(1, _MOST_AT_ONCE))
-    max_num_batched_tokens: int = checked(Whole(1, _MOST_AT_ONCE))
-    enable_prefix_caching: bool = checked(flag)
-    kv_cache_tokens: int | None = checked(OrNone(Whole(1, _MOST_KEPT)))
-    gpu_memory_utilization: float = checked(Number(0.0, 1.0, above=True))
-    enforce_eager: bool = checked(flag)
-    seed: int = checked(Whole(-(2**63), 2**63 - 1))
-    sampling_order: str = checked(OneOf("vllm", "hf"))
-    image_policy: str = checked(OneOf(*ImagePolicy))
-    max_image_pixels: int = checked(Whole(1, _MOST_KEPT))
-    max_media_bytes: int = checked(Whole(1, _MOST_KEPT))
-    allowed_media_root: str | Path | None = checked(OrNone(path))
-    allowed_media_hosts: tuple[str, ...] = checked(ListOf(text, "names of hosts"))
-    media_timeout: float = checked(Number(0.0, _MOST_SECONDS, above=True))
-    image_threads: int | None = checked(OrNone(Whole(1, _MOST_THREADS)))
-    ops: Ops | None = checked(OrNone(_ops))
+    model: str | Path | None = checked(OrNone(path), None)
+    revision: str | None = checked(OrNone(text), None)
+    adapter: str | Path | None = checked(OrNone(path), None)
+    verify: bool = checked(flag, False)
+    check_finite: bool = checked(flag, False)
+    load_format: str = checked(OneOf("auto", "dummy"), "auto")
+    device: str = checked(_device, "auto")
+    dtype: str | torch.dtype = checked(_dtype, "auto")
+    quantization: str | None = checked(OrNone(OneOf("nf4")), None)
+    quantized_parts: tuple[str, ...] | None = checked(
+        OrNone(ListOf(OneOf(*PARTS), "parts", 1)), None
+    )
+    double_quant: bool = checked(flag, True)
+    split_images: bool | None = checked(OrNone(flag), None)
+    max_model_len: int | None = checked(OrNone(Whole(2, _MOST_AT_ONCE)), None)
+    max_num_seqs: int = checked(Whole(1, _MOST_AT_ONCE), 64)
+    max_num_batched_tokens: int = checked(Whole(1, _MOST_AT_ONCE), 8192)
+    enable_prefix_caching: bool = checked(flag, True)
+    kv_cache_tokens: int | None = checked(OrNone(Whole(1, _MOST_KEPT)), None)
+    gpu_memory_utilization: float = checked(Number(0.0, 1.0, above=True), 0.9)
+    enforce_eager: bool = checked(flag, False)
+    seed: int = checked(Whole(-(2**63), 2**63 - 1), 0)
+    sampling_order: str = checked(OneOf("vllm", "hf"), "vllm")
+    image_policy: str = checked(OneOf(*ImagePolicy), "parity")
+    max_image_pixels: int = checked(Whole(1, _MOST_KEPT), MAX_PIXELS)
+    max_media_bytes: int = checked(Whole(1, _MOST_KEPT), MAX_BYTES)
+    allowed_media_root: str | Path | None = checked(OrNone(path), None)
+    allowed_media_hosts: tuple[str, ...] = checked(ListOf(text, "names of hosts"), ())
+    media_timeout: float = checked(Number(0.0, _MOST_SECONDS, above=True), MEDIA_TIMEOUT)
+    image_threads: int | None = checked(OrNone(Whole(1, _MOST_THREADS)), None)
+    ops: Ops | None = checked(OrNone(_ops), None)
 
     def __post_init__(self) -> None:
         """Check every argument, then the ones that depend on each other."""
@@ -98,3 +171,137 @@ class LLMOptions:
             raise ConfigError(
                 "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
             )
+        _ = self.to_quantize  # which raises
+
+    @property
+    def to_quantize(self) -> Quantization | None:
+        """What is quantized while it is loaded."""
+        return Quantization.from_arguments(
+            self.quantization, self.quantized_parts, self.double_quant
+        )
+
+    @property
+    def media(self) -> MediaConfig:
+        """The rules by which images are read."""
+        return media_config(
+            image_policy=self.image_policy,
+            max_image_pixels=self.max_image_pixels,
+            max_media_bytes=self.max_media_bytes,
+            allowed_media_root=self.allowed_media_root,
+            allowed_media_hosts=self.allowed_media_hosts,
+            media_timeout=self.media_timeout,
+            image_threads=self.image_threads,
+        )
+
+    def ops_on(self, device: torch.device) -> Ops:
+        """Return the implementation of the operations to run on ``device``."""
+        return self.ops or (TRITON if device.type == "cuda" else REFERENCE)
+
+
+def model_folder(model: str | Path | None, revision: str | None) -> Path:
+    """Return the folder of ``model``, the demo checkpoint's for None."""
+    if model is not None:
+        return find_model(model, revision)
+    if revision is not None:
+        raise ConfigError(f"revision must come with a model, got {revision!r}")
+    return DEMO_MODEL
+
+
+def find_folders(options: LLMOptions) -> tuple[Path, Path | None]:
+    """Return the folders of the model and of the adapter, downloaded and verified if need be."""
+    model = model_folder(options.model, options.revision)
+    adapter = None if options.adapter is None else find_adapter(options.adapter)
+    if options.verify:
+        verify_files(model, weight_paths(model))
+    if options.verify and adapter is not None:
+        verify_files(adapter, [adapter / ADAPTER_WEIGHTS])
+    return model, adapter
+
+
+def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device) -> EngineConfig:
+    """Return the sizes of the runtime on ``device``, as far as they are known before the model is loaded.
+
+    Raises:
+        ConfigError: One does not fit the model or another.
+    """
+    positions = config.text.max_positions
+    length = positions if options.max_model_len is None else options.max_model_len
+    if length > positions:
+        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    kv_cache_tokens = options.kv_cache_tokens
+    if kv_cache_tokens is None:
+        whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
+        wanted = options.max_num_seqs * whole_pages
+        kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, wanted))
+    if kv_cache_tokens < length:
+        raise ConfigError(
+            f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
+        )
+    has_cuda = device.type == "cuda"
+    on_reference = options.ops_on(device) is REFERENCE
+    return EngineConfig(
+        max_model_len=length,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_tokens=kv_cache_tokens,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        prefix_caching=options.enable_prefix_caching,
+        cuda_graphs=has_cuda and not options.enforce_eager and not on_reference,
+        run_ahead=has_cuda,
+    )
+
+
+def load_model(
+    options: LLMOptions,
+    config: ModelConfig,
+    device: torch.device,
+    folder: Path,
+    adapter: Path | None,
+) -> Idefics2:
+    """Load the model of ``folder``, or draw its weights, on ``device``.
+
+    Raises:
+        ConfigError: An argument does not fit the checkpoint.
+        CheckpointError: The weights are missing, do not fit ``config``, or fail a check.
+    """
+    ops, dtype = options.ops_on(device), torch_dtype(options.dtype, device)
+    if options.load_format == "dummy":
+        model = build_model(config, ops, device, dtype, options.to_quantize)
+        model.init_weights(double_quant=options.double_quant)
+        return model
+    return load_checkpoint(
+        folder,
+        ops,
+        device,
+        dtype,
+        adapter=adapter,
+        check_finite=options.check_finite,
+        quantization=options.to_quantize,
+    )
+
+
+def fit_kv_cache(options: LLMOptions, config: EngineConfig, model: Idefics2) -> EngineConfig:
+    """Return ``config`` with the KV cache that fits beside ``model``, if its size was left open.
+
+    Raises:
+        ConfigError: Not even one full sequence fits.
+    """
+    if model.device.type != "cuda" or options.kv_cache_tokens is not None:
+        return config
+    tokens = measured_kv_cache_tokens(model, config, options.gpu_memory_utilization)
+    return replace(config, kv_cache_tokens=tokens)
+
+
+def generation_config(folder: Path, tokenizer: Tokenizer) -> GenerationConfig:
+    """Return what ends an answer of the checkpoint in ``folder`` and what may not be in it.
+
+    An image's own tokens may never be, whatever the file says.
+    """
+    ends = [id for id in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if id is not None]
+    never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
+    return GenerationConfig.load(folder).with_defaults(ends, never)
+
+
+def at_least_one(name: str, value: int) -> int:
+    """Return the integer ``value``; raise ``ConfigError`` unless it is one and positive."""
+    number: int = check(name, value, Whole(1), ConfigError)
+    return number

@@ -43,21 +43,23 @@ def open_file(
     try:
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError:
-        raise error(f"{shown_path(path)}: must be a file, got a folder") from None
+        raise error(f"{printable_path(path)}: must be a file, got a folder") from None
     except (OSError, ValueError) as reason:  # a name with half a character is a ValueError
-        raise error(f"{shown_path(path)}: cannot be read: {_why(reason)}") from None
+        raise error(f"{printable_path(path)}: cannot be read: {_why(reason)}") from None
     with file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
-            raise error(f"{shown_path(path)}: must be a file, got {kind}")
+            raise error(f"{printable_path(path)}: must be a file, got {kind}")
         most = _MOST_BYTES.get(path.suffix, _MOST_OTHER_BYTES)
         if status.st_size > most:
-            raise error(f"{shown_path(path)}: must have at most {most} bytes, got {status.st_size}")
+            raise error(
+                f"{printable_path(path)}: must have at most {most} bytes, got {status.st_size}"
+            )
         try:
             yield file, status.st_size
         except OSError as reason:
-            raise error(f"{shown_path(path)}: cannot be read: {_why(reason)}") from None
+            raise error(f"{printable_path(path)}: cannot be read: {_why(reason)}") from None
 
 
 def read_file(path: Path, error: type[Idefics2Error] = ConfigError) -> bytes:
@@ -73,7 +75,7 @@ def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
     except UnicodeDecodeError as reason:
         raise error(
-            f"{shown_path(path)}: cannot be read as text: byte {reason.start} is not UTF-8"
+            f"{printable_path(path)}: cannot be read as text: byte {reason.start} is not UTF-8"
         ) from None
 
 
@@ -82,7 +84,7 @@ def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigEr
     try:
         names = os.listdir(folder)
     except (OSError, ValueError) as reason:
-        raise error(f"{shown_path(folder)}: cannot be listed: {_why(reason)}") from None
+        raise error(f"{printable_path(folder)}: cannot be listed: {_why(reason)}") from None
     return [folder / name for name in sorted(names) if any(fnmatchcase(name, p) for p in patterns)]
 
 
@@ -108,7 +110,7 @@ def why_no_adapter(folder: Path) -> str:
     return "is a model, not an adapter: name it with --model"
 
 
-def shown_path(path: Path) -> str:
+def printable_path(path: Path) -> str:
     """Return ``path`` as it is if a terminal can bear it, else as Python writes it."""
     text = str(path)
     return text if text.isprintable() else repr(text)

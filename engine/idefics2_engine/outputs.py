@@ -51,7 +51,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str  # each image as one "<image>"; decoded where token ids were given
-    prompt_token_ids: list[int]  # image slots written out
+    prompt_token_ids: list[int]  # placeholders written out
     prompt_logprobs: list[TokenLogprobs | None] | None  # of each prompt token; the first has none
     outputs: list[CompletionOutput]
     finished: bool

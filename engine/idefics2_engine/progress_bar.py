@@ -9,15 +9,15 @@ from idefics2_engine.runtime.stats import EngineStats
 
 
 class Progress:
-    """A bar over requests, on standard error; with ``shown`` false nothing is printed. Use as a context."""
+    """A bar over requests, on standard error; with ``is_shown`` false nothing is printed. Use as a context."""
 
-    def __init__(self, stats: EngineStats, total: int | None, shown: bool) -> None:
+    def __init__(self, stats: EngineStats, total: int | None, is_shown: bool) -> None:
         self._stats = stats
         self._begin = time.monotonic()
         self._tokens = stats.computed_tokens
         self._generated = stats.generated_tokens
         self._tiles = stats.encoded_tiles
-        self._bar = tqdm(total=total, unit="request", disable=not shown, dynamic_ncols=True)
+        self._bar = tqdm(total=total, unit="request", disable=not is_shown, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         """Return itself."""

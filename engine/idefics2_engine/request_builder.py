@@ -2,21 +2,28 @@
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from idefics2_engine.caller_errors import about, caller_code
-from idefics2_engine.errors import PromptError, PromptTooLongError, SamplingError
+from idefics2_engine.errors import (
+    Idefics2Error,
+    InternalError,
+    PromptError,
+    PromptTooLongError,
+    SamplingError,
+    short_repr,
+)
 from idefics2_engine.images.loader import ImageSource
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
-from idefics2_engine.shown import shown
 
 Prompt = str | Mapping[str, Any]
 """A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
@@ -80,41 +87,69 @@ class RequestBuilder:
         if unknown or len(given) != 1:
             raise PromptError(
                 "prompt must have 'prompt' or 'prompt_token_ids', and may have 'multi_modal_data', "
-                f"got {shown(sorted(map(str, prompt)))}{_advice(prompt)}"
+                f"got {short_repr(sorted(map(str, prompt)))}{_advice(prompt)}"
             )
         media = prompt.get("multi_modal_data") or {}
         if not isinstance(media, Mapping) or media.keys() - {"image"}:
-            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {shown(media)}")
+            raise PromptError(f"multi_modal_data must be {{'image': …}}, got {short_repr(media)}")
         images = media.get("image", [])
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if "prompt" in prompt:
             return self.processor.draft_prompt(prompt["prompt"], images)
         return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
 
-    def read_prompts(self, prompts: Sequence[Prompt]) -> list[PromptDraft]:
-        """Read several raw prompts; an error says which one, if there are several."""
+    def read(self, prompt: Prompt | Conversation) -> PromptDraft:
+        """Read a raw prompt or a conversation, whichever it is, but not its images.
+
+        Raises:
+            PromptError: It has another shape, or its text does not fit its images.
+        """
+        if is_conversation(prompt):
+            return self.processor.draft_chat(cast(Conversation, prompt))
+        return self.read_prompt(cast(Prompt, prompt))
+
+    def read_prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[PromptDraft]:
+        """Read one raw prompt or several; an error says which one, if there are several."""
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         drafts = []
-        for index, prompt in enumerate(prompts):
-            with about(f"prompts[{index}]" if len(prompts) > 1 else None):
+        for index, prompt in enumerate(several):
+            with about(f"prompts[{index}]" if len(several) > 1 else None):
                 drafts.append(self.read_prompt(prompt))
         return drafts
 
     def read_conversations(
         self,
-        conversations: Sequence[Conversation],
-        images: Sequence[Sequence[ImageSource]],
+        messages: Conversation | Sequence[Conversation],
+        images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]],
     ) -> list[PromptDraft]:
-        """Read conversations but not their images; ``images`` are those of parts without one, a list for each.
+        """Read one conversation or several, but not their images.
+
+        Args:
+            messages: One conversation or several.
+            images: Those of parts without one, in order. Of several conversations a list for each.
 
         Raises:
             PromptError: One has another shape, or the model has not learned to chat.
         """
-        several = len(conversations) > 1
+        if isinstance(messages, (str, Mapping)):
+            raise PromptError(
+                f"messages must be a list of messages or of conversations, got {type(messages).__name__}"
+            )
+        if is_conversation(messages):
+            several, of_each = [cast(Conversation, messages)], [cast(Sequence[ImageSource], images)]
+        else:
+            several = _listed("messages", messages)
+            of_each = _listed("images", images) or [()] * len(several)
+            if len(of_each) != len(several):
+                raise PromptError(
+                    f"images must be a list for each of the {len(several)} conversations, "
+                    f"got {len(of_each)}"
+                )
         return [
             self.processor.draft_chat(
-                one, own, name=f"messages[{index}]" if several else "messages"
+                one, own, name=f"messages[{index}]" if len(several) > 1 else "messages"
             )
-            for index, (one, own) in enumerate(zip(conversations, images, strict=True))
+            for index, (one, own) in enumerate(zip(several, of_each, strict=True))
         ]
 
     def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
@@ -133,10 +168,7 @@ class RequestBuilder:
                         f"got {len(row)} elements"
                     )
                 prompt, params = row
-            if is_conversation(prompt):
-                draft = self.processor.draft_chat(cast(Conversation, prompt))
-            else:
-                draft = self.read_prompt(cast(Prompt, prompt))
+            draft = self.read(cast(Prompt | Conversation, prompt))
             return RowDraft(draft.owned(), read_params(params), seed)
 
     def build_row(self, row: RowDraft, request_id: str) -> Request:
@@ -182,7 +214,7 @@ class RequestBuilder:
         if params.min_tokens > max_tokens:
             raise SamplingError(
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
-                f"{self.max_model_len}, got {shown(params.min_tokens)}"
+                f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
         check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
         # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
@@ -203,13 +235,34 @@ class RequestBuilder:
             bad_words_ids=bad_words,
         )
 
+    def build_all(
+        self,
+        prompts: Sequence[ProcessedPrompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[Request]:
+        """Build a request for each prompt; the parameters are for all of them, or one each.
+
+        Raises:
+            PromptError: There are not as many parameters as prompts, or a prompt is empty or too long.
+            SamplingError: A parameter does not fit the model.
+        """
+        if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
+            params = [read_params(one) for one in sampling_params]
+        else:
+            params = [read_params(sampling_params)] * len(prompts)
+        if len(params) != len(prompts):
+            raise PromptError(
+                f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
+            )
+        return [self.build(*pair) for pair in zip(prompts, params, strict=True)]
+
 
 def read_params(params: object) -> SamplingParams:
     """Return ``params``, the defaults for ``None``; ``SamplingError`` if they are anything else."""
     if params is None:
         return SamplingParams()
     if not isinstance(params, SamplingParams):
-        raise SamplingError(f"sampling_params must be SamplingParams, got {shown(params)}")
+        raise SamplingError(f"sampling_params must be SamplingParams, got {short_repr(params)}")
     return params
 
 
@@ -221,6 +274,22 @@ def is_conversation(value: object) -> bool:
         and len(value) > 0
         and all(isinstance(message, Mapping) for message in value)
     )
+
+
+def row_error(error: BaseException) -> Idefics2Error:
+    """Return ``error`` if it is for users; otherwise one that is, caused by it."""
+    if isinstance(error, Idefics2Error):
+        return error
+    internal = InternalError(f"prompt: could not be prepared, got {type(error).__name__}")
+    internal.__cause__ = error
+    return internal
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """Return a list of ``values``; ``PromptError`` if they are no iterable."""
+    if not isinstance(values, Iterable):
+        raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
+    return list(values)
 
 
 def _advice(prompt: Mapping[str, Any]) -> str:

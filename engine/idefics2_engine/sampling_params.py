@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import SamplingError, short_repr
 from idefics2_engine.field_checks import (
     ListOf,
     MismatchError,
@@ -16,7 +16,6 @@ from idefics2_engine.field_checks import (
     checked,
     flag,
 )
-from idefics2_engine.shown import shown
 
 _LARGEST = 1e6  # far beyond it fp32 logits overflow
 _MOST_ANSWERS = 16384  # to one prompt, as in vLLM: each is a sequence that waits for its turn
@@ -27,7 +26,7 @@ _TOKEN_ID = Whole(0)
 def _biases(values: object) -> dict[int, float]:
     """Accept a mapping from token ids, which JSON writes as text, to numbers."""
     if not isinstance(values, Mapping):
-        raise MismatchError("a mapping from token ids to numbers", shown(values))
+        raise MismatchError("a mapping from token ids to numbers", short_repr(values))
     to_bias = Number(-_LARGEST_BIAS, _LARGEST_BIAS)
     biases: dict[int, float] = {}
     for key, value in values.items():
@@ -36,9 +35,9 @@ def _biases(values: object) -> dict[int, float]:
             token, bias = _TOKEN_ID(int(key) if in_json else key), to_bias(value)
         except MismatchError:
             wanted = "a mapping from token ids to numbers in [-100, 100]"
-            raise MismatchError(wanted, f"{shown(value)} for {shown(key)}") from None
+            raise MismatchError(wanted, f"{short_repr(value)} for {short_repr(key)}") from None
         if token in biases:
-            raise MismatchError("a mapping with each token id once", f"{shown(key)} twice")
+            raise MismatchError("a mapping with each token id once", f"{short_repr(key)} twice")
         biases[token] = bias
     return biases
 
@@ -46,14 +45,14 @@ def _biases(values: object) -> dict[int, float]:
 def _string(value: object) -> str:
     """Accept a string that is not empty and that UTF-8 can write."""
     if not isinstance(value, str) or not value or not _is_unicode(value):
-        raise MismatchError("not empty and writable in UTF-8", shown(value))
+        raise MismatchError("not empty and writable in UTF-8", short_repr(value))
     return value
 
 
 def _word(value: object) -> str:
     """Accept a string that is more than spaces and that UTF-8 can write."""
     if not isinstance(value, str) or not value.strip(" ") or not _is_unicode(value):
-        raise MismatchError("more than spaces and writable in UTF-8", shown(value))
+        raise MismatchError("more than spaces and writable in UTF-8", short_repr(value))
     return value
 
 
@@ -129,12 +128,12 @@ class SamplingParams:
         check_fields(self, SamplingError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
-                f"min_tokens must be at most max_tokens {shown(self.max_tokens)}, "
-                f"got {shown(self.min_tokens)}"
+                f"min_tokens must be at most max_tokens {short_repr(self.max_tokens)}, "
+                f"got {short_repr(self.min_tokens)}"
             )
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether tokens that have occurred change logits."""
         return bool(
             self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
@@ -148,12 +147,12 @@ class SamplingParams:
             SamplingError: A name is unknown, or a value is out of its range or of the wrong type.
         """
         if not isinstance(values, Mapping):
-            raise SamplingError(f"sampling parameters must be a dict, got {shown(values)}")
+            raise SamplingError(f"sampling parameters must be a dict, got {short_repr(values)}")
         known = [field.name for field in fields(cls)]
         for name, value in values.items():
             if name not in known:
                 raise SamplingError(
-                    f"{shown(name)} must be one of {', '.join(known)}, got it with {shown(value)}"
+                    f"{short_repr(name)} must be one of {', '.join(known)}, got it with {short_repr(value)}"
                 )
         return cls(**values)
 
@@ -167,11 +166,11 @@ class SamplingParams:
             largest = max(getattr(self, name) or (0,))
             if largest >= vocab_size:
                 raise SamplingError(
-                    f"{name} must be below the vocabulary's {vocab_size}, got {shown(largest)}"
+                    f"{name} must be below the vocabulary's {vocab_size}, got {short_repr(largest)}"
                 )
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(self, name) or 0
             if number > vocab_size:
                 raise SamplingError(
-                    f"{name} must be at most the vocabulary's {vocab_size}, got {shown(number)}"
+                    f"{name} must be at most the vocabulary's {vocab_size}, got {short_repr(number)}"
                 )

@@ -14,7 +14,7 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.tiling import Tile, make_tiles
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.prompts.tokenizer import END_OF_UTTERANCE, expand_image_slots
+from idefics2_engine.prompts.tokenizer import END_OF_UTTERANCE, expand_placeholders
 from questions import Conversation
 from scenes import Scene, render
 
@@ -56,8 +56,8 @@ class Preparer:
         for turn in turns[1::2]:
             turn["content"] = [{"type": "text", "text": turn["content"]}]
         marked = self._template.render(turns, add_generation_prompt=False)
-        slots = expand_image_slots(marked, image_seq_len=1, tiles_per_image=1)
-        ids = np.array(self._tokenizer.encode_marked(slots), dtype=np.int16)
+        expanded = expand_placeholders(marked, image_seq_len=1, tiles_per_image=1)
+        ids = np.array(self._tokenizer.encode_marked(expanded), dtype=np.int16)
         ends = np.flatnonzero(ids == self._end).tolist()
         answers = np.zeros(len(ids), dtype=np.bool_)
         for asked, said in zip(ends[::2], ends[1::2], strict=True):

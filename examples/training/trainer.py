@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import IGNORED_LABEL, Idefics2
 from initial_weights import init_for_training

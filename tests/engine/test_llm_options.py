@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from idefics2_engine import LLM
-from idefics2_engine.errors import ConfigError
-from idefics2_engine.llm_arguments import at_least_one
-from idefics2_engine.llm_options import LLMOptions
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import ConfigError, short_repr
+from idefics2_engine.llm_options import LLMOptions, at_least_one
 from idefics2_kernels import REFERENCE
 
 DEFAULTS: dict[str, Any] = {
@@ -74,6 +72,10 @@ def test_every_argument_has_a_check_and_bad_values() -> None:
     assert BAD.keys() == DEFAULTS.keys()
 
 
+def test_the_options_have_the_same_defaults() -> None:
+    assert {field.name: field.default for field in fields(LLMOptions)} == DEFAULTS
+
+
 def test_the_defaults_pass_and_stay_what_they_are() -> None:
     options = LLMOptions(**DEFAULTS)
     for name, value in DEFAULTS.items():
@@ -82,7 +84,7 @@ def test_the_defaults_pass_and_stay_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=shown
+    ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=short_repr
 )
 def test_a_wrong_type_or_range_is_a_config_error(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} must be .*, got ") as caught:
@@ -122,7 +124,7 @@ def test_numbers_of_numpy_run_a_model() -> None:
         next(llm.iterate([], in_flight=1.5))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", [1.5, 0, -1, True, "8", math.nan, None, -HUGE], ids=shown)
+@pytest.mark.parametrize("value", [1.5, 0, -1, True, "8", math.nan, None, -HUGE], ids=short_repr)
 def test_at_least_one(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"^in_flight must be an integer of at least 1, got "):
         at_least_one("in_flight", value)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.json_file import printable
-from idefics2_engine.model_files import is_there, open_file, paths_in, read_text, shown_path
+from idefics2_engine.model_files import is_there, open_file, paths_in, printable_path, read_text
 
 _NOTES = Path(".cache/huggingface/download")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,13 +52,13 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
     unknown = sorted(weights - {file for file, _ in expected})
     if unknown:
         raise CheckpointError(
-            f"{shown_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
+            f"{printable_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
             "names it, or a download from the hub"
         )
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
         found = list(pool.map(lambda pair: _digest(pair[0], len(pair[1].digest)), expected))
     wrong = [
-        f"{shown_path(file)}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
+        f"{printable_path(file)}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
         for (file, wanted), got in zip(expected, found, strict=True)
         if got != wanted.digest
     ]
@@ -88,7 +88,7 @@ def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
             name = match and (match[2] or alone)
             if not match or not name:
                 raise CheckpointError(
-                    f"{shown_path(path)}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
+                    f"{printable_path(path)}: line {number} must be 64 hexadecimal digits and a file's name, got {line[:80]!r}"
                 )
             sums.setdefault(name, []).append(_Sum(match[1].lower(), printable(path.name)))
     return sums

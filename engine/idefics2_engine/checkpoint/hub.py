@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, listing, weight_paths
+from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, join_names, weight_paths
 from idefics2_engine.errors import ConfigError, Idefics2Error
 from idefics2_engine.images.settings import image_settings
 from idefics2_engine.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
-    shown_path,
+    printable_path,
     why_no_adapter,
     why_no_model,
 )
@@ -76,7 +76,7 @@ def _find(kind: _Kind, name: str | Path, revision: str | None) -> Path:
                 f"revision is for models on the hub, got {revision!r:.80} for the folder {str(folder)!r}"
             )
         if mistaken := kind.mistaken(folder):
-            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
+            raise ConfigError(f"{printable_path(folder)}: {mistaken}")
         return folder
     if not isinstance(name, str) or not is_hub_id(name):
         raise ConfigError(
@@ -187,7 +187,7 @@ def _check_adapter(folder: Path) -> None:
 def _check_files(folder: Path, *names: str) -> None:
     missing = [name for name in names if not os.path.exists(folder / name)]
     if missing:
-        raise ConfigError(f"{shown_path(folder)}: lacks {listing(missing, 9)}")
+        raise ConfigError(f"{printable_path(folder)}: lacks {join_names(missing, 9)}")
 
 
 _MODEL = _Kind("model", ("*.json", "*.jinja", "*.safetensors"), _check_model, why_no_model)

@@ -1,20 +1,16 @@
-"""Checkpoints in the hub's form to parameters and back.
+"""Checkpoints in the hub's form to parameters.
 
 Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the blocks and the state of a
-quantised tensor are its own.
+quantized tensor are its own.
 """
 
-import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from idefics2_engine.checkpoint.companion_files import read_companions, write_config
 from idefics2_engine.checkpoint.lora import Adapter
 from idefics2_engine.checkpoint.nf4_tensors import (
     check_headers,
@@ -22,28 +18,25 @@ from idefics2_engine.checkpoint.nf4_tensors import (
     read_weight,
     tensor_names,
     weight_name,
-    weight_tensors,
 )
+from idefics2_engine.checkpoint.parameter_filler import ParameterFiller, require_finite
 from idefics2_engine.checkpoint.safetensors_header import FLOATS, StoredTensor
-from idefics2_engine.checkpoint.shards import INDEX, SINGLE, find_weights, listing
+from idefics2_engine.checkpoint.shards import find_weights, join_names
 from idefics2_engine.checkpoint.tensor_mapping import (
     EMBEDDING,
     HEAD,
     HubTensor,
-    dense_modules,
     hub_tensors,
     in_our_names,
-    tensor_places,
 )
 from idefics2_engine.checkpoint.tensor_values import read_values
-from idefics2_engine.checkpoint.tied_head import settle_head
+from idefics2_engine.checkpoint.tied_head import resolve_tied_head
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import Linear, NF4Linear, SideBySide
-from idefics2_engine.model.quantization import Quantization, bitsandbytes_config
-from idefics2_engine.model_files import CONFIG, is_there, shown_path
-from idefics2_engine.upload import Uploader
+from idefics2_engine.model.quantization import Quantization
+from idefics2_engine.model_files import printable_path
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
 
@@ -58,8 +51,8 @@ def build_model(
     """Build a model without weights, for ``init_weights``; its layers are in NF4 as ``quantization`` says.
 
     Raises:
-        ConfigError: ``config`` is of a checkpoint that is quantised, whose files alone say which layers are; or it is to be
-            quantised and ``dtype`` is none of bf16, fp16, fp32.
+        ConfigError: ``config`` is of a checkpoint that is quantized, whose files alone say which layers are; or it is to be
+            quantized and ``dtype`` is none of bf16, fp16, fp32.
     """
     if config.is_quantized:
         raise ConfigError(
@@ -81,72 +74,60 @@ def load_checkpoint(
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
     The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
-    memory-mapped and each tensor goes straight to its place; what is quantised takes one tensor of extra memory on the device.
+    memory-mapped and each tensor goes straight to its place; what is quantized takes one tensor of extra memory on the device.
 
     Args:
-        folder: A checkpoint in the hub's form, or one that bitsandbytes quantised to NF4, which stays so.
+        folder: A checkpoint in the hub's form, or one that bitsandbytes quantized to NF4, which stays so.
         ops: Filling of the operations to run on.
         device: Where the parameters go.
         dtype: What they become, rounded once, and what weights in NF4 are computed in.
-        adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantised.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantized.
         check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
-        quantization: What to quantise on ``device``, each tensor alone, after it was rounded to ``dtype``.
+        quantization: What to quantize on ``device``, each tensor alone, after it was rounded to ``dtype``.
 
     Raises:
         ConfigError: ``config.json`` is missing or wrong, or the adapter's; ``quantization`` or an adapter is given and the
-            checkpoint is quantised already; or ``dtype`` is one that nothing can be quantised in.
+            checkpoint is quantized already; or ``dtype`` is one that nothing can be quantized in.
         CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is not expected, or with
             ``check_finite`` holds a value that is no number.
     """
     folder = Path(folder)
     config = ModelConfig.load(folder)
-    if config.is_quantized and quantization is not None:
-        raise ConfigError(
-            f"{shown_path(folder)}: is quantised already: load it without quantization, or quantise the checkpoint it was made from"
-        )
-    if config.is_quantized and adapter is not None:
-        raise ConfigError(
-            f"{shown_path(folder)}: is quantised, and an adapter must be merged before that: "
-            "load the checkpoint that this was made from, with the adapter and quantization"
-        )
-    config, stored = settle_head(config, in_our_names(config, find_weights(folder)))
+    _check_not_quantized_before(folder, config, adapter, quantization)
+    config, stored = resolve_tied_head(config, in_our_names(config, find_weights(folder)))
     places = {place.name: place for place in hub_tensors(config)}
     stored_nf4 = _check_fit(folder, config, places, stored)
     changes = (
         None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
     )
-    chosen = _chosen(config, quantization)
-    double_quant = quantization is None or quantization.double_quant
-    model = _build(config, ops, device, dtype, stored_nf4 | chosen)
-    places = {place.name: place for place in tensor_places(model)}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    uploader = Uploader(model.device)
-    with torch.no_grad():
-        for table in {model.text.embedding, model.lm_head}:
-            table[config.text.vocab_size :] = 0.0
-        for source, value in _weights(stored, places, stored_nf4, dtype):
-            place = places[source.name]
-            if isinstance(value, NF4Weight):
-                value = value.to(model.device)
-            else:
-                if check_finite:
-                    _check_finite(source, value)
-                if changes is not None:
-                    value = changes.merge(source.name, value, dtype, model.device)
-            layer = model.get_submodule(place.module)
-            if isinstance(layer, NF4Linear) and place.is_linear:
-                model.set_nf4(
-                    place.module,
-                    _quantised(source, value, model, uploader, double_quant, check_finite),
-                )
-                continue
-            if isinstance(value, NF4Weight):  # the head, by whoever did not skip it
-                value = ops.nf4_dequantize(value)
-            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-            uploader.copy(value, rows)
-            if check_finite:
-                _check_finite(source, rows, f" in {dtype}")
+    model = _build(config, ops, device, dtype, stored_nf4 | _chosen(config, quantization))
+    filler = ParameterFiller(
+        model,
+        changes,
+        check_finite=check_finite,
+        double_quant=quantization is None or quantization.double_quant,
+    )
+    for source, value in _weights(stored, filler.places, stored_nf4, dtype):
+        filler.fill(source, value)
     return model
+
+
+def _check_not_quantized_before(
+    folder: Path,
+    config: ModelConfig,
+    adapter: Path | str | None,
+    quantization: Quantization | None,
+) -> None:
+    """Raise ``ConfigError`` if the checkpoint is quantized and something is asked for that must come before."""
+    if config.is_quantized and quantization is not None:
+        raise ConfigError(
+            f"{printable_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
+        )
+    if config.is_quantized and adapter is not None:
+        raise ConfigError(
+            f"{printable_path(folder)}: is quantized, and an adapter must be merged before that: "
+            "load the checkpoint that this was made from, with the adapter and quantization"
+        )
 
 
 def _chosen(config: ModelConfig, quantization: Quantization | None) -> frozenset[str]:
@@ -209,7 +190,7 @@ def _check_fit(
     if extra:
         names = sorted(extra)
         raise CheckpointError(
-            f"{shown_path(stored[names[0]].file)}: tensors are not part of this model: {listing(names)}"
+            f"{printable_path(stored[names[0]].file)}: tensors are not part of this model: {join_names(names)}"
         )
     missing = [name for name in wanted if name not in stored]
     if missing:
@@ -218,7 +199,7 @@ def _check_fit(
             "at the top level of config.json)"
         )
         raise CheckpointError(
-            f"{shown_path(folder)}: tensors are missing: {listing(missing)}"
+            f"{printable_path(folder)}: tensors are missing: {join_names(missing)}"
             + (hint if missing == [HEAD] else "")
         )
     for name, place in places.items():
@@ -228,11 +209,11 @@ def _check_fit(
             stored[name].check(place.shape, *FLOATS)
     if in_nf4 and not config.is_quantized:
         raise CheckpointError(
-            f"{shown_path(folder)}: config.json must have a quantization_config, as tensors are in NF4: {listing(sorted(in_nf4))}"
+            f"{printable_path(folder)}: config.json must have a quantization_config, as tensors are in NF4: {join_names(sorted(in_nf4))}"
         )
     if config.is_quantized and not in_nf4:
         raise CheckpointError(
-            f"{shown_path(folder)}: config.json has a quantization_config, but no tensor is in NF4"
+            f"{printable_path(folder)}: config.json has a quantization_config, but no tensor is in NF4"
         )
     return in_nf4
 
@@ -259,26 +240,6 @@ def _weights(
             yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
 
 
-def _quantised(
-    source: StoredTensor,
-    value: Tensor | NF4Weight,
-    model: Idefics2,
-    uploader: Uploader,
-    double_quant: bool,
-    check_finite: bool,
-) -> NF4Weight:
-    """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantised."""
-    if isinstance(value, Tensor):
-        there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
-        value = uploader.copy(value, there)
-    if check_finite:
-        numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
-        _check_finite(source, numbers, f" in {model.dtype}")
-    if isinstance(value, NF4Weight):
-        return value
-    return model.ops.nf4_quantize(value, double_quant=double_quant)
-
-
 def _load_adapter(
     folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
 ) -> Adapter:
@@ -291,97 +252,5 @@ def _load_adapter(
     adapter.check(places)
     if check_finite:
         for name, tensor in adapter.values.items():
-            _check_finite(adapter.stored[name], tensor)
+            require_finite(adapter.stored[name], tensor)
     return adapter
-
-
-def _check_finite(source: StoredTensor, values: Tensor, where: str = "") -> None:
-    """Refuse NaN and infinity among ``values``, naming the first and how many there are."""
-    bad = ~torch.isfinite(values)
-    count = int(bad.count_nonzero())
-    if count:
-        first = tuple(bad.nonzero()[0].tolist())
-        raise CheckpointError(
-            f"{shown_path(source.file)}: tensor {source.key!r} must be finite{where}, "
-            f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
-        )
-
-
-def save_checkpoint(
-    model: Idefics2,
-    folder: Path | str,
-    dtype: torch.dtype | None = None,
-    *,
-    config_from: Path | str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
-
-    Weights in NF4 are written as they are, in bitsandbytes' form, and ``config.json`` says so. Weights are sharded by size and replace
-    those that are there. The JSON files, the chat template and the tokenizer are copied from the folder ``config_from``; without
-    it those of ``folder`` stay as they are. ``config.json`` is made to say whether the head is the embedding.
-
-    Raises:
-        ConfigError: A file to be copied is no regular file or cannot be read; nothing was written then.
-        ValueError: Weights are in NF4 and the dtype is none of bf16, fp16, fp32.
-    """
-    folder = Path(folder)
-    dtype = dtype or model.dtype
-    layers = dict(model.named_modules())
-    places = tensor_places(model)
-    in_nf4 = {p.name for p in places if p.is_linear and isinstance(layers[p.module], NF4Linear)}
-    if in_nf4 and dtype not in NF4_DTYPES:
-        raise ValueError(
-            f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
-        )
-    companions: dict[str, bytes] = {}
-    if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
-        companions = read_companions(Path(config_from))
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
-        old.unlink(missing_ok=True)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shards: list[dict[str, Tensor]] = [{}]
-    for place in places:
-        layer = layers[place.module]
-        if isinstance(layer, NF4Linear) and place.name in in_nf4:
-            tensors = weight_tensors(place.name, layer.weight, dtype)
-        else:
-            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-            tensor = rows.detach().to("cpu", dtype).reshape(place.shape).contiguous()
-            tensors = {place.name: tensor.clone()}
-        if shards[-1] and _bytes(shards[-1]) + _bytes(tensors) > max_shard_bytes:
-            shards.append({})
-        shards[-1] |= tensors
-    if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
-    else:
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(shards, start=1):
-            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-        total = sum(_bytes(shard) for shard in shards)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for name, content in companions.items():
-        (folder / name).write_bytes(content)
-    if is_there(folder / CONFIG):
-        nf4_layers = [layer for layer in layers.values() if isinstance(layer, NF4Linear)]
-        dtype_name = str(dtype).removeprefix("torch.")
-        write_config(
-            folder / CONFIG,
-            tied=model.config.tie_word_embeddings,
-            dtype=dtype_name,
-            quantization=bitsandbytes_config(
-                dtype_name,
-                any(layer.weight.is_nested for layer in nf4_layers),
-                dense_modules(places, in_nf4),
-            )
-            if in_nf4
-            else None,
-        )
-
-
-def _bytes(shard: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in shard.values())

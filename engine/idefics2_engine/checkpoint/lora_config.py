@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from idefics2_engine.checkpoint.name_pattern import NamePattern
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section, printable, read_json
-from idefics2_engine.model_files import ADAPTER_CONFIG, shown_path, why_no_adapter
-from idefics2_engine.shown import shown
+from idefics2_engine.model_files import ADAPTER_CONFIG, printable_path, why_no_adapter
 
 _Value = TypeVar("_Value")
 
@@ -78,7 +77,7 @@ class AdapterConfig:
             ConfigError: It is missing, no JSON, or describes something else than plain LoRA.
         """
         if mistaken := why_no_adapter(folder):
-            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
+            raise ConfigError(f"{printable_path(folder)}: {mistaken}")
         path = folder / ADAPTER_CONFIG
         values = read_json(path)
         section = Section(str(path), values)
@@ -91,7 +90,7 @@ class AdapterConfig:
             # as null, false and {} they mean the plain kind
             if key not in _SILENT | _READ and value:
                 raise ConfigError(
-                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {shown(value)}: "
+                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {short_repr(value)}: "
                     "merge the adapter with PEFT's merge_and_unload, and save and load that model instead"
                 )
         ranks = section.section("rank_pattern")

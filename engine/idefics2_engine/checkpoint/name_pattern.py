@@ -7,8 +7,7 @@ characters. Here all ways go through the name together: a Thompson automaton, wh
 import re
 from functools import cache
 
-from idefics2_engine.errors import ConfigError
-from idefics2_engine.shown import shown
+from idefics2_engine.errors import ConfigError, short_repr
 
 _MOST_CHARACTERS = 200
 _MOST_QUANTIFIERS = 2
@@ -38,7 +37,7 @@ class NamePattern:
         ):
             raise ConfigError(
                 f"{where}: keys must be names of modules, of at most {_MOST_CHARACTERS} characters "
-                f"and with * or + at most twice, got {shown(pattern)}"
+                f"and with * or + at most twice, got {short_repr(pattern)}"
             )
         self._is_anchored = pattern.startswith("^")
         self._body = re.compile(body)

@@ -5,9 +5,9 @@ For a weight of N x K elements in blocks of 64, called ``name``:
 | tensor | type and shape | holds |
 |---|---|---|
 | ``name`` | uint8 (ceil(N * K / 2), 1) | the codes |
-| ``name.absmax`` | uint8 (blocks,), fp32 without double quantisation | the blocks' absmaxes |
+| ``name.absmax`` | uint8 (blocks,), fp32 without double quantization | the blocks' absmaxes |
 | ``name.quant_map`` | fp32 (16,) | what a code stands for |
-| ``name.nested_absmax`` | fp32 (ceil(blocks / 256),) | with double quantisation only, as the next |
+| ``name.nested_absmax`` | fp32 (ceil(blocks / 256),) | with double quantization only, as the next |
 | ``name.nested_quant_map`` | fp32 (256,) | what an absmax's byte stands for |
 | ``name.quant_state.bitsandbytes__nf4`` | uint8 | JSON in UTF-8: shape, type, block sizes, the absmaxes' offset |
 """

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from idefics2_engine.errors import CheckpointError, ConfigError
+from idefics2_engine.errors import CheckpointError, ConfigError, short_repr
 from idefics2_engine.json_file import parse_json
-from idefics2_engine.model_files import open_file, shown_path
-from idefics2_engine.shown import shown
+from idefics2_engine.model_files import open_file, printable_path
 
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 1 << 25  # 32 MiB; the 8B model's seven have 0.1
@@ -40,11 +39,11 @@ class StoredTensor:
         """Raise ``CheckpointError`` unless it has this shape and one of these types."""
         if self.shape != shape:
             raise CheckpointError(
-                f"{shown_path(self.file)}: tensor {self.key!r} must have shape {shape}, got {self.shape}"
+                f"{printable_path(self.file)}: tensor {self.key!r} must have shape {shape}, got {self.shape}"
             )
         if self.dtype not in dtypes:
             raise CheckpointError(
-                f"{shown_path(self.file)}: tensor {self.key!r} must be {', '.join(dtypes)}, got {self.dtype}"
+                f"{printable_path(self.file)}: tensor {self.key!r} must be {', '.join(dtypes)}, got {self.dtype}"
             )
 
 
@@ -58,7 +57,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with open_file(file, CheckpointError) as (opened, size):
         header = _header_bytes(file, opened, size)
     if header.lstrip()[:1] != b"{":
-        raise CheckpointError(f"{shown_path(file)}: header must be a JSON object")
+        raise CheckpointError(f"{printable_path(file)}: header must be a JSON object")
     try:
         parsed = parse_json(header, file)
     except ConfigError as error:
@@ -80,17 +79,17 @@ def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
         _check_foreign(file, start)
     if size < _LENGTH_BYTES:
         raise CheckpointError(
-            f"{shown_path(file)}: must begin with {_LENGTH_BYTES} bytes for the header's length, got {size} bytes"
+            f"{printable_path(file)}: must begin with {_LENGTH_BYTES} bytes for the header's length, got {size} bytes"
         )
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
     if length > _MOST_HEADER_BYTES:
         raise CheckpointError(
-            f"{shown_path(file)}: is no safetensors file: header must have at most {_MOST_HEADER_BYTES} bytes, "
+            f"{printable_path(file)}: is no safetensors file: header must have at most {_MOST_HEADER_BYTES} bytes, "
             f"got {length}"
         )
     if length > size - _LENGTH_BYTES:
         raise CheckpointError(
-            f"{shown_path(file)}: is cut short: header has {length} bytes, the file {size - _LENGTH_BYTES} after its length"
+            f"{printable_path(file)}: is cut short: header has {length} bytes, the file {size - _LENGTH_BYTES} after its length"
         )
     opened.seek(_LENGTH_BYTES)
     return opened.read(length)
@@ -100,20 +99,20 @@ def _check_foreign(file: Path, start: bytes) -> None:
     """Name what often lies where weights should."""
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
-        raise CheckpointError(f"{shown_path(file)}: is empty")
+        raise CheckpointError(f"{printable_path(file)}: is empty")
     if text.startswith(b"version https://git-lfs"):
         raise CheckpointError(
-            f"{shown_path(file)}: is a Git LFS pointer, not the weights: run `git lfs pull` in its repository, "
+            f"{printable_path(file)}: is a Git LFS pointer, not the weights: run `git lfs pull` in its repository, "
             "or download the file itself"
         )
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise CheckpointError(
-            f"{shown_path(file)}: is a web page, not the weights: the download was answered with a page, "
+            f"{printable_path(file)}: is a web page, not the weights: the download was answered with a page, "
             "as for an error or a log-in"
         )
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         raise CheckpointError(
-            f"{shown_path(file)}: is a pickle under another name; only safetensors are read, as a pickle can run code"
+            f"{printable_path(file)}: is a pickle under another name; only safetensors are read, as a pickle can run code"
         )
 
 
@@ -122,30 +121,30 @@ def _check_metadata(file: Path, metadata: object) -> None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(
-            f"{shown_path(file)}: __metadata__ must map names to strings, got {shown(metadata)}"
+            f"{printable_path(file)}: __metadata__ must map names to strings, got {short_repr(metadata)}"
         )
 
 
 def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, int]:
     """Check the header's ``entry`` for ``name``; return the tensor and the range of its bytes."""
-    where = f"{shown_path(file)}: tensor {name!r:.200}"
+    where = f"{printable_path(file)}: tensor {name!r:.200}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
-            f"{where} must have dtype, shape and data_offsets, got {shown(entry)}"
+            f"{where} must have dtype, shape and data_offsets, got {short_repr(entry)}"
         )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{where} has an unknown dtype: {shown(dtype)}")
+        raise CheckpointError(f"{where} has an unknown dtype: {short_repr(dtype)}")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{where}: shape must be sizes, got {shown(shape)}")
+        raise CheckpointError(f"{where}: shape must be sizes, got {short_repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(
-            f"{where}: data_offsets must be where it begins and ends, got {shown(offsets)}"
+            f"{where}: data_offsets must be where it begins and ends, got {short_repr(offsets)}"
         )
     bits = math.prod(shape) * _BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(
-            f"{where}: {dtype} of shape {shown(tuple(shape))} is {bits / 8:.15g} bytes, "
+            f"{where}: {dtype} of shape {short_repr(tuple(shape))} is {bits / 8:.15g} bytes, "
             f"got {offsets[1] - offsets[0]}"
         )
     return StoredTensor(file, name, dtype, tuple(shape), name), offsets[0], offsets[1]
@@ -170,13 +169,13 @@ def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> 
                 if start < filled
                 else f"leaves {start - filled} bytes before it unused"
             )
-            raise CheckpointError(f"{shown_path(file)}: tensor {name!r:.200} {what}")
+            raise CheckpointError(f"{printable_path(file)}: tensor {name!r:.200} {what}")
         filled = end
     if filled > size:
         raise CheckpointError(
-            f"{shown_path(file)}: is cut short: its tensors have {filled} bytes, of which {size} are there"
+            f"{printable_path(file)}: is cut short: its tensors have {filled} bytes, of which {size} are there"
         )
     if filled < size:
         raise CheckpointError(
-            f"{shown_path(file)}: has {size - filled} bytes after its last tensor"
+            f"{printable_path(file)}: has {size - filled} bytes after its last tensor"
         )

@@ -5,10 +5,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor, read_header
-from idefics2_engine.errors import CheckpointError
+from idefics2_engine.errors import CheckpointError, short_repr
 from idefics2_engine.json_file import printable, read_json
-from idefics2_engine.model_files import is_there, paths_in, shown_path
-from idefics2_engine.shown import shown
+from idefics2_engine.model_files import is_there, paths_in, printable_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,18 +32,18 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
         for name, tensor in read_header(folder / file).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{shown_path(folder)}: tensor {name!r:.200} is in two shards: {tensors[name].file.name} and {file}"
+                    f"{printable_path(folder)}: tensor {name!r:.200} is in two shards: {tensors[name].file.name} and {file}"
                 )
             if index.get(name) != file:
                 placed = index.get(name, "nowhere")
                 raise CheckpointError(
-                    f"{shown_path(folder / file)}: holds {name!r:.200}, which {INDEX} places in {placed}"
+                    f"{printable_path(folder / file)}: holds {name!r:.200}, which {INDEX} places in {placed}"
                 )
             tensors[name] = tensor
     lacking = [name for name in index if name not in tensors]
     if lacking:
         raise CheckpointError(
-            f"{shown_path(folder / index[lacking[0]])}: lacks tensors that {INDEX} places in it: {listing(lacking)}"
+            f"{printable_path(folder / index[lacking[0]])}: lacks tensors that {INDEX} places in it: {join_names(lacking)}"
         )
     return tensors
 
@@ -57,7 +56,7 @@ def weight_paths(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def listing(names: Collection[str], most: int = 3) -> str:
+def join_names(names: Collection[str], most: int = 3) -> str:
     """Write out ``names``, but not more than ``most``."""
     first = ", ".join(printable(name) for name in list(names)[:most])
     return f"{first} and {len(names) - most} more" if len(names) > most else first
@@ -73,12 +72,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{shown_path(path)}: must hold a 'weight_map' object, got {shown(weight_map)}"
+            f"{printable_path(path)}: must hold a 'weight_map' object, got {short_repr(weight_map)}"
         )
     for name, file in weight_map.items():
         if not _is_plain(file):
             raise CheckpointError(
-                f"{shown_path(path)}: {name!r:.200} must be in a .safetensors file of this folder, got {shown(file)}"
+                f"{printable_path(path)}: {name!r:.200} must be in a .safetensors file of this folder, got {short_repr(file)}"
             )
     return weight_map
 
@@ -98,7 +97,7 @@ def _check_present(folder: Path, names: set[str]) -> None:
     missing = sorted(name for name in names if not os.path.exists(folder / name))
     if missing:
         raise CheckpointError(
-            f"{shown_path(folder)}: {len(missing)} of {len(names)} weight files are missing: {listing(missing, 20)}"
+            f"{printable_path(folder)}: {len(missing)} of {len(names)} weight files are missing: {join_names(missing, 20)}"
         )
 
 
@@ -108,10 +107,10 @@ def pickles(folder: Path) -> list[str]:
 
 
 def _nothing(folder: Path) -> str:
-    message = f"{shown_path(folder)}: holds neither {SINGLE} nor {INDEX}"
+    message = f"{printable_path(folder)}: holds neither {SINGLE} nor {INDEX}"
     if found := pickles(folder):
         message += (
-            f", only pickles ({listing(found)}), which are refused because they can run code when they are read: "
+            f", only pickles ({join_names(found)}), which are refused because they can run code when they are read: "
             "convert them to safetensors where you trust them"
         )
     return message

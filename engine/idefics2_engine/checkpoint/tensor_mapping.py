@@ -15,7 +15,7 @@ from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import SideBySide
 from idefics2_engine.model.quantization import PARTS
-from idefics2_engine.model_files import shown_path
+from idefics2_engine.model_files import printable_path
 
 EMBEDDING = "model.text_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -215,7 +215,7 @@ def in_our_names(
         name += key.removeprefix(weight)
         if name in named:
             raise CheckpointError(
-                f"{shown_path(tensor.file)}: tensors {named[name].key!r:.200} and {key!r:.200} are the same one of this model"
+                f"{printable_path(tensor.file)}: tensors {named[name].key!r:.200} and {key!r:.200} are the same one of this model"
             )
         named[name] = replace(tensor, name=name)
     return named

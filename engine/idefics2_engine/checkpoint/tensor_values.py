@@ -8,7 +8,7 @@ from torch import Tensor
 
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor
 from idefics2_engine.errors import CheckpointError
-from idefics2_engine.model_files import shown_path
+from idefics2_engine.model_files import printable_path
 
 
 def read_values(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
@@ -24,5 +24,5 @@ def read_values(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
                     yield tensor, opened.get_tensor(tensor.key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{shown_path(file)}: cannot be read as safetensors: {error}"
+                f"{printable_path(file)}: cannot be read as safetensors: {error}"
             ) from None

@@ -21,7 +21,7 @@ from idefics2_engine.checkpoint.tensor_values import read_values
 from idefics2_engine.model.config import ModelConfig
 
 
-def settle_head(
+def resolve_tied_head(
     config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """Return ``config`` with the flag that holds for the tensors ``stored``, by name, and the tensors that it needs.

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             "generate_seconds": round(end - loaded, 4),
         }
         for answer in output.outputs:
-            streams.print_json(_described(output, answer, args) | seconds | ran)
+            streams.print_json(_answer_fields(output, answer, args) | seconds | ran)
     elif args.stream:
         print()
     else:
@@ -102,11 +102,11 @@ def _ran(llm: "LLM", args: argparse.Namespace) -> dict[str, str | None]:
     }
 
 
-def _described(
+def _answer_fields(
     output: "RequestOutput", answer: "CompletionOutput", args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what ``--json`` prints of an answer, without the seconds and the model."""
-    described = {
+    fields = {
         "index": answer.index,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
@@ -116,7 +116,7 @@ def _described(
         "completion_tokens": len(answer.token_ids),
     }
     if answer.logprobs is not None:
-        described["logprobs"] = [
+        fields["logprobs"] = [
             [
                 {
                     "id": token,
@@ -128,7 +128,7 @@ def _described(
             ]
             for place in answer.logprobs
         ]
-    return described
+    return fields
 
 
 def _prompt(args: argparse.Namespace) -> Any:
@@ -141,5 +141,5 @@ def _prompt(args: argparse.Namespace) -> Any:
     text = streams.input_text() if args.prompt == "-" else args.prompt
     if args.raw:
         return {"prompt": text, "multi_modal_data": {"image": images}}
-    shown = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+    image_parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*image_parts, {"type": "text", "text": text}]}]

@@ -119,7 +119,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quantization",
         choices=("nf4",),
-        help="quantise linear layers to bitsandbytes' NF4, 4 bits a weight, while they are loaded",
+        help="quantize linear layers to bitsandbytes' NF4, 4 bits a weight, while they are loaded",
     )
     add_quantization_options(group)
     group.add_argument(
@@ -162,20 +162,20 @@ def add_loading_options(group: "argparse._ArgumentGroup") -> None:
 
 
 def add_quantization_options(group: "argparse._ArgumentGroup") -> None:
-    """Add what says how to quantise, beside that it is to be done."""
+    """Add what says how to quantize, beside that it is to be done."""
     group.add_argument(
         "--quantized-part",
         dest="quantized_parts",
         metavar="PART",
         choices=PARTS,
         action="append",
-        help="quantise only this part's layers: vision, connector or text; repeatable (default: all three)",
+        help="quantize only this part's layers: vision, connector or text; repeatable (default: all three)",
     )
     group.add_argument(
         "--no-double-quant",
         dest="double_quant",
         action="store_false",
-        help="keep the absolute maxima of blocks in 32 bit instead of quantising them too",
+        help="keep the absolute maxima of blocks in 32 bit instead of quantizing them too",
     )
 
 
@@ -211,9 +211,9 @@ def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
 
 def model_folder(model: Path | str | None) -> Path:
     """Return the folder of the model that ``--model`` names, downloaded if need be."""
-    from idefics2_engine import llm_arguments
+    from idefics2_engine import llm_options
 
-    return llm_arguments.model_folder(model, None)
+    return llm_options.model_folder(model, None)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":

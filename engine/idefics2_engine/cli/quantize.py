@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "quantize",
         help="write a checkpoint with its weights in 4 bits",
-        description="Quantise the linear layers of a checkpoint to bitsandbytes' NF4 and write it to a new folder, for this "
+        description="Quantize the linear layers of a checkpoint to bitsandbytes' NF4 and write it to a new folder, for this "
         "engine and for transformers. Embeddings, norms and the head keep --dtype.",
         allow_abbrev=False,
     )
@@ -26,7 +26,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "source",
         metavar="IN",
         type=options.folder_or_hub_id,
-        help="a checkpoint that is not quantised: its folder, or its id on the hub",
+        help="a checkpoint that is not quantized: its folder, or its id on the hub",
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="a new folder, or an empty one")
     options.add_loading_options(parser.add_argument_group("model"))
@@ -34,9 +34,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="what all else is kept in, and quantised from (default: %(default)s)",
+        help="what all else is kept in, and quantized from (default: %(default)s)",
     )
-    options.add_quantization_options(parser.add_argument_group("quantisation"))
+    options.add_quantization_options(parser.add_argument_group("quantization"))
     parser.set_defaults(run=run)
 
 
@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     target = Path(os.path.expanduser(args.target))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: must be a new folder or an empty one")
-    from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
-    from idefics2_engine.llm_arguments import torch_device, torch_dtype
+    from idefics2_engine.checkpoint.loader import load_checkpoint
+    from idefics2_engine.checkpoint.writer import save_checkpoint
+    from idefics2_engine.device import torch_device, torch_dtype
 
     source = find_model(args.source)
     adapter = None if args.adapter is None else find_adapter(args.adapter)

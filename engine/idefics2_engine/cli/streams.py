@@ -23,7 +23,7 @@ class OutputLostError(Exception):
     """
 
     def __init__(self, error: OSError) -> None:
-        super().__init__(f"standard output: {_described(error)}")
+        super().__init__(f"standard output: {_reason(error)}")
         self.reader_left = error.errno == errno.EPIPE
         self.exit_code = 141 if self.reader_left else 1
 
@@ -140,7 +140,7 @@ def _read(read: Callable[[BinaryIO], bytes], limit: int, error: type[Idefics2Err
     try:
         data = read(sys.stdin.buffer)
     except OSError as reason:
-        raise error(f"standard input: cannot be read: {_described(reason)}") from None
+        raise error(f"standard input: cannot be read: {_reason(reason)}") from None
     if len(data) > limit:
         raise error(f"standard input: must have at most {limit} bytes at once, got more")
     return data
@@ -159,5 +159,5 @@ def _decoded(data: bytes) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _described(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()

@@ -38,7 +38,7 @@ def forward_padded(
         model: The packed model.
         input_ids: (B, S) int64, padded on either side.
         attention_mask: (B, S), zero on padding; all ones if ``None``.
-        pixel_values: (B, images, 3, height, width) normalised, padded on the right and bottom; an image of zeros alone
+        pixel_values: (B, images, 3, height, width) normalized, padded on the right and bottom; an image of zeros alone
             is not there.
         pixel_attention_mask: (B, images, height, width), zero on padding and all zero for an image that is not there;
             all ones if ``None``.
@@ -61,11 +61,11 @@ def forward_padded(
     batch = batch.to(input_ids.device)
     if pixel_values is not None:
         image_features = encode_padded(model, pixel_values, pixel_attention_mask)
-    slots = int((input_ids[kept] == model.config.image_token_id).sum())
-    if image_features is not None and slots != image_features.shape[:-1].numel():
+    image_tokens = int((input_ids[kept] == model.config.image_token_id).sum())
+    if image_features is not None and image_tokens != image_features.shape[:-1].numel():
         raise ValueError(
             "input_ids must have an image token for each image feature, "
-            f"wanted {image_features.shape[:-1].numel()}, got {slots}"
+            f"wanted {image_features.shape[:-1].numel()}, got {image_tokens}"
         )
     packed = model(batch, image_features)
     loss = None

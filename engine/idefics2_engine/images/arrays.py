@@ -1,4 +1,4 @@
-"""Arrays and tensors of pixels to RGB pictures, by one rule for shapes and one for values."""
+"""Arrays and tensors of pixels to RGB images, by one rule for shapes and one for values."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from idefics2_engine.images.policy import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHANNELS = (1, 3, 4)  # grey, RGB, RGB with alpha
+_CHANNELS = (1, 3, 4)  # gray, RGB, RGB with alpha
 _Index = tuple[slice, ...]
 
 
@@ -35,7 +35,7 @@ def is_tensor(value: object) -> "TypeGuard[Tensor]":
 def array_rgb(
     array: npt.NDArray[Any], policy: ImagePolicy, max_pixels: int, name: str
 ) -> Image.Image:
-    """Return an array as an RGB picture.
+    """Return an array as an RGB image.
 
     Args:
         array: (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4. Where both ends could be channels,
@@ -59,7 +59,7 @@ def array_rgb(
 
 
 def tensor_rgb(tensor: "Tensor", policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
-    """Return a tensor as an RGB picture: as ``array_rgb``, but ``correct`` takes the first axis.
+    """Return a tensor as an RGB image: as ``array_rgb``, but ``correct`` takes the first axis.
 
     Raises:
         ImageError: As in ``array_rgb``, or its values cannot be had, as from a sparse tensor or one
@@ -93,7 +93,7 @@ def _rgb(
     name: str,
     channels_lead: bool,
 ) -> Image.Image:
-    """Return as a picture what ``read`` gives of any part of an array of ``shape``."""
+    """Return as an image what ``read`` gives of any part of an array of ``shape``."""
     axis = _channel_axis(shape, policy, name, channels_lead)
     channels = 1 if axis is None else shape[axis]
     height, width = shape[1:] if axis == 0 else shape[:2]
@@ -114,8 +114,8 @@ def _rgb(
     if dtype == np.uint8 and channels != 4:
         values = pixels((slice(None), slice(None)))
     else:
-        picture = _Picture(pixels, height, width, channels, dtype, name)
-        values = picture.whole_numbers() if policy is ImagePolicy.PARITY else picture.scaled(policy)
+        image = _ImageValues(pixels, height, width, channels, dtype, name)
+        values = image.whole_numbers() if policy is ImagePolicy.PARITY else image.scaled(policy)
     if channels == 1:
         return Image.fromarray(np.ascontiguousarray(values[:, :, 0])).convert("RGB")
     return Image.fromarray(np.ascontiguousarray(values))
@@ -145,7 +145,7 @@ def _channel_axis(
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _ImageValues:
     """Pixels that are converted part by part: at full size there is nothing but the uint8 result."""
 
     pixels: Callable[[Part], npt.NDArray[Any]]  # (h, w, C) of a part

@@ -1,4 +1,4 @@
-"""The bytes of an image file to a picture: which formats, how large, and errors in our own words.
+"""The bytes of an image file to pixels: which formats, how large, and errors in our own words.
 
 Each file goes to the one Pillow plugin that its first bytes ask for, and never through Pillow's
 search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget is
@@ -28,7 +28,7 @@ from idefics2_engine.images.bounds.bounded_file import BoundedFile
 from idefics2_engine.images.bounds.chunks import check_png, check_webp
 from idefics2_engine.images.bounds.jpeg import check_jpeg
 from idefics2_engine.images.bounds.tiff import check_tiff
-from idefics2_engine.images.pillow_guard import reading
+from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
 from idefics2_engine.images.ppm import in_binary
 
@@ -54,7 +54,7 @@ class _Format:
 
 
 def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
-    """Return the picture in an image file, upright and in RGB.
+    """Return the image in a file, upright and in RGB.
 
     Args:
         data: A PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file.
@@ -70,7 +70,7 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
         names = ", ".join(one.name for one in _FORMATS)
         got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
         raise ImageError(f"{name}: must be an image file ({names}), got {got}")
-    with reading(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
+    with guard_pillow(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
         kind.check(data, max_pixels, name)
         file = BoundedFile(data, name)
         with kind.open(file) as opened:
@@ -125,7 +125,7 @@ def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
 
 
 def _check_webp(data: bytes, max_pixels: int, name: str) -> None:
-    """Check the size too: the plugin takes memory for the picture when it is opened."""
+    """Check the size too: the plugin takes memory for the image when it is opened."""
     check_size(_webp_size(data), max_pixels, name)
     check_webp(data, name)
 

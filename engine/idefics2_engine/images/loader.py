@@ -18,7 +18,7 @@ from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
 from idefics2_engine.images.download import FetchRules, Network, fetch
 from idefics2_engine.images.parallel import alone_with
-from idefics2_engine.images.pillow_guard import reading
+from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
 from idefics2_engine.images.sources import (
     check_bytes,
@@ -158,7 +158,7 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     policy, budget = config.image_policy, config.max_image_pixels
     plain = plain_source(source, config.max_media_bytes)
     if isinstance(plain, Image.Image):
-        with reading("image: Pillow cannot read it as RGB"):
+        with guard_pillow("image: Pillow cannot read it as RGB"):
             # Images that are not loaded may share a file
             files = (getattr(plain, name, None) for name in ("fp", "_fp"))
             with alone_with(plain, *files):
@@ -186,7 +186,7 @@ def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
     image = load_image(plain, config)
     if image is not source:
         return image
-    with reading("image: Pillow cannot copy it"):
+    with guard_pillow("image: Pillow cannot copy it"):
         return image.copy()
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 Result = TypeVar("Result")
 
-_BLOCKS_PER_THREAD = 2  # a picture and what it is resized to
+_BLOCKS_PER_THREAD = 2  # an image and what it is resized to
 
 # Many, so that threads seldom wait for each other's objects
 _LOCKS = tuple(threading.Lock() for _ in range(256))
@@ -62,9 +62,9 @@ def alone_with(*objects: object) -> Iterator[None]:
 
 
 def _keep_blocks(count: int) -> None:
-    """Let Pillow keep ``count`` blocks of memory, 16 MiB each at most, for its next pictures.
+    """Let Pillow keep ``count`` blocks of memory, 16 MiB each at most, for its next images.
 
-    By default it gives every block back, and the system clears its pages anew for each picture: 4,000 page faults for
+    By default it gives every block back, and the system clears its pages anew for each image: 4,000 page faults for
     one of 1280x960 with splitting, a third of the time, during which threads wait for each other.
     """
     memory = Image.core  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ _FROM_PILLOW = r"PIL\.(?#idefics2)"  # a pattern that no other filter has
 
 
 @contextmanager
-def reading(message: str) -> Iterator[None]:
+def guard_pillow(message: str) -> Iterator[None]:
     """Turn whatever Pillow raises into ``ImageError(message)``, and let it warn nobody.
 
     Pillow's plugins raise errors of a dozen kinds on damaged files, and some of their messages hold

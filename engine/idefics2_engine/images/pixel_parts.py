@@ -1,4 +1,4 @@
-"""Pictures in parts: what a conversion makes on the way is as large as a part, not as the picture."""
+"""Images in parts: what a conversion makes on the way is as large as a part, not as the image."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 Part = tuple[slice, slice]
-"""Rows and columns of a picture."""
+"""Rows and columns of an image."""
 
 # Few enough that the temporaries of a part stay in the CPU's cache
 PART_PIXELS = 1 << 14
 
 
 def parts(height: int, width: int) -> Iterator[Part]:
-    """Yield the parts that make up a picture, cut across its longer side."""
+    """Yield the parts that make up an image, cut across its longer side."""
     step = max(1, PART_PIXELS // max(1, min(height, width)))
     everything = slice(None)
     for begin in range(0, max(height, width), step):

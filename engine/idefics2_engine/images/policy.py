@@ -1,4 +1,4 @@
-"""What becomes of a picture that leaves a choice: alpha, rotation, 16 bits, floats, several frames.
+"""What becomes of an image that leaves a choice: alpha, rotation, 16 bits, floats, several frames.
 
 The only file that decides such things for Pillow images; ``pixel_arrays`` decides them for arrays.
 """
@@ -15,7 +15,7 @@ from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
 from idefics2_engine.images.pixel_parts import convert_in_parts
 
 _PLAIN_MODES = ("1", "L", "P", "RGB")  # what ``strict`` takes, without transparency
-PART_PIXELS = 1 << 20  # of a picture that is laid on white
+PART_PIXELS = 1 << 20  # of an image that is laid on white
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,18 +25,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colours were multiplied by alpha
+_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colors were multiplied by alpha
 
 
 class ImagePolicy(StrEnum):
-    """How to read a picture that can be read in several ways."""
+    """How to read an image that can be read in several ways."""
 
     PARITY = "parity"
     """As transformers' processor: alpha channels dropped, 16 bits saturate, the first frame without a word."""
     CORRECT = "correct"
     """As a viewer would show it: alpha on white, 16 bits and floats scaled, a warning for more frames."""
     STRICT = "strict"
-    """An error for every picture that leaves a choice."""
+    """An error for every image that leaves a choice."""
 
     @classmethod
     def named(cls, name: str) -> "ImagePolicy":
@@ -53,14 +53,14 @@ class ImagePolicy(StrEnum):
 
 
 def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Image:
-    """Return the picture upright and in RGB, as ``policy`` says; the image itself if it is so already.
+    """Return the image upright and in RGB, as ``policy`` says; the image itself if it is so already.
 
     Raises:
-        ImageError: The policy refuses the picture. What Pillow raises comes through as it is.
+        ImageError: The policy refuses the image. What Pillow raises comes through as it is.
     """
     if policy is ImagePolicy.PARITY:
         rgb = _rgb(_upright(image))
-        # Alpha is gone, but a transparent colour is still known, and transformers' second step sees it
+        # Alpha is gone, but a transparent color is still known, and transformers' second step sees it
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
     several = getattr(image, "is_animated", False)  # before loading: it moves between frames
     if policy is ImagePolicy.STRICT:
@@ -139,14 +139,14 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
             raise ImageError(
                 f"{name}: integers in mode {image.mode} must lie in [0, 65535], got {low} to {high}"
             )
-        grey = convert_in_parts(scale_16_bits, values)
-        grey[values == image.info.get("transparency")] = 255
-        return Image.fromarray(grey).convert("RGB")
+        gray = convert_in_parts(scale_16_bits, values)
+        gray[values == image.info.get("transparency")] = 255
+        return Image.fromarray(gray).convert("RGB")
     return _on_white(image) if image.has_transparency_data else _rgb(image)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return the picture on a white page, part by part: the steps hold five copies of a part."""
+    """Return the image on a white page, part by part: the steps hold five copies of a part."""
     page = Image.new("RGB", image.size)
     width = min(image.width, PART_PIXELS)
     height = max(1, PART_PIXELS // width)
@@ -154,7 +154,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         for left in range(0, image.width, width):
             right, bottom = min(left + width, image.width), min(top + height, image.height)
             box = left, top, right, bottom
-            # Not `crop`, which holds parts to the process's limit for whole pictures
+            # Not `crop`, which holds parts to the process's limit for whole images
             part = image.resize((right - left, bottom - top), Image.Resampling.NEAREST, box)
             straight = part.convert(_STRAIGHT.get(part.mode, part.mode)).convert("RGBA")
             white = Image.new("RGBA", part.size, "white")

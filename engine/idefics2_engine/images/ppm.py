@@ -19,7 +19,7 @@ _BREAK = re.compile(rb"[ \t\n\r\v\f]")
 
 
 def in_binary(image: ImageFile, data: bytes, name: str) -> bytes:
-    """Return a PPM file of the same picture with a binary sample of one or two whole bytes.
+    """Return a PPM file of the same image with a binary sample of one or two whole bytes.
 
     Args:
         image: The file, opened; its size is within the budget.

@@ -7,7 +7,7 @@ those up to 4.46 fail where the other file has settings of images. Where a check
 from pathlib import Path
 
 from idefics2_engine.json_file import Section, read_json, read_json_if_there
-from idefics2_engine.model_files import shown_path
+from idefics2_engine.model_files import printable_path
 
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -23,7 +23,7 @@ def image_settings(folder: Path) -> Section:
     path = folder / PROCESSOR
     nested = read_json_if_there(path)
     if nested.get(NESTED) is not None:
-        values = Section(shown_path(path), nested).section(NESTED).values
-        return Section(f"{shown_path(path)}: {NESTED}", values)
+        values = Section(printable_path(path), nested).section(NESTED).values
+        return Section(f"{printable_path(path)}: {NESTED}", values)
     path = folder / PREPROCESSOR
-    return Section(shown_path(path), read_json(path))
+    return Section(printable_path(path), read_json(path))

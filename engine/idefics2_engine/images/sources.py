@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 
 from idefics2_engine.caller_errors import caller_code
-from idefics2_engine.errors import ImageError, MediaNotAllowedError
+from idefics2_engine.errors import ImageError, MediaNotAllowedError, short_repr
 from idefics2_engine.images.arrays import is_tensor
 from idefics2_engine.images.parallel import alone_with
-from idefics2_engine.shown import shown
 
 _READ_AT_ONCE = 1 << 20  # bytes of an open file
 _WHITE_SPACE = " \t\r\n\f\v"
@@ -92,7 +91,7 @@ def file_url_path(url: str) -> Path:
     host, slash, path = url[len("file://") :].partition("/")
     if host.lower() not in ("", "localhost"):
         raise MediaNotAllowedError(
-            f"file URL: must be file:///path or file://localhost/path, got the host {shown(host)}"
+            f"file URL: must be file:///path or file://localhost/path, got the host {short_repr(host)}"
         )
     if not set(path).isdisjoint("?#"):
         raise ImageError("file URL: must write '?' and '#' of a name as %3F and %23, got them bare")
@@ -109,14 +108,14 @@ def _bytes_or_path(stored: Mapping[Any, Any]) -> Any:
     given = {key: value for key, value in stored.items() if value is not None}
     if not given or not given.keys() <= {"bytes", "path"}:
         raise ImageError(
-            f"image: a dict must have 'bytes' or 'path' and nothing else, got {shown(given)}"
+            f"image: a dict must have 'bytes' or 'path' and nothing else, got {short_repr(given)}"
         )
     if "bytes" in given:
         if not isinstance(given["bytes"], bytes | bytearray | memoryview):
-            raise ImageError(f"image: 'bytes' must be bytes, got {shown(given['bytes'])}")
+            raise ImageError(f"image: 'bytes' must be bytes, got {short_repr(given['bytes'])}")
         return given["bytes"]
     if not isinstance(given["path"], str | os.PathLike):
-        raise ImageError(f"image: 'path' must be a path, got {shown(given['path'])}")
+        raise ImageError(f"image: 'path' must be a path, got {short_repr(given['path'])}")
     return given["path"]
 
 

@@ -1,6 +1,6 @@
-"""Pictures to tiles: split, resize; uint8 until somebody asks for floats.
+"""Images to tiles: split, resize; uint8 until somebody asks for floats.
 
-A tile is one picture that the vision tower sees: a whole image or, with splitting, a quarter of
+A tile is one image that the vision tower sees: a whole image or, with splitting, a quarter of
 one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit for bit.
 """
 
@@ -98,7 +98,7 @@ class ImageConfig:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One resized picture and the patches that the vision tower cuts it into."""
+    """One resized image and the patches that the vision tower cuts it into."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
     patch_size: int  # pixels per side
@@ -195,14 +195,14 @@ def make_tiles(
             if pixels is None:
                 pixels = np.asarray(image)  # the costly way out of Pillow, once
             part = pixels[top:bottom, left:right]
-        else:  # resizing with box= would let neighbours bleed over the cut
+        else:  # resizing with box= would let neighbors bleed over the cut
             cut = image if box == whole else image.crop(box)
             part = np.asarray(cut.resize(size, Image.Resampling(config.resample)))
         tiles.append(Tile(part, patch_size, grid_side))
     return tiles
 
 
-def normalise(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
+def normalize(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
     """Return the pixels as the vision tower's numbers, (3, H, W).
 
     A channel has 256 values, so each is computed once: the product in float64, rounded to float32,
@@ -224,7 +224,7 @@ def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
     """Return the trained position of each of ``count`` patches along one side, (count,).
 
     In float32 on the CPU, with the step itself a float32: other roundings move patches into a
-    neighbouring bucket (on a grid of 70: counts 25, 49, 50, 55 and 58).
+    neighboring bucket (on a grid of 70: counts 25, 49, 50, 55 and 58).
     """
     import torch  # here, so that the host side of the engine does without
 

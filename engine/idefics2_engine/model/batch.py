@@ -48,7 +48,7 @@ class ImageBatch(_Movable):
 
     @classmethod
     def from_tiles(cls, tiles: Sequence[Tile], config: ImageConfig | None = None) -> "ImageBatch":
-        """Pack ``tiles`` (at least one) on the CPU, to be normalised as ``config`` says or as trained."""
+        """Pack ``tiles`` (at least one) on the CPU, to be normalized as ``config`` says or as trained."""
         patches = [tile.num_patches for tile in tiles]
         batch = cls(
             pixels=torch.from_numpy(

@@ -5,18 +5,16 @@ transformers' Idefics2 and Mistral configurations, except the perceiver's norm e
 the text model's, which is what a missing ``rms_norm_eps`` means here.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError
-from idefics2_engine.json_file import Section, read_json, read_json_if_there
+from idefics2_engine.errors import ConfigError, short_repr
+from idefics2_engine.json_file import Section, read_json
 from idefics2_engine.model.quantization import is_nf4
-from idefics2_engine.model_files import CONFIG, shown_path, why_no_model
-from idefics2_engine.shown import shown
+from idefics2_engine.model_files import CONFIG, printable_path, why_no_model
 
-PAGE_SIZE = 64  # tokens of the KV cache that are given and taken together
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
 # Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in the file, and should
 # say so before anything is allocated or counted to.
@@ -116,7 +114,7 @@ class ModelConfig:
             ConfigError: The file is missing, is not JSON, or describes another or an impossible model.
         """
         if mistaken := why_no_model(folder):
-            raise ConfigError(f"{shown_path(folder)}: {mistaken}")
+            raise ConfigError(f"{printable_path(folder)}: {mistaken}")
         return cls.from_dict(read_json(folder / CONFIG))
 
     @classmethod
@@ -134,140 +132,94 @@ class ModelConfig:
         perceiver.require("hidden_act", "silu")
         text.require("hidden_act", "silu")
         text.require("model_type", "mistral")
-        hidden = text.size("hidden_size", 4096, _MOST_WIDTH)
-        heads = text.size("num_attention_heads", 32, _MOST_HEADS)
-        # Mistral's own defaults apply inside a text_config, Idefics2's where there is none
-        eps = text.positive("rms_norm_eps", 1e-6 if text.values else 1e-5)
+        text_config = _text_config(text)
         built = cls(
-            vision=VisionConfig(
-                hidden_size=vision.size("hidden_size", 768, _MOST_WIDTH),
-                intermediate_size=vision.size("intermediate_size", 3072, _MOST_WIDTH),
-                num_layers=vision.size("num_hidden_layers", 12, _MOST_LAYERS),
-                num_heads=vision.size("num_attention_heads", 12, _MOST_HEADS),
-                num_channels=vision.size("num_channels", 3, _MOST_WIDTH),
-                image_size=vision.size("image_size", 224, _MOST_PIXELS),
-                patch_size=vision.size("patch_size", 32, _MOST_PIXELS),
-                layer_norm_eps=vision.positive("layer_norm_eps", 1e-6),
-            ),
-            perceiver=PerceiverConfig(
-                hidden_size=hidden,
-                num_latents=perceiver.size("resampler_n_latents", 64, _MOST_WIDTH),
-                num_layers=perceiver.size("resampler_depth", 3, _MOST_LAYERS),
-                num_heads=perceiver.size("resampler_n_heads", 16, _MOST_HEADS),
-                num_kv_heads=perceiver.size("num_key_value_heads", 4, _MOST_HEADS),
-                head_dim=perceiver.size("resampler_head_dim", 96, _MOST_WIDTH),
-                rms_norm_eps=perceiver.positive("rms_norm_eps", eps),
-            ),
-            text=TextConfig(
-                vocab_size=text.size("vocab_size", 32000, _MOST_TOKENS),
-                hidden_size=hidden,
-                intermediate_size=text.size("intermediate_size", 14336, _MOST_WIDTH),
-                num_layers=text.size("num_hidden_layers", 32, _MOST_LAYERS),
-                num_heads=heads,
-                num_kv_heads=text.size("num_key_value_heads", 8, _MOST_HEADS),
-                head_dim=text.size("head_dim", hidden // heads, _MOST_WIDTH),
-                max_positions=text.size(
-                    "max_position_embeddings", 131072 if text.values else 32768, _MOST_TOKENS
-                ),
-                rms_norm_eps=eps,
-                rope_theta=_rope_theta(text),
-                sliding_window=text.size_or_none("sliding_window", 4096, 2**31 - 1),
-                pad_token_id=text.index("pad_token_id", 0),
-            ),
+            vision=_vision_config(vision),
+            perceiver=_perceiver_config(perceiver, text_config),
+            text=text_config,
             image_token_id=top.index("image_token_id", 32001),
             tie_word_embeddings=top.flag("tie_word_embeddings"),
             is_quantized=is_quantized,
         )
-        if built.vision.hidden_size % built.vision.num_heads:
-            raise ConfigError(
-                f"vision_config: hidden_size must be a multiple of num_attention_heads, "
-                f"got {built.vision.hidden_size} and {built.vision.num_heads}"
-            )
-        if built.vision.grid < 1:
-            raise ConfigError(
-                f"vision_config: image_size must be at least patch_size {built.vision.patch_size}, "
-                f"got {built.vision.image_size}"
-            )
-        if built.vision.num_channels != 3:
-            raise ConfigError(
-                f"vision_config: num_channels must be 3, got {built.vision.num_channels}"
-            )
-        if built.text.head_dim % 2:
-            raise ConfigError(
-                f"text_config: head_dim must be even for rotary angles, got {built.text.head_dim}"
-            )
-        _check_heads("perceiver_config", built.perceiver.num_heads, built.perceiver.num_kv_heads)
-        _check_heads("text_config", built.text.num_heads, built.text.num_kv_heads)
-        if built.image_token_id >= built.text.vocab_size:
-            raise ConfigError(
-                f"config.json: image_token_id must be below vocab_size {built.text.vocab_size}, "
-                f"got {built.image_token_id}"
-            )
+        _check_shapes(built)
         return built
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
-    """What ends an answer and what may not be in it: ``generation_config.json``."""
-
-    eos_token_ids: frozenset[int]
-    bad_words_ids: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def load(cls, folder: Path) -> "GenerationConfig":
-        """Read ``folder/generation_config.json``; empty if there is none.
-
-        Raises:
-            ConfigError: The file holds something else than token ids.
-        """
-        path = folder / "generation_config.json"
-        values = read_json_if_there(path)
-        eos = values.get("eos_token_id")
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        bad_words = values.get("bad_words_ids") or []
-        if not _are_ids(eos):
-            raise ConfigError(f"{path}: eos_token_id must be token ids, got {shown(eos)}")
-        if not isinstance(bad_words, list) or not all(map(_are_ids, bad_words)):
-            raise ConfigError(
-                f"{path}: bad_words_ids must be lists of token ids, got {shown(bad_words)}"
-            )
-        return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
-
-    def with_defaults(
-        self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]
-    ) -> "GenerationConfig":
-        """End at ``eos_token_ids`` where the file names none, and bar ``bad_words_ids`` in any case."""
-        bad_words = dict.fromkeys((*self.bad_words_ids, *bad_words_ids))
-        return GenerationConfig(self.eos_token_ids or frozenset(eos_token_ids), tuple(bad_words))
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of the runtime."""
-
-    max_model_len: int  # tokens of a prompt with its answer
-    max_num_seqs: int  # sequences that run at once
-    kv_cache_tokens: int  # tokens that the KV cache holds
-    max_num_batched_tokens: int = 8192  # of one step
-    max_patches: int = (
-        8 * 4900
-    )  # that one step encodes; it bounds the memory of encoding, 90 KB a patch of the 8B model
-    max_cached_images: int = 256  # tiles whose embeddings are kept
-    prefix_caching: bool = True
-    page_size: int = PAGE_SIZE  # tokens
-    cuda_graphs: bool = False  # whether decode steps are recorded and replayed
-    run_ahead: bool = (
-        False  # whether a step is launched before the last one's tokens have been read
+def _vision_config(vision: Section) -> VisionConfig:
+    return VisionConfig(
+        hidden_size=vision.size("hidden_size", 768, _MOST_WIDTH),
+        intermediate_size=vision.size("intermediate_size", 3072, _MOST_WIDTH),
+        num_layers=vision.size("num_hidden_layers", 12, _MOST_LAYERS),
+        num_heads=vision.size("num_attention_heads", 12, _MOST_HEADS),
+        num_channels=vision.size("num_channels", 3, _MOST_WIDTH),
+        image_size=vision.size("image_size", 224, _MOST_PIXELS),
+        patch_size=vision.size("patch_size", 32, _MOST_PIXELS),
+        layer_norm_eps=vision.positive("layer_norm_eps", 1e-6),
     )
 
-    @property
-    def num_pages(self) -> int:
-        """Pages of the KV cache."""
-        return -(-self.kv_cache_tokens // self.page_size)
+
+def _perceiver_config(perceiver: Section, text: TextConfig) -> PerceiverConfig:
+    return PerceiverConfig(
+        hidden_size=text.hidden_size,
+        num_latents=perceiver.size("resampler_n_latents", 64, _MOST_WIDTH),
+        num_layers=perceiver.size("resampler_depth", 3, _MOST_LAYERS),
+        num_heads=perceiver.size("resampler_n_heads", 16, _MOST_HEADS),
+        num_kv_heads=perceiver.size("num_key_value_heads", 4, _MOST_HEADS),
+        head_dim=perceiver.size("resampler_head_dim", 96, _MOST_WIDTH),
+        rms_norm_eps=perceiver.positive("rms_norm_eps", text.rms_norm_eps),
+    )
+
+
+def _text_config(text: Section) -> TextConfig:
+    """Read the text model's sizes.
+
+    Mistral's own defaults apply inside a ``text_config``, Idefics2's where there is none.
+    """
+    hidden = text.size("hidden_size", 4096, _MOST_WIDTH)
+    heads = text.size("num_attention_heads", 32, _MOST_HEADS)
+    eps, positions = (1e-6, 131072) if text.values else (1e-5, 32768)
+    return TextConfig(
+        vocab_size=text.size("vocab_size", 32000, _MOST_TOKENS),
+        hidden_size=hidden,
+        intermediate_size=text.size("intermediate_size", 14336, _MOST_WIDTH),
+        num_layers=text.size("num_hidden_layers", 32, _MOST_LAYERS),
+        num_heads=heads,
+        num_kv_heads=text.size("num_key_value_heads", 8, _MOST_HEADS),
+        head_dim=text.size("head_dim", hidden // heads, _MOST_WIDTH),
+        max_positions=text.size("max_position_embeddings", positions, _MOST_TOKENS),
+        rms_norm_eps=text.positive("rms_norm_eps", eps),
+        rope_theta=_rope_theta(text),
+        sliding_window=text.size_or_none("sliding_window", 4096, 2**31 - 1),
+        pad_token_id=text.index("pad_token_id", 0),
+    )
+
+
+def _check_shapes(config: ModelConfig) -> None:
+    """Check what depends on several sizes; ``ConfigError`` if the model is impossible."""
+    vision, text = config.vision, config.text
+    if vision.hidden_size % vision.num_heads:
+        raise ConfigError(
+            f"vision_config: hidden_size must be a multiple of num_attention_heads, "
+            f"got {vision.hidden_size} and {vision.num_heads}"
+        )
+    if vision.grid < 1:
+        raise ConfigError(
+            f"vision_config: image_size must be at least patch_size {vision.patch_size}, "
+            f"got {vision.image_size}"
+        )
+    if vision.num_channels != 3:
+        raise ConfigError(f"vision_config: num_channels must be 3, got {vision.num_channels}")
+    if text.head_dim % 2:
+        raise ConfigError(
+            f"text_config: head_dim must be even for rotary angles, got {text.head_dim}"
+        )
+    _check_heads("perceiver_config", config.perceiver.num_heads, config.perceiver.num_kv_heads)
+    _check_heads("text_config", text.num_heads, text.num_kv_heads)
+    if config.image_token_id >= text.vocab_size:
+        raise ConfigError(
+            f"config.json: image_token_id must be below vocab_size {text.vocab_size}, "
+            f"got {config.image_token_id}"
+        )
 
 
 def _rope_theta(text: Section) -> float:
@@ -276,7 +228,7 @@ def _rope_theta(text: Section) -> float:
     nested = parameters if parameters.values else scaling
     rope_type = nested.values.get("rope_type", nested.values.get("type", "default"))
     if rope_type != "default":
-        raise ConfigError(f"{text.name}: rope_type must be 'default', got {shown(rope_type)}")
+        raise ConfigError(f"{text.name}: rope_type must be 'default', got {short_repr(rope_type)}")
     return nested.positive("rope_theta", text.positive("rope_theta", 10000.0))
 
 

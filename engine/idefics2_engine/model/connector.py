@@ -6,14 +6,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.gated_mlp import GatedMLP
 from idefics2_engine.model.config import ModelConfig, PerceiverConfig
-from idefics2_engine.model.layers import RMSNorm
+from idefics2_engine.model.layers import GatedMLP, RMSNorm
 from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 
-class Attention(nn.Module):
+class PerceiverAttention(nn.Module):
     """Latents look at their image's patches and at themselves; the two key ranges stay apart."""
 
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
@@ -43,7 +42,7 @@ class Attention(nn.Module):
         return k, v
 
 
-class Layer(nn.Module):
+class PerceiverLayer(nn.Module):
     """Pre-norm block; its last branch is added to the residual by the norm that follows."""
 
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
@@ -51,7 +50,7 @@ class Layer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.latents_norm = RMSNorm(hidden, eps, ops)
         self.context_norm = RMSNorm(hidden, eps, ops)
-        self.attention = Attention(config, ops)
+        self.attention = PerceiverAttention(config, ops)
         self.mlp_norm = RMSNorm(hidden, eps, ops)
         self.mlp = GatedMLP(hidden, config.intermediate_size, hidden, ops)
 
@@ -70,13 +69,13 @@ class Perceiver(nn.Module):
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(PerceiverLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, context: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Resample ``context`` (P, hidden), N images packed by ``cu_seqlens`` (N + 1,): (N, L, hidden)."""
         residual = self.latents.expand(cu_seqlens.shape[0] - 1, -1, -1)
-        layers = cast(Sequence[Layer], self.layers)
+        layers = cast(Sequence[PerceiverLayer], self.layers)
         next_norms = [*(layer.latents_norm for layer in layers[1:]), self.norm]
         x: Tensor = layers[0].latents_norm(residual)
         for layer, next_norm in zip(layers, next_norms, strict=True):

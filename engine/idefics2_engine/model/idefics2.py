@@ -20,7 +20,7 @@ IGNORED_LABEL = -100
 class Idefics2(nn.Module):
     """Idefics2 over packed tiles and packed tokens.
 
-    Parameters are allocated on ``device`` in ``dtype`` and not initialised: load a checkpoint into them or call
+    Parameters are allocated on ``device`` in ``dtype`` and not initialized: load a checkpoint into them or call
     ``init_weights``. On the device ``"meta"`` they get memory by ``allocate``; until then layers can be replaced at no cost.
     """
 
@@ -44,7 +44,7 @@ class Idefics2(nn.Module):
                 self.lm_head = nn.Parameter(torch.empty_like(self.text.embedding))
 
     def allocate(self, device: torch.device | str) -> None:
-        """Give the parameters memory on ``device``, uninitialised; what they held is lost."""
+        """Give the parameters memory on ``device``, uninitialized; what they held is lost."""
         self.to_empty(device=device)
         if self.config.tie_word_embeddings:  # two parameters now
             self.lm_head = self.text.embedding
@@ -96,7 +96,7 @@ class Idefics2(nn.Module):
     def encode(
         self, patches: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """Encode normalised ``patches`` (P, patch_dim) of N tiles to (N, latents, hidden)."""
+        """Encode normalized ``patches`` (P, patch_dim) of N tiles to (N, latents, hidden)."""
         features = self.vision(patches, position_ids, cu_seqlens, max_seqlen)
         encoded: Tensor = self.connector(features, cu_seqlens, max_seqlen)
         return encoded
@@ -146,14 +146,14 @@ class Idefics2(nn.Module):
             )
         if image_features is None:
             return
-        slots = (batch.input_ids == self.config.image_token_id).sum()
+        image_tokens = (batch.input_ids == self.config.image_token_id).sum()
         rows = image_features.shape[:-1].numel()
         wanted = f"image tokens must be as many as rows of image_features {rows}"
-        if slots.device.type == "cpu":
-            if int(slots) != rows:
-                raise ValueError(f"{wanted}, got {int(slots)}")
+        if image_tokens.device.type == "cpu":
+            if int(image_tokens) != rows:
+                raise ValueError(f"{wanted}, got {int(image_tokens)}")
         else:
-            torch._assert_async(slots == rows, wanted)
+            torch._assert_async(image_tokens == rows, wanted)
 
     def loss(
         self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None
@@ -169,7 +169,7 @@ class Idefics2(nn.Module):
         """Draw random weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms at one, biases at zero.
 
         Latents start apart, for equal latents would stay equal in training. Weights in NF4 are drawn in the model's type
-        and quantised, with ``double_quant`` or without, one at a time.
+        and quantized, with ``double_quant`` or without, one at a time.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():

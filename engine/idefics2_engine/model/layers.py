@@ -1,8 +1,9 @@
-"""Layer norm and root-mean-square norm, called through ``Ops``; each can add a residual first."""
+"""Layers that several parts of the model have: the norms and the gated MLP, called through ``Ops``."""
 
 import torch
 from torch import Tensor, nn
 
+from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 
@@ -17,7 +18,7 @@ class LayerNorm(nn.Module):
         self.ops = ops
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``x`` to ``residual`` (..., hidden): the sum normalised, and the sum."""
+        """Add ``x`` to ``residual`` (..., hidden): the sum normalized, and the sum."""
         return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
@@ -31,9 +32,24 @@ class RMSNorm(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (..., hidden)."""
+        """Normalize ``x`` (..., hidden)."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add ``x`` to ``residual`` (..., hidden): the sum normalised, and the sum."""
+        """Add ``x`` to ``residual`` (..., hidden): the sum normalized, and the sum."""
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
+
+    def __init__(self, hidden: int, intermediate: int, out: int, ops: Ops) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden, 2 * intermediate, ops, bias=False)
+        self.down_proj = Linear(intermediate, out, ops, bias=False)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., hidden) to (..., out)."""
+        out: Tensor = self.down_proj(self.ops.silu_mul(self.gate_up_proj(x)))
+        return out

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section
-from idefics2_engine.shown import shown
 
 PARTS = ("vision", "connector", "text")
 """The parts of the model whose linear layers can be in NF4; embeddings, norms and the head never are."""
@@ -13,7 +12,7 @@ PARTS = ("vision", "connector", "text")
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantise the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
+    """Quantize the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
 
     Raises:
         ConfigError: ``parts`` are none or are not all parts of the model.
@@ -37,22 +36,22 @@ class Quantization:
                 raise ConfigError("quantized_parts and double_quant must come with quantization")
             return None
         if quantization != "nf4":
-            raise ConfigError(f"quantization must be 'nf4', got {shown(quantization)}")
+            raise ConfigError(f"quantization must be 'nf4', got {short_repr(quantization)}")
         if quantized_parts is None:
             return cls(double_quant=double_quant)
         if isinstance(quantized_parts, str):
-            raise ConfigError(f"quantized_parts must be a list, got {shown(quantized_parts)}")
+            raise ConfigError(f"quantized_parts must be a list, got {short_repr(quantized_parts)}")
         return cls(tuple(quantized_parts), double_quant)
 
 
 def is_nf4(config: Section) -> bool:
-    """Say whether the checkpoint of this ``config.json`` was quantised by bitsandbytes to NF4.
+    """Say whether the checkpoint of this ``config.json`` was quantized by bitsandbytes to NF4.
 
     Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules`` matches has
     changed between releases of transformers.
 
     Raises:
-        ConfigError: It was quantised in another way.
+        ConfigError: It was quantized in another way.
     """
     if config.values.get("quantization_config") is None:
         return False

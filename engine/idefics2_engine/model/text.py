@@ -6,17 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.gated_mlp import GatedMLP
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.config import TextConfig
-from idefics2_engine.model.layers import RMSNorm
+from idefics2_engine.model.layers import GatedMLP, RMSNorm
 from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, (pages, H_KV, P, D) each
 
 
-class Attention(nn.Module):
+class TextAttention(nn.Module):
     """Causal attention with grouped heads, rotary positions and a sliding window."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
@@ -57,14 +56,14 @@ class Attention(nn.Module):
         return projected
 
 
-class Layer(nn.Module):
+class TextLayer(nn.Module):
     """Pre-norm block; its last branch is added to the residual by the norm that follows."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = RMSNorm(hidden, eps, ops)
-        self.attention = Attention(config, ops)
+        self.attention = TextAttention(config, ops)
         self.mlp_norm = RMSNorm(hidden, eps, ops)
         self.mlp = GatedMLP(hidden, config.intermediate_size, hidden, ops)
 
@@ -82,13 +81,13 @@ class Layer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Token embeddings in, normalised hidden states out."""
+    """Token embeddings in, normalized hidden states out."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.padded_vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TextLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self._cos_sin: Tensor | None = None
 
@@ -101,7 +100,7 @@ class TextModel(nn.Module):
                 "a batch with a paged view needs kv_cache, and one without must have none"
             )
         cos_sin = self.cos_sin(embeds.device)
-        layers = cast(Sequence[Layer], self.layers)
+        layers = cast(Sequence[TextLayer], self.layers)
         next_norms = [*(layer.attention_norm for layer in layers[1:]), self.norm]
         x: Tensor = layers[0].attention_norm(embeds)
         residual = embeds

@@ -9,7 +9,7 @@ from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
 
-class Attention(nn.Module):
+class VisionAttention(nn.Module):
     """Full attention inside each image."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         return projected
 
 
-class MLP(nn.Module):
+class VisionMLP(nn.Module):
     """Two products with GELU, in its tanh form, between."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
@@ -41,15 +41,15 @@ class MLP(nn.Module):
         return out
 
 
-class Layer(nn.Module):
+class VisionLayer(nn.Module):
     """Pre-norm block; its last branch is added to the residual by the norm that follows."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
         super().__init__()
         self.attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
-        self.attention = Attention(config, ops)
+        self.attention = VisionAttention(config, ops)
         self.mlp_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
-        self.mlp = MLP(config, ops)
+        self.mlp = VisionMLP(config, ops)
 
     def forward(
         self, branch: Tensor, residual: Tensor, cu_seqlens: Tensor, max_seqlen: int
@@ -67,7 +67,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.patch_embedding = Linear(config.patch_dim, config.hidden_size, ops, bias=True)
         self.position_embedding = nn.Parameter(torch.empty(config.grid**2, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(VisionLayer(config, ops) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.hidden_size, config.layer_norm_eps, ops)
 
     def forward(

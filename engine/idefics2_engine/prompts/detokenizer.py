@@ -21,7 +21,7 @@ class Detokenizer:
         self._skipped = tokenizer.control_ids if skip_special_tokens else frozenset()
         self._bytes = tokenizer.byte_values
         self._utf8 = _utf8_decoder("replace")
-        self._settled: list[int] = []  # the last ids whose text is out
+        self._emitted: list[int] = []  # the last ids whose text is out
         self._pending: list[int] = []  # ids after these
 
     def add(self, token_id: int) -> str:
@@ -29,31 +29,31 @@ class Detokenizer:
         if token_id in self._skipped:
             return ""
         if token_id in self._bytes:
-            text = self._settle()
+            text = self._emit()
             character = self._utf8.decode(self._bytes[token_id])
-            if not self._settled:
+            if not self._emitted:
                 character = character.removeprefix(" ")  # as at the beginning of any text
-            self._settled = [token_id]
+            self._emitted = [token_id]
             return text + character
         broken = self._utf8.decode(b"", True)
         self._pending.append(token_id)
         text = self._new_text()
-        return broken if not text or text.endswith(_REPLACEMENT) else broken + self._settle()
+        return broken if not text or text.endswith(_REPLACEMENT) else broken + self._emit()
 
     def flush(self) -> str:
         """Return what is held back, at the end of the sequence; then begin anew."""
-        text = self._settle() + self._utf8.decode(b"", True)
-        self._settled = []
+        text = self._emit() + self._utf8.decode(b"", True)
+        self._emitted = []
         return text
 
-    def _settle(self) -> str:
+    def _emit(self) -> str:
         """Return the pending pieces' text, which is out then."""
         text = self._new_text()
         if self._pending:
-            self._settled, self._pending = self._pending, []
+            self._emitted, self._pending = self._pending, []
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._settled, skip_special_tokens=False)
-        after = self._tokenizer.decode(self._settled + self._pending, skip_special_tokens=False)
+        before = self._tokenizer.decode(self._emitted, skip_special_tokens=False)
+        after = self._tokenizer.decode(self._emitted + self._pending, skip_special_tokens=False)
         return after[len(before) :]

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from idefics2_engine.caller_errors import caller_code
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, short_repr
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.prompts.tokenizer import check_text
-from idefics2_engine.shown import shown
 
 ROLES = ("system", "user", "assistant")
 
@@ -47,7 +46,7 @@ def read_messages(
             or not messages
         ):
             raise PromptError(
-                f"{name}: must be a list of at least one message, got {shown(messages)}"
+                f"{name}: must be a list of at least one message, got {short_repr(messages)}"
             )
         for index, message in enumerate(messages):
             where = f"{name}[{index}]"
@@ -68,18 +67,22 @@ def read_messages(
 def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageSource | None]]:
     given = _given(message)
     if not isinstance(given, dict) or given.keys() != {"role", "content"}:
-        got = shown(sorted(map(str, given))) if isinstance(given, dict) else type(message).__name__
+        got = (
+            short_repr(sorted(map(str, given)))
+            if isinstance(given, dict)
+            else type(message).__name__
+        )
         raise PromptError(f"{where}: must be a dict with 'role' and 'content', got {got}")
     role, content = given["role"], given["content"]
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(
-            f"{where}: role must be 'system', 'user' or 'assistant', got {shown(role)}"
+            f"{where}: role must be 'system', 'user' or 'assistant', got {short_repr(role)}"
         )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple) or not content:
         raise PromptError(
-            f"{where}: content must be a string or a list of at least one part, got {shown(content)}"
+            f"{where}: content must be a string or a list of at least one part, got {short_repr(content)}"
         )
     parts = []
     sources: list[ImageSource | None] = []
@@ -104,7 +107,9 @@ def _read_text(part: Mapping[str, Any], where: str) -> str:
         case {"text": str(text)} if len(part) == 2:
             check_text(text, where)
             return text
-    raise PromptError(f"{where}: must be {{'type': 'text', 'text': string}}, got {shown(part)}")
+    raise PromptError(
+        f"{where}: must be {{'type': 'text', 'text': string}}, got {short_repr(part)}"
+    )
 
 
 def _read_source(part: Any, where: str) -> ImageSource | None:
@@ -127,4 +132,4 @@ def _read_source(part: Any, where: str) -> ImageSource | None:
         ) if len(part) == 2:
             found = source
             return found
-    raise PromptError(f"{where}: must be a text, image or image_url part, got {shown(part)}")
+    raise PromptError(f"{where}: must be a text, image or image_url part, got {short_repr(part)}")

@@ -12,23 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from idefics2_engine.caller_errors import about, caller_code
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import ConfigError, PromptError, short_repr
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.settings import PROCESSOR, image_settings
-from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalise
+from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalize
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.prompts.chat_template import ChatTemplate
 from idefics2_engine.prompts.messages import read_messages
 from idefics2_engine.prompts.tokenizer import (
     FAKE_IMAGE,
     IMAGE,
-    ChatTemplate,
     Tokenizer,
     check_text,
-    expand_image_slots,
+    expand_placeholders,
 )
-from idefics2_engine.shown import shown
 
 # What can be iterated over, but is text or has no order
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
@@ -40,7 +39,7 @@ class ProcessedPrompt:
 
     prompt: str  # each image is one "<image>"
     token_ids: list[int]  # each tile is ``image_seq_len`` times the image token
-    tiles: list[Tile]  # in the order of their slots
+    tiles: list[Tile]  # in the order of their placeholders
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +73,7 @@ class Processor:
     """What a checkpoint's files say about turning text and images into the model's input."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # None: the model has not learnt to chat
+    template: ChatTemplate | None  # None: the model has not learned to chat
     image_config: ImageConfig
     image_seq_len: int  # image tokens per tile
     patch_size: int  # pixels per side
@@ -111,7 +110,7 @@ class Processor:
         if values.get("image_seq_len", latents) != latents:
             raise ConfigError(
                 f"{path}: image_seq_len must be the model's {latents} latents, "
-                f"got {shown(values['image_seq_len'])}"
+                f"got {short_repr(values['image_seq_len'])}"
             )
         if tokenizer.image_id != config.image_token_id:
             raise ConfigError(
@@ -145,11 +144,11 @@ class Processor:
         """Process a raw prompt, as transformers' ``Idefics2Processor`` does.
 
         Args:
-            text: Control tokens in it are control tokens; each ``<image>`` is a slot.
-            images: One for each slot, in order; a single one may come by itself.
+            text: Control tokens in it are control tokens; each ``<image>`` is a placeholder.
+            images: One for each placeholder, in order; a single one may come by itself.
 
         Raises:
-            PromptError: There are more or fewer slots than images.
+            PromptError: There are more or fewer placeholders than images.
             ImageError: An image cannot be read.
         """
         return self.finish([self.draft_prompt(text, images)])[0]
@@ -166,7 +165,7 @@ class Processor:
     def token_prompt(
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> ProcessedPrompt:
-        """Take a prompt that is token ids already, image slots written out.
+        """Take a prompt that is token ids already, placeholders written out.
 
         Raises:
             PromptError: An id is out of range, or the image tokens do not fit the images.
@@ -179,14 +178,14 @@ class Processor:
     ) -> PromptDraft:
         """Do as ``token_prompt`` does, but leave the images to ``finish``."""
         if isinstance(token_ids, _NO_LIST) or not isinstance(token_ids, Iterable):
-            raise PromptError(f"token_ids: must be a list of ids, got {shown(token_ids)}")
+            raise PromptError(f"token_ids: must be a list of ids, got {short_repr(token_ids)}")
         vocab_size = self.tokenizer.vocab_size
         ids: list[int] = []
         with caller_code("token_ids", PromptError):
             for index, id in enumerate(token_ids):
                 if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
                     raise PromptError(
-                        f"token_ids[{index}]: must be an id below {vocab_size}, got {shown(id)}"
+                        f"token_ids[{index}]: must be an id below {vocab_size}, got {short_repr(id)}"
                     )
                 ids.append(int(id))
         images = _as_list(images)
@@ -285,7 +284,7 @@ class Processor:
 
         Args:
             texts: B raw prompts, at least one.
-            images: The images of each, or all of them one after the other, in the order of the slots.
+            images: The images of each, or all of them one after the other, in the order of the placeholders.
             padding_side: Where the shorter rows get padding tokens.
 
         Returns:
@@ -294,7 +293,7 @@ class Processor:
             (B, N, H, W), with N the most tiles of a prompt; the tiles that others lack are zero.
 
         Raises:
-            PromptError: Slots and images differ in number, or there is no padding token.
+            PromptError: Placeholders and images differ in number, or there is no padding token.
             ImageError: An image cannot be read.
         """
         if isinstance(texts, str) or not isinstance(texts, Sequence):
@@ -305,7 +304,9 @@ class Processor:
         if self.tokenizer.pad_id is None:
             raise PromptError("padded: needs a pad_token in tokenizer_config.json, got none")
         if padding_side not in ("left", "right"):
-            raise PromptError(f"padding_side: must be 'left' or 'right', got {shown(padding_side)}")
+            raise PromptError(
+                f"padding_side: must be 'left' or 'right', got {short_repr(padding_side)}"
+            )
         pairs = zip(texts, nested, strict=True)
         prompts = self.finish([self.draft_prompt(text, own) for text, own in pairs])
         shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
@@ -331,21 +332,21 @@ class Processor:
         for i, row in enumerate(tiles):
             for j, tile in enumerate(row):
                 h, w, _ = tile.pixels.shape
-                pixels[i, j, :, :h, :w] = normalise(tile, self.image_config)
+                pixels[i, j, :, :h, :w] = normalize(tile, self.image_config)
                 mask[i, j, :h, :w] = 1
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
     def _expand(self, text: str, images: int) -> str:
-        """Write out the image slots of ``text``, of which there must be as many as images."""
-        slots = text.count(IMAGE)
-        if slots != images:
+        """Write out the placeholders of ``text``, of which there must be as many as images."""
+        placeholders = text.count(IMAGE)
+        if placeholders != images:
             raise PromptError(
-                f"prompt: must have one {IMAGE} for each image, wanted {images}, got {slots}"
+                f"prompt: must have one {IMAGE} for each image, wanted {images}, got {placeholders}"
             )
-        return expand_image_slots(text, self.image_seq_len, self.image_config.tiles_per_image)
+        return expand_placeholders(text, self.image_seq_len, self.image_config.tiles_per_image)
 
     def _collapse(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids`` with each image as one slot."""
+        """Return the text of ``ids`` with each image as one placeholder."""
         tile = FAKE_IMAGE + IMAGE * self.image_seq_len
         image = f"(?:{tile}){{{self.image_config.tiles_per_image}}}(?:{FAKE_IMAGE}(?!{IMAGE}))?"
         return re.sub(image, IMAGE, self.tokenizer.decode(ids, skip_special_tokens=False))
@@ -361,21 +362,21 @@ def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
 
 
 def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:
-    """Return the images of each text; those that come in one list go to the slots in order.
+    """Return the images of each text; those that come in one list go to the placeholders in order.
 
     Raises:
-        PromptError: There is not one list for each text, or one image for each slot.
+        PromptError: There is not one list for each text, or one image for each placeholder.
     """
     lists = [isinstance(own, list | tuple) for own in _as_list(images)]
-    slots = [text.count(IMAGE) for text in texts]
+    placeholders = [text.count(IMAGE) for text in texts]
     if lists and not any(lists):
-        if sum(slots) != len(lists):
+        if sum(placeholders) != len(lists):
             raise PromptError(
                 f"images: must be one for each {IMAGE} of {len(texts)} texts, "
-                f"wanted {sum(slots)}, got {len(lists)}"
+                f"wanted {sum(placeholders)}, got {len(lists)}"
             )
         rest = iter(_as_list(images))
-        return [list(islice(rest, count)) for count in slots]
+        return [list(islice(rest, count)) for count in placeholders]
     if len(texts) != len(lists) or not texts or not all(lists):
         raise PromptError(
             f"images: must be one list for each of {len(texts)} texts, got {sum(lists)}"

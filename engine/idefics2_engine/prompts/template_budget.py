@@ -23,7 +23,9 @@ _SIZE_FACTOR = 16  # and more for each character of the conversation
 _TOTAL_FACTOR = 32  # and as many times this for all values of a rendering together
 MAX_BITS = 2**15  # of an integer
 _MAX_DEPTH = 1000  # of nested values: Python's own limit of recursion
-_SLOT = 8  # what an element of a container counts beside its own size: memory, and time to visit
+_ELEMENT_SIZE = (
+    8  # what an element of a container counts beside its own size: memory, and time to visit
+)
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -78,35 +80,37 @@ class Budget:
             elif isinstance(value, int):
                 total += value.bit_length() // 8
             elif isinstance(value, Mapping):
-                total += 2 * _SLOT * len(value)
+                total += 2 * _ELEMENT_SIZE * len(value)
                 rest += value.keys()
                 rest += value.values()
             elif isinstance(value, range):
-                total += _SLOT * len(value)
-            elif isinstance(value, _Settled):
+                total += _ELEMENT_SIZE * len(value)
+            elif isinstance(value, _MaterializedIterator):
                 total += value.size
             elif isinstance(value, _CONTAINERS):
-                total += _SLOT * len(value)
+                total += _ELEMENT_SIZE * len(value)
                 rest += value
         return total
 
-    def settle(self, value: object) -> object:
+    def materialize(self, value: object) -> object:
         """Return ``value``, or if it is lazy an iterator over what it yields, now that its size is known."""
-        if not isinstance(value, Iterator) or isinstance(value, _Settled | LoopContext):
+        if not isinstance(value, Iterator) or isinstance(
+            value, _MaterializedIterator | LoopContext
+        ):
             return value
         total = 0
         items = []
         for item in value:
-            size = _SLOT + self.size(item)
+            size = _ELEMENT_SIZE + self.size(item)
             self.allow(size)
             total += size
             items.append(item)
         self.allow(total)
-        return _Settled(iter(items), total)
+        return _MaterializedIterator(iter(items), total)
 
 
 @dataclass
-class _Settled:
+class _MaterializedIterator:
     """An iterator of known size: like the lazy one it replaces it is true, has no length and ends."""
 
     items: Iterator[Any]
@@ -193,7 +197,7 @@ def _encoded(budget: Budget, values: list[Any]) -> float:
     """Bound ``tojson`` but for the indent of deep values, which is written piece by piece."""
     value, *options = values
     indent = max((_extent(budget, option) for option in options), default=0)
-    return budget.size(value) * (1 + total(budget, options) / _SLOT) + _MAX_DEPTH * indent
+    return budget.size(value) * (1 + total(budget, options) / _ELEMENT_SIZE) + _MAX_DEPTH * indent
 
 
 def _summed(budget: Budget, values: list[Any]) -> float:

@@ -269,7 +269,7 @@ def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[
     def bounded(*args: Any, **kwargs: Any) -> Any:
         budget = current.get()
         budget.allow(estimate(budget, [*args[skipped:], *kwargs.values()]))
-        result = budget.settle(function(*args, **kwargs))
+        result = budget.materialize(function(*args, **kwargs))
         if estimate is not nothing:
             budget.allow(budget.size(result))
         return result

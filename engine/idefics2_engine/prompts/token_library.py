@@ -10,9 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from idefics2_engine.errors import ConfigError, Idefics2Error, PromptError
+from idefics2_engine.errors import ConfigError, Idefics2Error, PromptError, short_repr
 from idefics2_engine.prompts.text_growth import growth, leaves
-from idefics2_engine.shown import shown
 
 _MOST_GROWTH = 64  # characters of one; NFKC and lower case together may make 54
 
@@ -101,7 +100,7 @@ def _check_growth(part: str, step: Mapping[str, Any] | None) -> None:
     most = growth(step)
     if most > _MOST_GROWTH:
         raise ConfigError(
-            f"tokenizer.json: {part} must make at most {_MOST_GROWTH} characters of one, got up to {most:.6g} by {shown(step)}"
+            f"tokenizer.json: {part} must make at most {_MOST_GROWTH} characters of one, got up to {most:.6g} by {short_repr(step)}"
         )
 
 
@@ -110,9 +109,9 @@ def _check_decoder(decoder: Mapping[str, Any] | None) -> None:
     for leaf in leaves(decoder):
         if leaf["type"] == "Replace" and "String" not in leaf["pattern"]:
             raise ConfigError(
-                f"tokenizer.json: decoder must replace texts and no expressions, got {shown(leaf)}"
+                f"tokenizer.json: decoder must replace texts and no expressions, got {short_repr(leaf)}"
             )
         if leaf["type"] == "Strip" and leaf["stop"] != 0:
             raise ConfigError(
-                f"tokenizer.json: decoder must strip nothing from the end, got {shown(leaf)}"
+                f"tokenizer.json: decoder must strip nothing from the end, got {short_repr(leaf)}"
             )

@@ -1,4 +1,4 @@
-"""Text to token ids: the tokenizer, image slots, and conversations through the chat template.
+"""Text to token ids: the tokenizer, and the tokens that stand for an image.
 
 Control tokens (``<image>``, ``<end_of_utterance>``, ``<s>``, ...) are spelled like any other text,
 so a conversation must tell those that the template writes from those that somebody typed. Typed
@@ -14,36 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from idefics2_engine.errors import ConfigError, PromptError
-from idefics2_engine.json_file import read_json, read_json_if_there
-from idefics2_engine.model_files import is_there, read_text
-from idefics2_engine.prompts.template_sandbox import Sandbox
+from idefics2_engine.errors import ConfigError, PromptError, short_repr
+from idefics2_engine.json_file import read_json
 from idefics2_engine.prompts.token_library import TokenLibrary
-from idefics2_engine.shown import shown
 
 IMAGE = "<image>"
 FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
 END_OF_UTTERANCE = "<end_of_utterance>"
-_NAMED_TOKENS = ("bos", "eos", "pad", "unk")  # that templates know as bos_token and so on
 
 # Two noncharacters, which Unicode sets aside for a program's own use. A text that does have them in
 # a row gets a mark between them: what deletes marks takes the inner two and leaves the outer two.
 _MARK = "\ufdd0\ufdd1"
 _ESCAPED_MARK = _MARK[0] + _MARK + _MARK[1]
-
-BUILT_IN_TEMPLATE = """\
-{%- for message in messages -%}
-    {{ message.role.capitalize() }}:
-    {%- if message.content[0].type != "image" %}{{ " " }}{% endif -%}
-    {%- for part in message.content -%}
-        {{ "<image>" if part.type == "image" else part.text }}
-    {%- endfor -%}
-    {{ "<end_of_utterance>\\n" }}
-{%- endfor -%}
-{{ "Assistant:" if add_generation_prompt }}"""
-"""Idefics2's format, for checkpoints with ``<end_of_utterance>`` that bring no template."""
 
 
 class Tokenizer:
@@ -138,7 +120,7 @@ class Tokenizer:
         return text.replace(_MARK, "")
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Return the ids of ``text``, control tokens recognised wherever they stand.
+        """Return the ids of ``text``, control tokens recognized wherever they stand.
 
         Args:
             text: Any text.
@@ -175,7 +157,7 @@ class Tokenizer:
         if not isinstance(token, str) or token not in self._special:
             raise ConfigError(
                 f"tokenizer_config.json: {key} must be a special token of tokenizer.json, "
-                f"got {shown(token)}"
+                f"got {short_repr(token)}"
             )
         return token
 
@@ -217,77 +199,6 @@ class Tokenizer:
                 )
 
 
-class ChatTemplate:
-    """The Jinja template that turns a conversation into a prompt."""
-
-    def __init__(self, source: str, tokenizer: Tokenizer):
-        """Compile ``source`` in a sandbox that can reach and change nothing but what it is given.
-
-        Raises:
-            ConfigError: ``source`` is no Jinja template, or too long.
-        """
-        self._sandbox = Sandbox()
-        try:
-            self._template = self._sandbox.compile_template(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
-        except Exception as error:  # Jinja's parser and Python's compiler fail in many ways
-            raise ConfigError(f"chat template: {type(error).__name__}: {error!s:.200}") from None
-        self._tokenizer = tokenizer
-
-    @classmethod
-    def load(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
-        """Find the template of the checkpoint in ``folder``, in transformers' order.
-
-        That is ``processor_config.json``, ``chat_template.json``, ``chat_template.jinja``,
-        ``tokenizer_config.json``, and failing these the built-in one. None if its
-        ``<end_of_utterance>`` is unknown to the tokenizer: a base model has not learnt to chat.
-        """
-        source = _find_template(folder)
-        if source is None and tokenizer.end_of_utterance_id is None:
-            return None
-        return cls(BUILT_IN_TEMPLATE if source is None else source, tokenizer)
-
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """Return the conversation as a prompt for ``Tokenizer.encode_marked``.
-
-        Args:
-            messages: As ``messages.read_messages`` returns them. The template sees roles and texts
-                marked, which only matters to one that looks for ``<`` inside them.
-            add_generation_prompt: End with the words after which the assistant answers.
-
-        Raises:
-            PromptError: The template refuses the conversation, fails on it, or takes more time or
-                memory than ``sandbox`` lets it have.
-        """
-        marked = [
-            {
-                "role": self._tokenizer.mark_typed(message["role"]),
-                "content": [self._mark_part(part) for part in message["content"]],
-            }
-            for message in messages
-        ]
-        names = {f"{name}_token": getattr(self._tokenizer, name) for name in _NAMED_TOKENS}
-        size = sum(len(part.get("text", "")) for turn in messages for part in turn["content"])
-        try:
-            with self._sandbox.bounds(size):
-                return self._template.render(
-                    messages=marked,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **{name: token for name, token in names.items() if token is not None},
-                )
-        except Exception as error:  # a template is a program: it may fail in any way
-            said = self._tokenizer.unmark(str(error))
-            raise PromptError(f"chat template: {type(error).__name__}: {said:.500}") from error
-
-    def _mark_part(self, part: Mapping[str, str]) -> dict[str, str]:
-        if part["type"] == "text":
-            return {"type": "text", "text": self._tokenizer.mark_typed(part["text"])}
-        return {"type": "image"}
-
-
 def check_text(text: str, name: str = "text") -> None:
     """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8; it is called ``name``."""
     if not isinstance(text, str):
@@ -300,7 +211,7 @@ def check_text(text: str, name: str = "text") -> None:
         ) from None
 
 
-def expand_image_slots(text: str, image_seq_len: int, tiles_per_image: int) -> str:
+def expand_placeholders(text: str, image_seq_len: int, tiles_per_image: int) -> str:
     """Write out each ``<image>`` as its tokens, as transformers' ``Idefics2Processor`` does.
 
     A tile is ``image_seq_len`` times ``<image>`` between two ``<fake_token_around_image>``; two of
@@ -318,7 +229,7 @@ def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
     tokens = description.get("added_tokens") or []
     if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
         raise ConfigError(
-            f"tokenizer.json: added_tokens must be a list of objects, got {shown(tokens)}"
+            f"tokenizer.json: added_tokens must be a list of objects, got {short_repr(tokens)}"
         )
     for token in tokens:
         if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):
@@ -335,23 +246,3 @@ def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
         "padding": None,
         "truncation": None,
     }
-
-
-def _find_template(folder: Path) -> str | None:
-    def in_json(name: str) -> object:
-        path = folder / name
-        return read_json_if_there(path).get("chat_template")
-
-    found = in_json("processor_config.json") or in_json("chat_template.json")
-    jinja_file = folder / "chat_template.jinja"
-    if not found and is_there(jinja_file):
-        found = read_text(jinja_file)
-    found = found or in_json("tokenizer_config.json")
-    if isinstance(found, list):  # several templates by name
-        entries = [entry for entry in found if isinstance(entry, dict)]
-        found = {str(entry.get("name")): entry.get("template") for entry in entries}
-    if isinstance(found, dict):
-        found = found.get("default")
-    if found is not None and not isinstance(found, str):
-        raise ConfigError(f"{folder}: chat_template must be a string, got {type(found).__name__}")
-    return found

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: the forward pass recorded once for each of a few batch sizes, and replayed.
+"""Decode steps as CUDA graphs: the forward pass captured once for each of a few batch sizes, and replayed.
 
 A step of one token a sequence launches hundreds of small kernels, which take a CPU longer to launch than a GPU to run.
 A graph is launched as one. It reads its inputs from buffers of its own; a batch between two sizes is padded to the larger
@@ -13,15 +13,21 @@ from torch import Tensor
 
 from idefics2_engine.device import to_device
 from idefics2_engine.model.idefics2 import Idefics2
-from idefics2_engine.runtime.input_batch import NOTHING, PackedStep, known, padded, text_batch
+from idefics2_engine.runtime.input_batch import (
+    NOTHING,
+    PackedStep,
+    padded,
+    resolve_pending_tokens,
+    text_batch,
+)
 from idefics2_engine.runtime.kv_cache import KVCache
 
 MAX_SIZE = 512  # the device then takes longer over a step than a CPU over its launches
-_WARM_UP = 2  # runs that compile kernels and set up libraries before one is recorded
+_WARM_UP = 2  # runs that compile kernels and set up libraries before one is captured
 
 
 @dataclass(frozen=True)
-class _Recorded:
+class _CapturedGraph:
     """A graph, where its inputs go and where its logits (size, vocabulary) come out."""
 
     graph: torch.cuda.CUDAGraph
@@ -30,7 +36,7 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """Graphs of one model over one KV cache, all recorded at once: no request has to wait for one.
+    """Graphs of one model over one KV cache, all captured at once: no request has to wait for one.
 
     Args:
         model: On a CUDA device.
@@ -49,7 +55,7 @@ class DecodeGraphs:
         self.sizes = graph_sizes(len(last_tokens))
         self._pool: Any = None  # memory that all share: one runs at a time
         with torch.inference_mode():  # the largest first, whose memory then serves the others
-            self._recorded = {size: self._record(size) for size in reversed(self.sizes)}
+            self._captured = {size: self._capture(size) for size in reversed(self.sizes)}
 
     def can_run(self, packed: PackedStep) -> bool:
         """Whether it is a decode step, of no more sequences than the largest graph."""
@@ -59,18 +65,20 @@ class DecodeGraphs:
         """Compute a step that ``can_run``, of B sequences; return logits (B, vocabulary), which the next one overwrites."""
         count = len(packed.input_ids)
         size = next(size for size in self.sizes if size >= count)
-        recorded = self._recorded[size]
-        to_device(padded(packed, size, self.max_pages).arrays(), self.model.device, recorded.inputs)
-        recorded.graph.replay()
-        return recorded.logits[:count]
+        captured = self._captured[size]
+        to_device(padded(packed, size, self.max_pages).arrays(), self.model.device, captured.inputs)
+        captured.graph.replay()
+        return captured.logits[:count]
 
-    def _record(self, size: int) -> _Recorded:
+    def _capture(self, size: int) -> _CapturedGraph:
         empty = padded(NOTHING, size, self.max_pages)
         copies = to_device(empty.arrays(), self.model.device)
         inputs = copies[0].new_empty(0).set_(copies[0].untyped_storage())  # all of them
 
         def forward() -> Tensor:
-            batch = text_batch(copies, known(copies[0], self.last_tokens), empty, every_row=True)
+            batch = text_batch(
+                copies, resolve_pending_tokens(copies[0], self.last_tokens), empty, every_row=True
+            )
             logits: Tensor = self.model(batch, None, self.kv_cache.layers)
             return logits
 
@@ -84,11 +92,11 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = forward()
         self._pool = graph.pool()
-        return _Recorded(graph, inputs, logits)
+        return _CapturedGraph(graph, inputs, logits)
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the batch sizes that are recorded: 1, 2, 4, then every eighth, up to the first that holds all, or ``MAX_SIZE``."""
+    """Return the batch sizes that are captured: 1, 2, 4, then every eighth, up to the first that holds all, or ``MAX_SIZE``."""
     most = min(max_num_seqs, MAX_SIZE)
     sizes = [1, 2, 4, *range(8, most + 8, 8)]
     return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= most)]

@@ -13,13 +13,14 @@ import torch
 from idefics2_engine.device import to_device
 from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.images.tiling import ImageConfig
-from idefics2_engine.model.config import EngineConfig, GenerationConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.prompts.tokenizer import Tokenizer
+from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
 from idefics2_engine.sampling.sampler import Drawn, Sampler
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
@@ -174,7 +175,7 @@ class Engine:
             (places,) = to_device([np.array(rows, np.int64)], logits.device)
             logits = logits[places]
         tokens = self.sampler.draw(logits, sequences)
-        self.runner.note(tokens.token_ids)
+        self.runner.store_last_tokens(tokens.token_ids)
         for sequence in sequences:
             sequence.num_pending += 1
         return _Flight(step, requests, sequences, tokens, failed)

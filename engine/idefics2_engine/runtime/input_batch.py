@@ -27,7 +27,7 @@ class PackedStep:
     context_lens: Ints  # (B,)
     block_table: Ints  # (B, W)
     logits_indices: Ints  # tokens whose logits are wanted
-    image_rows: Ints  # rows of all slots' embeddings that the image tokens are, in order
+    image_rows: Ints  # rows of the embeddings of all entries that the image tokens are, in order
     max_seqlen: int
     is_decode: bool  # whether every chunk is one text token that another is drawn behind
 
@@ -118,7 +118,7 @@ def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
     )
 
 
-def known(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
+def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
     """Replace each -1 - row among ``input_ids`` (T,) by ``last_tokens[row]``."""
     rows = (-1 - input_ids).clamp(min=0)
     return torch.where(input_ids < 0, last_tokens[rows], input_ids)
@@ -166,8 +166,8 @@ def _wanted(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
 def _image_rows(chunks: list[Chunk], num_latents: int) -> Ints:
     rows = [
         np.arange(max(item.begin, chunk.begin), min(item.end, chunk.end), dtype=np.int32)
-        + (slot * num_latents - item.begin)
+        + (entry * num_latents - item.begin)
         for chunk in chunks
-        for item, slot in chunk.images
+        for item, entry in chunk.images
     ]
     return np.concatenate([*rows, _NONE]).astype(np.int32)

@@ -4,8 +4,9 @@ import torch
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model.batch import ImageBatch, TextBatch, cumulative
-from idefics2_engine.model.config import EngineConfig, TextConfig
+from idefics2_engine.model.config import TextConfig
 from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.runtime.config import EngineConfig
 
 
 def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -> int:
@@ -29,14 +30,14 @@ def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -
     free, total = torch.cuda.mem_get_info(device)
     latents = config.max_cached_images * model.config.perceiver.num_latents
     encoded = latents * text.hidden_size * model.dtype.itemsize
-    left = int(utilization * total) - (total - free) - steps - encoded
+    available = int(utilization * total) - (total - free) - steps - encoded
     each = bytes_per_token(text, model.dtype)
-    pages = left // (each * config.page_size)
+    pages = available // (each * config.page_size)
     wanted = -(-config.max_model_len // config.page_size)
     if pages < wanted:
         raise ConfigError(
             f"max_model_len {config.max_model_len}: its KV cache must fit into gpu_memory_utilization {utilization} of "
-            f"{total / 2**30:.1f} GiB, of which {left / 2**30:.1f} GiB are left for it; it takes "
+            f"{total / 2**30:.1f} GiB, of which {available / 2**30:.1f} GiB are left for it; it takes "
             f"{wanted * config.page_size * each / 2**30:.1f} GiB"
         )
     return min(pages, config.max_num_seqs * wanted) * config.page_size
@@ -60,7 +61,7 @@ def _peak_bytes(model: Idefics2, config: EngineConfig) -> int:
 
 
 def _images(model: Idefics2, num_patches: int) -> ImageBatch:
-    """Make black pictures of the largest size, with ``num_patches`` in all or a little less."""
+    """Make black images of the largest size, with ``num_patches`` in all or a little less."""
     vision = model.config.vision
     each = vision.grid**2
     count = max(1, num_patches // each)

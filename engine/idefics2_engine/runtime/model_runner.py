@@ -11,7 +11,7 @@ from idefics2_engine.images.tiling import ImageConfig, Tile
 from idefics2_engine.model.batch import ImageBatch
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.cuda_graphs import DecodeGraphs
-from idefics2_engine.runtime.input_batch import PackedStep, known, pack, text_batch
+from idefics2_engine.runtime.input_batch import PackedStep, pack, resolve_pending_tokens, text_batch
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.scheduling.scheduler import Step
 from idefics2_engine.scheduling.sequence import Request, Sequence
@@ -23,8 +23,8 @@ class Runner:
     Args:
         model: Runs on its device.
         kv_cache: On the same.
-        image_config: How pixels are normalised.
-        num_images: Slots for the embeddings of tiles.
+        image_config: How pixels are normalized.
+        num_images: Encoder cache entries, each for the embeddings of a tile.
         max_num_seqs: Sequences that draw a token in a step, at most.
         max_pages: Of a sequence; steps of decoding alone are then CUDA graphs, if one is large enough. None for no graphs.
     """
@@ -80,7 +80,7 @@ class Runner:
         (rows,) = to_device([np.array(samples, np.int64)], logits.device)
         return logits[rows], prompts
 
-    def note(self, token_ids: Tensor) -> None:
+    def store_last_tokens(self, token_ids: Tensor) -> None:
         """Keep the tokens (B,) that a step drew, for the next one to read."""
         self._last_tokens[: len(token_ids)] = token_ids
 
@@ -88,7 +88,7 @@ class Runner:
         copies = to_device(packed.arrays(), self.model.device)
         input_ids, image_rows = copies[0], copies[-1]
         if (packed.input_ids < 0).any():
-            input_ids = known(input_ids, self._last_tokens)
+            input_ids = resolve_pending_tokens(input_ids, self._last_tokens)
         features = None
         if len(image_rows):
             features = self.image_features.flatten(0, 1)[image_rows]
@@ -97,8 +97,8 @@ class Runner:
         return logits
 
     def _encode(self, encodes: list[tuple[Tile, int]]) -> None:
-        tiles, slots = zip(*encodes, strict=True)
+        tiles, entries = zip(*encodes, strict=True)
         device = self.model.device
         images = ImageBatch.from_tiles(tiles, self.image_config).to(device)
-        (places,) = to_device([np.array(slots, np.int64)], device)
+        (places,) = to_device([np.array(entries, np.int64)], device)
         self.image_features[places] = self.model.image_features(images)

@@ -1,4 +1,4 @@
-"""What an engine has done so far, counted apart: pictures and text, in and out."""
+"""What an engine has done so far, counted apart: images and text, in and out."""
 
 from dataclasses import dataclass
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from idefics2_engine.errors import PromptError, SamplingError
+from idefics2_engine.errors import PromptError, SamplingError, short_repr
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.shown import shown
 
 _BEFORE = "\n"  # merges with no word, and no space follows it
 
@@ -13,7 +12,7 @@ _BEFORE = "\n"  # merges with no word, and no space follows it
 def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of ``words`` with and without a space before, each once.
 
-    As in vLLM, spaces that a word begins with do not count, and control tokens are recognised. Where vLLM adds a space to
+    As in vLLM, spaces that a word begins with do not count, and control tokens are recognized. Where vLLM adds a space to
     have the second form, this tokenizer puts one before any text, so here it is the form without that has to be made.
 
     Raises:
@@ -27,7 +26,7 @@ def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int
                 for text in (_BEFORE, word.lstrip(" "), _BEFORE + word.lstrip(" "))
             )
         except PromptError as error:
-            raise SamplingError(f"bad_words: {shown(word)}: {error}") from None
+            raise SamplingError(f"bad_words: {short_repr(word)}: {error}") from None
         found[tuple(spaced)] = None
         if inside[: len(before)] == before and len(inside) > len(before):
             found[tuple(inside[len(before) :])] = None
@@ -59,5 +58,5 @@ def check_choice(
         name = "bad_words" if params.allowed_token_ids is None else "allowed_token_ids"
         raise SamplingError(
             f"{name} must leave a token that is neither barred nor an end token before min_tokens, "
-            f"got {shown(getattr(params, name))}"
+            f"got {short_repr(getattr(params, name))}"
         )

@@ -32,7 +32,7 @@ class LogitEdits:
     allowed: tuple[Tensor, Tensor]
     barred: tuple[Tensor, Tensor]
     biased: tuple[Tensor, Tensor]
-    penalised: tuple[Tensor, Tensor]
+    penalized: tuple[Tensor, Tensor]
     bias: Tensor  # (N,) fp32: added
     repetition: Tensor  # (N,) fp32: divides a positive logit, multiplies another
     frequency: Tensor  # (N,) fp32: subtracted
@@ -57,14 +57,14 @@ class LogitEdits:
         if len(self.bias):
             logits[self.biased] = logits[self.biased] + self.bias
         if len(self.repetition):
-            values = logits[self.penalised]
+            values = logits[self.penalized]
             values = torch.where(values > 0, values / self.repetition, values * self.repetition)
-            logits[self.penalised] = values - self.frequency - self.presence
+            logits[self.penalized] = values - self.frequency - self.presence
         return logits
 
 
 class EditFinder:
-    """Lists the edits of a step; keeps a history of each sequence that is penalised, as long as the sequence lives."""
+    """Lists the edits of a step; keeps a history of each sequence that is penalized, as long as the sequence lives."""
 
     def __init__(self, image_token_id: int) -> None:
         self.image_token_id = image_token_id
@@ -80,7 +80,7 @@ class EditFinder:
     ) -> tuple[list[Ids], list[Floats]]:
         """List what ``LogitEdits.of`` takes; ``bad_words_ids`` are barred in every row."""
         allowed_rows: list[int] = []
-        allowed, barred, biased, penalised = (_Places() for _ in range(4))
+        allowed, barred, biased, penalized = (_Places() for _ in range(4))
         values: list[list[Floats]] = [[], [], [], []]
         for row, sequence in enumerate(sequences):
             asked = self._requests.get(sequence)
@@ -95,14 +95,14 @@ class EditFinder:
             biased.add(row, asked.biased)
             values[0].append(asked.bias)
             params = sequence.request.params
-            if params.penalises:
+            if params.penalizes:
                 tokens, counts = asked.seen(sequence)
-                penalised.add(row, tokens)
+                penalized.add(row, tokens)
                 values[1].append(np.full(len(tokens), params.repetition_penalty, np.float32))
                 values[2].append(np.float32(params.frequency_penalty) * counts)
                 values[3].append(np.float32(params.presence_penalty) * (counts > 0))
         ids = [np.array(allowed_rows, dtype=np.int64)]
-        for places in (allowed, barred, biased, penalised):
+        for places in (allowed, barred, biased, penalized):
             ids += places.joined()
         return ids, [np.concatenate([*parts, np.zeros(0, np.float32)]) for parts in values]
 
@@ -134,18 +134,18 @@ class _Asked:
         self.allowed: Ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
         self.biased: Ids = np.array(list(bias), dtype=np.int64)
         self.bias: Floats = np.array(list(bias.values()), dtype=np.float32)
-        # the prompt counts for repetition alone; image slots are not text that is repeated
+        # the prompt counts for repetition alone; placeholders are not text that is repeated
         prompt = {*request.prompt_token_ids} - {image_token_id}
         tokens = sorted(prompt) if params.repetition_penalty != 1.0 else []
         self._place = {token: place for place, token in enumerate(tokens)}
-        room = len(tokens) + request.max_tokens if params.penalises else 0
+        room = len(tokens) + request.max_tokens if params.penalizes else 0
         self._tokens: Ids = np.zeros(room, dtype=np.int64)
         self._tokens[: len(tokens)] = tokens
         self._counts: Floats = np.zeros(room, dtype=np.float32)
         self._num_counted = len(request.prompt_token_ids)
 
     def seen(self, sequence: Sequence) -> tuple[Ids, Floats]:
-        """Return the tokens to penalise, each once, and how often the answer has them: 0 for the prompt's own."""
+        """Return the tokens to penalize, each once, and how often the answer has them: 0 for the prompt's own."""
         for token in sequence.token_ids[self._num_counted :]:
             place = self._place.setdefault(token, len(self._place))
             self._tokens[place] = token

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from idefics2_engine.errors import SamplingError
+from idefics2_engine.errors import SamplingError, short_repr
 from idefics2_engine.outputs import Logprob, TokenLogprobs
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.shown import shown
 
 _COLUMNS = 64  # rows are filled up to whole multiples, so that each begins at the same alignment
 _ROWS = 256  # of a prompt, that are scored at once: bounds the memory
@@ -56,7 +55,7 @@ def check_entries(params: SamplingParams, prompt_tokens: int, new_tokens: int, v
         top = likeliest(number, vocab)
         if top > _ALWAYS and count * (1 + top) > _MOST_ENTRIES:
             raise SamplingError(
-                f"{name} must be at most {max(_ALWAYS, _MOST_ENTRIES // count - 1)} for {count} tokens, got {shown(number)}: "
+                f"{name} must be at most {max(_ALWAYS, _MOST_ENTRIES // count - 1)} for {count} tokens, got {short_repr(number)}: "
                 f"above {_ALWAYS} the tokens with their likeliest may have {_MOST_ENTRIES} entries"
             )
 
@@ -106,7 +105,7 @@ def _order(logits: Tensor) -> Tensor:
     return ascending * 2**32 - torch.arange(logits.shape[1], device=logits.device)
 
 
-def described(
+def make_token_logprobs(
     arrays: Sequence[np.ndarray], tops: Sequence[int], text: Callable[[int], str]
 ) -> list[TokenLogprobs]:
     """Turn ``Scores.tensors`` on the host into what requests keep: the first ``tops`` (R,) of each place."""

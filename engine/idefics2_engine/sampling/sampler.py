@@ -30,8 +30,8 @@ from idefics2_engine.outputs import TokenLogprobs
 from idefics2_engine.sampling.logits_processors import EditFinder, LogitEdits
 from idefics2_engine.sampling.logprobs import (
     Scores,
-    described,
     likeliest,
+    make_token_logprobs,
     padded_rows,
     score,
     score_prompt,
@@ -75,7 +75,7 @@ class Drawn:
         """Wait for the device and return one choice a row."""
         token_ids, largest, *scored = self._copy.arrays()
         asked = [top for top in self._tops if top is not None]
-        places = iter(described(scored, asked, self._text) if asked else ())
+        places = iter(make_token_logprobs(scored, asked, self._text) if asked else ())
         return [
             Choice(token, None if top is None else next(places), logit)
             for token, logit, top in zip(
@@ -90,7 +90,7 @@ class Sampler:
     Args:
         ops: Operations; ``sample`` is used.
         bad_words_ids: Token sequences that no answer may have; one may begin in the prompt.
-        image_token_id: Stands for an image in prompts; never penalised.
+        image_token_id: Stands for an image in prompts; never penalized.
         text: Text of a token, for log probabilities.
         min_p_first: Whether min-p goes before top-k and top-p (vLLM) or after (transformers).
     """
@@ -118,7 +118,7 @@ class Sampler:
     def reads_answer(self, sequence: Sequence) -> bool:
         """Say whether the next token of ``sequence`` depends on its last ones otherwise than through the logits."""
         words = (*self.bad_words_ids, *sequence.request.bad_words_ids)
-        return sequence.request.params.penalises or any(len(word) > 1 for word in words)
+        return sequence.request.params.penalizes or any(len(word) > 1 for word in words)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
         """Choose a token for each row of ``logits`` (B, V), which may be overwritten."""
@@ -186,7 +186,7 @@ class Sampler:
         arrays = ToHost(scores).arrays()
         if np.isnan(arrays[1]).any():
             raise FloatingPointError("logits must be finite, got log probabilities that are NaN")
-        return described(arrays, [top] * len(token_ids), self.text)
+        return make_token_logprobs(arrays, [top] * len(token_ids), self.text)
 
 
 def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
-"""Which pictures' embeddings are kept, and in which slot; host only.
+"""Which images' embeddings are kept, and in which entry; host only.
 
-The embeddings themselves are the runner's. A slot that somebody holds stays; others are given to new pictures, the
+The embeddings themselves are the runner's. An entry that somebody holds stays; others are given to new images, the
 one that was let go longest ago first.
 """
 
@@ -9,64 +9,64 @@ from collections.abc import Iterable
 
 
 class EncoderCache:
-    """Slots by content: the fingerprint of a tile."""
+    """Entries by content: the fingerprint of a tile."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self._slot_of: dict[bytes, int] = {}
+    def __init__(self, num_entries: int) -> None:
+        self.num_entries = num_entries
+        self._entry_of: dict[bytes, int] = {}
         self._holders: dict[bytes, int] = {}
         self._idle: OrderedDict[bytes, None] = OrderedDict()  # known and not held, oldest first
-        self._empty = list(range(num_slots - 1, -1, -1))
+        self._empty = list(range(num_entries - 1, -1, -1))
 
     def __contains__(self, content: bytes) -> bool:
         """Say whether the embeddings are there, or will be when the step is run that they were taken for."""
-        return content in self._slot_of
+        return content in self._entry_of
 
     @property
     def num_available(self) -> int:
-        """Slots that a new picture could have."""
+        """Entries that a new image could have."""
         return len(self._empty) + len(self._idle)
 
     def is_held(self, content: bytes) -> bool:
-        """Say whether somebody holds a picture."""
+        """Say whether somebody holds an image."""
         return content in self._holders
 
-    def slot(self, content: bytes) -> int:
-        """Return where a known picture's embeddings are."""
-        return self._slot_of[content]
+    def entry(self, content: bytes) -> int:
+        """Return where a known image's embeddings are."""
+        return self._entry_of[content]
 
     def hold(self, content: bytes) -> None:
-        """Hold a picture's slot; a new picture gets one, of which there must be one available."""
-        if content in self._slot_of:
+        """Hold an image's entry; a new image gets one, of which there must be one available."""
+        if content in self._entry_of:
             self._idle.pop(content, None)
         else:
             if not self._empty:
                 oldest, _ = self._idle.popitem(last=False)
-                self._empty.append(self._slot_of.pop(oldest))
-            self._slot_of[content] = self._empty.pop()
+                self._empty.append(self._entry_of.pop(oldest))
+            self._entry_of[content] = self._empty.pop()
         self._holders[content] = self._holders.get(content, 0) + 1
 
     def release(self, content: bytes) -> None:
-        """Let go of a picture once; it stays known until its slot is needed."""
+        """Let go of an image once; it stays known until its entry is needed."""
         self._holders[content] -= 1
         if self._holders[content] == 0:
             del self._holders[content]
             self._idle[content] = None
 
     def forget(self, contents: Iterable[bytes]) -> None:
-        """Drop those pictures that are known and not held."""
+        """Drop those images that are known and not held."""
         for content in contents:
             if content in self._idle:
                 del self._idle[content]
-                self._empty.append(self._slot_of.pop(content))
+                self._empty.append(self._entry_of.pop(content))
 
     def forget_idle(self) -> None:
         """Drop all that nobody holds, as when contents are no longer to be trusted."""
         self.forget([*self._idle])
 
     def check_integrity(self, held: list[bytes]) -> None:
-        """Assert that holders are as ``held``, and that every slot is one picture's or empty."""
+        """Assert that holders are as ``held``, and that every entry is one image's or empty."""
         assert {content: held.count(content) for content in held} == self._holders
         assert not self._holders.keys() & self._idle.keys()
-        assert self._slot_of.keys() == self._holders.keys() | self._idle.keys()
-        assert sorted([*self._slot_of.values(), *self._empty]) == list(range(self.num_slots))
+        assert self._entry_of.keys() == self._holders.keys() | self._idle.keys()
+        assert sorted([*self._entry_of.values(), *self._empty]) == list(range(self.num_entries))

@@ -19,15 +19,15 @@ class ImageItem:
 def image_items(
     token_ids: Sequence[int], tiles: Sequence[Tile], image_token_id: int, num_latents: int
 ) -> list[ImageItem]:
-    """Find the slots of ``tiles``: each is ``num_latents`` image tokens in a row."""
-    slots = [at for at, token in enumerate(token_ids) if token == image_token_id]
-    assert len(slots) == num_latents * len(tiles)
-    firsts = slots[::num_latents] if tiles else []
+    """Find the placeholders of ``tiles``: each is ``num_latents`` image tokens in a row."""
+    places = [at for at, token in enumerate(token_ids) if token == image_token_id]
+    assert len(places) == num_latents * len(tiles)
+    firsts = places[::num_latents] if tiles else []
     items = [
         ImageItem(tile, first, first + num_latents)
         for tile, first in zip(tiles, firsts, strict=True)
     ]
-    assert slots == [at for item in items for at in range(item.begin, item.end)]
+    assert places == [at for item in items for at in range(item.begin, item.end)]
     return items
 
 

@@ -29,12 +29,14 @@ class Chunk:
     end: int
     samples: bool  # whether they are all there are, so that the next token can be drawn
     scores: range  # places in the prompt whose logits are wanted, for the tokens behind them
-    images: list[tuple[ImageItem, int]]  # it has tokens of, and the slots of their embeddings
+    images: list[
+        tuple[ImageItem, int]
+    ]  # it has tokens of, and the encoder cache entries of their embeddings
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass does: encode tiles into slots, copy pages, compute chunks."""
+    """What one forward pass does: encode tiles into encoder cache entries, copy pages, compute chunks."""
 
     chunks: list[Chunk]
     encodes: list[tuple[Tile, int]]
@@ -84,7 +86,7 @@ class Scheduler:
         self.waiting[sequence] = None
 
     def schedule(self) -> Step:
-        """Choose the tokens of the next step and give them pages and slots."""
+        """Choose the tokens of the next step and give them pages and encoder cache entries."""
         plan = _Plan(self.max_num_batched_tokens, self.max_patches)
         preempted = self._go_on(plan)
         if not preempted:
@@ -143,7 +145,7 @@ class Scheduler:
             sequence.num_pending = 0
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Let nobody find the pages and pictures that were computed for ``sequences``, which neither wait nor run."""
+        """Let nobody find the pages and images that were computed for ``sequences``, which neither wait nor run."""
         for sequence in sequences:
             self.pages.forget(sequence.page_names(self.pages.page_size))
             self.encoder.forget(item.tile.fingerprint for item in sequence.request.images)
@@ -157,7 +159,7 @@ class Scheduler:
         return sequence
 
     def start_over(self) -> None:
-        """Preempt all that run and forget every picture, as after a step that was not computed to its end."""
+        """Preempt all that run and forget every image, as after a step that was not computed to its end."""
         while self.running:
             self.preempt_newest()
         self.encoder.forget_idle()
@@ -171,7 +173,7 @@ class Scheduler:
         return True
 
     def check_integrity(self) -> None:
-        """Assert that pages and slots are held by those that run, and by nobody else."""
+        """Assert that pages and encoder cache entries are held by those that run, and by nobody else."""
         self.pages.check_integrity([sequence.pages for sequence in self.running])
         self.encoder.check_integrity(
             [item.tile.fingerprint for s in self.running for item in s.held_images]
@@ -232,7 +234,7 @@ class Scheduler:
 
     def _image_limit(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> int:
         """Return how far towards ``end`` the images can be encoded in this step."""
-        patches, slots = plan.patches, self.encoder.num_available
+        patches, entries = plan.patches, self.encoder.num_available
         seen: set[bytes] = set()
         for item in items_between(sequence.request.images, begin, end):
             content = item.tile.fingerprint
@@ -240,13 +242,13 @@ class Scheduler:
                 continue
             seen.add(content)
             is_held = content in self.encoder and self.encoder.is_held(content)
-            slots -= not is_held
+            entries -= not is_held
             if content not in self.encoder:
                 alone = patches == self.max_patches  # a tile may be larger than the budget
                 patches -= item.tile.num_patches
                 if patches < 0 and not alone:
                     return max(begin, item.begin)
-            if slots < 0:
+            if entries < 0:
                 return max(begin, item.begin)
         return end
 
@@ -272,7 +274,7 @@ class Scheduler:
     def _plan(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
         """Add a chunk to the plan, and hold the images that it reads."""
         items = list(items_between(sequence.request.images, begin, end))
-        # the known ones first, before a new one takes the slot of one of them
+        # the known ones first, before a new one takes the entry of one of them
         for item in sorted(items, key=lambda item: item.tile.fingerprint not in self.encoder):
             if item in sequence.held_images:
                 continue
@@ -282,8 +284,8 @@ class Scheduler:
             sequence.held_images.append(item)
             if is_new:
                 plan.patches -= item.tile.num_patches
-                plan.encodes.append((item.tile, self.encoder.slot(content)))
-        images = [(item, self.encoder.slot(item.tile.fingerprint)) for item in items]
+                plan.encodes.append((item.tile, self.encoder.entry(content)))
+        images = [(item, self.encoder.entry(item.tile.fingerprint)) for item in items]
         plan.tokens -= end - begin
         samples, scores = end == sequence.length, range(0)
         if sequence.scores_prompt:

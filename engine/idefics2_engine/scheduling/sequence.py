@@ -26,7 +26,7 @@ class Request:
     request_id: str
     prompt: str
     prompt_token_ids: list[int]
-    images: Items[ImageItem]  # in the order of their slots
+    images: Items[ImageItem]  # in the order of their placeholders
     params: SamplingParams
     seed: int  # of the first sequence; the others count up from it
     max_tokens: int  # of each sequence, within the model's length

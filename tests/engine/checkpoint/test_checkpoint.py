@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.errors import CheckpointError, ConfigError
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from oracle import CASES, TinyCase, build_oracle, save_oracle
 from paths import EIGHT_B
 

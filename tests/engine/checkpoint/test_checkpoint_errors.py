@@ -23,9 +23,11 @@ from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.safetensors_header import read_header
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.images.tiling import ImageConfig
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
-from idefics2_engine.prompts.tokenizer import ChatTemplate, Tokenizer
+from idefics2_engine.prompts.chat_template import ChatTemplate
+from idefics2_engine.prompts.tokenizer import Tokenizer
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from oracle import CASES, build_oracle, save_oracle
 from paths import DEMO
 

@@ -14,12 +14,14 @@ from idefics2_engine import LLM
 from idefics2_engine.checkpoint.checksums import verify_files
 from idefics2_engine.checkpoint.companion_files import read_companions
 from idefics2_engine.checkpoint.hub import find_adapter, find_model
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.shards import find_weights, pickles, weight_paths
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.errors import CheckpointError, ConfigError, Idefics2Error
 from idefics2_engine.images.tiling import ImageConfig
-from idefics2_engine.model.config import GenerationConfig, ModelConfig
+from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model_files import is_there, open_file, read_file, read_text
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from paths import DEMO
 
 

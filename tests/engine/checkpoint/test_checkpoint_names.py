@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Idefics2ForConditionalGeneration
 
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.hf.padded_forward import forward_padded
 from oracle import TinyCase, build_oracle, padded_pixels, save_oracle

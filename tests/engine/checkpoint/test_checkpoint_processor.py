@@ -14,7 +14,8 @@ from huggingface_hub import constants
 
 from hub_cache import put
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.tiling import ImageConfig
 from idefics2_engine.model.config import ModelConfig

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.lora import Adapter
 from idefics2_engine.checkpoint.lora_config import AdapterConfig
 from idefics2_engine.checkpoint.name_pattern import NamePattern
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.errors import CheckpointError, ConfigError
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.quantization import Quantization

@@ -19,10 +19,11 @@ from transformers import BitsAndBytesConfig, Idefics2ForConditionalGeneration
 
 import idefics2_engine.checkpoint.loader
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.checkpoint.loader import build_model, load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
 from idefics2_engine.checkpoint.nf4_tensors import weight_name
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor
 from idefics2_engine.checkpoint.tensor_values import read_values
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import CheckpointError, ConfigError
@@ -528,7 +529,7 @@ class TestRefused:
             ModelConfig.from_dict(config)
 
     def test_what_is_quantised_already(self, theirs: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="is quantised already: load it without quantization"):
+        with pytest.raises(ConfigError, match="is quantized already: load it without quantization"):
             load_checkpoint(theirs, quantization=NF4)
         adapter = make_adapter(tmp_path / "adapter")
         with pytest.raises(ConfigError, match="an adapter must be merged before that"):
@@ -705,7 +706,7 @@ class TestWholeSystem:
         assert main(["quantize", str(DEMO_MODEL), str(out)]) == 2
         assert "must be a new folder or an empty one" in capsys.readouterr().err
         assert main(["quantize", str(out), str(tmp_path / "twice")]) == 2
-        assert "is quantised already" in capsys.readouterr().err
+        assert "is quantized already" in capsys.readouterr().err
         assert not (tmp_path / "twice").exists()
         assert main([*question, "--quantized-part", "text"]) == 2
         assert "must come with quantization" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from idefics2_engine.errors import ImageError
 from idefics2_engine.images import pixel_parts
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image
 from idefics2_engine.images.policy import ImagePolicy
-from idefics2_engine.images.tiling import ImageConfig, make_tiles, normalise
+from idefics2_engine.images.tiling import ImageConfig, make_tiles, normalize
 
 EVERY = tuple(ImagePolicy)
 PARITY, CORRECT, STRICT = EVERY
@@ -65,7 +65,7 @@ def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: 
     tiles = make_tiles(load_image(source), config, 14, 70)
     for tile, pixels in zip(tiles, wanted.pixel_values[0], strict=True):
         height, width, _ = tile.pixels.shape
-        np.testing.assert_array_equal(normalise(tile, config), pixels[:, :height, :width])
+        np.testing.assert_array_equal(normalize(tile, config), pixels[:, :height, :width])
 
 
 def test_parity_refuses_what_transformers_would_divide_twice() -> None:

@@ -15,7 +15,7 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image
 from idefics2_engine.images.policy import ImagePolicy
-from idefics2_engine.images.tiling import ImageConfig, make_tiles, normalise
+from idefics2_engine.images.tiling import ImageConfig, make_tiles, normalize
 from paths import EIGHT_B
 from pictures import (
     FORMATS,
@@ -127,7 +127,7 @@ def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
     ):
         height, width, _ = tile.pixels.shape
         assert mask.sum() == height * width
-        np.testing.assert_array_equal(normalise(tile, config), values[:, :height, :width])
+        np.testing.assert_array_equal(normalize(tile, config), values[:, :height, :width])
 
 
 def test_the_one_mode_that_transformers_cannot_read() -> None:

@@ -16,7 +16,7 @@ from idefics2_engine.images.tiling import (
     ImageConfig,
     Tile,
     make_tiles,
-    normalise,
+    normalize,
     resized_size,
     split_boxes,
 )
@@ -65,7 +65,7 @@ def test_pixels_equal_transformers(size: tuple[int, int], split: bool, tmp_path:
     masked = zip(tiles, wanted.pixel_values[0], wanted.pixel_attention_mask[0], strict=True)
     for tile, pixels, mask in masked:
         height, width = mask.any(axis=1).sum(), mask.any(axis=0).sum()
-        got = normalise(tile, settings)
+        got = normalize(tile, settings)
         assert got.dtype == pixels.dtype
         assert got.shape == (3, height, width)
         np.testing.assert_array_equal(got, pixels[:, :height, :width])
@@ -80,7 +80,7 @@ def test_normalising_equals_transformers_in_every_value_and_channel(tmp_path: Pa
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
     ramp = np.concatenate([ramp, ramp[::-1], ramp.transpose(1, 0, 2)], axis=2)
     wanted = oracle(False, do_resize=False, **values)([[Image.fromarray(ramp)]])
-    got = normalise(Tile(ramp, 14, 70), config(tmp_path, **values))
+    got = normalize(Tile(ramp, 14, 70), config(tmp_path, **values))
     np.testing.assert_array_equal(got, wanted["pixel_values"][0, 0])
 
 
@@ -90,7 +90,7 @@ def test_the_filter_is_the_checkpoints(resample: int, tmp_path: Path) -> None:
     wanted = oracle(False, resample=resample)([[image]])["pixel_values"][0, 0]
     settings = config(tmp_path, resample=resample)
     (tile,) = make_tiles(image, settings, patch_size=14, grid_side=70)
-    np.testing.assert_array_equal(normalise(tile, settings), wanted)
+    np.testing.assert_array_equal(normalize(tile, settings), wanted)
 
 
 @pytest.mark.parametrize(

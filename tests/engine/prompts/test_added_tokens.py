@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from idefics2_engine.prompts.chat_template import ChatTemplate
 from idefics2_engine.prompts.messages import read_messages
-from idefics2_engine.prompts.tokenizer import ChatTemplate, Tokenizer
+from idefics2_engine.prompts.tokenizer import Tokenizer
 from tokenizer_kinds import DESCRIPTIONS, SETTINGS
 
 FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")

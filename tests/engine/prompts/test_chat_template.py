@@ -19,11 +19,12 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from idefics2_engine.errors import ConfigError, PromptError
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts import template_budget
+from idefics2_engine.prompts.chat_template import BUILT_IN_TEMPLATE, ChatTemplate
 from idefics2_engine.prompts.messages import read_messages
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.prompts.template_budget import Budget
 from idefics2_engine.prompts.template_sandbox import MAX_SOURCE
-from idefics2_engine.prompts.tokenizer import BUILT_IN_TEMPLATE, ChatTemplate, Tokenizer
+from idefics2_engine.prompts.tokenizer import Tokenizer
 from paths import EIGHT_B
 
 PUBLISHED = json.loads((EIGHT_B / "processor_config.json").read_text())["chat_template"]

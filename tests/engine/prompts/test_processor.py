@@ -15,8 +15,8 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 
 from idefics2_engine.errors import ConfigError, ImageError, PromptError
 from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.prompts.chat_template import ChatTemplate
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.prompts.tokenizer import ChatTemplate
 from paths import EIGHT_B
 
 MODEL = ModelConfig.load(EIGHT_B)

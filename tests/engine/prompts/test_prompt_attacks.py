@@ -300,7 +300,7 @@ def test_a_megabyte_of_slots_is_refused_before_anything_is_made(
 
     tried = processor()
     monkeypatch.setattr(TokenLibrary, "encode", never)
-    monkeypatch.setattr("idefics2_engine.prompts.processor.expand_image_slots", never)
+    monkeypatch.setattr("idefics2_engine.prompts.processor.expand_placeholders", never)
     with pytest.raises(PromptError, match="one <image> for each image, wanted 1, got 142858"):
         tried.prompt(IMAGE * 142_858, [DOT])
 

@@ -12,14 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.prompts.chat_template import BUILT_IN_TEMPLATE, ChatTemplate
 from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.prompts.messages import read_messages
-from idefics2_engine.prompts.tokenizer import (
-    BUILT_IN_TEMPLATE,
-    ChatTemplate,
-    Tokenizer,
-    expand_image_slots,
-)
+from idefics2_engine.prompts.tokenizer import Tokenizer, expand_placeholders
 from paths import EIGHT_B
 from tokenizer_kinds import CONTROL, DESCRIPTIONS, SETTINGS, byte_level_description, description
 
@@ -238,8 +234,8 @@ def test_image_slots(text: str, wanted: str) -> None:
     def short(expanded: str) -> str:
         return expanded.replace("<fake_token_around_image>", "F").replace("<image>", "I")
 
-    assert short(expand_image_slots(text, 2, 1)) == wanted
-    split = expand_image_slots(text, 2, 5)
+    assert short(expand_placeholders(text, 2, 1)) == wanted
+    split = expand_placeholders(text, 2, 5)
     assert short(split) == wanted.replace("II", "IIFIIFIIFIIFII")
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.checkpoint.loader import load_checkpoint, save_checkpoint
+from idefics2_engine.checkpoint.loader import load_checkpoint
+from idefics2_engine.checkpoint.writer import save_checkpoint
 from idefics2_engine.demo import DEMO_IMAGES
+from idefics2_engine.device import Uploader
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.runtime.memory_profile import bytes_per_token, kv_cache_tokens
-from idefics2_engine.upload import Uploader
 from oracle import CASES, image_batch
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +61,7 @@ def test_logits(case, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float32, torch.float64])
 def test_upload(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("idefics2_engine.upload._BUFFER_BYTES", 64)
+    monkeypatch.setattr("idefics2_engine.device._BUFFER_BYTES", 64)
     uploader = Uploader(torch.device("cuda"))
     for shape in (7, 1), (3, 5, 33), (0, 4), (32,), ():  # many times around the buffers
         weight = torch.randn(shape).to(source)

@@ -9,7 +9,13 @@ from guarded import guarded_allocations
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.device import to_device
 from idefics2_engine.runtime.cuda_graphs import MAX_SIZE, graph_sizes
-from idefics2_engine.runtime.input_batch import NOTHING, known, pack, padded, text_batch
+from idefics2_engine.runtime.input_batch import (
+    NOTHING,
+    pack,
+    padded,
+    resolve_pending_tokens,
+    text_batch,
+)
 from idefics2_kernels import TRITON
 
 
@@ -65,7 +71,7 @@ def test_a_step_without_chunks_is_all_padding() -> None:
 def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
     last_tokens = torch.tensor([7, 8, 9], dtype=torch.int32)
     input_ids = torch.tensor([4, -1, -3, 0], dtype=torch.int32)
-    assert known(input_ids, last_tokens).tolist() == [4, 7, 9, 0]
+    assert resolve_pending_tokens(input_ids, last_tokens).tolist() == [4, 7, 9, 0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import RequestFailedError
-from idefics2_engine.model.config import EngineConfig
+from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.sampling.sampler import Drawn
 from idefics2_engine.scheduling.sequence import Request

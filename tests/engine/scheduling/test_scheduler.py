@@ -56,7 +56,7 @@ def make_request(
 def make_scheduler(
     num_pages: int = 8,
     page_size: int = 4,
-    num_slots: int = 4,
+    num_entries: int = 4,
     max_num_seqs: int = 4,
     tokens: int = 16,
     patches: int = 100,
@@ -64,7 +64,7 @@ def make_scheduler(
     prefix_caching: bool = True,
 ) -> Scheduler:
     pages = PageAllocator(num_pages, page_size)
-    encoder = EncoderCache(num_slots)
+    encoder = EncoderCache(num_entries)
     return Scheduler(pages, encoder, max_num_seqs, tokens, patches, window, prefix_caching)
 
 
@@ -86,7 +86,7 @@ class Machine:
         self.drawn: list[tuple[Sequence, int]] = []  # and not told yet
         self.size = scheduler.pages.page_size
         self.cache: list[object] = ["NaN"] * (scheduler.pages.num_pages * self.size)
-        self.slots: list[object] = ["NaN"] * scheduler.encoder.num_slots
+        self.slots: list[object] = ["NaN"] * scheduler.encoder.num_entries
         self.prefixes: dict[Sequence, list[int]] = {}
         self.begun: list[Request] = []
 
@@ -212,7 +212,7 @@ def test_fuzz() -> None:
         scheduler = make_scheduler(
             num_pages=rng.randint(4, 40),
             page_size=rng.choice([1, 4, 16]),
-            num_slots=rng.randint(1, 6),
+            num_entries=rng.randint(1, 6),
             max_num_seqs=rng.randint(1, 6),
             tokens=rng.choice([1, 3, 20, 1000]),
             patches=rng.choice([5, 30, 1000]),
@@ -387,7 +387,7 @@ def test_pages_behind_the_window_are_let_go() -> None:
 
 
 def test_a_picture_is_encoded_once_and_kept() -> None:
-    scheduler = make_scheduler(num_pages=40, num_slots=2, tokens=100, prefix_caching=False)
+    scheduler = make_scheduler(num_pages=40, num_entries=2, tokens=100, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     encoded: list[list[object]] = []
     for picture in (PICTURES[0], PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[2], PICTURES[1]):

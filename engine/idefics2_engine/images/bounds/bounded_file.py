@@ -21,7 +21,7 @@ class BoundedFile(io.BytesIO):
         self._most = self._left = _READS
 
     def allow(self, reads: int) -> None:
-        """Permit further reads, for a picture whose size is known by now."""
+        """Permit further reads, for an image whose size is known by now."""
         self._most += reads
         self._left += reads
 
@@ -29,7 +29,7 @@ class BoundedFile(io.BytesIO):
         """Return the next bytes.
 
         Raises:
-            ImageError: The file has more parts than a picture of its size needs.
+            ImageError: The file has more parts than an image of its size needs.
         """
         self._left -= 1
         if self._left < 0:

@@ -72,7 +72,7 @@ def check_jpeg(data: bytes, max_pixels: int, name: str) -> None:
 
 
 def max_stream_bytes(pixels: int) -> int:
-    """Return how long the scans of a picture may be; of noise at full quality they take 2 bytes a pixel."""
+    """Return how long the scans of an image may be; of noise at full quality they take 2 bytes a pixel."""
     return (1 << 20) + 16 * pixels
 
 

@@ -6,7 +6,7 @@ from idefics2_engine.images.bounds.tags import Tag, Tiff, check_tags
 
 _TAG_BYTES_A_PIXEL = 4  # Photoshop keeps its layers in a tag
 _MAX_STRIPS, _PIXELS_A_STRIP = 4096, 1000  # encoders write 8 KiB and more in one
-_MAX_PADDING, _PADDED = 1 << 20, 4  # pixels of tiles, of which the picture may fill a part
+_MAX_PADDING, _PADDED = 1 << 20, 4  # pixels of tiles, of which the image may fill a part
 
 _WIDTH, _HEIGHT, _COMPRESSION = 256, 257, 259
 _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS, _STRIP_SIZES, _PLANES = 273, 277, 278, 279, 284

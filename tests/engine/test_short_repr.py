@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from idefics2_engine.errors import PromptError
+from idefics2_engine.errors import PromptError, short_repr
 from idefics2_engine.prompts.messages import read_messages
-from idefics2_engine.shown import shown
 
 HUGE = 10**5000
 DEEP: list[Any] = []
@@ -41,17 +40,17 @@ for _ in range(100_000):
         (object(), "<object>"),
         (np.zeros((9, 9, 3)), "<ndarray>"),
     ],
-    ids=shown,
+    ids=short_repr,
 )
 def test_shown(value: Any, wanted: str) -> None:
-    got = shown(value)
+    got = short_repr(value)
     assert got.startswith(wanted)
     assert len(got) <= 80
     assert " at 0x" not in got
 
 
 @pytest.mark.parametrize(
-    "value", [HUGE, DEEP, {"type": HUGE}, {"type": "image", "image": None}], ids=shown
+    "value", [HUGE, DEEP, {"type": HUGE}, {"type": "image", "image": None}], ids=short_repr
 )
 def test_messages_with_any_value_are_an_error_of_ours(value: Any) -> None:
     for messages in (value, [value], [{"role": value, "content": "a"}]):

@@ -1,0 +1,97 @@
+"""The values of a checkpoint's tensors to their places in a model, merged, checked and quantized on the way."""
+
+import torch
+from torch import Tensor
+
+from idefics2_engine.checkpoint.lora import Adapter
+from idefics2_engine.checkpoint.safetensors_header import StoredTensor
+from idefics2_engine.checkpoint.tensor_mapping import tensor_places
+from idefics2_engine.device import Uploader
+from idefics2_engine.errors import CheckpointError
+from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.model.linear import NF4Linear
+from idefics2_engine.model_files import printable_path
+from idefics2_kernels import NF4Weight
+
+
+class ParameterFiller:
+    """Fills the parameters of ``model``, one tensor of a checkpoint at a time.
+
+    Args:
+        model: Its layers are in NF4 where its weights are to be.
+        adapter: Is merged into the values, if there is one.
+        check_finite: Refuse values that are no numbers, as they are stored and as they become.
+        double_quant: How numbers are quantized.
+    """
+
+    def __init__(
+        self, model: Idefics2, adapter: Adapter | None, *, check_finite: bool, double_quant: bool
+    ) -> None:
+        self.places = {place.name: place for place in tensor_places(model)}
+        self._model = model
+        self._adapter = adapter
+        self._check_finite = check_finite
+        self._double_quant = double_quant
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._uploader = Uploader(model.device)
+        # The rows that the vocabulary is padded with are in no file
+        with torch.no_grad():
+            for table in {model.text.embedding, model.lm_head}:
+                table[model.config.text.vocab_size :] = 0.0
+
+    @torch.no_grad()
+    def fill(self, source: StoredTensor, value: Tensor | NF4Weight) -> None:
+        """Put ``value``, read from ``source``, into its place.
+
+        Raises:
+            CheckpointError: It holds a value that is no number, and is checked.
+        """
+        place = self.places[source.name]
+        value = self._prepared(source, value)
+        layer = self._model.get_submodule(place.module)
+        if isinstance(layer, NF4Linear) and place.is_linear:
+            self._model.set_nf4(place.module, self._quantized(source, value))
+            return
+        # The head, by whoever did not skip it
+        if isinstance(value, NF4Weight):
+            value = self._model.ops.nf4_dequantize(value)
+        parameter = self._parameters[place.parameter]
+        rows = parameter[place.first_row : place.first_row + place.shape[0]]
+        self._uploader.copy(value, rows)
+        if self._check_finite:
+            require_finite(source, rows, f" in {self._model.dtype}")
+
+    def _prepared(self, source: StoredTensor, value: Tensor | NF4Weight) -> Tensor | NF4Weight:
+        """Return ``value`` checked and merged with the adapter's; a weight in NF4 on the model's device."""
+        if isinstance(value, NF4Weight):
+            return value.to(self._model.device)
+        if self._check_finite:
+            require_finite(source, value)
+        if self._adapter is None:
+            return value
+        return self._adapter.merge(source.name, value, self._model.dtype, self._model.device)
+
+    def _quantized(self, source: StoredTensor, value: Tensor | NF4Weight) -> NF4Weight:
+        """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantized."""
+        model = self._model
+        if isinstance(value, Tensor):
+            there = torch.empty(value.shape, dtype=model.dtype, device=model.device)
+            value = self._uploader.copy(value, there)
+        if self._check_finite:
+            numbers = value if isinstance(value, Tensor) else model.ops.nf4_dequantize(value)
+            require_finite(source, numbers, f" in {model.dtype}")
+        if isinstance(value, NF4Weight):
+            return value
+        return model.ops.nf4_quantize(value, double_quant=self._double_quant)
+
+
+def require_finite(source: StoredTensor, values: Tensor, where: str = "") -> None:
+    """Refuse NaN and infinity among ``values``, naming the first and how many there are."""
+    bad = ~torch.isfinite(values)
+    count = int(bad.count_nonzero())
+    if count:
+        first = tuple(bad.nonzero()[0].tolist())
+        raise CheckpointError(
+            f"{printable_path(source.file)}: tensor {source.key!r} must be finite{where}, "
+            f"got {count} values that are not, the first {values[first].item()} at {list(first)}"
+        )

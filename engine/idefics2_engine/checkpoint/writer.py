@@ -1,0 +1,132 @@
+"""Parameters to a checkpoint in the hub's form."""
+
+import json
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from idefics2_engine.checkpoint.companion_files import read_companions, write_config
+from idefics2_engine.checkpoint.nf4_tensors import weight_tensors
+from idefics2_engine.checkpoint.shards import INDEX, SINGLE
+from idefics2_engine.checkpoint.tensor_mapping import HubTensor, dense_modules, tensor_places
+from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.model.linear import NF4Linear
+from idefics2_engine.model.quantization import bitsandbytes_config
+from idefics2_engine.model_files import CONFIG, is_there
+from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
+
+
+def save_checkpoint(
+    model: Idefics2,
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    *,
+    config_from: Path | str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
+
+    Weights in NF4 are written as they are, in bitsandbytes' form, and ``config.json`` says so.
+    Weights are sharded by size and replace those that are there. The JSON files, the chat template
+    and the tokenizer are copied from the folder ``config_from``; without it those of ``folder``
+    stay as they are. ``config.json`` is made to say whether the head is the embedding.
+
+    Raises:
+        ConfigError: A file to be copied is no regular file or cannot be read; nothing was written
+            then.
+        ValueError: Weights are in NF4 and the dtype is none of bf16, fp16, fp32.
+    """
+    folder = Path(folder)
+    dtype = dtype or model.dtype
+    places = tensor_places(model)
+    in_nf4 = {
+        place.name
+        for place in places
+        if place.is_linear and isinstance(model.get_submodule(place.module), NF4Linear)
+    }
+    if in_nf4 and dtype not in NF4_DTYPES:
+        raise ValueError(
+            f"dtype must be bfloat16, float16 or float32 with weights in NF4, got {dtype}"
+        )
+    companions: dict[str, bytes] = {}
+    if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
+        companions = read_companions(Path(config_from))
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
+        old.unlink(missing_ok=True)
+    _write_shards(folder, _shards(model, places, in_nf4, dtype, max_shard_bytes))
+    for name, content in companions.items():
+        (folder / name).write_bytes(content)
+    if is_there(folder / CONFIG):
+        write_config(
+            folder / CONFIG,
+            tied=model.config.tie_word_embeddings,
+            dtype=_dtype_name(dtype),
+            quantization=_quantization(model, places, in_nf4, dtype) if in_nf4 else None,
+        )
+
+
+def _shards(
+    model: Idefics2,
+    places: Sequence[HubTensor],
+    in_nf4: Collection[str],
+    dtype: torch.dtype,
+    most_bytes: int,
+) -> list[dict[str, Tensor]]:
+    """Return the model's tensors by name, on the CPU, in shards of ``most_bytes`` at most.
+
+    A weight is never parted, so one that is larger has a shard of its own.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shards: list[dict[str, Tensor]] = [{}]
+    for place in places:
+        layer = model.get_submodule(place.module)
+        if isinstance(layer, NF4Linear) and place.name in in_nf4:
+            tensors = weight_tensors(place.name, layer.weight, dtype)
+        else:
+            rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
+            tensor = rows.detach().to("cpu", dtype).reshape(place.shape).contiguous()
+            tensors = {place.name: tensor.clone()}
+        if shards[-1] and _bytes(shards[-1]) + _bytes(tensors) > most_bytes:
+            shards.append({})
+        shards[-1] |= tensors
+    return shards
+
+
+def _write_shards(folder: Path, shards: Sequence[dict[str, Tensor]]) -> None:
+    """Write one file, or several and the index of what is in which."""
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(_bytes(shard) for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _quantization(
+    model: Idefics2, places: Sequence[HubTensor], in_nf4: Collection[str], dtype: torch.dtype
+) -> dict[str, object]:
+    """Return what ``config.json`` says of weights in NF4."""
+    layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+    return bitsandbytes_config(
+        _dtype_name(dtype),
+        any(layer.weight.is_nested for layer in layers),
+        dense_modules(places, in_nf4),
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(shard: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in shard.values())

@@ -1,0 +1,47 @@
+"""What a checkpoint's ``generation_config.json`` says about its answers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from idefics2_engine.errors import ConfigError, short_repr
+from idefics2_engine.json_file import read_json_if_there
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What ends an answer and what may not be in it: ``generation_config.json``."""
+
+    eos_token_ids: frozenset[int]
+    bad_words_ids: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> "GenerationConfig":
+        """Read ``folder/generation_config.json``; empty if there is none.
+
+        Raises:
+            ConfigError: The file holds something else than token ids.
+        """
+        path = folder / "generation_config.json"
+        values = read_json_if_there(path)
+        eos = values.get("eos_token_id")
+        eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        bad_words = values.get("bad_words_ids") or []
+        if not _are_ids(eos):
+            raise ConfigError(f"{path}: eos_token_id must be token ids, got {short_repr(eos)}")
+        if not isinstance(bad_words, list) or not all(map(_are_ids, bad_words)):
+            raise ConfigError(
+                f"{path}: bad_words_ids must be lists of token ids, got {short_repr(bad_words)}"
+            )
+        return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
+
+    def with_defaults(
+        self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]
+    ) -> "GenerationConfig":
+        """End at ``eos_token_ids`` where the file names none, and bar ``bad_words_ids`` in any case."""
+        bad_words = dict.fromkeys((*self.bad_words_ids, *bad_words_ids))
+        return GenerationConfig(self.eos_token_ids or frozenset(eos_token_ids), tuple(bad_words))
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
