@@ -1,6 +1,6 @@
 """What there is besides our kernels: PyTorch's attention backends, cuBLAS, PyTorch's own operations, bitsandbytes.
 
-A peer takes a case's inputs, prepares what it would hold already (a padded cache, a mask, quantised weights), and
+A peer takes a case's inputs, prepares what it would hold already (a padded cache, a mask, quantized weights), and
 returns the call to time, or ``None`` where it cannot run the case.
 """
 
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idefics2_kernels import REFERENCE
 from idefics2_kernels.catalog import Inputs
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference.operations import rotary
 
 Call = Callable[[], object]
 Peer = Callable[[Inputs], Call | None]
@@ -212,7 +212,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "silu_mul": {"torch": _torch(_silu_mul, "gate_up")},
     "gelu_tanh": {"torch": _torch(_gelu_tanh, "x", "bias")},
     "sample": {"torch-sort": _sample},
-    "rotary": {"torch": _torch(reference.rotary, "q", "k", "positions", "cos_sin")},
+    "rotary": {"torch": _torch(rotary, "q", "k", "positions", "cos_sin")},
 }
 """By operation and name; where an operation has none, the reference is timed instead."""
 

@@ -1,9 +1,9 @@
 """Sweep one kernel's launch options and print the best.
 
     python bench/idefics2_bench/tune.py flash_attention text-causal-16k BLOCK_M=64,128 BLOCK_N=64,128 num_warps=4,8 num_stages=2,3
-    python bench/idefics2_bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 --module flash_attention_gluon
+    python bench/idefics2_bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 --module flash_attention_hopper
 
-Every combination replaces what the module's ``_launch_config`` returns. Wrong ones and those that do not compile
+Every combination replaces what the module's ``launch_config`` returns. Wrong ones and those that do not compile
 are named and left out. Needs a CUDA device.
 """
 
@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = [spec.make_inputs(case, device) for _ in range(num_copies(spec.cost(case).bytes))]
     own = spec.implementations[implementation].__module__
     module = sys.modules[f"idefics2_kernels.{arguments.module}" if arguments.module else own]
-    default = vars(module)["_launch_config"]
+    default = vars(module)["launch_config"]
     timed: list[tuple[float, str]] = []
     for values in product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
-        vars(module)["_launch_config"] = lambda *a, chosen=chosen, **k: replace(
+        vars(module)["launch_config"] = lambda *a, chosen=chosen, **k: replace(
             default(*a, **k), **chosen
         )
         text = ", ".join(f"{name}={value}" for name, value in chosen.items())
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         timed.append((ms, text))
         print(f"{text}: {ms * 1e3:.1f} us", flush=True)
-    vars(module)["_launch_config"] = default
+    vars(module)["launch_config"] = default
     if not timed:
         return 1
     ms, text = min(timed)

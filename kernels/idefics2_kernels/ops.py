@@ -1,7 +1,7 @@
-"""The table of operations the model is written against, and its two fillings.
+"""The table of operations the model is written against, and its two implementations.
 
 A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation that cannot run
-raises. ``dataclasses.replace(TRITON, flash_attention=reference.flash_attention)`` swaps one, to find which of them
+raises. ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)`` swaps one, to find which of them
 a wrong logit comes from. What each operation computes is written in ``reference``; shapes are repeated here.
 
 ``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd knows nothing of, so the
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
-from idefics2_kernels.reference import nf4 as reference_nf4
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention, nf4, operations, sampling
 
 
 class MissingOperationError(RuntimeError):
-    """An operation that this filling of ``Ops`` does not have was called."""
+    """An operation that this implementation of ``Ops`` does not have was called."""
 
 
 class NoGradientError(RuntimeError):
@@ -228,10 +227,10 @@ class Ops:
     sample: Sample
 
 
-def _missing(name: str) -> Any:
+def _make_missing(name: str) -> Any:
     def raise_missing(*_args: object, **_kwargs: object) -> NoReturn:
         raise MissingOperationError(
-            f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=reference.{name})"
+            f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=REFERENCE.{name})"
         )
 
     return raise_missing
@@ -254,22 +253,21 @@ def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]
     return call
 
 
-def _kernels() -> dict[str, Any]:
+def triton_kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
     if find_spec("triton") is None:
         return {}
     from idefics2_kernels import activation, patches, rotary, sample
     from idefics2_kernels.attention import flash_attention, paged_attention, perceiver_attention
     from idefics2_kernels.matmul import linear
-    from idefics2_kernels.nf4 import nf4_matmul
-    from idefics2_kernels.nf4 import nf4_quantize as nf4
+    from idefics2_kernels.nf4 import nf4_matmul, nf4_quantize
     from idefics2_kernels.norms import layer_norm, rms_norm
 
     return {
         "linear": linear.linear,
         "linear_gelu": linear.linear_gelu,
-        "nf4_quantize": nf4.nf4_quantize,
-        "nf4_dequantize": nf4.nf4_dequantize,
+        "nf4_quantize": nf4_quantize.nf4_quantize,
+        "nf4_dequantize": nf4_quantize.nf4_dequantize,
         "nf4_matmul": nf4_matmul.nf4_matmul,
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
@@ -287,17 +285,18 @@ def _kernels() -> dict[str, Any]:
     }
 
 
-def _triton() -> Ops:
-    kernels = {name: _inference_only(name, kernel) for name, kernel in _kernels().items()}
+def make_triton_ops() -> Ops:
+    """Return every operation as a kernel that raises for inputs that require a gradient."""
+    kernels = {name: _inference_only(name, kernel) for name, kernel in triton_kernels().items()}
     return Ops(
-        **{field.name: kernels.get(field.name, _missing(field.name)) for field in fields(Ops)}
+        **{field.name: kernels.get(field.name, _make_missing(field.name)) for field in fields(Ops)}
     )
 
 
-def _reference() -> Ops:
-    functions = vars(reference) | vars(reference_nf4)
+def _make_reference_ops() -> Ops:
+    functions = vars(operations) | vars(attention) | vars(sampling) | vars(nf4)
     return Ops(**{field.name: functions[field.name] for field in fields(Ops)})
 
 
-REFERENCE = _reference()
-TRITON = _triton()
+REFERENCE = _make_reference_ops()
+TRITON = make_triton_ops()

@@ -4,7 +4,7 @@ One program a token: it reads the token's row of cosines and sines once and take
 halves of a head as two tiles, since column d is rotated together with column d + D/2.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -20,27 +20,30 @@ from idefics2_kernels.gpu.checks import (
     check_shape,
 )
 from idefics2_kernels.gpu.dependent_launch import (
-    dependent,
-    let_next_begin,
+    dependent_options,
+    gdc_launch_dependents,
+    gdc_wait,
     prefetch,
-    wait_for_last,
 )
+from idefics2_kernels.gpu.target import H100_SMS
 
-_AT_ONCE = 132  # programs of which each has an H100's processor: what they read early makes nobody else wait
+# programs that each have an SM of an H100: reading early delays no other program
+_AT_ONCE = H100_SMS
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """Heads and half columns of a tile, and the warps that share it."""
 
-    block_h: int
-    block_d: int
+    BLOCK_H: int
+    BLOCK_D: int
     num_warps: int
 
 
-def _launch_config(half: int) -> LaunchConfig:
+def launch_config(half: int) -> LaunchConfig:
+    """Return the tile for heads of 2 * ``half`` columns."""
     # on an H100 88 % of a copy's bandwidth at 8192 tokens; with D = 128 a thread moves 16 bytes of each half of 16 heads
-    return LaunchConfig(block_h=16, block_d=max(32, triton.next_power_of_2(half)), num_warps=4)
+    return LaunchConfig(BLOCK_H=16, BLOCK_D=max(32, triton.next_power_of_2(half)), num_warps=4)
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def _rotary_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     if LOOKS_AHEAD and IS_DEPENDENT:
@@ -128,7 +131,7 @@ def _rotary_kernel(
         prefetch(cos_sin_ptr + row * stride_cos_sin + columns)
         if HAS_CACHE:
             prefetch(slots_ptr + token)
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
     mask_d = offs_d < HALF
     table = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * stride_cos_sin + offs_d
     cos = tl.load(table, mask=mask_d, other=0.0).to(tl.float32)
@@ -270,7 +273,7 @@ def _launch(
     T, H, D = q.shape
     if T == 0:
         return
-    config = _launch_config(D // 2)
+    config = launch_config(D // 2)
     _rotary_kernel[(T,)](
         q,
         k,
@@ -295,8 +298,6 @@ def _launch(
         cos_sin.shape[0],
         LOOKS_AHEAD=T <= _AT_ONCE,
         HAS_CACHE=v_out is not None,
-        BLOCK_H=config.block_h,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-        **dependent(),
+        **asdict(config),
+        **dependent_options(),
     )

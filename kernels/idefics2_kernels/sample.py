@@ -11,7 +11,7 @@ the same tokens; a mass differs from the reference's by rounding (a relative 1e-
 are the same unless ``top_p`` or the number drawn lies that close to a boundary.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -36,17 +36,18 @@ BEYOND = tl.constexpr(0x7FFFFFFF)  # what fills a row up to whole blocks: past e
 class LaunchConfig:
     """Columns of a row taken at a time, and the warps that share them."""
 
-    block_v: int
+    BLOCK_V: int
     num_warps: int
 
 
-def _launch_config(V: int) -> LaunchConfig:
+def launch_config(V: int) -> LaunchConfig:
+    """Return the block for a vocabulary of ``V``."""
     # on an H100 92 us for 64 rows, 73 us for one: passes over a row bound it; few programs run, so each is as wide as it can be
     return LaunchConfig(1024, 4) if V <= 1024 else LaunchConfig(8192, 32)
 
 
 @triton.jit
-def _philox_uniform(seed, index):
+def philox_uniform(seed, index):
     """Return the first word of Philox4x32-10 for key ``seed`` and counter ``index``, as fp32 in [0, 1)."""
     WORD: tl.constexpr = 0xFFFFFFFF
     key0, key1 = seed.to(tl.uint64) & WORD, (seed >> 32).to(tl.uint64) & WORD
@@ -191,7 +192,7 @@ def _sample_kernel(
             bound = _top_p_bound(bits_row, p, bound, BLOCKS_END, BLOCK_V)
         if not MIN_P_FIRST:
             bound = tl.minimum(bound, min_p_bound)
-        uniform = _philox_uniform(tl.load(seed_ptr + row), tl.load(index_ptr + row))
+        uniform = philox_uniform(tl.load(seed_ptr + row), tl.load(index_ptr + row))
         drawn = _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V // 2)  # sums of 64 bits
         token = tl.where(drawn < 0, token, drawn)
     tl.store(out_ptr + row, token.to(tl.int64))
@@ -239,8 +240,8 @@ def sample(
     check_device(logits=logits, top_k=top_k, **fractions, **words)
     out = torch.empty((B,), dtype=torch.int64, device=logits.device)
     if B:
-        config = _launch_config(V)
-        end = triton.cdiv(V, config.block_v) * config.block_v
+        config = launch_config(V)
+        end = triton.cdiv(V, config.BLOCK_V) * config.BLOCK_V
         bits = torch.empty((B, end), dtype=torch.int32, device=logits.device)
         _sample_kernel[(B,)](
             logits,
@@ -256,7 +257,6 @@ def sample(
             V,
             end,
             MIN_P_FIRST=min_p_first,
-            BLOCK_V=config.block_v,
-            num_warps=config.num_warps,
+            **asdict(config),
         )
     return out

@@ -12,10 +12,11 @@ from idefics2_kernels.attention import perceiver_attention as perceiver_module
 from idefics2_kernels.attention.flash_attention import flash_attention
 from idefics2_kernels.attention.paged_attention import paged_attention
 from idefics2_kernels.attention.perceiver_attention import perceiver_attention
-from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog.flash_attention import flash_attention_rows
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.gpu.target import alignment
+from idefics2_kernels.reference import attention as reference
 
 Call = dict[str, Any]
 Change = Callable[[Call], Any]
@@ -253,7 +254,7 @@ def test_a_padded_query_gives_zeros_and_disturbs_nobody(device: torch.device) ->
 def test_sharing_keys_of_a_sequence_changes_nothing(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_module, "_PROGRAMS", programs)
+    monkeypatch.setattr(decode_module, "PROGRAMS", programs)
     lengths, pages = (77, 0, 16, 33), torch.randperm(20, device=device).int()
     k_cache, v_cache = torch.randn(2, 20, 2, 16, 16, device=device)
     call = {
@@ -272,7 +273,7 @@ def test_sharing_keys_of_a_sequence_changes_nothing(
 def test_sharing_keys_changes_nothing(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(perceiver_module, "_PROGRAMS", programs)
+    monkeypatch.setattr(perceiver_module, "PROGRAMS", programs)
     lengths = (150, 0, 64)
     call = perceiver_call(device) | {
         "q": torch.randn(3, 3, 4, 16, device=device),

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from idefics2_kernels.nf4 import nf4_gemv_hopper as nf4_one_row
+from idefics2_kernels.nf4 import nf4_gemv_hopper
 from paths import TESTS
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use
@@ -29,8 +29,8 @@ WGMMA = {
 DEPENDENT = {
     "_combine_kernel",
     "_decode_attention_kernel",
-    "_few_rows_gluon_kernel",
-    "_one_row_kernel",
+    "_few_rows_hopper_kernel",
+    "_gemv_kernel",
     "_perceiver_attention_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
@@ -71,8 +71,8 @@ def test_model_shapes_compile_and_fit(arch: int) -> None:
         shared = {report["case"]: report["shared"] for report in reports if report["wgmma"]}
         assert NF4_SHARED_MEMORY.items() <= shared.items()
         behind = {report["case"]: report.get("behind_table") for report in reports}
-        assert set(behind.values()) == {None, NF4_TABLE, nf4_one_row.MEMORY}
-        assert behind["nf4_matmul-triton-28672x4096-m1"] == nf4_one_row.MEMORY
+        assert set(behind.values()) == {None, NF4_TABLE, nf4_gemv_hopper.MEMORY}
+        assert behind["nf4_matmul-triton-28672x4096-m1"] == nf4_gemv_hopper.MEMORY
         assert behind["nf4_matmul-triton-28672x4096-m64"] == NF4_TABLE
         waits = {report["case"]: report["waits"] for report in reports if report["wgmma"]}
         assert NF4_WAITS.items() <= waits.items()

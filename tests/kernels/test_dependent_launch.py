@@ -12,7 +12,7 @@ LAYERS = 8
 
 def test_the_interpreter_knows_no_dependent_launch(device: torch.device) -> None:
     if device.type == "cpu":
-        assert dependent_launch.dependent() == {"IS_DEPENDENT": False}
+        assert dependent_launch.dependent_options() == {"IS_DEPENDENT": False}
 
 
 def _blocks(x: Tensor, weights: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

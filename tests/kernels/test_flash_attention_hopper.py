@@ -9,18 +9,20 @@ import torch
 
 import gluon_on_cpu
 from guarded import guarded_allocations
-from idefics2_kernels.attention import flash_attention_hopper as flash_attention_gluon
+from idefics2_kernels.attention import flash_attention_hopper
 from idefics2_kernels.attention.tiles import UNBOUNDED, base_two
 from idefics2_kernels.catalog import CATALOG
 from idefics2_kernels.catalog import flash_attention as catalog
 from idefics2_kernels.catalog.attention import cumulative
 from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention as reference
 
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load("attention.warp_specialized", "attention.flash_attention_hopper")
+    return gluon_on_cpu.load(
+        "gpu.gluon_compat", "attention.warp_specialized", "attention.flash_attention_hopper"
+    )
 
 
 CASES: list[dict[str, Any]] = [
@@ -50,9 +52,9 @@ def test_the_kernel_step_by_step(
     lengths, D = case["lengths"], case["D"]
     T, H, H_KV = sum(lengths), 2, 1
     # a few programs, so that each has several tiles
-    monkeypatch.setattr(kernel, "processors", lambda _device: 2)
-    config = kernel._launch_config
-    monkeypatch.setattr(kernel, "_launch_config", lambda n: replace(config(n), **options))
+    monkeypatch.setattr(kernel, "num_sms", lambda _device: 2)
+    config = kernel.launch_config
+    monkeypatch.setattr(kernel, "launch_config", lambda n: replace(config(n), **options))
     wide = torch.randn(T + 2, H + 2 * H_KV, D).half()
     wide[0] = wide[-1] = float("nan")
     q, k, v = wide[1:-1].split((H, H_KV, H_KV), 1)
@@ -62,7 +64,7 @@ def test_the_kernel_step_by_step(
     right = 0 if masks["causal"] else left
     with guarded_allocations():
         out = torch.empty(T, H, D, dtype=torch.float16)
-        kernel.flash_attention_gluon(
+        kernel.flash_attention_hopper(
             q, k, v, cu_seqlens, max(lengths), out, left, right, base_two(None, D)
         )
     exact, same = (
@@ -75,14 +77,14 @@ def test_the_kernel_step_by_step(
 
 
 def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = next(spec for spec in CATALOG if spec.name == "attention.flash_attention")
+    spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
     assert not any(spec.only["plain"](case) for case in spec.cases), "interpreted"
     monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [case for case in spec.cases if 0 < sum(case.dims["lengths"]) < 1000]
     takes = []
     for case in small:
         inputs = spec.make_inputs(case, torch.device("cpu"))
-        takes.append(flash_attention_gluon.takes(*(inputs[name] for name in ("q", "k", "v"))))
+        takes.append(flash_attention_hopper.supports(*(inputs[name] for name in ("q", "k", "v"))))
     assert takes == [spec.only["plain"](case) for case in small]
     assert any(takes)
     assert not all(takes)

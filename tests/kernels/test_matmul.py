@@ -14,12 +14,11 @@ from torch import Tensor
 
 from idefics2_kernels import TRITON
 from idefics2_kernels.catalog import CATALOG, Case
-from idefics2_kernels.catalog.spec import widened
+from idefics2_kernels.catalog.spec import widen_inputs
 from idefics2_kernels.gpu.checks import FLOATS
 from idefics2_kernels.matmul import linear
 from idefics2_kernels.matmul.split_k import k_per_split
-from idefics2_kernels.nf4 import dequantize_triton as nf4_permute
-from idefics2_kernels.nf4 import nf4_matmul
+from idefics2_kernels.nf4 import dequantize_triton, nf4_matmul
 from idefics2_kernels.nf4 import nf4_quantize as nf4
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 
@@ -33,7 +32,7 @@ PRODUCTS = [
     if implementation not in SPECS[name].only or SPECS[name].only[implementation](case)
     # cuBLAS may round the partial results of its own splits
     if (name, implementation) != ("linear", "triton") or case.dims["M"] <= linear.FEW_ROWS
-    if implementation != "dequantised"
+    if implementation != "dequantized"
 ]
 
 
@@ -41,7 +40,7 @@ def _integer_product(name: str, implementation: str, case: Case, device: torch.d
     """Integers whose products and sums are exact: the tensor cores have nothing to round but the result."""
     spec = SPECS[name]
     inputs = spec.make_inputs(case, device)
-    (exact,) = spec.expected(widened(inputs))
+    (exact,) = spec.expected(widen_inputs(inputs))
     (ours,) = spec.run(spec.implementations[implementation], inputs)
     assert exact.abs().max() > 1
     assert torch.equal(exact, exact.round())
@@ -71,7 +70,7 @@ def test_integers_are_exact_compiled(
 def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped-def]
     offs = tl.arange(0, 64)
     a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
-    tl.store(out_ptr + offs, nf4_permute.permute_bytes(a, b, tl.zeros_like(a) + selector))
+    tl.store(out_ptr + offs, dequantize_triton.permute_bytes(a, b, tl.zeros_like(a) + selector))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -140,9 +139,9 @@ def test_many_rows_go_to_cublas(device: torch.device) -> None:
 
 def test_many_rows_are_multiplied_by_the_dequantised_weight(device: torch.device) -> None:
     x, weight = torch.randn(129, 64, device=device), torch.randn(20, 64, device=device)
-    quantised = nf4_quantize(weight)
-    expected = torch.nn.functional.linear(x, nf4_dequantize(quantised))
-    assert torch.equal(nf4_matmul.nf4_matmul(x, quantised), expected)
+    quantized = nf4_quantize(weight)
+    expected = torch.nn.functional.linear(x, nf4_dequantize(quantized))
+    assert torch.equal(nf4_matmul.nf4_matmul(x, quantized), expected)
 
 
 @pytest.mark.parametrize("K", [0, 1, 63, 64, 1000, 1088, 4096, 4304, 14336, 14337])
@@ -160,12 +159,12 @@ def test_splits_cover_k_and_none_is_empty(N: int, K: int) -> None:
 def test_leading_axes_are_kept(shape: tuple[int, ...], device: torch.device) -> None:
     x, dense = torch.randn(shape, device=device), torch.randn(9, 64, device=device)
     bias = torch.randn(9, device=device)
-    quantised = nf4_quantize(dense)
+    quantized = nf4_quantize(dense)
     for ours in (linear.linear, linear.split_k, linear.tiled):
         expected = torch.nn.functional.linear(x, dense, bias)
         torch.testing.assert_close(ours(x, dense, bias), expected, rtol=1e-4, atol=1e-4)
-    expected = torch.nn.functional.linear(x, nf4_dequantize(quantised), bias)
-    torch.testing.assert_close(nf4_matmul.fused(x, quantised, bias), expected, rtol=1e-4, atol=1e-4)
+    expected = torch.nn.functional.linear(x, nf4_dequantize(quantized), bias)
+    torch.testing.assert_close(nf4_matmul.fused(x, quantized, bias), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("rows_apart")
@@ -232,12 +231,12 @@ def test_arguments_that_do_not_fit_are_refused(name: str, device: torch.device) 
         k: v if v is None or v.is_meta else _moved(v, device) for k, v in (inputs | changes).items()
     }
     dense: list[Callable[..., Tensor]] = [TRITON.linear, linear.split_k, linear.tiled]
-    quantised: list[Callable[..., Tensor]] = [TRITON.nf4_matmul, nf4_matmul.fused]
+    quantized: list[Callable[..., Tensor]] = [TRITON.nf4_matmul, nf4_matmul.fused]
     for ours in dense:
         with pytest.raises(error, match=message):
             ours(**inputs)
     inputs["weight"] = nf4_quantize(inputs["weight"])
-    for ours in quantised:
+    for ours in quantized:
         with pytest.raises(error, match=message):
             ours(**inputs)
 

@@ -151,7 +151,7 @@ def test_hard_values_equal_bitsandbytes(
 
 
 def test_nested_codes_equal_at_every_edge_of_a_bin() -> None:
-    """Where the nested code changes, the neighbouring 40 numbers on either side."""
+    """Where the nested code changes, the neighboring 40 numbers on either side."""
     bins = dynamic_bins(CPU).long()
     edges = ((bins.diff().nonzero()[:, 0].double() + 0.5) / 65535 * 2 - 1).float()
     numbers = [edges]
@@ -190,8 +190,8 @@ def test_strides_do_not_matter() -> None:
 def test_an_empty_weight_comes_back(double_quant: bool, device: torch.device) -> None:
     weight = torch.zeros(0, 64, device=device)
     for ops in (reference_nf4, TRITON):
-        quantised = ops.nf4_quantize(weight, double_quant=double_quant)
-        assert ops.nf4_dequantize(quantised).shape == (0, 64)
+        quantized = ops.nf4_quantize(weight, double_quant=double_quant)
+        assert ops.nf4_dequantize(quantized).shape == (0, 64)
 
 
 def test_float64_goes_through_the_product_unrounded() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gluon_on_cpu
 from guarded import guarded_allocations
-from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
+from idefics2_kernels.nf4 import nf4_few_rows_hopper
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 from nf4_product import DTYPES, draw, expected
 
@@ -18,7 +18,10 @@ from nf4_product import DTYPES, draw, expected
 @pytest.fixture(scope="module")
 def kernel() -> Any:
     return gluon_on_cpu.load(
-        "gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_few_rows_hopper"
+        "gpu.gluon_compat",
+        "gpu.dependent_launch_gluon",
+        "nf4.dequantize_gluon",
+        "nf4.nf4_few_rows_hopper",
     )
 
 
@@ -56,8 +59,10 @@ class Cut:
             patch.setattr(kernel, "X_MEMORY", self.x_memory)
             if self.rows:
                 cut = self.rows, self.warps_n, self.warps_k, self.depth, self.programs
-                patch.setattr(kernel, "_launch_config", lambda M, _N, K: kernel._config(M, K, *cut))
-            out: Tensor = kernel.multiply_gluon(**inputs)
+                patch.setattr(
+                    kernel, "launch_config", lambda M, _N, K: kernel.complete_config(M, K, *cut)
+                )
+            out: Tensor = kernel.multiply(**inputs)
             return out
 
 
@@ -129,19 +134,19 @@ def test_any_number_of_rows(M: int, kernel: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_no_rows_and_no_weight(kernel: Any) -> None:
     weight = nf4_quantize(torch.randn(5, 256).bfloat16())
-    assert kernel.multiply_gluon(torch.zeros(0, 256).bfloat16(), weight, None).shape == (0, 5)
+    assert kernel.multiply(torch.zeros(0, 256).bfloat16(), weight, None).shape == (0, 5)
 
 
 @pytest.mark.parametrize("K", [256, 1024, 4096, 11008, 14336, 65536])
 @pytest.mark.parametrize("N", [1, 17, 4096, 6144, 28672, 32064, 100_000])
 @pytest.mark.parametrize("M", [1, 2, 16, 17, 64])
 def test_every_cut_fits(M: int, N: int, K: int) -> None:
-    config = nf4_few_rows_gluon._launch_config(M, N, K)
+    config = nf4_few_rows_hopper.launch_config(M, N, K)
     assert config.num_warps in (1, 2, 4, 8, 16)
     assert max(M, 8) <= config.BLOCK_M
     assert config.TURNS >= 1
     x_bytes = config.BUFFERS * config.TURNS * config.WARPS_K * config.X_ROWS * 256 * 2
-    assert x_bytes <= nf4_few_rows_gluon.X_MEMORY
+    assert x_bytes <= nf4_few_rows_hopper.X_MEMORY
     # the tables, x, partial sums where warps share rows; what a program may have
     sums = config.WARPS_N * config.ROWS * config.WARPS_K * config.BLOCK_M * 4
     assert 2**16 + 2**10 + x_bytes + (sums if config.WARPS_K > 1 else 0) <= 227 * 1024
@@ -151,19 +156,19 @@ def test_every_cut_fits(M: int, N: int, K: int) -> None:
 def test_what_the_kernel_takes() -> None:
     weight = nf4_quantize(torch.randn(3, 256).half())
     x = torch.zeros(70, 264).half()
-    takes = nf4_few_rows_gluon.takes
-    assert takes(x[:16, :256], weight)
-    assert takes(x[1:2, 8:], weight)
-    assert not takes(x[:0, :256], weight)
-    assert not takes(x[:17, :256], weight), "all of x for three rows of the weight"
-    assert not takes(x[:1, 4:260], weight), "not aligned"
-    assert not takes(x.flatten()[: 16 * 260].view(16, 260)[:, :256], weight), "rows not aligned"
+    supports = nf4_few_rows_hopper.supports
+    assert supports(x[:16, :256], weight)
+    assert supports(x[1:2, 8:], weight)
+    assert not supports(x[:0, :256], weight)
+    assert not supports(x[:17, :256], weight), "all of x for three rows of the weight"
+    assert not supports(x[:1, 4:260], weight), "not aligned"
+    assert not supports(x.flatten()[: 16 * 260].view(16, 260)[:, :256], weight), "rows not aligned"
 
 
 # Changes of the source, and the case that must notice.
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "few-rows"),
-    "a byte for its neighbour": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
+    "a byte for its neighbor": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
     "second value first": ("${i}, f, e;", "${i}, e, f;", "few-rows"),
     "absmax of the turn before": ("stages[1], table", "stages[0], table", "buffers"),
     "the same half twice": ("_is_odd(place) == part", "_is_odd(place) == 0", "few-rows"),
@@ -179,16 +184,20 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "left(upper, lower, dtype, PRODUCT)",
         "few-rows",
     ),
-    "permuted to a neighbour": ("l, h, 0x4051;", "l, h, 0x5140;", "buffers"),
-    "numbers of a neighbour": ("p, q, 0x6420;", "p, q, 0x4620;", "buffers"),
-    "numbers of the lower rows": ("numbers_of(upper_absmax", "numbers_of(lower_absmax", "buffers"),
+    "permuted to a neighbor": ("l, h, 0x4051;", "l, h, 0x5140;", "buffers"),
+    "numbers of a neighbor": ("p, q, 0x6420;", "p, q, 0x4620;", "buffers"),
+    "numbers of the lower rows": (
+        "code_values(upper_absmax",
+        "code_values(lower_absmax",
+        "buffers",
+    ),
     "columns of x in another order": ("(0, 3, 4, 5, 2, 6, 1)", "(0, 3, 5, 4, 2, 6, 1)", "few-rows"),
     "the first nested absmax": (
         "nested = gl.load(nested_absmax_ptr + (blocks >> _NESTED_SHIFT))",
         "nested = gl.load(nested_absmax_ptr + blocks * 0)",
         "both-halves",
     ),
-    "a nested code for its neighbour": (
+    "a nested code for its neighbor": (
         "table + TABLE_BYTES,",
         "table + TABLE_BYTES - 4,",
         "few-rows",
@@ -223,6 +232,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
     kernel = gluon_on_cpu.load(
+        "gpu.gluon_compat",
         "gpu.dependent_launch_gluon",
         "nf4.dequantize_gluon",
         "nf4.nf4_few_rows_hopper",

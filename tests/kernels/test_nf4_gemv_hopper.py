@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gluon_on_cpu
 from guarded import guarded_allocations
-from idefics2_kernels.nf4 import nf4_gemv_hopper as nf4_one_row
+from idefics2_kernels.nf4 import nf4_gemv_hopper
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 from nf4_product import DTYPES, draw, expected
 
@@ -48,11 +48,11 @@ class Cut:
         )
 
     def run(self, kernel: Any, inputs: dict[str, Any]) -> Tensor:
-        config = kernel._launch_config(self.N, self.K)
+        config = kernel.launch_config(self.N, self.K)
         if self.warps_n:
             config = replace(config, WARPS_N=self.warps_n, DEPTH=self.depth, programs=self.programs)
         with guarded_allocations():
-            out: Tensor = kernel._launch(**inputs, config=config)
+            out: Tensor = kernel.launch(**inputs, config=config)
             return out
 
 
@@ -99,25 +99,25 @@ def test_products(name: str, kernel: Any) -> None:
     ("N", "K"), [*product((1, 4096, 6144, 28672, 128256), (2048, 4096, 14336, 32768))]
 )
 def test_parts_of_all_rows_fit(N: int, K: int) -> None:
-    config = nf4_one_row._launch_config(N, K)
+    config = nf4_gemv_hopper.launch_config(N, K)
     assert config.num_warps in (8, 16)
-    assert config.WARPS_K * nf4_one_row.COLUMNS >= K
-    pairs = nf4_one_row._pairs(N, config.programs)
+    assert config.WARPS_K * nf4_gemv_hopper.COLUMNS >= K
+    pairs = nf4_gemv_hopper.pairs_per_program(N, config.programs)
     rounds = -(-pairs // config.WARPS_N)  # a warp may write what nobody reads
     rows = 2 * rounds * config.WARPS_N
-    assert rows * nf4_one_row._row_bytes(config.WARPS_K) <= nf4_one_row.PARTS_MEMORY
+    assert rows * nf4_gemv_hopper.row_bytes(config.WARPS_K) <= nf4_gemv_hopper.PARTS_MEMORY
 
 
 def test_what_the_kernel_takes() -> None:
     weight = nf4_quantize(torch.randn(3, 2048).half())
     x = torch.zeros(4, 2056).half()
-    takes = nf4_one_row.takes
-    assert takes(x[:1, :2048], weight)
-    assert takes(x[1:2, 8:], weight)
-    assert not takes(x[:0, :2048], weight)
-    assert not takes(x[:2, :2048], weight)
-    assert not takes(x[:1, 4:2052], weight), "not aligned"
-    assert not takes(x[:1, :1024], nf4_quantize(torch.randn(3, 1024).half()))
+    supports = nf4_gemv_hopper.supports
+    assert supports(x[:1, :2048], weight)
+    assert supports(x[1:2, 8:], weight)
+    assert not supports(x[:0, :2048], weight)
+    assert not supports(x[:2, :2048], weight)
+    assert not supports(x[:1, 4:2052], weight), "not aligned"
+    assert not supports(x[:1, :1024], nf4_quantize(torch.randn(3, 1024).half()))
 
 
 # Changes of the source, and the case that must notice.

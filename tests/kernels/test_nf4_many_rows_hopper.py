@@ -10,12 +10,11 @@ import gluon_on_cpu
 from guarded import guarded_allocations
 from idefics2_kernels import NF4Weight
 from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.nf4 import nf4_many_rows_hopper as nf4_many_rows
-from idefics2_kernels.nf4 import nf4_matmul
+from idefics2_kernels.nf4 import nf4_many_rows_hopper, nf4_matmul
 from idefics2_kernels.nf4.nf4_weight import stack
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 
-MODULES = "attention.warp_specialized", "nf4.dequantize_gluon", "nf4.nf4_many_rows_hopper"
+MODULES = "gpu.gluon_compat", "nf4.dequantize_gluon", "nf4.nf4_many_rows_hopper"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def run(
     **options: int,
 ) -> Tensor:
     """Run the kernel with a few programs, so that each has several tiles."""
-    kernel.processors = lambda _device: programs
+    kernel.num_sms = lambda _device: programs
     config = {"BLOCK_M": 128, "STAGES": 3, "GROUP_M": 2} | options
     with guarded_allocations():
         out: Tensor = kernel.multiply(x, weight, bias, kernel.LaunchConfig(**config))
@@ -132,7 +131,7 @@ def test_any_number_of_programs_and_order_of_tiles(
 
 @pytest.mark.parametrize(("tiles_m", "tiles_n", "group_m"), [(5, 3, 2), (1, 7, 8), (8, 2, 8)])
 def test_every_tile_is_visited_once(tiles_m: int, tiles_n: int, group_m: int, kernel: Any) -> None:
-    tiles = [kernel._tile(i, (tiles_m, tiles_n), group_m) for i in range(tiles_m * tiles_n)]
+    tiles = [kernel.locate_tile(i, (tiles_m, tiles_n), group_m) for i in range(tiles_m * tiles_n)]
     assert {(int(m), int(n)) for m, n in tiles} == {
         (m, n) for m in range(tiles_m) for n in range(tiles_n)
     }
@@ -148,7 +147,7 @@ def test_nothing_to_multiply(M: int, kernel: Any) -> None:
 
 def test_what_the_kernel_takes() -> None:
     x, weight = torch.zeros(3, 128).half(), random_weight(5, 128, torch.half)
-    assert nf4_many_rows.refusal(x, weight) is None
+    assert nf4_many_rows_hopper.supports(x, weight)
     for bad_x, bad_weight, error, message in (
         (x.float(), random_weight(5, 128, torch.float32), TypeError, "got float32"),
         (x[:, :96], random_weight(5, 96, torch.half), ValueError, "multiple of 64, got"),
@@ -157,7 +156,7 @@ def test_what_the_kernel_takes() -> None:
         (x[:1].expand(3, 128), weight, ValueError, "x must have rows a multiple"),
     ):
         with pytest.raises(error, match=message):
-            nf4_many_rows.multiply(bad_x, bad_weight, None)
+            nf4_many_rows_hopper.multiply(bad_x, bad_weight, None)
 
 
 @pytest.mark.parametrize(
@@ -173,12 +172,12 @@ def test_what_the_kernel_takes() -> None:
         (65, 28672, 64, False, "fused"),
         (128, 4096, 32, True, "fused"),  # 32 tiles for 132 programs
         (65, 6144, 32, True, "many_rows"),
-        (256, 4096, 32, True, "dequantised"),  # tiles for a half, of a small weight
+        (256, 4096, 32, True, "dequantized"),  # tiles for a half, of a small weight
         (257, 4096, 32, True, "many_rows"),
         (512, 28672, 64, True, "many_rows"),
-        (513, 28672, 64, True, "dequantised"),
-        (129, 28672, 64, False, "dequantised"),
-        (300, 128, 32, True, "dequantised"),
+        (513, 28672, 64, True, "dequantized"),
+        (129, 28672, 64, False, "dequantized"),
+        (300, 128, 32, True, "dequantized"),
     ],
 )
 def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> None:
@@ -197,14 +196,14 @@ def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> N
     ],
 )
 def test_which_tiles_are_taken(M: int, N: int, block_m: int) -> None:
-    assert block_m == nf4_many_rows._launch_config(M, N, 132).BLOCK_M
+    assert block_m == nf4_many_rows_hopper.launch_config(M, N, 132).BLOCK_M
 
 
 @pytest.mark.parametrize(
     ("block_m", "stages", "out_rows"), [(128, 6, 128), (256, 3, 128), (256, 4, 64)]
 )
 def test_the_output_has_what_is_left(block_m: int, stages: int, out_rows: int) -> None:
-    config = nf4_many_rows.LaunchConfig(BLOCK_M=block_m, STAGES=stages, GROUP_M=8)
+    config = nf4_many_rows_hopper.LaunchConfig(BLOCK_M=block_m, STAGES=stages, GROUP_M=8)
     assert config.out_rows == out_rows
 
 

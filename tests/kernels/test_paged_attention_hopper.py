@@ -11,15 +11,15 @@ from torch import Tensor
 
 import gluon_on_cpu
 from guarded import guarded_allocations
-from idefics2_kernels.attention import paged_attention_hopper as paged_attention_gluon
+from idefics2_kernels.attention import paged_attention_hopper
 from idefics2_kernels.attention.tiles import UNBOUNDED, base_two
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog import paged_attention as catalog
 from idefics2_kernels.catalog.criterion import worst_error
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention as reference
 
-SPEC = next(spec for spec in CATALOG if spec.name == "attention.paged_attention")
-MODULES = "attention.warp_specialized", "attention.paged_attention_hopper"
+SPEC = next(spec for spec in CATALOG if spec.name == "paged_attention")
+MODULES = "gpu.gluon_compat", "attention.warp_specialized", "attention.paged_attention_hopper"
 NAN = float("nan")
 
 
@@ -70,15 +70,15 @@ def run(
 ) -> Tensor:
     """Run the kernel with a few programs, so that each has several tiles, and counters that nobody else uses."""
     own = torch.zeros(2, dtype=torch.int32) if counters is None else counters
-    config = kernel._launch_config
+    config = kernel.launch_config
     arguments = {name: value for name, value in inputs.items() if name not in ("window", "scale")}
     window = inputs["window"]
     with monkeypatch.context() as patch, guarded_allocations():
-        patch.setattr(kernel, "processors", lambda _device: programs)
-        patch.setattr(kernel, "counters", lambda _count, _device: own)
-        patch.setattr(kernel, "_launch_config", lambda *sizes: replace(config(*sizes), **options))
+        patch.setattr(kernel, "num_sms", lambda _device: programs)
+        patch.setattr(kernel, "get_counters", lambda _count, _device: own)
+        patch.setattr(kernel, "launch_config", lambda *sizes: replace(config(*sizes), **options))
         out = torch.empty(inputs["q"].shape, dtype=inputs["q"].dtype)
-        kernel.paged_attention_gluon(
+        kernel.paged_attention_hopper(
             **arguments,
             out=out,
             left=UNBOUNDED if window is None else window - 1,
@@ -208,7 +208,7 @@ def test_what_the_kernel_takes(
 ) -> None:
     q, k = torch.zeros(5, 2, 72).half(), torch.zeros(4, 1, 64, 72).half()
     call = {"q": q, "k_cache": k, "v_cache": k} | (change(q, k) or {})
-    assert paged_attention_gluon.takes(**call, left=left) is wanted
+    assert paged_attention_hopper.supports(**call, left=left) is wanted
 
 
 def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch
         window = inputs["window"]
         takes.append(
             inputs["max_seqlen"] > 1
-            and paged_attention_gluon.takes(
+            and paged_attention_hopper.supports(
                 inputs["q"],
                 inputs["k_cache"],
                 inputs["v_cache"],

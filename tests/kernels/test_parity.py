@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, missing, rows
-from idefics2_kernels.catalog.spec import copied, widened
+from idefics2_kernels.catalog.spec import copy_inputs, widen_inputs
 from idefics2_kernels.ops import TRITON
 from parity import check
 
@@ -45,9 +45,9 @@ def test_reference_keeps_float64(spec: KernelSpec, device: torch.device) -> None
         pytest.skip("exact operations have no rounding")
     narrowed = []
     for case in (case for case in spec.cases if case.where == "any"):
-        wide = widened(spec.make_inputs(case, device))
-        single = widened(wide, torch.float32)
-        exact, narrow = spec.expected(copied(wide)), spec.expected(copied(single))
+        wide = widen_inputs(spec.make_inputs(case, device))
+        single = widen_inputs(wide, torch.float32)
+        exact, narrow = spec.expected(copy_inputs(wide)), spec.expected(copy_inputs(single))
         assert all(output.dtype is torch.float64 for output in exact)
         narrowed.append(all(torch.equal(a, b.double()) for a, b in zip(exact, narrow, strict=True)))
     assert not all(narrowed), "float64 in must mean float64 throughout"

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 from idefics2_kernels import REFERENCE, MissingOperationError, NoGradientError, Ops, ops
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import attention, operations, sampling
 
 D, H, H_KV = 24, 6, 2
 
@@ -60,7 +60,7 @@ def test_flash_attention(lengths: list[int], window: int | None, causal: bool) -
     T = sum(lengths)
     qkv = randn(T, H + 2 * H_KV, D)
     q, k, v = qkv.split((H, H_KV, H_KV), dim=1)  # views, as the model passes them
-    got = reference.flash_attention(
+    got = attention.flash_attention(
         q, k, v, cumulative(lengths), max(lengths), causal=causal, window=window
     )
     start = 0
@@ -74,7 +74,7 @@ def test_flash_attention(lengths: list[int], window: int | None, causal: bool) -
 
 def test_flash_attention_scale() -> None:
     q, k, v = randn(5, H, D), randn(5, H_KV, D), randn(5, H_KV, D)
-    got = reference.flash_attention(q, k, v, cumulative([5]), 5, causal=False, scale=0.7)
+    got = attention.flash_attention(q, k, v, cumulative([5]), 5, causal=False, scale=0.7)
     torch.testing.assert_close(got, sdpa(q, k, v, None, 0.7))
 
 
@@ -84,7 +84,7 @@ def test_perceiver_attention(lengths: list[int]) -> None:
     q, k_latents, v_latents = randn(N, L, H, D), randn(N, L, H_KV, D), randn(N, L, H_KV, D)
     k_context, v_context = randn(P, 2, H_KV, D).unbind(1)
     offsets = cumulative(lengths)
-    got = reference.perceiver_attention(
+    got = attention.perceiver_attention(
         q, k_context, v_context, k_latents, v_latents, offsets, max(lengths)
     )
     for n in range(N):
@@ -110,7 +110,7 @@ def test_paged_attention_reads_its_pages_alone(window: int | None, page_size: in
         table[b, -(-n // page_size) :] = 10**6  # never read
         table[b, : in_reach // page_size] = 10**6
     q = randn(sum(new), H, D)
-    got = reference.paged_attention(
+    got = attention.paged_attention(
         q,
         caches[0],
         caches[1],
@@ -137,7 +137,7 @@ def test_rotary() -> None:
     q, k, positions, table = rotary_inputs()
     cos, sin = (t[positions].repeat(1, 2)[None] for t in table.chunk(2, -1))
     want = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    for got, expected in zip(reference.rotary(q, k, positions, table), want, strict=True):
+    for got, expected in zip(operations.rotary(q, k, positions, table), want, strict=True):
         torch.testing.assert_close(got, expected[0].transpose(0, 1))
 
 
@@ -146,8 +146,8 @@ def test_rotary_and_cache_writes_its_slots_alone() -> None:
     v = randn(7, H_KV, D)
     caches = [torch.full((5, H_KV, 4, D), math.nan).double() for _ in "kv"]
     slots = torch.tensor([3, 19, 0, -1, 7, 8, -1])
-    rotated, keys = reference.rotary(q, k, positions, table)
-    got = reference.rotary_and_cache(q, k, v, positions, table, caches[0], caches[1], slots)
+    rotated, keys = operations.rotary(q, k, positions, table)
+    got = operations.rotary_and_cache(q, k, v, positions, table, caches[0], caches[1], slots)
     assert torch.equal(got, rotated)
     for cache, tensor in zip(caches, (keys, v), strict=True):
         flat = cache.transpose(1, 2).flatten(0, 1)  # by slot
@@ -161,27 +161,27 @@ def test_rotary_and_cache_writes_its_slots_alone() -> None:
 def test_norms_and_activations() -> None:
     x, residual, weight, bias = randn(5, 3, 40), randn(5, 3, 40), randn(40), randn(40)
     rms = functional.rms_norm(x, (40,), weight, 1e-3)
-    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-3), rms)
+    torch.testing.assert_close(operations.rms_norm(x, weight, 1e-3), rms)
     layer = functional.layer_norm(x, (40,), weight, bias, 1e-3)
-    torch.testing.assert_close(reference.layer_norm(x, weight, bias, 1e-3), layer)
+    torch.testing.assert_close(operations.layer_norm(x, weight, bias, 1e-3), layer)
     total = x + residual
-    normed, summed = reference.add_rms_norm(x, residual, weight, 1e-3)
+    normed, summed = operations.add_rms_norm(x, residual, weight, 1e-3)
     assert torch.equal(summed, total)
     torch.testing.assert_close(normed, functional.rms_norm(total, (40,), weight, 1e-3))
-    normed, summed = reference.add_layer_norm(x, residual, weight, bias, 1e-3)
+    normed, summed = operations.add_layer_norm(x, residual, weight, bias, 1e-3)
     assert torch.equal(summed, total)
     torch.testing.assert_close(normed, functional.layer_norm(total, (40,), weight, bias, 1e-3))
     gate, up = x[..., :20], x[..., 20:]
-    torch.testing.assert_close(reference.silu_mul(x), gate / (1 + (-gate).exp()) * up)
+    torch.testing.assert_close(operations.silu_mul(x), gate / (1 + (-gate).exp()) * up)
     inner = math.sqrt(2 / math.pi) * ((x + bias) + 0.044715 * (x + bias) ** 3)
-    torch.testing.assert_close(reference.gelu_tanh(x, bias), 0.5 * (x + bias) * (1 + inner.tanh()))
-    assert torch.equal(reference.gelu_tanh(x), reference.gelu_tanh(x, torch.zeros(40).double()))
+    torch.testing.assert_close(operations.gelu_tanh(x, bias), 0.5 * (x + bias) * (1 + inner.tanh()))
+    assert torch.equal(operations.gelu_tanh(x), operations.gelu_tanh(x, torch.zeros(40).double()))
 
 
 def test_rms_norm_rounds_before_the_weight() -> None:
     x, weight = torch.randn(64, 40).bfloat16(), torch.randn(40).bfloat16()
     rounded = functional.rms_norm(x.float(), (40,), None, 1e-5).bfloat16()
-    assert torch.equal(reference.rms_norm(x, weight, 1e-5), rounded * weight)
+    assert torch.equal(operations.rms_norm(x, weight, 1e-5), rounded * weight)
 
 
 def test_patches() -> None:
@@ -191,7 +191,7 @@ def test_patches() -> None:
         for rows, columns in grids
     ]
     mean, std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
-    got = reference.patches(
+    got = operations.patches(
         torch.cat([tile.flatten() for tile in tiles]),
         cumulative([rows * columns for rows, columns in grids]),
         torch.tensor([columns for _, columns in grids]),
@@ -237,7 +237,7 @@ def test_random_stream() -> None:
         (philox(s % 2**64, i) >> 8) / 2**24
         for s, i in zip(seeds.tolist(), index.tolist(), strict=True)
     ]
-    assert reference.philox_uniform(seeds, index).tolist() == want
+    assert sampling.philox_uniform(seeds, index).tolist() == want
 
 
 def sample(logits: Tensor, n: int, **options: Any) -> Tensor:
@@ -253,7 +253,7 @@ def sample(logits: Tensor, n: int, **options: Any) -> Tensor:
         column("min_p", 0.0, torch.float32),
         column("seed", 5, torch.int64),
     )
-    return reference.sample(logits.expand(n, -1), *columns, torch.arange(n), **options)
+    return sampling.sample(logits.expand(n, -1), *columns, torch.arange(n), **options)
 
 
 FILTERS: list[dict[str, float]] = [
@@ -320,7 +320,7 @@ def test_ties_stay_together_and_barred_tokens_stay_out() -> None:
 def test_each_row_has_its_own_parameters() -> None:
     logits = torch.randn(3, 50)
     ones, zeros = torch.ones(3), torch.zeros(3)
-    greedy = reference.sample(
+    greedy = sampling.sample(
         logits,
         torch.tensor([0.0, 1.0, 1.0]),
         torch.tensor([0, 1, 0]),
@@ -337,32 +337,32 @@ def test_equal_lengths_read_nothing_back_from_the_device() -> None:
     with torch.device("meta"):
         q, k = torch.empty(12, H, D), torch.empty(12, H_KV, D)
         offsets = torch.empty(4, dtype=torch.int32)
-        out = reference.flash_attention(q, k, k, offsets, 4, causal=True, window=2)
+        out = attention.flash_attention(q, k, k, offsets, 4, causal=True, window=2)
         assert out.shape == q.shape
         latents, keys = torch.empty(3, 2, H, D), torch.empty(3, 2, H_KV, D)
         assert (
-            reference.perceiver_attention(latents, k, k, keys, keys, offsets, 4).shape
+            attention.perceiver_attention(latents, k, k, keys, keys, offsets, 4).shape
             == latents.shape
         )
 
 
 FLOAT64_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: reference.linear(x, x),
-    "linear_gelu": lambda x: reference.linear_gelu(x, x),
-    "rms_norm": lambda x: reference.rms_norm(x, x[0], 1e-5),
-    "add_rms_norm": lambda x: reference.add_rms_norm(x, x, x[0], 1e-5)[0],
-    "layer_norm": lambda x: reference.layer_norm(x, x[0], x[1], 1e-5),
-    "add_layer_norm": lambda x: reference.add_layer_norm(x, x, x[0], x[1], 1e-5)[0],
-    "silu_mul": reference.silu_mul,
-    "gelu_tanh": lambda x: reference.gelu_tanh(x, x[0]),
-    "rotary": lambda x: reference.rotary(x[:, None], x[:, None], torch.arange(8), x)[0],
-    "rotary_and_cache": lambda x: reference.rotary_and_cache(
+    "linear": lambda x: operations.linear(x, x),
+    "linear_gelu": lambda x: operations.linear_gelu(x, x),
+    "rms_norm": lambda x: operations.rms_norm(x, x[0], 1e-5),
+    "add_rms_norm": lambda x: operations.add_rms_norm(x, x, x[0], 1e-5)[0],
+    "layer_norm": lambda x: operations.layer_norm(x, x[0], x[1], 1e-5),
+    "add_layer_norm": lambda x: operations.add_layer_norm(x, x, x[0], x[1], 1e-5)[0],
+    "silu_mul": operations.silu_mul,
+    "gelu_tanh": lambda x: operations.gelu_tanh(x, x[0]),
+    "rotary": lambda x: operations.rotary(x[:, None], x[:, None], torch.arange(8), x)[0],
+    "rotary_and_cache": lambda x: operations.rotary_and_cache(
         *(x[:, None],) * 3, torch.arange(8), x, *(x.new_zeros(2, 1, 4, 8),) * 2, torch.arange(8)
     ),
-    "flash_attention": lambda x: reference.flash_attention(
+    "flash_attention": lambda x: attention.flash_attention(
         *(x[:, None],) * 3, cumulative([8]), 8, causal=True
     ),
-    "paged_attention": lambda x: reference.paged_attention(
+    "paged_attention": lambda x: attention.paged_attention(
         x[:, None],
         x.view(2, 1, 4, 8),
         x.view(2, 1, 4, 8),
@@ -371,10 +371,10 @@ FLOAT64_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
         cumulative([8]),
         8,
     ),
-    "perceiver_attention": lambda x: reference.perceiver_attention(
+    "perceiver_attention": lambda x: attention.perceiver_attention(
         x[None, :, None], *(x[:, None],) * 2, *(x[None, :, None],) * 2, cumulative([8]), 8
     ),
-    "patches": lambda x: reference.patches(
+    "patches": lambda x: operations.patches(
         torch.arange(12, dtype=torch.uint8), cumulative([4]), torch.tensor([2]), 1, 1 / 255, (0.5,) * 3, (0.3,) * 3, x.dtype
     ),
 }  # fmt: skip
@@ -397,7 +397,7 @@ def test_every_operation_is_covered_here_or_above() -> None:
 
 
 def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(ops._kernels()) == {field.name for field in dataclasses.fields(Ops)}
+    assert set(ops.triton_kernels()) == {field.name for field in dataclasses.fields(Ops)}
     got: list[Any] = []
 
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
@@ -405,8 +405,8 @@ def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) 
         return torch.zeros(1)
 
     names = [field.name for field in dataclasses.fields(Ops)]
-    monkeypatch.setattr(ops, "_kernels", lambda: dict.fromkeys(names, kernel))
-    triton, leaf, plain = ops._triton(), torch.ones(2, requires_grad=True), torch.ones(2)
+    monkeypatch.setattr(ops, "triton_kernels", lambda: dict.fromkeys(names, kernel))
+    triton, leaf, plain = ops.make_triton_ops(), torch.ones(2, requires_grad=True), torch.ones(2)
     for name in names:
         call = getattr(triton, name)
         for args, kwargs in (((leaf,), {}), ((plain, leaf * 2), {}), ((plain,), {"bias": leaf})):
@@ -423,9 +423,9 @@ def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_operation_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)  # as where there is no Triton
-    absent = ops._triton()
+    absent = ops.make_triton_ops()
     for field in dataclasses.fields(Ops):
         with pytest.raises(MissingOperationError, match=f"TRITON has no '{field.name}' here"):
             getattr(absent, field.name)(torch.zeros(1))
     replaced = dataclasses.replace(absent, rms_norm=REFERENCE.rms_norm)
-    assert replaced.rms_norm is reference.rms_norm
+    assert replaced.rms_norm is operations.rms_norm

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from idefics2_kernels.catalog import CATALOG
 from idefics2_kernels.ops import TRITON
-from idefics2_kernels.reference import operations as reference
-from idefics2_kernels.sample import _philox_uniform
+from idefics2_kernels.reference import sampling as reference
+from idefics2_kernels.sample import philox_uniform
 
 Inputs = dict[str, Any]
 SMALL = (
@@ -175,7 +175,7 @@ def _philox_kernel(seed_ptr, index_ptr, out_ptr, N, BLOCK_N: tl.constexpr):  # t
     offs_n = tl.arange(0, BLOCK_N)
     seed = tl.load(seed_ptr + offs_n, mask=offs_n < N, other=0)
     index = tl.load(index_ptr + offs_n, mask=offs_n < N, other=0)
-    tl.store(out_ptr + offs_n, _philox_uniform(seed, index), mask=offs_n < N)
+    tl.store(out_ptr + offs_n, philox_uniform(seed, index), mask=offs_n < N)
 
 
 def test_the_random_stream_is_the_references(device: torch.device) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from idefics2_kernels.catalog import rows
 from idefics2_kernels.catalog.criterion import case_error
-from idefics2_kernels.gpu import tile_counters as arrivals
-from idefics2_kernels.gpu.tile_counters import counters, is_last
+from idefics2_kernels.gpu import tile_counters
+from idefics2_kernels.gpu.tile_counters import get_counters, is_last
 from idefics2_kernels.matmul import linear
 
 SHARED = (  # of the model, and cut among programs
@@ -44,7 +44,7 @@ def test_one_program_of_a_tile_sees_the_parts_of_all(parts: int, device: torch.d
     out, seen, last = x.new_empty(tiles), x.new_empty(tiles, parts), x.new_zeros(tiles)
     for count in (1, 2, 3):
         seen.fill_(-1)
-        used = counters(tiles, device)
+        used = get_counters(tiles, device)
         _sum_kernel[(tiles, parts)](x, out, seen, last, used, N, BLOCK=128)
         assert torch.equal(out, x.sum((1, 2), dtype=torch.int32))
         assert torch.equal(last, torch.full_like(last, count))
@@ -54,22 +54,25 @@ def test_one_program_of_a_tile_sees_the_parts_of_all(parts: int, device: torch.d
 def test_counters_are_zero_after_products(device: torch.device) -> None:
     x, weight = torch.randn(3, 2048, device=device), torch.randn(130, 2048, device=device)
     first = linear.split_k(x, weight)
-    assert not counters(arrivals.MAX_TILES, device).any()
+    assert not get_counters(tile_counters.MAX_TILES, device).any()
     assert torch.equal(linear.split_k(x, weight), first)
 
 
 def test_graphs_share_no_counter() -> None:
-    own = arrivals._Counters(torch.device("cpu"))
+    own = tile_counters.DeviceCounters(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="run once what is to be recorded"):
-        own.to_record(1)
-    own._to_record, own._recorded = [torch.zeros(arrivals._TO_RECORD, dtype=torch.int32)], 0
-    taken = [own.to_record(tiles) for tiles in (3, 1, 1024)]
+        own.for_graph(1)
+    own.graph_buffers, own.num_recorded = (
+        [torch.zeros(tile_counters.GRAPH_COUNTERS, dtype=torch.int32)],
+        0,
+    )
+    taken = [own.for_graph(tiles) for tiles in (3, 1, 1024)]
     places = [place for own in taken for place in range(own.data_ptr(), own[-1:].data_ptr() + 1, 4)]
     assert len(set(places)) == len(places) == 1028
-    for _ in range(arrivals._TO_RECORD // 1024 - 2):
-        own.to_record(1024)
+    for _ in range(tile_counters.GRAPH_COUNTERS // 1024 - 2):
+        own.for_graph(1024)
     with pytest.raises(RuntimeError, match="no counters are left"):
-        own.to_record(1024)
+        own.for_graph(1024)
 
 
 def _call(kernel: str, case_name: str, device: torch.device) -> Callable[[], Tensor]:

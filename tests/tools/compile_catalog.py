@@ -59,8 +59,8 @@ def _digest(sass: str) -> str:
 # memory, or mark to stay in the L1 cache. Others look, past that cache, at what decides what to prefetch.
 _NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
 _LOADS = {
-    "_few_rows_gluon_kernel": "LDGSTS",
-    "_one_row_kernel": r"LDG\S*\.EL\S*",
+    "_few_rows_hopper_kernel": "LDGSTS",
+    "_gemv_kernel": r"LDG\S*\.EL\S*",
     "_decode_attention_kernel": _NOT_A_LOOK,
     "_perceiver_attention_kernel": _NOT_A_LOOK,
     "_rotary_kernel": _NOT_A_LOOK,

@@ -13,24 +13,23 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import MAX_SPLITS, merge_tile, share_state, state_buffers
 from idefics2_kernels.attention.tiles import (
-    alignment,
-    arch,
     attend,
     empty_state,
     head_parts,
     load_head,
 )
 from idefics2_kernels.gpu.dependent_launch import (
-    dependent,
-    let_next_begin,
-    lines_of,
+    count_lines,
+    dependent_options,
+    gdc_launch_dependents,
+    gdc_wait,
     prefetch_lines,
-    wait_for_last,
 )
-from idefics2_kernels.gpu.tile_counters import counters
+from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
+from idefics2_kernels.gpu.tile_counters import get_counters
 
 MAX_GROUPS = 64  # query heads of a key head: the rows of a program
-_PROGRAMS = 132  # that share keys: one on each of an H100's processors
+PROGRAMS = H100_SMS  # that share keys, one on each SM
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,10 @@ def _block_n(P: int, itemsize: int) -> int:
     return min(P, 64 if itemsize == 2 else 32)
 
 
-def _launch_config(groups: int, D: int, P: int, itemsize: int, *, is_split: bool) -> LaunchConfig:
+def launch_config(
+    groups: int, D: int, P: int, itemsize: int, arch: int, *, is_split: bool
+) -> LaunchConfig:
+    """Return the tile for ``groups`` query heads a key head and pages of ``P`` tokens."""
     # On an H100, of 16 sequences of 2,048 tokens: 51 us by one program a processor with six pages on their way, 51 to 53 with
     # five, 53 to 59 by two or three programs with three or four. Where there are programs enough for all, two with three each.
     width = sum(head_parts(D))
@@ -55,13 +57,13 @@ def _launch_config(groups: int, D: int, P: int, itemsize: int, *, is_split: bool
         BLOCK_M=max(16, triton.next_power_of_2(groups)),
         BLOCK_N=_block_n(P, itemsize),
         num_warps=4,
-        num_stages=2 if width > 128 else 6 if is_split and arch() == 90 else 3,
+        num_stages=2 if width > 128 else 6 if is_split and arch == 90 else 3,
     )
 
 
 def _num_splits(programs: int, tiles: int) -> int:
     """Return how many shall share up to ``tiles`` of keys, if without sharing there are so many ``programs``."""
-    return max(1, min(_PROGRAMS // programs, MAX_SPLITS, tiles))
+    return max(1, min(PROGRAMS // programs, MAX_SPLITS, tiles))
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def _decode_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     TILES: tl.constexpr = P // BLOCK_N  # of a page
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     pid = tl.program_id(0)
     split = pid % num_splits
     head_kv = pid // num_splits % H_KV
@@ -141,7 +143,7 @@ def _decode_attention_kernel(
             slot = start % TILES * BLOCK_N
             prefetch_lines(k_ptr + page * stride_kp + slot * stride_ks + offs_kn, 0, D, LINES)
             prefetch_lines(v_ptr + page * stride_vp + slot * stride_vs + offs_vn, 0, D, LINES)
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
     token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     T = tl.load(context_lens_ptr + sequence)
     if tl.load(cu_seqlens_ptr + sequence + 1) == token:
@@ -215,9 +217,9 @@ def decode_attention(
     BLOCK_N = _block_n(P, q.itemsize)
     tiles = min(block_table.shape[1] * (P // BLOCK_N), left // BLOCK_N + 2)
     num_splits = _num_splits(B * H_KV, tiles)
-    config = _launch_config(H // H_KV, D, P, q.itemsize, is_split=num_splits > 1)
+    config = launch_config(H // H_KV, D, P, q.itemsize, current_arch(), is_split=num_splits > 1)
     acc, m, l = state_buffers(out, num_splits)
-    arrived = None if acc is None else counters(B * H_KV, q.device)
+    arrived = None if acc is None else get_counters(B * H_KV, q.device)
     _decode_attention_kernel[(num_splits * H_KV * B,)](
         q,
         k_cache,
@@ -246,9 +248,9 @@ def decode_attention(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=alignment(q, k_cache, v_cache),
-        LINES=lines_of(D * q.itemsize),
+        LINES=count_lines(D * q.itemsize),
         IS_SPLIT=num_splits > 1,
-        **dependent(),
+        **dependent_options(),
         **merge_tile(num_splits, H // H_KV, D, config.num_warps),
         **asdict(config),
     )

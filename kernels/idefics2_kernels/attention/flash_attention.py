@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.flash_attention_hopper import flash_attention_gluon, takes
+from idefics2_kernels.attention.flash_attention_hopper import flash_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
-    alignment,
-    arch,
     attend,
     base_two,
     check_heads,
@@ -26,11 +24,11 @@ from idefics2_kernels.attention.tiles import (
     empty_state,
     head_parts,
     load_head,
-    normalised,
+    normalize,
     store_head,
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,8 @@ class LaunchConfig:
     num_stages: int
 
 
-def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
+def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Return the tile for heads of ``D`` columns of ``itemsize`` bytes."""
     width = sum(head_parts(D))
     if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
         if width > 96:
@@ -159,7 +158,7 @@ def _flash_attention_kernel(
         out_ptr,
         out_rows * D,
         mask_m,
-        normalised(state, out_ptr.dtype.element_ty),
+        normalize(state, out_ptr.dtype.element_ty),
         D,
         D_MAIN,
         D_REST,
@@ -183,7 +182,7 @@ def flash_attention(
     ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the longest one's length.
     Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied
     by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at most 256. On Hopper some heads
-    have a faster kernel of their own (``flash_attention_gluon.takes``), unless ``plain``.
+    have a faster kernel of their own (``flash_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -205,8 +204,8 @@ def flash_attention(
         return out
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     arguments = (q, k, v, cu_seqlens, max_seqlen, out, left, 0 if causal else left, qk_scale)
-    if not plain and not UPCAST.value and arch() == 90 and takes(q, k, v):
-        flash_attention_gluon(*arguments)
+    if not plain and is_hopper() and supports(q, k, v):
+        flash_attention_hopper(*arguments)
     else:
         _flash_attention_plain(*arguments)
     return out
@@ -225,9 +224,9 @@ def _flash_attention_plain(
 ) -> None:
     H, D = q.shape[1:]
     H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
-    config = _launch_config(D, q.itemsize, arch())
+    config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k, v)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
+    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
     no_descriptors = (None, None)
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen, config.BLOCK_M)
@@ -236,8 +235,8 @@ def _flash_attention_plain(
         k,
         v,
         out,
-        *(descriptors(k, config.BLOCK_N, 1) if described else no_descriptors),
-        *(descriptors(v, config.BLOCK_N, 1) if described else no_descriptors),
+        *(descriptors(k, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
+        *(descriptors(v, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
         cu_seqlens,
         q.stride()[:2],
         k.stride()[:2],
@@ -252,6 +251,6 @@ def _flash_attention_plain(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=ALIGN,
-        HAS_DESCRIPTORS=described,
+        HAS_DESCRIPTORS=has_descriptors,
         **asdict(config),
     )

@@ -1,6 +1,6 @@
 """Attention within packed sequences on Hopper: what ``flash_attention``'s plain kernel computes, in Gluon.
 
-Who computes what is said in ``attention_warps``. Here a warp loads the queries of one head, and the keys and values
+Who computes what is said in ``warp_specialized``. Here a warp loads the queries of one head, and the keys and values
 that they see, as the descriptors of packed sequences find them.
 """
 
@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.attention.warp_specialized import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -27,12 +27,12 @@ from idefics2_kernels.attention.warp_specialized import (
     first_key,
     key_tiles,
     load_rows,
+    locate_sequence,
     positions,
-    processors,
     query_tile,
-    sequence_of,
     shared_tiles,
 )
+from idefics2_kernels.gpu.target import alignment, num_sms
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class LaunchConfig:
     IN_TURN: int  # 1: the warpgroups issue their products one after the other
 
 
-def _launch_config(D: int) -> LaunchConfig:
+def launch_config(D: int) -> LaunchConfig:
+    """Return the launch options for heads of ``D`` columns."""
     # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are what takes longest
     return LaunchConfig(BLOCK_N=128, BUFFERS=2, IN_TURN=int(D <= 96))
 
@@ -63,7 +64,7 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
     index = gl.program_id(0)  # of a query tile, from the sequence's first on
     sequence = 0
     while sequence < B:
-        begin, T, _keys, tiles_m = sequence_of(sequence, lengths, 1)
+        begin, T, _keys, tiles_m = locate_sequence(sequence, lengths, 1)
         count = tiles_m * heads
         if index < count:
             start_m, head, head_kv = query_tile(index, tiles_m, groups, 1)
@@ -139,12 +140,12 @@ def _flash_attention_kernel(
     )
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Return whether the kernel is for such heads: 16 bits, a head dim of the model's, rows aligned to 16 bytes."""
     return q.itemsize == 2 and q.shape[-1] in HEAD_DIMS and alignment(q, k, v) > 1
 
 
-def flash_attention_gluon(
+def flash_attention_hopper(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,16 +156,16 @@ def flash_attention_gluon(
     right: int,
     qk_scale: float,
 ) -> None:
-    """Write ``flash_attention`` of what ``takes`` says is for this kernel to ``out`` (T, H, D), contiguous.
+    """Write ``flash_attention`` of what ``supports`` says is for this kernel to ``out`` (T, H, D), contiguous.
 
     Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own and ``right`` after.
     """
     _, H, D = q.shape
     H_KV = k.shape[1]
-    config = _launch_config(D)
+    config = launch_config(D)
     B = cu_seqlens.shape[0] - 1
     most_tiles = triton.cdiv(max_seqlen, TILE_ROWS) * H * B
-    _flash_attention_kernel[(min(most_tiles, processors(q.device)),)](
+    _flash_attention_kernel[(min(most_tiles, num_sms(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS),
         *descriptors(k, config.BLOCK_N),
         *descriptors(v, config.BLOCK_N),

@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.attention.decode_attention import MAX_GROUPS, decode_attention
-from idefics2_kernels.attention.paged_attention_hopper import paged_attention_gluon, takes
+from idefics2_kernels.attention.paged_attention_hopper import paged_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
-    alignment,
-    arch,
     attend,
     base_two,
     check_heads,
@@ -28,11 +26,11 @@ from idefics2_kernels.attention.tiles import (
     empty_state,
     head_parts,
     load_head,
-    normalised,
+    normalize,
     store_head,
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class LaunchConfig:
     num_stages: int
 
 
-def _launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> LaunchConfig:
+def launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Return the tile for ``rows`` of a sequence and key head, and pages of ``P`` tokens."""
     width = sum(head_parts(D))
     small = rows <= 64
     if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
@@ -177,7 +176,7 @@ def _paged_attention_kernel(
         out_ptr,
         out_rows * D,
         mask_m,
-        normalised(state, out_ptr.dtype.element_ty),
+        normalize(state, out_ptr.dtype.element_ty),
         D,
         D_MAIN,
         D_REST,
@@ -205,7 +204,7 @@ def paged_attention(
     sequence. A query sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
     query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is undefined. Any
     strides but a contiguous last axis; D is at most 256. On Hopper some calls have a faster kernel of their own
-    (``paged_attention_gluon.takes``), unless ``plain``.
+    (``paged_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -243,8 +242,8 @@ def paged_attention(
     arguments = (q, k_cache, v_cache, block_table, context_lens, cu_seqlens)
     if max_seqlen == 1 and H // H_KV <= MAX_GROUPS:
         decode_attention(*arguments, out, left, qk_scale)
-    elif not plain and not UPCAST.value and arch() == 90 and takes(q, k_cache, v_cache, left):
-        paged_attention_gluon(*arguments, max_seqlen, out, left, qk_scale)
+    elif not plain and is_hopper() and supports(q, k_cache, v_cache, left):
+        paged_attention_hopper(*arguments, max_seqlen, out, left, qk_scale)
     else:
         _paged_attention_plain(*arguments, max_seqlen, out, left, qk_scale)
     return out
@@ -265,9 +264,9 @@ def _paged_attention_plain(
     H, D = q.shape[1:]
     _, H_KV, P, _ = k_cache.shape
     B = context_lens.shape[0]
-    config = _launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, arch())
+    config = launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, current_arch())
     ALIGN = alignment(q, k_cache, v_cache)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
+    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
     no_descriptors = (None, None)
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen * (H // H_KV), config.BLOCK_M)
@@ -276,8 +275,8 @@ def _paged_attention_plain(
         k_cache,
         v_cache,
         out,
-        *(descriptors(k_cache, 1, 1, config.BLOCK_N) if described else no_descriptors),
-        *(descriptors(v_cache, 1, 1, config.BLOCK_N) if described else no_descriptors),
+        *(descriptors(k_cache, 1, 1, config.BLOCK_N) if has_descriptors else no_descriptors),
+        *(descriptors(v_cache, 1, 1, config.BLOCK_N) if has_descriptors else no_descriptors),
         block_table,
         context_lens,
         cu_seqlens,
@@ -295,6 +294,6 @@ def _paged_attention_plain(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=ALIGN,
-        HAS_DESCRIPTORS=described,
+        HAS_DESCRIPTORS=has_descriptors,
         **asdict(config),
     )

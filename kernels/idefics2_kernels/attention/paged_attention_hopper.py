@@ -1,6 +1,6 @@
 """Causal attention to keys in pages on Hopper: what ``paged_attention``'s plain kernel computes, in Gluon.
 
-Who computes what is said in ``attention_warps``. The rows of a tile are queries and the heads that share their keys,
+Who computes what is said in ``warp_specialized``. The rows of a tile are queries and the heads that share their keys,
 side by side, as in the plain kernel. Here a warp loads them, and tiles of keys and values that are two pages each.
 
 A cache is to a descriptor what packed sequences are: a page is a sequence, and ends after its last key, so that
@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from idefics2_kernels.attention.tiles import alignment, head_parts
+from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.attention.warp_specialized import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -29,21 +29,20 @@ from idefics2_kernels.attention.warp_specialized import (
     TILE_ROWS,
     WARPGROUP_ROWS,
     all_barriers,
-    async_load,
     consume,
     descriptors,
     first_key,
     key_tiles,
     load_rows,
+    locate_sequence,
     longest_tile,
     positions,
-    processors,
-    reinterpret,
-    sequence_of,
     shared_tiles,
     take_tile,
 )
-from idefics2_kernels.gpu.tile_counters import counters
+from idefics2_kernels.gpu.gluon_compat import async_load, reinterpret
+from idefics2_kernels.gpu.target import alignment, num_sms
+from idefics2_kernels.gpu.tile_counters import get_counters
 
 PAGE_SIZE = 64
 PAGE = gl.constexpr(PAGE_SIZE)
@@ -60,7 +59,8 @@ class LaunchConfig:
     IN_TURN: int  # 1: the warpgroups issue their products one after the other
 
 
-def _launch_config(D: int, groups: int) -> LaunchConfig:
+def launch_config(D: int, groups: int) -> LaunchConfig:
+    """Return the launch options for ``groups`` query heads a key head, of ``D`` columns."""
     # packed, a tile has fewer positions, and so fewer tiles of keys at the edges; the rest is as without pages
     return LaunchConfig(PACK=math.gcd(groups, WARPGROUP_ROWS), BUFFERS=2, IN_TURN=int(D <= 96))
 
@@ -135,7 +135,7 @@ def _produce(
     tiles_before = 0  # of the sequences before
     sequence = 0
     while sequence < B:
-        begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
+        begin, S, T, tiles_m = locate_sequence(sequence, lengths, PACK)
         count = tiles_m * heads
         if index < count:
             start_m, head, head_kv = longest_tile(index, tiles_m, heads, packs, PACK)
@@ -290,7 +290,7 @@ def _paged_attention_kernel(
     )
 
 
-def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, left: int) -> bool:
+def supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, left: int) -> bool:
     """Return whether the kernel is for such a call.
 
     That is: 16 bits, a head dim of the model's, pages of 64 tokens, whole rows from one page to the next, rows aligned
@@ -310,7 +310,7 @@ def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, left: int) -> bool:
     )
 
 
-def paged_attention_gluon(
+def paged_attention_hopper(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -322,17 +322,17 @@ def paged_attention_gluon(
     left: int,
     qk_scale: float,
 ) -> None:
-    """Write ``paged_attention`` of what ``takes`` says is for this kernel to ``out`` (T, H, D), contiguous.
+    """Write ``paged_attention`` of what ``supports`` says is for this kernel to ``out`` (T, H, D), contiguous.
 
     Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
     """
     _, H, D = q.shape
     B, H_KV = context_lens.shape[0], k_cache.shape[1]
-    config = _launch_config(D, H // H_KV)
+    config = launch_config(D, H // H_KV)
     pack = config.PACK
     most_tiles = triton.cdiv(max_seqlen * pack, TILE_ROWS) * (H // pack) * B
     D_MAIN, D_REST = head_parts(D)
-    _paged_attention_kernel[(min(most_tiles, processors(q.device)),)](
+    _paged_attention_kernel[(min(most_tiles, num_sms(q.device)),)](
         *descriptors(q, WARPGROUP_ROWS // pack, pack),
         *descriptors(k_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
         *descriptors(v_cache, PAGE_SIZE, axes=(2, 1), widest=_COLUMNS),
@@ -340,7 +340,7 @@ def paged_attention_gluon(
         block_table,
         context_lens,
         cu_seqlens,
-        counters(2, q.device),
+        get_counters(2, q.device),
         block_table.stride(0),
         k_cache.stride(0) // k_cache.stride(2),
         v_cache.stride(0) // v_cache.stride(2),

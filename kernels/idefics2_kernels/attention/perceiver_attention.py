@@ -14,8 +14,6 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import combine, state_buffers, store_state
 from idefics2_kernels.attention.tiles import (
-    alignment,
-    arch,
     attend,
     base_two,
     check_heads,
@@ -26,14 +24,15 @@ from idefics2_kernels.attention.tiles import (
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_shape
 from idefics2_kernels.gpu.dependent_launch import (
-    dependent,
-    let_next_begin,
-    lines_of,
+    count_lines,
+    dependent_options,
+    gdc_launch_dependents,
+    gdc_wait,
     prefetch_lines,
-    wait_for_last,
 )
+from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
 
-_PROGRAMS = 264  # two on each of an H100's processors
+PROGRAMS = 2 * H100_SMS
 _MAX_SPLITS = (
     8  # of one image on an H100 15.3 us, with 16, 17 with 12: there is more state to merge
 )
@@ -49,7 +48,8 @@ class LaunchConfig:
     num_stages: int
 
 
-def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
+def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Return the tile for heads of ``D`` columns of ``itemsize`` bytes."""
     width = sum(head_parts(D))
     if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
         if width > 128:
@@ -65,7 +65,7 @@ def _launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
 
 def _num_splits(programs: int, tiles: int) -> int:
     """Return how many shall share ``tiles`` of keys, if without sharing there are so many ``programs``."""
-    return max(1, min(_PROGRAMS // programs, _MAX_SPLITS, tiles))
+    return max(1, min(PROGRAMS // programs, _MAX_SPLITS, tiles))
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _perceiver_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(L * GROUPS, BLOCK_M)
     pid_m = pid % tiles_m
@@ -149,7 +149,7 @@ def _perceiver_attention_kernel(
         keys = tl.minimum(tl.maximum(keys, 0), P - 1).to(tl.int64)
         prefetch_lines(k_ptr + keys * stride_kt, 0, D, LINES)
         prefetch_lines(v_ptr + keys * stride_vt, 0, D, LINES)
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
     begin = tl.load(cu_seqlens_ptr + image)
     T = tl.load(cu_seqlens_ptr + image + 1) - begin
     k_ptr += begin.to(tl.int64) * stride_kt
@@ -285,9 +285,9 @@ def perceiver_attention(
     out = torch.empty((N, L, H, D), dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    config = _launch_config(D, q.itemsize, arch())
+    config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k_context, v_context, k_latents, v_latents)
-    described = ALIGN > 1 and q.itemsize == 2 and arch() >= 90
+    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
     no_descriptors = (None, None)
     D_MAIN, D_REST = head_parts(D)
     programs = triton.cdiv(L * (H // H_KV), config.BLOCK_M) * N * H_KV
@@ -304,8 +304,8 @@ def perceiver_attention(
         acc,
         m,
         l,
-        *(descriptors(k_context, config.BLOCK_N, 1) if described else no_descriptors),
-        *(descriptors(v_context, config.BLOCK_N, 1) if described else no_descriptors),
+        *(descriptors(k_context, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
+        *(descriptors(v_context, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
         cu_seqlens,
         q.stride()[:3],
         k_context.stride()[:2],
@@ -322,10 +322,10 @@ def perceiver_attention(
         D_MAIN=D_MAIN,
         D_REST=D_REST,
         ALIGN=ALIGN,
-        LINES=lines_of(D * q.itemsize),
-        HAS_DESCRIPTORS=described,
+        LINES=count_lines(D * q.itemsize),
+        HAS_DESCRIPTORS=has_descriptors,
         IS_SPLIT=num_splits > 1,
-        **dependent(),
+        **dependent_options(),
         **asdict(config),
     )
     if acc is not None and m is not None and l is not None:

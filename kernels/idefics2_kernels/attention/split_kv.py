@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import LOWEST, normalised, store_head
-from idefics2_kernels.gpu.dependent_launch import dependent, let_next_begin, wait_for_last
+from idefics2_kernels.attention.tiles import normalize, store_head
+from idefics2_kernels.gpu.dependent_launch import dependent_options, gdc_launch_dependents, gdc_wait
+from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.gpu.tile_counters import is_last
 
 MAX_SPLITS = 32  # whoever merges takes all states of a row at once
@@ -47,7 +48,7 @@ def store_state(
         store_head(acc_ptr, places * D, mask, (acc, acc_rest), D, D_MAIN, D_REST)
     else:
         store_head(
-            out_ptr, rows * D, mask, normalised(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
+            out_ptr, rows * D, mask, normalize(state, out_ptr.dtype.element_ty), D, D_MAIN, D_REST
         )
 
 
@@ -164,9 +165,9 @@ def _combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
     _merge(
         out_ptr,
         acc_ptr,
@@ -212,7 +213,7 @@ def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
         BLOCK_S=triton.next_power_of_2(num_splits),
         BLOCK_D=triton.next_power_of_2(D),
         num_warps=4,
-        **dependent(),
+        **dependent_options(),
     )
 
 

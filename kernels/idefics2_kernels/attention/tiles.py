@@ -10,38 +10,19 @@ import math
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_rows
-from idefics2_kernels.gpu.primitives import UPCAST, dot
+from idefics2_kernels.gpu.primitives import LOWEST, dot
 
-# finite: a row that sees no key never makes inf - inf
-LOWEST = tl.constexpr(-3.4028234663852886e38)
 MAX_HEAD_DIM = 256
 UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
-
-
-def arch() -> int:
-    """Return the compute capability compiled for, times ten; interpreted kernels take Hopper's way."""
-    return 90 if UPCAST.value else int(driver.active.get_current_target().arch)
 
 
 def head_parts(D: int) -> tuple[int, int]:
     """Return the two widths that hold ``D`` columns; the second is 0 where the first is enough."""
     main = max(16, 1 << (D.bit_length() - 1))
     return main, 0 if main >= D else max(16, triton.next_power_of_2(D - main))
-
-
-def alignment(*tensors: Tensor) -> int:
-    """Return how many elements make 16 bytes if every row begins at a multiple of them, else 1."""
-    aligned = all(
-        t.data_ptr() % 16 == 0
-        and t.numel() > 0
-        and all(s > 0 and s * t.itemsize % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
-    return 16 // tensors[0].itemsize if aligned else 1
 
 
 def descriptors(x: Tensor, *block: int) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -168,7 +149,8 @@ def empty_state(ROWS: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
     """Return the softmax state of rows that saw no key: acc in two parts, m_i, l_i."""
     acc = tl.zeros((ROWS, D_MAIN), tl.float32)
     acc_rest = tl.zeros((ROWS, D_REST if D_REST > 0 else 16), tl.float32)
-    m_i = tl.full((ROWS,), LOWEST, tl.float32)  # largest score so far, in base two
+    # largest score so far, in base two; finite: a row that sees no key never makes inf - inf
+    m_i = tl.full((ROWS,), LOWEST, tl.float32)
     l_i = tl.zeros((ROWS,), tl.float32)
     return acc, acc_rest, m_i, l_i
 
@@ -220,7 +202,7 @@ def attend(
 
 
 @triton.jit
-def normalised(state, dtype: tl.constexpr):
+def normalize(state, dtype: tl.constexpr):
     """Return the output of rows in two parts; rows that saw no key have zeros, and must not divide."""
     acc, acc_rest, _, l_i = state
     l_i = tl.where(l_i == 0.0, 1.0, l_i)

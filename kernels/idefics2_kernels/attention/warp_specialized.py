@@ -13,7 +13,6 @@ follow without masks. Nothing past a sequence's end is read or written: there th
 
 from functools import cache
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,13 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from idefics2_kernels.attention.tiles import LOWEST, head_parts
-
-# Triton 3.8 has new names, and 3.9 another
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-_shared = gl.shared_memory_descriptor
-reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
+from idefics2_kernels.attention.tiles import head_parts
+from idefics2_kernels.gpu.gluon_compat import async_load, async_store
+from idefics2_kernels.gpu.primitives import LOWEST
 
 HEAD_DIMS = (72, 96, 128)
 WARPGROUP_ROWS = 64
@@ -48,7 +43,7 @@ NO_SCORE = gl.constexpr(LOWEST.value)
 
 
 @gluon.jit
-def sequence_of(index, lengths, PACK: gl.constexpr):
+def locate_sequence(index, lengths, PACK: gl.constexpr):
     """Return where a sequence begins, its queries, its keys, and its tiles of queries for ``PACK`` heads."""
     cu_seqlens_ptr, context_lens_ptr = lengths
     begin = gl.load(cu_seqlens_ptr + index)
@@ -180,7 +175,7 @@ def _softmax(qk, m_i, l_i, visible, qk_scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
+def _add_values(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
     """Begin to add a tile of values, weighed."""
     acc = warpgroup_mma(p, _matrix(v_smem[0], buffer), acc, is_async=True)
     if D_REST > 0:
@@ -190,8 +185,8 @@ def _weigh(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
 
 
 @gluon.jit
-def _weighed(p, weights, acc, acc_rest, D_REST: gl.constexpr):
-    """Wait for what ``_weigh`` began; ``p`` is kept until then, and the next weights come before, not after."""
+def _wait_for_values(p, weights, acc, acc_rest, D_REST: gl.constexpr):
+    """Wait for what ``_add_values`` began; ``p`` is kept until then, and the next weights come before, not after."""
     if D_REST > 0:
         acc, acc_rest, p, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, weights))
     else:
@@ -200,7 +195,7 @@ def _weighed(p, weights, acc, acc_rest, D_REST: gl.constexpr):
 
 
 @gluon.jit
-def _times(acc, acc_rest, factor, D_REST: gl.constexpr):
+def _scale_rows(acc, acc_rest, factor, D_REST: gl.constexpr):
     """Multiply both parts of the accumulator, row by row."""
     acc *= gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
     if D_REST > 0:
@@ -234,15 +229,15 @@ def _step(
         mbarrier.wait(turn.index(CONSUMER), turns + (CONSUMER == 0) & 1)
     qk = _scores(q_smem, k_smem, CONSUMER, buffer, D_REST, QK)
     mbarrier.wait(v_full.index(before), (step - 1) // BUFFERS & 1)
-    acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, before, D_REST)
+    acc, acc_rest = _add_values(p, acc, acc_rest, v_smem, before, D_REST)
     if IN_TURN:
         mbarrier.arrive(turn.index((CONSUMER + 1) % CONSUMERS))
     qk = warpgroup_mma_wait(2 if D_REST > 0 else 1, deps=(qk,))
     weights, alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, MASKED)
     weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
-    acc, acc_rest, weights = _weighed(p, weights, acc, acc_rest, D_REST)
+    acc, acc_rest, weights = _wait_for_values(p, weights, acc, acc_rest, D_REST)
     mbarrier.arrive(freed.index(buffer))
-    acc, acc_rest = _times(acc, acc_rest, alpha, D_REST)
+    acc, acc_rest = _scale_rows(acc, acc_rest, alpha, D_REST)
     return acc, acc_rest, m_i, l_i, weights
 
 
@@ -279,7 +274,7 @@ def consume(
     before = 0  # tiles of the sequences before
     sequence = 0
     while sequence < B:
-        begin, S, T, tiles_m = sequence_of(sequence, lengths, PACK)
+        begin, S, T, tiles_m = locate_sequence(sequence, lengths, PACK)
         count = tiles_m * heads
         if index < count:
             if taken is None:
@@ -345,11 +340,11 @@ def consume(
             round += 1
             buffer = (step - 1) % BUFFERS
             mbarrier.wait(v_full.index(buffer), (step - 1) // BUFFERS & 1)
-            acc, acc_rest = _weigh(p, acc, acc_rest, v_smem, buffer, D_REST)
+            acc, acc_rest = _add_values(p, acc, acc_rest, v_smem, buffer, D_REST)
             inverse = 1.0 / gl.where(l_i == 0.0, 1.0, l_i)
-            acc, acc_rest, p = _weighed(p, p, acc, acc_rest, D_REST)
+            acc, acc_rest, p = _wait_for_values(p, p, acc, acc_rest, D_REST)
 
-            acc, acc_rest = _times(acc, acc_rest, inverse, D_REST)
+            acc, acc_rest = _scale_rows(acc, acc_rest, inverse, D_REST)
             row = END - S + start_m + CONSUMER * ROWS // PACK
             tma.store_wait(0)  # the tile before has left
             _matrix(out_smem[0], CONSUMER).store(acc.to(dtype))
@@ -443,10 +438,3 @@ def _boxes(
         )
         for width in widths
     )
-
-
-def processors(device: torch.device) -> int:
-    """Return how many programs run at once."""
-    if device.type != "cuda":
-        return 132  # an H100's
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

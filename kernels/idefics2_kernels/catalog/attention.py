@@ -6,8 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import arch
-from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import is_hopper
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,6 +36,6 @@ def visible_pairs(length: int, causal: bool, window: int | None) -> int:
 def on_hopper() -> bool:
     """Return whether kernels are compiled, for Hopper."""
     try:
-        return not UPCAST.value and arch() == 90
+        return is_hopper()
     except RuntimeError:  # no GPU to compile for
         return False

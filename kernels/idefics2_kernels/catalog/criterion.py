@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from idefics2_kernels.catalog.spec import Case, Inputs, KernelSpec, copied, widened
+from idefics2_kernels.catalog.spec import Case, Inputs, KernelSpec, copy_inputs, widen_inputs
 
 RATIO = 2.0  # times the error of PyTorch in the same dtype
 
@@ -40,9 +40,9 @@ def case_error(
     An inexact copy, another dtype or another shape is infinitely wrong.
     """
     checked = spec.checked_rows(case, inputs)
-    same_dtype = spec.expected(copied(inputs), checked)
+    same_dtype = spec.expected(copy_inputs(inputs), checked)
     with during or nullcontext():
-        actual = spec.run(spec.implementations[implementation], copied(inputs))
+        actual = spec.run(spec.implementations[implementation], copy_inputs(inputs))
     if checked is not None:
         actual = tuple(output[checked] for output in actual)
     for ours, theirs in zip(actual, same_dtype, strict=True):
@@ -51,5 +51,5 @@ def case_error(
     if spec.exact:
         equal = all(torch.equal(*pair) for pair in zip(actual, same_dtype, strict=True))
         return 0.0 if equal else float("inf")
-    exact = spec.expected(widened(inputs), checked)
+    exact = spec.expected(widen_inputs(inputs), checked)
     return max(worst_error(*each) for each in zip(actual, same_dtype, exact, strict=True))

@@ -11,7 +11,7 @@ LAYOUTS: tuple[Layout, ...] = ("plain", "sliced", "offset", "transposed")  # tho
 POISON = float("nan")
 
 
-def laid_out(tensor: Tensor, layout: Layout) -> Tensor:
+def arrange(tensor: Tensor, layout: Layout) -> Tensor:
     """Return ``tensor`` with its values in another place.
 
     ``"sliced"`` is every row of a wider buffer, as queries are in a fused projection; ``"offset"`` begins in the
@@ -49,4 +49,4 @@ def normal(
 ) -> Tensor:
     """Draw N(0, ``scale``) numbers of ``shape`` in ``layout``."""
     drawn = torch.randn(shape, dtype=torch.float32, device=device) * scale
-    return laid_out(drawn.to(dtype), layout)
+    return arrange(drawn.to(dtype), layout)

@@ -21,7 +21,7 @@ _ANY: tuple[tuple[str, _Grids, int, int], ...] = (
     ("mixed", ((2, 4), (1, 1), (5, 2)), 14, 3),
     ("empty-tiles", ((0, 3), (2, 3), (0, 1), (0, 2), (3, 2), (0, 4)), 5, 3),
     ("many-tiles", tuple((1 + i % 3, 1 + i % 2) for i in range(11)), 4, 3),
-    ("grey", ((3, 2), (2, 3)), 8, 1),
+    ("gray", ((3, 2), (2, 3)), 8, 1),
     ("four-channels", ((2, 3),), 7, 4),
     ("no-patch", ((0, 1),), 14, 3),
     ("one-pixel", ((3, 6), (2, 2)), 1, 3),
@@ -32,7 +32,7 @@ _GPU: tuple[tuple[str, _Grids, int, int], ...] = (
     ("gpu-100-tiles", tuple((1 + i % 7, 1 + i % 11) for i in range(101)), 14, 3),
     ("gpu-sixteen", ((31, 33), (13, 29)), 16, 3),
     ("gpu-eight", ((31, 33), (0, 5), (13, 29)), 8, 3),
-    ("gpu-grey", ((31, 33), (13, 29)), 14, 1),
+    ("gpu-gray", ((31, 33), (13, 29)), 14, 1),
     ("gpu-four-channels", ((31, 33), (13, 29)), 14, 4),
 )
 

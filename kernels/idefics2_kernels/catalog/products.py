@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.catalog.attention import on_hopper
-from idefics2_kernels.catalog.layouts import Layout, laid_out, normal
+from idefics2_kernels.catalog.layouts import Layout, arrange, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.matmul import linear
-from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
-from idefics2_kernels.nf4 import nf4_matmul
+from idefics2_kernels.nf4 import nf4_few_rows_hopper, nf4_matmul
 from idefics2_kernels.nf4 import nf4_quantize as nf4
 from idefics2_kernels.nf4.nf4_weight import BLOCK, NESTED_BLOCK, NF4Weight, nf4_code, stack
 from idefics2_kernels.reference import nf4 as reference_nf4
@@ -127,27 +126,27 @@ def _bias(case: Case, device: torch.device) -> Tensor | None:
 def _linear_inputs(case: Case, device: torch.device) -> Inputs:
     weight = _weight(case, device, integers=1)
     if case.dims.get("layout") == "offset":  # only there, so that strides of x and weight differ
-        weight = laid_out(weight, "sliced")
+        weight = arrange(weight, "sliced")
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
 def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
     dense = _weight(case, device, integers=2)
-    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantisation
+    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantization
     double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
-    weight = _quantised(case, dense, double_quant)
+    weight = _quantized(case, dense, double_quant)
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
-def _quantised(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
-    """Quantise ``dense``, in two parts where the case says after how many rows: each has an offset of its own then."""
+def _quantized(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
+    """Quantize ``dense``, in two parts where the case says after how many rows: each has an offset of its own then."""
     rows = case.dims.get("stacked")
     parts = [dense] if rows is None else [dense[:rows], 3 * dense[rows:]]
-    quantised = [reference_nf4.nf4_quantize(p, double_quant=double_quant) for p in parts]
-    return quantised[0] if rows is None else stack(quantised)
+    quantized = [reference_nf4.nf4_quantize(p, double_quant=double_quant) for p in parts]
+    return quantized[0] if rows is None else stack(quantized)
 
 
-def _few_rows_takes(case: Case) -> bool:
+def _few_rows_supports(case: Case) -> bool:
     """Whether the kernel is one for this case: what ``nf4_matmul`` would give it, and a little more."""
     rows = case.dims.get("B", 1) * case.dims["M"]
     return case.dtype is not _FP32 and case.dims["K"] % 256 == 0 and rows <= 100
@@ -158,21 +157,21 @@ def _plain_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) ->
 
 
 def _gluon_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    out = nf4_few_rows_gluon.multiply_gluon(x.reshape(-1, x.shape[-1]), weight, bias)
+    out = nf4_few_rows_hopper.multiply(x.reshape(-1, x.shape[-1]), weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _has_gluon(case: Case) -> bool:
     """Whether Hopper has two kernels for this case: there ``few_rows`` may take the one in Gluon."""
     rows = case.dims.get("B", 1) * case.dims["M"]
-    return on_hopper() and _few_rows_takes(case) and 0 < rows <= nf4_few_rows_gluon.MAX_M
+    return on_hopper() and _few_rows_supports(case) and 0 < rows <= nf4_few_rows_hopper.MAX_M
 
 
 def _has_aligned_gluon(case: Case) -> bool:
     return _has_gluon(case) and "layout" not in case.dims
 
 
-def _many_rows_takes(case: Case) -> bool:
+def _many_rows_supports(case: Case) -> bool:
     """Whether the kernel is one for this case: compiled for Hopper, never interpreted, and read by TMA."""
     return (
         on_hopper()
@@ -209,7 +208,7 @@ _GPU_SHAPES = (
 )
 
 
-def _quantise_cases() -> tuple[Case, ...]:
+def _quantize_cases() -> tuple[Case, ...]:
     cases = []
     for i, shape in enumerate(_SHAPES):
         dims = {"shape": shape, "double_quant": i % 3 != 1}
@@ -251,20 +250,20 @@ def _values(case: Case, device: torch.device) -> Tensor:
         drawn *= 10.0 ** torch.linspace(-35, 38, drawn.numel(), device=device).view(shape)
     elif values == "subnormal":
         drawn *= 1e-38
-    return laid_out(drawn.to(case.dtype), case.dims.get("layout", "plain"))
+    return arrange(drawn.to(case.dtype), case.dims.get("layout", "plain"))
 
 
-def _quantise_inputs(case: Case, device: torch.device) -> Inputs:
+def _quantize_inputs(case: Case, device: torch.device) -> Inputs:
     double_quant = case.dims.get("double_quant", True)
     return {"weight": _values(case, device), "double_quant": double_quant}
 
 
-def _dequantise_inputs(case: Case, device: torch.device) -> Inputs:
-    inputs = _quantise_inputs(case, device)
-    return {"weight": _quantised(case, inputs["weight"], inputs["double_quant"])}
+def _dequantize_inputs(case: Case, device: torch.device) -> Inputs:
+    inputs = _quantize_inputs(case, device)
+    return {"weight": _quantized(case, inputs["weight"], inputs["double_quant"])}
 
 
-def _quantise_cost(case: Case) -> Cost:
+def _quantize_cost(case: Case) -> Cost:
     elements = math.prod(case.dims["shape"])
     return Cost(bytes=elements * case.dtype.itemsize + _nf4_bytes(elements), flops=2 * elements)
 
@@ -304,29 +303,29 @@ PRODUCTS = (
             "plain": _plain_few_rows,
             "gluon": _gluon_few_rows,
             "many_rows": nf4_matmul.many_rows,
-            "dequantised": nf4_matmul.dequantised,
+            "dequantized": nf4_matmul.dequantized,
         },
         only={
-            "few_rows": _few_rows_takes,
+            "few_rows": _few_rows_supports,
             "plain": _has_gluon,
             "gluon": _has_aligned_gluon,
-            "many_rows": _many_rows_takes,
+            "many_rows": _many_rows_supports,
         },
     ),
     KernelSpec(
         name="nf4_quantize",
-        make_inputs=_quantise_inputs,
-        cases=_quantise_cases(),
-        cost=_quantise_cost,
+        make_inputs=_quantize_inputs,
+        cases=_quantize_cases(),
+        cost=_quantize_cost,
         implementations={"triton": nf4.nf4_quantize},
         outputs=lambda _inputs, result: tuple(result.tensors.values()),
         exact=True,
     ),
     KernelSpec(
         name="nf4_dequantize",
-        make_inputs=_dequantise_inputs,
-        cases=_quantise_cases(),
-        cost=_quantise_cost,
+        make_inputs=_dequantize_inputs,
+        cases=_quantize_cases(),
+        cost=_quantize_cost,
         implementations={"triton": nf4.nf4_dequantize},
         exact=True,
     ),

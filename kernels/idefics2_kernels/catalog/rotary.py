@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels import rotary
-from idefics2_kernels.catalog.layouts import LAYOUTS, laid_out, normal
+from idefics2_kernels.catalog.layouts import LAYOUTS, arrange, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec, Outputs
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -106,7 +106,7 @@ def _rotary_and_cache_inputs(case: Case, device: torch.device) -> Inputs:
     caches = 1000 + torch.arange(2 * pages * H_KV * page_size * D, device=device) % 999
     k_cache, v_cache = caches.to(case.dtype).view(2, pages, H_KV, page_size, D)
     if case.dims.get("layout") in ("sliced", "offset", "transposed"):
-        v_cache = laid_out(v_cache, case.dims["layout"])
+        v_cache = arrange(v_cache, case.dims["layout"])
     return {
         "q": q,
         "k": k,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels import sample
-from idefics2_kernels.catalog.layouts import LAYOUTS, laid_out
+from idefics2_kernels.catalog.layouts import LAYOUTS, arrange
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.reference.operations import _keep_min_p, _least_of_top_p, philox_uniform
+from idefics2_kernels.reference.sampling import keep_min_p, philox_uniform, top_p_threshold
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MARGIN = 2.0**-18  # of the whole probability
@@ -122,7 +122,7 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
         inputs["seed"] = torch.where(undecided, _words(B, device), inputs["seed"])
     else:
         raise AssertionError(f"{case.name}: no inputs found that rounding cannot decide")
-    inputs["logits"] = laid_out(inputs["logits"], case.dims.get("layout", "plain"))
+    inputs["logits"] = arrange(inputs["logits"], case.dims.get("layout", "plain"))
     return inputs
 
 
@@ -179,13 +179,13 @@ def _cumulative(
     divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
     scores = (wide - wide.amax(-1, keepdim=True)) / divisor
     if min_p_first:
-        scores = _keep_min_p(scores, min_p)
+        scores = keep_min_p(scores, min_p)
     descending = scores.sort(-1, descending=True).values
     rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
     descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
-    scores = scores.masked_fill(scores < _least_of_top_p(descending, top_p), float("-inf"))
+    scores = scores.masked_fill(scores < top_p_threshold(descending, top_p), float("-inf"))
     if not min_p_first:
-        scores = _keep_min_p(scores, min_p)
+        scores = keep_min_p(scores, min_p)
     return scores.softmax(-1).cumsum(-1)
 
 

@@ -83,23 +83,23 @@ class KernelSpec:
         return self.run(reference, inputs if rows is None else {**inputs, "rows": rows})
 
 
-def widened(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
+def widen_inputs(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
     """Return ``inputs`` with all that is floating-point in ``dtype``, and everything else copied.
 
     The tensors in a dataclass are the parts of a format and stay as they are: what they stand for is exact.
     """
-    return {name: _widened(value, dtype) for name, value in inputs.items()}
+    return {name: _widen(value, dtype) for name, value in inputs.items()}
 
 
-def copied(inputs: Inputs) -> Inputs:
+def copy_inputs(inputs: Inputs) -> Inputs:
     """Return ``inputs`` with tensors of their own, strides kept: an operation may write in place."""
-    return {name: _copied(value) for name, value in inputs.items()}
+    return {name: _copy(value) for name, value in inputs.items()}
 
 
-def _copied(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         parts = {part.name: getattr(value, part.name) for part in fields(value)}
-        return replace(value, **copied(parts))
+        return replace(value, **copy_inputs(parts))
     if not isinstance(value, Tensor):
         return value
     own = torch.empty(0, dtype=value.dtype, device=value.device)
@@ -107,9 +107,9 @@ def _copied(value: Any) -> Any:
     return own.set_(storage, value.storage_offset(), value.shape, value.stride())
 
 
-def _widened(value: Any, dtype: torch.dtype) -> Any:
+def _widen(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.dtype):  # the type an operation is told to return
         return dtype if value.is_floating_point else value
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype, copy=True)
-    return _copied(value)
+    return _copy(value)

@@ -3,55 +3,48 @@
 Launching costs a microsecond or two, in which programs are handed out, read their arguments and compute addresses. A
 kernel that lets the next one begin has that done meanwhile. The rule:
 
-- ``let_next_begin`` comes first. The next kernel's programs only get what all programs of this one have left over, so that
+- ``gdc_launch_dependents`` comes first. The next kernel's programs only get what all programs of this one have left over, so that
   they can wait without being in anybody's way.
-- ``wait_for_last`` comes before anything is read that an earlier kernel may have written, or written that an earlier
+- ``gdc_wait`` comes before anything is read that an earlier kernel may have written, or written that an earlier
   one may read: until then only addresses are computed and weights brought to the L2 cache, which never holds old values.
   A number that decides what to bring may be looked at, past the L1 cache and kept within bounds, but is read again after.
 - NF4 weights are loaded before it. No kernel that lets the next one begin writes any, and what does is followed by a launch
-  otherwise (``settle``), so that they are in memory before the kernel ahead begins.
+  otherwise (``launch_barrier``), so that they are in memory before the kernel ahead begins.
 - Every program that does anything waits, so that a kernel's end is also the end of all before it. Kernels launched
   otherwise, PyTorch's and cuBLAS's, end before the next begins and begin after the last has ended.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from idefics2_kernels.attention.tiles import arch
 from idefics2_kernels.gpu.primitives import UPCAST
+from idefics2_kernels.gpu.target import current_arch
 
 ENABLED = True  # a switch for measurements
 LINE = tl.constexpr(128)  # bytes that the L2 cache fetches
 
 
-def dependent() -> dict[str, bool]:
+def dependent_options() -> dict[str, bool]:
     """Return the launch options of a kernel that keeps the rule, and its constant ``IS_DEPENDENT``."""
-    if ENABLED and not UPCAST.value and arch() >= 90:
+    if ENABLED and not UPCAST.value and current_arch() >= 90:
         return {"IS_DEPENDENT": True, "launch_pdl": True}
     return {"IS_DEPENDENT": False}
 
 
-def lines_of(row_bytes: int) -> int:
+def count_lines(row_bytes: int) -> int:
     """Return how many lines of the L2 cache hold a row of so many bytes, or the next power of two: ``prefetch_lines``' LINES."""
     return int(triton.next_power_of_2(triton.cdiv(row_bytes, LINE.value)))
 
 
-def settle(device: torch.device) -> None:
-    """Launch what begins after all that was launched on ``device``'s stream has ended, and lets nothing begin before its own end."""
-    if device.type == "cuda":
-        torch.zeros(1, device=device)
-
-
 @triton.jit
-def let_next_begin(IS_DEPENDENT: tl.constexpr):
+def gdc_launch_dependents(IS_DEPENDENT: tl.constexpr):
     """Let the next kernel begin when all programs have come here."""
     if IS_DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_last(IS_DEPENDENT: tl.constexpr):
+def gdc_wait(IS_DEPENDENT: tl.constexpr):
     """Wait until the kernel before has ended and all it wrote can be read."""
     if IS_DEPENDENT:
         tl.extra.cuda.gdc_wait()

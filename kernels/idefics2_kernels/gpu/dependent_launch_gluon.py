@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def let_next_begin(IS_DEPENDENT: gl.constexpr, anything):
+def gdc_launch_dependents(IS_DEPENDENT: gl.constexpr, anything):
     """Let the next kernel begin when all programs have come here."""
     if IS_DEPENDENT:
         gl.inline_asm_elementwise(
@@ -19,7 +19,7 @@ def let_next_begin(IS_DEPENDENT: gl.constexpr, anything):
 
 
 @gluon.jit
-def wait_for_last(IS_DEPENDENT: gl.constexpr, anything):
+def gdc_wait(IS_DEPENDENT: gl.constexpr, anything):
     """Wait until the kernel before has ended and all it wrote can be read."""
     if IS_DEPENDENT:
         gl.inline_asm_elementwise(

@@ -6,6 +6,7 @@ import triton.language as tl
 from idefics2_kernels.gpu import checks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite number of fp32
 
 # The interpreter holds bfloat16 as integers, so that only loads, stores and casts of it are right.
 UPCAST = tl.constexpr(checks.INTERPRETED)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_TILES = 1024  # that a launch shares among programs: fewer than there are programs at once
-_TO_RECORD = 2**20  # counters of a buffer for graphs, 4 MB
+GRAPH_COUNTERS = 2**20  # counters of a buffer for graphs, 4 MB
 _LOW = 2**18  # more than one graph takes
 
 
@@ -37,19 +37,19 @@ def is_last(counters_ptr, tile, parts):
     return arrived == parts - 1
 
 
-class _Counters:
+class DeviceCounters:
     """The counters of one device, all zero where no kernel runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._of_streams: dict[int, Tensor] = {}
-        self._to_record: list[Tensor] = []  # the last has counters left
-        self._recorded = _TO_RECORD  # of the last
+        self.graph_buffers: list[Tensor] = []  # the last has counters left
+        self.num_recorded = GRAPH_COUNTERS  # of the last
         self._lock = threading.Lock()
 
-    def of_stream(self, stream: int) -> Tensor:
+    def for_stream(self, stream: int) -> Tensor:
         """Return those of ``stream``."""
-        if _TO_RECORD - self._recorded < _LOW and self.device.type == "cuda":
+        if GRAPH_COUNTERS - self.num_recorded < _LOW and self.device.type == "cuda":
             self._refill()
         if stream not in self._of_streams:
             fresh = torch.zeros(MAX_TILES, dtype=torch.int32, device=self.device)
@@ -58,41 +58,41 @@ class _Counters:
 
     def _refill(self) -> None:
         # here and not when they are needed: while a graph is recorded, nothing is set to zero
-        fresh = torch.zeros(_TO_RECORD, dtype=torch.int32, device=self.device)
+        fresh = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=self.device)
         torch.cuda.current_stream(
             self.device
         ).synchronize()  # other streams do not wait for this one
         with self._lock:
-            self._to_record.append(fresh)
-            self._recorded = 0
+            self.graph_buffers.append(fresh)
+            self.num_recorded = 0
 
-    def to_record(self, tiles: int) -> Tensor:
+    def for_graph(self, tiles: int) -> Tensor:
         """Return ``tiles`` that were never returned before."""
         with self._lock:
-            begin, end = self._recorded, self._recorded + tiles
-            if end > _TO_RECORD:
+            begin, end = self.num_recorded, self.num_recorded + tiles
+            if end > GRAPH_COUNTERS:
                 raise RuntimeError(
                     "no counters are left to record a CUDA graph with: run once what is to be recorded"
                 )
-            self._recorded = end
-            return self._to_record[-1][begin:end]
+            self.num_recorded = end
+            return self.graph_buffers[-1][begin:end]
 
 
 @functools.cache
-def _of_device(device: torch.device) -> _Counters:
-    return _Counters(device)
+def _device_counters(device: torch.device) -> DeviceCounters:
+    return DeviceCounters(device)
 
 
-def counters(tiles: int, device: torch.device) -> Tensor:
+def get_counters(tiles: int, device: torch.device) -> Tensor:
     """Return a counter for each of ``tiles``, at zero, for one launch on the current stream of ``device``.
 
     Raises:
         RuntimeError: A CUDA graph is being recorded, and no such launch ran before outside of one.
     """
     assert tiles <= MAX_TILES, tiles
-    own = _of_device(device)
+    own = _device_counters(device)
     if device.type != "cuda":
-        return own.of_stream(0)
+        return own.for_stream(0)
     if torch.cuda.is_current_stream_capturing():
-        return own.to_record(tiles)
-    return own.of_stream(torch.cuda.current_stream(device).cuda_stream)
+        return own.for_graph(tiles)
+    return own.for_stream(torch.cuda.current_stream(device).cuda_stream)

@@ -7,7 +7,7 @@ result never depends on the rows beside it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -17,17 +17,19 @@ from torch import Tensor
 from idefics2_kernels.activation import gelu_tanh
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.gpu.dependent_launch import (
-    dependent,
-    let_next_begin,
+    dependent_options,
+    gdc_launch_dependents,
+    gdc_wait,
     prefetch_lines,
-    wait_for_last,
 )
 from idefics2_kernels.gpu.primitives import cast, dot
+from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.matmul.split_k import k_per_split, shared_buffers, store_product
 
 FEW_ROWS = 16  # the tensor cores' narrowest tile that serves every dtype
 PREFETCHED = tl.constexpr(8)  # lines of each row of the weight: the 64 KB that fill a pipeline
-PROGRAMS = 264  # of split_k, wanted at once: two for each of an H100's 132 SMs, as many as their pipelines leave room for
+# of split_k, at once: as many as the pipelines of programs leave room for on each SM
+PROGRAMS = 2 * H100_SMS
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,18 @@ class LaunchConfig:
     num_stages: int
 
 
-def _split_k_config(dtype: torch.dtype) -> LaunchConfig:
+def split_k_launch_config(itemsize: int) -> LaunchConfig:
+    """Return how ``split_k`` cuts a product of ``itemsize`` bytes a number."""
     # 16 KB of weight a stage, so that the pipelines of two programs keep an SM's share of the bandwidth in flight
-    if dtype is torch.float32:
+    if itemsize == 4:
         return LaunchConfig(BLOCK_M=FEW_ROWS, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4)
     return LaunchConfig(BLOCK_M=FEW_ROWS, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4)
 
 
-def _tiled_config(dtype: torch.dtype) -> LaunchConfig:
+def tiled_launch_config(itemsize: int) -> LaunchConfig:
+    """Return how ``tiled`` cuts a product of ``itemsize`` bytes a number."""
     # of the dtype alone: another tile for other sizes would be another order of summation
-    if dtype is torch.float32:
+    if itemsize == 4:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
     return LaunchConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 
@@ -76,7 +80,7 @@ def _split_k_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     split = tl.program_id(1)
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -87,7 +91,7 @@ def _split_k_kernel(
     if IS_DEPENDENT and split * k_split < K:  # x is still being computed, the weight is there
         rows = tl.minimum(offs_n, N - 1)
         prefetch_lines(weight_ptr + rows * stride_weight, split * k_split, K, PREFETCHED)
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for k in range(split * k_split, tl.minimum((split + 1) * k_split, K), BLOCK_K):
@@ -164,7 +168,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     if rows.shape[0] > FEW_ROWS:
         return torch.nn.functional.linear(x, weight, bias)
     return split_k(x, weight, bias)
@@ -180,7 +184,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     if bias is None or x.device.type != "cuda" or x.itemsize != 2 or rows.shape[0] <= FEW_ROWS:
         return gelu_tanh(linear(x, weight, bias))
     out: Tensor = torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True)
@@ -189,9 +193,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear`` by the kernel for few rows; it takes any number. Up to 16, a row's result depends on no other."""
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _split_k_config(x.dtype)
+    config = split_k_launch_config(x.itemsize)
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, PROGRAMS)
     splits = max(triton.cdiv(K, k_split), 1)
@@ -213,21 +217,17 @@ def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             k_split,
             HAS_BIAS=bias is not None,
             IS_SPLIT=splits > 1,
-            **dependent(),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **dependent_options(),
+            **asdict(config),
         )
     return out.view(*x.shape[:-1], N)
 
 
 def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear`` in one tile shape and order of K, whatever M: equal rows give equal bits in any batch."""
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _tiled_config(x.dtype)
+    config = tiled_launch_config(x.itemsize)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if out.numel():
         _tiled_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
@@ -241,16 +241,12 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             N,
             K,
             HAS_BIAS=bias is not None,
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **asdict(config),
         )
     return out.view(*x.shape[:-1], N)
 
 
-def _checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _flatten_checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
     if not x.ndim:
         raise ValueError("x must have an axis or more, got a scalar")

@@ -1,6 +1,6 @@
 """What products share that cut K among programs: how many cuts, and the sum of their partial results.
 
-The last program of a tile to arrive (``arrivals.py``) adds the partial results of all; after the kernels for NF4, whose
+The last program of a tile to arrive (``gpu.tile_counters``) adds the partial results of all; after the kernels for NF4, whose
 registers that would cost programs at once, a second kernel does. The sum runs over the splits in order, and their number
 follows from the sizes alone: results do not depend on which program ends first, nor on the rows beside a row as long as
 one tile holds them all.
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.gpu.primitives import cast
-from idefics2_kernels.gpu.tile_counters import counters, is_last
+from idefics2_kernels.gpu.tile_counters import get_counters, is_last
 
 MIN_STEPS = 4  # blocks of K a split has at least, to fill a pipeline
 _BLOCK = 1024
@@ -86,7 +86,7 @@ def shared_buffers(out: Tensor, splits: int, tiles: int) -> tuple[Tensor | None,
     if splits == 1:
         return None, None
     partials = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-    return partials, counters(tiles, out.device)
+    return partials, get_counters(tiles, out.device)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ which stay unused. So one instruction makes an address, one loads two
 values, two multiply them by the block's absmax, one rounds both: 2.5 a weight, and the path to shared memory is busiest.
 
 In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept as bytes; then bytes are
-permuted, four codes at once (``nf4_permute`` says more): 3 instructions a weight, all of them the integer units'.
+permuted, four codes at once (``dequantize_triton`` says more): 3 instructions a weight, all of them the integer units'.
 
 A kernel that decodes eight rows of sixteen in either way keeps both busy. Tables and places are addresses of shared memory.
 """
@@ -16,8 +16,9 @@ import struct
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.nf4 import nf4_weight as tables
-from idefics2_kernels.nf4.nf4_quantize import LOWEST, NESTED_SHIFT
+from idefics2_kernels.nf4.nf4_quantize import NESTED_SHIFT
 
 MEMORY = 256 * 256  # bytes
 TABLE_BYTES = gl.constexpr(MEMORY)
@@ -27,7 +28,7 @@ _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
-def _looked_up(pair: str, base: str = "") -> str:
+def _look_up_ptx(pair: str, base: str = "") -> str:
     """Return the PTX that makes of a word, a lane's place in the table and an absmax four ``pair``s.
 
     A byte of codes goes to the second byte of the place, and ``base`` is added. ``mul.rn`` is never fused.
@@ -44,7 +45,7 @@ def _looked_up(pair: str, base: str = "") -> str:
     )
 
 
-def _numbers(pair: str) -> str:
+def _code_values_ptx(pair: str) -> str:
     """Return the PTX that makes of an absmax the low bytes of the numbers that codes stand for, in four words, and the high ones."""
     text = ""
     for i in range(4):
@@ -56,8 +57,8 @@ def _numbers(pair: str) -> str:
     return text
 
 
-def _permuted() -> str:
-    """Return the PTX that makes of a word, and of ``_numbers``' eight, four pairs; ``m`` has 0xFF for codes from 8."""
+def _permute_ptx() -> str:
+    """Return the PTX that makes of a word, and of ``_code_values_ptx``' eight, four pairs; ``m`` has 0xFF for codes from 8."""
     text = (
         "{ .reg .b32 c, s, m, t, u, l, h; and.b32 c, $4, 0x77777777; shl.b32 s, $4, 4;"
         " prmt.b32 m, s, $4, 0xD9C8;"
@@ -72,10 +73,14 @@ def _permuted() -> str:
     return text + " }"
 
 
-_LOOKED_UP_BF16, _LOOKED_UP_FP16 = (gl.constexpr(_looked_up(pair)) for pair in ("bf16x2", "f16x2"))
-_BEHIND_BF16, _BEHIND_FP16 = (gl.constexpr(_looked_up(pair, "$7")) for pair in ("bf16x2", "f16x2"))
-_NUMBERS_BF16, _NUMBERS_FP16 = (gl.constexpr(_numbers(pair)) for pair in ("bf16x2", "f16x2"))
-_PERMUTED = gl.constexpr(_permuted())
+_LOOK_UP_BF16, _LOOK_UP_FP16 = (gl.constexpr(_look_up_ptx(pair)) for pair in ("bf16x2", "f16x2"))
+_LOOK_UP_AT_BF16, _LOOK_UP_AT_FP16 = (
+    gl.constexpr(_look_up_ptx(pair, "$7")) for pair in ("bf16x2", "f16x2")
+)
+_CODE_VALUES_BF16, _CODE_VALUES_FP16 = (
+    gl.constexpr(_code_values_ptx(pair)) for pair in ("bf16x2", "f16x2")
+)
+_PERMUTE = gl.constexpr(_permute_ptx())
 
 
 @gluon.jit
@@ -123,7 +128,7 @@ def warp_number(anything):
 
 
 @gluon.jit
-def queued(stages, stage):
+def append_stage(stages, stage):
     """Return ``stages`` and, last, ``stage``."""
     stages += (stage,)
     return stages
@@ -151,8 +156,8 @@ def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.const
 
 
 @gluon.jit
-def absmax_of(stage, nested_code, IS_NESTED: gl.constexpr):
-    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4.load_absmax``; ``nested_code`` is an address."""
+def block_absmax(stage, nested_code, IS_NESTED: gl.constexpr):
+    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4_quantize.load_absmax``; ``nested_code`` is an address."""
     absmax = stage[2]
     if IS_NESTED:
         code = gl.inline_asm_elementwise(
@@ -171,7 +176,7 @@ def absmax_of(stage, nested_code, IS_NESTED: gl.constexpr):
 @gluon.jit
 def look_up(words, places, absmax, dtype: gl.constexpr):
     """Return the weights of four words in four pairs each, by the table."""
-    asm: gl.constexpr = _LOOKED_UP_BF16 if dtype == gl.bfloat16 else _LOOKED_UP_FP16
+    asm: gl.constexpr = _LOOK_UP_BF16 if dtype == gl.bfloat16 else _LOOK_UP_FP16
     # read from shared memory, so not pure
     return gl.inline_asm_elementwise(
         asm,
@@ -184,9 +189,9 @@ def look_up(words, places, absmax, dtype: gl.constexpr):
 
 
 @gluon.jit
-def look_up_behind(words, places, absmax, base, dtype: gl.constexpr):
+def look_up_at(words, places, absmax, base, dtype: gl.constexpr):
     """Return what ``look_up`` does, by a table at ``base``, to which ``places`` are relative."""
-    asm: gl.constexpr = _BEHIND_BF16 if dtype == gl.bfloat16 else _BEHIND_FP16
+    asm: gl.constexpr = _LOOK_UP_AT_BF16 if dtype == gl.bfloat16 else _LOOK_UP_AT_FP16
     return gl.inline_asm_elementwise(
         asm,
         "=&r,=&r,=&r,=&r,r,r,f,r",
@@ -198,9 +203,9 @@ def look_up_behind(words, places, absmax, base, dtype: gl.constexpr):
 
 
 @gluon.jit
-def numbers_of(absmax, dtype: gl.constexpr):
+def code_values(absmax, dtype: gl.constexpr):
     """Return the bytes of the 16 numbers that a block's codes stand for."""
-    asm: gl.constexpr = _NUMBERS_BF16 if dtype == gl.bfloat16 else _NUMBERS_FP16
+    asm: gl.constexpr = _CODE_VALUES_BF16 if dtype == gl.bfloat16 else _CODE_VALUES_FP16
     return gl.inline_asm_elementwise(
         asm,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,f",
@@ -216,7 +221,7 @@ def permute(words, numbers):
     """Return the weights of four words in four pairs each, by ``numbers``."""
     l0, l1, l2, l3, h0, h1, h2, h3 = numbers
     return gl.inline_asm_elementwise(
-        _PERMUTED,
+        _PERMUTE,
         "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
         [words, l0, l1, l2, l3, h0, h1, h2, h3],
         (gl.int32, gl.int32, gl.int32, gl.int32),
@@ -226,15 +231,15 @@ def permute(words, numbers):
 
 
 @gluon.jit
-def _joined(pairs):
+def _join_pairs(pairs):
     """Return four pairs a word side by side: (..., byte of a half, half of a word)."""
     return gl.join(gl.join(pairs[0], pairs[1]), gl.join(pairs[2], pairs[3]))
 
 
 @gluon.jit
-def left(lower, upper, dtype: gl.constexpr, PRODUCT: gl.constexpr):
+def left_operand(lower, upper, dtype: gl.constexpr, PRODUCT: gl.constexpr):
     """Return the weights of both rows' pairs as the product's left operand (WARPS_K, 16 WARPS_N, 128)."""
-    pairs = gl.join(_joined(lower), _joined(upper))
+    pairs = gl.join(_join_pairs(lower), _join_pairs(upper))
     WARPS_K: gl.constexpr = pairs.shape[0]
     WARPS_N: gl.constexpr = pairs.shape[1] // 8
     low, high = gl.inline_asm_elementwise(

@@ -2,7 +2,7 @@
 
 The 16 numbers a block's codes can stand for, absmax times code rounded to the compute dtype, are computed once and kept as
 bytes in eight registers; ``permute_bytes`` then looks up four codes at once, low and high bytes apart, among those for
-codes 0 to 7 and those for 8 to 15. So every weight is exactly what dequantising gives, at some 3 instructions.
+codes 0 to 7 and those for 8 to 15. So every weight is exactly what dequantizing gives, at some 3 instructions.
 """
 
 import triton
@@ -67,7 +67,7 @@ def _four_bytes(absmax, FIRST: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def numbers(absmax, dtype: tl.constexpr):
+def code_values(absmax, dtype: tl.constexpr):
     """Return the low bytes of the 16 numbers that a block's codes stand for, four by four, and the high bytes."""
     low0, high0 = _four_bytes(absmax, 0, dtype)
     low4, high4 = _four_bytes(absmax, 4, dtype)

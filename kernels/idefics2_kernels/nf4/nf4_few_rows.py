@@ -1,7 +1,7 @@
-"""The product x @ dequantised(weight).T + bias with the weight in NF4, for few rows: decoding codes is what costs.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4, for few rows: decoding codes is what costs.
 
 A program takes 16 rows of the weight a warp and 256 columns at a time: four blocks of each row, one block a thread, whose
-16 numbers are computed once and looked up by permuting bytes (``nf4_permute``).
+16 numbers are computed once and looked up by permuting bytes (``dequantize_triton``).
 
 On Hopper the decoded weight never leaves the thread: it is the left operand of the tensor cores' product, whose layout
 over threads (16 rows a warp; a row's pairs of columns dealt to four threads in turn) decides what a thread has to load.
@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import arch
-from idefics2_kernels.gpu.primitives import UPCAST, cast, dot
+from idefics2_kernels.gpu.primitives import cast, dot
+from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
-from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
-from idefics2_kernels.nf4 import nf4_gemv_hopper as nf4_one_row
+from idefics2_kernels.nf4 import nf4_few_rows_hopper, nf4_gemv_hopper
 from idefics2_kernels.nf4 import nf4_weight as tables
-from idefics2_kernels.nf4.dequantize_triton import decode, numbers
+from idefics2_kernels.nf4.dequantize_triton import code_values, decode
 from idefics2_kernels.nf4.nf4_quantize import load_absmax
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
@@ -39,18 +38,19 @@ class LaunchConfig:
     programs: int
 
 
-def _launch_config(M: int, arch: int) -> LaunchConfig:
+def launch_config(M: int, arch: int) -> LaunchConfig:
+    """Return how a product of ``M`` rows of x is cut."""
     # An H100's us at 28672 x 4096 and 6144 x 4096. One row: 46 and 14, with 8 warps 55 and 19. 16 rows: 58 and 21, with 4
     # warps 70 and 19. Between, and from 17 to 32 rows, nothing was measured.
     if M <= 16:
-        num_warps, programs = (4, 4 * 132) if M <= 8 else (8, 2 * 132)
+        num_warps, programs = (4, 4 * H100_SMS) if M <= 8 else (8, 2 * H100_SMS)
         return LaunchConfig(BLOCK_M=16, num_warps=num_warps, num_stages=3, programs=programs)
     # For more rows partial results weigh as much as the weight, and x, read once for each tile of the weight, more:
     # tiles of 128 rows of the weight halve that. 64 rows at 28672 x 4096: 111 us, in tiles of 64 rows 151, with twice the
     # programs 128. Before Hopper the left operand goes through shared memory, and 64 rows spill.
     if M > 32 and arch == 90:
-        return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * 132)
-    return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * 132)
+        return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * H100_SMS)
+    return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * H100_SMS)
 
 
 @triton.jit(do_not_specialize=["M", "steps", "steps_split"])
@@ -111,7 +111,7 @@ def _few_rows_kernel(
             IS_NESTED,
         )[:, None]
         x = tl.load(x_ptrs + step * BLOCK_K, mask=mask_x, other=0.0)
-        lows, highs = numbers(absmax, dtype)
+        lows, highs = code_values(absmax, dtype)
         weight = decode(lows, highs, words, dtype)
         # (8 of 16 rows, WARPS, row, block, word, of a byte, byte, half a word): columns come to be in the order word,
         # half a word, byte, block, of a byte
@@ -130,12 +130,12 @@ def _few_rows_kernel(
     tl.store(out_ptrs, out, mask=mask_n[:, None] & (offs_m < M)[None, :])
 
 
-def can_take(weight: NF4Weight) -> bool:
+def supports(weight: NF4Weight) -> bool:
     """Whether rows of ``weight`` are whole tiles, its codes can be read eight at once, and it is no fp32."""
-    return _refusal(weight) is None
+    return _find_obstacle(weight) is None
 
 
-def _refusal(weight: NF4Weight) -> Exception | None:
+def _find_obstacle(weight: NF4Weight) -> Exception | None:
     if weight.dtype is torch.float32:
         return TypeError("weight must be bfloat16 or float16, got float32")
     if not weight.shape[1] or weight.shape[1] % BLOCK_K:
@@ -149,24 +149,24 @@ def _refusal(weight: NF4Weight) -> Exception | None:
 def multiply(
     rows: Tensor, weight: NF4Weight, bias: Tensor | None, *, plain: bool = False
 ) -> Tensor:
-    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (M, N).
 
-    On Hopper some calls have faster kernels of their own (those that ``nf4_one_row`` or ``nf4_few_rows_gluon`` ``takes``),
+    On Hopper some calls have faster kernels of their own (those that ``nf4_gemv_hopper`` or ``nf4_few_rows_hopper`` ``supports``),
     unless ``plain``.
 
     Raises:
         ValueError: Rows of ``weight`` are no multiple of 256, or its codes do not begin at a multiple of 4 bytes.
         TypeError: ``weight`` is fp32.
     """
-    if (refusal := _refusal(weight)) is not None:
-        raise refusal
-    if not plain and not UPCAST.value and arch() == 90:
-        if nf4_one_row.takes(rows, weight):
-            return nf4_one_row.multiply_one_row(rows, weight, bias)
-        if nf4_few_rows_gluon.takes(rows, weight):
-            return nf4_few_rows_gluon.multiply_gluon(rows, weight, bias)
+    if (obstacle := _find_obstacle(weight)) is not None:
+        raise obstacle
+    if not plain and is_hopper():
+        if nf4_gemv_hopper.supports(rows, weight):
+            return nf4_gemv_hopper.multiply(rows, weight, bias)
+        if nf4_few_rows_hopper.supports(rows, weight):
+            return nf4_few_rows_hopper.multiply(rows, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _launch_config(M, arch())
+    config = launch_config(M, current_arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, 16 * config.num_warps)
     k_split = k_per_split(tiles_m * tiles_n, K, BLOCK_K, config.programs)
     splits = triton.cdiv(K, k_split)

@@ -1,7 +1,7 @@
 """NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
 
 Codes are looked up in shared memory, and half of them, where there is too much else to read there, by permuting bytes
-in registers (``nf4_decode``).
+in registers (``dequantize_gluon``).
 
 A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the weight at a time, and
 never leaves them. The order of the columns in a sum is free, so that each of the four lanes that share a row takes a
@@ -23,35 +23,33 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from idefics2_kernels.gpu.dependent_launch import dependent
-from idefics2_kernels.gpu.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
+from idefics2_kernels.gpu.dependent_launch import dependent_options
+from idefics2_kernels.gpu.dependent_launch_gluon import gdc_launch_dependents, gdc_wait, prefetch
+from idefics2_kernels.gpu.gluon_compat import reinterpret
+from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.nf4.dequantize_gluon import (
     MEMORY,
     PLACES,
     TABLE_BYTES,
-    absmax_of,
+    append_stage,
+    block_absmax,
+    code_values,
     fill_table,
-    left,
+    left_operand,
     load_blocks,
-    look_up_behind,
-    numbers_of,
+    look_up_at,
     permute,
-    queued,
     warp_number,
 )
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK_K = 256  # a block for each of the four lanes that share a row
-SMS = 132  # of an H100
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
 ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
 MAX_M = 64
-WIDE = 128 * SMS  # rows of a weight that are worth reading all of x for in every program
+WIDE = 128 * H100_SMS  # rows of a weight that are worth reading all of x for in every program
 # turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a program
 PREFETCHED = gl.constexpr(4)
-_shared = gl.shared_memory_descriptor
-# Triton 3.8 has a new name
-reinterpret = getattr(_shared, "reinterpret", None) or _shared._reinterpret
 PAGE = 1024  # bytes
 PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
 
@@ -92,8 +90,8 @@ def _x_rows(M: int) -> int:
     return 1 if M == 1 else max(8, int(triton.next_power_of_2(M)))
 
 
-def _config(
-    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = SMS
+def complete_config(
+    M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = H100_SMS
 ) -> LaunchConfig:
     """Complete a choice by what follows from it."""
     X_ROWS = _x_rows(M)
@@ -108,9 +106,11 @@ def _config(
     )
 
 
-def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
+def launch_config(M: int, N: int, K: int) -> LaunchConfig:
+    """Return how a product of ``M`` rows of x and a weight (``N``, ``K``) is cut."""
+
     def program_rows(ROWS: int) -> int:
-        return -(-N // (ROWS * SMS)) * ROWS
+        return -(-N // (ROWS * H100_SMS)) * ROWS
 
     # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 16 rows of x on an
     # H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with 38; 6144 x 4096 13, with 16. Codes of three
@@ -119,7 +119,7 @@ def _launch_config(M: int, N: int, K: int) -> LaunchConfig:
     WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
     # a buffer holds x for a turn at least
     most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
-    return _config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
+    return complete_config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
 
 
 @cache
@@ -252,7 +252,7 @@ def _absmax(
     IS_EVEN: gl.constexpr,
 ):
     """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
-    absmax = absmax_of(stage, table + TABLE_BYTES, IS_NESTED)
+    absmax = block_absmax(stage, table + TABLE_BYTES, IS_NESTED)
     if not IS_EVEN:
         absmax = gl.where(is_there, absmax, 0.0)
     return absmax
@@ -282,7 +282,7 @@ def _halves_of_blocks(values, HALF: gl.constexpr):
 
 @gluon.jit
 def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
-    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``left``'s."""
+    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``left_operand``'s."""
     WARPS_K: gl.constexpr = smem.shape[1]
     BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
     if smem.shape[2] == 4:  # all lanes read the one row
@@ -300,7 +300,7 @@ def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
     """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
 
     A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all others; in the
-    weight a warp's rows are neighbours.
+    weight a warp's rows are neighbors.
     """
     return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
 
@@ -335,7 +335,7 @@ def _store(
 
 
 @gluon.jit(do_not_specialize=["stride_x", "M", "N", "steps", "groups"])
-def _few_rows_gluon_kernel(
+def _few_rows_hopper_kernel(
     x_ptr,  # (M, K)
     codes_ptr,  # (N * K / 8,), eight codes each
     absmax_ptr,  # (N * K / 64,)
@@ -402,10 +402,12 @@ def _few_rows_gluon_kernel(
     weight = codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr
     place = row, k, q, first, N, steps, turns, groups * ROWS
 
-    let_next_begin(IS_DEPENDENT, steps)
-    stages = queued((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+    gdc_launch_dependents(IS_DEPENDENT, steps)
+    stages = append_stage((), _stage(weight, place, 0, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
     for depth in gl.static_range(1, DEPTH):
-        stages = queued(stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE))
+        stages = append_stage(
+            stages, _stage(weight, place, depth, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
+        )
     if IS_DEPENDENT:
         for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, IS_ONE_ROUND, TILE) * 8)
@@ -420,7 +422,7 @@ def _few_rows_gluon_kernel(
         ),
         NUM_WARPS,
     )
-    wait_for_last(IS_DEPENDENT, steps)
+    gdc_wait(IS_DEPENDENT, steps)
     for i in gl.static_range(BUFFERS):
         _copy_x(x_ptr, x_smem.index(i), i * TURNS, stride_x, M, steps, WARPS_K, COPY, IS_EVEN)
     smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
@@ -446,23 +448,23 @@ def _few_rows_gluon_kernel(
             for turn in range(start, end):
                 flat = round * turns + turn
                 stage = _stage(weight, place, flat + DEPTH, CODES, IS_NESTED, IS_ONE_ROUND, TILE)
-                stages = queued(stages, stage)
+                stages = append_stage(stages, stage)
                 next = gl.where(turn + 1 < turns, turn + 1, 0) * WARPS_K + k
                 lower_absmax, upper_absmax = _halves_of_blocks(absmax, HALF)
                 if PERMUTES:
-                    numbers = numbers_of(upper_absmax, dtype)
+                    numbers = code_values(upper_absmax, dtype)
                 absmax = _absmax(stages[1], table, next < steps, IS_NESTED, IS_EVEN)
                 loaded, other = stages[0][0], stages[0][1]
                 for part in gl.static_range(2):
                     words = gl.where(_is_odd(place) == part, loaded, other)
                     lower, upper = _halves(words, HALF)
-                    lower = look_up_behind(lower, lanes, lower_absmax, table, dtype)
+                    lower = look_up_at(lower, lanes, lower_absmax, table, dtype)
                     if PERMUTES:
                         upper = permute(upper, numbers)
                     else:
-                        upper = look_up_behind(upper, lanes, upper_absmax, table, dtype)
+                        upper = look_up_at(upper, lanes, upper_absmax, table, dtype)
                     right = _x(x_turns, (buffer * TURNS + turn - start) * 2 + part, X, PRODUCT)
-                    acc = mma_v2(left(lower, upper, dtype, PRODUCT), right, acc)
+                    acc = mma_v2(left_operand(lower, upper, dtype, PRODUCT), right, acc)
                 stages = stages[1:]
             if BUFFERS == 2:
                 # the next round begins where this one did; behind the last one nothing is read
@@ -483,7 +485,7 @@ def _few_rows_gluon_kernel(
     smem._keep_alive()
 
 
-def takes(rows: Tensor, weight: NF4Weight) -> bool:
+def supports(rows: Tensor, weight: NF4Weight) -> bool:
     """Return whether the kernel is for such a call, of a weight that the plain one takes.
 
     That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a weight of so many rows
@@ -498,18 +500,18 @@ def takes(rows: Tensor, weight: NF4Weight) -> bool:
     )
 
 
-def multiply_gluon(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply as ``nf4_few_rows.multiply`` what ``takes`` says is for this kernel; fewer rows of ``weight`` will do."""
-    return _launch(rows, weight, bias, _launch_config(rows.shape[0], *weight.shape))
+def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply as ``nf4_few_rows.multiply`` what ``supports`` says is for this kernel; fewer rows of ``weight`` will do."""
+    return launch(rows, weight, bias, launch_config(rows.shape[0], *weight.shape))
 
 
-def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
+def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
     """Multiply, cut as ``config`` says."""
     (M, K), N = rows.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
     groups = triton.cdiv(triton.cdiv(N, config.ROWS), config.programs)
     if out.numel():
-        _few_rows_gluon_kernel[(triton.cdiv(N, groups * config.ROWS),)](
+        _few_rows_hopper_kernel[(triton.cdiv(N, groups * config.ROWS),)](
             rows,
             weight.codes.view(torch.int32),
             *weight.absmax_parts,
@@ -524,7 +526,7 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             HAS_BIAS=bias is not None,
             IS_ONE_ROUND=groups <= config.WARPS_N,
             IS_EVEN=K % (BLOCK_K * config.WARPS_K * config.TURNS) == 0,
-            **dependent(),
+            **dependent_options(),
             **{k: v for k, v in asdict(config).items() if k != "programs"},
             PAGES=config.pages,
             **_layouts(config),

@@ -5,7 +5,7 @@ output adds up eight numbers, those where row of x and row of the weight are the
 product of eight columns as any other; the columns that one row of x would leave empty make x eight times as short, so that
 a warp keeps the x it needs, 256 columns of each eighth, and loads nothing but codes and absmaxes as it goes.
 
-Codes are looked up in shared memory (``nf4_decode``): 128 accesses for 16 x 256 weights, and 16 for their codes. Looking half
+Codes are looked up in shared memory (``dequantize_gluon``): 128 accesses for 16 x 256 weights, and 16 for their codes. Looking half
 of them up by permuting bytes in registers halves the look-ups, but was no faster. 28672 x 4096 takes an H100 31 us;
 reading the weight alone 26, decoding it from the L1 cache 25.
 
@@ -22,23 +22,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from idefics2_kernels.gpu.dependent_launch import dependent
-from idefics2_kernels.gpu.dependent_launch_gluon import let_next_begin, prefetch, wait_for_last
+from idefics2_kernels.gpu.dependent_launch import dependent_options
+from idefics2_kernels.gpu.dependent_launch_gluon import gdc_launch_dependents, gdc_wait, prefetch
+from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.nf4.dequantize_gluon import (
     PLACES,
-    absmax_of,
+    append_stage,
+    block_absmax,
     fill_table,
-    left,
+    left_operand,
     load_blocks,
     look_up,
-    queued,
     warp_number,
 )
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 EIGHTHS = gl.constexpr(8)
 COLUMNS = 2048  # of a warp: a block for each of its 32 lanes
-SMS = 132  # of an H100
 MAX_WARPS = 16
 # rounds whose codes are in registers or the L2 cache before the kernel ahead ends
 PREFETCHED = gl.constexpr(4)
@@ -67,21 +67,24 @@ class LaunchConfig:
         return self.WARPS_N * self.WARPS_K
 
 
-def _launch_config(N: int, K: int) -> LaunchConfig:
+def launch_config(N: int, K: int) -> LaunchConfig:
+    """Return how a product of one row of x and a weight (``N``, ``K``) is cut."""
     WARPS_K = triton.next_power_of_2(K // COLUMNS)
     WARPS_N = max(8 // WARPS_K, 1)
     waves = 1  # of programs, whose rows fit into shared memory
-    while (2 * _pairs(N, waves * SMS) + 2 * WARPS_N) * _row_bytes(WARPS_K) > PARTS_MEMORY:
+    while (2 * pairs_per_program(N, waves * H100_SMS) + 2 * WARPS_N) * row_bytes(
+        WARPS_K
+    ) > PARTS_MEMORY:
         waves += 1
-    return LaunchConfig(WARPS_N, WARPS_K, 2, waves * SMS)
+    return LaunchConfig(WARPS_N, WARPS_K, 2, waves * H100_SMS)
 
 
-def _row_bytes(WARPS_K: int) -> int:
-    """Return what a row's parts take, so that eight neighbouring rows' begin in different banks."""
+def row_bytes(WARPS_K: int) -> int:
+    """Return what a row's parts take, so that eight neighboring rows' begin in different banks."""
     return WARPS_K * 8 * 4 + 16
 
 
-def _pairs(N: int, programs: int) -> int:
+def pairs_per_program(N: int, programs: int) -> int:
     """Return how many pairs of rows a program takes."""
     return -(-N // (2 * programs))
 
@@ -149,7 +152,7 @@ def _stage(weight, place, round, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
 def _right(
     x_ptr, part: gl.constexpr, steps, WARPS_K: gl.constexpr, X: gl.constexpr, PRODUCT: gl.constexpr
 ):
-    """Load x as the product's right operand (WARPS_K, 128, 8), its columns in the order of ``left``'s."""
+    """Load x as the product's right operand (WARPS_K, 128, 8), its columns in the order of ``left_operand``'s."""
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
     line = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
@@ -174,14 +177,14 @@ def _product(
 ):
     """Return the product of a round's rows and x (WARPS_K, 16 WARPS_N, 8)."""
     lower, upper = stage
-    lower_absmax = absmax_of(lower, nested_code, IS_NESTED)[:, :, :, None]
-    upper_absmax = absmax_of(upper, nested_code, IS_NESTED)[:, :, :, None]
+    lower_absmax = block_absmax(lower, nested_code, IS_NESTED)[:, :, :, None]
+    upper_absmax = block_absmax(upper, nested_code, IS_NESTED)[:, :, :, None]
     shape: gl.constexpr = [lower[0].shape[0], lower[0].shape[1] * 2, 8]
     acc = gl.zeros(shape, gl.float32, PRODUCT)
     for part in gl.static_range(2):
         lower_pairs = look_up(lower[part], places, lower_absmax, dtype)
         upper_pairs = look_up(upper[part], places, upper_absmax, dtype)
-        acc = mma_v2(left(lower_pairs, upper_pairs, dtype, PRODUCT), right[part], acc)
+        acc = mma_v2(left_operand(lower_pairs, upper_pairs, dtype, PRODUCT), right[part], acc)
     return acc
 
 
@@ -209,7 +212,7 @@ def _keep(acc, address, is_own, is_odd, SUMS: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["N", "steps", "pairs"])
-def _one_row_kernel(
+def _gemv_kernel(
     x_ptr,  # (K,)
     codes_ptr,  # (N * K / 8,), eight codes each
     absmax_ptr,  # (N * K / 64,)
@@ -250,10 +253,10 @@ def _one_row_kernel(
     weight = codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr
     place = i // 8, i % 8, k, q, first, pairs, N, steps, WARPS_N
 
-    let_next_begin(IS_DEPENDENT, steps)
-    stages = queued((), _stage(weight, place, 0, CODES, IS_NESTED))
+    gdc_launch_dependents(IS_DEPENDENT, steps)
+    stages = append_stage((), _stage(weight, place, 0, CODES, IS_NESTED))
     for depth in gl.static_range(1, DEPTH):
-        stages = queued(stages, _stage(weight, place, depth, CODES, IS_NESTED))
+        stages = append_stage(stages, _stage(weight, place, depth, CODES, IS_NESTED))
     if IS_DEPENDENT:
         for ahead in gl.static_range(DEPTH, PREFETCHED):
             prefetch(codes_ptr + _blocks(place, ahead, 0) * 8)
@@ -266,7 +269,7 @@ def _one_row_kernel(
         gl.inline_asm_elementwise(_TABLE, "=r,r", [steps], gl.int32, is_pure=True, pack=1),
         NUM_WARPS,
     )
-    wait_for_last(IS_DEPENDENT, steps)
+    gdc_wait(IS_DEPENDENT, steps)
     right = (
         _right(x_ptr, 0, steps, WARPS_K, X, PRODUCT),
         _right(x_ptr, 1, steps, WARPS_K, X, PRODUCT),
@@ -294,7 +297,7 @@ def _one_row_kernel(
         for turn in gl.static_range(DEPTH):
             stage = stages[0]
             next = _stage(weight, place, base + turn + DEPTH, CODES, IS_NESTED)
-            stages = queued(stages[1:], next)
+            stages = append_stage(stages[1:], next)
             if base + turn < rounds:
                 acc = _product(stage, nested_code, places, right, dtype, IS_NESTED, PRODUCT)
                 to = address + (base + turn) * (WARPS_N * 2 * ROW_BYTES)
@@ -323,7 +326,7 @@ def _one_row_kernel(
     smem._keep_alive()
 
 
-def takes(rows: Tensor, weight: NF4Weight) -> bool:
+def supports(rows: Tensor, weight: NF4Weight) -> bool:
     """Return whether the kernel is for such a call: one row, of so many whole warps' columns, aligned to 16 bytes."""
     N, K = weight.shape
     return (
@@ -336,18 +339,18 @@ def takes(rows: Tensor, weight: NF4Weight) -> bool:
     )
 
 
-def multiply_one_row(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply ``rows`` (1, K), which the kernel ``takes``, by ``weight`` (N, K), dequantised and transposed: (1, N)."""
-    return _launch(rows, weight, bias, _launch_config(*weight.shape))
+def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    """Multiply ``rows`` (1, K), which the kernel ``supports``, by ``weight`` (N, K), dequantized and transposed: (1, N)."""
+    return launch(rows, weight, bias, launch_config(*weight.shape))
 
 
-def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
+def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
     """Multiply, cut as ``config`` says."""
     N, K = weight.shape
     out = torch.empty((1, N), dtype=rows.dtype, device=rows.device)
-    pairs = _pairs(N, config.programs)
+    pairs = pairs_per_program(N, config.programs)
     if out.numel():
-        _one_row_kernel[(triton.cdiv(N, 2 * pairs),)](
+        _gemv_kernel[(triton.cdiv(N, 2 * pairs),)](
             rows,
             weight.codes.view(torch.int32),
             *weight.absmax_parts,
@@ -358,7 +361,7 @@ def _launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: Launch
             pairs,
             IS_NESTED=weight.is_nested,
             HAS_BIAS=bias is not None,
-            **dependent(),
+            **dependent_options(),
             **{name: value for name, value in asdict(config).items() if name != "programs"},
             ROWS=triton.next_power_of_2(max(2 * pairs, config.num_warps * 32)),
             **_layouts(config),

@@ -1,4 +1,4 @@
-"""The product x @ dequantised(weight).T + bias with the weight in NF4, for many rows, on Hopper, in Gluon.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4, for many rows, on Hopper, in Gluon.
 
 A tile is 128 rows of the weight by 128 or 256 rows of x; K is walked through in steps of 64, a block of each row of the
 weight. Two warpgroups compute, each 64 rows of the weight: they decode the next step's codes into registers, as the
@@ -8,7 +8,7 @@ Programs walk over tiles, those of the same rows of the weight one after another
 
 The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of codes, the same byte all
 along. So a register tells one instruction to make an address of that byte, and the rest is as in
-``nf4_few_rows_gluon``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
+``nf4_few_rows_hopper``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
 The table takes so much of shared memory that the output of a tile of 256 rows leaves by way of what remains, in pieces.
 """
 
@@ -28,18 +28,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from idefics2_kernels.attention.warp_specialized import (
-    async_load,
-    async_store,
-    processors,
-    reinterpret,
-)
+from idefics2_kernels.gpu import primitives
+from idefics2_kernels.gpu.gluon_compat import async_load, async_store, reinterpret
+from idefics2_kernels.gpu.target import num_sms
 from idefics2_kernels.nf4 import nf4_weight as tables
 from idefics2_kernels.nf4.dequantize_gluon import MEMORY, PLACES, TABLE_BYTES, fill_table
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = gl.constexpr(tables.BLOCK)
-LOWEST = gl.constexpr(-3.4028234663852886e38)  # of fp32
+LOWEST = gl.constexpr(primitives.LOWEST.value)
 NESTED_SHIFT = gl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)
 WORDS = gl.constexpr(tables.BLOCK // 8)  # of eight codes, a step
 ROWS = gl.constexpr(64)  # of the weight, a warpgroup's
@@ -88,7 +85,8 @@ class LaunchConfig:
         return next(rows for rows in (self.BLOCK_M, 128, 64) if rows * TILE_N * 2 <= left)
 
 
-def _launch_config(M: int, N: int, programs: int) -> LaunchConfig:
+def launch_config(M: int, N: int, programs: int) -> LaunchConfig:
+    """Return how a product of ``M`` rows of x is cut for ``programs`` that run at once."""
     # Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
     # 270 of each scheduler's and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
@@ -152,7 +150,7 @@ def _table(steps):
 
 @gluon.jit
 def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
-    """Return a step's weights, each exactly what dequantising gives, in pairs: those of 8 columns in 16, and the others.
+    """Return a step's weights, each exactly what dequantizing gives, in pairs: those of 8 columns in 16, and the others.
 
     Pairs go from step to step as they are: halves of a register would be moved about.
     """
@@ -183,7 +181,7 @@ def _operand(pairs, A: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _tile(index, tiles, GROUP_M: gl.constexpr):
+def locate_tile(index, tiles, GROUP_M: gl.constexpr):
     """Return a tile's place among those of x and among those of the weight."""
     tiles_m, tiles_n = tiles
     group = index // (GROUP_M * tiles_n)
@@ -202,7 +200,7 @@ def _load(descs, smem, barriers, tiles, steps, GROUP_M: gl.constexpr):
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     step = 0  # so far, over all tiles
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
-        pid_m, pid_n = _tile(index, tiles, GROUP_M)
+        pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         for k in range(steps):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
@@ -253,7 +251,7 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
     N, blocks = sizes
     step = 0  # so far, over all tiles
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
-        _pid_m, pid_n = _tile(index, tiles, GROUP_M)
+        _pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         row0 = pid_n * CONSUMERS * ROWS + rows
         row1 = row0 + ROWS
         mask0, mask1 = row0 < N, row1 < N
@@ -365,7 +363,7 @@ def _multiply(
     even = _decode_step(smem, table, barriers, step, CONSUMER)
     odd = even
     for tile in range(count):
-        pid_m, pid_n = _tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
+        pid_m, pid_n = locate_tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
         # weights of even and odd steps have registers of their own: there is nothing to copy
         for _pair in range(steps // 2):
@@ -454,12 +452,17 @@ def _many_rows_kernel(
 def keeps_busy(M: int, N: int, programs: int) -> bool:
     """Whether an output (M, N) has tiles for enough of the programs, among which K is not cut.
 
-    That is a third where N alone gives as many, and half for more than 256 rows: dequantising a smaller weight costs less.
+    That is a third where N alone gives as many, and half for more than 256 rows: dequantizing a smaller weight costs less.
     """
     return 3 * _tiles(1, N, 128) >= programs or (M > 256 and 2 * _tiles(M, N, 128) >= programs)
 
 
-def refusal(rows: Tensor, weight: NF4Weight) -> Exception | None:
+def supports(rows: Tensor, weight: NF4Weight) -> bool:
+    """Return whether the kernel can multiply ``rows`` (M, K) by ``weight`` (N, K)."""
+    return _find_obstacle(rows, weight) is None
+
+
+def _find_obstacle(rows: Tensor, weight: NF4Weight) -> Exception | None:
     """Return why the kernel cannot multiply ``rows`` (M, K) by ``weight`` (N, K), if it cannot."""
     if weight.dtype is torch.float32:
         return TypeError("weight must be bfloat16 or float16, got float32")
@@ -476,18 +479,18 @@ def refusal(rows: Tensor, weight: NF4Weight) -> Exception | None:
 def multiply(
     rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (M, N).
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (M, N).
 
     Raises:
         ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``rows`` or the codes where they lie.
         TypeError: ``weight`` is fp32.
     """
-    if (reason := refusal(rows, weight)) is not None:
-        raise reason
+    if (obstacle := _find_obstacle(rows, weight)) is not None:
+        raise obstacle
     (M, K), N = rows.shape, weight.shape[0]
-    programs = processors(rows.device)
+    programs = num_sms(rows.device)
     if config is None:
-        config = _launch_config(M, N, programs)
+        config = launch_config(M, N, programs)
     # rows must be a multiple of 16 bytes apart; what lies between is not written
     out = torch.empty((M, triton.cdiv(N, 8) * 8), dtype=rows.dtype, device=rows.device)
     if not M or not N:

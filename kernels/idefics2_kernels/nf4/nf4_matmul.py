@@ -1,10 +1,10 @@
-"""The product x @ dequantised(weight).T + bias with the weight in NF4.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4.
 
-Up to 128 rows, codes are read once for each 16 or 64 rows and dequantised on their way to the tensor cores: the
+Up to 128 rows, codes are read once for each 16 or 64 rows and dequantized on their way to the tensor cores: the
 weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
-compute dtype, as the model's own dequantisation rounds it. For more rows the dequantised weight is written out once
+compute dtype, as the model's own dequantization rounds it. For more rows the dequantized weight is written out once
 and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or
-64, and on Hopper ``nf4_many_rows`` takes more: ``choose`` says which way is taken.
+64, and on Hopper ``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
 """
 
 import math
@@ -17,24 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.tiles import arch
-from idefics2_kernels.attention.warp_specialized import processors
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from idefics2_kernels.gpu.primitives import UPCAST, cast, dot
+from idefics2_kernels.gpu.primitives import cast, dot
+from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper, num_sms
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
-from idefics2_kernels.nf4 import nf4_few_rows
-from idefics2_kernels.nf4 import nf4_few_rows_hopper as nf4_few_rows_gluon
-from idefics2_kernels.nf4 import nf4_many_rows_hopper as nf4_many_rows
+from idefics2_kernels.nf4 import nf4_few_rows, nf4_few_rows_hopper, nf4_many_rows_hopper
 from idefics2_kernels.nf4 import nf4_weight as tables
 from idefics2_kernels.nf4.nf4_quantize import load_absmax, look_up, nf4_dequantize, unpack
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
 # Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256 rows: 110 us, by cuBLAS with
-# the dequantised weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
+# the dequantized weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
 # its tiles read too much (an H200: 1.08), as Triton 3.6 cannot have two processors share what they read.
 MANY_ROWS = 512
-FUSED_ROWS = 128  # more pay for the dequantised weight's way through memory
+FUSED_ROWS = 128  # more pay for the dequantized weight's way through memory
 # One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where
 # fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.5 to 0.72 of fused's
 # time at 16 rows; at 64, a tile that 33 rows fill as well, 1.02 to 1.2, but for wide weights on Hopper, 0.57. What lies
@@ -54,19 +51,20 @@ class LaunchConfig:
     programs: int
 
 
-def _launch_config(M: int, K: int, dtype: torch.dtype) -> LaunchConfig:
+def launch_config(M: int, K: int, itemsize: int, arch: int) -> LaunchConfig:
+    """Return how a product of ``M`` rows of x of ``itemsize`` bytes is cut."""
     BLOCK_M = 16 if M <= 16 else 64
-    # An H100 has 132 SMs. Dequantising is bound by instructions and wants many warps; for more rows, the partial
-    # results of many splits would weigh as much as the weight.
-    programs = 4 * 132 if M <= 16 else 2 * 132
+    # Dequantizing is bound by instructions and needs many warps. For more rows, the partial results
+    # of many splits would be as large as the weight.
+    programs = 4 * H100_SMS if M <= 16 else 2 * H100_SMS
     # fp32 products take no tensor cores, and rows that begin inside a block an address for each element: both need
     # registers that a pipeline of larger tiles would spill
-    if dtype is torch.float32 or K % tables.BLOCK:
+    if itemsize == 4 or K % tables.BLOCK:
         return LaunchConfig(
             BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1, programs=programs
         )
     # before Hopper 64 rows with three stages spill
-    num_stages = 2 if BLOCK_M == 64 and arch() < 90 else 3
+    num_stages = 2 if BLOCK_M == 64 and arch < 90 else 3
     return LaunchConfig(
         BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=num_stages, programs=programs
     )
@@ -141,28 +139,32 @@ def _nf4_matmul_kernel(
     tl.store(out_ptrs, out, mask=mask_n[:, None] & mask_m[None, :])
 
 
-Way = Literal["few_rows", "fused", "many_rows", "dequantised"]
+Way = Literal["few_rows", "fused", "many_rows", "dequantized"]
 
 
 def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
     """Return which way takes ``M`` rows of x and ``N`` of the weight.
 
-    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether ``nf4_many_rows`` can take them.
+    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether ``nf4_many_rows_hopper`` can take them.
 
     For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each tile, so more than 64
     go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
     for the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
-    128 costs less than the dequantised weight's way through memory to cuBLAS.
+    128 costs less than the dequantized weight's way through memory to cuBLAS.
     """
     if few and few >= M:
         return "few_rows"
-    if many and FEW_ROWS_OF_WIDE < M <= MANY_ROWS and nf4_many_rows.keeps_busy(M, N, programs):
+    if (
+        many
+        and FEW_ROWS_OF_WIDE < M <= MANY_ROWS
+        and nf4_many_rows_hopper.keeps_busy(M, N, programs)
+    ):
         return "many_rows"
-    return "fused" if M <= FUSED_ROWS else "dequantised"
+    return "fused" if M <= FUSED_ROWS else "dequantized"
 
 
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (..., N).
+    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (..., N).
 
     Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. ``choose`` says how.
 
@@ -170,31 +172,31 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         ValueError: A shape, stride or device does not fit.
         TypeError: A dtype is none of bf16, fp16, fp32, or they differ.
     """
-    rows = _checked(x, weight, bias)
-    on_hopper = not UPCAST.value and arch() == 90
+    rows = _flatten_checked(x, weight, bias)
+    on_hopper = is_hopper()
     few = 0
-    if nf4_few_rows.can_take(weight):
-        is_wide = on_hopper and weight.shape[0] >= nf4_few_rows_gluon.WIDE
+    if nf4_few_rows.supports(weight):
+        is_wide = on_hopper and weight.shape[0] >= nf4_few_rows_hopper.WIDE
         few = FEW_ROWS_OF_WIDE if is_wide else FEW_ROWS
     way = choose(
         rows.shape[0],
         weight.shape[0],
-        processors(x.device),
+        num_sms(x.device),
         few=few,
-        many=on_hopper and nf4_many_rows.refusal(rows, weight) is None,
+        many=on_hopper and nf4_many_rows_hopper.supports(rows, weight),
     )
     ways: dict[Way, Callable[..., Tensor]] = {
         "few_rows": few_rows,
         "fused": fused,
         "many_rows": many_rows,
-        "dequantised": dequantised,
+        "dequantized": dequantized,
     }
     return ways[way](x, weight, bias)
 
 
-def dequantised(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by cuBLAS, once the whole weight is dequantised."""
-    _checked(x, weight, bias)
+def dequantized(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """``nf4_matmul`` by cuBLAS, once the whole weight is dequantized."""
+    _flatten_checked(x, weight, bias)
     return torch.nn.functional.linear(x, nf4_dequantize(weight), bias)
 
 
@@ -205,8 +207,8 @@ def many_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tenso
         ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``x`` or the codes where they lie.
         TypeError: ``weight`` is fp32.
     """
-    rows = _checked(x, weight, bias)
-    return nf4_many_rows.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    rows = _flatten_checked(x, weight, bias)
+    return nf4_many_rows_hopper.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def few_rows(
@@ -220,16 +222,16 @@ def few_rows(
         ValueError: Rows of ``weight`` are no multiple of 256 columns, or its codes do not begin at a multiple of 4 bytes.
         TypeError: ``weight`` is fp32.
     """
-    rows = _checked(x, weight, bias)
+    rows = _flatten_checked(x, weight, bias)
     product = nf4_few_rows.multiply(rows, weight, bias, plain=plain)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 
 def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel that dequantises as it multiplies; it takes any number of rows."""
-    rows = _checked(x, weight, bias)
+    """``nf4_matmul`` by the kernel that dequantizes as it multiplies; it takes any number of rows."""
+    rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
-    config = _launch_config(M, K, x.dtype)
+    config = launch_config(M, K, x.itemsize, current_arch())
     tiles_m, tiles_n = triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)
     k_split = k_per_split(tiles_m * tiles_n, K, config.BLOCK_K, config.programs)
     splits = max(triton.cdiv(K, k_split), 1)
@@ -262,7 +264,7 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], N)
 
 
-def _checked(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+def _flatten_checked(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
     if not x.ndim:
         raise ValueError("x must have an axis or more, got a scalar")

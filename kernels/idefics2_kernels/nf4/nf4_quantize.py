@@ -1,8 +1,8 @@
-"""NF4 quantisation and back: a program takes whole blocks of 64 elements, each a row of its tile.
+"""NF4 quantization and back: a program takes whole blocks of 64 elements, each a row of its tile.
 
-Double quantisation takes two launches with PyTorch's mean between them: offset and bytes are then those of the
+Double quantization takes two launches with PyTorch's mean between them: offset and bytes are then those of the
 reference on every device. A block's two halves, even and odd elements, are read apart, so that packing two codes a byte
-moves nothing between threads. Dequantising to 16 bits takes eight codes a word, by permuting bytes (``nf4_permute``); for all
+moves nothing between threads. Dequantizing to 16 bits takes eight codes a word, by permuting bytes (``dequantize_triton``); for all
 else there is a kernel that looks them up one by one.
 """
 
@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype
-from idefics2_kernels.gpu.dependent_launch import settle
-from idefics2_kernels.gpu.primitives import cast
+from idefics2_kernels.gpu.launch_barrier import launch_barrier
+from idefics2_kernels.gpu.primitives import LOWEST, cast
 from idefics2_kernels.nf4 import nf4_weight as tables
-from idefics2_kernels.nf4.dequantize_triton import decode, numbers
+from idefics2_kernels.nf4.dequantize_triton import code_values, decode
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
@@ -23,7 +23,6 @@ NESTED_BLOCK = tl.constexpr(tables.NESTED_BLOCK)
 LAST_BIN = tl.constexpr(float(tables.BINS - 1))
 # Below it a block's reciprocal would overflow. Smaller than a normal fp32, it would make a float64 of what it meets.
 SMALLEST = tl.constexpr(1e-38)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
 # from words of eight codes to blocks
 WORD_SHIFT = tl.constexpr((tables.BLOCK // 8).bit_length() - 1)
@@ -104,7 +103,7 @@ def _quantize_kernel(
 
 @triton.jit
 def _quantize_absmax_kernel(
-    centred_ptr,  # (blocks,)
+    centered_ptr,  # (blocks,)
     bins_ptr,  # (65536,)
     absmax_ptr,  # (blocks,)
     nested_absmax_ptr,  # (ceil(blocks / 256),)
@@ -114,10 +113,10 @@ def _quantize_absmax_kernel(
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * NESTED_BLOCK + tl.arange(0, NESTED_BLOCK)
     mask = offs < blocks
-    centred = tl.load(centred_ptr + offs, mask=mask, other=0.0)
-    absmax = tl.max(tl.abs(centred), axis=0)
+    centered = tl.load(centered_ptr + offs, mask=mask, other=0.0)
+    absmax = tl.max(tl.abs(centered), axis=0)
     reciprocal = tl.math.div_rn(1.0, tl.where(absmax == 0.0, 1.0, absmax))
-    scaled = tl.minimum(tl.maximum(centred * reciprocal, -1.0), 1.0)
+    scaled = tl.minimum(tl.maximum(centered * reciprocal, -1.0), 1.0)
     bins = ((scaled + 1.0) * 0.5 * LAST_BIN + 0.5).to(tl.int32)
     code = tl.load(bins_ptr + bins, mask=mask, other=0)
     tl.store(absmax_ptr + offs, tl.where(absmax == 0.0, 0, code), mask=mask)
@@ -187,7 +186,7 @@ def _dequantize_words_kernel(
             ),
         )
     for tile in tl.static_range(TILES):
-        lows, highs = numbers(absmaxes[tile], dtype)
+        lows, highs = code_values(absmaxes[tile], dtype)
         values = decode(lows, highs, codes[tile], dtype)  # (WORDS, of a byte, byte, half a word)
         values = tl.reshape(tl.permute(values, (0, 3, 2, 1)), [WORDS, 8])
         word = first + tile * WORDS + tl.arange(0, WORDS)
@@ -196,9 +195,9 @@ def _dequantize_words_kernel(
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
-    """Quantise ``weight`` of any shape and strides in blocks of 64 of its elements, row by row.
+    """Quantize ``weight`` of any shape and strides in blocks of 64 of its elements, row by row.
 
-    With ``double_quant`` the blocks' absmaxes are quantised too, in blocks of 256.
+    With ``double_quant`` the blocks' absmaxes are quantized too, in blocks of 256.
 
     Raises:
         ValueError: ``weight`` is on a device that runs no kernels.
@@ -222,17 +221,17 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         )
     shape = tuple(weight.shape)
     if not double_quant:
-        settle(device)
+        launch_barrier(device)
         return NF4Weight(codes, absmax, shape, weight.dtype)
     offset = absmax.mean()
-    quantised = torch.empty(blocks, dtype=torch.uint8, device=device)
+    quantized = torch.empty(blocks, dtype=torch.uint8, device=device)
     nested_blocks = triton.cdiv(blocks, tables.NESTED_BLOCK)
     nested_absmax = torch.empty(nested_blocks, dtype=torch.float32, device=device)
     if numel:
         _quantize_absmax_kernel[(nested_blocks,)](
             absmax - offset,
             tables.dynamic_bins(device),
-            quantised,
+            quantized,
             nested_absmax,
             blocks,
             NESTED_BLOCK=tables.NESTED_BLOCK,
@@ -240,8 +239,8 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
         )
     offsets = offset.repeat(nested_blocks)
     nested_code = tables.dynamic_code(device)
-    settle(device)
-    return NF4Weight(codes, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
+    launch_barrier(device)
+    return NF4Weight(codes, quantized, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:

@@ -2,7 +2,7 @@
 
 The weight is flattened and cut into blocks of 64, whatever its shape; the last block may be shorter. A block has an
 absolute maximum (absmax), and each of its elements is that times one of 16 fixed values: a code of four bits. Double
-quantisation keeps the absmax in a byte: absmax = nested_code[byte] * nested_absmax[block // 256] + offset.
+quantization keeps the absmax in a byte: absmax = nested_code[byte] * nested_absmax[block // 256] + offset.
 
 A tensor has one offset. Here each of its nested absmaxes has a copy of it, so that tensors of whole nested blocks can lie
 behind each other and still be one weight (``stack``), which one kernel multiplies.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_shape
-from idefics2_kernels.gpu.dependent_launch import settle
+from idefics2_kernels.gpu.launch_barrier import launch_barrier
 
 BLOCK = 64  # elements that share an absmax
 NESTED_BLOCK = 256  # absmaxes that share a nested absmax
@@ -46,13 +46,13 @@ NF4_CODE = (
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """One quantised tensor. It is a format, not numbers: nothing widens or narrows its parts.
+    """One quantized tensor. It is a format, not numbers: nothing widens or narrows its parts.
 
     Attributes:
         codes: (ceil(elements / 2),) uint8, two codes a byte over the flattened weight, the first in the high nibble.
-        absmax: (blocks,) of 64 elements each: fp32, or uint8 where it is quantised too.
+        absmax: (blocks,) of 64 elements each: fp32, or uint8 where it is quantized too.
         shape: Of the weight, (N, K) where it is multiplied.
-        dtype: What the weight is dequantised to, and computed in: bf16, fp16 or fp32.
+        dtype: What the weight is dequantized to, and computed in: bf16, fp16 or fp32.
         offset: (ceil(blocks / 256),) fp32, the mean of a tensor's absmaxes; ``None``, as the next two, where they are fp32.
         nested_absmax: (ceil(blocks / 256),) fp32.
         nested_code: (256,) fp32, ascending.
@@ -103,7 +103,7 @@ class NF4Weight:
 
     @property
     def is_nested(self) -> bool:
-        """Whether the absmax is quantised too."""
+        """Whether the absmax is quantized too."""
         return self.offset is not None
 
     @property
@@ -148,7 +148,7 @@ def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
         if name != "nested_code"
     }
     rows = sum(weight.shape[0] for weight in weights)
-    settle(weights[0].device)
+    launch_barrier(weights[0].device)
     return replace(weights[0], shape=(rows, weights[0].shape[1]), **parts)  # type: ignore[arg-type]
 
 
@@ -202,5 +202,5 @@ def dynamic_code(device: torch.device) -> Tensor:
 def dynamic_bins(device: torch.device) -> Tensor:
     """Return the dynamic code nearest to each of 65536 numbers from -1 to 1, evenly spaced: (65536,) uint8."""
     code = dynamic_code(torch.device("cpu"))
-    centres = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
-    return torch.bucketize(centres, 0.5 * (code[:-1] + code[1:])).to(torch.uint8).to(device)
+    centers = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
+    return torch.bucketize(centers, 0.5 * (code[:-1] + code[1:])).to(torch.uint8).to(device)

@@ -6,7 +6,7 @@ it would waste nearly half of the loads. Up to 2047 columns a warp has rows of i
 The mean is taken out before the squares are summed, so that a large mean costs no digits of the variance.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 
 import torch
@@ -21,19 +21,20 @@ from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check
 class LaunchConfig:
     """A tile of whole rows, in two parts, and the warps that share it."""
 
-    block_m: int
-    block_n: int  # columns of the first part, a power of two
-    block_rest: int  # and of the second, or 0
+    BLOCK_M: int
+    BLOCK_N: int  # columns of the first part, a power of two
+    BLOCK_REST: int  # and of the second, or 0
     num_warps: int
 
 
 @cache
-def _launch_config(N: int) -> LaunchConfig:
-    block_n = 1 << (N.bit_length() - 1)
-    block_rest = triton.next_power_of_2(N - block_n) if block_n < N else 0
+def launch_config(N: int) -> LaunchConfig:
+    """Return the tile for rows of ``N``."""
+    BLOCK_N = 1 << (N.bit_length() - 1)
+    BLOCK_REST = triton.next_power_of_2(N - BLOCK_N) if BLOCK_N < N else 0
     # rows within a warp need no barrier
-    num_warps = 1 if block_n <= 1024 else 4 if block_n <= 4096 else 8
-    return LaunchConfig(max(1, min(16, 512 // block_n)), block_n, block_rest, num_warps)
+    num_warps = 1 if BLOCK_N <= 1024 else 4 if BLOCK_N <= 4096 else 8
+    return LaunchConfig(max(1, min(16, 512 // BLOCK_N)), BLOCK_N, BLOCK_REST, num_warps)
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _store(ptr, rows, x, mask_m, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _scaled(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+def _scale_and_shift(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
     offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
     if MASKED:
         weight = tl.load(weight_ptr + offs_n, mask=offs_n < N, other=0.0)
@@ -114,15 +115,15 @@ def _layer_norm_kernel(
         squares += tl.sum(rest * rest, axis=1, keep_dims=True)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
 
-    out = _scaled(x * rstd, weight_ptr, bias_ptr, N, 0, False)
+    out = _scale_and_shift(x * rstd, weight_ptr, bias_ptr, N, 0, False)
     _store(out_ptr, rows, out, mask_m, N, 0, False)
     if BLOCK_REST > 0:
-        out = _scaled(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
+        out = _scale_and_shift(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
         _store(out_ptr, rows, out, mask_m, N, BLOCK_N, True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalise ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
+    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
 
     (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a contiguous last
     axis.
@@ -167,8 +168,8 @@ def _launch(
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(out)
     if out.numel():
-        config = _launch_config(N)
-        _layer_norm_kernel[(triton.cdiv(rows.shape[0], config.block_m),)](
+        config = launch_config(N)
+        _layer_norm_kernel[(triton.cdiv(rows.shape[0], config.BLOCK_M),)](
             rows,
             residual_rows,
             weight.contiguous(),
@@ -181,9 +182,6 @@ def _launch(
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_REST=config.block_rest,
-            num_warps=config.num_warps,
+            **asdict(config),
         )
     return out.view(x.shape), None if total is None else total.view(x.shape)

@@ -3,7 +3,7 @@
 The model rounds to its dtype before it scales by the weight, and so does the kernel.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -13,10 +13,10 @@ from torch import Tensor
 from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.gpu.dependent_launch import (
     LINE,
-    dependent,
-    let_next_begin,
+    dependent_options,
+    gdc_launch_dependents,
+    gdc_wait,
     prefetch,
-    wait_for_last,
 )
 
 
@@ -24,16 +24,17 @@ from idefics2_kernels.gpu.dependent_launch import (
 class LaunchConfig:
     """A tile of whole rows, and the warps that share it."""
 
-    block_m: int
-    block_n: int
+    BLOCK_M: int
+    BLOCK_N: int
     num_warps: int
 
 
-def _launch_config(N: int) -> LaunchConfig:
+def launch_config(N: int) -> LaunchConfig:
+    """Return the tile for rows of ``N``."""
     # a thread holds 16 to 32 elements, two to four loads of 16 bytes; on an H100 90 % of a copy's bandwidth at 8192 x 4096
-    block_n = max(128, triton.next_power_of_2(N))
-    block_m = max(1, min(16, 2048 // block_n))
-    return LaunchConfig(block_m, block_n, num_warps=4 if block_n <= 2048 else 8)
+    BLOCK_N = max(128, triton.next_power_of_2(N))
+    BLOCK_M = max(1, min(16, 2048 // BLOCK_N))
+    return LaunchConfig(BLOCK_M, BLOCK_N, num_warps=4 if BLOCK_N <= 2048 else 8)
 
 
 @triton.jit
@@ -53,11 +54,11 @@ def _rms_norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    let_next_begin(IS_DEPENDENT)
+    gdc_launch_dependents(IS_DEPENDENT)
     if IS_DEPENDENT and tl.program_id(0) == 0:
         line: tl.constexpr = LINE // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
         prefetch(weight_ptr + tl.minimum(tl.arange(0, BLOCK_N // line) * line, N - 1))
-    wait_for_last(IS_DEPENDENT)
+    gdc_wait(IS_DEPENDENT)
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = tl.arange(0, BLOCK_N)[None, :]
     mask_n = offs_n < N
@@ -128,8 +129,8 @@ def _launch(
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
     total = None if residual is None else torch.empty_like(out)
     if out.numel():
-        config = _launch_config(N)
-        _rms_norm_kernel[(triton.cdiv(rows.shape[0], config.block_m),)](
+        config = launch_config(N)
+        _rms_norm_kernel[(triton.cdiv(rows.shape[0], config.BLOCK_M),)](
             rows,
             residual_rows,
             weight.contiguous(),
@@ -141,9 +142,7 @@ def _launch(
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            **dependent(),
+            **asdict(config),
+            **dependent_options(),
         )
     return out.view(x.shape), None if total is None else total.view(x.shape)

@@ -1,8 +1,8 @@
 """What the NF4 operations must compute, in plain PyTorch: bitsandbytes' bits on a CPU.
 
-Its CUDA code differs in quantising: where a nested code is looked up (here in bins, there to the last bit), in a last
+Its CUDA code differs in quantizing: where a nested code is looked up (here in bins, there to the last bit), in a last
 block that is not full (divided here, multiplied by the reciprocal there) and in the codes of zeros in a block of
-zeros. Dequantising is the same everywhere, but for its AVX-512 path, which takes rows for whole numbers of blocks.
+zeros. Dequantizing is the same everywhere, but for its AVX-512 path, which takes rows for whole numbers of blocks.
 """
 
 import torch
@@ -24,7 +24,7 @@ _SMALLEST = 1e-38  # below it a block's reciprocal would overflow
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
-    """Quantise ``weight`` of any shape in blocks of 64; with ``double_quant``, its absmaxes in blocks of 256."""
+    """Quantize ``weight`` of any shape in blocks of 64; with ``double_quant``, its absmaxes in blocks of 256."""
     flat = weight.reshape(-1).float()
     full = flat.numel() // BLOCK * BLOCK
     blocks, rest = flat[:full].view(-1, BLOCK), flat[full:]
@@ -43,22 +43,22 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     if not double_quant:
         return NF4Weight(packed, absmax, shape, weight.dtype)
     offset = absmax.mean()
-    quantised, nested_absmax = _quantize_absmax(absmax - offset)
+    quantized, nested_absmax = _quantize_absmax(absmax - offset)
     offsets = offset.repeat(nested_absmax.numel())
     nested_code = dynamic_code(flat.device)
-    return NF4Weight(packed, quantised, shape, weight.dtype, offsets, nested_absmax, nested_code)
+    return NF4Weight(packed, quantized, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 
-def _quantize_absmax(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise ``centred`` (blocks,) to the dynamic code in blocks of 256: bytes (blocks,), their absmax."""
-    padding = -centred.numel() % NESTED_BLOCK
-    blocks = torch.cat([centred, centred.new_zeros(padding)]).view(-1, NESTED_BLOCK)
+def _quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256: bytes (blocks,), their absmax."""
+    padding = -centered.numel() % NESTED_BLOCK
+    blocks = torch.cat([centered, centered.new_zeros(padding)]).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / absmax.masked_fill(absmax == 0, 1.0))[:, None]).clamp(-1, 1)
     # no weight that is not finite comes through, but none may read past the table either
     bins = ((scaled + 1.0) * 0.5 * (BINS - 1) + 0.5).nan_to_num().long()
-    quantised = dynamic_bins(centred.device)[bins].masked_fill(absmax[:, None] == 0, 0)
-    return quantised.view(-1)[: centred.numel()], absmax
+    quantized = dynamic_bins(centered.device)[bins].masked_fill(absmax[:, None] == 0, 0)
+    return quantized.view(-1)[: centered.numel()], absmax
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
@@ -77,7 +77,7 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
 
 
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantised and transposed, and add ``bias`` (N,): (..., N).
+    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (..., N).
 
     The weight is rounded to its own dtype, which is the model's; ``x`` may be wider.
     """

@@ -29,7 +29,7 @@ from idefics2_engine.sampling.sampler import Choice, Sampler
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from idefics2_kernels import REFERENCE, TRITON, Ops
-from idefics2_kernels.reference import operations as reference
+from idefics2_kernels.reference import sampling as reference
 
 V, IMAGE, EOS = 50, 49, 2
 NEVER = float("-inf")

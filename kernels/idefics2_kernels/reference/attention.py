@@ -1,0 +1,165 @@
+"""What the three attentions must compute, in plain PyTorch.
+
+Packed sequences: B sequences follow each other along the first axis. ``cu_seqlens`` (B + 1,) int32
+holds where each begins and the last ends. Sequences of equal length are computed together, so that
+no score matrix spans two.
+"""
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels.reference.precision import widen
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Attend ``q`` (B, S, H, D) to ``k`` and ``v`` (B, T, H_KV, D) where ``visible`` (S, T); grouped heads.
+
+    A query that sees no key gives zeros.
+    """
+    B, S, H, D = q.shape
+    H_KV = k.shape[2]
+    grouped = widen(q).view(B, S, H_KV, H // H_KV, D).permute(0, 2, 3, 1, 4)  # (B, H_KV, G, S, D)
+    keys = widen(k).permute(0, 2, 3, 1)[:, :, None]  # (B, H_KV, 1, D, T)
+    values = widen(v).permute(0, 2, 1, 3)[:, :, None]  # (B, H_KV, 1, T, D)
+    scores = grouped @ keys * scale
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(-1)
+    if visible is not None:
+        weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    return (weights @ values).permute(0, 3, 1, 2, 4).reshape(B, S, H, D).to(q.dtype)
+
+
+def _make_mask(
+    S: int, T: int, causal: bool, window: int | None, device: torch.device
+) -> Tensor | None:
+    """Say which of T keys each of the last S queries sees: (S, T), or ``None`` for all of them."""
+    if not causal and window is None:
+        return None
+    distance = torch.arange(T - S, T, device=device)[:, None] - torch.arange(T, device=device)
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    return seen
+
+
+def _group_by_length(
+    cu_seqlens: Tensor, max_seqlen: int, total: int
+) -> list[tuple[int, Tensor | None]]:
+    """Group packed sequences by length: (length, their indices), ``None`` where all have that length.
+
+    The equal case reads nothing back from the device.
+    """
+    B = cu_seqlens.shape[0] - 1
+    if B * max_seqlen == total:
+        return [(max_seqlen, None)]
+    lengths = cu_seqlens.diff()
+    return [(n, torch.nonzero(lengths == n)[:, 0]) for n in torch.unique(lengths).tolist()]
+
+
+def _packed_rows(cu_seqlens: Tensor, members: Tensor, length: int) -> Tensor:
+    """Give the packed rows of the ``members`` (G,), all of one ``length``: (G, length)."""
+    return cu_seqlens[members].long()[:, None] + torch.arange(length, device=cu_seqlens.device)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
+
+    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are
+    multiplied by ``scale``, 1/sqrt(D) unless given. Query head h reads key head h // (H // H_KV).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts, rows = [], []
+    for length, members in _group_by_length(cu_seqlens, max_seqlen, q.shape[0]):
+        visible = _make_mask(length, length, causal, window, q.device)
+        if members is None:
+            B = cu_seqlens.shape[0] - 1
+            batched = [t.reshape(B, length, *t.shape[1:]) for t in (q, k, v)]
+            return _attend(batched[0], batched[1], batched[2], visible, scale).reshape(q.shape)
+        rows.append(_packed_rows(cu_seqlens, members, length))
+        parts.append(_attend(q[rows[-1]], k[rows[-1]], v[rows[-1]], visible, scale))
+    order = torch.cat([r.flatten() for r in rows]).argsort()
+    return torch.cat([part.flatten(0, 1) for part in parts])[order]
+
+
+def perceiver_attention(
+    q: Tensor,
+    k_context: Tensor,
+    v_context: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of latents to their image's patches and to themselves.
+
+    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N + 1,);
+    ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). No mask: every latent sees every key.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts, images = [], []
+    for length, members in _group_by_length(cu_seqlens, max_seqlen, k_context.shape[0]):
+        if members is None:
+            k, v = (
+                torch.cat([t.reshape(q.shape[0], length, *t.shape[1:]), latents], 1)
+                for t, latents in ((k_context, k_latents), (v_context, v_latents))
+            )
+            return _attend(q, k, v, None, scale)
+        rows = _packed_rows(cu_seqlens, members, length)
+        k = torch.cat([k_context[rows], k_latents[members]], 1)
+        v = torch.cat([v_context[rows], v_latents[members]], 1)
+        parts.append(_attend(q[members], k, v, None, scale))
+        images.append(members)
+    return torch.cat(parts)[torch.cat(images).argsort()]
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
+
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D); sequence b's token t lies in page ``block_table[b, t // P]``
+    (B, pages) at offset t % P; ``context_lens`` (B,) counts its keys, those of this step's queries last.
+    ``cu_seqlens`` (B + 1,) packs the queries. Entries of ``block_table`` past the last page in reach, and those
+    wholly behind the ``window``, are never read.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    P = k_cache.shape[2]
+    outs = []
+    offsets, lengths = cu_seqlens.tolist(), context_lens.tolist()
+    for b, T in enumerate(lengths):
+        S = offsets[b + 1] - offsets[b]
+        if S == 0:
+            continue
+        first = 0 if window is None else max(T - S - window + 1, 0) // P  # first page in reach
+        pages = block_table[b, first : -(-T // P)].long()
+        k, v = (
+            cache[pages].transpose(1, 2).flatten(0, 1)[None, : T - first * P]
+            for cache in (k_cache, v_cache)
+        )
+        visible = _make_mask(S, T - first * P, True, window, q.device)
+        outs.append(_attend(q[None, offsets[b] : offsets[b + 1]], k, v, visible, scale)[0])
+    return torch.cat(outs) if outs else torch.zeros_like(q)

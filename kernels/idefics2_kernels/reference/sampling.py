@@ -1,0 +1,87 @@
+"""What ``sample`` must compute, in plain PyTorch: filters of the logits and a draw by Philox."""
+
+import torch
+from torch import Tensor
+
+from idefics2_kernels.reference.precision import widen
+
+
+def philox_uniform(seed: Tensor, index: Tensor) -> Tensor:
+    """Draw one fp32 number in [0, 1) for each ``seed`` (B,) int64 and ``index`` (B,) int64.
+
+    The first word of Philox4x32-10 (Salmon et al., 2011) with key ``seed`` and counter (index, 0, 0, 0), its upper
+    24 bits: the same stream on every device and for every batching.
+    """
+    mask = 0xFFFFFFFF
+    key0, key1 = seed & mask, (seed >> 32) & mask
+    c0, c1 = index & mask, (index >> 32) & mask
+    c2 = c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        high0, low0 = _multiply32(c0, 0xD2511F53)
+        high1, low1 = _multiply32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
+    return (c0 >> 8).to(torch.float32) * 2.0**-24
+
+
+def _multiply32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """Multiply 32-bit values held in int64 by a 32-bit ``constant``: high and low words."""
+    low = x * (constant & 0xFFFF)  # each partial product fits 48 bits
+    high = x * (constant >> 16)
+    total = low + ((high & 0xFFFF) << 16)
+    return ((high >> 16) + (total >> 32)) & 0xFFFFFFFF, total & 0xFFFFFFFF
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    index: Tensor,
+    *,
+    min_p_first: bool = True,
+) -> Tensor:
+    """Draw one token a row from ``logits`` (B, V): (B,) int64.
+
+    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p`` in (0, 1],
+    ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. After the temperature, top-k keeps the
+    k largest logits; top-p the tokens with less than ``top_p`` of the remaining probability strictly above them;
+    min-p those with at least ``min_p`` times the largest probability. Ties at a boundary stay together.
+    ``min_p_first`` applies min-p before the other two (vLLM's order), else after (transformers').
+    """
+    V = logits.shape[-1]
+    greedy = temperature == 0
+    wide = widen(logits)
+    # the largest at zero: no temperature, however low, makes it overflow
+    scores = (wide - wide.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)[:, None]
+    if min_p_first:
+        scores = keep_min_p(scores, min_p)
+    descending = scores.sort(-1, descending=True).values
+    rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
+    descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
+    scores = scores.masked_fill(scores < top_p_threshold(descending, top_p), float("-inf"))
+    if not min_p_first:
+        scores = keep_min_p(scores, min_p)
+    weights = scores.softmax(-1).double()
+    cumulative = weights.cumsum(-1)
+    threshold = philox_uniform(seed, index)[:, None] * cumulative[:, -1:]
+    # a parallel sum may wobble over tokens of no weight: those are never drawn
+    drawn = ((cumulative > threshold) & (weights > 0)).int().argmax(-1)
+    return torch.where(greedy, logits.argmax(-1), drawn)
+
+
+def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Set scores (B, V) to -inf that have less than ``min_p`` (B,) of the largest probability."""
+    floor = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
+    return scores.masked_fill(scores < floor, float("-inf"))
+
+
+def top_p_threshold(descending: Tensor, top_p: Tensor) -> Tensor:
+    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already: (B, 1)."""
+    above = descending.softmax(-1).cumsum(-1).roll(1, -1)
+    above[:, 0] = 0.0  # probability before each rank
+    kept = (above < top_p[:, None]) | (top_p >= 1)[:, None]
+    kept &= descending > float("-inf")
+    return descending.gather(-1, kept.sum(-1, keepdim=True).clamp_min(1) - 1)
