@@ -82,14 +82,14 @@ def test_a_private_name_is_found(tmp_path: Path) -> None:
     file.write_text(
         "from module import _function, public\n"
         "_own = public._attribute\n"
-        "setattr(public, '_string', _own)\n"
+        "setattr(public, '_in_a_string', _own)\n"
         "public._written = 1\n"
         "public._own, public.__dunder__, public._of_a_library, '_a_kernel'\n"
     )
-    ours = frozenset({"_function", "_attribute", "_string", "_written", "_own", "_a_kernel"})
+    ours = frozenset({"_function", "_attribute", "_in_a_string", "_written", "_own", "_a_kernel"})
     assert sorted(foreign_uses(file, ours)) == [
         "test_it.py:1 _function",
         "test_it.py:2 _attribute",
-        "test_it.py:3 _string",
+        "test_it.py:3 _in_a_string",
         "test_it.py:4 _written",
     ]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import idefics2_kernels
 
-_PATIENCE = 20.0  # seconds that a barrier is waited for
+PATIENCE = 20.0  # seconds that a barrier is waited for
 _local = threading.local()
 
 
@@ -151,7 +151,7 @@ class Barrier:
     def wait(self, parity: int) -> None:
         assert parity in (0, 1)
         with self.changed:
-            done = self.changed.wait_for(lambda: self.phase & 1 != parity, _PATIENCE)
+            done = self.changed.wait_for(lambda: self.phase & 1 != parity, PATIENCE)
         assert done, "waited for ever"
 
 

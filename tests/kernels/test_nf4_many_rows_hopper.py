@@ -251,7 +251,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_on_cpu, "_PATIENCE", 1.0)
+    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
     kernel = gluon_on_cpu.load(*MODULES, change=MUTATIONS[name])
     x, bias = torch.randn(270, 320).bfloat16(), 99 * torch.randn(306).bfloat16()
     weight = stack([random_weight(256, 320), random_weight(50, 320, scale=3.0)])

@@ -325,7 +325,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, batch = MUTATIONS[name]
-    monkeypatch.setattr(gluon_on_cpu, "_PATIENCE", 1.0)
+    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
     kernel, inputs = gluon_on_cpu.load(*MODULES, change=(old, new)), BATCHES[batch].inputs()
     try:
         out = run(kernel, inputs, monkeypatch)
