@@ -321,15 +321,20 @@ class _DefaultDevice:
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_torch_settings_of_the_caller_change_no_answer(
-    load: Load, setting: Callable[[], Any], quantization: str | None
-) -> None:
-    if quantization is not None and load().model.device.type == "cuda":
+@pytest.fixture(scope="module", params=[None, "nf4"])
+def outside(load: Load, request: pytest.FixtureRequest) -> tuple[str | None, LLM, list[Any]]:
+    """Return a quantization, a model loaded with it under torch's own settings, and its answers."""
+    if request.param is not None and load().model.device.type == "cuda":
         pytest.skip("in 16 bit, which NF4 needs there, the order of sums may change a token")
-    loaded_outside = load(quantization=quantization)
-    wanted = answers(loaded_outside)
+    llm = load(quantization=request.param)
+    return request.param, llm, answers(llm)
+
+
+@pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
+def test_torch_settings_of_the_caller_change_no_answer(
+    load: Load, setting: Callable[[], Any], outside: tuple[str | None, LLM, list[Any]]
+) -> None:
+    quantization, loaded_outside, wanted = outside
     with setting():
         loaded_inside = load(quantization=quantization)
         assert_equal(answers(loaded_outside), wanted)
@@ -416,7 +421,7 @@ def test_each_request_is_looked_at_as_often_however_many_there_are(
 
     monkeypatch.setattr(Request, "finished", property(finished))
     each = []
-    for count in (64, 640):
+    for count in (16, 160):
         looks = 0
         prompts = [{"prompt_token_ids": [1, 5, 7]}] * count
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
