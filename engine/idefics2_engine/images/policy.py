@@ -1,6 +1,6 @@
 """What becomes of an image that leaves a choice: alpha, rotation, 16 bits, floats, several frames.
 
-The only file that decides such things for Pillow images; ``pixel_arrays`` decides them for arrays.
+The only file that decides such things for Pillow images; ``arrays`` decides them for arrays.
 """
 
 import warnings

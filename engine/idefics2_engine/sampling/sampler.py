@@ -4,7 +4,7 @@ In this order, vLLM's:
 
 1. log probabilities to report, of the logits as the model gave them (``logprobs``);
 2. allowed ids, bad words, end tokens before ``min_tokens``, bias, then the penalties for repetition, frequency and
-   presence (``logit_edits``);
+   presence (``logits_processors``);
 3. temperature, min-p, top-k, top-p and the draw (``Ops.sample``); with ``min_p_first=False`` min-p comes last, as in
    transformers.
 
