@@ -45,4 +45,4 @@ sanitize: $(INSTALLED)  ## run every kernel under compute-sanitizer (needs a GPU
 
 clean:  ## remove everything that was built, the environment too
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find engine kernels examples tests -name __pycache__ -type d -exec rm -rf {} +
+	find engine kernels bench examples tests -name __pycache__ -type d -exec rm -rf {} +

@@ -39,14 +39,16 @@ def collect(missing: list[str], *files: str) -> str:
 
 
 def test_a_module_whose_extra_is_missing_is_skipped_with_the_reason() -> None:
-    said = collect(["bitsandbytes"], "test_nf4.py", "test_quantization.py")
+    said = collect(
+        ["bitsandbytes"], "kernels/test_nf4.py", "engine/checkpoint/test_quantization.py"
+    )
     for name in ("test_nf4.py", "test_quantization.py"):
         assert f"{name} needs bitsandbytes, of the extra 'test'" in said
     assert "error" not in said
 
 
 def test_a_module_that_misses_anything_else_is_an_error() -> None:
-    assert "No module named 'guarded'" in collect(["guarded"], "test_parity.py")
+    assert "No module named 'guarded'" in collect(["guarded"], "kernels/test_parity.py")
 
 
 @pytest.mark.parametrize(("told", "wanted"), [(None, SMALL_MODEL_THREADS), ("2", 2)])

@@ -1,14 +1,27 @@
-"""Pages of documentation: one width, and links that lead somewhere."""
+"""Pages of documentation: one width, links that lead somewhere, and files that exist."""
 
 import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from paths import ROOT
 
-PAGES = [ROOT / "DESIGN.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "DESIGN", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 WIDTH = 100
+# A page names a file or folder from one of these on
+FOLDERS = [
+    ROOT,
+    ROOT / "engine/idefics2_engine",
+    ROOT / "kernels/idefics2_kernels",
+    ROOT / "bench/idefics2_bench",
+]
 
 
 def anchors(page: Path) -> set[str]:
@@ -29,6 +42,30 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
+def spelled_out(name: str) -> Iterator[str]:
+    """Yield the names that ``a/{b, c}.py`` stands for."""
+    parts = [part.split(",") for part in re.split(r"[{}]", name)]
+    yield from ("".join(word.strip() for word in words) for words in product(*parts))
+
+
+def is_there(name: str) -> bool:
+    """Say whether a module, a file or a folder of this name exists; one without a folder, anywhere."""
+    if name.startswith("idefics2_") and "/" not in name:
+        return find_spec(name) is not None
+    if "/" in name:
+        return any((folder / name).exists() for folder in FOLDERS)
+    places = ("engine", "kernels", "bench", "examples", "tests")
+    return any(next((ROOT / place).rglob(name), None) for place in places)
+
+
+def missing_modules(page: Path) -> list[str]:
+    """Return the names in backticks that look like files, folders or modules of ours and are none."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    looks = re.compile(r"[\w./]+\.py|\w[\w./]*/|idefics2_(engine|kernels|bench)(\.\w+)*")
+    names = [name for code in re.findall(r"`([^`\n]+)`", text) for name in spelled_out(code)]
+    return [name for name in names if looks.fullmatch(name) and not is_there(name)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_prose_is_wrapped(page: Path) -> None:
     # A row of a table is one line, and so is a link
@@ -39,6 +76,26 @@ def test_prose_is_wrapped(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings(page: Path) -> None:
     assert broken_links(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_that_pages_name_exist(page: Path) -> None:
+    assert missing_modules(page) == []
+
+
+def test_a_module_that_is_missing_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`llm.py` `lmm.py` `model/{config, confit}.py` `scheduling/` `schedule/` `llm.stats`\n"
+        "`idefics2_kernels.nf4` `idefics2_kernels.nf5` `tests/helpers/paths.py` `/images/`\n"
+        "```\n`in_code.py`\n```\n"
+    )
+    assert missing_modules(page) == [
+        "lmm.py",
+        "model/confit.py",
+        "schedule/",
+        "idefics2_kernels.nf5",
+    ]
 
 
 def test_a_broken_link_is_found(tmp_path: Path) -> None:

@@ -134,14 +134,14 @@ class Trainer:
         loss.backward()
         with torch.no_grad():
             torch._foreach_copy_(_gradients(self.masters), _gradients(self.model.parameters()))
-            self._clip()
+            self.clip_gradients()
             for optimizer in self.optimizers:
                 optimizer.step()
             self._copy_masters()
         self.model.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def _clip(self) -> None:
+    def clip_gradients(self) -> None:
         """Shorten a long gradient; one that is not finite becomes zero."""
         norm = self._gradient.norm()
         self._gradient.nan_to_num_(0.0, 0.0, 0.0)

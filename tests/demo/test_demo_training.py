@@ -212,12 +212,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data: DataSet) -> None:
     trainer = new_trainer("--steps", "6")
     with torch.no_grad():
         trainer.masters[0].grad[0] = torch.nan  # type: ignore[index]
-        trainer._clip()
+        trainer.clip_gradients()
     assert not any(master.grad.any() for master in trainer.masters)  # type: ignore[union-attr]
     with torch.no_grad():
         for master in trainer.masters:
             master.grad.fill_(1.0)  # type: ignore[union-attr]
-        trainer._clip()
+        trainer.clip_gradients()
     norms = [master.grad.norm().item() for master in trainer.masters]  # type: ignore[union-attr]
     assert abs(np.linalg.norm(norms) - 1.0) < 1e-3
 

@@ -9,24 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-from chat_checkpoint import IMAGE, LATENTS, write_chat_checkpoint
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import ConfigError, PromptError, SamplingError
 from oracle import random_image
+from tiny_checkpoint import IMAGE, LATENTS, write_checkpoint
 
 EOS, END_OF_UTTERANCE, FAKE = 2, 32002, 32000
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The folder of a checkpoint, and transformers' model."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of a checkpoint whose window is shorter than its prompts, and transformers' model."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    return folder, write_chat_checkpoint(folder)
+    return folder, write_checkpoint(folder, window=24)
 
 
 @pytest.fixture(scope="module")
-def llm(checkpoint: tuple[Path, Any]) -> LLM:
-    return LLM(checkpoint[0], device="cpu", dtype="float32")
+def checkpoint(written: tuple[Path, Any]) -> Path:
+    return written[0]
+
+
+@pytest.fixture(scope="module")
+def oracle(written: tuple[Path, Any]) -> Any:
+    return written[1]
 
 
 WORDS = [
@@ -99,12 +104,12 @@ def ours(llm: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[list[i
 )
 def test_greedy_tokens_are_transformers(
     llm: LLM,
-    checkpoint: tuple[Path, Any],
+    oracle: Any,
     their_options: dict[str, Any],
     our_options: dict[str, Any],
 ) -> None:
     prompts = make_prompts()
-    expected = oracle_generate(llm, checkpoint[1], prompts, max_new_tokens=24, **their_options)
+    expected = oracle_generate(llm, oracle, prompts, max_new_tokens=24, **their_options)
     got = ours(llm, prompts, max_tokens=24, **our_options)
     for want, have in zip(expected, got, strict=True):
         ends = [i for i, token in enumerate(want) if token in (EOS, END_OF_UTTERANCE)]
@@ -112,14 +117,11 @@ def test_greedy_tokens_are_transformers(
     assert len({tuple(tokens) for tokens in got}) > 10, "the prompts must matter"
 
 
-def test_image_tokens_are_barred_where_they_would_win(
-    checkpoint: tuple[Path, Any], llm: LLM
-) -> None:
+def test_image_tokens_are_barred_where_they_would_win(checkpoint: Path, llm: LLM) -> None:
     prompt = make_prompts()[7]
     token = ours(llm, [prompt], max_tokens=1)[0][0]
-    folder = checkpoint[0]
-    generation = json.loads((folder / "generation_config.json").read_text())
-    barred = LLM(folder, device="cpu", max_num_seqs=1)
+    generation = json.loads((checkpoint / "generation_config.json").read_text())
+    barred = LLM(checkpoint, device="cpu", max_num_seqs=1)
     barred.engine.sampler.bad_words_ids = [*generation["bad_words_ids"], [token]]
     second = ours(barred, [prompt], max_tokens=1)[0][0]
     assert second != token
@@ -127,9 +129,9 @@ def test_image_tokens_are_barred_where_they_would_win(
     assert second in ours(barred, [prompt], max_tokens=2)[0]
 
 
-def test_batch_equals_single(checkpoint: tuple[Path, Any], llm: LLM) -> None:
+def test_batch_equals_single(checkpoint: Path, llm: LLM) -> None:
     prompts = make_prompts()
-    narrow = LLM(checkpoint[0], device="cpu", max_num_seqs=3, max_model_len=80, kv_cache_tokens=192)
+    narrow = LLM(checkpoint, device="cpu", max_num_seqs=3, max_model_len=80, kv_cache_tokens=192)
     assert ours(narrow, prompts, max_tokens=8) == ours(llm, prompts, max_tokens=8)
     assert [ours(llm, [prompt], max_tokens=8)[0] for prompt in prompts] == ours(
         llm, prompts, max_tokens=8
@@ -257,8 +259,8 @@ def test_chat_and_raw_prompt_agree(llm: LLM) -> None:
     assert [o.outputs[0].text for o in pair] == [chat.outputs[0].text] * 2
 
 
-def test_lengths_end_at_the_models(checkpoint: tuple[Path, Any]) -> None:
-    short = LLM(checkpoint[0], device="cpu", max_model_len=12)
+def test_lengths_end_at_the_models(checkpoint: Path) -> None:
+    short = LLM(checkpoint, device="cpu", max_model_len=12)
     output = short.generate("a b c", SamplingParams(max_tokens=None, ignore_eos=True))[0]
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 12
     assert output.outputs[0].finish_reason == "length"
@@ -284,18 +286,18 @@ def test_malformed_prompts(llm: LLM, prompt: Any, match: str) -> None:
     assert not llm.engine.has_work
 
 
-def test_malformed_arguments(checkpoint: tuple[Path, Any], llm: LLM, tmp_path: Path) -> None:
+def test_malformed_arguments(checkpoint: Path, llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder"):
         LLM(tmp_path / "absent")
     with pytest.raises(ConfigError, match="max_model_len"):
-        LLM(checkpoint[0], max_model_len=513)
+        LLM(checkpoint, max_model_len=513)
     with pytest.raises(ConfigError, match="dtype"):
-        LLM(checkpoint[0], dtype="int4")
+        LLM(checkpoint, dtype="int4")
     with pytest.raises(ConfigError, match="kv_cache_tokens"):
-        LLM(checkpoint[0], kv_cache_tokens=100)
+        LLM(checkpoint, kv_cache_tokens=100)
     for share in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ConfigError, match="gpu_memory_utilization must be a number in"):
-            LLM(checkpoint[0], gpu_memory_utilization=share)
+            LLM(checkpoint, gpu_memory_utilization=share)
     with pytest.raises(PromptError, match="sampling_params"):
         llm.generate(["a", "b"], [SamplingParams()])
 
@@ -312,9 +314,9 @@ def test_a_call_beside_an_open_stream_harms_neither(llm: LLM) -> None:
 
 
 def test_a_bare_generation_config_lets_no_image_token_through(
-    checkpoint: tuple[Path, Any], tmp_path: Path
+    checkpoint: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(checkpoint[0], tmp_path, dirs_exist_ok=True)
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text('{"_from_model_config": true}')
     llm = LLM(tmp_path, device="cpu")
     with torch.no_grad():
@@ -339,8 +341,8 @@ def test_every_stop_id_of_the_vocabulary_is_taken(llm: LLM) -> None:
         llm.generate("a", SamplingParams(stop_token_ids=[0, 32003]))
 
 
-def test_more_tokens_than_there_is_room_for_are_refused(checkpoint: tuple[Path, Any]) -> None:
-    short = LLM(checkpoint[0], device="cpu", max_model_len=12)
+def test_more_tokens_than_there_is_room_for_are_refused(checkpoint: Path) -> None:
+    short = LLM(checkpoint, device="cpu", max_model_len=12)
     prompt = {"prompt_token_ids": [1] * 8}
     four = SamplingParams(max_tokens=None, min_tokens=4)
     assert len(short.generate(prompt, four)[0].outputs[0].token_ids) == 4
@@ -386,8 +388,8 @@ def test_repetition_penalty_on_image_tokens_alone(llm: LLM) -> None:
     assert len(llm.generate(prompt, params)[0].outputs[0].token_ids) == 2
 
 
-def test_the_default_cache_holds_every_full_sequence(checkpoint: tuple[Path, Any]) -> None:
-    config = LLM(checkpoint[0], device="cpu", max_model_len=65, max_num_seqs=8).engine_config
+def test_the_default_cache_holds_every_full_sequence(checkpoint: Path) -> None:
+    config = LLM(checkpoint, device="cpu", max_model_len=65, max_num_seqs=8).engine_config
     assert config.num_pages == 8 * 2
 
 
@@ -411,7 +413,7 @@ def test_what_is_no_conversation(llm: LLM, messages: Any) -> None:
         llm.chat(messages)
 
 
-def test_devices(checkpoint: tuple[Path, Any]) -> None:
+def test_devices(checkpoint: Path) -> None:
     for device in ("meta", "mps", "tpu", f"cuda:{torch.cuda.device_count()}"):
         with pytest.raises(ConfigError, match="device"):
-            LLM(checkpoint[0], device=device)
+            LLM(checkpoint, device=device)

@@ -24,16 +24,9 @@ from idefics2_engine.errors import (
 )
 from idefics2_engine.prefetcher import Prefetcher
 from oracle import random_image
-from tiny_checkpoint import write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
-
-
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
-    return LLM(folder, device="cpu", dtype="float32", max_model_len=200, max_num_seqs=4)
+SETTINGS = {"max_model_len": 200, "max_num_seqs": 4}  # of ``llm``
 
 
 def prompts(count: int) -> list[Any]:
@@ -279,14 +272,13 @@ def test_a_source_that_fails_loses_nothing_that_it_gave(llm: LLM, error: BaseExc
     assert all(output.outputs[0].token_ids for output in got)
 
 
-def test_the_seed_of_a_row_does_not_depend_on_threads(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
+def test_the_seed_of_a_row_does_not_depend_on_threads(checkpoint: Path) -> None:
     params = SamplingParams(max_tokens=4, min_tokens=4)
     rows: list[Any] = prompts(12)
     rows[5] = 7  # a row that is wrong draws a seed as well
     first, second = (
         tokens(
-            [o for o in LLM(tmp_path, device="cpu", seed=3).iterate(rows, params) if not o.error]
+            [o for o in LLM(checkpoint, device="cpu", seed=3).iterate(rows, params) if not o.error]
         )
         for _ in range(2)
     )

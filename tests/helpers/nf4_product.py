@@ -1,5 +1,7 @@
 """Inputs of NF4 products, and what comes of them, for the tests of kernels that run on a CPU."""
 
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -11,31 +13,45 @@ from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 DTYPES = torch.bfloat16, torch.float16
 
 
-def draw(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    *,
-    double_quant: bool = True,
-    has_bias: bool = True,
-    absmax: float = 0.0,
-) -> dict[str, Any]:
-    """Draw x (M, K), beside which lies NaN, a weight (N, K) and a bias; no number is negative if all blocks' ``absmax`` is given."""
-    wide = torch.full((M + 3, K + 24), float("nan"), dtype=dtype)
-    rows = wide[1 : M + 1, 8 : K + 8]
-    rows.copy_(torch.randn(M, K))
-    dense = torch.randn(N, K).to(dtype) * 0.1
-    if absmax:
-        rows.abs_()
-        dense.abs_()
-    weight = nf4_quantize(dense, double_quant=double_quant)
-    if absmax:
-        weight.absmax.fill_(absmax)
-    return {"rows": rows, "weight": weight, "bias": torch.randn(N).to(dtype) if has_bias else None}
+@dataclass(frozen=True)
+class Product:
+    """The sizes of x (M, K) and a weight (N, K), and what else a product has."""
+
+    M: int
+    N: int
+    K: int
+    _: KW_ONLY
+    double_quant: bool = True
+    bias: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    absmax: float = 0.0  # of all blocks, where given; then no number is negative
+
+    def inputs(self) -> dict[str, Any]:
+        """Draw x, beside which is NaN, a weight and a bias."""
+        wide = torch.full((self.M + 3, self.K + 24), float("nan"), dtype=self.dtype)
+        rows = wide[1 : self.M + 1, 8 : self.K + 8]
+        rows.copy_(torch.randn(self.M, self.K))
+        dense = torch.randn(self.N, self.K).to(self.dtype) * 0.1
+        if self.absmax:
+            rows.abs_()
+            dense.abs_()
+        weight = nf4_quantize(dense, double_quant=self.double_quant)
+        if self.absmax:
+            weight.absmax.fill_(self.absmax)
+        bias = torch.randn(self.N).to(self.dtype) if self.bias else None
+        return {"rows": rows, "weight": weight, "bias": bias}
 
 
 def expected(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     """Return the product in float64, rounded."""
     out = rows.double() @ nf4_dequantize(weight).double().t()
     return (out if bias is None else out + bias.double()).to(rows.dtype)
+
+
+def is_noticed(run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> bool:
+    """Say whether ``run`` with a changed kernel reads past a tensor or gives another product."""
+    try:
+        out = run(inputs)
+    except (AssertionError, IndexError):
+        return True
+    return not torch.equal(out, expected(**inputs))

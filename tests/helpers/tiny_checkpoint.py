@@ -8,6 +8,7 @@ from typing import Any
 from oracle import TinyCase, build_oracle, save_oracle
 from paths import EIGHT_B
 
+IMAGE = 32001
 LATENTS = 4
 
 
@@ -18,6 +19,7 @@ def write_checkpoint(
     tied: bool = False,
     chat: bool = True,
     window: int = 4096,
+    max_positions: int = 512,
     **saving: Any,
 ) -> Any:
     """Write the checkpoint to ``folder``, like idefics2-8b or, without ``chat``, like idefics2-8b-base; return the oracle."""
@@ -32,13 +34,13 @@ def write_checkpoint(
             "intermediate_size": 24,
             "num_hidden_layers": 2,
             "vocab_size": vocab_size,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": max_positions,
             "sliding_window": window,
         },
         tied=tied,
     )
     config = case.config()
-    config.image_token_id = 32001
+    config.image_token_id = IMAGE
     oracle = build_oracle(case, config=config)
     if saving:
         oracle.save_pretrained(folder, **saving)

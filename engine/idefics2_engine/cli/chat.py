@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
         raise ImageError("image: must be a file, as standard input is the conversation's, got '-'")
     images = [options.read_image(name, args) for name in args.images]
     with options.loaded_llm(args) as llm:
-        chat = _Chat(llm, params, args, images)
+        chat = Chat(llm, params, args, images)
         if streams.are_terminals():
             with chat.interrupts:
-                _talk(chat)
+                talk(chat)
         else:
             for line in streams.input_lines():
                 if not chat.take(line):
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _talk(chat: "_Chat") -> None:
+def talk(chat: "Chat") -> None:
     """Prompt for messages; an error or Ctrl-C ends an answer, not the conversation."""
     with contextlib.suppress(ImportError):  # not on every platform
         import readline  # noqa: F401  line editing and history for input()
@@ -84,7 +84,7 @@ def _talk(chat: "_Chat") -> None:
 
 
 @dataclass
-class _Chat:
+class Chat:
     """A conversation so far, and the images that wait for the next message."""
 
     llm: "LLM"

@@ -10,12 +10,12 @@ Part = tuple[slice, slice]
 """Rows and columns of an image."""
 
 # Few enough that the temporaries of a part stay in the CPU's cache
-_PIXELS = 1 << 14
+PART_PIXELS = 1 << 14
 
 
 def parts(height: int, width: int) -> Iterator[Part]:
     """Yield the parts that make up an image, cut across its longer side."""
-    step = max(1, _PIXELS // max(1, min(height, width)))
+    step = max(1, PART_PIXELS // max(1, min(height, width)))
     everything = slice(None)
     for begin in range(0, max(height, width), step):
         cut = slice(begin, begin + step)

@@ -15,7 +15,7 @@ from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
 from idefics2_engine.images.pixel_parts import convert_in_parts
 
 _PLAIN_MODES = ("1", "L", "P", "RGB")  # what ``strict`` takes, without transparency
-_PART_PIXELS = 1 << 20  # of an image that is laid on white
+PART_PIXELS = 1 << 20  # of an image that is laid on white
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -154,8 +154,8 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     """Return the image on a white page, part by part: the steps hold five copies of a part."""
     page = Image.new("RGB", image.size)
-    width = min(image.width, _PART_PIXELS)
-    height = max(1, _PART_PIXELS // width)
+    width = min(image.width, PART_PIXELS)
+    height = max(1, PART_PIXELS // width)
     for top in range(0, image.height, height):
         for left in range(0, image.width, width):
             right, bottom = min(left + width, image.width), min(top + height, image.height)

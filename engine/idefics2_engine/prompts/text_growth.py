@@ -25,6 +25,10 @@ def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
     """Yield the steps that ``step``, a well-formed part of ``tokenizer.json``, is made of."""
     if step is None:
         return
+    if not isinstance(step, Mapping):
+        # The library reads some steps from a list of their values as well
+        yield {"type": None}
+        return
     if step.get("type") != "Sequence":
         yield step
         return

@@ -77,6 +77,11 @@ class EditFinder:
         self.image_token_id = image_token_id
         self._requests: WeakKeyDictionary[Sequence, _Asked] = WeakKeyDictionary()
 
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences of which something is kept."""
+        return len(self._requests)
+
     def find(
         self, sequences: list[Sequence], bad_words_ids: Items[Items[int]], vocab_size: int
     ) -> tuple[list[Ids], list[Floats]]:

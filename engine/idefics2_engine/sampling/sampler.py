@@ -112,6 +112,11 @@ class Sampler:
         self.min_p_first = min_p_first
         self._edits = EditFinder(image_token_id)
 
+    @property
+    def num_sequences(self) -> int:
+        """Number of living sequences of which something is kept between steps."""
+        return self._edits.num_sequences
+
     def reads_answer(self, sequence: Sequence) -> bool:
         """Say whether the next token depends on the last ones otherwise than through the logits."""
         words = (*self.bad_words_ids, *sequence.request.bad_words_ids)

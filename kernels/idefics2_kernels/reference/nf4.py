@@ -47,17 +47,14 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     if not double_quant:
         return NF4Weight(packed, absmax, shape, weight.dtype)
     offset = absmax.mean()
-    quantized, nested_absmax = _quantize_absmax(absmax - offset)
+    quantized, nested_absmax = quantize_absmax(absmax - offset)
     offsets = offset.repeat(nested_absmax.numel())
     nested_code = dynamic_code(flat.device)
     return NF4Weight(packed, quantized, shape, weight.dtype, offsets, nested_absmax, nested_code)
 
 
-def _quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256.
-
-    Bytes (blocks,), their absmax.
-    """
+def quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256: bytes (blocks,), their absmax."""
     padding = -centered.numel() % NESTED_BLOCK
     blocks = torch.cat([centered, centered.new_zeros(padding)]).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(-1)

@@ -569,9 +569,17 @@ class TestAnything:
             for key in value if isinstance(value, dict) else range(len(value)):
                 yield from self.places(value[key], (*place, key))
 
+    def small_tokenizer(self) -> dict[str, Any]:
+        """Return the demo's description with bytes for pieces, to be read a thousand times."""
+        content: dict[str, Any] = json.loads((DEMO / "tokenizer.json").read_text())
+        model = content["model"]
+        model["vocab"] = {piece: id for piece, id in model["vocab"].items() if id < 300}
+        model["merges"] = []
+        return content
+
     @pytest.mark.parametrize("name", READERS)
     def test_odd_values(self, name: str, tmp_path: Path) -> None:
-        (tmp_path / "tokenizer.json").symlink_to(DEMO / "tokenizer.json")  # the small one
+        (tmp_path / "tokenizer.json").write_text(json.dumps(self.small_tokenizer()))
         content = json.loads((DEMO / f"{name}.json").read_text())
         content |= {"chat_template": "{{ x }}"} if name == "processor_config" else {}
         read = longest = 0
@@ -594,7 +602,7 @@ class TestAnything:
         assert 0 < longest < 1000
 
     def test_odd_tokenizers(self) -> None:
-        content = json.loads((DEMO / "tokenizer.json").read_text())
+        content = self.small_tokenizer()
         settings = json.loads((DEMO / "tokenizer_config.json").read_text())
         small = {key: content[key] for key in ("normalizer", "decoder", "post_processor")}
         added = {"added_tokens": content["added_tokens"][:2]}

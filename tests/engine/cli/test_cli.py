@@ -601,7 +601,7 @@ class TestChatAtATerminal:
                 nonlocal lines
                 if frame.f_code.co_filename != chat.__file__:
                     return None
-                if not frame.f_code.co_qualname.startswith(("_talk", "_Chat.")):
+                if not frame.f_code.co_qualname.startswith(("talk", "Chat.")):
                     return None
                 if event == "line":
                     lines += 1

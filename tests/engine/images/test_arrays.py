@@ -251,7 +251,7 @@ def test_parts_change_no_pixel(dtype: str, policy: ImagePolicy, monkeypatch: Any
                 array = np.rint(array)  # what blends to whole numbers
         seen = []
         for size in (1, 100, 1 << 14, 1 << 30):
-            monkeypatch.setattr(pixel_parts, "_PIXELS", size)
+            monkeypatch.setattr(pixel_parts, "PART_PIXELS", size)
             try:
                 seen.append(rgb(array, policy))
             except ImageError as error:

@@ -130,6 +130,7 @@ def test_random_bytes_behind_every_beginning() -> None:
         attempt(beginning + rng.randbytes(300))
 
 
+@cache
 def bombs() -> dict[str, bytes]:
     text = zlib.compress(bytes(80 << 20), 9)
     huge = (60000).to_bytes(2, "little")

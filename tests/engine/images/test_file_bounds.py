@@ -422,7 +422,7 @@ def test_a_transparent_picture_is_laid_on_white_part_by_part(
     transparency: dict[str, Any] = {"P": bytes(range(256)), "RGB": (1, 2, 3), "L": 7}
     if mode in transparency:
         picture.info["transparency"] = transparency[mode]
-    whole = image_policy._on_white(picture)
+    whole = image_policy.upright_rgb(picture, ImagePolicy.CORRECT, "a")
     sizes = []
     composite = Image.alpha_composite
 
@@ -433,8 +433,10 @@ def test_a_transparent_picture_is_laid_on_white_part_by_part(
     monkeypatch.setattr(Image, "alpha_composite", noted)
     for part in (30, 100, 1000):
         sizes.clear()
-        monkeypatch.setattr(image_policy, "_PART_PIXELS", part)
-        assert image_policy._on_white(picture).tobytes() == whole.tobytes()
+        monkeypatch.setattr(image_policy, "PART_PIXELS", part)
+        assert (
+            image_policy.upright_rgb(picture, ImagePolicy.CORRECT, "a").tobytes() == whole.tobytes()
+        )
         assert max(sizes) <= part
         assert sum(sizes) == 70 * 50
 

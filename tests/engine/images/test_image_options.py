@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import idefics2_engine
-from chat_checkpoint import write_chat_checkpoint
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.cli.main import main
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
@@ -21,18 +20,13 @@ from pictures import file, frames, noise
 URL = "https://pictures.example/a.png"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_chat_checkpoint(folder)
-    return folder
-
-
 class Answerer:
     """Stands in for ``LLM`` and keeps how it was built and what it was shown."""
 
     built: dict[str, Any]
     shown: list[Image.Image]
+    model = SimpleNamespace(device="cpu", dtype="torch.float32")
+    config = SimpleNamespace(is_quantized=False)
 
     def __init__(self, model: Any = None, **settings: Any) -> None:
         Answerer.built = settings

@@ -36,7 +36,7 @@ SOURCES: dict[str, Callable[[Path, Image.Image], Any]] = {
     "bytearray": lambda path, image: bytearray(file(image, "PNG")),
     "memoryview": lambda path, image: memoryview(file(image, "PNG")),
     "data URI": lambda path, image: data_uri(file(image, "PNG")),
-    "shouted data URI": lambda path, image: "EIGHT_B:;BASE64" + data_uri(file(image, "PNG"))[21:],
+    "shouted data URI": lambda path, image: "DATA:;BASE64" + data_uri(file(image, "PNG"))[21:],
     "broken data URI": lambda path, image: "\r\n".join(
         data_uri(file(image, "PNG"))[at : at + 76] for at in range(0, 9999, 76)
     ),

@@ -6,7 +6,6 @@ no text has: the ids must decode to it, and must have the control ids of the sam
 
 import json
 import re
-import shutil
 import unicodedata
 from dataclasses import replace
 from functools import cache
@@ -24,12 +23,11 @@ from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.prompts.token_library import TokenLibrary
 from idefics2_engine.prompts.tokenizer import Tokenizer
-from oracle import TinyCase, build_oracle, save_oracle
 from paths import EIGHT_B
+from tiny_checkpoint import LATENTS, write_checkpoint
 
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 CONTROL = ("<unk>", "<s>", "</s>", FAKE, IMAGE, END)
-LATENTS = 2
 SLOT, TURN = "\ue000", "\ue001"  # of the private use area, which no strategy draws from
 DOT = Image.new("RGB", (2, 2), "red")
 PROPERTY = settings(derandomize=True, deadline=None)  # the same examples in every run
@@ -316,25 +314,8 @@ LENGTH = 40
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A tiny random model behind the real tokenizer, with a context of ``LENGTH`` tokens."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    case = TinyCase(
-        "short",
-        ((),),
-        (1,),
-        perceiver={"resampler_n_latents": LATENTS},
-        text={"vocab_size": 32003, "max_position_embeddings": LENGTH},
-    )
-    config = case.config()
-    config.image_token_id = 32001
-    save_oracle(build_oracle(case, config=config), folder)
-    for name in ("tokenizer", "tokenizer_config", "processor_config", "preprocessor_config"):
-        shutil.copy(EIGHT_B / f"{name}.json", folder)
-    for name, change in (
-        ("processor_config", {"image_seq_len": LATENTS}),
-        ("preprocessor_config", {"size": {"longest_edge": 28, "shortest_edge": 14}}),
-    ):
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    return LLM(folder, device="cpu", dtype="float32", split_images=False)
+    write_checkpoint(folder, max_positions=LENGTH)
+    return LLM(folder, device="cpu", dtype="float32")
 
 
 def of_length(kind: str, length: int) -> dict[str, Any]:

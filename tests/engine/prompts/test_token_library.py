@@ -73,24 +73,32 @@ def test_what_is_not_the_library_s_passes(
     raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interrupt, or what the handler of a signal raises, reaches the caller."""
+    real, fails = tokenizers.Tokenizer, False
 
     class Failing:
-        def fail(self, *_: Any, **__: Any) -> Any:
-            raise raised
+        """The library's tokenizer, until it fails."""
 
-        encode = decode = fail
+        def __init__(self, tokenizer: Any) -> None:
+            self.tokenizer = tokenizer
 
+        @staticmethod
+        def from_str(description: str) -> Any:
+            if fails:
+                raise raised
+            return Failing(real.from_str(description))
+
+        def __getattr__(self, name: str) -> Any:
+            if fails:
+                raise raised
+            return getattr(self.tokenizer, name)
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Failing)
     library = TokenLibrary(described())
-    monkeypatch.setattr(library, "_tokenizer", Failing())
+    fails = True
     with pytest.raises(raised):
         library.encode("a")
     with pytest.raises(raised):
         library.decode([1], skip_special_tokens=False)
-
-    class FailingLibrary:
-        from_str = staticmethod(lambda _: Failing().fail())
-
-    monkeypatch.setattr(tokenizers, "Tokenizer", FailingLibrary)
     with pytest.raises(raised):
         TokenLibrary(described())
 

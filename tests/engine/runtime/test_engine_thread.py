@@ -20,13 +20,14 @@ import torch
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.sampling.sampler import Drawn, Sampler
+from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from oracle import random_image
-from tiny_checkpoint import write_checkpoint
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=5, min_tokens=5, logprobs=1)
 PICTURES = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(3)]
@@ -36,12 +37,10 @@ Load = Callable[..., LLM]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Load:
+def load(request: pytest.FixtureRequest, checkpoint: Path, one_tokenizer: None) -> Load:
     """Load a tiny checkpoint, with settings beside those of all tests."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
     settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
-    return partial(LLM, folder, **settings, kv_cache_tokens=4096, max_num_seqs=16)
+    return partial(LLM, checkpoint, **settings, kv_cache_tokens=4096, max_num_seqs=16)
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +132,13 @@ class Interrupt(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (Runner, "_encode", 1),
+        (Idefics2, "image_features", 1),
         (Runner, "run", 2),
         (Runner, "note", 1),
         (Sampler, "draw", 2),
         (Drawn, "choices", 1),
         (Scheduler, "schedule", 2),
-        (Scheduler, "_take_pages", 3),
+        (PageAllocator, "allocate", 3),
         (Scheduler, "computed", 1),
         (Scheduler, "finish", 1),
         (Sequence, "append", 2),
@@ -323,15 +322,20 @@ class _DefaultDevice:
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
-@pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_torch_settings_of_the_caller_change_no_answer(
-    load: Load, setting: Callable[[], Any], quantization: str | None
-) -> None:
-    if quantization is not None and load().model.device.type == "cuda":
+@pytest.fixture(scope="module", params=[None, "nf4"])
+def outside(load: Load, request: pytest.FixtureRequest) -> tuple[str | None, LLM, list[Any]]:
+    """Return a quantization, a model loaded with it under torch's own settings, and its answers."""
+    if request.param is not None and load().model.device.type == "cuda":
         pytest.skip("in 16 bit, which NF4 needs there, the order of sums may change a token")
-    loaded_outside = load(quantization=quantization)
-    wanted = answers(loaded_outside)
+    llm = load(quantization=request.param)
+    return request.param, llm, answers(llm)
+
+
+@pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
+def test_torch_settings_of_the_caller_change_no_answer(
+    load: Load, setting: Callable[[], Any], outside: tuple[str | None, LLM, list[Any]]
+) -> None:
+    quantization, loaded_outside, wanted = outside
     with setting():
         loaded_inside = load(quantization=quantization)
         assert_equal(answers(loaded_outside), wanted)
@@ -418,7 +422,7 @@ def test_each_request_is_looked_at_as_often_however_many_there_are(
 
     monkeypatch.setattr(Request, "finished", property(finished))
     each = []
-    for count in (64, 640):
+    for count in (16, 160):
         looks = 0
         prompts = [{"prompt_token_ids": [1, 5, 7]}] * count
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)

@@ -1,9 +1,8 @@
 """A request whose logits are not finite fails alone, and nothing that was computed for it reaches another."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.model.text import rotary_table
 from idefics2_engine.outputs import RequestOutput
-from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from oracle import random_image
-from tiny_checkpoint import write_checkpoint
 
 POISON = 4321  # a token whose embedding is NaN in some tests
 PICTURE, OTHER = random_image(90, 60, seed=1), random_image(60, 90, seed=2)
@@ -26,16 +23,6 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1)
 # the poisoned token is never drawn, nor is an end token before the sixth
 DRAWN = SamplingParams(seed=5, max_tokens=6, min_tokens=6, logit_bias={POISON: -100.0})
 WORDS = [1, *range(500, 600)]  # more than a page of 64
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Write the checkpoint; models are loaded often here, but its tokenizer, which takes longest, once."""
-    folder: Path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tokenizer, "load", cache(Tokenizer.load))
-        yield folder
 
 
 Make = Callable[..., LLM]
@@ -48,12 +35,12 @@ Make = Callable[..., LLM]
         pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu),
     ]
 )
-def make(folder: Path, request: pytest.FixtureRequest) -> Make:
+def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) -> Make:
     """Load the checkpoint, to run step by step or ahead."""
     device, run_ahead = request.param
 
     def load(dtype: str = "float32") -> LLM:
-        llm = LLM(folder, device=device, dtype=dtype, max_model_len=200, max_num_seqs=8)
+        llm = LLM(checkpoint, device=device, dtype=dtype, max_model_len=200, max_num_seqs=8)
         llm.engine.config = replace(llm.engine.config, run_ahead=run_ahead)
         return llm
 
@@ -185,7 +172,8 @@ def test_pixels_divided_by_almost_nothing(make: Make) -> None:
 def test_angles_that_are_no_numbers(make: Make) -> None:
     llm = make()
     text = llm.model.text
-    text._cos_sin = rotary_table(replace(text.config, rope_theta=1e-300)).to(llm.model.device)
+    with torch.inference_mode():
+        text.cos_sin(llm.model.device).copy_(rotary_table(replace(text.config, rope_theta=1e-300)))
     for output in llm.generate([prompt(1, 900)] * 2, [GREEDY, DRAWN]):
         assert_failed(output)
 

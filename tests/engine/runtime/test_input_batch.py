@@ -17,17 +17,15 @@ from idefics2_engine.runtime.input_batch import (
     text_batch,
 )
 from idefics2_kernels import TRITON
-from tiny_checkpoint import write_checkpoint
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled: test_runtime runs graphs"
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows that are all NaN
-def test_padding_changes_nothing(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path)
+def test_padding_changes_nothing(checkpoint: Path) -> None:
     llm = LLM(
-        tmp_path,
+        checkpoint,
         device="cpu",
         dtype="float32",
         max_model_len=200,

@@ -409,12 +409,12 @@ def test_memory_does_not_grow(llm: LLM) -> None:
 
 @on_a_gpu
 def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, land = make_engine(llm), Engine._land
+    engine, choices = make_engine(llm), Drawn.choices
 
-    def may_wait(self: Engine, flight: Any) -> Any:
+    def may_wait(self: Drawn) -> Any:
         torch.cuda.set_sync_debug_mode("default")
         try:
-            return land(self, flight)
+            return choices(self)
         finally:
             torch.cuda.set_sync_debug_mode("error")
 
@@ -424,7 +424,7 @@ def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyP
         return answers(engine, unscored), [request.error for request in unscored]
 
     wanted = serve()  # compiles and records
-    monkeypatch.setattr(Engine, "_land", may_wait)
+    monkeypatch.setattr(Drawn, "choices", may_wait)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the mode is a prototype, it says
         torch.cuda.set_sync_debug_mode("error")

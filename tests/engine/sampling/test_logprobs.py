@@ -13,22 +13,9 @@ from idefics2_engine.model.batch import ImageBatch, TextBatch
 from idefics2_engine.sampling.bad_words import bad_words_ids
 from idefics2_engine.sampling.logprobs import TokenTexts
 from oracle import random_image
-from tiny_checkpoint import write_checkpoint
 
 EOS, END_OF_UTTERANCE, FAKE, IMAGE = 2, 32002, 32000, 32001
 VOCAB = 32003
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint")
-    write_checkpoint(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def llm(folder: Path) -> LLM:
-    return LLM(folder, device="cpu", dtype="float32")
 
 
 def make_prompts() -> list[dict[str, Any]]:
@@ -240,9 +227,9 @@ def test_image_tokens_are_never_produced(llm: LLM) -> None:
     assert only.outputs[0].token_ids == [700] * 3
 
 
-def test_image_slots_are_no_repetition(llm: LLM, folder: Path, tmp_path: Path) -> None:
+def test_image_slots_are_no_repetition(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
     """Where the image token may be produced, its logit is the same with the penalty as without."""
-    sampler = LLM(folder, device="cpu").engine.sampler
+    sampler = LLM(checkpoint, device="cpu").engine.sampler
     sampler.bad_words_ids = []
     draft = llm.processor.draft_prompt("<image>a", [random_image(60, 60)])
     request = llm.request_builder.build(
@@ -338,10 +325,10 @@ def test_bad_words_may_not_bar_the_only_allowed_token(llm: LLM) -> None:
         llm.generate("a", params)
 
 
-def test_the_order_of_filters_is_the_engines(folder: Path, llm: LLM) -> None:
-    theirs = LLM(folder, device="cpu", sampling_order="hf")
+def test_the_order_of_filters_is_the_engines(checkpoint: Path, llm: LLM) -> None:
+    theirs = LLM(checkpoint, device="cpu", sampling_order="hf")
     assert llm.engine.sampler.min_p_first
     assert not theirs.engine.sampler.min_p_first
     for order in ("HF", "", None, "vllm "):
         with pytest.raises(ConfigError, match="sampling_order must be 'vllm' or 'hf', got"):
-            LLM(folder, device="cpu", sampling_order=order)  # type: ignore[arg-type]
+            LLM(checkpoint, device="cpu", sampling_order=order)  # type: ignore[arg-type]

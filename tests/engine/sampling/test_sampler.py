@@ -274,9 +274,9 @@ def test_nothing_is_kept_of_sequences_that_are_gone() -> None:
     sampler = make_sampler()
     logits, sequences = random_batch(random.Random(0), 5)
     sampler.sample(logits, sequences)
-    assert len(sampler._edits._requests) == 5
+    assert sampler.num_sequences == 5
     del sequences
-    assert len(sampler._edits._requests) == 0
+    assert sampler.num_sequences == 0
 
 
 def test_edits_are_those_of_transformers() -> None:
