@@ -105,7 +105,9 @@ def _check_growth(part: str, step: Mapping[str, Any] | None) -> None:
         most = growth(step)
     except (AttributeError, KeyError, TypeError, ValueError):
         # The library also reads objects that are written as arrays
-        raise ConfigError(f"tokenizer.json: {part} must be an object, got {shown(step)}") from None
+        raise ConfigError(
+            f"tokenizer.json: {part} must be an object, got {short_repr(step)}"
+        ) from None
     if most > _MOST_GROWTH:
         raise ConfigError(
             f"tokenizer.json: {part} must make at most {_MOST_GROWTH} characters of one, got up to {most:.6g} by {short_repr(step)}"
