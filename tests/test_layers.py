@@ -52,6 +52,7 @@ NO_TORCH = [
     "idefics2_engine.json_file",
     "idefics2_engine.demo",
     "idefics2_engine.cpu_threads",
+    "idefics2_engine.outputs",
     "idefics2_engine.sampling_params",
     "idefics2_engine.model.config",
     "idefics2_engine.model.quantization",

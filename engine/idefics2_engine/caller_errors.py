@@ -1,4 +1,4 @@
-"""Errors about what a caller handed over: which of several things it was, what its own code raised."""
+"""Errors about what a caller passed: which of several things, and what its own code raised."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from idefics2_engine.errors import Idefics2Error, ImageWarning
 
 @contextmanager
 def about(name: str | None) -> Iterator[None]:
-    """Put ``name`` in front of the message of an error raised inside; ``None`` leaves it as it is."""
+    """Put ``name`` in front of the message of an error raised inside, unless it is ``None``."""
     try:
         yield
     except Idefics2Error as error:
@@ -25,7 +25,8 @@ def caller_code(name: str, wrong: type[Idefics2Error]) -> Iterator[None]:
     the caller.
 
     Raises:
-        Idefics2Error: Of the class ``wrong``, with the class of what was raised and nothing of its text.
+        Idefics2Error: Of the class ``wrong``, with the class of what was raised and nothing of its
+            text.
     """
     try:
         yield

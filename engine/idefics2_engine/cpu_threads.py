@@ -1,4 +1,4 @@
-"""How many threads a CPU computes with, where a process is ours to decide: the command line and the tests."""
+"""How many threads a CPU computes with, in the processes of the command line and the tests."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,9 @@ _SMALL_BYTES = 1 << 28  # of weights
 def set_cpu_threads(folder: Path, threads: int | None) -> None:
     """Set torch's number of threads for the model in ``folder``, in the whole process.
 
-    That is ``threads``, or if ``None`` what ``OMP_NUM_THREADS`` says, or one for a small model, or torch's own choice.
-    Threads that have computed already keep their number, so it is set before a model is loaded.
+    That is ``threads``, or if ``None`` what ``OMP_NUM_THREADS`` says, or one for a small model, or
+    torch's own choice. Threads that have computed already keep their number, so it is set before a
+    model is loaded.
     """
     import torch
 

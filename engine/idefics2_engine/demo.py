@@ -1,4 +1,4 @@
-"""Where the demo checkpoint and its sample images lie: inside an installed package, or in the checkout."""
+"""Where the demo checkpoint and its images are: in an installed package, or in the checkout."""
 
 from pathlib import Path
 

@@ -13,6 +13,7 @@ from idefics2_engine.errors import ConfigError
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Elements, at least 16 bytes: Triton compiles a kernel anew for a pointer that is less aligned
 _ALIGNMENT = 4
+# Of the pinned buffers that weights pass through
 _BUFFER_BYTES = 1 << 24
 _BUFFERS = 4
 
@@ -63,9 +64,12 @@ def torch_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
 def to_device(
     arrays: Sequence[np.ndarray], device: torch.device, into: Tensor | None = None
 ) -> list[Tensor]:
-    """Copy ``arrays`` (N,) of one dtype to ``device`` at once, without waiting for it; return a view of each.
+    """Copy ``arrays`` (N,) of one dtype to ``device`` at once, without waiting for it.
 
-    They go to ``into``, if given, which an earlier call with as long arrays has made (the storage of its views).
+    Return a view of each.
+
+    They go to ``into``, if given, which an earlier call with as long arrays has made (the storage
+    of its views).
     """
     starts = [0, *np.cumsum([-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays])]
     dtype = torch.from_numpy(arrays[0]).dtype
@@ -80,7 +84,7 @@ def to_device(
 
 
 class ToHost:
-    """A copy of ``tensors`` of any shapes, int32 or fp32, from their device to the host, begun at once.
+    """A copy of ``tensors``, int32 or fp32 of any shapes, from their device to the host.
 
     Work that the device is given later need not be over before it has arrived.
     """
@@ -112,9 +116,10 @@ class ToHost:
 class Uploader:
     """Copies to ``device``, rounded to the type of what they go to.
 
-    A GPU reads pinned memory alone: the driver would take a mapped file's pages one after the other through memory of its
-    own. Here all of PyTorch's threads take them into pinned buffers (64 MiB in all), of which some are on their way to the GPU
-    meanwhile. On an H100 with 16 cores 16.8 GB from the page cache took 0.5 s so, and 2.2 s without.
+    A GPU reads pinned memory alone: the driver would take a mapped file's pages one after the other
+    through memory of its own. Here all of PyTorch's threads take them into pinned buffers (64 MiB
+    in all), of which some are on their way to the GPU meanwhile. On an H100 with 16 cores 16.8 GB
+    from the page cache took 0.5 s so, and 2.2 s without.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -125,7 +130,10 @@ class Uploader:
         )
 
     def copy(self, source: Tensor, target: Tensor) -> Tensor:
-        """Fill ``target``, contiguous and on the uploader's device, with ``source`` of as many elements; return it."""
+        """Fill ``target``, contiguous and on the device, with ``source`` of as many elements.
+
+        Return it.
+        """
         if not self._is_staged or source.device.type != "cpu":
             return target.copy_(source.view(target.shape))
         elements = _BUFFER_BYTES // target.itemsize

@@ -4,15 +4,17 @@ import reprlib
 from numbers import Number
 from typing import ClassVar
 
-_LENGTH = 80  # characters
-_WRITTEN_BITS = 4096  # Python refuses to write integers that are not much longer
+_MOST_CHARACTERS = 80
+# Python refuses to write integers that are not much longer
+_WRITTEN_BITS = 4096
 
 
 class Idefics2Error(ValueError):
     """Base of every error that bad input causes; the message names what, wanted and got.
 
     Attributes:
-        code: Short name of the class for machines, in ``--json`` and in the error rows of jobs; it never changes.
+        code: Short name of the class for machines, in ``--json`` and in the error rows of jobs; it
+            never changes.
     """
 
     code: ClassVar[str] = "bad_input"
@@ -89,24 +91,36 @@ class SamplingError(Idefics2Error):
 
 
 class InternalError(Idefics2Error):
-    """A prompt could not be prepared for a reason that is no fault of the prompt; the cause is chained."""
+    """A prompt could not be prepared for a reason that is no fault of the prompt.
+
+    The cause is chained.
+    """
 
     code = "internal"
 
 
 class RequestFailedError(Idefics2Error):
-    """The model could not be run on one request, alone in a step, or gave no finite logits; the others went on."""
+    """The model could not be run on one request, alone in a step, or gave no finite logits.
+
+    The others went on.
+    """
 
     code = "request_failed"
 
 
 def short_repr(value: object) -> str:
-    """Return ``value`` as Python writes it, cut; an object that is no plain data by its type's name."""
-    return _SHORT.repr(value)[:_LENGTH]
+    """Return ``value`` as Python writes it, cut.
+
+    An object that is no plain data is its type's name.
+    """
+    return _SHORT.repr(value)[:_MOST_CHARACTERS]
 
 
 class _Short(reprlib.Repr):
-    """Writes the beginning of containers; nothing large, deep or of a stranger's class is written out."""
+    """Writes the beginning of containers.
+
+    Nothing large, deep or of a stranger's class is written out.
+    """
 
     def __init__(self) -> None:
         super().__init__()

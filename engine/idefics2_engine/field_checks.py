@@ -1,4 +1,4 @@
-"""Kinds of values, and dataclasses whose fields name theirs: the one check of arguments and parameters."""
+"""Kinds of values, and dataclasses whose fields name theirs: the check of all arguments."""
 
 import math
 import os
@@ -24,12 +24,15 @@ class MismatchError(Exception):
 
 
 def checked(kind: Kind, default: Any = MISSING, **options: Any) -> Any:
-    """Return a dataclass field that holds values of ``kind``; ``options`` are those of ``dataclasses.field``."""
+    """Return a dataclass field for values of ``kind``; ``options`` are those of ``field``."""
     return field(default=default, metadata={"kind": kind}, **options)
 
 
 def check_fields(instance: Any, error: type[Idefics2Error]) -> None:
-    """Check every field of a frozen dataclass and store what its kind makes of it; raise ``error`` if it cannot."""
+    """Check every field of a frozen dataclass and store what its kind makes of it.
+
+    Raise ``error`` if it cannot.
+    """
     for one in fields(instance):
         value = check(one.name, getattr(instance, one.name), one.metadata["kind"], error)
         object.__setattr__(instance, one.name, value)
@@ -69,7 +72,7 @@ def path(value: object) -> str | Path:
 
 @dataclass(frozen=True)
 class Whole:
-    """Accepts integers from ``low`` to ``high``, other libraries' too, but neither booleans nor floats."""
+    """Accepts integers from ``low`` to ``high`` of any library, but no booleans or floats."""
 
     low: int
     high: float = math.inf
@@ -87,7 +90,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """Accepts finite real numbers in [``low``, ``high``], or in (``low``, ``high``] with ``above``."""
+    """Accepts real numbers in [``low``, ``high``], or in (``low``, ``high``] with ``above``."""
 
     low: float
     high: float

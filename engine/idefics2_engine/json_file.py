@@ -1,4 +1,4 @@
-"""JSON objects from files that came from outside: read strictly and within bounds, their values by type."""
+"""JSON objects from files of strangers: read strictly and within bounds, their values by type."""
 
 import json
 from collections.abc import Mapping
@@ -16,19 +16,25 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse the JSON object in the file ``path``.
 
     Raises:
-        ConfigError: The file is missing, no regular file, too large, not UTF-8, not JSON, nested too deeply, names a
-            key twice in one object, or holds something else than an object.
+        ConfigError: The file is missing, no regular file, too large, not UTF-8, not JSON, nested
+            too deeply, names a key twice in one object, or holds something else than an object.
     """
     return parse_json(read_file(path), path)
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """Parse the JSON object in the file ``path``, empty if there is none; raises as ``read_json`` does."""
+    """Parse the JSON object in the file ``path``, empty if there is none.
+
+    Raises as ``read_json`` does.
+    """
     return read_json(path) if is_there(path) else {}
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """Parse the JSON object ``content`` of the file ``path``, which errors name; raises as ``read_json`` does."""
+    """Parse the JSON object ``content`` of the file ``path``, which errors name.
+
+    Raises as ``read_json`` does.
+    """
     file = printable_path(path)
     try:
         parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
@@ -55,7 +61,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Section:
-    """A JSON object with typed reads, each of which raises ``ConfigError``; ``None`` means absent, as in transformers."""
+    """A JSON object with typed reads, which raise ``ConfigError``; ``None`` means absent."""
 
     name: str
     values: Mapping[str, Any]
@@ -118,7 +124,7 @@ class Section:
 
 
 def printable(text: str) -> str:
-    """Return a name from a file as it is if a terminal can bear it, else as Python writes it, cut short."""
+    """Return a name from a file, cut short, and as Python writes it if it is not printable."""
     return text if text.isprintable() and len(text) <= 200 else f"{text!r:.200}"
 
 
@@ -129,7 +135,7 @@ def _too_deep(file: str) -> str:
 
 
 def _is_shallow(value: dict[str, Any]) -> bool:
-    """Whether ``value`` has at most ``_MOST_LEVELS`` levels: Python writes and compares deep ones by recursion."""
+    """Whether ``value`` has few levels: Python writes and compares deep ones by recursion."""
     level: list[Any] = [value]
     for _ in range(_MOST_LEVELS):
         level = [

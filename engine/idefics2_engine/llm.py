@@ -56,9 +56,10 @@ class _EndOfRows:
 class LLM:
     """An Idefics2 model that answers questions about images.
 
-    The engine runs on a thread of its own. Any thread may call any method at any time, several at once too: their
-    requests share the engine's steps. An exception in the caller's thread, such as Ctrl-C, cancels that call's requests
-    and no others. Use the object as a context, or ``close`` it, to give back the memory at a chosen point.
+    The engine runs on a thread of its own. Any thread may call any method at any time, several at
+    once too: their requests share the engine's steps. An exception in the caller's thread, such as
+    Ctrl-C, cancels that call's requests and no others. Use the object as a context, or ``close``
+    it, to give back the memory at a chosen point.
 
     Attributes:
         config: The model's.
@@ -69,13 +70,14 @@ class LLM:
         stats: What the engine has done so far.
         request_builder: Turns prompts and parameters into requests for ``engine``.
 
-    Args:
-        model: A folder, an id on the hub, or ``None`` for the demo checkpoint.
-        revision: Branch, tag or commit of a hub id. ``LLMOptions`` describes this and all other arguments.
+    Its arguments are the fields of ``idefics2_engine.llm_options.LLMOptions``, which describes
+    each.
 
     Raises:
-        ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument does not fit it.
-        CheckpointError: The weights are missing, do not fit the config, or fail a check that was asked for.
+        ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument
+            does not fit it.
+        CheckpointError: The weights are missing, do not fit the config, or fail a check that was
+            asked for.
     """
 
     @torch_defaults()
@@ -114,12 +116,13 @@ class LLM:
     ) -> None:
         # All arguments, which are the only local names yet
         options = LLMOptions(**{name: value for name, value in locals().items() if name != "self"})
+        to_quantize = options.to_quantize
         folder, adapter_folder = find_folders(options)
         config = ModelConfig.load(folder)
         self.processor = Processor.load(folder, config, options.split_images, options.media)
         on = torch_device(options.device)
         sizes = engine_config(options, config, on)
-        self.model = load_model(options, config, on, folder, adapter_folder)
+        self.model = load_model(options, config, on, folder, adapter_folder, to_quantize)
         self.config = self.model.config
         self.engine_config = fit_kv_cache(options, sizes, self.model)
         generation = generation_config(folder, self.processor.tokenizer)
@@ -135,7 +138,8 @@ class LLM:
             self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )
         if on.type == "cuda":
-            # Weights may have been copied on a stream of the caller's, which the engine does not wait for
+            # Weights may have been copied on a stream of the caller's, which the engine does not
+            # wait for
             torch.cuda.synchronize(on)
         self.stats = self.engine.stats
         self._thread = EngineThread(self.engine)
@@ -145,7 +149,8 @@ class LLM:
     def close(self) -> None:
         """End the engine's thread and give back the memory of the model and its cache.
 
-        Calls that are unfinished on other threads raise ``RuntimeError``, and so does every later call.
+        Calls that are unfinished on other threads raise ``RuntimeError``, and so does every later
+        call.
         """
         self._finalizer()
         for name in ("model", "engine"):
@@ -200,15 +205,16 @@ class LLM:
         Args:
             messages: One conversation or several.
             sampling_params: For all of them, or one each.
-            images: For parts ``{"type": "image"}`` without an image of their own, in order. Of several conversations a
-                list for each.
+            images: For parts ``{"type": "image"}`` without an image of their own, in order. Of
+                several conversations a list for each.
             progress: Whether to show a progress bar.
 
         Returns:
             One output a conversation, in order.
 
         Raises:
-            PromptError: A conversation is malformed or too long, or the model has not learned to chat.
+            PromptError: A conversation is malformed or too long, or the model has not learned to
+                chat.
             ImageError: An image cannot be read.
             SamplingError: A sampling parameter does not fit the model.
         """
@@ -220,8 +226,9 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Answer one prompt or conversation, yielding its output after every token.
 
-        Text that may turn out to be a stop string, or half a character, is held back. What is wrong with the prompt is
-        raised by this call; the answer begins when the iterator is first asked, and is dropped when it is closed.
+        Text that may turn out to be a stop string, or half a character, is held back. What is wrong
+        with the prompt is raised by this call; the answer begins when the iterator is first asked,
+        and is dropped when it is closed.
         """
         draft = self.request_builder.read(prompt)
         (processed,) = self.processor.finish([draft])
@@ -238,20 +245,24 @@ class LLM:
         """Answer prompts and conversations as they come, yielding each output when it is finished.
 
         Args:
-            prompts: Are read lazily, on a thread of their own, ``in_flight`` before they are answered at most. What a
-                prompt holds is copied when it is read, so that the source may use its objects again; image files are
-                read in threads later. Each may be a pair with its own parameters.
+            prompts: Are read lazily, on a thread of their own, ``in_flight`` before they are
+                answered at most. What a prompt holds is copied when it is read, so that the source
+                may use its objects again; image files are read in threads later. Each may be a pair
+                with its own parameters.
             sampling_params: For all others.
             in_flight: Requests begun and not yielded; twice ``max_num_seqs`` if ``None``.
-            progress: Whether to show a progress bar; its total is known if ``prompts`` has a length.
+            progress: Whether to show a progress bar; its total is known if ``prompts`` has a
+                length.
 
         Yields:
-            Outputs in the order in which they finish; ``request_id`` is the place among ``prompts``, from "0". One that is
-            malformed, does not fit or fails has its ``error`` and keeps none of the others from being answered.
+            Outputs in the order in which they finish; ``request_id`` is the place among
+            ``prompts``, from "0". One that is malformed, does not fit or fails has its ``error``
+            and keeps none of the others from being answered.
 
         Raises:
             PromptError: ``prompts`` is one prompt, not an iterable of them.
-            Exception: What iterating over ``prompts`` raised, after all that was read before has been answered.
+            Exception: What iterating over ``prompts`` raised, after all that was read before has
+                been answered.
         """
         if in_flight is None:
             in_flight = 2 * self.engine_config.max_num_seqs

@@ -1,4 +1,4 @@
-"""The arguments of ``LLM``: what each means, its bounds, and the configs and the model that follow from them."""
+"""The arguments of ``LLM``, their bounds, and the configs and the model that follow from them."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -45,7 +45,8 @@ from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_k
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
-# Far above any use: a larger number is a mistake, and should say so before anything is allocated or counted to.
+# Far above any use: a larger number is a mistake, and should say so before anything is allocated or
+# counted to.
 _MOST_AT_ONCE = 1 << 20  # answers, or tokens of a step
 _MOST_KEPT = 2**31 - 1  # tokens, pixels or bytes
 _MOST_SECONDS = 86400.0
@@ -72,7 +73,7 @@ def _device(value: object) -> str:
 
 def _ops(value: object) -> Ops:
     if not isinstance(value, Ops):
-        raise MismatchError("a filling of Ops", short_repr(value))
+        raise MismatchError("an instance of Ops", short_repr(value))
     return value
 
 
@@ -131,7 +132,8 @@ class LLMOptions:
             and ``REFERENCE`` on a CPU.
 
     Raises:
-        ConfigError: A value is of the wrong type or out of its range, or two contradict each other.
+        ConfigError: A value is of the wrong type or out of its range, or two of them contradict
+            each other.
     """
 
     model: str | Path | None = checked(OrNone(path), None)
@@ -174,11 +176,10 @@ class LLMOptions:
             raise ConfigError(
                 "load_format 'dummy' reads no weights: it must come without adapter, verify and check_finite"
             )
-        _ = self.to_quantize  # which raises
 
     @property
     def to_quantize(self) -> Quantization | None:
-        """What is quantized while it is loaded."""
+        """What is quantized while loading; ``ConfigError`` if arguments contradict each other."""
         return Quantization.from_arguments(
             self.quantization, self.quantized_parts, self.double_quant
         )
@@ -222,7 +223,7 @@ def find_folders(options: LLMOptions) -> tuple[Path, Path | None]:
 
 
 def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device) -> EngineConfig:
-    """Return the sizes of the runtime on ``device``, as far as they are known before the model is loaded.
+    """Return the sizes of the runtime on ``device``, as far as known before the model is loaded.
 
     Raises:
         ConfigError: One does not fit the model or another.
@@ -259,6 +260,7 @@ def load_model(
     device: torch.device,
     folder: Path,
     adapter: Path | None,
+    quantization: Quantization | None,
 ) -> Idefics2:
     """Load the model of ``folder``, or draw its weights, on ``device``.
 
@@ -268,7 +270,7 @@ def load_model(
     """
     ops, dtype = options.ops_on(device), torch_dtype(options.dtype, device)
     if options.load_format == "dummy":
-        model = build_model(config, ops, device, dtype, options.to_quantize)
+        model = build_model(config, ops, device, dtype, quantization)
         model.init_weights(double_quant=options.double_quant)
         _logger.info(
             "drew random weights for %s, quantization %s, %s on %s: %.1f MB",
@@ -286,7 +288,7 @@ def load_model(
         dtype,
         adapter=adapter,
         check_finite=options.check_finite,
-        quantization=options.to_quantize,
+        quantization=quantization,
     )
 
 

@@ -1,7 +1,8 @@
 """The one door to the files of a model's or an adapter's folder.
 
-A folder comes from outside: a name in it may be a pipe or a device, which could be read without end, or a link to one. Only
-regular files pass, after links are followed, and only up to the size that their kind can have.
+A folder comes from outside: a name in it may be a pipe or a device, which could be read without
+end, or a link to one. Only regular files pass, after links are followed, and only up to the size
+that their kind can have.
 """
 
 import io
@@ -37,8 +38,8 @@ def open_file(
     """Open the regular file ``path`` for a ``with`` statement, which gets it and its size in bytes.
 
     Raises:
-        Idefics2Error: As ``error``: the file is missing, is no regular file, is too large or cannot be read, here or
-            inside the ``with`` statement.
+        Idefics2Error: As ``error``: the file is missing, is no regular file, is too large or cannot
+            be read, here or inside the ``with`` statement.
     """
     try:
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
@@ -69,7 +70,10 @@ def read_file(path: Path, error: type[Idefics2Error] = ConfigError) -> bytes:
 
 
 def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
-    """Return the text of the regular file ``path``, its lines ended as Python ends them; raises as ``open_file`` does."""
+    """Return the text of the regular file ``path``, its lines ended as Python ends them.
+
+    Raises as ``open_file`` does.
+    """
     content = read_file(path, error)
     try:
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
@@ -80,7 +84,7 @@ def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
 
 
 def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigError) -> list[Path]:
-    """Return what is in ``folder`` under a name that fits one of ``patterns``, sorted; ``error`` if it cannot be listed."""
+    """Return the paths in ``folder`` that fit a pattern, sorted; ``error`` if it fails."""
     try:
         names = os.listdir(folder)
     except (OSError, ValueError) as reason:
@@ -89,7 +93,7 @@ def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigEr
 
 
 def is_there(path: Path) -> bool:
-    """Whether something is called ``path``, a broken link included: that is an error to be told, not an absent file."""
+    """Whether something is called ``path``. A broken link counts, as it is no absent file."""
     return os.path.lexists(path)
 
 

@@ -1,4 +1,4 @@
-"""Rows are read and prepared ahead of their use: read on one thread, prepared on several, a bounded number at once."""
+"""Rows read on one thread and prepared on several, a bounded number ahead of their use."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -10,18 +10,23 @@ Draft = TypeVar("Draft")
 
 
 class Prefetcher(Generic[Row, Draft]):
-    """Passes each of ``rows`` through ``read`` and ``prepare``; use as a context, which ends the threads.
+    """Passes each of ``rows`` through ``read`` and ``prepare``.
+
+    Use as a context, which ends the threads.
 
     Args:
         rows: Are iterated over on a thread of their own, which also calls ``read``, in order.
-        read: Makes a draft of a row by its number. It must copy what the source of the rows may change later.
-        prepare: Is called with the number and the draft on one of ``threads`` threads, in any order.
-        on_end: Is called once, on the reading thread, with how many rows there were, and what the source raised if it
-            did not simply end.
+        read: Makes a draft of a row by its number. It must copy what the source of the rows may
+            change later.
+        prepare: Is called with the number and the draft on one of ``threads`` threads, in any
+            order.
+        on_end: Is called once, on the reading thread, with how many rows there were, and what the
+            source raised if it did not simply end.
         threads: That prepare.
         ahead: Rows that are read and not yet ``done``.
 
-    ``read`` and ``prepare`` must not raise; ``read`` returns ``None`` for a row that is not to be prepared.
+    ``read`` and ``prepare`` must not raise; ``read`` returns ``None`` for a row that is not to be
+    prepared.
     """
 
     def __init__(

@@ -9,7 +9,10 @@ from idefics2_engine.runtime.stats import EngineStats
 
 
 class Progress:
-    """A bar over requests, on standard error; with ``is_shown`` false nothing is printed. Use as a context."""
+    """A bar over requests, on standard error.
+
+    With ``is_shown`` false nothing is printed. Use as a context.
+    """
 
     def __init__(self, stats: EngineStats, total: int | None, is_shown: bool) -> None:
         self._stats = stats

@@ -153,10 +153,11 @@ class RequestBuilder:
         ]
 
     def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
-        """Read a prompt or a conversation, alone or in a pair with its parameters; ``shared`` are those of all others.
+        """Read a prompt or a conversation, with its parameters beside it or with those ``shared``.
 
         Raises:
-            Idefics2Error: The row is wrong, or reading it raised an exception of any kind, which is chained.
+            Idefics2Error: The row is wrong, or reading it raised an exception of any kind, which is
+                chained.
         """
         seed = self.draw_seed()
         with caller_code("row", PromptError):
@@ -194,7 +195,8 @@ class RequestBuilder:
             prompt: Its token ids and tiles.
             params: Their own seed comes before ``seed``.
             request_id: The number of requests built before if ``None``.
-            seed: Of a request whose parameters have none; the next that the builder draws if ``None``.
+            seed: Of a request whose parameters have none; the next that the builder draws if
+                ``None``.
 
         Raises:
             PromptError: The prompt is empty or too long.
@@ -217,7 +219,8 @@ class RequestBuilder:
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
         check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
-        # Drawn for a request with its own seed too, so that the seeds of the others do not depend on it
+        # Drawn for a request with its own seed too, so that the seeds of the others do not depend
+        # on it
         drawn = self.draw_seed() if seed is None else seed
         return Request(
             request_id=str(next(self._ids)) if request_id is None else request_id,
@@ -243,7 +246,8 @@ class RequestBuilder:
         """Build a request for each prompt; the parameters are for all of them, or one each.
 
         Raises:
-            PromptError: There are not as many parameters as prompts, or a prompt is empty or too long.
+            PromptError: There are not as many parameters as prompts, or a prompt is empty or too
+                long.
             SamplingError: A parameter does not fit the model.
         """
         if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):

@@ -73,14 +73,14 @@ class SamplingParams:
         top_p: Keep the most likely tokens that together have this probability; 1 keeps all.
         top_k: Keep this many most likely tokens; 0 or -1 keeps all.
         min_p: Keep tokens with at least this fraction of the most likely one's probability.
-        repetition_penalty: Divide positive logits of tokens seen in prompt or answer by this, multiply
-            negative ones; image tokens do not count.
+        repetition_penalty: Divide positive logits of tokens seen in prompt or answer by this,
+            multiply negative ones; image tokens do not count.
         presence_penalty: Subtract this from the logits of tokens that the answer has; from -2 to 2.
         frequency_penalty: Subtract this as often as the answer has the token; from -2 to 2.
         logit_bias: Add this, from -100 to 100, to the logits of tokens, by id.
         allowed_token_ids: The only tokens to choose from; all if ``None``.
-        bad_words: Words that the answer may not have, at the beginning of a word or inside one: the token that would
-            complete one is barred. A string is one word.
+        bad_words: Words that the answer may not have, at the beginning of a word or inside one: the
+            token that would complete one is barred. A string is one word.
         seed: Makes the request's random numbers its own; drawn from the engine's seed if ``None``.
         n: Answers to give.
         max_tokens: Tokens to generate at most; up to the model's length if ``None``.
@@ -90,9 +90,10 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string in the text.
         ignore_eos: Go on after an end token of the checkpoint.
         skip_special_tokens: Leave control tokens out of the text.
-        logprobs: How many of the likeliest tokens to report at each place of the answer, beside the chosen one; at
-            most the vocabulary, which -1 stands for. Above 20 they may have 524,288 entries for all places of the answers
-            together: 16 places of a vocabulary of 32,003. They are the model's own, before anything above. None if ``None``.
+        logprobs: How many of the likeliest tokens to report at each place of the answer, beside the
+            chosen one; at most the vocabulary, which -1 stands for. Above 20 they may have 524,288
+            entries for all places of the answers together: 16 places of a vocabulary of 32,003.
+            They are the model's own, before anything above. None if ``None``.
         prompt_logprobs: The same for each place of the prompt but the first.
 
     Raises:
@@ -160,7 +161,8 @@ class SamplingParams:
         """Refuse what a model with ``vocab_size`` tokens does not have.
 
         Raises:
-            SamplingError: A token id is not below ``vocab_size``, or more log probabilities are asked for.
+            SamplingError: A token id is not below ``vocab_size``, or more log probabilities are
+                asked for.
         """
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             largest = max(getattr(self, name) or (0,))

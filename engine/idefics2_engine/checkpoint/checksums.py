@@ -1,8 +1,9 @@
 """Checksums: whether a folder's files are those that somebody published.
 
-Three sources name them, and every one that there is must agree: sums files in the folder (``SHA256SUMS``, ``*.sha256``); the hub's cache,
-where a file is a link to a blob that is called by its checksum; and what the hub's client notes beside a download into a folder.
-For large files the hub's checksum is sha256, for others the one that git gives a blob.
+Three sources name them, and every one that there is must agree: sums files in the folder
+(``SHA256SUMS``, ``*.sha256``); the hub's cache, where a file is a link to a blob that is called by
+its checksum; and what the hub's client notes beside a download into a folder. For large files the
+hub's checksum is sha256, for others the one that git gives a blob.
 """
 
 import hashlib
@@ -38,7 +39,8 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
 
     Args:
         folder: A checkpoint's or an adapter's.
-        weights: Files that must have a checksum. JSON files and templates are compared where they have one.
+        weights: Files that must have a checksum. JSON files and templates are compared where they
+            have one.
 
     Raises:
         CheckpointError: A file differs, a weight file has no checksum, or a sums file is malformed.
@@ -80,7 +82,10 @@ def _digest(file: Path, length: int) -> str:
 
 
 def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
-    """Return what the folder's sums files say, by file name; lines of subfolders' files are passed over."""
+    """Return what the folder's sums files say, by file name.
+
+    Lines of subfolders' files are passed over.
+    """
     sums: dict[str, list[_Sum]] = {}
     for path in paths_in(folder, "SHA256SUMS", "*.sha256", error=CheckpointError):
         lines = read_text(path, CheckpointError).splitlines()
@@ -109,7 +114,7 @@ def _cache_sums(file: Path) -> list[_Sum]:
 
 
 def _note_sums(file: Path) -> list[_Sum]:
-    """Return what the hub's client wrote down when it downloaded ``file`` into its folder: commit, checksum, time."""
+    """Return the checksum that the hub's client noted when it downloaded ``file``."""
     note = file.parent / _NOTES / f"{file.name}.metadata"
     if not is_there(note):
         return []

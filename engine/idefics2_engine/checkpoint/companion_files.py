@@ -1,4 +1,4 @@
-"""The JSON files and templates beside a checkpoint's weights, as they go from one that was read to one that is written."""
+"""The JSON files and templates beside a checkpoint's weights, copied when it is written again."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,12 @@ from idefics2_engine.model_files import paths_in, read_file
 def read_companions(folder: Path) -> dict[str, bytes]:
     """Return the files to be written beside a copy of the weights in ``folder``, by name.
 
-    Settings of images inside ``processor_config.json`` move to a file of their own, which every release of transformers reads.
+    Settings of images inside ``processor_config.json`` move to a file of their own, which every
+    release of transformers reads.
 
     Raises:
-        ConfigError: A file is no regular file or cannot be read, or ``processor_config.json`` is malformed.
+        ConfigError: A file is no regular file or cannot be read, or ``processor_config.json`` is
+            malformed.
     """
     paths = paths_in(folder, "*.json", "*.jinja")
     files = {path.name: read_file(path) for path in paths if path.name != INDEX}
@@ -33,7 +35,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 def write_config(
     path: Path, *, tied: bool, dtype: str, quantization: dict[str, object] | None
 ) -> None:
-    """Make the ``config.json`` at ``path`` fit the weights beside it: whether the head is ``tied``, and what is quantized."""
+    """Make ``config.json`` at ``path`` say whether the head is ``tied`` and what is quantized."""
     values = read_json(path)
     before = dict(values)
     if bool(values.get("tie_word_embeddings")) != tied:

@@ -1,7 +1,7 @@
-"""Where the name of a model becomes a folder: an existing one, one in the hub's cache, or a download into that.
+"""The name of a model to a folder: an existing one, the hub's cache, or a download into it.
 
-The only file that knows ``huggingface_hub``, which is imported when a name is no folder; its settings (``HF_HOME``, ``HF_TOKEN``,
-``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …) hold here.
+The only file that knows ``huggingface_hub``, which is imported when a name is no folder; its
+settings (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …) hold here.
 """
 
 import logging
@@ -30,7 +30,7 @@ _REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a folder is for: which of a repository's files are wanted, and whether they are all there."""
+    """What a folder is for: which files of a repository are needed, and whether all are there."""
 
     name: str
     patterns: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Checkpoints in the hub's form to parameters.
 
-Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the blocks and the state of a
-quantized tensor are its own.
+Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the
+blocks and the state of a quantized tensor are its own.
 """
 
 import logging
@@ -52,11 +52,13 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
 ) -> Idefics2:
-    """Build a model without weights, for ``init_weights``; its layers are in NF4 as ``quantization`` says.
+    """Build a model without weights, for ``init_weights``.
+
+    Its layers are in NF4 as ``quantization`` says.
 
     Raises:
-        ConfigError: ``config`` is of a checkpoint that is quantized, whose files alone say which layers are; or it is to be
-            quantized and ``dtype`` is none of bf16, fp16, fp32.
+        ConfigError: ``config`` is of a checkpoint that is quantized, whose files alone say which
+            layers are; or it is to be quantized and ``dtype`` is none of bf16, fp16, fp32.
     """
     if config.is_quantized:
         raise ConfigError(
@@ -77,23 +79,27 @@ def load_checkpoint(
 ) -> Idefics2:
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
-    The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint that does not fit. Files are
-    memory-mapped and each tensor goes straight to its place; what is quantized takes one tensor of extra memory on the device.
+    The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint
+    that does not fit. Files are memory-mapped and each tensor goes straight to its place; what is
+    quantized takes one tensor of extra memory on the device.
 
     Args:
-        folder: A checkpoint in the hub's form, or one that bitsandbytes quantized to NF4, which stays so.
-        ops: Filling of the operations to run on.
+        folder: A checkpoint in the hub's form, or one that bitsandbytes quantized to NF4, which
+            stays so.
+        ops: Implementation of the operations to run on.
         device: Where the parameters go.
         dtype: What they become, rounded once, and what weights in NF4 are computed in.
         adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantized.
         check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
-        quantization: What to quantize on ``device``, each tensor alone, after it was rounded to ``dtype``.
+        quantization: What to quantize on ``device``, each tensor alone, after it was rounded to
+            ``dtype``.
 
     Raises:
-        ConfigError: ``config.json`` is missing or wrong, or the adapter's; ``quantization`` or an adapter is given and the
-            checkpoint is quantized already; or ``dtype`` is one that nothing can be quantized in.
-        CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is not expected, or with
-            ``check_finite`` holds a value that is no number.
+        ConfigError: ``config.json`` is missing or wrong, or the adapter's; ``quantization`` or an
+            adapter is given and the checkpoint is quantized already; or ``dtype`` is one that
+            nothing can be quantized in.
+        CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is
+            not expected, or with ``check_finite`` holds a value that is no number.
     """
     begin = time.perf_counter()
     folder = Path(folder)
@@ -134,7 +140,7 @@ def _check_not_quantized_before(
     adapter: Path | str | None,
     quantization: Quantization | None,
 ) -> None:
-    """Raise ``ConfigError`` if the checkpoint is quantized and something is asked for that must come before."""
+    """Raise ``ConfigError`` if a quantized checkpoint is to be quantized or to be merged into."""
     if config.is_quantized and quantization is not None:
         raise ConfigError(
             f"{printable_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
@@ -160,7 +166,10 @@ def _build(
     dtype: torch.dtype,
     in_nf4: Collection[str],
 ) -> Idefics2:
-    """Build a model in which the tensors named ``in_nf4`` have NF4 layers; the dense weights these replace are never allocated."""
+    """Build a model in which the tensors named ``in_nf4`` have NF4 layers.
+
+    The dense weights these replace are never allocated.
+    """
     if not in_nf4:
         return Idefics2(config, ops, device, dtype)
     if dtype not in NF4_DTYPES:
@@ -191,7 +200,10 @@ def _check_fit(
     places: Mapping[str, HubTensor],
     stored: Mapping[str, StoredTensor],
 ) -> frozenset[str]:
-    """Check that ``stored`` is what the model needs, no more and no less; return which of its tensors are in NF4."""
+    """Check that ``stored`` is what the model needs, no more and no less.
+
+    Return which of its tensors are in NF4.
+    """
     in_nf4 = frozenset(
         name
         for name, place in places.items()
@@ -240,7 +252,10 @@ def _weights(
     in_nf4: Collection[str],
     dtype: torch.dtype,
 ) -> Iterator[tuple[StoredTensor, Tensor | NF4Weight]]:
-    """Yield the values of every place, each file's together; a weight in NF4 when the last of its tensors is read."""
+    """Yield the values of every place, each file's together.
+
+    A weight in NF4 is yielded when the last of its tensors is read.
+    """
     waiting: dict[str, dict[str, Tensor]] = {}  # only a shard's edge parts a weight for long
     for source, tensor in read_values(
         sorted(stored.values(), key=lambda tensor: (tensor.file, weight_name(tensor.name)))

@@ -1,8 +1,9 @@
 """LoRA adapters in PEFT's format, merged into a checkpoint's tensors as these are loaded.
 
-An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. What is merged is what the second file holds,
-all of it; the config gives the scale: ``W + B @ A * alpha / r``. Tensors are named after the module that they belong to, and so
-map to a checkpoint's names by their ends alone.
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. What is
+merged is what the second file holds, all of it; the config gives the scale:
+``W + B @ A * alpha / r``. Tensors are named after the module that they belong to, and so map to a
+checkpoint's names by their ends alone.
 """
 
 from collections.abc import Mapping, Set
@@ -35,7 +36,10 @@ _Change = TypeVar("_Change")
 
 @dataclass(frozen=True)
 class _Pair:
-    """``B @ A`` times a scale, to be added to the weight of ``module``; transposed for an embedding."""
+    """``B @ A`` times a scale, to be added to the weight of ``module``.
+
+    It is transposed for an embedding.
+    """
 
     module: str
     a: Tensor  # (r, in)
@@ -117,11 +121,12 @@ class Adapter:
         return self._whole.keys() | self._pairs.keys()
 
     def check(self, places: Mapping[str, HubTensor]) -> None:
-        """Check that every change has its place among a checkpoint's tensors, and that none is lacking.
+        """Check that every change has its place among a checkpoint's tensors and none is missing.
 
         Raises:
-            CheckpointError: A change is for a tensor that is not there, has another shape, rank or kind, or changes what a pair
-                changes too; or a tensor of a module that was trained whole is lacking.
+            CheckpointError: A change is for a tensor that is not there, has another shape, rank or
+                kind, or changes what a pair changes too; or a tensor of a module that was trained
+                whole is lacking.
         """
         for name, tensor in self._whole.items():
             if name not in places:
@@ -148,9 +153,10 @@ class Adapter:
                 )
 
     def merge(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the checkpoint's ``tensor`` called ``name`` with this adapter's change, if there is one.
+        """Return the checkpoint's ``tensor`` called ``name`` with this adapter's change, if any.
 
-        The sum is formed on ``device`` in fp32, or wider where ``tensor`` or the ``dtype`` it is for are, and not rounded.
+        The sum is formed on ``device`` in fp32, or wider where ``tensor`` or the ``dtype`` it is
+        for are, and not rounded.
         """
         tensor = self._whole.get(name, tensor)
         pair = self._pairs.get(name)

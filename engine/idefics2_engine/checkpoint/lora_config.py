@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` says about a LoRA adapter in PEFT's format: ranks and scales, and that it is of the plain kind."""
+"""What ``adapter_config.json`` says about a plain LoRA adapter in PEFT's format: ranks, scales."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +20,8 @@ _MOST_PATTERNS = 4096
 _MOST_STARRED = 64
 # How training began, as far as the base weights stayed what they are
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out is back
+# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out
+# is back
 _SILENT = frozenset(
     [
         "auto_mapping",
@@ -130,7 +131,7 @@ def _names(section: Section, key: str) -> list[str]:
 
 
 def _patterns(section: Section, read: Callable[[str], _Value]) -> list[tuple[NamePattern, _Value]]:
-    """Compile the keys of ``section``, which PEFT takes for regular expressions of the end of a module's name."""
+    """Compile the keys of ``section``, to PEFT expressions of the end of a module's name."""
     keys = list(section.values)
     starred = sum("*" in key or "+" in key for key in keys)
     if len(keys) > _MOST_PATTERNS or starred > _MOST_STARRED:

@@ -1,7 +1,8 @@
 """Regular expressions of modules' names as PEFT matches them, in time linear in the name.
 
-Python's own matching tries every way to share a name among quantifiers, which takes 40 s for ``.*.*b`` and a name of 8,000
-characters. Here all ways go through the name together: a Thompson automaton, whose states are the bits of an integer.
+Python's own matching tries every way to share a name among quantifiers, which takes 40 s for
+``.*.*b`` and a name of 8,000 characters. Here all ways go through the name together: a Thompson
+automaton, whose states are the bits of an integer.
 """
 
 import re
@@ -15,10 +16,10 @@ _ATOM = r"(\\[dw.-]|[\w.-])([*+]?)"  # accepts one character, or some of them
 
 
 class NamePattern:
-    r"""A pattern of the end of a name that begins where the name does or behind a dot: PEFT's ``(.*\.)?(PATTERN)$``.
+    r"""A pattern of a name, or of its end behind a dot: PEFT's ``(.*\.)?(PATTERN)$``.
 
-    It consists of characters, ``.``, ``\d`` and ``\w``, at most two of them with ``*`` or ``+``. ``^`` may stand in front of it,
-    and ``$`` behind.
+    It consists of characters, ``.``, ``\d`` and ``\w``, at most two of them with ``*`` or ``+``.
+    ``^`` may stand in front of it, and ``$`` behind.
     """
 
     def __init__(self, pattern: str, where: str) -> None:
@@ -74,7 +75,10 @@ class NamePattern:
         return bool(states >> len(self._atoms) & 1)
 
     def _skip(self, states: int) -> int:
-        """Add the states behind atoms that may be left out; no more of them than quantifiers come in a row."""
+        """Add the states behind atoms that may be left out.
+
+        These are no more than quantifiers in a row.
+        """
         for _ in range(_MOST_QUANTIFIERS):
             states |= (states & self._starred) << 1
         return states

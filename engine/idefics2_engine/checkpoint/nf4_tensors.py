@@ -1,4 +1,4 @@
-"""An NF4 weight in a checkpoint's files, as bitsandbytes writes it through transformers: tensors beside each other.
+"""An NF4 weight in a checkpoint's files: several tensors, as bitsandbytes writes them.
 
 For a weight of N x K elements in blocks of 64, called ``name``:
 
@@ -79,7 +79,9 @@ def check_headers(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored
 def read_weight(
     source: StoredTensor, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> NF4Weight:
-    """Make the weight ``source`` of ``shape`` from its ``tensors``, whose headers were checked; it is for computing in ``dtype``.
+    """Make the weight ``source`` of ``shape`` from its ``tensors``, whose headers were checked.
+
+    It is for computing in ``dtype``.
 
     Raises:
         CheckpointError: Its state is no JSON, or is of another weight or another format.
@@ -119,7 +121,9 @@ def read_weight(
 
 
 def weight_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors, on the CPU, that hold ``weight`` under ``name``; read again they give ``dtype``.
+    """Return the tensors, on the CPU, that hold ``weight`` under ``name``.
+
+    A reader gets a weight for ``dtype`` from them.
 
     Each has memory of its own, as safetensors wants it.
     """

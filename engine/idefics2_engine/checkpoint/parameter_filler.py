@@ -1,4 +1,4 @@
-"""The values of a checkpoint's tensors to their places in a model, merged, checked and quantized on the way."""
+"""A checkpoint's values to their places in a model: merged, checked and quantized on the way."""
 
 import torch
 from torch import Tensor
@@ -62,7 +62,10 @@ class ParameterFiller:
             require_finite(source, rows, f" in {self._model.dtype}")
 
     def _prepared(self, source: StoredTensor, value: Tensor | NF4Weight) -> Tensor | NF4Weight:
-        """Return ``value`` checked and merged with the adapter's; a weight in NF4 on the model's device."""
+        """Return ``value`` checked and merged with the adapter's.
+
+        A weight in NF4 is moved to the model's device.
+        """
         if isinstance(value, NF4Weight):
             return value.to(self._model.device)
         if self._check_finite:
@@ -72,7 +75,10 @@ class ParameterFiller:
         return self._adapter.merge(source.name, value, self._model.dtype, self._model.device)
 
     def _quantized(self, source: StoredTensor, value: Tensor | NF4Weight) -> NF4Weight:
-        """Return ``value`` in NF4 on the model's device; numbers are rounded to its type before they are quantized."""
+        """Return ``value`` in NF4 on the model's device.
+
+        Numbers are rounded to its type before they are quantized.
+        """
         model = self._model
         if isinstance(value, Tensor):
             there = torch.empty(value.shape, dtype=model.dtype, device=model.device)

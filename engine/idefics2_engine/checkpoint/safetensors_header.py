@@ -1,8 +1,11 @@
-"""The header of a safetensors file, checked whole before anything trusts it; no tensor is read here.
+"""The header of a safetensors file, checked whole before anything trusts it.
 
-A file is eight bytes with the header's length, the header (a JSON object: name to dtype, shape and the range of its bytes) and
-the tensors' bytes without a gap. The library checks most of this too, but takes a name that stands twice, and calls a Git LFS
-pointer or a web page a header that is too large.
+No tensor is read here.
+
+A file is eight bytes with the header's length, the header (a JSON object: name to dtype, shape and
+the range of its bytes) and the tensors' bytes without a gap. The library checks most of this too,
+but takes a name that stands twice, and calls a Git LFS pointer or a web page a header that is too
+large.
 """
 
 import math
@@ -56,8 +59,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of ``file`` by name.
 
     Raises:
-        CheckpointError: The file is missing, is something else than safetensors, is cut short, or its header contradicts
-            itself or the file's length.
+        CheckpointError: The file is missing, is something else than safetensors, is cut short, or
+            its header contradicts itself or the file's length.
     """
     with open_file(file, CheckpointError) as (opened, size):
         header = _header_bytes(file, opened, size)

@@ -21,7 +21,8 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ConfigError: The shards' index is no JSON object.
-        CheckpointError: A file is missing or malformed, or the index and its shards contradict each other.
+        CheckpointError: A file is missing or malformed, or the index and its shards contradict each
+            other.
     """
     index = _read_index(folder)
     if index is None:
@@ -49,7 +50,10 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """Return the weight files of ``folder``, all of which exist; raises as ``find_weights`` does."""
+    """Return the weight files of ``folder``, all of which exist.
+
+    Raises as ``find_weights`` does.
+    """
     index = _read_index(folder)
     names = {SINGLE} if index is None else set(index.values())
     _check_present(folder, names)
@@ -63,7 +67,10 @@ def join_names(names: Collection[str], most: int = 3) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Return the index, tensor to file; None where one file holds all, which goes first as in transformers."""
+    """Return the index, tensor to file, or None where one file holds all.
+
+    The one file goes first, as in transformers.
+    """
     if is_there(folder / SINGLE):
         return None
     path = folder / INDEX
@@ -102,7 +109,7 @@ def _check_present(folder: Path, names: set[str]) -> None:
 
 
 def pickles(folder: Path) -> list[str]:
-    """Return the printable names of files in ``folder`` that are pickles: they are never read, because they can run code."""
+    """Return the names of pickles in ``folder``, which can run code and are never read."""
     return [printable(path.name) for path in paths_in(folder, *_PICKLES, error=CheckpointError)]
 
 

@@ -1,7 +1,9 @@
-"""The tensors of a checkpoint in the hub's form, and where each lies in the model; the only file that knows their names.
+"""The tensors of a checkpoint in the hub's form, and where each lies in the model.
 
-A parameter here may be several tensors there: queries, keys and values lie in one matrix, gate and up in another, and
-the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
+This is the only file that knows their names.
+
+A parameter here may be several tensors there: queries, keys and values lie in one matrix, gate and
+up in another, and the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
 """
 
 from collections import Counter
@@ -42,7 +44,7 @@ class HubTensor:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is the weight of a linear layer, there too: not an embedding, a convolution or a norm."""
+        """Whether it is a linear layer's weight, not that of an embedding, convolution or norm."""
         return self.parameter.endswith(".weight") and len(self.shape) == 2
 
     @property
@@ -196,10 +198,10 @@ def _text(config: ModelConfig) -> Iterator[HubTensor]:
 def in_our_names(
     config: ModelConfig, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors ``stored`` by the names of ``hub_tensors``, as transformers reads other spellings of them.
+    """Return the tensors ``stored`` by the names of ``hub_tensors``, from any spelling of these.
 
-    A name may have one ``model.`` too few or too many. Buffers of rotary angles are left out: the angles follow from the
-    config. A tensor that is no part of the model keeps its name.
+    A name may have one ``model.`` too few or too many. Buffers of rotary angles are left out: the
+    angles follow from the config. A tensor that is no part of the model keeps its name.
 
     Raises:
         CheckpointError: Two tensors are the same one.
@@ -222,7 +224,7 @@ def in_our_names(
 
 
 def tensor_places(model: Idefics2) -> list[HubTensor]:
-    """Return ``hub_tensors`` of the model's config where they are in ``model``, whose layers may be side by side."""
+    """Return ``hub_tensors`` at their places in ``model``, whose layers may be side by side."""
     placed: list[HubTensor] = []
     before: Counter[str] = Counter()
     for place in hub_tensors(model.config):
@@ -235,7 +237,7 @@ def tensor_places(model: Idefics2) -> list[HubTensor]:
 
 
 def dense_modules(places: Iterable[HubTensor], in_nf4: Collection[str]) -> list[str]:
-    """Name the modules whose linear layers are not ``in_nf4``: a whole part where none of its layers is."""
+    """Name the modules whose linear layers are not ``in_nf4``, a whole part if none of its are."""
     skipped = [HEAD.removesuffix(".weight")]
     for part, prefix in _PREFIXES.items():
         names = [place.name for place in places if place.is_linear and place.part == part]

@@ -12,7 +12,9 @@ from idefics2_engine.model_files import printable_path
 
 
 def read_values(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Yield the values of ``tensors`` in their order; a file is opened once for those that follow each other.
+    """Yield the values of ``tensors`` in their order.
+
+    A file is opened once for those that follow each other.
 
     Raises:
         CheckpointError: A file has changed since its header was read.

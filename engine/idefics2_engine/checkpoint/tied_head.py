@@ -1,4 +1,4 @@
-"""Whether the head is the embedding, decided by ``config.json`` and by the tensors, as transformers 5 decides it.
+"""Whether the head is the embedding, decided by config and tensors as in transformers 5.
 
 | ``tie_word_embeddings`` | tensors in the files | the model uses |
 |---|---|---|
@@ -7,8 +7,8 @@
 | true | both, with different values | both |
 | false or absent | both | both |
 
-Only the top level of ``config.json`` counts. Any other set of tensors is refused; transformers draws what is missing at random
-and warns.
+Only the top level of ``config.json`` counts. Any other set of tensors is refused; transformers
+draws what is missing at random and warns.
 """
 
 import logging
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 def resolve_tied_head(
     config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """Return ``config`` with the flag that holds for the tensors ``stored``, by name, and the tensors that it needs.
+    """Return ``config`` with the flag that fits the tensors ``stored``, and the tensors it needs.
 
     Raises:
         CheckpointError: A file cannot be read.

@@ -121,7 +121,8 @@ class _Chat:
     def _answer(self, text: str) -> None:
         """Print the answer to ``text`` as it is made.
 
-        What was said before Ctrl-C stays said; a question that Ctrl-C or an error left without a word was not asked.
+        What was said before Ctrl-C stays said; a question that Ctrl-C or an error left without a
+        word was not asked.
         """
         images = [{"type": "image", "image": image} for image in self.images]
         question = {"role": "user", "content": [*images, {"type": "text", "text": text}]}

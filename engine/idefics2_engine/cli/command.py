@@ -113,7 +113,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _bad_input(command: str, message: str, code: str, as_json: bool) -> int:
-    """Say what is wrong: in a line, and for who reads standard output as JSON there too. Return the exit code."""
+    """Say what is wrong in a line, also on standard output if that is JSON.
+
+    Return the exit code.
+    """
     message = message.encode(errors="backslashreplace").decode()  # a file's name may be no text
     print(f"{command}: error: {message}", file=sys.stderr)
     if as_json:

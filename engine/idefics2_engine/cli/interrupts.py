@@ -1,4 +1,4 @@
-"""Ctrl-C in a conversation: it ends one answer, and comes between no two statements that belong together."""
+"""Ctrl-C in a conversation ends one answer, and never parts two statements that belong together."""
 
 import signal
 import threading
@@ -9,9 +9,12 @@ from typing import Any, Self
 
 
 class KeptInterrupts:
-    """Ctrl-C as ``KeyboardInterrupt`` within ``raised()`` alone; outside it is kept for the next ``raised()``.
+    """Ctrl-C as ``KeyboardInterrupt`` within ``raised()`` alone.
 
-    Use as a context, which ends as it began; where it was not entered Ctrl-C does what it did before.
+    Outside it is kept for the next ``raised()``.
+
+    Use as a context, which ends as it began; where it was not entered Ctrl-C does what it did
+    before.
     """
 
     def __init__(self) -> None:

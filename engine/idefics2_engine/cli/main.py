@@ -1,4 +1,4 @@
-"""The entry of the command, which takes Ctrl-C in hand before it imports anything that takes time."""
+"""The entry of the command, which handles Ctrl-C before it imports anything slow."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the command line ``argv`` and return the exit code.
 
-    With ``None`` it is the process's own, and so is the process: Ctrl-C ends it at once, and standard streams that
-    are closed are no longer free for the next file that is opened.
+    With ``None`` it is the process's own, and so is the process: Ctrl-C ends it at once, and
+    standard streams that are closed are no longer free for the next file that is opened.
 
     Raises:
         SystemExit: For ``--help`` and ``--version`` (0).
@@ -27,10 +27,12 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 
 
 def _end_at_interrupts() -> None:
-    """Let Ctrl-C end the process with exit code 130 and one line; where it is ignored, as behind nohup, it stays so.
+    """Let Ctrl-C end the process with exit code 130 and one line.
 
-    ``KeyboardInterrupt`` would not do: raised while modules are imported it aborts the initialization of a C++
-    extension, or shows as a traceback.
+    Where it is ignored, as behind nohup, it stays so.
+
+    ``KeyboardInterrupt`` would not do: raised while modules are imported it aborts the
+    initialization of a C++ extension, or shows as a traceback.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -1,4 +1,4 @@
-"""``idefics2 quantize``: a checkpoint in 16 bit or more to one in NF4, as bitsandbytes writes it through transformers."""
+"""``idefics2 quantize``: a checkpoint in 16 bit or more to one in NF4, in bitsandbytes' form."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Standard streams as they may be: absent, closed, full, left by their reader, or in a narrow encoding."""
+"""Standard streams that may be absent, closed, full, left by their reader, or narrowly encoded."""
 
 import codecs
 import errno
@@ -19,7 +19,8 @@ class OutputLostError(Exception):
 
     Attributes:
         reader_left: Whether that is because the reader of a pipe left, as ``head`` does.
-        exit_code: 141 for that, as the shell has it for a program that a broken pipe ended, and 1 otherwise.
+        exit_code: 141 for that, as the shell has it for a program that a broken pipe ended, and 1
+            otherwise.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -29,7 +30,7 @@ class OutputLostError(Exception):
 
 
 def occupy_descriptors() -> None:
-    """Open the null device where a standard stream is closed, so that no file gets its number and its output."""
+    """Open the null device for closed standard streams, so that no file gets their number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -39,7 +40,7 @@ def occupy_descriptors() -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Let everything printed within go through guards, which raise ``OutputLostError`` for standard output alone."""
+    """Print through guards, which raise ``OutputLostError`` for standard output alone."""
 
     def raise_lost(error: OSError) -> NoReturn:
         raise OutputLostError(error)
@@ -53,7 +54,7 @@ def guarded() -> Iterator[None]:
 
 
 class _Guard:
-    """A text stream that writes ``?`` for what its encoding lacks and has ``lost`` deal with what it cannot write."""
+    """A text stream that writes ``?`` for what its encoding lacks, and tells ``lost`` of errors."""
 
     def __init__(self, stream: TextIO | None, lost: Callable[[OSError], None]) -> None:
         self._stream = None if stream is None or stream.closed else stream
@@ -87,7 +88,7 @@ class _Guard:
             self._lost(error)
 
     def _let_go(self) -> None:
-        """Send what is still buffered nowhere: the interpreter flushes it at its end, and would complain."""
+        """Drop what is still buffered, which the interpreter would fail to flush at its end."""
         with suppress(AttributeError, OSError):  # not every stream is a file
             number = cast(TextIO, self._stream).fileno()
             null = os.open(os.devnull, os.O_WRONLY)
@@ -96,7 +97,7 @@ class _Guard:
 
 
 def print_json(value: object) -> None:
-    """Print ``value`` as a line of JSON, with escapes where standard output's encoding lacks a character."""
+    """Print ``value`` as a line of JSON, with escapes for characters that the encoding lacks."""
     line = json.dumps(value, ensure_ascii=False)
     try:
         line.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -111,7 +112,10 @@ def are_terminals() -> bool:
 
 
 def input_bytes(limit: int, error: type[Idefics2Error]) -> bytes:
-    """Return all of standard input; raise ``error`` if it cannot be read or has more than ``limit`` bytes."""
+    """Return all of standard input.
+
+    Raise ``error`` if it cannot be read or has more than ``limit`` bytes.
+    """
     return _read(lambda stream: stream.read(limit + 1), limit, error)
 
 

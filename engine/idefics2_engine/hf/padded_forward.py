@@ -1,4 +1,4 @@
-"""Hugging Face's padded form, run by the packed model: for parity with transformers and for training."""
+"""Hugging Face's padded inputs for the packed model: for parity with transformers and training."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,10 @@ from idefics2_engine.model.idefics2 import IGNORED_LABEL, Idefics2, next_token_l
 
 @dataclass(frozen=True)
 class PaddedOutput:
-    """What transformers' model returns: ``loss`` is ``None`` without labels; padded rows of ``logits`` are zero."""
+    """What transformers' model returns: ``loss`` is ``None`` without labels.
+
+    Padded rows of ``logits`` are zero.
+    """
 
     logits: Tensor  # (B, S, vocabulary)
     loss: Tensor | None
@@ -30,24 +33,26 @@ def forward_padded(
 ) -> PaddedOutput:
     """Run ``model`` on what transformers' processor returns.
 
-    Padding is not computed: it has no logits and no loss, whatever its labels. transformers computes it, and its loss
-    counts the first token of a row that is padded on the left, as predicted from padding. The losses are equal if that
-    token has the label -100, or if rows are padded on the right and padding has that label.
+    Padding is not computed: it has no logits and no loss, whatever its labels. transformers
+    computes it, and its loss counts the first token of a row that is padded on the left, as
+    predicted from padding. The losses are equal if that token has the label -100, or if rows are
+    padded on the right and padding has that label.
 
     Args:
         model: The packed model.
         input_ids: (B, S) int64, padded on either side.
         attention_mask: (B, S), zero on padding; all ones if ``None``.
-        pixel_values: (B, images, 3, height, width) normalized, padded on the right and bottom; an image of zeros alone
-            is not there.
-        pixel_attention_mask: (B, images, height, width), zero on padding and all zero for an image that is not there;
-            all ones if ``None``.
+        pixel_values: (B, images, 3, height, width) normalized, padded on the right and bottom; an
+            image of zeros alone is not there.
+        pixel_attention_mask: (B, images, height, width), zero on padding and all zero for an image
+            that is not there; all ones if ``None``.
         labels: (B, S) int64, -100 where no loss is wanted.
         image_features: Features of an earlier call, in place of ``pixel_values``.
 
     Raises:
-        ValueError: Shapes differ; an id or a label is none of the vocabulary; the tokens that the mask keeps are not one
-            run in each row; an image's mask is no rectangle; or image tokens and features differ in number.
+        ValueError: Shapes differ; an id or a label is none of the vocabulary; the tokens that the
+            mask keeps are not one run in each row; an image's mask is no rectangle; or image tokens
+            and features differ in number.
     """
     if pixel_values is not None and image_features is not None:
         raise ValueError("give pixel_values or image_features, not both")
@@ -114,7 +119,8 @@ def encode_padded(
     """Encode the real images of a padded batch to (tiles, latents, hidden), sample by sample.
 
     Raises:
-        ValueError: Shapes differ, an image's mask is no rectangle from its top left corner, or there is no image.
+        ValueError: Shapes differ, an image's mask is no rectangle from its top left corner, or
+            there is no image.
     """
     size = model.config.vision.patch_size
     if pixel_values.ndim != 5:

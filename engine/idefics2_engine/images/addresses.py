@@ -1,7 +1,7 @@
 """Which addresses belong to the public internet, on every Python alike.
 
-``ipaddress`` learns of special ranges release by release, and takes all of IPv6 that it does not know
-for global. So its word is one condition here, and the ranges below are another.
+``ipaddress`` learns of special ranges release by release, and takes all of IPv6 that it does not
+know for global. So its word is one condition here, and the ranges below are another.
 """
 
 import ipaddress
@@ -43,7 +43,10 @@ _NOT_GLOBAL_V6 = tuple(
 
 
 def is_global(address: str) -> bool:
-    """Tell whether an address belongs to the public internet; of one with another inside, the inner."""
+    """Tell whether an address belongs to the public internet.
+
+    Of an address with another inside, the inner one counts.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

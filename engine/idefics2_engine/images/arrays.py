@@ -43,7 +43,7 @@ def array_rgb(
             refuses.
             Values: uint8; under ``correct`` and ``strict`` floats in [0, 1]; under ``correct``
             uint16 of 65535 and bool; under ``parity`` whole numbers from 0 to 255 of any type.
-        policy: See ``image_policy``; four channels are blended on white, and refused by ``strict``.
+        policy: See ``ImagePolicy``; four channels are blended on white, and refused by ``strict``.
         max_pixels: Largest H x W, looked at before a value is.
         name: What messages call the array.
 
@@ -146,7 +146,7 @@ def _channel_axis(
 
 @dataclass(frozen=True)
 class _ImageValues:
-    """Pixels that are converted part by part: at full size there is nothing but the uint8 result."""
+    """Pixels that are converted part by part: only the uint8 result has the full size."""
 
     pixels: Callable[[Part], npt.NDArray[Any]]  # (h, w, C) of a part
     height: int

@@ -1,8 +1,9 @@
 """The bytes of an image file to pixels: which formats, how large, and errors in our own words.
 
 Each file goes to the one Pillow plugin that its first bytes ask for, and never through Pillow's
-search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget is
-refused before memory is taken for it, without touching Pillow's own limit, which belongs to the process.
+search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget
+is refused before memory is taken for it, without touching Pillow's own limit, which belongs to the
+process.
 """
 
 import io
@@ -36,7 +37,8 @@ from idefics2_engine.images.ppm import in_binary
 _PIXELS_A_READ = 64
 # Decoders that Pillow has in Python are up to 500 times slower than those in C.
 _MAX_PYTHON_PIXELS = 1 << 20
-# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie apart.
+# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie
+# apart.
 _MAX_PIXELS_A_BYTE = 64
 
 
@@ -107,7 +109,7 @@ def _format(data: bytes) -> _Format | None:
 
 
 def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
-    """Bound what opened files cost beyond their pixels: decoders in Python, rows read piece by piece."""
+    """Bound what files cost beyond their pixels: decoders in Python, rows read piece by piece."""
     # Pillow keeps those in Python, and only those, in this dictionary
     if any(tile[0] in Image.DECODERS for tile in image.tile):
         pixels, size = image.width * image.height, len(file.getbuffer())

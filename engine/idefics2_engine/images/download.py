@@ -1,8 +1,8 @@
-"""An image from a URL, and only from where it may come: listed hosts at global addresses, in bounds.
+"""An image from a URL, of listed hosts at global addresses only, within bounds.
 
-A name is resolved once, every address it has is checked, and the connection goes to a checked address,
-so that no second answer can point elsewhere. Redirects pass the same door. Proxies, cookies
-and credentials play no part.
+A name is resolved once, every address it has is checked, and the connection goes to a checked
+address, so that no second answer can point elsewhere. Redirects pass the same door. Proxies,
+cookies and credentials play no part.
 """
 
 import http.client
@@ -43,7 +43,10 @@ def _connect(address: str, port: int, timeout: float) -> socket.socket:
 
 @dataclass(frozen=True)
 class Network:
-    """How names become addresses, addresses connections, and how time is told; tests bring their own."""
+    """How names become addresses, addresses connections, and how time is told.
+
+    Tests bring their own.
+    """
 
     resolve: Callable[[str, int], list[str]] = _resolve
     connect: Callable[[str, int, float], socket.socket] = _connect  # address, port, seconds
@@ -86,7 +89,8 @@ def fetch(url: str, rules: FetchRules) -> bytes:
 
     Raises:
         MediaNotAllowedError: The URL, or where it redirects to, is not covered by ``rules``.
-        MediaFetchError: The host cannot be reached or answers with an error, too much or too slowly.
+        MediaFetchError: The host cannot be reached or answers with an error, too much or too
+            slowly.
     """
     deadline = _Deadline(rules)
     for _ in range(_MAX_REDIRECTS + 1):
@@ -109,7 +113,8 @@ def check_url(url: str, rules: FetchRules) -> SplitResult:
     """Return the parts of a URL that may be fetched.
 
     Raises:
-        MediaNotAllowedError: It may not be, or is written in a way that two readers may differ about.
+        MediaNotAllowedError: It may not be, or is written in a way that two readers may differ
+            about.
     """
     if not url.isascii() or "\\" in url or any(char <= " " or char == "\x7f" for char in url):
         raise MediaNotAllowedError(
@@ -268,7 +273,10 @@ def _short(parts: SplitResult) -> str:
 
 
 class _TimedSocket:
-    """As much of a socket as ``http.client`` uses; every read has what is left until the deadline."""
+    """As much of a socket as ``http.client`` uses.
+
+    Every read has what is left until the deadline.
+    """
 
     def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:
         self._sock = sock

@@ -1,4 +1,4 @@
-"""The one door for images: whatever a caller calls an image, read within the rules, comes out as RGB."""
+"""The one entry for images: turns everything that a caller passes as one into RGB, by the rules."""
 
 import os
 import re
@@ -62,7 +62,8 @@ class MediaConfig:
         max_media_bytes: Largest file, data URI or download, in whatever form it comes.
         allowed_media_root: Files must lie below it; any file will do if ``None``.
         allowed_media_hosts: Hosts that URLs may name: ``"name"``, ``"name:port"``, ``".name"`` for
-            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected to.
+            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected
+            to.
         media_timeout: Longest a download may take in seconds, redirects included.
         image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
         allow_http: Whether URLs may do without TLS.
@@ -142,10 +143,10 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
     """Read one image, upright and in RGB; a Pillow image that is so already comes back itself.
 
     Args:
-        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI with
-            base64, the bytes of an image file, an open binary file, which is read from its
+        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI
+            with base64, the bytes of an image file, an open binary file, which is read from its
             beginning, ``{"bytes": …, "path": …}`` as ``datasets`` has it, where bytes win, a Pillow
-            image, or an array or tensor (see ``pixel_arrays.array_rgb``).
+            image, or an array or tensor (see ``arrays.array_rgb``).
         config: The rules; those of ``MediaConfig()`` if ``None``.
 
     Raises:

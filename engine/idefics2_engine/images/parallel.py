@@ -64,8 +64,9 @@ def alone_with(*objects: object) -> Iterator[None]:
 def _keep_blocks(count: int) -> None:
     """Let Pillow keep ``count`` blocks of memory, 16 MiB each at most, for its next images.
 
-    By default it gives every block back, and the system clears its pages anew for each image: 4,000 page faults for
-    one of 1280x960 with splitting, a third of the time, during which threads wait for each other.
+    By default it gives every block back, and the system clears its pages anew for each image: 4,000
+    page faults for one of 1280x960 with splitting, a third of the time, during which threads wait
+    for each other.
     """
     memory = Image.core  # type: ignore[attr-defined]
     if memory.get_blocks_max() < count:

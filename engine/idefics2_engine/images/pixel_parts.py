@@ -25,7 +25,7 @@ def parts(height: int, width: int) -> Iterator[Part]:
 def convert_in_parts(
     convert: Callable[[npt.NDArray[Any]], npt.NDArray[np.uint8]], pixels: npt.NDArray[Any]
 ) -> npt.NDArray[np.uint8]:
-    """Return ``convert(pixels)`` of (H, W) pixels, where each value depends on its own pixel alone."""
+    """Return ``convert(pixels)`` of (H, W) pixels, whose values depend on their own pixel alone."""
     converted = np.empty(pixels.shape, np.uint8)
     height, width = pixels.shape
     for part in parts(height, width):

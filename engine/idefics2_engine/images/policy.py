@@ -1,6 +1,6 @@
 """What becomes of an image that leaves a choice: alpha, rotation, 16 bits, floats, several frames.
 
-The only file that decides such things for Pillow images; ``pixel_arrays`` decides them for arrays.
+The only file that decides such things for Pillow images; ``arrays`` decides them for arrays.
 """
 
 import warnings
@@ -53,14 +53,17 @@ class ImagePolicy(StrEnum):
 
 
 def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Image:
-    """Return the image upright and in RGB, as ``policy`` says; the image itself if it is so already.
+    """Return the image upright and in RGB, as ``policy`` says.
+
+    The image itself is returned if it is so already.
 
     Raises:
         ImageError: The policy refuses the image. What Pillow raises comes through as it is.
     """
     if policy is ImagePolicy.PARITY:
         rgb = _rgb(_upright(image))
-        # Alpha is gone, but a transparent color is still known, and transformers' second step sees it
+        # Alpha is gone, but a transparent color is still known, and transformers' second step sees
+        # it
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
     several = getattr(image, "is_animated", False)  # before loading: it moves between frames
     if policy is ImagePolicy.STRICT:
@@ -86,7 +89,10 @@ def scale_floats(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def check_unit_range(low: Any, high: Any, name: str) -> None:
-    """Raise ``ImageError`` if floats from ``low`` to ``high`` do not lie in [0, 1]; NaN does not."""
+    """Raise ``ImageError`` if floats from ``low`` to ``high`` do not lie in [0, 1].
+
+    NaN does not.
+    """
     if not (low >= 0 and high <= 1):
         raise ImageError(
             f"{name}: floats must lie in [0, 1], got {float(low):g} to {float(high):g}"

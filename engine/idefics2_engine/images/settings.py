@@ -1,7 +1,8 @@
 """Which file of a checkpoint says how its images are prepared.
 
-transformers 5 saves the image processor inside ``processor_config.json``. Earlier releases read ``preprocessor_config.json``, and
-those up to 4.46 fail where the other file has settings of images. Where a checkpoint has both, transformers 5 reads the former.
+transformers 5 saves the image processor inside ``processor_config.json``. Earlier releases read
+``preprocessor_config.json``, and those up to 4.46 fail where the other file has settings of images.
+Where a checkpoint has both, transformers 5 reads the former.
 """
 
 from pathlib import Path

@@ -38,7 +38,10 @@ class ImageConfig:
 
     @classmethod
     def load(cls, folder: Path) -> "ImageConfig":
-        """Read the settings in ``folder``; raises as ``image_settings`` and ``from_settings`` do."""
+        """Read the settings in ``folder``.
+
+        Raises as ``image_settings`` and ``from_settings`` do.
+        """
         return cls.from_settings(image_settings(folder))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The metadata of one forward pass: frozen, built on the host, passed down, never a global context."""
+"""The metadata of one forward pass: frozen, built on the host and passed down, never global."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -48,7 +48,7 @@ class ImageBatch(_Movable):
 
     @classmethod
     def from_tiles(cls, tiles: Sequence[Tile], config: ImageConfig | None = None) -> "ImageBatch":
-        """Pack ``tiles`` (at least one) on the CPU, to be normalized as ``config`` says or as trained."""
+        """Pack ``tiles`` (one or more) on the CPU, to be normalized by ``config`` or as trained."""
         patches = [tile.num_patches for tile in tiles]
         batch = cls(
             pixels=torch.from_numpy(
@@ -68,7 +68,7 @@ class ImageBatch(_Movable):
 
 @dataclass(frozen=True)
 class PagedView(_Movable):
-    """Where this step's keys and values go in the KV cache, and what each sequence may read there."""
+    """Where a step's keys and values go in the KV cache, and what each sequence may read there."""
 
     slots: Tensor  # (T,) int32 or int64: page * page size + offset of each new token
     block_table: Tensor  # (B, most pages of a sequence) int32
@@ -88,7 +88,7 @@ class TextBatch(_Movable):
 
     @classmethod
     def from_ids(cls, sequences: Sequence[Sequence[int]]) -> "TextBatch":
-        """Pack whole ``sequences`` (each at least one token), without a cache, logits for every row."""
+        """Pack whole ``sequences``, none empty, without a cache and with logits for every row."""
         lengths = [len(ids) for ids in sequences]
         return cls(
             input_ids=torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64),

@@ -1,8 +1,10 @@
-"""The shape of the model, read from a checkpoint's ``config.json``; frozen, derived values are properties.
+"""The shape of the model, read from a checkpoint's ``config.json``.
 
-``config.json`` on the hub is 684 bytes and leaves most sizes to defaults. The defaults here are those of
-transformers' Idefics2 and Mistral configurations, except the perceiver's norm epsilon: it was trained with
-the text model's, which is what a missing ``rms_norm_eps`` means here.
+Configs are frozen, and derived values are properties.
+
+``config.json`` on the hub is 684 bytes and leaves most sizes to defaults. The defaults here are
+those of transformers' Idefics2 and Mistral configurations, except the perceiver's norm epsilon: it
+was trained with the text model's, which is what a missing ``rms_norm_eps`` means here.
 """
 
 from collections.abc import Mapping
@@ -16,8 +18,8 @@ from idefics2_engine.model.quantization import is_nf4
 from idefics2_engine.model_files import CONFIG, printable_path, why_no_model
 
 _HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
-# Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in the file, and should
-# say so before anything is allocated or counted to.
+# Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in
+# the file, and should say so before anything is allocated or counted to.
 _MOST_LAYERS = 1024  # 32
 _MOST_HEADS = 1024  # 32
 _MOST_PIXELS = 1 << 14  # 980 a side
@@ -91,7 +93,10 @@ class TextConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and head as stored here, a multiple of 64; the last ones are zero."""
+        """Rows of the embedding and head as stored here, a multiple of 64.
+
+        The last ones are zero.
+        """
         return -(-self.vocab_size // _HEAD_ROWS) * _HEAD_ROWS
 
 
@@ -111,7 +116,8 @@ class ModelConfig:
         """Read ``folder/config.json``.
 
         Raises:
-            ConfigError: The file is missing, is not JSON, or describes another or an impossible model.
+            ConfigError: The file is missing, is not JSON, or describes another or an impossible
+                model.
         """
         if mistaken := why_no_model(folder):
             raise ConfigError(f"{printable_path(folder)}: {mistaken}")
@@ -223,7 +229,7 @@ def _check_shapes(config: ModelConfig) -> None:
 
 
 def _rope_theta(text: Section) -> float:
-    """Read the rotary base, at the top level before transformers 5 and in ``rope_parameters`` since."""
+    """Read the rotary base, on the top level or, since transformers 5, in ``rope_parameters``."""
     parameters, scaling = text.section("rope_parameters"), text.section("rope_scaling")
     nested = parameters if parameters.values else scaling
     rope_type = nested.values.get("rope_type", nested.values.get("type", "default"))

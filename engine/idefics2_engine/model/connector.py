@@ -1,4 +1,4 @@
-"""The connector: a gated projection of every patch, then a perceiver that resamples an image to its latents."""
+"""The connector: a gated projection of patches, and a perceiver that resamples them to latents."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -27,7 +27,7 @@ class PerceiverAttention(nn.Module):
     def forward(
         self, latents: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """Map ``latents`` (N, L, hidden), reading ``context`` (P, hidden) by ``cu_seqlens`` (N + 1,)."""
+        """Update ``latents`` (N, L, hidden) from ``context`` (P, hidden) by ``cu_seqlens``."""
         q = self.q_proj(latents).unflatten(-1, (-1, self.head_dim))
         k_latents, v_latents = self._keys_and_values(latents)
         k_context, v_context = self._keys_and_values(context)
@@ -57,7 +57,10 @@ class PerceiverLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        """Take ``x`` (N, L, hidden), the norm of ``residual``; return a branch, and the residual to add it to."""
+        """Take ``x`` (N, L, hidden), the norm of ``residual``.
+
+        Return a branch, and the residual to add it to.
+        """
         x = self.attention(x, self.context_norm(context), cu_seqlens, max_seqlen)
         x, residual = self.mlp_norm.add(x, residual)
         return self.mlp(x), residual
@@ -73,7 +76,7 @@ class Perceiver(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, context: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Resample ``context`` (P, hidden), N images packed by ``cu_seqlens`` (N + 1,): (N, L, hidden)."""
+        """Resample ``context`` (P, hidden), N images by ``cu_seqlens``, to (N, L, hidden)."""
         residual = self.latents.expand(cu_seqlens.shape[0] - 1, -1, -1)
         layers = cast(Sequence[PerceiverLayer], self.layers)
         next_norms = [*(layer.latents_norm for layer in layers[1:]), self.norm]

@@ -20,8 +20,9 @@ IGNORED_LABEL = -100
 class Idefics2(nn.Module):
     """Idefics2 over packed tiles and packed tokens.
 
-    Parameters are allocated on ``device`` in ``dtype`` and not initialized: load a checkpoint into them or call
-    ``init_weights``. On the device ``"meta"`` they get memory by ``allocate``; until then layers can be replaced at no cost.
+    Parameters are allocated on ``device`` in ``dtype`` and not initialized: load a checkpoint into
+    them or call ``init_weights``. On the device ``"meta"`` they get memory by ``allocate``; until
+    then layers can be replaced at no cost.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class Idefics2(nn.Module):
         return sum(tensor.nbytes for tensor in (*self.parameters(), *parts))
 
     def set_nf4(self, name: str, weight: NF4Weight) -> None:
-        """Set the weight of the NF4 layer called ``name``; the last of those that lie side by side has them stacked."""
+        """Set the weight of the NF4 layer called ``name``.
+
+        The last of those that lie side by side has them stacked.
+        """
         layer = self.get_submodule(name)
         assert isinstance(layer, NF4Linear)
         layer.weight = weight
@@ -80,7 +84,7 @@ class Idefics2(nn.Module):
             group.stack()
 
     def image_features(self, images: ImageBatch) -> Tensor:
-        """Encode N tiles to (N, latents, hidden) embeddings of the text model, reusable across calls."""
+        """Encode N tiles to reusable embeddings (N, latents, hidden) of the text model."""
         patches = self.ops.patches(
             images.pixels,
             images.cu_seqlens,
@@ -109,13 +113,15 @@ class Idefics2(nn.Module):
     ) -> Tensor:
         """Return logits (rows, vocabulary) for ``batch.logits_indices``, or for every token.
 
-        ``image_features`` (..., hidden) take the places of the image token, in order. There must be as many rows as such
-        tokens in the batch. Without them an image token keeps its own embedding.
+        ``image_features`` (..., hidden) take the places of the image token, in order. There must be
+        as many rows as such tokens in the batch. Without them an image token keeps its own
+        embedding.
 
         Raises:
-            ValueError: A sequence is longer than the model has positions, or, on a CPU, features and image tokens differ
-                in number. A GPU stops with an assertion then, as for an id that is no token: nothing waits for it. With
-                a KV cache neither is looked at, as the engine makes such batches from checked requests.
+            ValueError: A sequence is longer than the model has positions, or, on a CPU, features
+                and image tokens differ in number. A GPU stops with an assertion then, as for an id
+                that is no token: nothing waits for it. With a KV cache neither is looked at, as the
+                engine makes such batches from checked requests.
         """
         if batch.paged is None:
             self._check(batch, image_features)
@@ -126,7 +132,7 @@ class Idefics2(nn.Module):
         return logits[:, : self.config.text.vocab_size]
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Look up ``input_ids`` (T,) and put ``image_features`` in the image tokens' places: (T, hidden)."""
+        """Embed ``input_ids`` (T,), with ``image_features`` at the image tokens: (T, hidden)."""
         # without the rows that fill the table up: an id there is no token
         tokens = self.text.embedding[: self.config.text.vocab_size]
         embeds = nn.functional.embedding(input_ids, tokens)
@@ -158,18 +164,19 @@ class Idefics2(nn.Module):
     def loss(
         self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None
     ) -> Tensor:
-        """Return the mean cross entropy of each token's successor in its sequence, in fp32 or wider.
+        """Return the mean cross entropy of each token's successor in its sequence, at least fp32.
 
-        ``labels`` (T,) are aligned with the tokens; -100 is ignored, and the caller sets it for image and padding tokens.
+        ``labels`` (T,) are aligned with the tokens; -100 is ignored, and the caller sets it for
+        image and padding tokens.
         """
         return next_token_loss(self(batch, image_features), labels, batch)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float = 0.02, *, double_quant: bool = True) -> None:
-        """Draw random weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms at one, biases at zero.
+        """Draw weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms one, biases zero.
 
-        Latents start apart, for equal latents would stay equal in training. Weights in NF4 are drawn in the model's type
-        and quantized, with ``double_quant`` or without, one at a time.
+        Latents start apart, for equal latents would stay equal in training. Weights in NF4 are
+        drawn in the model's type and quantized, with ``double_quant`` or without, one at a time.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -191,7 +198,7 @@ class Idefics2(nn.Module):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, batch: TextBatch) -> Tensor:
-    """Return the mean cross entropy of ``logits`` (T, V) against each token's successor among ``labels`` (T,)."""
+    """Return the mean cross entropy of ``logits`` (T, V) for the successors in ``labels`` (T,)."""
     if batch.logits_indices is not None:
         raise ValueError("the loss needs logits for every token, got a batch with logits_indices")
     if labels.shape != logits.shape[:1]:

@@ -1,4 +1,4 @@
-"""Layers that several parts of the model have: the norms and the gated MLP, called through ``Ops``."""
+"""Layers that several parts of the model have: norms and the gated MLP, called through ``Ops``."""
 
 import torch
 from torch import Tensor, nn

@@ -31,7 +31,8 @@ class Linear(nn.Module):
 class NF4Linear(nn.Module):
     """Product with a weight (N, K) in NF4 and an optional ``bias`` (N,).
 
-    The weight is no parameter: it has no gradient and is not in ``state_dict``. ``to`` moves it, and leaves its types alone.
+    The weight is no parameter: it has no gradient and is not in ``state_dict``. ``to`` moves it,
+    and leaves its types alone.
     """
 
     def __init__(self, K: int, N: int, ops: Ops, *, bias: bool) -> None:
@@ -74,9 +75,10 @@ class NF4Linear(nn.Module):
 
 
 class SideBySide(nn.Module):
-    """Linear layers of one input whose outputs lie side by side, in place of one layer with their rows stacked.
+    """Linear layers of one input whose outputs are joined, instead of one layer with all rows.
 
-    ``stack`` makes weights in NF4 one, and the layers' own views of it: one product in place of several.
+    ``stack`` makes weights in NF4 one, and the layers' own views of it: one product in place of
+    several.
     """
 
     def __init__(self, layers: Sequence[Linear | NF4Linear]) -> None:

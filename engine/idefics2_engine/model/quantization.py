@@ -1,4 +1,4 @@
-"""What is kept in four bits: what a caller asks for, and what a ``config.json`` says of weights that are so already."""
+"""What is quantized: as a caller asks, or as a ``config.json`` says of the weights beside it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Quantization:
     def from_arguments(
         cls, quantization: str | None, quantized_parts: Sequence[str] | None, double_quant: bool
     ) -> "Quantization | None":
-        """Return what the arguments of ``LLM`` by these names ask for; ``ConfigError`` if they contradict each other."""
+        """Return what these arguments of ``LLM`` ask for; ``ConfigError`` on contradictions."""
         if quantization is None:
             if quantized_parts is not None or not double_quant:
                 raise ConfigError("quantized_parts and double_quant must come with quantization")
@@ -47,8 +47,8 @@ class Quantization:
 def is_nf4(config: Section) -> bool:
     """Say whether the checkpoint of this ``config.json`` was quantized by bitsandbytes to NF4.
 
-    Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules`` matches has
-    changed between releases of transformers.
+    Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules``
+    matches has changed between releases of transformers.
 
     Raises:
         ConfigError: It was quantized in another way.
@@ -82,7 +82,7 @@ def is_nf4(config: Section) -> bool:
 def bitsandbytes_config(
     dtype: str, double_quant: bool, skipped: Sequence[str]
 ) -> dict[str, object]:
-    """Return the ``quantization_config`` by which transformers reads NF4 weights and computes with them in ``dtype``.
+    """Return the ``quantization_config`` for transformers to compute with NF4 weights in ``dtype``.
 
     ``skipped`` are the modules in 16 bit, with all that is in them.
     """

@@ -33,7 +33,7 @@ class TextAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: TextBatch, cos_sin: Tensor, cache: LayerCache | None
     ) -> Tensor:
-        """Map ``x`` (T, hidden) to (T, hidden), through ``cache`` when the batch has a paged view."""
+        """Map ``x`` (T, hidden) to (T, hidden), through ``cache`` if the batch has a paged view."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         if batch.paged is None or cache is None:
             q, k = self.ops.rotary(q, k, batch.positions, cos_sin)
@@ -75,7 +75,10 @@ class TextLayer(nn.Module):
         cos_sin: Tensor,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """Take ``x`` (T, hidden), the norm of ``residual``; return a branch, and the residual to add it to."""
+        """Take ``x`` (T, hidden), the norm of ``residual``.
+
+        Return a branch, and the residual to add it to.
+        """
         x, residual = self.mlp_norm.add(self.attention(x, batch, cos_sin, cache), residual)
         return self.mlp(x), residual
 
@@ -111,14 +114,14 @@ class TextModel(nn.Module):
         return x
 
     def cos_sin(self, device: torch.device) -> Tensor:
-        """Return the rotary table (positions, D) on ``device``: D/2 cosines, then D/2 sines, fp32."""
+        """Return the rotary table (positions, D), fp32: D/2 cosines, then D/2 sines."""
         if self._cos_sin is None or self._cos_sin.device != device:
             self._cos_sin = rotary_table(self.config).to(device)
         return self._cos_sin
 
 
 def rotary_table(config: TextConfig) -> Tensor:
-    """Build the rotary table (positions, D) on the CPU, in fp32 throughout as the model was trained."""
+    """Build the rotary table (positions, D) on the CPU, in fp32 as the model was trained."""
     D = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (
         torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D

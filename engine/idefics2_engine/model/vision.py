@@ -20,7 +20,7 @@ class VisionAttention(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Map ``x`` (P, hidden) to (P, hidden); ``cu_seqlens`` (N + 1,) says whose patches are whose."""
+        """Map ``x`` (P, hidden) to (P, hidden); ``cu_seqlens`` (N + 1,) bounds the images."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         out = self.ops.flash_attention(q, k, v, cu_seqlens, max_seqlen, causal=False)
         projected: Tensor = self.out_proj(out.flatten(1))
@@ -54,7 +54,10 @@ class VisionLayer(nn.Module):
     def forward(
         self, branch: Tensor, residual: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        """Take and return a branch (P, hidden) that is not yet added to its ``residual`` (P, hidden)."""
+        """Map a branch and its ``residual`` (P, hidden) to the next two.
+
+        Neither pair is added yet.
+        """
         x, residual = self.attention_norm.add(branch, residual)
         x, residual = self.mlp_norm.add(self.attention(x, cu_seqlens, max_seqlen), residual)
         return self.mlp(x), residual

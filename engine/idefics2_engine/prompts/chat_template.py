@@ -69,7 +69,7 @@ class ChatTemplate:
 
         Raises:
             PromptError: The template refuses the conversation, fails on it, or takes more time or
-                memory than ``sandbox`` lets it have.
+                memory than ``template_sandbox`` lets it have.
         """
         marked = [
             {

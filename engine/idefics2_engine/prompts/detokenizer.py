@@ -11,9 +11,10 @@ _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 class Detokenizer:
     """Text of one growing sequence; what ``add`` and ``flush`` return joins to its ``decode``.
 
-    A piece decodes differently behind another (its leading space stays), so new text is what decoding adds to the
-    pieces before. It is held back until its last character is whole. Pieces that are bytes and make no character
-    become U+FFFD; ``decode`` then gives up every byte around them too, and here the whole characters stay.
+    A piece decodes differently behind another (its leading space stays), so new text is what
+    decoding adds to the pieces before. It is held back until its last character is whole. Pieces
+    that are bytes and make no character become U+FFFD; ``decode`` then gives up every byte around
+    them too, and here the whole characters stay.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):

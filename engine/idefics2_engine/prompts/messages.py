@@ -19,12 +19,13 @@ def read_messages(
     """Check a conversation and take the images out of it.
 
     Args:
-        messages: Each ``{"role": "system", "user" or "assistant", "content": str or list of parts}``,
-            a part being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes
-            the next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
-            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's ``detail``
-            may stand and changes nothing. A key whose value is ``None`` counts as missing:
-            ``datasets`` gives every row the keys of all.
+        messages: Each
+            ``{"role": "system", "user" or "assistant", "content": str or list of parts}``, a part
+            being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes the
+            next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
+            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's
+            ``detail`` may stand and changes nothing. A key whose value is ``None`` counts as
+            missing: ``datasets`` gives every row the keys of all.
         images: What the bare image parts stand for, in order.
         name: What errors call the conversation.
 
@@ -33,9 +34,10 @@ def read_messages(
         source of each image part. Nothing of them but the sources belongs to the caller.
 
     Raises:
-        PromptError: A message has another shape or a key that is not listed here (a ``chat_template``
-            among them: templates come with the checkpoint alone), its text cannot be written in
-            UTF-8, there are more or fewer images than bare parts, or reading it raised an error.
+        PromptError: A message has another shape or a key that is not listed here (a
+            ``chat_template`` among them: templates come with the checkpoint alone), its text cannot
+            be written in UTF-8, there are more or fewer images than bare parts, or reading it
+            raised an error.
     """
     turns = []
     sources: list[ImageSource | None] = []

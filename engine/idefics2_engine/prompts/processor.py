@@ -284,7 +284,8 @@ class Processor:
 
         Args:
             texts: B raw prompts, at least one.
-            images: The images of each, or all of them one after the other, in the order of the placeholders.
+            images: The images of each, or all of them one after the other, in the order of the
+                placeholders.
             padding_side: Where the shorter rows get padding tokens.
 
         Returns:

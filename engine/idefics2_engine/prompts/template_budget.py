@@ -1,8 +1,8 @@
-"""What the rendering of a chat template may take: a clock, and the sizes of values before they are made.
+"""The limits of rendering a chat template: a clock, and sizes of values before they are made.
 
-Sizes are characters; an element of a container counts eight. An estimate bounds the size of a result from the operands,
-in whatever order keywords bring them. Of what is in no table here it is the product of lengths and numbers, which bounds
-all that repeats or pads.
+Sizes are characters; an element of a container counts eight. An estimate bounds the size of a
+result from the operands, in whatever order keywords bring them. Of what is in no table here it is
+the product of lengths and numbers, which bounds all that repeats or pads.
 """
 
 import math
@@ -59,7 +59,10 @@ class Budget:
             raise TemplateLimitError(f"must take at most {SECONDS} s")
 
     def allow(self, size: float) -> None:
-        """Raise if the time is over or a value of ``size`` too much; all are counted, as if none went away."""
+        """Raise if the time is over or a value of ``size`` too much.
+
+        All are counted, as if none went away.
+        """
         self.look()
         if not size <= self.max_size:  # NaN, which a template can make, neither
             raise TemplateLimitError(f"a value must have a size of at most {self.max_size}")
@@ -70,7 +73,10 @@ class Budget:
             )
 
     def size(self, value: Any) -> int:
-        """Return the characters of ``value``, a shared part counted each time; stop above the limit."""
+        """Return the characters of ``value``, a shared part counted each time.
+
+        Stop above the limit.
+        """
         total = 0
         rest: list[Any] = [value]
         while rest and total <= self.max_size:
@@ -93,7 +99,7 @@ class Budget:
         return total
 
     def materialize(self, value: object) -> object:
-        """Return ``value``, or if it is lazy an iterator over what it yields, now that its size is known."""
+        """Return ``value``, or if it is lazy an iterator of known size over what it yields."""
         if not isinstance(value, Iterator) or isinstance(
             value, _MaterializedIterator | LoopContext
         ):
@@ -111,7 +117,7 @@ class Budget:
 
 @dataclass
 class _MaterializedIterator:
-    """An iterator of known size: like the lazy one it replaces it is true, has no length and ends."""
+    """An iterator of known size, which like the lazy one it replaces is true and has no length."""
 
     items: Iterator[Any]
     size: int
@@ -137,7 +143,7 @@ current: ContextVar[Budget] = ContextVar("budget of the rendering")
 Estimate = Callable[[Budget, list[Any]], float]
 
 
-def total(budget: Budget, values: list[Any]) -> float:
+def sum_of_sizes(budget: Budget, values: list[Any]) -> float:
     """Bound what is as long as the operands together."""
     return sum(budget.size(value) for value in values)
 
@@ -150,12 +156,12 @@ def _padded(budget: Budget, values: list[Any]) -> float:
     return sum(_extent(budget, value) for value in values)
 
 
-def product(budget: Budget, values: list[Any]) -> float:
+def product_of_sizes(budget: Budget, values: list[Any]) -> float:
     """Bound what repeats or pads, by lengths and numbers."""
     return math.prod(1 + _extent(budget, value) for value in values)
 
 
-def nothing(budget: Budget, values: list[Any]) -> float:
+def no_size(budget: Budget, values: list[Any]) -> float:
     """Leave out what makes nothing new."""
     return 0
 
@@ -164,7 +170,7 @@ def _replaced(budget: Budget, values: list[Any]) -> float:
     text, *rest = values
     words = [value for value in rest if isinstance(value, str)]
     if not isinstance(text, str) or len(words) < 2:
-        return product(budget, values)
+        return product_of_sizes(budget, values)
     return len(text) + max(text.count(word) for word in words) * sum(map(len, words))
 
 
@@ -173,8 +179,8 @@ def formatted(budget: Budget, values: list[Any]) -> float:
     text, *rest = str(values[0]), *values[1:]
     width = _largest_number(text)
     if "*" in text:  # a width among the values
-        width += product(budget, [number for value in rest for number in _numbers(value)])
-    return len(text) + text.count("%") * (width + total(budget, rest))
+        width += product_of_sizes(budget, [number for value in rest for number in _numbers(value)])
+    return len(text) + text.count("%") * (width + sum_of_sizes(budget, rest))
 
 
 def _braced(budget: Budget, values: list[Any]) -> float:
@@ -184,7 +190,7 @@ def _braced(budget: Budget, values: list[Any]) -> float:
         nested = any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(text))
     except ValueError:  # which format raises itself
         return 0
-    fields = text.count("{") * (_largest_number(text) + total(budget, rest))
+    fields = text.count("{") * (_largest_number(text) + sum_of_sizes(budget, rest))
     return math.inf if nested else len(text) + fields
 
 
@@ -197,7 +203,10 @@ def _encoded(budget: Budget, values: list[Any]) -> float:
     """Bound ``tojson`` but for the indent of deep values, which is written piece by piece."""
     value, *options = values
     indent = max((_extent(budget, option) for option in options), default=0)
-    return budget.size(value) * (1 + total(budget, options) / _ELEMENT_SIZE) + _MAX_DEPTH * indent
+    return (
+        budget.size(value) * (1 + sum_of_sizes(budget, options) / _ELEMENT_SIZE)
+        + _MAX_DEPTH * indent
+    )
 
 
 def _summed(budget: Budget, values: list[Any]) -> float:
@@ -221,7 +230,7 @@ def _table(**names: tuple[Estimate, str]) -> dict[str, Estimate]:
 
 METHODS = _table(
     linear=(
-        total,
+        sum_of_sizes,
         "count endswith find get index partition removeprefix removesuffix split startswith",
     ),
     padded=(_padded, "center ljust rjust zfill"),
@@ -229,14 +238,14 @@ METHODS = _table(
     replaced=(_replaced, "replace"),
 )
 FILTERS = _table(
-    free=(nothing, "abs attr count d default first last length max min random safe"),
+    free=(no_size, "abs attr count d default first last length max min random safe"),
     linear=(
-        total,
+        sum_of_sizes,
         "capitalize dictsort e escape filesizeformat float forceescape groupby int items list "
         "lower map reject rejectattr reverse select selectattr sort string title truncate unique "
         "upper urlencode wordcount",
     ),
-    multiplied=(product, "batch indent join round slice trim"),
+    multiplied=(product_of_sizes, "batch indent join round slice trim"),
     padded=(_padded, "center"),
     formatted=(formatted, "format"),
     replaced=(_replaced, "replace"),

@@ -1,10 +1,11 @@
 """A Jinja environment for chat templates: no way out, and bounds on time and memory.
 
-Jinja's sandbox keeps a template from Python's internals, not from ``'a' * 10**9`` or from loops in loops. Here every
-operation that a template is made of first looks at the clock, and none begins whose result could pass a size limit.
-So what lies between two looks is bounded, in any thread and without a signal. The hooks are Jinja's own for calls,
-operators, items and output; what has none (``~``, comparisons, slices, literals, loops) is rewritten, when the
-template is compiled, into filters whose names no template can spell.
+Jinja's sandbox keeps a template from Python's internals, not from ``'a' * 10**9`` or from loops in
+loops. Here every operation that a template is made of first looks at the clock, and none begins
+whose result could pass a size limit. So what lies between two looks is bounded, in any thread and
+without a signal. The hooks are Jinja's own for calls, operators, items and output; what has none
+(``~``, comparisons, slices, literals, loops) is rewritten, when the template is compiled, into
+filters whose names no template can spell.
 """
 
 import json
@@ -35,15 +36,15 @@ from idefics2_engine.prompts.template_budget import (
     current,
     formatted,
     is_number,
-    nothing,
-    product,
-    total,
+    no_size,
+    product_of_sizes,
+    sum_of_sizes,
 )
 
 MAX_SOURCE = 2**16  # characters of a template; the hub's have up to some 30,000
 _MAX_NODES = 2**14  # of its syntax tree, each of which takes some 50 us to compile
-# What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many keys at once, which
-# may all have the same hash
+# What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many
+# keys at once, which may all have the same hash
 _UNSAFE_METHODS = {"encode", "to_bytes", "striptags", "unescape", "fromkeys", "isdisjoint"}
 
 
@@ -71,7 +72,10 @@ def _check_public(name: object) -> None:
 
 
 class _Generation(Extension):
-    """``{% generation %}``, which marks the assistant's words for training; here it does nothing."""
+    """``{% generation %}``, which marks the assistant's words for training.
+
+    Here it does nothing.
+    """
 
     tags = {"generation"}  # noqa: RUF012  as declared by the base
 
@@ -111,7 +115,7 @@ def _bounded_value(value: Any) -> Any:
 
 def _bounded_text(values: tuple[Any, ...]) -> str:
     budget = current.get()
-    budget.allow(total(budget, list(values)))
+    budget.allow(sum_of_sizes(budget, list(values)))
     return "".join(map(str, values))
 
 
@@ -145,7 +149,7 @@ def _filter(node: Any, name: str) -> nodes.Filter:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles templates and renders them within the bounds, as transformers' environment does otherwise."""
+    """Compiles and renders templates as transformers' environment does, but within bounds."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -186,7 +190,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def bounds(self, input_size: int) -> Iterator[None]:
-        """Start the clock for one rendering of ``input_size`` characters; nothing runs without it."""
+        """Start the clock for one rendering of ``input_size`` characters.
+
+        Nothing runs without it.
+        """
         token = current.set(Budget.for_input(input_size))
         try:
             yield
@@ -218,7 +225,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "%":
             budget.allow(formatted(budget, [left, right]) if isinstance(left, str) else 0)
         else:
-            budget.allow((product if operator == "*" else total)(budget, [left, right]))
+            budget.allow(
+                (product_of_sizes if operator == "*" else sum_of_sizes)(budget, [left, right])
+            )
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
@@ -237,7 +246,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
         owner = getattr(method, "__self__", None)
         if isinstance(method, BuiltinMethodType) or isinstance(owner, str):  # Markup is in Python
-            estimate = METHODS.get(method.__name__, product)
+            estimate = METHODS.get(method.__name__, product_of_sizes)
             budget.allow(estimate(budget, [owner, *args, *kwargs.values()]))
         result = super().call(__context, __obj, *args, **kwargs)
         budget.allow(budget.size(result))
@@ -270,7 +279,7 @@ def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[
         budget = current.get()
         budget.allow(estimate(budget, [*args[skipped:], *kwargs.values()]))
         result = budget.materialize(function(*args, **kwargs))
-        if estimate is not nothing:
+        if estimate is not no_size:
             budget.allow(budget.size(result))
         return result
 
@@ -287,7 +296,7 @@ def _watch_test(function: Any) -> Any:
 
 
 def _make_dict(source: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
-    """Do what ``dict`` does, item by item: keys with the same hash, which are easy to make, take quadratic time."""
+    """Do what ``dict`` does, item by item, as keys with the same hash take quadratic time."""
     look = current.get().look
     made = {}
     for key, value in source.items() if isinstance(source, Mapping) else source:

@@ -1,7 +1,8 @@
-"""How much longer the steps of a tokenizer may make a text, read from ``tokenizer.json`` before any text is given to them.
+"""How much longer a tokenizer's steps may make a text, computed before it gets any.
 
-A short description can make millions of ids of two characters: by a replacement that is long, or by some that double one after
-another. So each step's growth is bounded by what it is, and that of a sequence by the product.
+A short description can make millions of ids of two characters: by a replacement that is long, or by
+some that double one after another. So each step's growth is bounded by what it is, and that of a
+sequence by the product.
 """
 
 import base64
@@ -21,7 +22,7 @@ _FIXED = {
 
 
 def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps that ``step``, a well-formed part of ``tokenizer.json``, consists of, in order."""
+    """Yield the steps that ``step``, a well-formed part of ``tokenizer.json``, is made of."""
     if step is None:
         return
     if step.get("type") != "Sequence":
@@ -33,7 +34,10 @@ def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def growth(step: Mapping[str, Any] | None) -> float:
-    """Return how many characters ``step`` makes of one at most; infinitely many where its type is unknown."""
+    """Return how many characters ``step`` makes of one at most.
+
+    These are infinitely many where its type is unknown.
+    """
     return math.prod(_growth(leaf) for leaf in leaves(step))
 
 
@@ -52,7 +56,7 @@ def _growth(leaf: Mapping[str, Any]) -> float:
 
 
 def _longest_text(charsmap: str) -> int:
-    """Return the bytes of the longest text of SentencePiece's table: the size of a trie, the trie, and texts that end in zero."""
+    """Return the bytes of the longest text in SentencePiece's table, behind the trie."""
     table = base64.b64decode(charsmap)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return max(1, *(len(text) for text in texts.split(b"\0")))

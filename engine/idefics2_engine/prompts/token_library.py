@@ -1,7 +1,8 @@
-"""The one door to ``tokenizers``: what it builds is bounded, and what fails in it becomes an error of ours.
+"""The one user of ``tokenizers``: what it builds is bounded, and its failures are our errors.
 
-The library raises bare ``Exception``, and what it did not foresee is a panic of Rust, which in Python is no ``Exception``.
-Nothing else that comes out of a call is touched: an interrupt, or what a signal's handler raises, is the caller's.
+The library raises bare ``Exception``, and what it did not foresee is a panic of Rust, which in
+Python is no ``Exception``. Nothing else that comes out of a call is touched: an interrupt, or what
+a signal's handler raises, is the caller's.
 """
 
 import json
@@ -23,8 +24,8 @@ class TokenLibrary:
         """Build from the parsed ``tokenizer.json``.
 
         Raises:
-            ConfigError: The library cannot build or use it, it could make far more of a text than was given, or it has a
-                decoder that fails on some texts.
+            ConfigError: The library cannot build or use it, it could make far more of a text than
+                was given, or it has a decoder that fails on some texts.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -87,7 +88,10 @@ def _unusable(error: BaseException) -> Idefics2Error:
 
 
 def _translated(error: BaseException, kind: type[Idefics2Error], said: str) -> Idefics2Error:
-    """Return the library's ``error`` as one of ours, which begins with what is ``said``; raise any other."""
+    """Return the library's ``error`` as one of ours, which begins with what is ``said``.
+
+    Raise any other.
+    """
     is_panic = type(error).__name__ == "PanicException"  # of no module that can be imported
     # What a signal's handler raises after the call has a frame of its own
     is_raised_there = error.__traceback__ is None or error.__traceback__.tb_next is None
@@ -105,7 +109,7 @@ def _check_growth(part: str, step: Mapping[str, Any] | None) -> None:
 
 
 def _check_decoder(decoder: Mapping[str, Any] | None) -> None:
-    """Refuse what may panic on an answer, whose text would be lost when all of it has been computed."""
+    """Refuse what may panic on an answer, whose text would be lost after it was computed."""
     for leaf in leaves(decoder):
         if leaf["type"] == "Replace" and "String" not in leaf["pattern"]:
             raise ConfigError(

@@ -127,7 +127,8 @@ class Tokenizer:
             add_bos: Begin with ``<s>`` if the checkpoint's tokenizer does.
 
         Raises:
-            PromptError: ``text`` is no string, cannot be written in UTF-8, or the tokenizer fails on it.
+            PromptError: ``text`` is no string, cannot be written in UTF-8, or the tokenizer fails
+                on it.
         """
         check_text(text)
         return self.encode_marked(text.replace(_MARK, _ESCAPED_MARK), add_bos)
@@ -162,7 +163,7 @@ class Tokenizer:
         return token
 
     def _unknown(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the ``unk_token``, which only templates ask for: it need not be a special token."""
+        """Return the ``unk_token``, which need not be special: only templates ask for it."""
         token = settings.get("unk_token")
         if isinstance(token, Mapping):
             token = token.get("content")
@@ -200,7 +201,10 @@ class Tokenizer:
 
 
 def check_text(text: str, name: str = "text") -> None:
-    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8; it is called ``name``."""
+    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8.
+
+    It is called ``name``.
+    """
     if not isinstance(text, str):
         raise PromptError(f"{name}: must be a string, got {type(text).__name__}")
     try:
@@ -224,7 +228,7 @@ def expand_placeholders(text: str, image_seq_len: int, tiles_per_image: int) -> 
 
 
 def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of the same tokenizer with a normalizer in front that deletes marks."""
+    """Return the same tokenizer's description with a normalizer in front that deletes marks."""
     added = []
     tokens = description.get("added_tokens") or []
     if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):

@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs: the forward pass captured once for each of a few batch sizes, and replayed.
+"""Decode steps as CUDA graphs: captured once for each of a few batch sizes, and replayed.
 
-A step of one token a sequence launches hundreds of small kernels, which take a CPU longer to launch than a GPU to run.
-A graph is launched as one. It reads its inputs from buffers of its own; a batch between two sizes is padded to the larger
-one, and for the padding no kernel reads or writes the cache.
+A step of one token a sequence launches hundreds of small kernels, which take a CPU longer to launch
+than a GPU to run. A graph is launched as one. It reads its inputs from buffers of its own; a batch
+between two sizes is padded to the larger one, and for the padding no kernel reads or writes the
+cache.
 """
 
 import logging
@@ -72,7 +73,10 @@ class DecodeGraphs:
         return packed.is_decode and len(packed.input_ids) <= self.sizes[-1]
 
     def run(self, packed: PackedStep) -> Tensor:
-        """Compute a step that ``can_run``, of B sequences; return logits (B, vocabulary), which the next one overwrites."""
+        """Compute a step that ``can_run``, of B sequences.
+
+        Return logits (B, vocabulary), which the next one overwrites.
+        """
         count = len(packed.input_ids)
         size = next(size for size in self.sizes if size >= count)
         captured = self._captured[size]
@@ -106,7 +110,7 @@ class DecodeGraphs:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the batch sizes that are captured: 1, 2, 4, then every eighth, up to the first that holds all, or ``MAX_SIZE``."""
+    """Return the batch sizes to capture: 1, 2, 4, multiples of 8, to the first that holds all."""
     most = min(max_num_seqs, MAX_SIZE)
     sizes = [1, 2, 4, *range(8, most + 8, 8)]
     return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= most)]

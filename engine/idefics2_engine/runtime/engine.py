@@ -1,8 +1,8 @@
 """The step loop: schedule, launch, land.
 
-With ``run_ahead`` the next step is planned and launched before the tokens of the last one are known to the host, so that
-the device need not wait for it: they are read on the device, and an answer that turns out to have ended is computed
-once for nothing.
+With ``run_ahead`` the next step is planned and launched before the tokens of the last one are known
+to the host, so that the device need not wait for it: they are read on the device, and an answer
+that turns out to have ended is computed once for nothing.
 """
 
 import logging
@@ -114,17 +114,20 @@ class Engine:
         self._changed: dict[Request, None] = {}  # requests that ``step`` has to return
 
     def step(self) -> list[Request]:
-        """Launch the next step and read the tokens of the last one; when running ahead, of the one before.
+        """Launch the next step and read the tokens of the last one.
 
-        If a forward pass fails, only the request that caused it fails, and gets an ``error``. After an out-of-memory
-        error steps become smaller. After any other error fewer sequences run at once, until one request fails alone.
+        When running ahead, the tokens are those of the step before.
+
+        If a forward pass fails, only the request that caused it fails, and gets an ``error``. After
+        an out-of-memory error steps become smaller. After any other error fewer sequences run at
+        once, until one request fails alone.
 
         Returns:
             The requests that got a token or failed, each once.
 
         Raises:
-            BaseException: An interrupt, or a fault of the engine itself. Nothing of a step that was cut off is trusted:
-                the engine was ``reset``.
+            BaseException: An interrupt, or a fault of the engine itself. Nothing of a step that was
+                cut off is trusted: the engine was ``reset``.
         """
         try:
             self._step()
@@ -187,7 +190,7 @@ class Engine:
         return _Flight(step, requests, sequences, tokens, failed)
 
     def _land(self, flight: _Flight | None) -> None:
-        """Wait for a step and append its tokens to the answers that have not ended since it was launched."""
+        """Wait for a step and append its tokens to the answers that have not ended meanwhile."""
         if flight is None:
             return
         try:
@@ -268,7 +271,10 @@ class Engine:
             self._fail(request, _failure("the model must run on it", error), error)
 
     def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
-        """Give up one request and forget what was computed for it, which others might share; they go on."""
+        """Give up one request and forget what was computed for it, which others might share.
+
+        They go on.
+        """
         request.error = RequestFailedError(f"request {request.request_id}: {reason}")
         request.error.__cause__ = cause
         _logger.warning("%s", request.error)

@@ -1,7 +1,8 @@
 """The engine on a thread of its own, for callers on any number of threads.
 
-Signal handlers run on the main thread, so an interrupt or a time-out of the caller never cuts off a step. Settings of
-the caller's thread, such as ``torch.autocast`` and the default device, do not reach the engine either.
+Signal handlers run on the main thread, so an interrupt or a time-out of the caller never cuts off a
+step. Settings of the caller's thread, such as ``torch.autocast`` and the default device, do not
+reach the engine either.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        # Guards the next two; reentrant, because garbage collection may close the engine at any point
+        # Guards the next two; reentrant, because garbage collection may close the engine at any
+        # point
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -45,8 +47,10 @@ class EngineThread:
         """Return a room for requests whose progress is told on the engine's thread.
 
         Args:
-            on_update: Is called with each request that has finished, which the engine then no longer changes.
-            on_error: Is called once if the engine drops the client: after a fault of its own, or when it is closed.
+            on_update: Is called with each request that has finished, which the engine then no
+                longer changes.
+            on_error: Is called once if the engine drops the client: after a fault of its own, or
+                when it is closed.
             every_token: Whether ``on_update`` is called after each step that changed a request too.
 
         Raises:
@@ -74,7 +78,10 @@ class EngineThread:
             self._commands.put(function)
 
     def close(self) -> None:
-        """End the thread after the step it is in; clients are told. Does nothing the second time."""
+        """End the thread after the step it is in.
+
+        Clients are told. Does nothing the second time.
+        """
         with self._lock:
             self._is_closed = True
             self._commands.put(self._stop)

@@ -1,4 +1,4 @@
-"""What a step's tokens are and where they go, as arrays on the host, packed and ready to be copied to the device."""
+"""A step's tokens and their places as arrays on the host, packed to be copied to the device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ class PackedStep:
 
 
 def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents: int) -> PackedStep:
-    """Pack the chunks of ``step``; ``drawn`` says in which row of the step before a sequence's token is being drawn."""
+    """Pack the chunks of ``step``; ``drawn`` has the rows of tokens that are being sampled."""
     chunks = step.chunks
     begins = np.array([chunk.begin for chunk in chunks], np.int32)
     lengths = np.array([chunk.end for chunk in chunks], np.int32) - begins
@@ -95,7 +95,7 @@ NOTHING = PackedStep(
 
 
 def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
-    """Return a step of ``size`` decoding sequences with ``width`` pages each: those of ``packed``, and padding.
+    """Return ``packed`` padded to ``size`` decoding sequences with ``width`` pages each.
 
     Padding has no query: nothing is read or written for it.
     """
@@ -127,7 +127,7 @@ def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 def text_batch(
     copies: list[Tensor], input_ids: Tensor, packed: PackedStep, *, every_row: bool = False
 ) -> TextBatch:
-    """Make a batch of the copies of ``packed.arrays()`` on the device, with ``input_ids`` (T,) all known.
+    """Make a batch of the device's copies of ``packed.arrays()``, with ``input_ids`` (T,) known.
 
     ``every_row`` gives logits for all tokens.
     """
@@ -154,7 +154,7 @@ def _tokens(chunk: Chunk, drawn: Mapping[Sequence, int]) -> list[int]:
 
 
 def _wanted(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
-    """Return the tokens whose logits are wanted: prompt tokens that are scored, and each last one that samples."""
+    """Return the tokens whose logits are needed: prompt tokens to score, and those that sample."""
     wanted = [
         place - chunk.begin + offset
         for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)

@@ -14,10 +14,11 @@ _logger = logging.getLogger(__name__)
 
 
 def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -> int:
-    """Measure how many tokens fit when the process and others use ``utilization`` of the GPU's memory in all.
+    """Measure how many tokens fit if ``utilization`` of the GPU's memory may be used in all.
 
-    The largest steps that ``config`` allows are run once, without a cache, to see what they take beside the weights.
-    No more tokens than ``max_num_seqs`` full sequences are of use, and no more are returned.
+    The largest steps that ``config`` allows are run once, without a cache, to see what they take
+    beside the weights. No more tokens than ``max_num_seqs`` full sequences are of use, and no more
+    are returned.
 
     Raises:
         ConfigError: Not even one full sequence fits.

@@ -1,4 +1,4 @@
-"""One forward pass for a step: owns the model, the KV cache, the images' embeddings, graphs, and the tokens drawn last."""
+"""The forward pass of a step, with the model, the caches, the graphs and the last tokens."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,8 @@ class Runner:
         image_config: How pixels are normalized.
         num_images: Encoder cache entries, each for the embeddings of a tile.
         max_num_seqs: Sequences that draw a token in a step, at most.
-        max_pages: Of a sequence; steps of decoding alone are then CUDA graphs, if one is large enough. None for no graphs.
+        max_pages: Of a sequence; steps of decoding alone are then CUDA graphs, if one is large
+            enough. None for no graphs.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class Runner:
     def run(
         self, step: Step, drawn: Mapping[Sequence, int]
     ) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
-        """Compute ``step``; ``drawn`` says in which row of ``note`` the tokens are that the host does not know yet.
+        """Compute ``step``; ``drawn`` has the rows of last tokens that the host does not know yet.
 
         Returns:
-            Logits (B, vocabulary) for its chunks that sample, in their order, until the next call; and for requests whose
-            prompt is scored the logits (S, vocabulary) at the places that their chunks name.
+            Logits (B, vocabulary) for its chunks that sample, in their order, until the next call;
+            and for requests whose prompt is scored the logits (S, vocabulary) at the places that
+            their chunks name.
         """
         if step.encodes:
             self._encode(step.encodes)

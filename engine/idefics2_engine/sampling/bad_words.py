@@ -12,8 +12,9 @@ _BEFORE = "\n"  # merges with no word, and no space follows it
 def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of ``words`` with and without a space before, each once.
 
-    As in vLLM, spaces that a word begins with do not count, and control tokens are recognized. Where vLLM adds a space to
-    have the second form, this tokenizer puts one before any text, so here it is the form without that has to be made.
+    As in vLLM, spaces that a word begins with do not count, and control tokens are recognized.
+    Where vLLM adds a space to have the second form, this tokenizer puts one before any text, so
+    here it is the form without that has to be made.
 
     Raises:
         SamplingError: The tokenizer fails on a word.

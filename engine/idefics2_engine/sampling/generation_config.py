@@ -38,7 +38,7 @@ class GenerationConfig:
     def with_defaults(
         self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]
     ) -> "GenerationConfig":
-        """End at ``eos_token_ids`` where the file names none, and bar ``bad_words_ids`` in any case."""
+        """End at ``eos_token_ids`` if the file names none, and bar ``bad_words_ids`` as well."""
         bad_words = dict.fromkeys((*self.bad_words_ids, *bad_words_ids))
         return GenerationConfig(self.eos_token_ids or frozenset(eos_token_ids), tuple(bad_words))
 

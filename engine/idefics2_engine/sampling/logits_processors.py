@@ -1,11 +1,12 @@
 """What the parameters of a batch change in its logits, before temperature and filters.
 
-The host lists (row, token) pairs, and the device applies each list to all rows at once: only listed places are read and
-written, and a row that asks for nothing costs nothing. In this order: allowed ids, bad words, end tokens that come too
-early, bias, penalties. What is barred stays so, because neither bias nor penalty moves -inf.
+The host lists (row, token) pairs, and the device applies each list to all rows at once: only listed
+places are read and written, and a row that asks for nothing costs nothing. In this order: allowed
+ids, bad words, end tokens that come too early, bias, penalties. What is barred stays so, because
+neither bias nor penalty moves -inf.
 
-A token is barred by adding -inf to its logit, not by writing it there: NaN stays NaN and infinity becomes NaN, so the
-largest edited logit still tells whether all logits of the model could be used.
+A token is barred by adding -inf to its logit, not by writing it there: NaN stays NaN and infinity
+becomes NaN, so the largest edited logit still tells whether all logits of the model could be used.
 """
 
 from collections.abc import Sequence as Items
@@ -26,7 +27,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """Places to change in logits (B, V), by row and token: N of each kind, and none twice but those that are barred."""
+    """Places to change in logits (B, V), by row and token: N of each kind."""
 
     allowed_rows: Tensor  # (R,): rows that choose among allowed places only
     allowed: tuple[Tensor, Tensor]
@@ -45,7 +46,10 @@ class LogitEdits:
         return cls(ids[0], *pairs, *values)  # type: ignore[arg-type]
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the edited ``logits`` (B, V), fp32 or wider if more than masks was asked for; ``logits`` may be overwritten."""
+        """Return the edited ``logits`` (B, V), which may be overwritten.
+
+        They are fp32 or wider if more than masks was asked for.
+        """
         if len(self.bias) or len(self.repetition):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if len(self.allowed_rows):
@@ -64,7 +68,10 @@ class LogitEdits:
 
 
 class EditFinder:
-    """Lists the edits of a step; keeps a history of each sequence that is penalized, as long as the sequence lives."""
+    """Lists the edits of a step.
+
+    Keeps a history of each sequence that is penalized, as long as the sequence lives.
+    """
 
     def __init__(self, image_token_id: int) -> None:
         self.image_token_id = image_token_id
@@ -121,7 +128,7 @@ class _Places:
 
 
 class _Asked:
-    """What a sequence's parameters ask for, as arrays made once, and how often its tokens occurred, kept up to date."""
+    """What a sequence's parameters ask for, as arrays made once, and its counts of tokens."""
 
     def __init__(self, sequence: Sequence, image_token_id: int) -> None:
         request, params = sequence.request, sequence.request.params
@@ -140,7 +147,7 @@ class _Asked:
         self._num_counted = len(request.prompt_token_ids)
 
     def seen(self, sequence: Sequence) -> tuple[Ids, Floats]:
-        """Return the tokens to penalize, each once, and how often the answer has them: 0 for the prompt's own."""
+        """Return the tokens to penalize, each once, and their counts: 0 for the prompt's own."""
         for token in sequence.token_ids[self._num_counted :]:
             place = self._place.setdefault(token, len(self._place))
             self._tokens[place] = token
@@ -151,7 +158,7 @@ class _Asked:
 
 
 def _barred(sequence: Sequence, bad_words_ids: Items[Items[int]]) -> list[int]:
-    """Return the tokens that would complete a bad word, or end the answer of ``sequence`` too early."""
+    """Return the tokens that would complete a bad word or end ``sequence`` too early."""
     request, tokens = sequence.request, sequence.token_ids
     barred = [word[-1] for word in bad_words_ids if _ends_with(tokens, 0, word[:-1])]
     begin = len(request.prompt_token_ids)  # a word that was asked for may begin in the answer only

@@ -1,7 +1,7 @@
-"""Log probabilities: the chosen token's and the likeliest ones', with ranks that hang on nothing but the row.
+"""Log probabilities of the sampled and the likeliest tokens, with ranks from the row alone.
 
-They are those of the model's own logits, in fp32. Tokens are ordered by logit and then by id, so that ranks and the likeliest
-tokens are the same for every batch and on every device, ties included.
+They are those of the model's own logits, in fp32. Tokens are ordered by logit and then by id, so
+that ranks and the likeliest tokens are the same for every batch and on every device, ties included.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,13 +19,14 @@ from idefics2_engine.sampling_params import SamplingParams
 _COLUMNS = 64  # rows are filled up to whole multiples, so that each begins at the same alignment
 _ROWS = 256  # of a prompt, that are scored at once: bounds the memory
 _ALWAYS = 20  # likeliest tokens beside each that every request may have, as by vLLM's default
-# Of a request that asks for more: an entry takes some 180 bytes, so 94 MB; 16 tokens with a vocabulary of 32,003
+# Of a request that asks for more: an entry takes some 180 bytes, so 94 MB; 16 tokens with a
+# vocabulary of 32,003
 _MOST_ENTRIES = 2**19
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log probabilities of R places, on the device: the token's own first, then the K likeliest in order."""
+    """Log probabilities of R places on the device: the token's own, then the K likeliest."""
 
     token_ids: Tensor  # (R, 1 + K) int32
     logprobs: Tensor  # (R, 1 + K) fp32
@@ -47,7 +48,8 @@ def check_entries(params: SamplingParams, prompt_tokens: int, new_tokens: int, v
         vocab: Tokens of the model, which -1 stands for.
 
     Raises:
-        SamplingError: More than 20 likeliest tokens are asked for at so many places that they are too many.
+        SamplingError: More than 20 likeliest tokens are asked for at so many places that they are
+            too many.
     """
     places = {"logprobs": params.n * new_tokens, "prompt_logprobs": prompt_tokens - 1}
     for name, count in places.items():
@@ -66,7 +68,7 @@ def likeliest(number: int, vocab: int) -> int:
 
 
 def padded_rows(logits: Tensor, rows: Tensor | slice) -> Tensor:
-    """Copy ``rows`` of ``logits`` (B, V) to (R, W) fp32, filled with -inf up to whole blocks of columns."""
+    """Copy ``rows`` of ``logits`` (B, V) to (R, W) fp32, padded with -inf to whole blocks."""
     V = logits.shape[1]
     taken = logits[rows]
     out = torch.full(
@@ -80,7 +82,10 @@ def padded_rows(logits: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 def score(padded: Tensor, token_ids: Tensor, top: int, vocab_size: int) -> Scores:
-    """Score ``token_ids`` (R,) int64 and the ``top`` likeliest by ``padded_rows`` (R, W); nothing waits for the device."""
+    """Score ``token_ids`` (R,) int64 and the ``top`` likeliest by ``padded_rows`` (R, W).
+
+    Nothing waits for the device.
+    """
     order = _order(padded[:, :vocab_size])
     own = token_ids[:, None]
     ranks = (order > order.gather(1, own)).sum(1) + 1
@@ -99,7 +104,7 @@ def score_prompt(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sco
 
 
 def _order(logits: Tensor) -> Tensor:
-    """Return an int64 for each of ``logits`` (R, V) fp32, none twice in a row: by logit, of equal ones the first is greatest."""
+    """Return an int64 key for each of ``logits`` (R, V) fp32: by logit, then the lowest id."""
     bits = (logits + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return ascending * 2**32 - torch.arange(logits.shape[1], device=logits.device)
@@ -108,7 +113,7 @@ def _order(logits: Tensor) -> Tensor:
 def make_token_logprobs(
     arrays: Sequence[np.ndarray], tops: Sequence[int], text: Callable[[int], str]
 ) -> list[TokenLogprobs]:
-    """Turn ``Scores.tensors`` on the host into what requests keep: the first ``tops`` (R,) of each place."""
+    """Turn ``Scores.tensors`` on the host into ``tops`` (R,) log probabilities for each row."""
     ids, logprobs, ranks = (array.tolist() for array in arrays)
     places = []
     for own_rank, top, row_ids, row_logprobs in zip(ranks, tops, ids, logprobs, strict=True):
@@ -129,7 +134,10 @@ class TokenTexts:
         self._texts: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
-        """Return the text of ``token_id``, its leading space kept; part of a character is U+FFFD."""
+        """Return the text of ``token_id``, its leading space kept.
+
+        Part of a character is U+FFFD.
+        """
         text = self._texts.get(token_id)
         if text is None:
             # the decoder drops the space that begins a text, so a second one shows it

@@ -1,19 +1,21 @@
-"""Logits to tokens for a whole batch on the device, each sequence by its own parameters and its own random stream.
+"""Logits to tokens for a batch, each sequence by its own parameters and random stream.
 
 In this order, vLLM's:
 
 1. log probabilities to report, of the logits as the model gave them (``logprobs``);
 2. allowed ids, bad words, end tokens before ``min_tokens``, bias, then the penalties for repetition, frequency and
-   presence (``logit_edits``);
+   presence (``logits_processors``);
 3. temperature, min-p, top-k, top-p and the draw (``Ops.sample``); with ``min_p_first=False`` min-p comes last, as in
    transformers.
 
-The stream is keyed by (seed, token index), so batching, preemption and resuming cannot change what is drawn. What a step
-needs goes to the device in two copies, and all that is asked for comes back in one.
+The stream is keyed by (seed, token index), so batching, preemption and resuming cannot change what
+is drawn. What a step needs goes to the device in two copies, and all that is asked for comes back
+in one.
 
-A row can be sampled if the largest of its edited logits is finite. It is not if any logit of the model is NaN or infinity
-(edits keep both visible), or if no finite logit is left. A single logit of -inf is a token that is never drawn. The largest
-logit comes to the host with the tokens: the greedy choice computes it anyway, and a draw reads the logits once more for it.
+A row can be sampled if the largest of its edited logits is finite. It is not if any logit of the
+model is NaN or infinity (edits keep both visible), or if no finite logit is left. A single logit of
+-inf is a token that is never drawn. The largest logit comes to the host with the tokens: the greedy
+choice computes it anyway, and a draw reads the logits once more for it.
 """
 
 from collections.abc import Callable
@@ -111,7 +113,7 @@ class Sampler:
         self._edits = EditFinder(image_token_id)
 
     def reads_answer(self, sequence: Sequence) -> bool:
-        """Say whether the next token of ``sequence`` depends on its last ones otherwise than through the logits."""
+        """Say whether the next token depends on the last ones otherwise than through the logits."""
         words = (*self.bad_words_ids, *sequence.request.bad_words_ids)
         return sequence.request.params.penalizes or any(len(word) > 1 for word in words)
 
@@ -121,7 +123,7 @@ class Sampler:
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
-        """Begin ``sample``: put the work for ``logits`` (B, V), which may be overwritten, on the device and return."""
+        """Launch the sampling of ``logits`` (B, V), which may be overwritten, and return."""
         V, params = logits.shape[1], [sequence.request.params for sequence in sequences]
         tops = [None if p.logprobs is None else likeliest(p.logprobs, V) for p in params]
         rows = np.array([row for row, top in enumerate(tops) if top is not None], dtype=np.int64)
@@ -167,7 +169,8 @@ class Sampler:
             number: Of the likeliest tokens to report beside each; -1 for the whole vocabulary.
 
         Raises:
-            FloatingPointError: A row has no probabilities, because a logit is NaN or infinity or all are -inf.
+            FloatingPointError: A row has no probabilities, because a logit is NaN or infinity or
+                all are -inf.
         """
         if len(logits) != len(token_ids):
             raise ValueError(

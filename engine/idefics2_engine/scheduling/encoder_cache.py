@@ -1,7 +1,7 @@
 """Which images' embeddings are kept, and in which entry; host only.
 
-The embeddings themselves are the runner's. An entry that somebody holds stays; others are given to new images, the
-one that was let go longest ago first.
+The embeddings themselves are the runner's. An entry that somebody holds stays; others are given to
+new images, the one that was let go longest ago first.
 """
 
 from collections import OrderedDict
@@ -19,7 +19,7 @@ class EncoderCache:
         self._empty = list(range(num_entries - 1, -1, -1))
 
     def __contains__(self, content: bytes) -> bool:
-        """Say whether the embeddings are there, or will be when the step is run that they were taken for."""
+        """Say whether the embeddings are there, or will be after the step that computes them."""
         return content in self._entry_of
 
     @property

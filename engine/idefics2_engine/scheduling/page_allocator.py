@@ -10,8 +10,9 @@ NO_PAGE = -1
 class PageAllocator:
     """Hands out page numbers and counts who holds each.
 
-    A page whose content has a name (``remember``) keeps it when its last holder lets go: until somebody needs the room,
-    it can be found again. Room is taken from nameless pages first, then from the one that was let go longest ago.
+    A page whose content has a name (``remember``) keeps it when its last holder lets go: until
+    somebody needs the room, it can be found again. Room is taken from nameless pages first, then
+    from the one that was let go longest ago.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -48,7 +49,7 @@ class PageAllocator:
                 self._holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of ``pages`` of a sequence, in its order: of those that end up free the last are taken first."""
+        """Release ``pages`` of a sequence, in its order; the last of them are reused first."""
         for page in reversed(pages):
             if page == NO_PAGE:
                 continue
@@ -63,7 +64,10 @@ class PageAllocator:
         return self._holders[page] > 1
 
     def remember(self, page: int, name: bytes) -> None:
-        """Name the content of ``page``, which must not change from now on; the first page of a name keeps it."""
+        """Name the content of ``page``, which must not change from now on.
+
+        The first page of a name keeps it.
+        """
         if name not in self._page_of:
             self._forget(page)
             self._page_of[name] = page
@@ -91,7 +95,7 @@ class PageAllocator:
         return sum(page in self._free for page in pages)
 
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
-        """Assert that holders are as ``held`` by sequences, that all other pages are free, and that names agree."""
+        """Assert that holders are as ``held``, that other pages are free, and that names agree."""
         counts = Counter(page for pages in held for page in pages if page != NO_PAGE)
         assert [counts[page] for page in range(self.num_pages)] == self._holders
         assert sorted(self._free) == [page for page in range(self.num_pages) if not counts[page]]

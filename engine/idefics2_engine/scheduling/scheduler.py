@@ -1,12 +1,13 @@
 """Which tokens are computed in a step: first come, first served, within budgets; host only.
 
-A step has a budget of tokens, which decoding sequences and chunks of prompts share, and one of patches, for the tiles
-that it encodes. Running sequences go first, oldest first; then waiting ones are admitted in their order. Where a
-running sequence needs a page and none is free, the newest that runs is preempted: it waits again, before all others,
-and computes again what the cache does not remember of it. So the oldest always goes on.
+A step has a budget of tokens, which decoding sequences and chunks of prompts share, and one of
+patches, for the tiles that it encodes. Running sequences go first, oldest first; then waiting ones
+are admitted in their order. Where a running sequence needs a page and none is free, the newest that
+runs is preempted: it waits again, before all others, and computes again what the cache does not
+remember of it. So the oldest always goes on.
 
-A step may be planned while tokens of the one before are still being drawn (``Sequence.num_pending``): where they go is
-known, and steps are computed in order.
+A step may be planned while tokens of the one before are still being drawn
+(``Sequence.num_pending``): where they go is known, and steps are computed in order.
 """
 
 from collections import OrderedDict
@@ -36,7 +37,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass does: encode tiles into encoder cache entries, copy pages, compute chunks."""
+    """What one forward pass does: encode tiles into cache entries, copy pages, compute chunks."""
 
     chunks: list[Chunk]
     encodes: list[tuple[Tile, int]]
@@ -94,7 +95,7 @@ class Scheduler:
         return Step(plan.chunks, plan.encodes, plan.copies)
 
     def computed(self, step: Step) -> None:
-        """Note that ``step`` has been or is being computed: name full pages, let go of what is behind."""
+        """Take ``step`` as computed: name full pages, and release what no later token needs."""
         for chunk in step.chunks:
             chunk.sequence.num_computed = chunk.end
             self._name_pages(chunk.sequence)
@@ -103,7 +104,8 @@ class Scheduler:
     def fork(self, first: Sequence) -> list[Sequence]:
         """Start the other answers of a request whose prompt ``first`` has computed.
 
-        As many as may run share its pages, and those are returned; the rest wait, before all others.
+        As many as may run share its pages, and those are returned; the rest wait, before all
+        others.
         """
         request = first.request
         others = request.sequences[request.num_started :]
@@ -145,13 +147,16 @@ class Scheduler:
             sequence.num_pending = 0
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Let nobody find the pages and images that were computed for ``sequences``, which neither wait nor run."""
+        """Forget the pages and images of ``sequences``, which neither wait nor run."""
         for sequence in sequences:
             self.pages.forget(sequence.page_names(self.pages.page_size))
             self.encoder.forget(item.tile.fingerprint for item in sequence.request.images)
 
     def preempt_newest(self) -> Sequence:
-        """Let the newest that runs wait again, before all others, without its pages; one must run."""
+        """Let the newest that runs wait again, before all others, without its pages.
+
+        One must run.
+        """
         sequence, _ = self.running.popitem()
         self._drop(sequence)
         self._wait_first(sequence)
@@ -159,7 +164,7 @@ class Scheduler:
         return sequence
 
     def start_over(self) -> None:
-        """Preempt all that run and forget every image, as after a step that was not computed to its end."""
+        """Preempt all that run and forget every image, as after a step that failed."""
         while self.running:
             self.preempt_newest()
         self.encoder.forget_idle()
@@ -173,7 +178,7 @@ class Scheduler:
         return True
 
     def check_integrity(self) -> None:
-        """Assert that pages and encoder cache entries are held by those that run, and by nobody else."""
+        """Assert that those that run hold pages and encoder cache entries, and nobody else."""
         self.pages.check_integrity([sequence.pages for sequence in self.running])
         self.encoder.check_integrity(
             [item.tile.fingerprint for s in self.running for item in s.held_images]
@@ -261,7 +266,7 @@ class Scheduler:
         return index < len(sequence.pages) and self.pages.is_shared(sequence.pages[index])
 
     def _take_pages(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
-        """Give pages up to ``end``, and one of its own for a shared one that would be written to."""
+        """Allocate pages up to ``end``, and a copy of a shared one that would be written to."""
         if self._writes_shared_page(sequence, begin):
             index = begin // self.pages.page_size
             shared, (own,) = sequence.pages[index], self.pages.allocate(1)

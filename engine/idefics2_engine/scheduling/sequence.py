@@ -124,7 +124,7 @@ class Sequence:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the request still waits for its prompt's log probabilities, which its first sequence gives."""
+        """Whether this first sequence still has to give its prompt's log probabilities."""
         request = self.request
         wanted = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) - 1
         return self.index == 0 and len(request.prompt_logprobs) < wanted
@@ -136,7 +136,7 @@ class Sequence:
         return eos | frozenset(self.request.params.stop_token_ids)
 
     def page_names(self, page_size: int) -> list[bytes]:
-        """Name the contents of all full pages, the unwritten ones too: a chain of 128-bit hashes."""
+        """Name the contents of full pages, also unwritten ones, by a chain of 128-bit hashes."""
         for begin in range(
             len(self._page_names) * page_size, len(self.token_ids) - page_size + 1, page_size
         ):
@@ -149,7 +149,7 @@ class Sequence:
         return self._page_names
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Add a generated token, with ``logprobs`` if asked for, and apply the stop rules: end token, stop string, length."""
+        """Add a token, with ``logprobs`` if asked for, and apply the rules that end an answer."""
         params = self.request.params
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
@@ -180,7 +180,10 @@ class Sequence:
         return self._text
 
     def _detokenize(self) -> None:
-        """Bring the text up to the tokens; without stop strings nobody reads it before the answer is wanted."""
+        """Bring the text up to the tokens.
+
+        Without stop strings nobody reads it before the answer is wanted.
+        """
         if self._text_is_whole:
             return
         begin = len(self.request.prompt_token_ids) + self._num_detokenized

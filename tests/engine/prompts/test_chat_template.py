@@ -185,7 +185,8 @@ def test_memory_has_a_limit() -> None:
 import json, resource, sys
 from pathlib import Path
 from idefics2_engine.errors import PromptError
-from idefics2_engine.prompts.tokenizer import ChatTemplate, Tokenizer
+from idefics2_engine.prompts.chat_template import ChatTemplate
+from idefics2_engine.prompts.tokenizer import Tokenizer
 from paths import EIGHT_B
 
 tokenizer = Tokenizer.load(Path(sys.argv[1]))

@@ -1,7 +1,8 @@
 """The bytes of a file for Pillow, with a bound on how often they are read.
 
-Pillow's plugins walk over markers, chunks, blocks, tags and strips in Python, with a read or more for
-each. A count of reads therefore bounds their work, whatever the format and wherever the loop is.
+Pillow's plugins walk over markers, chunks, blocks, tags and strips in Python, with a read or more
+for each. A count of reads therefore bounds their work, whatever the format and wherever the loop
+is.
 """
 
 import io

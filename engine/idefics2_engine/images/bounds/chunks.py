@@ -1,4 +1,4 @@
-"""What PNG and WebP files may hold in chunks beside their pixels, counted without decoding anything."""
+"""What PNG and WebP files may hold in chunks beside their pixels, counted without decoding."""
 
 import zlib
 from collections.abc import Iterator
@@ -75,7 +75,10 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _raw_exif(kind: bytes, text: bytes) -> bytes:
-    """Return the EXIF in a text chunk, behind its keyword; nothing where Pillow finds none either."""
+    """Return the EXIF in a text chunk, behind its keyword.
+
+    It is empty where Pillow finds none either.
+    """
     packed = kind == b"zTXt"
     try:
         if kind == b"iTXt":

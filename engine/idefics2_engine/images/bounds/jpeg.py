@@ -11,7 +11,8 @@ _MAX_SEGMENTS = 1000
 _MAX_SEGMENT_BYTES = 16 << 20
 _MAX_FILL = 1 << 12  # bytes between segments; Pillow reads them one by one
 
-# A byte FF before neither a stuffed zero nor a fill byte. Not `FF+`, which is quadratic in fill bytes.
+# A byte FF before neither a stuffed zero nor a fill byte. Not `FF+`, which is quadratic in fill
+# bytes.
 _MARKER = re.compile(rb"\xff([^\x00\xff])")
 # Within a scan restarts are data too, as is TEM, which has no contents
 _MARKER_IN_SCAN = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
@@ -72,12 +73,15 @@ def check_jpeg(data: bytes, max_pixels: int, name: str) -> None:
 
 
 def max_stream_bytes(pixels: int) -> int:
-    """Return how long the scans of an image may be; of noise at full quality they take 2 bytes a pixel."""
+    """Return how long the scans of an image may be.
+
+    Of noise at full quality they take 2 bytes a pixel.
+    """
     return (1 << 20) + 16 * pixels
 
 
 def check_scans(data: bytes, start: int, end: int, name: str, scans: int = 0) -> bool:
-    """Hold the part of a file from ``start`` to ``end``, inside one JPEG stream, to the bound on scans.
+    """Hold the part of a file from ``start`` to ``end``, in one JPEG stream, to the bound on scans.
 
     Returns:
         Whether the stream ends there.

@@ -1,4 +1,4 @@
-"""What a TIFF file may hold beside its pixels, counted from its directory without decoding anything."""
+"""What a TIFF file may hold beside its pixels, counted from its directory without decoding."""
 
 from idefics2_engine.errors import ImageError
 from idefics2_engine.images.bounds.jpeg import check_scans, max_stream_bytes
