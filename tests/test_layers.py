@@ -34,7 +34,9 @@ __main__
 """
 KERNELS = """
 gpu
-attention matmul nf4 norms activation rotary patches sample reference
+attention norms activation rotary patches sample reference
+matmul
+nf4
 ops
 catalog
 """

@@ -1,7 +1,7 @@
 """Sweep one kernel's launch options and print the best.
 
     python bench/idefics2_bench/tune.py flash_attention text-causal-16k BLOCK_M=64,128 BLOCK_N=64,128 num_warps=4,8 num_stages=2,3
-    python bench/idefics2_bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 --module flash_attention_hopper
+    python bench/idefics2_bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 --module attention.flash_attention_hopper
 
 Every combination replaces what the module's ``launch_config`` returns. Wrong ones and those that do not compile
 are named and left out. Needs a CUDA device.

@@ -1,12 +1,14 @@
 """The table of operations the model is written against, and its two implementations.
 
-A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation that cannot run
-raises. ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)`` swaps one, to find which of them
-a wrong logit comes from. What each operation computes is written in ``reference``; shapes are repeated here.
+A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation
+that cannot run raises. ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)``
+swaps one, to find which of them a wrong logit comes from. What each operation computes is written
+in ``reference``; shapes are repeated here.
 
-``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd knows nothing of, so the
-gradient would stop there in silence. Every operation of ``TRITON`` therefore refuses inputs that require one, also where a
-shape would be computed by PyTorch's own operations.
+``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd
+knows nothing of, so the gradient would stop there in silence. Every operation of ``TRITON``
+therefore refuses inputs that require one, also where a shape would be computed by PyTorch's own
+operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +63,7 @@ class RmsNorm(Protocol):
 
 
 class AddRmsNorm(Protocol):
-    """``x`` and ``residual`` (..., N), ``weight`` (N,) -> norm of the sum (..., N), sum (..., N)."""
+    """``x`` and ``residual`` (..., N), ``weight`` (N,) -> norm of the sum, sum (..., N)."""
 
     def __call__(  # noqa: D102
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -75,7 +77,7 @@ class LayerNorm(Protocol):
 
 
 class AddLayerNorm(Protocol):
-    """``x`` and ``residual`` (..., N), ``weight`` and ``bias`` (N,) -> norm of the sum, sum (..., N)."""
+    """``x``, ``residual`` (..., N), ``weight``, ``bias`` (N,) -> norm of the sum, sum (..., N)."""
 
     def __call__(  # noqa: D102
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -95,7 +97,7 @@ class GeluTanh(Protocol):
 
 
 class Rotary(Protocol):
-    """``q`` (T, H, D), ``k`` (T, H_KV, D), ``positions`` (T,), ``cos_sin`` (positions, D) -> q, k."""
+    """``q`` (T, H, D), ``k`` (T, H_KV, D), ``positions`` (T,), ``cos_sin`` (W, D) -> q, k."""
 
     def __call__(  # noqa: D102
         self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
@@ -103,7 +105,10 @@ class Rotary(Protocol):
 
 
 class RotaryAndCache(Protocol):
-    """As ``Rotary``; ``k`` and ``v`` (T, H_KV, D) go to ``slots`` (T,) of the caches (pages, H_KV, P, D) -> q."""
+    """As ``Rotary``; ``k`` and ``v`` are written to ``slots`` (T,) of the caches -> q.
+
+    ``v`` is (T, H_KV, D), the caches are (pages, H_KV, P, D).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -136,7 +141,10 @@ class FlashAttention(Protocol):
 
 
 class PagedAttention(Protocol):
-    """``q`` (T, H, D), caches (pages, H_KV, P, D), ``block_table`` (B, pages), ``context_lens`` (B,) -> (T, H, D)."""
+    """``q`` (T, H, D), caches (pages, H_KV, P, D), ``block_table`` (B, pages) -> (T, H, D).
+
+    ``context_lens`` is (B,), ``cu_seqlens`` (B + 1,).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -154,7 +162,10 @@ class PagedAttention(Protocol):
 
 
 class PerceiverAttention(Protocol):
-    """``q`` (N, L, H, D), context k, v (P, H_KV, D), latents' k, v (N, L, H_KV, D) -> (N, L, H, D)."""
+    """``q`` (N, L, H, D), context k, v (P, H_KV, D), latents' k, v (N, L, H_KV, D).
+
+    The result is (N, L, H, D).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -237,7 +248,10 @@ def _make_missing(name: str) -> Any:
 
 
 def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``kernel``, which raises where autograd would record it: that would stop the gradient in silence."""
+    """Return ``kernel``, which raises where autograd would record it.
+
+    That would stop the gradient in silence.
+    """
 
     @wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:

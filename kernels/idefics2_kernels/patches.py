@@ -1,8 +1,11 @@
-"""Packed uint8 tiles to normalized patch rows: a program takes a few patches and all of their columns.
+"""Packed uint8 images to normalized patch rows.
 
-The tile that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is read back. A thread
-loads two pixels side by side, all channels, and stores two values for each channel: half the loads, stores and
-instructions of one value at a time, which is what bounds the kernel after memory.
+A program takes a few patches and all of their columns.
+
+The image that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is
+read back. A thread loads two pixels side by side, all channels, and stores two values for each
+channel: half the loads, stores and instructions of one value at a time, which is what bounds the
+kernel after memory.
 """
 
 from collections.abc import Sequence
@@ -32,7 +35,10 @@ def launch_config(E: int) -> LaunchConfig:
 
 @triton.jit
 def _byte(words, index: tl.constexpr):
-    """Return a byte of each word in fp32: 2^23 + byte, less 2^23, is half the instructions of a conversion."""
+    """Return a byte of each word in fp32.
+
+    2^23 + byte, less 2^23, is half the instructions of a conversion.
+    """
     byte = (words.to(tl.int32) >> (8 * index)) & 0xFF
     return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
@@ -43,16 +49,18 @@ def _patches_kernel(
     cu_seqlens_ptr,  # (N + 1,)
     widths_ptr,  # (N,)
     out_ptr,  # (P, C * S * S)
-    stride_out,  # in steps of V; at run time: a wider store would spread each load over more rows of pixels
+    # in steps of V; at run time: a wider store would spread each load over more rows of pixels
+    stride_out,
     scale,  # C floats
     shift,  # C floats
     P,
     N,
-    steps,  # of the search among N tiles
+    steps,  # of the search among N images
     C: tl.constexpr,
     S: tl.constexpr,
     V: tl.constexpr,  # pixels of a load
-    WIDE: tl.constexpr,  # whether two pixels of three channels are taken from aligned words of 32 bits
+    # whether two pixels of three channels are taken from aligned words of 32 bits
+    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -62,18 +70,18 @@ def _patches_kernel(
     offs_p = first_p + offs_i
     mask_p = offs_p < P
 
-    # the last tile that begins at or before each patch: an empty one begins where the next does
-    tile = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
-    end = tile + N
+    # the last image that begins at or before each patch: an empty one begins where the next does
+    image = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
+    end = image + N
     for _ in range(steps):
-        middle = (tile + end) // 2
+        middle = (image + end) // 2
         begins = tl.load(cu_seqlens_ptr + middle, mask=mask_p, other=0)
-        tile = tl.where(begins <= offs_p, middle, tile)
+        image = tl.where(begins <= offs_p, middle, image)
         end = tl.where(begins <= offs_p, end, middle)
-    local = (offs_p - tl.load(cu_seqlens_ptr + tile, mask=mask_p, other=0)).to(tl.int32)
-    width = tl.load(widths_ptr + tile, mask=mask_p, other=1).to(tl.int32)
-    # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits hold what is
-    # added to the program's first pixel
+    local = (offs_p - tl.load(cu_seqlens_ptr + image, mask=mask_p, other=0)).to(tl.int32)
+    width = tl.load(widths_ptr + image, mask=mask_p, other=1).to(tl.int32)
+    # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits
+    # hold what is added to the program's first pixel
     back = local % width
     corners, strides = (offs_i - back) * E + back * (S * C), width * (S * C)
     pixels_row, out_row = pixels_ptr + first_p * E, out_ptr + first_p * E
@@ -83,8 +91,8 @@ def _patches_kernel(
     row, column = offs_w * V // S, offs_w * V % S
     mask_w = mask_p & (offs_w < S * S // V)
     if WIDE:
-        # two words of 32 bits hold the 6 bytes, which begin at the first one's byte 0 or 2; a line of the cache is read
-        # by many threads and must outlast the stores between them
+        # two words of 32 bits hold the 6 bytes, which begin at the first one's byte 0 or 2; a line
+        # of the cache is read by many threads and must outlast the stores between them
         within = corners + row * strides + column * C
         word_ptrs = pixels_row.to(tl.pointer_type(tl.uint32)) + (within >> 2)
         low = tl.load(word_ptrs, mask=mask_w, other=0, eviction_policy="evict_last").to(tl.uint64)
@@ -124,15 +132,17 @@ def patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn packed uint8 tiles into normalized patch rows (P, C * patch_size**2) in ``dtype``.
+    """Turn packed uint8 images into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
-    ``pixels`` (P * patch_size**2 * C,): each tile's rows of pixels, channels last, cropped to whole patches.
-    ``cu_seqlens`` (N + 1,) counts patches from 0 to P, ``widths`` (N,) is each tile's number of patches in a row. A
-    value is (pixel * rescale_factor - mean[c]) / std[c] for each of C channels, in fp32, rounded once.
+    ``pixels`` (P * patch_size**2 * C,): each image's rows of pixels, channels last, cropped to
+    whole patches. ``cu_seqlens`` (N + 1,) counts patches from 0 to P, ``widths`` (N,) is each
+    image's number of patches in a row. A value is (pixel * rescale_factor - mean[c]) / std[c] for
+    each of C channels, in fp32, rounded once.
 
     Raises:
-        ValueError: A shape, stride or device does not fit, or ``std`` has a zero or is not as long as ``mean``.
-        TypeError: ``pixels`` are not uint8, counts are no integers, or ``dtype`` is none of bf16, fp16, fp32.
+        ValueError: A shape, stride or device does not fit, or ``std`` has a zero or is not as long
+        as ``mean``. TypeError: ``pixels`` are not uint8, counts are no integers, or ``dtype`` is
+        none of bf16, fp16, fp32.
     """
     C = len(mean)
     if len(std) != C or not C:
@@ -154,7 +164,7 @@ def patches(
     P, rest = divmod(pixels.shape[0], E)
     if rest or (P and not N):
         raise ValueError(
-            f"pixels must be {E} bytes for each patch of {N} tiles, got {pixels.shape[0]} bytes"
+            f"pixels must be {E} bytes for each patch of {N} images, got {pixels.shape[0]} bytes"
         )
     out = torch.empty((P, E), dtype=dtype, device=pixels.device)
     if P:

@@ -1,7 +1,8 @@
-"""Rotary positions for queries and keys, alone or with keys and values written to their slots of the paged cache.
+"""Rotary positions for queries and keys, alone or with writes to the paged cache.
 
-One program a token: it reads the token's row of cosines and sines once and takes its heads a block at a time, the two
-halves of a head as two tiles, since column d is rotated together with column d + D/2.
+One program a token: it reads the token's row of cosines and sines once and takes its heads a block
+at a time, the two halves of a head as two tiles, since column d is rotated together with column d +
+D/2.
 """
 
 from dataclasses import asdict, dataclass
@@ -42,7 +43,8 @@ class LaunchConfig:
 
 def launch_config(half: int) -> LaunchConfig:
     """Return the tile for heads of 2 * ``half`` columns."""
-    # on an H100 88 % of a copy's bandwidth at 8192 tokens; with D = 128 a thread moves 16 bytes of each half of 16 heads
+    # on an H100 88 % of a copy's bandwidth at 8192 tokens; with D = 128 a thread moves 16 bytes of
+    # each half of 16 heads
     return LaunchConfig(BLOCK_H=16, BLOCK_D=max(32, triton.next_power_of_2(half)), num_warps=4)
 
 
@@ -124,7 +126,8 @@ def _rotary_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     if LOOKS_AHEAD and IS_DEPENDENT:
-        # the row is looked up early and past the L1 cache, to have it in the L2 cache; were it old, another would come there
+        # the row is looked up early and past the L1 cache, to have it in the L2 cache; were it old,
+        # another would come there
         row = tl.load(positions_ptr + token, cache_modifier=".cg").to(tl.int64)
         row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
         columns = tl.minimum(tl.arange(0, BLOCK_D) * 2, 2 * HALF - 1)
@@ -183,12 +186,12 @@ def _rotary_kernel(
 def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` (T, H, D) and ``k`` (T, H_KV, D) by their ``positions`` (T,), rounding once.
 
-    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2. Every position must be
-    a row of it. Any strides but contiguous last axes.
+    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2. Every
+    position must be a row of it. Any strides but contiguous last axes.
 
     Raises:
-        ValueError: A shape, stride or device does not fit.
-        TypeError: A dtype is none of bf16, fp16, fp32, ``k``'s is not ``q``'s, or positions are no integers.
+        ValueError: A shape, stride or device does not fit. TypeError: A dtype is none of bf16,
+        fp16, fp32, ``k``'s is not ``q``'s, or positions are no integers.
     """
     _check(q, k, positions, cos_sin)
     check_device(q=q, k=k, positions=positions, cos_sin=cos_sin)
@@ -207,16 +210,18 @@ def rotary_and_cache(
     v_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Rotate ``q`` and ``k`` as ``rotary`` does; write ``k`` and ``v`` (T, H_KV, D) into the cache; return ``q``.
+    """Rotate ``q`` and ``k``, write ``k`` and ``v`` into the cache, and return ``q``.
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page * P + offset, each
-    of which must be in the cache and no two the same; for a negative slot nothing is written. Any strides but
-    contiguous last axes.
+    The rotation is ``rotary``'s; ``k`` and ``v`` are (T, H_KV, D).
+
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page *
+    P + offset, each of which must be in the cache and no two the same; for a negative slot nothing
+    is written. Any strides but contiguous last axes.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
-        TypeError: A dtype is none of bf16, fp16, fp32, a cache's or ``k``'s or ``v``'s is not ``q``'s, or positions
-            or slots are no integers.
+        TypeError: A dtype is none of bf16, fp16, fp32, a cache's or ``k``'s or ``v``'s is not
+            ``q``'s, or positions or slots are no integers.
     """
     _check(q, k, positions, cos_sin)
     T, H_KV, D = k.shape

@@ -1,14 +1,18 @@
-"""Logits to tokens: temperature, top-k, top-p and min-p in either order, then one draw; one program a row, no sort.
+"""Logits to tokens: temperature, top-k, top-p and min-p in either order, then one draw.
 
-A row's scores are written once as their distance below the largest logit, whose bits order as integers do. Each filter
-keeps the tokens up to some distance, so each is one bound: min-p's is given; top-k's and top-p's is the least that
-keeps k tokens, or a mass of p, and is found by halving an interval of integers, at most 31 passes over a row that
-stays in the cache. A bound is a value and not a rank, so ties stay together. The draw is by inverse transform, summed
-in float64 in the order of the tokens.
+One program a row, no sort.
 
-Guaranteed: distances, counts and the random number are the reference's bit for bit, so greedy, top-k and min-p keep
-the same tokens; a mass differs from the reference's by rounding (a relative 1e-6), so top-p's set and the token drawn
-are the same unless ``top_p`` or the number drawn lies that close to a boundary.
+A row's scores are written once as their distance below the largest logit, whose bits order as
+integers do. Each filter keeps the tokens up to some distance, so each is one bound: min-p's is
+given; top-k's and top-p's is the least that keeps k tokens, or a mass of p, and is found by halving
+an interval of integers, at most 31 passes over a row that stays in the cache. A bound is a value
+and not a rank, so ties stay together. The draw is by inverse transform, summed in float64 in the
+order of the tokens.
+
+Guaranteed: distances, counts and the random number are the reference's bit for bit, so greedy,
+top-k and min-p keep the same tokens; a mass differs from the reference's by rounding (a relative
+1e-6), so top-p's set and the token drawn are the same unless ``top_p`` or the number drawn lies
+that close to a boundary.
 """
 
 from dataclasses import asdict, dataclass
@@ -42,13 +46,14 @@ class LaunchConfig:
 
 def launch_config(V: int) -> LaunchConfig:
     """Return the block for a vocabulary of ``V``."""
-    # on an H100 92 us for 64 rows, 73 us for one: passes over a row bound it; few programs run, so each is as wide as it can be
+    # on an H100 92 us for 64 rows, 73 us for one: passes over a row bound it; few programs run, so
+    # each is as wide as it can be
     return LaunchConfig(1024, 4) if V <= 1024 else LaunchConfig(8192, 32)
 
 
 @triton.jit
 def philox_uniform(seed, index):
-    """Return the first word of Philox4x32-10 for key ``seed`` and counter ``index``, as fp32 in [0, 1)."""
+    """Return the first word of Philox4x32-10 for ``seed`` and ``index``, as fp32 in [0, 1)."""
     WORD: tl.constexpr = 0xFFFFFFFF
     key0, key1 = seed.to(tl.uint64) & WORD, (seed >> 32).to(tl.uint64) & WORD
     c0, c1 = index.to(tl.uint64) & WORD, (index >> 32).to(tl.uint64) & WORD
@@ -64,7 +69,10 @@ def philox_uniform(seed, index):
 
 @triton.jit
 def _measure(bits_row, bound, BLOCKS_END, BLOCK_V: tl.constexpr, HAS_MASS: tl.constexpr):
-    """Count the tokens up to ``bound`` and add up what they weigh; a wider bound never measures less."""
+    """Count the tokens up to ``bound`` and add up what they weigh.
+
+    A wider bound never measures less.
+    """
     count = tl.zeros([BLOCK_V], dtype=tl.int32)
     mass = tl.zeros([BLOCK_V], dtype=tl.float32)
     for begin in range(0, BLOCKS_END, BLOCK_V):
@@ -118,7 +126,10 @@ def _top_p_bound(bits_row, p, bound, BLOCKS_END, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V: tl.constexpr):
-    """Return the first token at which the weights up to ``bound`` exceed ``uniform`` of their sum."""
+    """Return the first token at which the weights exceed ``uniform`` of their sum.
+
+    Only tokens up to ``bound`` have weights.
+    """
     total = tl.full([], 0.0, dtype=tl.float64)
     for begin in range(0, BLOCKS_END, BLOCK_V):
         weights = _weights(tl.load(bits_row + begin + tl.arange(0, BLOCK_V)), bound)
@@ -211,15 +222,15 @@ def sample(
 ) -> Tensor:
     """Draw one token a row from ``logits`` (B, V): (B,) int64.
 
-    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p`` in (0, 1],
-    ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. ``min_p_first`` applies min-p before
-    top-k and top-p, else after. A logit may be -inf, not NaN, and the largest must be finite. Any strides of
-    ``logits`` but a contiguous last axis.
+    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p``
+    in (0, 1], ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``.
+    ``min_p_first`` applies min-p before top-k and top-p, else after. A logit may be -inf, not NaN,
+    and the largest must be finite. Any strides of ``logits`` but a contiguous last axis.
 
     Raises:
         ValueError: A shape, stride or device does not fit, or the vocabulary is empty.
-        TypeError: ``logits`` are none of bf16, fp16, fp32, temperature, top-p or min-p not fp32, ``top_k`` no
-            integers, or seed or index not int64.
+        TypeError: ``logits`` are none of bf16, fp16, fp32, temperature, top-p or min-p not fp32,
+            ``top_k`` no integers, or seed or index not int64.
     """
     check_shape("logits", logits, (None, None))
     check_dtype("logits", logits, *FLOATS)
@@ -248,7 +259,8 @@ def sample(
             temperature.contiguous(),
             top_k.contiguous(),
             top_p.contiguous(),
-            min_p.log().contiguous(),  # PyTorch's own logarithm, so that the bound is the reference's
+            # PyTorch's own logarithm, so that the bound is the reference's
+            min_p.log().contiguous(),
             seed.contiguous(),
             index.contiguous(),
             bits,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import gluon_on_cpu
+from gluon_emulator.loader import load_module
 from guarded import guarded_allocations
 from idefics2_kernels.attention import flash_attention_hopper
 from idefics2_kernels.attention.tiles import UNBOUNDED, base_two
@@ -20,7 +20,7 @@ from idefics2_kernels.reference import attention as reference
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(
+    return load_module(
         "gpu.gluon_compat", "attention.warp_specialized", "attention.flash_attention_hopper"
     )
 

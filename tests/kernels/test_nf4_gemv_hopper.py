@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import gluon_on_cpu
+from gluon_emulator.loader import load_module
 from guarded import guarded_allocations
 from idefics2_kernels.nf4 import nf4_gemv_hopper
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
@@ -19,7 +19,7 @@ MODULES = ("gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_gemv_h
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(*MODULES)
+    return load_module(*MODULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,5 +144,5 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str) -> None:
     old, new, case = MUTATIONS[name]
-    kernel = gluon_on_cpu.load(*MODULES, change=(old, new))
+    kernel = load_module(*MODULES, change=(old, new))
     assert is_noticed(lambda inputs: CUTS[case].run(kernel, inputs), CUTS[case].inputs())

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import gluon_on_cpu
+from gluon_emulator import barriers
+from gluon_emulator.loader import load_module
 from guarded import guarded_allocations
 from idefics2_kernels import NF4Weight
 from idefics2_kernels.catalog.criterion import worst_error
@@ -19,7 +20,7 @@ MODULES = "gpu.gluon_compat", "nf4.dequantize_gluon", "nf4.nf4_many_rows_hopper"
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(*MODULES)
+    return load_module(*MODULES)
 
 
 def run(
@@ -251,8 +252,8 @@ MUTATIONS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
-    kernel = gluon_on_cpu.load(*MODULES, change=MUTATIONS[name])
+    monkeypatch.setattr(barriers, "PATIENCE", 1.0)
+    kernel = load_module(*MODULES, change=MUTATIONS[name])
     x, bias = torch.randn(270, 320).bfloat16(), 99 * torch.randn(306).bfloat16()
     weight = stack([random_weight(256, 320), random_weight(50, 320, scale=3.0)])
     dense = nf4_dequantize(weight)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import gluon_on_cpu
+from gluon_emulator import barriers
+from gluon_emulator.loader import load_module
 from guarded import guarded_allocations
 from idefics2_kernels.attention import paged_attention_hopper
 from idefics2_kernels.attention.tiles import UNBOUNDED, base_two
@@ -25,7 +26,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:
-    return gluon_on_cpu.load(*MODULES)
+    return load_module(*MODULES)
 
 
 @dataclass(frozen=True)
@@ -325,8 +326,8 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, batch = MUTATIONS[name]
-    monkeypatch.setattr(gluon_on_cpu, "PATIENCE", 1.0)
-    kernel, inputs = gluon_on_cpu.load(*MODULES, change=(old, new)), BATCHES[batch].inputs()
+    monkeypatch.setattr(barriers, "PATIENCE", 1.0)
+    kernel, inputs = load_module(*MODULES, change=(old, new)), BATCHES[batch].inputs()
     try:
         out = run(kernel, inputs, monkeypatch)
     except (AssertionError, IndexError):

@@ -1,11 +1,12 @@
 """Causal attention of one new query a sequence to its keys in pages of the KV cache.
 
-The rows of a program are the query heads of one key head; ``num_splits`` programs share the pages of a sequence. How
-many there are depends on sizes of tensors alone, so that a CUDA graph serves any lengths; what each of them takes is
-computed from ``context_lens``. The next page's id is loaded one iteration ahead, as in ``paged_attention``.
+The rows of a program are the query heads of one key head; ``num_splits`` programs share the pages
+of a sequence. How many there are depends on sizes of tensors alone, so that a CUDA graph serves any
+lengths; what each of them takes is computed from ``context_lens``. The next page's id is loaded one
+iteration ahead, as in ``paged_attention``.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import triton
 import triton.language as tl
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import MAX_SPLITS, merge_tile, share_state, state_buffers
 from idefics2_kernels.attention.tiles import (
+    LaunchConfig,
     attend,
     empty_state,
     head_parts,
@@ -32,16 +34,6 @@ MAX_GROUPS = 64  # query heads of a key head: the rows of a program
 PROGRAMS = H100_SMS  # that share keys, one on each SM
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options; BLOCK_N keys are a page or a part of it."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
 def _block_n(P: int, itemsize: int) -> int:
     return min(P, 64 if itemsize == 2 else 32)
 
@@ -50,8 +42,9 @@ def launch_config(
     groups: int, D: int, P: int, itemsize: int, arch: int, *, is_split: bool
 ) -> LaunchConfig:
     """Return the tile for ``groups`` query heads a key head and pages of ``P`` tokens."""
-    # On an H100, of 16 sequences of 2,048 tokens: 51 us by one program a processor with six pages on their way, 51 to 53 with
-    # five, 53 to 59 by two or three programs with three or four. Where there are programs enough for all, two with three each.
+    # On an H100, of 16 sequences of 2,048 tokens: 51 us by one program an SM with six pages
+    # on their way, 51 to 53 with five, 53 to 59 by two or three programs with three or four. Where
+    # there are programs enough for all, two with three each.
     width = sum(head_parts(D))
     return LaunchConfig(
         BLOCK_M=max(16, triton.next_power_of_2(groups)),
@@ -62,13 +55,19 @@ def launch_config(
 
 
 def _num_splits(programs: int, tiles: int) -> int:
-    """Return how many shall share up to ``tiles`` of keys, if without sharing there are so many ``programs``."""
+    """Return how many programs share up to ``tiles`` of keys.
+
+    ``programs`` is their number without sharing.
+    """
     return max(1, min(PROGRAMS // programs, MAX_SPLITS, tiles))
 
 
 @triton.jit
 def _own_tiles(T, left, split, num_splits, BLOCK_N: tl.constexpr):
-    """Return the first of ``T`` keys that is seen, the tiles of ``split`` from start to end, and how many have any."""
+    """Return the first of ``T`` keys that is seen, and the tiles of ``split`` from start to end.
+
+    The last value counts the splits that have tiles.
+    """
     first_key = tl.maximum(T - 1 - left, 0)
     first_tile = first_key // BLOCK_N
     tiles = tl.cdiv(T, BLOCK_N) - first_tile
@@ -133,8 +132,9 @@ def _decode_attention_kernel(
     offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
 
     if IS_SPLIT and IS_DEPENDENT:
-        # Length, page and keys are loads that wait for each other. What they find is looked at early and past the L1
-        # cache, so as to have it all in the L2 cache; were it old, something else would come there.
+        # Length, page and keys are loads that wait for each other. What they find is looked at
+        # early and past the L1 cache, so as to have it all in the L2 cache; were it old, something
+        # else would come there.
         T = tl.load(context_lens_ptr + sequence, cache_modifier=".cg")
         _, start, end, _ = _own_tiles(T, left, split, num_splits, BLOCK_N)
         if (start >= 0) & (start < tl.minimum(end, table_width * TILES)):
@@ -209,7 +209,8 @@ def decode_attention(
 ) -> None:
     """Write ``paged_attention`` of at most one query a sequence to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
+    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its
+    own.
     """
     B, H, D = context_lens.shape[0], q.shape[1], q.shape[2]
     _, H_KV, P, _ = k_cache.shape

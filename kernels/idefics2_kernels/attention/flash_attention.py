@@ -1,12 +1,13 @@
 """Attention within packed sequences: causal or full, with or without a window, heads in groups.
 
-One program takes BLOCK_M queries of one head and walks over the keys they see: first, without masks, the tiles that
-all of them see whole; then the few at the edges (window, diagonal, end of the sequence). A query sees ``left`` keys
-before its own and ``right`` after it, so that causal, full and windowed attention are one kernel. Programs of the
-heads that share keys run together, the longest tiles first, one key head after the other: its keys stay in the L2.
+One program takes BLOCK_M queries of one head and walks over the keys they see: first, without
+masks, the tiles that all of them see whole; then the few at the edges (window, diagonal, end of the
+sequence). A query sees ``left`` keys before its own and ``right`` after it, so that causal, full
+and windowed attention are one kernel. Programs of the heads that share keys run together, the
+longest tiles first, one key head after the other: its keys stay in the L2.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
@@ -16,8 +17,10 @@ from torch import Tensor
 from idefics2_kernels.attention.flash_attention_hopper import flash_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     check_window,
     descriptors,
@@ -29,16 +32,6 @@ from idefics2_kernels.attention.tiles import (
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_shape
 from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -177,12 +170,15 @@ def flash_attention(
     scale: float | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
+    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D).
 
-    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the longest one's length.
-    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied
-    by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at most 256. On Hopper some heads
-    have a faster kernel of their own (``flash_attention_hopper.supports``), unless ``plain``.
+    The result is (T, H, D).
+
+    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the
+    longest one's length. Query i sees key j of its own sequence when |i - j| < ``window`` and, if
+    ``causal``, j <= i. Scores are multiplied by ``scale``, 1/sqrt(D) unless given. Any strides but
+    a contiguous last axis; D is at most 256. On Hopper some heads have a faster kernel of their own
+    (``flash_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -226,8 +222,7 @@ def _flash_attention_plain(
     H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
     config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k, v)
-    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen, config.BLOCK_M)
     _flash_attention_kernel[(tiles_m * H * B,)](
@@ -235,8 +230,8 @@ def _flash_attention_plain(
         k,
         v,
         out,
-        *(descriptors(k, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
-        *(descriptors(v, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
+        *descriptors(k, config.BLOCK_N, 1, wanted=has_descriptors),
+        *descriptors(v, config.BLOCK_N, 1, wanted=has_descriptors),
         cu_seqlens,
         q.stride()[:2],
         k.stride()[:2],

@@ -1,7 +1,9 @@
-"""Attention within packed sequences on Hopper: what ``flash_attention``'s plain kernel computes, in Gluon.
+"""Attention within packed sequences on Hopper.
 
-Who computes what is said in ``warp_specialized``. Here a warp loads the queries of one head, and the keys and values
-that they see, as the descriptors of packed sequences find them.
+It computes what ``flash_attention``'s plain kernel computes, in Gluon.
+
+Who computes what is said in ``warp_specialized``. Here a warp loads the queries of one head, and
+the keys and values that they see, as the descriptors of packed sequences find them.
 """
 
 from dataclasses import dataclass
@@ -46,13 +48,17 @@ class LaunchConfig:
 
 def launch_config(D: int) -> LaunchConfig:
     """Return the launch options for heads of ``D`` columns."""
-    # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are what takes longest
+    # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are
+    # what takes longest
     return LaunchConfig(BLOCK_N=128, BUFFERS=2, IN_TURN=int(D <= 96))
 
 
 @gluon.jit
 def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
-    """Load the queries of this program's tiles and the keys and values that they see, as buffers become free."""
+    """Load the queries of this program's tiles, and the keys and values that they see.
+
+    Each load waits until a buffer is free.
+    """
     lengths, sizes, reach = queries
     B, heads, groups = sizes
     q_smem, k_smem, v_smem, _ = smem
@@ -128,7 +134,8 @@ def _flash_attention_kernel(
     barriers = all_barriers(BUFFERS)
     fence_async_shared()
     queries = (cu_seqlens_ptr, None), (B, H, GROUPS), (left, right)
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
+    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
+    # twice
     gl.warp_specialize(
         [
             (consume, (queries, out_descs, smem, barriers, None, qk_scale, D_REST, 0, IN_TURN)),
@@ -141,7 +148,10 @@ def _flash_attention_kernel(
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return whether the kernel is for such heads: 16 bits, a head dim of the model's, rows aligned to 16 bytes."""
+    """Return whether the kernel is for such heads.
+
+    They need 16 bits, a head dim of the model's and rows aligned to 16 bytes.
+    """
     return q.itemsize == 2 and q.shape[-1] in HEAD_DIMS and alignment(q, k, v) > 1
 
 
@@ -156,9 +166,10 @@ def flash_attention_hopper(
     right: int,
     qk_scale: float,
 ) -> None:
-    """Write ``flash_attention`` of what ``supports`` says is for this kernel to ``out`` (T, H, D), contiguous.
+    """Write ``flash_attention`` of supported heads to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own and ``right`` after.
+    Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own
+    and ``right`` after.
     """
     _, H, D = q.shape
     H_KV = k.shape[1]
@@ -181,5 +192,7 @@ def flash_attention_hopper(
         BUFFERS=config.BUFFERS,
         IN_TURN=config.IN_TURN,
         num_warps=4,
-        maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
+        # a third of the registers for each warpgroup and the producer's, before they are divided
+        # anew
+        maxnreg=168,
     )

@@ -1,13 +1,14 @@
 """Causal attention of new queries to keys in pages of the KV cache.
 
-The query heads of a key head and the queries make the rows of one matrix, so that keys are read once for all of
-them. One program takes BLOCK_M rows: first, without masks, the pages that all of them see whole; then those at the
-edges (window, diagonal, end of the sequence). A tile of keys is a page, or a part of a large one. The id of the next
-page is loaded while this one is computed on: read in the iteration that needs it, it would leave one buffer for keys
-and values, whatever ``num_stages`` says. One query a sequence is ``decode_attention``'s.
+The query heads of a key head and the queries make the rows of one matrix, so that keys are read
+once for all of them. One program takes BLOCK_M rows: first, without masks, the pages that all of
+them see whole; then those at the edges (window, diagonal, end of the sequence). A tile of keys is a
+page, or a part of a large one. The id of the next page is loaded while this one is computed on:
+read in the iteration that needs it, it would leave one buffer for keys and values, whatever
+``num_stages`` says. One query a sequence is ``decode_attention``'s.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
@@ -18,8 +19,10 @@ from idefics2_kernels.attention.decode_attention import MAX_GROUPS, decode_atten
 from idefics2_kernels.attention.paged_attention_hopper import paged_attention_hopper, supports
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     check_window,
     descriptors,
@@ -31,16 +34,6 @@ from idefics2_kernels.attention.tiles import (
 )
 from idefics2_kernels.gpu.checks import check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options; BLOCK_N keys are a page or a part of it."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
 
 
 def launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -198,13 +191,14 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D), P a power of two of at least 16; sequence b's token t lies in page
-    ``block_table[b, t // P]`` (B, pages) int32 at offset t % P; ``context_lens`` (B,) int32 counts its keys, those of
-    this step's queries last. ``cu_seqlens`` (B + 1,) int32 packs the queries, ``max_seqlen`` is at least the most of a
-    sequence. A query sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
-    query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is undefined. Any
-    strides but a contiguous last axis; D is at most 256. On Hopper some calls have a faster kernel of their own
-    (``paged_attention_hopper.supports``), unless ``plain``.
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D), P a power of two of at least 16; sequence b's
+    token t lies in page ``block_table[b, t // P]`` (B, pages) int32 at offset t % P;
+    ``context_lens`` (B,) int32 counts its keys, those of this step's queries last. ``cu_seqlens``
+    (B + 1,) int32 packs the queries, ``max_seqlen`` is at least the most of a sequence. A query
+    sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
+    query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is
+    undefined. Any strides but a contiguous last axis; D is at most 256. On Hopper some calls have a
+    faster kernel of their own (``paged_attention_hopper.supports``), unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -266,8 +260,7 @@ def _paged_attention_plain(
     B = context_lens.shape[0]
     config = launch_config(max_seqlen * (H // H_KV), D, P, q.itemsize, current_arch())
     ALIGN = alignment(q, k_cache, v_cache)
-    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     tiles_m = triton.cdiv(max_seqlen * (H // H_KV), config.BLOCK_M)
     _paged_attention_kernel[(tiles_m * H_KV * B,)](
@@ -275,8 +268,8 @@ def _paged_attention_plain(
         k_cache,
         v_cache,
         out,
-        *(descriptors(k_cache, 1, 1, config.BLOCK_N) if has_descriptors else no_descriptors),
-        *(descriptors(v_cache, 1, 1, config.BLOCK_N) if has_descriptors else no_descriptors),
+        *descriptors(k_cache, 1, 1, config.BLOCK_N, wanted=has_descriptors),
+        *descriptors(v_cache, 1, 1, config.BLOCK_N, wanted=has_descriptors),
         block_table,
         context_lens,
         cu_seqlens,

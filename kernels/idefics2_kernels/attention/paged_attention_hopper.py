@@ -1,11 +1,15 @@
-"""Causal attention to keys in pages on Hopper: what ``paged_attention``'s plain kernel computes, in Gluon.
+"""Causal attention to keys in pages on Hopper.
 
-Who computes what is said in ``warp_specialized``. The rows of a tile are queries and the heads that share their keys,
-side by side, as in the plain kernel. Here a warp loads them, and tiles of keys and values that are two pages each.
+It computes what ``paged_attention``'s plain kernel computes, in Gluon.
 
-A cache is to a descriptor what packed sequences are: a page is a sequence, and ends after its last key, so that
-slots without a key are zeros, whatever they hold. In the page where the window begins the rows before it lie before
-the first of all, and are zeros too. No page lacks rows at both ends as long as the window is at least a page.
+Who computes what is said in ``warp_specialized``. The rows of a tile are queries and the heads that
+share their keys, side by side, as in the plain kernel. Here a warp loads them, and tiles of keys
+and values that are two pages each.
+
+A cache is to a descriptor what packed sequences are: a page is a sequence, and ends after its last
+key, so that slots without a key are zeros, whatever they hold. In the page where the window begins
+the rows before it lie before the first of all, and are zeros too. No page lacks rows at both ends
+as long as the window is at least a page.
 """
 
 import math
@@ -47,7 +51,9 @@ from idefics2_kernels.gpu.tile_counters import get_counters
 PAGE_SIZE = 64
 PAGE = gl.constexpr(PAGE_SIZE)
 BLOCK_N = gl.constexpr(2 * PAGE_SIZE)  # keys of a tile
-_COLUMNS = 64  # of a box: as wide as a swizzle, so that the boxes of two pages lie in shared memory as those of one
+# of a box: as wide as a swizzle, so that the boxes of two pages lie in shared memory as those of
+# one
+_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -61,16 +67,19 @@ class LaunchConfig:
 
 def launch_config(D: int, groups: int) -> LaunchConfig:
     """Return the launch options for ``groups`` query heads a key head, of ``D`` columns."""
-    # packed, a tile has fewer positions, and so fewer tiles of keys at the edges; the rest is as without pages
+    # packed, a tile has fewer positions, and so fewer tiles of keys at the edges; the rest is as
+    # without pages
     return LaunchConfig(PACK=math.gcd(groups, WARPGROUP_ROWS), BUFFERS=2, IN_TURN=int(D <= 96))
 
 
 @gluon.jit
 def _page(key, first_n, end_n, table_ptr):
-    """Return the id of the page that begins at ``key``, and the row and its coordinate that bound what is read of it.
+    """Return the id of the page that begins at ``key``, and what bounds the rows read of it.
 
-    That is the first row that is not, at END, or where the window begins in the page the first that is, at 0. Of a
-    page outside [first_n, end_n) nothing is read, nor its id.
+    A row of the page and its coordinate bound them.
+
+    That is the first row that is not, at END, or where the window begins in the page the first that
+    is, at 0. Of a page outside [first_n, end_n) nothing is read, nor its id.
     """
     before = first_n - key
     rows = gl.minimum(end_n - key, PAGE)
@@ -82,7 +91,10 @@ def _page(key, first_n, end_n, table_ptr):
 
 @gluon.jit
 def _load_pages(descs, pages, page_rows, head, tiles, boxes, full, index, D_REST: gl.constexpr):
-    """Load a tile's two pages of one head, both parts; ``full[index]`` completes when they are there."""
+    """Load a tile's two pages of one head, both parts.
+
+    ``full[index]`` completes when they are there.
+    """
     full = full.index(index)
     D_MAIN: gl.constexpr = tiles[0].shape[5]
     COLUMNS: gl.constexpr = boxes[0].shape[5]
@@ -120,7 +132,10 @@ def _produce(
     counters_ptr,
     D_REST: gl.constexpr,
 ):
-    """Take tiles; load their queries and the keys and values that they see, as buffers become free."""
+    """Take tiles and load their queries, and the keys and values that they see.
+
+    Each load waits until a buffer is free.
+    """
     lengths, sizes, reach = queries
     B, heads, packs = sizes
     block_table_ptr, stride_table, k_rows, v_rows = table
@@ -185,7 +200,10 @@ def _produce(
 
 @gluon.jit
 def _key_memory(descs, NUM: gl.constexpr, D_MAIN: gl.constexpr, D_REST: gl.constexpr):
-    """Return shared memory for ``NUM`` tiles of keys in two parts; where there is one, the second is the first."""
+    """Return shared memory for ``NUM`` tiles of keys in two parts.
+
+    Where there is one, the second is the first.
+    """
     dtype: gl.constexpr = descs[0].dtype
     main = gl.allocate_shared_memory(dtype, [NUM, 1, 1, BLOCK_N, 1, D_MAIN], descs[0].layout)
     rest = main
@@ -196,7 +214,10 @@ def _key_memory(descs, NUM: gl.constexpr, D_MAIN: gl.constexpr, D_REST: gl.const
 
 @gluon.jit
 def _boxes(tiles, descs, D_REST: gl.constexpr):
-    """Return the same memory as boxes: those of two pages below each other, then the next columns, the next tile."""
+    """Return the same memory as boxes.
+
+    Boxes of two pages follow each other, then the next columns, then the next tile.
+    """
     COLUMNS: gl.constexpr = descs[0].block_type.shape[4]
     NUM: gl.constexpr = tiles[0].shape[0] * tiles[0].shape[5] // COLUMNS * 2
     main = reinterpret(tiles[0], descs[0].dtype, [NUM, 1, 1, PAGE, 1, COLUMNS], descs[0].layout)
@@ -264,7 +285,8 @@ def _paged_attention_kernel(
     lengths, sizes = (cu_seqlens_ptr, context_lens_ptr), (B, heads, packs)
     queries = lengths, sizes, (left, 0)
     table = block_table_ptr, stride_table, k_rows, v_rows
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
+    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
+    # twice
     gl.warp_specialize(
         [
             (consume, (queries, out_descs, smem, barriers, taken, qk_scale, D_REST, 0, IN_TURN)),
@@ -293,8 +315,8 @@ def _paged_attention_kernel(
 def supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, left: int) -> bool:
     """Return whether the kernel is for such a call.
 
-    That is: 16 bits, a head dim of the model's, pages of 64 tokens, whole rows from one page to the next, rows aligned
-    to 16 bytes, and a window of a page at least.
+    That is: 16 bits, a head dim of the model's, pages of 64 tokens, whole rows from one page to the
+    next, rows aligned to 16 bytes, and a window of a page at least.
     """
     return (
         q.itemsize == 2
@@ -322,9 +344,10 @@ def paged_attention_hopper(
     left: int,
     qk_scale: float,
 ) -> None:
-    """Write ``paged_attention`` of what ``supports`` says is for this kernel to ``out`` (T, H, D), contiguous.
+    """Write ``paged_attention`` of a supported call to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its own.
+    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its
+    own.
     """
     _, H, D = q.shape
     B, H_KV = context_lens.shape[0], k_cache.shape[1]
@@ -354,5 +377,7 @@ def paged_attention_hopper(
         BUFFERS=config.BUFFERS,
         IN_TURN=config.IN_TURN,
         num_warps=4,
-        maxnreg=168,  # a third of the registers for each warpgroup and the producer's, before they are divided anew
+        # a third of the registers for each warpgroup and the producer's, before they are divided
+        # anew
+        maxnreg=168,
     )

@@ -1,11 +1,14 @@
-"""Attention of latents to their image's patches and to themselves: two key ranges, never concatenated.
+"""Attention of latents to their image's patches and to themselves.
 
-The query heads of a key head and the latents make the rows of one matrix, so that keys are read once for all of
-them. Images are few and their keys many: ``num_splits`` programs share the keys of each BLOCK_M rows. A split walks
-over whole tiles of patches without masks, then over what it has of the last patches and of the latents.
+The two key ranges are never concatenated.
+
+The query heads of a key head and the latents make the rows of one matrix, so that keys are read
+once for all of them. Images are few and their keys many: ``num_splits`` programs share the keys of
+each BLOCK_M rows. A split walks over whole tiles of patches without masks, then over what it has of
+the last patches and of the latents.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
@@ -14,8 +17,10 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import combine, state_buffers, store_state
 from idefics2_kernels.attention.tiles import (
+    LaunchConfig,
     attend,
     base_two,
+    can_have_descriptors,
     check_heads,
     descriptors,
     empty_state,
@@ -38,16 +43,6 @@ _MAX_SPLITS = (
 )
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Tile sizes and launch options."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     """Return the tile for heads of ``D`` columns of ``itemsize`` bytes."""
     width = sum(head_parts(D))
@@ -58,22 +53,26 @@ def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     if width > 128:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=32 if arch < 90 else 64, num_warps=4, num_stages=2)
     if arch == 90 and width <= 96:
-        # on an H100 as fast as 128 rows for many images, and 1.2 times for one; 128 rows by 4 warps spill
+        # on an H100 as fast as 128 rows for many images, and 1.2 times for one; 128 rows by 4 warps
+        # spill
         return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
     return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)  # 4 warps spill
 
 
 def _num_splits(programs: int, tiles: int) -> int:
-    """Return how many shall share ``tiles`` of keys, if without sharing there are so many ``programs``."""
+    """Return how many programs share ``tiles`` of keys.
+
+    ``programs`` is their number without sharing.
+    """
     return max(1, min(PROGRAMS // programs, _MAX_SPLITS, tiles))
 
 
 @triton.jit
 def _own_tiles(T, L, split, num_splits, BLOCK_N: tl.constexpr):
-    """Return the tiles of ``split``, from first to end, of the image's ``T`` patches and ``L`` latents.
+    """Return the tiles of ``split``, from first to end, of ``T`` patches and ``L`` latents.
 
-    They are whole ones of patches, perhaps a part of one, then those of its latents; how many are whole, and of patches,
-    is returned as well.
+    They are whole ones of patches, perhaps a part of one, then those of its latents; how many are
+    whole, and of patches, is returned as well.
     """
     whole_tiles, patch_tiles = T // BLOCK_N, tl.cdiv(T, BLOCK_N)
     tiles = patch_tiles + tl.cdiv(L, BLOCK_N)
@@ -247,10 +246,11 @@ def perceiver_attention(
 ) -> Tensor:
     """Attention of latents to their image's patches and to themselves, without a mask.
 
-    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N + 1,) int32;
-    ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). ``max_seqlen`` is at least the patches of the
-    largest image, and only steers how keys are shared out. Scores are multiplied by ``scale``, 1/sqrt(D) unless
-    given. Any strides but a contiguous last axis; D is at most 256.
+    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N +
+    1,) int32; ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). ``max_seqlen`` is at
+    least the patches of the largest image, and only steers how keys are shared out. Scores are
+    multiplied by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at
+    most 256.
 
     Raises:
         ValueError: A shape, stride, device or ``scale`` does not fit.
@@ -287,8 +287,7 @@ def perceiver_attention(
         return out
     config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k_context, v_context, k_latents, v_latents)
-    has_descriptors = ALIGN > 1 and q.itemsize == 2 and current_arch() >= 90
-    no_descriptors = (None, None)
+    has_descriptors = can_have_descriptors(q.itemsize, ALIGN, current_arch())
     D_MAIN, D_REST = head_parts(D)
     programs = triton.cdiv(L * (H // H_KV), config.BLOCK_M) * N * H_KV
     tiles = triton.cdiv(max_seqlen, config.BLOCK_N) + triton.cdiv(L, config.BLOCK_N)
@@ -304,8 +303,8 @@ def perceiver_attention(
         acc,
         m,
         l,
-        *(descriptors(k_context, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
-        *(descriptors(v_context, config.BLOCK_N, 1) if has_descriptors else no_descriptors),
+        *descriptors(k_context, config.BLOCK_N, 1, wanted=has_descriptors),
+        *descriptors(v_context, config.BLOCK_N, 1, wanted=has_descriptors),
         cu_seqlens,
         q.stride()[:3],
         k_context.stride()[:2],

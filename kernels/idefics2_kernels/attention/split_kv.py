@@ -1,9 +1,10 @@
 """Softmax over keys that several programs share: what each leaves behind, and the sum of it.
 
-Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs take some each and
-store their state. Who merges the states takes them in order, so that results do not depend on who came first. For the
-few rows of a decoding sequence that is the last of the programs to arrive (``share_state``); for tiles of more rows it
-takes one program longer than a second launch with programs for all (``combine``).
+Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs
+take some each and store their state. Who merges the states takes them in order, so that results do
+not depend on who came first. For the few rows of a decoding sequence that is the last of the
+programs to arrive (``share_state``); for tiles of more rows it takes one program longer than a
+second launch with programs for all (``combine``).
 """
 
 import torch
@@ -17,7 +18,8 @@ from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.gpu.tile_counters import is_last
 
 MAX_SPLITS = 32  # whoever merges takes all states of a row at once
-# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more would spill
+# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more
+# would spill
 _MERGED_ROWS = 16
 _MERGED = 144 * 32
 _COMBINE_ROWS = 4  # of a program of the second launch, a warp each
@@ -125,7 +127,8 @@ def _merge(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # a variable for each split: an axis of splits would go to threads or registers as the compiler's release likes
+    # a variable for each split: an axis of splits would go to threads or registers as the
+    # compiler's release likes
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     ms, ls, accs = tl.tuple(()), tl.tuple(()), tl.tuple(())
@@ -186,7 +189,10 @@ def _combine_kernel(
 def state_buffers(
     out: Tensor, num_splits: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D); nothing for one."""
+    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D).
+
+    One needs nothing.
+    """
     if num_splits == 1:
         return None, None, None
     D = out.shape[-1]
@@ -199,7 +205,7 @@ def state_buffers(
 
 
 def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
-    """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out``, R rows of D."""
+    """Merge ``acc`` (R, num_splits, D), ``m`` and ``l`` (R, num_splits) into ``out`` (R, D)."""
     R, num_splits, D = acc.shape
     _combine_kernel[(triton.cdiv(R, _COMBINE_ROWS),)](
         acc,
@@ -218,7 +224,10 @@ def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
 
 
 def merge_tile(num_splits: int, rows: int, D: int, num_warps: int) -> dict[str, int]:
-    """Return how many of a tile's ``rows`` are merged at once, and the powers of two that hold splits and columns."""
+    """Return how many of a tile's ``rows`` are merged at once.
+
+    The other two values are the powers of two that hold the splits and the columns.
+    """
     MERGE_S, MERGE_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
     fitting = max(_MERGED * num_warps // ((MERGE_S + 1) * MERGE_D), 1)  # states and their sum
     MERGE_M = min(1 << fitting.bit_length() - 1, _MERGED_ROWS, triton.next_power_of_2(rows))

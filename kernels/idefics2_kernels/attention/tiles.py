@@ -1,11 +1,13 @@
 """What the attention kernels share: head dims in two parts, tiles of rows, the online softmax.
 
-A head of D columns is held as a power of two and the power of two that covers the rest: 72 as 64 + 16, 96 as
-64 + 32. Tensor cores then multiply hardly more columns than there are, where padding 72 to 128 would waste
-two fifths of them. The softmax is online (Milakov and Gimelshein, 2018), in fp32 and in base two.
+A head of D columns is held as a power of two and the power of two that covers the rest: 72 as 64 +
+16, 96 as 64 + 32. Tensor cores then multiply hardly more columns than there are, where padding 72
+to 128 would waste two fifths of them. The softmax is online (Milakov and Gimelshein, 2018), in fp32
+and in base two.
 """
 
 import math
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -19,18 +21,42 @@ MAX_HEAD_DIM = 256
 UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
 
 
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and launch options; with pages, BLOCK_N keys are a page or a part of it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
 def head_parts(D: int) -> tuple[int, int]:
     """Return the two widths that hold ``D`` columns; the second is 0 where the first is enough."""
     main = max(16, 1 << (D.bit_length() - 1))
     return main, 0 if main >= D else max(16, triton.next_power_of_2(D - main))
 
 
-def descriptors(x: Tensor, *block: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe tiles of ``x`` (..., D), ``block`` on the axes before the last, one for each part of the head.
+def can_have_descriptors(itemsize: int, align: int, arch: int) -> bool:
+    """Return whether TMA can load tiles of rows.
 
-    D is an axis of its own, so that columns past a head's end read as zeros and not as the next head. A head that is
-    all in one part gets the same twice.
+    The rows are aligned to ``align`` elements of ``itemsize`` bytes.
     """
+    return align > 1 and itemsize == 2 and arch >= 90
+
+
+def descriptors(
+    x: Tensor, *block: int, wanted: bool
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Describe tiles of ``x`` (..., D), one for each part of the head.
+
+    ``block`` is their size on the axes before the last.
+
+    D is an axis of its own, so that columns past a head's end read as zeros and not as the next
+    head. A head that is all in one part gets the same twice. Unless ``wanted``, there are none.
+    """
+    if not wanted:
+        return None, None
     widths = head_parts(x.shape[-1])
     main, rest = (
         TensorDescriptor(x, list(x.shape), list(x.stride()), [*block, width or widths[0]])
@@ -40,7 +66,7 @@ def descriptors(x: Tensor, *block: int) -> tuple[TensorDescriptor, TensorDescrip
 
 
 def check_heads(q: Tensor, H_KV: int, **keys: Tensor) -> None:
-    """Check dtypes and rows of ``q`` (..., H, D) and of ``keys`` and values (..., H_KV, D), and the heads.
+    """Check dtypes, rows and heads of ``q`` (..., H, D), ``keys`` and values (..., H_KV, D).
 
     Raises:
         ValueError: D is 0 or above 256, H is no multiple of H_KV, or a last axis is not contiguous.
@@ -65,7 +91,9 @@ def check_window(window: int | None) -> None:
 
 
 def base_two(scale: float | None, D: int) -> float:
-    """Return the factor of scores whose softmax is to be taken in base two; ``scale`` is 1/sqrt(D) unless given.
+    """Return the factor of scores whose softmax is to be taken in base two.
+
+    ``scale`` is 1/sqrt(D) unless given.
 
     Raises:
         ValueError: ``scale`` is not positive: a row's largest product must give its largest score.
@@ -110,7 +138,10 @@ def load_head(
     D_REST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load both parts of rows (ROWS, D) of one head; where there is one part, the second is the first."""
+    """Load both parts of rows (ROWS, D) of one head.
+
+    Where there is one part, the second is the first.
+    """
     main = _load_part(ptr, offsets, mask, 0, D_MAIN, D, MASKED)
     rest = main
     if D_REST > 0:
@@ -161,7 +192,10 @@ def _scores(
     k,  # (KEYS, D_MAIN), (KEYS, D_REST)
     D_REST: tl.constexpr,
 ):
-    """Multiply queries by keys; in fp32 the sum is fp64, as an error in a score is one in all of its key's weight."""
+    """Multiply queries by keys.
+
+    In fp32 the sum is fp64, as an error in a score is one in all of its key's weight.
+    """
     if q[0].dtype == tl.float32:
         qk = tl.dot(q[0].to(tl.float64), tl.trans(k[0]).to(tl.float64), out_dtype=tl.float64)
         if D_REST > 0:
@@ -203,7 +237,10 @@ def attend(
 
 @triton.jit
 def normalize(state, dtype: tl.constexpr):
-    """Return the output of rows in two parts; rows that saw no key have zeros, and must not divide."""
+    """Return the output of rows in two parts.
+
+    Rows that saw no key have zeros, and must not divide.
+    """
     acc, acc_rest, _, l_i = state
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
     # the plain operator may be off by two units in the last place

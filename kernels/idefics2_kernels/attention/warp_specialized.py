@@ -1,14 +1,18 @@
-"""What the attention kernels for Hopper in Gluon share: the warpgroups that compute, and what they wait for.
+"""What the attention kernels for Hopper in Gluon share.
 
-A program has a warp that loads (each kernel has its own way) and warpgroups that compute, each on 64 rows of its own,
-over the same keys. While a warpgroup takes the softmax of one tile of scores, the tensor cores are at the product of
-the tile before with its values, and at the other warpgroups' work. Programs walk over query tiles: while one tile's
-output is written, the next one's queries and keys are on their way. Which tiles a program has is settled by its number, or it
-takes the next one from a counter whenever it is free, and its warps learn of it by shared memory.
+The warpgroups that compute, and what they wait for.
 
-The rows of a query tile are queries of one head, or of several that share their keys (``PACK``), side by side. Tiles of
-keys at the edges (window, diagonal, end of the sequence) come first and are masked; those that all queries see whole
-follow without masks. Nothing past a sequence's end is read or written: there the descriptors end.
+A program has a warp that loads (each kernel has its own way) and warpgroups that compute, each on
+64 rows of its own, over the same keys. While a warpgroup takes the softmax of one tile of scores,
+the tensor cores are at the product of the tile before with its values, and at the other warpgroups'
+work. Programs walk over query tiles: while one tile's output is written, the next one's queries and
+keys are on their way. Which tiles a program has is settled by its number, or it takes the next one
+from a counter whenever it is free, and its warps learn of it by shared memory.
+
+The rows of a query tile are queries of one head, or of several that share their keys (``PACK``),
+side by side. Tiles of keys at the edges (window, diagonal, end of the sequence) come first and are
+masked; those that all queries see whole follow without masks. Nothing past a sequence's end is read
+or written: there the descriptors end.
 """
 
 from functools import cache
@@ -44,7 +48,10 @@ NO_SCORE = gl.constexpr(LOWEST.value)
 
 @gluon.jit
 def locate_sequence(index, lengths, PACK: gl.constexpr):
-    """Return where a sequence begins, its queries, its keys, and its tiles of queries for ``PACK`` heads."""
+    """Return where a sequence begins, and the numbers of its queries, keys and query tiles.
+
+    A query tile has the queries of ``PACK`` heads.
+    """
     cu_seqlens_ptr, context_lens_ptr = lengths
     begin = gl.load(cu_seqlens_ptr + index)
     S = gl.load(cu_seqlens_ptr + index + 1) - begin
@@ -56,7 +63,10 @@ def locate_sequence(index, lengths, PACK: gl.constexpr):
 
 @gluon.jit
 def query_tile(index, tiles_m, packs, PACK: gl.constexpr):
-    """Return the first query of one of a sequence's tiles, and its heads: those of one key head after the other's."""
+    """Return the first query of one of a sequence's tiles, and its heads.
+
+    The heads of one key head come before the next one's.
+    """
     pid_m = tiles_m - 1 - index // packs % tiles_m  # longest first
     head_kv = index // (packs * tiles_m)
     return pid_m * (ROWS * CONSUMERS // PACK), (head_kv * packs + index % packs) * PACK, head_kv
@@ -64,14 +74,20 @@ def query_tile(index, tiles_m, packs, PACK: gl.constexpr):
 
 @gluon.jit
 def longest_tile(index, tiles_m, heads, packs, PACK: gl.constexpr):
-    """Return the same for tiles that are taken as programs become free: of all heads the longest first."""
+    """Return the same for tiles that are taken as programs become free.
+
+    Of all heads, the longest tiles come first.
+    """
     pid_m, pack = tiles_m - 1 - index // heads, index % heads
     return pid_m * (ROWS * CONSUMERS // PACK), pack * PACK, pack // packs
 
 
 @gluon.jit
 def take_tile(taken, counters_ptr, round):
-    """Take the next of all programs' tiles, this one's number ``round``; return its index, and tell the warpgroups."""
+    """Take the next of all programs' tiles, this one's number ``round``.
+
+    Return its index, and tell the warpgroups.
+    """
     slots, ready = taken
     index = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
     WARP: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -82,7 +98,10 @@ def take_tile(taken, counters_ptr, round):
 
 @gluon.jit
 def taken_tile(taken, round):
-    """Return the index of this program's tile number ``round``, not the first, once it has been taken."""
+    """Wait until this program's tile number ``round`` has been taken, and return its index.
+
+    ``round`` is not the first.
+    """
     slots, ready = taken
     mbarrier.wait(ready.index(round % 2), (round - 1) // 2 & 1)
     WARPGROUP: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -91,14 +110,19 @@ def taken_tile(taken, round):
 
 @gluon.jit
 def positions(start_m, S, T, PACK: gl.constexpr):
-    """Return the positions of a tile's first and last query: a sequence's queries are the last of its keys."""
+    """Return the positions of a tile's first and last query.
+
+    A sequence's queries are the last of its keys.
+    """
     last_m = gl.minimum(start_m + ROWS * CONSUMERS // PACK, S) - 1
     return T - S + start_m, T - S + last_m
 
 
 @gluon.jit
 def key_tiles(first_m, last_m, T, reach, BLOCK_N: gl.constexpr):
-    """Return where keys begin at the right edge, the left edge and between, and how many tiles there are of each.
+    """Return where keys begin at the right edge, the left edge and between.
+
+    The second value counts the tiles of each.
 
     There is always one, though queries before the first key see none.
     """
@@ -118,7 +142,10 @@ def key_tiles(first_m, last_m, T, reach, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def first_key(tile, begins, counts, BLOCK_N: gl.constexpr):
-    """Return where a tile of keys begins: the right edge's come first, then the left edge's, then the others."""
+    """Return where a tile of keys begins.
+
+    The right edge's come first, then the left edge's, then the others.
+    """
     start_n = begins[2] - (counts[0] + counts[1]) * BLOCK_N
     if tile < counts[0] + counts[1]:
         start_n = begins[1] - counts[0] * BLOCK_N
@@ -129,7 +156,10 @@ def first_key(tile, begins, counts, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def load_rows(descs, place, tiles, full, index, D_REST: gl.constexpr):
-    """Load rows of heads of a sequence, both parts; ``full[index]`` completes when they are there."""
+    """Load rows of heads of a sequence, both parts.
+
+    ``full[index]`` completes when they are there.
+    """
     begin, T, row, head = place
     full = full.index(index)
     D_MAIN: gl.constexpr = tiles[0].shape[5]
@@ -163,7 +193,7 @@ def _scores(q_smem, k_smem, consumer, buffer, D_REST: gl.constexpr, LAYOUT: gl.c
 
 @gluon.jit
 def _softmax(qk, m_i, l_i, visible, qk_scale, MASKED: gl.constexpr):
-    """Return a tile's weights, the factor for what was summed before it, and the new m_i and l_i."""
+    """Return a tile's weights, the factor for earlier sums, and the new m_i and l_i."""
     if MASKED:
         keys = gl.arange(0, qk.shape[1], gl.SliceLayout(0, qk.type.layout))[None, :]
         seen = (keys >= visible[0][:, None]) & (keys <= visible[1][:, None])
@@ -186,7 +216,10 @@ def _add_values(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
 
 @gluon.jit
 def _wait_for_values(p, weights, acc, acc_rest, D_REST: gl.constexpr):
-    """Wait for what ``_add_values`` began; ``p`` is kept until then, and the next weights come before, not after."""
+    """Wait for what ``_add_values`` began.
+
+    ``p`` is kept until then, and the next weights come before, not after.
+    """
     if D_REST > 0:
         acc, acc_rest, p, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, weights))
     else:
@@ -217,7 +250,7 @@ def _step(
     IN_TURN: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Take the scores of a tile of keys while the weights of the tile before are multiplied by its values."""
+    """Compute a tile's scores while the previous tile's weights are multiplied by its values."""
     acc, acc_rest, m_i, l_i, p = state
     q_smem, k_smem, v_smem, _ = smem
     _, _, k_full, v_full, freed, turn = barriers
@@ -253,7 +286,10 @@ def consume(
     CONSUMER: gl.constexpr,
     IN_TURN: gl.constexpr,
 ):
-    """Compute ``ROWS`` rows of each of this program's query tiles: as many apart as there are programs, or as ``taken``."""
+    """Compute ``ROWS`` rows of each of this program's query tiles.
+
+    The tiles are as many apart as there are programs, or as ``taken``.
+    """
     lengths, sizes, reach = queries
     B, heads, packs = sizes
     q_smem, k_smem, v_smem, out_smem = smem
@@ -299,7 +335,8 @@ def consume(
             l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, QK))
             start_n = first_key(0, begins, counts, BLOCK_N)
             visible = lowest - start_n, highest - start_n
-            # masked wherever it is: a loop of its own would cost more than masks that change nothing
+            # masked wherever it is: a loop of its own would cost more than masks that change
+            # nothing
             weights, _alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, True)
             acc = gl.zeros([ROWS, D_MAIN], gl.float32, ACC)
             acc_rest = gl.zeros([ROWS, WIDTH_REST], gl.float32, ACC_REST)
@@ -367,7 +404,10 @@ def consume(
 
 @gluon.jit
 def shared_tiles(descs, NUM: gl.constexpr, D_REST: gl.constexpr):
-    """Return shared memory for ``NUM`` tiles in two parts; where there is one part, the second is the first."""
+    """Return shared memory for ``NUM`` tiles in two parts.
+
+    Where there is one part, the second is the first.
+    """
     desc = descs[0]
     main = gl.allocate_shared_memory(desc.dtype, [NUM] + desc.block_type.shape, desc.layout)  # noqa: RUF005
     rest = main
@@ -407,13 +447,15 @@ def all_barriers(BUFFERS: gl.constexpr):
 def descriptors(
     x: Tensor, rows: int, heads: int = 1, *, axes: tuple[int, int] = (0, 1), widest: int = 128
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe boxes of ``rows`` x ``heads`` of ``x`` (..., D), one for each part of the head; see ``load_rows``.
+    """Describe boxes of ``rows`` x ``heads`` of ``x`` (..., D), one for each part of the head.
 
-    ``axes`` are those of rows and heads. A box has at most ``widest`` columns. Columns past D are an axis' end and so
-    are zeros. So are rows past a sequence's end: a row's coordinates are (END, its sequence's end, END - the
-    sequence's length + its place in the sequence), and END is where its axis ends. The first axis takes 2^30 rows away
-    again, as its END strides add up to 2^64 elements less than nothing: an address wraps around. That is what
-    triton.tools.ragged_tma does.
+    ``load_rows`` reads them.
+
+    ``axes`` are those of rows and heads. A box has at most ``widest`` columns. Columns past D are
+    an axis' end and so are zeros. So are rows past a sequence's end: a row's coordinates are (END,
+    its sequence's end, END - the sequence's length + its place in the sequence), and END is where
+    its axis ends. The first axis takes 2^30 rows away again, as its END strides add up to 2^64
+    elements less than nothing: an address wraps around. That is what triton.tools.ragged_tma does.
     """
     row, head = (x.stride(axis) for axis in axes)
     shape = [MOST_ROWS, MOST_ROWS, LAST, x.shape[axes[1]], x.shape[-1]]

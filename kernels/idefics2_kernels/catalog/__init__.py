@@ -30,7 +30,7 @@ CATALOG: tuple[KernelSpec, ...] = (
 
 
 def rows(*where: Where) -> list[tuple[KernelSpec, str, Case]]:
-    """Pair each kernel's implementations with each of the cases for ``where`` that they run here."""
+    """Pair each kernel's implementations with the cases for ``where`` that they run here."""
     return [
         (spec, implementation, case)
         for spec in CATALOG

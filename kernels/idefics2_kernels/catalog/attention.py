@@ -1,4 +1,7 @@
-"""What the rows of the three attentions share: names, offsets, who sees whom, whether there is a Hopper."""
+"""What the rows of the three attentions share.
+
+Names, offsets, the pairs of query and key, and whether there is a Hopper.
+"""
 
 from collections.abc import Iterable
 from itertools import accumulate

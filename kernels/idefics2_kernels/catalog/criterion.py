@@ -13,9 +13,10 @@ RATIO = 2.0  # times the error of PyTorch in the same dtype
 def worst_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
     """Return the largest error of a row as a share of what is allowed there: right is at most 1.
 
-    A row is all of the last axis. max|actual - exact| may be ``RATIO`` * (max|same_dtype - exact| + eps * max|exact|),
-    where ``exact`` is the reference in float64 and ``same_dtype`` the reference in the kernel's dtype. Over the whole
-    tensor one lost key tile of thousands would pass. NaN anywhere gives infinity.
+    A row is all of the last axis. max|actual - exact| may be ``RATIO`` * (max|same_dtype - exact| +
+    eps * max|exact|), where ``exact`` is the reference in float64 and ``same_dtype`` the reference
+    in the kernel's dtype. Over the whole tensor one lost key tile of thousands would pass. NaN
+    anywhere gives infinity.
     """
     if not actual.numel():
         return 0.0
@@ -35,7 +36,9 @@ def case_error(
     inputs: Inputs,
     during: AbstractContextManager[object] | None = None,
 ) -> float:
-    """Run an implementation on a copy of ``inputs``, in a context if given; return its worst row's share of the allowed.
+    """Run an implementation on a copy of ``inputs``, in a context if given.
+
+    Return its worst row's share of the allowed.
 
     An inexact copy, another dtype or another shape is infinitely wrong.
     """

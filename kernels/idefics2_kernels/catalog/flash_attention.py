@@ -38,7 +38,10 @@ def flash_attention_rows(
     scale: float | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``reference.flash_attention``, or only its ``rows`` (ascending) in blocks that fit into memory."""
+    """Compute the reference's ``flash_attention``, or only its ``rows`` (ascending).
+
+    Blocks of rows fit into memory.
+    """
     if rows is None:
         return REFERENCE.flash_attention(
             q, k, v, cu_seqlens, max_seqlen, causal=causal, window=window, scale=scale
@@ -176,7 +179,10 @@ def _flash_cases() -> tuple[Case, ...]:
 
 
 def _flash_gpu_cases() -> list[Case]:
-    """Products of lengths, masks and heads: sizes are run-time arguments, so that these compile little."""
+    """Products of lengths, masks and heads.
+
+    Sizes are run-time arguments, so that these compile little.
+    """
     lengths = (
         (1, 2, 3, 0, 5),
         (61, 63, 64, 65, 67),

@@ -1,4 +1,7 @@
-"""How an input lies in memory: plain, or a view into a buffer whose other elements must never be read."""
+"""How an input lies in memory.
+
+It is plain, or a view into a buffer whose other elements must never be read.
+"""
 
 from typing import Literal
 
@@ -14,10 +17,11 @@ POISON = float("nan")
 def arrange(tensor: Tensor, layout: Layout) -> Tensor:
     """Return ``tensor`` with its values in another place.
 
-    ``"sliced"`` is every row of a wider buffer, as queries are in a fused projection; ``"offset"`` begins in the
-    middle of a buffer, an odd number of elements in; ``"transposed"`` has its first two axes swapped in memory. What
-    surrounds the values is NaN. ``"far"`` puts 2^30 elements between the starts of entries of the first axis, so that
-    from the third on 32 bits do not hold an offset: several GiB, for a GPU.
+    ``"sliced"`` is every row of a wider buffer, as queries are in a fused projection; ``"offset"``
+    begins in the middle of a buffer, an odd number of elements in; ``"transposed"`` has its first
+    two axes swapped in memory. What surrounds the values is NaN. ``"far"`` puts 2^30 elements
+    between the starts of entries of the first axis, so that from the third on 32 bits do not hold
+    an offset: several GiB, for a GPU.
     """
     if layout == "plain" or not tensor.numel():
         return tensor

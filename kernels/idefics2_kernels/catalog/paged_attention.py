@@ -22,7 +22,10 @@ from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 
 
 def _paged_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw a cache whose pages lie in any order; whatever no query may see is NaN or an impossible page."""
+    """Draw a cache whose pages lie in any order.
+
+    Whatever no query may see is NaN or an impossible page.
+    """
     dims = case.dims
     queries, contexts, P = dims["queries"], dims["contexts"], dims.get("P", 64)
     H, H_KV, D, window = dims["H"], dims["H_KV"], dims["D"], dims.get("window")
@@ -137,7 +140,10 @@ def _paged_cases() -> tuple[Case, ...]:
 
 
 def _paged_gpu_cases() -> list[Case]:
-    """Products of lengths, windows and heads: sizes are run-time arguments, so that these compile little."""
+    """Products of lengths, windows and heads.
+
+    Sizes are run-time arguments, so that these compile little.
+    """
     batches = (
         ((1, 1, 1, 0, 1), (1, 2, 63, 5, 64)),
         ((1, 1, 1), (65, 1021, 4099)),
@@ -228,7 +234,10 @@ def _plain(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _has_gluon(case: Case) -> bool:
-    """Return whether a case goes to the kernel in Gluon: compiled for Hopper, never interpreted, no decoding."""
+    """Return whether a case goes to the kernel in Gluon.
+
+    It must be compiled for Hopper, not interpreted, and not decoding.
+    """
     dims = case.dims
     window = dims.get("window")
     return (

@@ -13,14 +13,14 @@ _CHANNELS = {  # mean and standard deviation by the number of channels
     3: ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7)),
     4: ((0.5, 0.4, 0.3, 0.0), (0.5, 0.6, 0.7, 1.0)),
 }
-_Grids = tuple[tuple[int, int], ...]  # rows and columns of patches of each tile
+_Grids = tuple[tuple[int, int], ...]  # rows and columns of patches of each image
 _ANY: tuple[tuple[str, _Grids, int, int], ...] = (
     ("one-patch", ((1, 1),), 14, 3),
     ("one-row", ((1, 5),), 14, 3),
     ("one-column", ((17, 1),), 3, 3),
     ("mixed", ((2, 4), (1, 1), (5, 2)), 14, 3),
-    ("empty-tiles", ((0, 3), (2, 3), (0, 1), (0, 2), (3, 2), (0, 4)), 5, 3),
-    ("many-tiles", tuple((1 + i % 3, 1 + i % 2) for i in range(11)), 4, 3),
+    ("empty-images", ((0, 3), (2, 3), (0, 1), (0, 2), (3, 2), (0, 4)), 5, 3),
+    ("many-images", tuple((1 + i % 3, 1 + i % 2) for i in range(11)), 4, 3),
     ("gray", ((3, 2), (2, 3)), 8, 1),
     ("four-channels", ((2, 3),), 7, 4),
     ("no-patch", ((0, 1),), 14, 3),
@@ -29,7 +29,7 @@ _ANY: tuple[tuple[str, _Grids, int, int], ...] = (
 _GPU: tuple[tuple[str, _Grids, int, int], ...] = (
     ("gpu-mixed", ((70, 70), (1, 1), (35, 53), (69, 17), (3, 64)), 14, 3),
     ("gpu-one", ((70, 70),), 14, 3),
-    ("gpu-100-tiles", tuple((1 + i % 7, 1 + i % 11) for i in range(101)), 14, 3),
+    ("gpu-100-images", tuple((1 + i % 7, 1 + i % 11) for i in range(101)), 14, 3),
     ("gpu-sixteen", ((31, 33), (13, 29)), 16, 3),
     ("gpu-eight", ((31, 33), (0, 5), (13, 29)), 8, 3),
     ("gpu-gray", ((31, 33), (13, 29)), 14, 1),
@@ -51,11 +51,11 @@ def _cases() -> tuple[Case, ...]:
     cases += [
         Case(
             name,
-            {"grids": ((rows, columns),) * tiles, "patch_size": 14, "channels": 3},
+            {"grids": ((rows, columns),) * images, "patch_size": 14, "channels": 3},
             torch.bfloat16,
             "model",
         )
-        for name, tiles, rows, columns in (("980-b1", 1, 70, 70), ("980-b8", 8, 70, 70))
+        for name, images, rows, columns in (("980-b1", 1, 70, 70), ("980-b8", 8, 70, 70))
     ]
     return tuple(cases)
 

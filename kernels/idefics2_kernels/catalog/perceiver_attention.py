@@ -99,7 +99,10 @@ def _perceiver_cases() -> tuple[Case, ...]:
 
 
 def _perceiver_gpu_cases() -> list[Case]:
-    """Products of lengths, latents and heads: sizes are run-time arguments, so that these compile little."""
+    """Products of lengths, latents and heads.
+
+    Sizes are run-time arguments, so that these compile little.
+    """
     lengths = (
         (1,),
         (2, 0, 3),

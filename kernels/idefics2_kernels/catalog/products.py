@@ -139,15 +139,21 @@ def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def _quantized(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
-    """Quantize ``dense``, in two parts where the case says after how many rows: each has an offset of its own then."""
+    """Quantize ``dense``, in two parts where the case says after how many rows.
+
+    Each has an offset of its own then.
+    """
     rows = case.dims.get("stacked")
     parts = [dense] if rows is None else [dense[:rows], 3 * dense[rows:]]
     quantized = [reference_nf4.nf4_quantize(p, double_quant=double_quant) for p in parts]
     return quantized[0] if rows is None else stack(quantized)
 
 
-def _few_rows_supports(case: Case) -> bool:
-    """Whether the kernel is one for this case: what ``nf4_matmul`` would give it, and a little more."""
+def _suits_few_rows(case: Case) -> bool:
+    """Whether the kernel is one for this case.
+
+    That is what ``nf4_matmul`` would give it, and a little more.
+    """
     rows = case.dims.get("B", 1) * case.dims["M"]
     return case.dtype is not _FP32 and case.dims["K"] % 256 == 0 and rows <= 100
 
@@ -162,17 +168,23 @@ def _gluon_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) ->
 
 
 def _has_gluon(case: Case) -> bool:
-    """Whether Hopper has two kernels for this case: there ``few_rows`` may take the one in Gluon."""
+    """Whether Hopper has two kernels for this case.
+
+    There ``few_rows`` may take the one in Gluon.
+    """
     rows = case.dims.get("B", 1) * case.dims["M"]
-    return on_hopper() and _few_rows_supports(case) and 0 < rows <= nf4_few_rows_hopper.MAX_M
+    return on_hopper() and _suits_few_rows(case) and 0 < rows <= nf4_few_rows_hopper.MAX_M
 
 
 def _has_aligned_gluon(case: Case) -> bool:
     return _has_gluon(case) and "layout" not in case.dims
 
 
-def _many_rows_supports(case: Case) -> bool:
-    """Whether the kernel is one for this case: compiled for Hopper, never interpreted, and read by TMA."""
+def _suits_many_rows(case: Case) -> bool:
+    """Whether the kernel is one for this case.
+
+    It must be compiled for Hopper, not interpreted, and readable by TMA.
+    """
     return (
         on_hopper()
         and case.dtype is not _FP32
@@ -182,7 +194,10 @@ def _many_rows_supports(case: Case) -> bool:
 
 
 def _nf4_bytes(elements: int) -> int:
-    """Half a byte an element, a byte a block, four bytes a nested block: 0.5159 bytes an element."""
+    """Return the bytes of ``elements`` in NF4, 0.5159 each.
+
+    They are half a byte an element, a byte a block and four bytes a nested block.
+    """
     blocks = -(-elements // BLOCK)
     return -(-elements // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK)
 
@@ -306,10 +321,10 @@ PRODUCTS = (
             "dequantized": nf4_matmul.dequantized,
         },
         only={
-            "few_rows": _few_rows_supports,
+            "few_rows": _suits_few_rows,
             "plain": _has_gluon,
             "gluon": _has_aligned_gluon,
-            "many_rows": _many_rows_supports,
+            "many_rows": _suits_many_rows,
         },
     ),
     KernelSpec(

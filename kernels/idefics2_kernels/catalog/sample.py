@@ -1,7 +1,8 @@
 """Row of the catalog: logits to tokens.
 
-The token must be the reference's. Inputs are drawn again until neither top-p nor the draw is decided by less than
-rounding could change; counts, distances and min-p's bound have no rounding of their own and get no such care.
+The token must be the reference's. Inputs are drawn again until neither top-p nor the draw is
+decided by less than rounding could change; counts, distances and min-p's bound have no rounding of
+their own and get no such care.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 from idefics2_kernels import sample
 from idefics2_kernels.catalog.layouts import LAYOUTS, arrange
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
-from idefics2_kernels.reference.sampling import keep_min_p, philox_uniform, top_p_threshold
+from idefics2_kernels.reference.sampling import filter_scores, philox_uniform
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MARGIN = 2.0**-18  # of the whole probability
@@ -148,13 +149,18 @@ def _logits(case: Case, device: torch.device) -> Tensor:
 
 
 def _decided(inputs: Inputs) -> Tensor:
-    """Say of which rows the token is the same for every top-p within the margin, and every number drawn: (B,)."""
+    """Return which rows' tokens are the same for every top-p within the margin: (B,).
+
+    They are the same for every number drawn within it, too.
+    """
     top_p: Tensor = inputs["top_p"].double()
     greedy: Tensor = inputs["temperature"] == 0
     decided, tokens = torch.ones_like(greedy), []
     for factor in (1 - _MARGIN, 1.0, 1 + _MARGIN):
         varied = torch.where(top_p < 1, top_p * factor, top_p)
-        cumulative = _cumulative(**{**inputs, "top_p": varied})
+        filters = {name: inputs[name] for name in ("temperature", "top_k", "min_p", "min_p_first")}
+        scores = filter_scores(inputs["logits"].double(), top_p=varied, **filters)
+        cumulative = scores.softmax(-1).cumsum(-1)
         distance = cumulative - philox_uniform(inputs["seed"], inputs["index"])[:, None]
         tokens.append((distance > 0).int().argmax(-1))
         # no number drawn reaches the last sum, which is 1
@@ -162,31 +168,6 @@ def _decided(inputs: Inputs) -> Tensor:
         decided &= distance.abs().amin(-1) > _MARGIN
     decided &= (tokens[0] == tokens[1]) & (tokens[1] == tokens[2])
     return decided | greedy
-
-
-def _cumulative(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    index: Tensor,
-    min_p_first: bool,
-) -> Tensor:
-    """Give the probability of every token or one before it (B, V), in float64 and as the reference does."""
-    V, wide = logits.shape[1], logits.double()
-    divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
-    scores = (wide - wide.amax(-1, keepdim=True)) / divisor
-    if min_p_first:
-        scores = keep_min_p(scores, min_p)
-    descending = scores.sort(-1, descending=True).values
-    rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
-    descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
-    scores = scores.masked_fill(scores < top_p_threshold(descending, top_p), float("-inf"))
-    if not min_p_first:
-        scores = keep_min_p(scores, min_p)
-    return scores.softmax(-1).cumsum(-1)
 
 
 def _cost(case: Case) -> Cost:

@@ -18,9 +18,10 @@ Outputs = tuple[Tensor, ...]
 class Case:
     """One set of sizes.
 
-    ``where`` says what it is for: ``"any"`` is small enough for the interpreter and runs everywhere, ``"gpu"`` runs
-    compiled only, ``"huge"`` too, alone, as it has offsets past 2^31 elements, ``"model"`` is a shape of the model's own: compiled for GPUs that are not there, checked and timed
-    on one that is.
+    ``where`` says what it is for: ``"any"`` is small enough for the interpreter and runs
+    everywhere, ``"gpu"`` runs compiled only, ``"huge"`` too, alone, as it has offsets past 2^31
+    elements, ``"model"`` is a shape of the model's own: compiled for GPUs that are not there,
+    checked and timed on one that is.
     """
 
     name: str
@@ -48,16 +49,20 @@ class KernelSpec:
 
     Attributes:
         name: The field of ``Ops``.
-        make_inputs: Draws the arguments of a case on a device; may use torch's global generator only.
+        make_inputs: Draws the arguments of a case on a device; may use torch's global generator
+            only.
         cases: What it is tested and timed on.
         cost: For the roofline.
         implementations: Kernels by name, the first being what ``TRITON`` holds.
-        only: For those that are not for every case, whether one runs a case on the GPU compiled for.
-        outputs: All that a call gives, of the arguments after it and its result: an operation may write in place.
+        only: For those that are not for every case, whether one runs a case on the GPU compiled
+            for.
+        outputs: All that a call gives, of the arguments after it and its result: an operation may
+            write in place.
         exact: Whether outputs must equal the reference's, bit for bit.
-        checked_rows: For cases too large to check whole: places along the first axis of every output, or ``None``.
-        reference: What computes the truth, by default the field of ``REFERENCE``; with ``checked_rows`` it gets them
-            as the argument ``rows`` and returns only those.
+        checked_rows: For cases too large to check whole: places along the first axis of every
+            output, or ``None``.
+        reference: What computes the truth, by default the field of ``REFERENCE``; with
+            ``checked_rows`` it gets them as the argument ``rows`` and returns only those.
     """
 
     name: str
@@ -86,13 +91,17 @@ class KernelSpec:
 def widen_inputs(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
     """Return ``inputs`` with all that is floating-point in ``dtype``, and everything else copied.
 
-    The tensors in a dataclass are the parts of a format and stay as they are: what they stand for is exact.
+    The tensors in a dataclass are the parts of a format and stay as they are: what they stand for
+    is exact.
     """
     return {name: _widen(value, dtype) for name, value in inputs.items()}
 
 
 def copy_inputs(inputs: Inputs) -> Inputs:
-    """Return ``inputs`` with tensors of their own, strides kept: an operation may write in place."""
+    """Return ``inputs`` with tensors of their own, strides kept.
+
+    An operation may write in place.
+    """
     return {name: _copy(value) for name, value in inputs.items()}
 
 

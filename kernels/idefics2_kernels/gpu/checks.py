@@ -1,5 +1,9 @@
-"""The checks that every host wrapper makes before it launches: one line each, naming the argument."""
+"""The checks that every host wrapper makes before it launches.
 
+Each is one line and names the argument.
+"""
+
+import math
 import os
 
 import torch
@@ -13,7 +17,10 @@ INTS = (torch.int32, torch.int64)
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape; ``None`` matches any size."""
+    """Raise ``ValueError`` unless ``tensor`` has the ``expected`` shape.
+
+    ``None`` matches any size.
+    """
     if tensor.shape == expected:  # the quick way: there are a dozen checks in a layer of a model
         return
     same = tensor.ndim == len(expected) and all(
@@ -32,7 +39,10 @@ def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
 
 
 def check_device(**tensors: Tensor | None) -> None:
-    """Raise ``ValueError`` unless all ``tensors`` are on one CUDA device; on a CPU kernels are interpreted."""
+    """Raise ``ValueError`` unless all ``tensors`` are on one CUDA device.
+
+    On a CPU kernels are interpreted.
+    """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in given.items())
     if device.type != "cuda" and not INTERPRETED:
@@ -49,3 +59,35 @@ def check_rows(name: str, tensor: Tensor) -> None:
     """Raise ``ValueError`` unless the last axis of ``tensor`` is contiguous."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} must have a contiguous last axis, got strides {tensor.stride()}")
+
+
+def check_product(x: Tensor) -> int:
+    """Check ``x`` (..., K) of a product and return K.
+
+    Raises:
+        ValueError: ``x`` is a scalar, or its last axis is not contiguous.
+        TypeError: ``x`` is none of bf16, fp16, fp32.
+    """
+    if not x.ndim:
+        raise ValueError("x must have an axis or more, got a scalar")
+    check_dtype("x", x, *FLOATS)
+    check_rows("x", x)
+    return x.shape[-1]
+
+
+def check_bias(bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
+    """Check the ``bias`` (N,) of a product, if there is one.
+
+    Raises:
+        ValueError: A shape or stride does not fit.
+        TypeError: Its dtype is not ``dtype``.
+    """
+    if bias is not None:
+        check_shape("bias", bias, (N,))
+        check_dtype("bias", bias, dtype)
+        check_rows("bias", bias)
+
+
+def flatten_rows(x: Tensor) -> Tensor:
+    """Return ``x`` (..., K) as rows (M, K)."""
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

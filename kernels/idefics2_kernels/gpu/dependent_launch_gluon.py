@@ -1,4 +1,7 @@
-"""``dependent_launch`` for kernels in Gluon; ``anything`` is a number, as assembly has to be given one."""
+"""``dependent_launch`` for kernels in Gluon.
+
+``anything`` is a number, as assembly has to be given one.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

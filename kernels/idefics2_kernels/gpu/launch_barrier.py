@@ -1,4 +1,7 @@
-"""An ordinary kernel between kernels of dependent launch; without Triton, for the reference's sake."""
+"""An ordinary kernel between kernels of dependent launch.
+
+It imports no Triton, because the reference imports it.
+"""
 
 import torch
 

@@ -16,7 +16,8 @@ UPCAST = tl.constexpr(checks.INTERPRETED)
 def dot(a, b, acc):
     """Return ``a`` @ ``b`` + ``acc`` in fp32; fp32 operands are multiplied as such, not in TF32.
 
-    Their products are summed tile by tile and only then added: one long sum would lose the digits that fp32 is for.
+    Their products are summed tile by tile and only then added: one long sum would lose the digits
+    that fp32 is for.
     """
     if a.dtype == tl.float32:
         product = tl.dot(a, b, tl.zeros_like(acc), input_precision="ieee")
@@ -29,7 +30,10 @@ def dot(a, b, acc):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """Return fp32 ``x`` rounded to ``dtype``, to nearest even; interpreted, a plain cast to bf16 truncates."""
+    """Return fp32 ``x`` rounded to ``dtype``, to nearest even.
+
+    Interpreted, a plain cast to bf16 truncates.
+    """
     if UPCAST and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)

@@ -1,13 +1,17 @@
-"""Which of the programs that share a tile comes last: it adds the parts of all, in place of a second launch.
+"""Which of the programs that share a tile comes last.
 
-Each program stores its part and counts itself at the tile's counter; the one that counts the last part knows that all
-others are in memory. Who that is changes from run to run, but not what it does: it reads every part, its own too, in
-the order of the parts. It also sets the counter back, so that counters are zero between launches and nothing clears them.
+It adds the parts of all, in place of a second launch.
 
-Launches that may run at the same time must not share a counter. Those of one stream run in turn and share the stream's
-buffer. A CUDA graph runs on any stream, so each launch that is recorded gets counters that no other ever has: some
-30 KB for a decode step of the 8B model. Both are kept for good, since a graph holds their addresses. A kernel that fails
-halfway would leave counters behind, but it leaves the process without its CUDA context as well.
+Each program stores its part and counts itself at the tile's counter; the one that counts the last
+part knows that all others are in memory. Who that is changes from run to run, but not what it does:
+it reads every part, its own too, in the order of the parts. It also sets the counter back, so that
+counters are zero between launches and nothing clears them.
+
+Launches that may run at the same time must not share a counter. Those of one stream run in turn and
+share the stream's buffer. A CUDA graph runs on any stream, so each launch that is recorded gets
+counters that no other ever has: some 30 KB for a decode step of the 8B model. Both are kept for
+good, since a graph holds their addresses. A kernel that fails halfway would leave counters behind,
+but it leaves the process without its CUDA context as well.
 """
 
 import functools
@@ -25,12 +29,16 @@ _LOW = 2**18  # more than one graph takes
 
 @triton.jit
 def is_last(counters_ptr, tile, parts):
-    """Count this program among the ``parts`` of ``tile`` after all it stored; return whether it is the last.
+    """Count this program among the ``parts`` of ``tile`` after all it stored.
 
-    What the others stored must be read past the L1 cache (``cache_modifier=".cg"``), which may hold older lines.
+    Return whether it is the last.
+
+    What the others stored must be read past the L1 cache (``cache_modifier=".cg"``), which may hold
+    older lines.
     """
     tl.debug_barrier()  # a program's threads count as one: all of them must have stored
-    # releases what they stored, for those that come later, and acquires what others did; a barrier follows
+    # releases what they stored, for those that come later, and acquires what others did; a barrier
+    # follows
     arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
     if arrived == parts - 1:
         tl.store(counters_ptr + tile, 0)
@@ -84,7 +92,7 @@ def _device_counters(device: torch.device) -> DeviceCounters:
 
 
 def get_counters(tiles: int, device: torch.device) -> Tensor:
-    """Return a counter for each of ``tiles``, at zero, for one launch on the current stream of ``device``.
+    """Return ``tiles`` counters at zero for one launch on the current stream of ``device``.
 
     Raises:
         RuntimeError: A CUDA graph is being recorded, and no such launch ran before outside of one.

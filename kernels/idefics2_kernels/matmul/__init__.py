@@ -1,4 +1,4 @@
 """Matrix products of dense weights: cuBLAS for many rows, a split-K kernel for few.
 
-Must not import ``attention``, ``nf4`` or ``norms``.
+Imports ``activation``. Must not import ``attention``, ``nf4`` or ``norms``.
 """

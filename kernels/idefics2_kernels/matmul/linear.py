@@ -1,12 +1,12 @@
 """The dense product x @ weight.T + bias.
 
-For many rows cuBLAS is the field's best and PyTorch calls it. For few, reading the weight once is all there is to do:
-``split_k`` cuts N and K among the programs, the weight's rows being those of the tensor cores' tile and x, padded to
-16 rows, its columns. ``tiled`` multiplies any number of rows in one tile shape and one order of K, so that a row's
-result never depends on the rows beside it.
+For many rows cuBLAS is the field's best and PyTorch calls it. For few, reading the weight once is
+all there is to do: ``split_k`` cuts N and K among the programs, the weight's rows being those of
+the tensor cores' tile and x, padded to 16 rows, its columns. ``tiled`` multiplies any number of
+rows in one tile shape and one order of K, so that a row's result never depends on the rows beside
+it.
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from idefics2_kernels.activation import gelu_tanh
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.gpu.checks import (
+    check_bias,
+    check_device,
+    check_dtype,
+    check_product,
+    check_rows,
+    check_shape,
+    flatten_rows,
+)
 from idefics2_kernels.gpu.dependent_launch import (
     dependent_options,
     gdc_launch_dependents,
@@ -34,7 +42,10 @@ PROGRAMS = 2 * H100_SMS
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: tile of rows, of columns and of K; warps and pipeline stages of a program."""
+    """How a product is cut: tile of rows, of columns and of K.
+
+    ``num_warps`` and ``num_stages`` are those of a program.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -45,7 +56,8 @@ class LaunchConfig:
 
 def split_k_launch_config(itemsize: int) -> LaunchConfig:
     """Return how ``split_k`` cuts a product of ``itemsize`` bytes a number."""
-    # 16 KB of weight a stage, so that the pipelines of two programs keep an SM's share of the bandwidth in flight
+    # 16 KB of weight a stage, so that the pipelines of two programs keep an SM's share of the
+    # bandwidth in flight
     if itemsize == 4:
         return LaunchConfig(BLOCK_M=FEW_ROWS, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4)
     return LaunchConfig(BLOCK_M=FEW_ROWS, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4)
@@ -162,7 +174,8 @@ def _tiled_kernel(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply ``x`` (..., K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (..., N).
 
-    Sums are fp32, rounded once. Any strides but contiguous last axes. Up to 16 rows ``split_k``, else cuBLAS.
+    Sums are fp32, rounded once. Any strides but contiguous last axes. Up to 16 rows ``split_k``,
+    else cuBLAS.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -177,8 +190,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the tanh form of GELU of ``linear``: (..., N).
 
-    On a GPU, in 16 bit, with a bias and more than 16 rows, cuBLAS takes it from its fp32 sums and rounds once; elsewhere
-    the product is rounded before, as in the reference.
+    On a GPU, in 16 bit, with a bias and more than 16 rows, cuBLAS takes it from its fp32 sums and
+    rounds once; elsewhere the product is rounded before, as in the reference.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -192,7 +205,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` by the kernel for few rows; it takes any number. Up to 16, a row's result depends on no other."""
+    """``linear`` by the kernel for few rows.
+
+    It takes any number. Up to 16, a row's result depends on no other.
+    """
     rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = split_k_launch_config(x.itemsize)
@@ -224,7 +240,10 @@ def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` in one tile shape and order of K, whatever M: equal rows give equal bits in any batch."""
+    """``linear`` in one tile shape and order of K, whatever M.
+
+    Equal rows give equal bits in any batch.
+    """
     rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = tiled_launch_config(x.itemsize)
@@ -248,17 +267,10 @@ def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _flatten_checked(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
-    if not x.ndim:
-        raise ValueError("x must have an axis or more, got a scalar")
-    K = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    check_rows("x", x)
+    K = check_product(x)
     check_shape("weight", weight, (None, K))
     check_dtype("weight", weight, x.dtype)
     check_rows("weight", weight)
-    if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],))
-        check_dtype("bias", bias, x.dtype)
-        check_rows("bias", bias)
+    check_bias(bias, weight.shape[0], x.dtype)
     check_device(x=x, weight=weight, bias=bias)
-    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), K)
+    return flatten_rows(x)

@@ -1,9 +1,11 @@
-"""What products share that cut K among programs: how many cuts, and the sum of their partial results.
+"""What products share that cut K among programs.
 
-The last program of a tile to arrive (``gpu.tile_counters``) adds the partial results of all; after the kernels for NF4, whose
-registers that would cost programs at once, a second kernel does. The sum runs over the splits in order, and their number
-follows from the sizes alone: results do not depend on which program ends first, nor on the rows beside a row as long as
-one tile holds them all.
+They share the number of cuts and the sum of the partial results.
+
+The last program of a tile to arrive (``gpu.tile_counters``) adds the partial results of all; after
+the kernels for NF4, whose registers that would cost programs at once, a second kernel does. The sum
+runs over the splits in order, and their number follows from the sizes alone: results do not depend
+on which program ends first, nor on the rows beside a row as long as one tile holds them all.
 """
 
 import torch
@@ -21,7 +23,10 @@ _IN_FLIGHT = tl.constexpr(4)
 
 
 def k_per_split(tiles: int, K: int, block_k: int, programs: int) -> int:
-    """Return how much of K a program takes, a multiple of ``block_k``, so that ``tiles`` make up to ``programs``."""
+    """Return how much of K a program sums, a multiple of ``block_k``.
+
+    The programs of all ``tiles`` are at most ``programs``, or as many as the tiles.
+    """
     steps = max(-(-K // block_k), 1)
     splits = max(min(programs // max(tiles, 1), steps // MIN_STEPS), 1)
     return -(-steps // splits) * block_k
@@ -41,7 +46,9 @@ def store_product(
     HAS_BIAS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
-    """Store a tile of the product, or this program's part of it; the last of its programs adds the parts.
+    """Store a tile of the product, or this program's part of it.
+
+    The last of its programs adds the parts.
 
     The grid is (tiles of N, splits, tiles of M).
     """
@@ -51,7 +58,8 @@ def store_product(
     if IS_SPLIT:
         split, splits = tl.program_id(1), tl.num_programs(1)
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        # 32 bits are enough: partial results are no more than the tiles of the programs that run at once
+        # 32 bits are enough: partial results are no more than the tiles of the programs that run at
+        # once
         size, offsets = M * N, places.to(tl.int32)
         tl.store(partials_ptr + split * size + offsets, acc, mask=mask)
         if is_last(counters_ptr, tile, splits):
@@ -82,7 +90,10 @@ def _store_rounded(acc, bias_ptr, out_ptr, places, mask, offs_n, N, HAS_BIAS: tl
 
 
 def shared_buffers(out: Tensor, splits: int, tiles: int) -> tuple[Tensor | None, Tensor | None]:
-    """Allocate the partial results of ``out`` (M, N) and give ``tiles`` counters; nothing for one split."""
+    """Allocate the partial results of ``out`` (M, N) and give ``tiles`` counters.
+
+    One split needs nothing.
+    """
     if splits == 1:
         return None, None
     partials = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
@@ -112,7 +123,10 @@ def _sum_kernel(
 
 
 def sum_splits(partials: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Add ``partials`` (splits, M, N) fp32 in order, then ``bias`` (N,), and round to ``dtype``: (M, N)."""
+    """Add ``partials`` (splits, M, N) fp32 in order, then ``bias`` (N,), and round to ``dtype``.
+
+    The result is (M, N).
+    """
     splits, M, N = partials.shape
     out = torch.empty((M, N), dtype=dtype, device=partials.device)
     if out.numel():

@@ -2,5 +2,5 @@
 
 ``nf4_matmul`` chooses among the kernels by the number of rows. ``_hopper`` in a name means Gluon,
 sm_90 only. ``dequantize_triton`` and ``dequantize_gluon`` turn codes into numbers inside a kernel.
-Must not import ``attention`` or ``norms``.
+Imports ``matmul.split_k``. Must not import ``attention`` or ``norms``.
 """

@@ -1,14 +1,17 @@
 """NF4 codes to weights, in the two ways that are exact and fast on a GPU, for kernels in Gluon.
 
-In shared memory there is a table with an entry for each byte of codes, the two values that its nibbles stand for in fp32. An entry
-has 16 copies, in banks of their own, for the lanes of half a warp, which are served at a time, and begins at a multiple of 256 bytes, half of
-which stay unused. So one instruction makes an address, one loads two
-values, two multiply them by the block's absmax, one rounds both: 2.5 a weight, and the path to shared memory is busiest.
+In shared memory there is a table with an entry for each byte of codes, the two values that its
+nibbles stand for in fp32. An entry has 16 copies, in banks of their own, for the lanes of half a
+warp, which are served at a time, and begins at a multiple of 256 bytes, half of which stay unused.
+So one instruction makes an address, one loads two values, two multiply them by the block's absmax,
+one rounds both: 2.5 a weight, and the path to shared memory is busiest.
 
-In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept as bytes; then bytes are
-permuted, four codes at once (``dequantize_triton`` says more): 3 instructions a weight, all of them the integer units'.
+In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept
+as bytes; then bytes are permuted, four codes at once (``dequantize_triton`` says more): 3
+instructions a weight, all of them the integer units'.
 
-A kernel that decodes eight rows of sixteen in either way keeps both busy. Tables and places are addresses of shared memory.
+A kernel that decodes eight rows of sixteen in either way keeps both busy. Tables and places are
+addresses of shared memory.
 """
 
 import struct
@@ -29,9 +32,10 @@ _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
 def _look_up_ptx(pair: str, base: str = "") -> str:
-    """Return the PTX that makes of a word, a lane's place in the table and an absmax four ``pair``s.
+    """Return the PTX that turns a word, a place in the table and an absmax into four ``pair``s.
 
-    A byte of codes goes to the second byte of the place, and ``base`` is added. ``mul.rn`` is never fused.
+    A byte of codes goes to the second byte of the place, and ``base`` is added. ``mul.rn`` is never
+    fused.
     """
     add = f" add.u32 a, a, {base};" if base else ""
     return "".join(
@@ -46,7 +50,10 @@ def _look_up_ptx(pair: str, base: str = "") -> str:
 
 
 def _code_values_ptx(pair: str) -> str:
-    """Return the PTX that makes of an absmax the low bytes of the numbers that codes stand for, in four words, and the high ones."""
+    """Return the PTX that computes the numbers that codes stand for from an absmax.
+
+    Four words hold their low bytes, four their high bytes.
+    """
     text = ""
     for i in range(4):
         text += "{ .reg .f32 a, b, c, d; .reg .b32 p, q;"
@@ -58,7 +65,10 @@ def _code_values_ptx(pair: str) -> str:
 
 
 def _permute_ptx() -> str:
-    """Return the PTX that makes of a word, and of ``_code_values_ptx``' eight, four pairs; ``m`` has 0xFF for codes from 8."""
+    """Return the PTX that makes of a word, and of ``_code_values_ptx``' eight, four pairs.
+
+    ``m`` has 0xFF for codes from 8.
+    """
     text = (
         "{ .reg .b32 c, s, m, t, u, l, h; and.b32 c, $4, 0x77777777; shl.b32 s, $4, 4;"
         " prmt.b32 m, s, $4, 0xD9C8;"
@@ -85,7 +95,10 @@ _PERMUTE = gl.constexpr(_permute_ptx())
 
 @gluon.jit
 def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """Return what ``FIRST`` plus each of ``code``, below ``COUNT``, stands for, without reading memory."""
+    """Return the values of the codes ``FIRST`` + ``code``, without reading memory.
+
+    ``code`` is below ``COUNT``.
+    """
     value = gl.where(code == 0, _CODE[FIRST], 0.0)
     for i in gl.static_range(1, COUNT):
         value = gl.where(code == i, _CODE[FIRST + i], value)
@@ -94,7 +107,10 @@ def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def fill_table(table, NUM_WARPS: gl.constexpr):
-    """Write the two values of every byte, the high nibble's first, for each place; 16 bytes, of two places, at once."""
+    """Write the two values of every byte, the high nibble's first, for each place.
+
+    A thread writes 16 bytes, of two places, at once.
+    """
     LANES: gl.constexpr = PLACES // 2
     AT_ONCE: gl.constexpr = NUM_WARPS * 32 // LANES  # bytes, in which so many nibbles occur:
     LOWS: gl.constexpr = 16 if AT_ONCE > 16 else AT_ONCE
@@ -136,10 +152,13 @@ def append_stage(stages, stage):
 
 @gluon.jit
 def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
-    """Begin to load the codes of ``blocks`` (WARPS_K, rows, 4), in two parts, and what makes their absmax.
+    """Begin to load the codes and the absmax's parts of ``blocks`` (WARPS_K, rows, 4).
 
-    Lanes of odd rows (``is_odd`` (WARPS_K, rows, 4, 1) is 1, else 0) load their blocks' second half first: of the 16 bytes
-    that each of eight lanes loads at once, no two then lie in the same banks of the L1 cache.
+    The codes come in two parts.
+
+    Lanes of odd rows (``is_odd`` (WARPS_K, rows, 4, 1) is 1, else 0) load their blocks' second half
+    first: of the 16 bytes that each of eight lanes loads at once, no two then lie in the same banks
+    of the L1 cache.
     """
     codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
     word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
@@ -157,7 +176,10 @@ def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.const
 
 @gluon.jit
 def block_absmax(stage, nested_code, IS_NESTED: gl.constexpr):
-    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4_quantize.load_absmax``; ``nested_code`` is an address."""
+    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4_quantize.load_absmax``.
+
+    ``nested_code`` is an address.
+    """
     absmax = stage[2]
     if IS_NESTED:
         code = gl.inline_asm_elementwise(
@@ -168,7 +190,8 @@ def block_absmax(stage, nested_code, IS_NESTED: gl.constexpr):
             is_pure=False,
             pack=1,
         )
-        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        # the maximum changes no number; it keeps product and sum from becoming one fused,
+        # differently rounded step
         absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
     return absmax
 
@@ -238,7 +261,7 @@ def _join_pairs(pairs):
 
 @gluon.jit
 def left_operand(lower, upper, dtype: gl.constexpr, PRODUCT: gl.constexpr):
-    """Return the weights of both rows' pairs as the product's left operand (WARPS_K, 16 WARPS_N, 128)."""
+    """Return both rows' weights as the product's left operand (WARPS_K, 16 WARPS_N, 128)."""
     pairs = gl.join(_join_pairs(lower), _join_pairs(upper))
     WARPS_K: gl.constexpr = pairs.shape[0]
     WARPS_N: gl.constexpr = pairs.shape[1] // 8

@@ -1,8 +1,9 @@
 """NF4 codes to weights by permuting bytes, in plain Triton.
 
-The 16 numbers a block's codes can stand for, absmax times code rounded to the compute dtype, are computed once and kept as
-bytes in eight registers; ``permute_bytes`` then looks up four codes at once, low and high bytes apart, among those for
-codes 0 to 7 and those for 8 to 15. So every weight is exactly what dequantizing gives, at some 3 instructions.
+The 16 numbers a block's codes can stand for, absmax times code rounded to the compute dtype, are
+computed once and kept as bytes in eight registers; ``permute_bytes`` then looks up four codes at
+once, low and high bytes apart, among those for codes 0 to 7 and those for 8 to 15. So every weight
+is exactly what dequantizing gives, at some 3 instructions.
 """
 
 import triton
@@ -16,10 +17,12 @@ CODE = tl.constexpr(tables.NF4_CODE)
 
 @triton.jit
 def permute_bytes(a, b, selector):
-    """Return the four bytes of the int32 pair (``a``, ``b``) that the low four nibbles of ``selector`` name.
+    """Return the four bytes of (``a``, ``b``) that the low nibbles of ``selector`` name.
 
-    A nibble's lower three bits choose the byte, the lowest of ``a`` being 0; its highest bit asks for eight copies of
-    that byte's highest bit instead.
+    All are int32.
+
+    A nibble's lower three bits choose the byte, the lowest of ``a`` being 0; its highest bit asks
+    for eight copies of that byte's highest bit instead.
     """
     if UPCAST:  # inline assembly is not interpreted
         result = (selector & 0) + (a & 0)
@@ -68,7 +71,10 @@ def _four_bytes(absmax, FIRST: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def code_values(absmax, dtype: tl.constexpr):
-    """Return the low bytes of the 16 numbers that a block's codes stand for, four by four, and the high bytes."""
+    """Return the 16 numbers that a block's codes stand for.
+
+    Four words hold their low bytes, four their high bytes.
+    """
     low0, high0 = _four_bytes(absmax, 0, dtype)
     low4, high4 = _four_bytes(absmax, 4, dtype)
     low8, high8 = _four_bytes(absmax, 8, dtype)
@@ -78,7 +84,10 @@ def code_values(absmax, dtype: tl.constexpr):
 
 @triton.jit
 def _look_up(table, codes, is_upper):
-    """Return a byte of ``table`` for each of four nibbles' lower three bits; ``is_upper`` has 0xFF for codes from 8."""
+    """Return a byte of ``table`` for each of four nibbles' lower three bits.
+
+    ``is_upper`` has 0xFF for codes from 8.
+    """
     lower = permute_bytes(table[0], table[1], codes)
     upper = permute_bytes(table[2], table[3], codes)
     return upper & is_upper | lower & ~is_upper
@@ -86,7 +95,10 @@ def _look_up(table, codes, is_upper):
 
 @triton.jit
 def _decode_four(lows, highs, codes, is_upper, dtype: tl.constexpr):
-    """Return the weights of four codes as (..., 2 of a byte, 2 bytes): a byte's first code is its high nibble."""
+    """Return the weights of four codes as (..., 2 of a byte, 2 bytes).
+
+    A byte's first code is its high nibble.
+    """
     low, high = _look_up(lows, codes, is_upper), _look_up(highs, codes, is_upper)
     first = _unpack(permute_bytes(low, high, 0x4051), dtype)
     return tl.join(first, _unpack(permute_bytes(low, high, 0x6273), dtype))
@@ -94,7 +106,10 @@ def _decode_four(lows, highs, codes, is_upper, dtype: tl.constexpr):
 
 @triton.jit
 def decode(lows, highs, words, dtype: tl.constexpr):
-    """Return the weights of ``words`` of eight codes as (..., 2 of a byte, 2 bytes, 2 halves of a word)."""
+    """Return the weights of ``words`` of eight codes.
+
+    The result is (..., 2 of a byte, 2 bytes, 2 halves of a word).
+    """
     codes = words & 0x77777777
     shifted = words << 4  # the highest bits of its bytes are those of the low nibbles
     is_upper = permute_bytes(shifted, words, 0xD9C8)

@@ -1,16 +1,17 @@
 """NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
 
-Codes are looked up in shared memory, and half of them, where there is too much else to read there, by permuting bytes
-in registers (``dequantize_gluon``).
+Codes are looked up in shared memory, and half of them, where there is too much else to read there,
+by permuting bytes in registers (``dequantize_gluon``).
 
-A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the weight at a time, and
-never leaves them. The order of the columns in a sum is free, so that each of the four lanes that share a row takes a
-block of 64 columns, with one absmax, out of every 256; x lies in shared memory so that a lane finds the columns of its
-block side by side.
+A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the
+weight at a time, and never leaves them. The order of the columns in a sum is free, so that each of
+the four lanes that share a row takes a block of 64 columns, with one absmax, out of every 256; x
+lies in shared memory so that a lane finds the columns of its block side by side.
 
-A program takes ``groups`` groups of rows whole, so that nothing is summed through global memory. Its warps
-are dealt to groups first and along K next, and go through their share without waiting for each other, but where the
-columns of x do not all fit into shared memory. The partial sums of the warps along K are added in a fixed order at the end.
+A program takes ``groups`` groups of rows whole, so that nothing is summed through global memory.
+Its warps are dealt to groups first and along K next, and go through their share without waiting for
+each other, but where the columns of x do not all fit into shared memory. The partial sums of the
+warps along K are added in a fixed order at the end.
 """
 
 from dataclasses import asdict, dataclass
@@ -45,10 +46,11 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK_K = 256  # a block for each of the four lanes that share a row
 X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
-ALONE = 116 * 1024  # bytes of shared memory, more than half of what a processor has
+ALONE = 116 * 1024  # bytes of shared memory, more than half of what an SM has
 MAX_M = 64
 WIDE = 128 * H100_SMS  # rows of a weight that are worth reading all of x for in every program
-# turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a program
+# turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a
+# program
 PREFETCHED = gl.constexpr(4)
 PAGE = 1024  # bytes
 PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
@@ -56,7 +58,10 @@ PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: rows of x; of the weight a warp; warps along N and K; turns of the loop for a buffer of x."""
+    """How a product is cut: rows of x; of the weight a warp.
+
+    ``TURNS`` are turns of the loop for a buffer of x.
+    """
 
     BLOCK_M: int
     X_ROWS: int  # of x in shared memory
@@ -73,8 +78,9 @@ class LaunchConfig:
     def pages(self) -> int:
         """Pages of shared memory: the table, nested codes, and x.
 
-        And so many that a processor has no room for a program of the next kernel as well: of one launch, two would then
-        come to be on some processors and none on others, and it would take twice as long.
+        And so many that an SM has no room for a program of the next kernel as well: of one
+        launch, two would then come to be on some SMs and none on others, and it would take
+        twice as long.
         """
         x = self.BUFFERS * self.TURNS * self.WARPS_K * self.X_ROWS * 2 * BLOCK_K
         return -(-max(MEMORY + PAGE + x, ALONE) // PAGE)
@@ -99,7 +105,8 @@ def complete_config(
     turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
     BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
     TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
-    # 4096 x 14336 on an H100, 16 rows: 27 us, by look-ups alone 30; with all of x in shared memory these take 0 to 20 % less.
+    # 4096 x 14336 on an H100, 16 rows: 27 us, by look-ups alone 30; with all of x in shared memory
+    # these take 0 to 20 % less.
     PERMUTES = BUFFERS == 2 and X_ROWS == 16
     return LaunchConfig(
         max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs, PERMUTES
@@ -112,9 +119,10 @@ def launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
         return -(-N // (ROWS * H100_SMS)) * ROWS
 
-    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight. us of 16 rows of x on an
-    # H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with 38; 6144 x 4096 13, with 16. Codes of three
-    # turns on their way, or 16 warps, were never faster.
+    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight.
+    # us of 16 rows of x on an H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with
+    # 38; 6144 x 4096 13, with 16. Codes of three turns on their way, or 16 warps, were never
+    # faster.
     ROWS = 32 if program_rows(32) > 128 else 16
     WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
     # a buffer holds x for a turn at least
@@ -124,7 +132,7 @@ def launch_config(M: int, N: int, K: int) -> LaunchConfig:
 
 @cache
 def _layouts(config: LaunchConfig) -> dict[str, object]:
-    """Return who holds what: lanes and warps as ``mma.sync`` has them, registers as they are loaded."""
+    """Return the layouts: lanes and warps as in ``mma.sync``, registers as they are loaded."""
     warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
     warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
     more_rows = [[0, 16 * config.WARPS_N, 0, 0]] if config.ROWS == 32 else []
@@ -192,7 +200,10 @@ def _copy_x(
     COPY: gl.constexpr,
     IS_EVEN: gl.constexpr,
 ):
-    """Begin to copy the columns of x for a buffer's turns; rows and columns that are not there become zeros."""
+    """Begin to copy the columns of x for a buffer's turns.
+
+    Rows and columns that are not there become zeros.
+    """
     PARTS: gl.constexpr = smem.shape[0]
     LINES: gl.constexpr = smem.shape[1]
     part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, COPY)))[:, None, None]
@@ -231,7 +242,10 @@ def _stage(
     IS_ONE_ROUND: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """Begin to load the codes of a turn, counted over all rounds, in two parts, and what makes their absmax."""
+    """Begin to load the codes and the absmax's parts of a turn.
+
+    Turns are counted over all rounds. The codes come in two parts.
+    """
     blocks = _blocks(place, flat, IS_ONE_ROUND, TILE)
     return load_blocks(weight, blocks, _is_odd(place), CODES, IS_NESTED)
 
@@ -282,7 +296,10 @@ def _halves_of_blocks(values, HALF: gl.constexpr):
 
 @gluon.jit
 def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
-    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M), its columns in the order of ``left_operand``'s."""
+    """Return x as the product's right operand (WARPS_K, 128, BLOCK_M).
+
+    Its columns have the order of ``left_operand``'s.
+    """
     WARPS_K: gl.constexpr = smem.shape[1]
     BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
     if smem.shape[2] == 4:  # all lanes read the one row
@@ -299,8 +316,8 @@ def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
 def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
     """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
 
-    A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all others; in the
-    weight a warp's rows are neighbors.
+    A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all
+    others; in the weight a warp's rows are neighbors.
     """
     return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
 
@@ -378,7 +395,8 @@ def _few_rows_hopper_kernel(
     rounds = gl.cdiv(groups, WARPS_N)
     chunks = gl.cdiv(turns, TURNS)
 
-    # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
+    # In one piece, larger than all other shared memory: so it begins where shared memory does, and
+    # the table with it.
     smem = gl.allocate_shared_memory(
         gl.float32,
         [PAGES, PAGE_BYTES // 4],
@@ -428,7 +446,8 @@ def _few_rows_hopper_kernel(
     smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
     if BUFFERS == 1:
         async_copy.wait_group(0)
-    # the address is not known before the barrier, so that nothing is looked up before the table is there
+    # the address is not known before the barrier, so that nothing is looked up before the table is
+    # there
     table = gl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
@@ -488,8 +507,8 @@ def _few_rows_hopper_kernel(
 def supports(rows: Tensor, weight: NF4Weight) -> bool:
     """Return whether the kernel is for such a call, of a weight that the plain one takes.
 
-    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a weight of so many rows
-    that reading all of x in every program costs less than the weight.
+    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a
+    weight of so many rows that reading all of x in every program costs less than the weight.
     """
     return (
         0 < rows.shape[0] <= MAX_M
@@ -501,7 +520,10 @@ def supports(rows: Tensor, weight: NF4Weight) -> bool:
 
 
 def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply as ``nf4_few_rows.multiply`` what ``supports`` says is for this kernel; fewer rows of ``weight`` will do."""
+    """Multiply as ``nf4_few_rows.multiply`` what ``supports`` says is for this kernel.
+
+    Fewer rows of ``weight`` will do.
+    """
     return launch(rows, weight, bias, launch_config(rows.shape[0], *weight.shape))
 
 

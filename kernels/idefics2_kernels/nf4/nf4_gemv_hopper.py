@@ -1,15 +1,20 @@
-"""NF4 products for one row of x on Hopper: each warp goes down the weight with its part of x in registers.
+"""NF4 products for one row of x on Hopper.
 
-A row of K columns is eight rows of K / 8 in the same memory, and so is x. The product of the two is (8, 8 N), of which an
-output adds up eight numbers, those where row of x and row of the weight are the same eighth. For ``mma.sync`` this is a
-product of eight columns as any other; the columns that one row of x would leave empty make x eight times as short, so that
-a warp keeps the x it needs, 256 columns of each eighth, and loads nothing but codes and absmaxes as it goes.
+Each warp goes down the weight with its part of x in registers.
 
-Codes are looked up in shared memory (``dequantize_gluon``): 128 accesses for 16 x 256 weights, and 16 for their codes. Looking half
-of them up by permuting bytes in registers halves the look-ups, but was no faster. 28672 x 4096 takes an H100 31 us;
-reading the weight alone 26, decoding it from the L1 cache 25.
+A row of K columns is eight rows of K / 8 in the same memory, and so is x. The product of the two is
+(8, 8 N), of which an output adds up eight numbers, those where row of x and row of the weight are
+the same eighth. For ``mma.sync`` this is a product of eight columns as any other; the columns that
+one row of x would leave empty make x eight times as short, so that a warp keeps the x it needs, 256
+columns of each eighth, and loads nothing but codes and absmaxes as it goes.
 
-The eighths of a row, and the parts of warps along K, come to lie in shared memory, and are added in a fixed order at the end.
+Codes are looked up in shared memory (``dequantize_gluon``): 128 accesses for 16 x 256 weights, and
+16 for their codes. Looking half of them up by permuting bytes in registers halves the look-ups, but
+was no faster. 28672 x 4096 takes an H100 31 us; reading the weight alone 26, decoding it from the
+L1 cache 25.
+
+The eighths of a row, and the parts of warps along K, come to lie in shared memory, and are added in
+a fixed order at the end.
 """
 
 from dataclasses import asdict, dataclass
@@ -42,9 +47,10 @@ COLUMNS = 2048  # of a warp: a block for each of its 32 lanes
 MAX_WARPS = 16
 # rounds whose codes are in registers or the L2 cache before the kernel ahead ends
 PREFETCHED = gl.constexpr(4)
-# Shared memory: what warps add up and the nested codes; then the table, at a multiple of 64 KB, so that an address of it is
-# two bytes of the base, a byte of codes, and a lane's place. All in all so much that a processor has no room for a
-# program of the next kernel as well: of one launch, two would then come to be on some processors and none on others.
+# Shared memory: what warps add up and the nested codes; then the table, at a multiple of 64 KB, so
+# that an address of it is two bytes of the base, a byte of codes, and a lane's place. All in all so
+# much that an SM has no room for a program of the next kernel as well: of one launch, two
+# would then come to be on some SMs and none on others.
 MEMORY = 128 * 1024
 NESTED_MEMORY = 1024
 PARTS_MEMORY = 62 * 1024
@@ -54,7 +60,10 @@ NESTED_BYTES = gl.constexpr(NESTED_MEMORY)
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: warps along N, 2 rows of the weight each, and along K; rounds on their way; programs."""
+    """How a product is cut: warps along N, 2 rows of the weight each, and along K.
+
+    ``DEPTH`` counts the rounds that are being loaded.
+    """
 
     WARPS_N: int
     WARPS_K: int
@@ -133,7 +142,10 @@ _TABLE = gl.constexpr(
 
 @gluon.jit
 def _blocks(place, round, upper: gl.constexpr):
-    """Return the flat blocks of a round's lower or upper rows; past the end of rows or columns the last ones again."""
+    """Return the flat blocks of a round's lower or upper rows.
+
+    Past the end of rows or columns the last ones are repeated.
+    """
     warp, eighth, k, q, first, pairs, N, steps, WARPS_N = place
     row = gl.minimum(first + gl.minimum(round * WARPS_N + warp, pairs - 1) * 2 + upper, N - 1)
     return ((row * EIGHTHS + eighth) * steps + gl.minimum(k, steps - 1)) * 4 + q
@@ -152,14 +164,18 @@ def _stage(weight, place, round, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
 def _right(
     x_ptr, part: gl.constexpr, steps, WARPS_K: gl.constexpr, X: gl.constexpr, PRODUCT: gl.constexpr
 ):
-    """Load x as the product's right operand (WARPS_K, 128, 8), its columns in the order of ``left_operand``'s."""
+    """Load x as the product's right operand (WARPS_K, 128, 8).
+
+    Its columns have the order of ``left_operand``'s.
+    """
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
     line = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
     k = gl.minimum(k, steps - 1)
     half = (part + line // 4) % 2
     offs = (line // 4 * steps + k) * 256 + line % 4 * 64 + half * 32 + column
-    # half a sector a lane at a time: past the L1 cache, all programs would wait for the same lines of the L2 cache
+    # half a sector a lane at a time: past the L1 cache, all programs would wait for the same lines
+    # of the L2 cache
     x = gl.load(x_ptr + offs, eviction_policy="evict_last")
     x = gl.permute(gl.reshape(x, [WARPS_K, 8, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
     return gl.convert_layout(gl.reshape(x, [WARPS_K, 128, 8]), gl.DotOperandLayout(1, PRODUCT, 2))
@@ -327,7 +343,10 @@ def _gemv_kernel(
 
 
 def supports(rows: Tensor, weight: NF4Weight) -> bool:
-    """Return whether the kernel is for such a call: one row, of so many whole warps' columns, aligned to 16 bytes."""
+    """Return whether the kernel is for such a call.
+
+    It must be one row, of the columns of whole warps, aligned to 16 bytes.
+    """
     N, K = weight.shape
     return (
         rows.shape[0] == 1
@@ -340,7 +359,7 @@ def supports(rows: Tensor, weight: NF4Weight) -> bool:
 
 
 def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply ``rows`` (1, K), which the kernel ``supports``, by ``weight`` (N, K), dequantized and transposed: (1, N)."""
+    """Multiply supported ``rows`` (1, K) by ``weight`` (N, K) transposed: (1, N)."""
     return launch(rows, weight, bias, launch_config(*weight.shape))
 
 

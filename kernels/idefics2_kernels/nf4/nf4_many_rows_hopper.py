@@ -1,15 +1,17 @@
-"""The product x @ dequantized(weight).T + bias with the weight in NF4, for many rows, on Hopper, in Gluon.
+"""The product x @ dequantized(weight).T + bias with the weight in NF4, for many rows on Hopper.
 
-A tile is 128 rows of the weight by 128 or 256 rows of x; K is walked through in steps of 64, a block of each row of the
-weight. Two warpgroups compute, each 64 rows of the weight: they decode the next step's codes into registers, as the
-tensor cores' left operand, while the tensor cores are at this step's. So no decoded weight is ever in memory, and the
-tensor cores do not wait for it. A warp loads x and codes by TMA, and another brings each row's absmax to shared memory.
-Programs walk over tiles, those of the same rows of the weight one after another.
+A tile is 128 rows of the weight by 128 or 256 rows of x; K is walked through in steps of 64, a
+block of each row of the weight. Two warpgroups compute, each 64 rows of the weight: they decode the
+next step's codes into registers, as the tensor cores' left operand, while the tensor cores are at
+this step's. So no decoded weight is ever in memory, and the tensor cores do not wait for it. A warp
+loads x and codes by TMA, and another brings each row's absmax to shared memory. Programs walk over
+tiles, those of the same rows of the weight one after another.
 
-The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of codes, the same byte all
-along. So a register tells one instruction to make an address of that byte, and the rest is as in
-``nf4_few_rows_hopper``: one loads two values from the table, two multiply them by the block's absmax, one rounds both.
-The table takes so much of shared memory that the output of a tile of 256 rows leaves by way of what remains, in pieces.
+The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of
+codes, the same byte all along. So a register tells one instruction to make an address of that byte,
+and the rest is as in ``nf4_few_rows_hopper``: one loads two values from the table, two multiply
+them by the block's absmax, one rounds both. The table takes so much of shared memory that the
+output of a tile of 256 rows leaves by way of what remains, in pieces.
 """
 
 from dataclasses import dataclass
@@ -47,8 +49,9 @@ PAGE_BYTES = gl.constexpr(1024)
 CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread
 LOADER_REGISTERS = gl.constexpr(48)
 
-# How a warpgroup's codes and weights lie in its threads: four share a row (and read the same words of codes), each
-# thread has rows r and r + 8. Axes: row, place in the four, step of the tensor cores (16 columns).
+# How a warpgroup's codes and weights lie in its threads: four share a row (and read the same words
+# of codes), each thread has rows r and r + 8. Axes: row, place in the four, step of the tensor
+# cores (16 columns).
 QUADS = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], [0, 0, 2], [8, 0, 0]],
@@ -71,7 +74,10 @@ CODE_WORDS = gl.constexpr(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Rows of x in a tile; steps in shared memory; tiles of x that take turns at the same rows of the weight."""
+    """Rows of x in a tile.
+
+    ``STAGES`` steps are in shared memory; ``GROUP_M`` tiles of x share rows of the weight.
+    """
 
     BLOCK_M: int
     STAGES: int
@@ -87,8 +93,9 @@ class LaunchConfig:
 
 def launch_config(M: int, N: int, programs: int) -> LaunchConfig:
     """Return how a product of ``M`` rows of x is cut for ``programs`` that run at once."""
-    # Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups takes
-    # 270 of each scheduler's and 300 of shared memory's, which also serves the products of 256 or 128 rows for 512 or 256.
+    # Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups
+    # takes 270 of each scheduler's and 300 of shared memory's, which also serves the products of
+    # 256 or 128 rows for 512 or 256.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
     if 2 * rounds[128] < 3 * rounds[256]:
         return LaunchConfig(BLOCK_M=128, STAGES=6, GROUP_M=8)
@@ -100,9 +107,10 @@ def _tiles(M: int, N: int, rows: int) -> int:
 
 
 def _decode_pairs(pair: str) -> str:
-    """Return the PTX that turns a byte of each of two words into the two weights that its codes stand for, a ``pair``.
+    """Return the PTX that turns a byte of each of two words into a ``pair`` of weights.
 
-    The byte goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is never fused.
+    The byte goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is
+    never fused.
     """
     return "".join(
         "{ .reg .b32 a; .reg .f32 f, g;"
@@ -122,7 +130,8 @@ _DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_pairs(pair)) for pair in ("bf
 @gluon.jit
 def _unpack(pair, dtype: gl.constexpr):
     """Return the two numbers in an int32, side by side on a new axis."""
-    # Two elements at a time share a register, so it is given whole: halves taken apart would not become one again.
+    # Two elements at a time share a register, so it is given whole: halves taken apart would not
+    # become one again.
     both = gl.join(pair, pair)
     move: gl.constexpr = "mov.b32 $0, $1;"
     if dtype == gl.bfloat16:  # a constexpr is no dtype to the compiler
@@ -137,7 +146,8 @@ def _unpack(pair, dtype: gl.constexpr):
 @gluon.jit
 def _table(steps):
     """Return where the table is, for ``_decode``; ``steps`` is anything."""
-    # volatile, as what reads the table is: not known, so nothing is looked up, before the table is there
+    # volatile, as what reads the table is: not known, so nothing is looked up, before the table is
+    # there
     address = gl.inline_asm_elementwise(
         "mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
@@ -150,7 +160,9 @@ def _table(steps):
 
 @gluon.jit
 def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
-    """Return a step's weights, each exactly what dequantizing gives, in pairs: those of 8 columns in 16, and the others.
+    """Return a step's weights, each exactly what dequantizing gives, in pairs.
+
+    The first are those of 8 columns in 16, the second the others.
 
     Pairs go from step to step as they are: halves of a register would be moved about.
     """
@@ -234,7 +246,8 @@ def _absmax(absmax, parts, mask):
     value, nested, offset = parts
     if nested_absmax_ptr is not None:
         code = gl.load(nested_code_ptr + value.to(gl.int32))
-        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        # the maximum changes no number; it keeps product and sum from becoming one fused,
+        # differently rounded step
         value = gl.maximum(code * nested, LOWEST) + offset
         value = gl.where(mask, value, 0.0)
     return value
@@ -260,7 +273,8 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
         parts1 = _load_parts(absmax, blocks1, mask1)
         for k in range(steps):
             value0, value1 = _absmax(absmax, parts0, mask0), _absmax(absmax, parts1, mask1)
-            # the next step's are on their way while a stage is waited for; past the last, its own once more
+            # the next step's are on their way while a stage is waited for; past the last, its own
+            # once more
             after = gl.minimum(k + 1, blocks - 1)
             parts0 = _load_parts(absmax, blocks0 + after, mask0)
             parts1 = _load_parts(absmax, blocks1 + after, mask1)
@@ -292,14 +306,18 @@ def _decode_step(smem, table, barriers, step, CONSUMER: gl.constexpr):
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     place = stage * CONSUMERS + CONSUMER
     pairs = _decode(words_smem.index(place), absmax_smem.index(place), table, x_smem.dtype)
-    # This is over at once, and keeps what stands above it there: ptxas would decode when the product is over.
+    # This is over at once, and keeps what stands above it there: ptxas would decode when the
+    # product is over.
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     return pairs
 
 
 @gluon.jit
 def _end_step(pairs, after, acc, barriers, step):
-    """Wait for the product of a step and give its stage back; the next step's weights are decoded before, not after."""
+    """Wait for the product of a step and give its stage back.
+
+    The next step's weights are decoded before, not after.
+    """
     empty = barriers[1]
     STAGES: gl.constexpr = empty.shape[0]
     first, second = after
@@ -327,7 +345,7 @@ def _all_halves(pieces):
 
 @gluon.jit
 def _store(out_desc, pieces, smem, row_x, row):
-    """Store a tile of the output, (64, BLOCK_M), in as many pieces as its shared memory asks for."""
+    """Store a tile of the output (64, BLOCK_M), in pieces that its shared memory holds."""
     OUT_M: gl.constexpr = smem.shape[0]
     if pieces[0].shape[1] > OUT_M:
         pieces = _all_halves(pieces)
@@ -416,7 +434,8 @@ def _many_rows_kernel(
 ):
     CODES: gl.constexpr = STAGES * CONSUMERS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # In one piece, larger than all other shared memory: so it begins where shared memory does, and the table with it.
+    # In one piece, larger than all other shared memory: so it begins where shared memory does, and
+    # the table with it.
     TABLE_PAGES: gl.constexpr = TABLE_BYTES // PAGE_BYTES
     X_PAGES: gl.constexpr = STAGES * BLOCK_M * BLOCK * 2 // PAGE_BYTES
     pages = gl.allocate_shared_memory(gl.float32, [TABLE_PAGES + X_PAGES, PAGE_BYTES // 4], PLAIN)
@@ -435,7 +454,8 @@ def _many_rows_kernel(
     absmax = absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr
     tiles = tiles_m, tiles_n
     steps = gl.cdiv(blocks, 2) * 2  # they are taken two by two; past the end of K all x is zero
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here twice
+    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
+    # twice
     gl.warp_specialize(
         [
             (_multiply, (out_desc, bias_ptr, smem, barriers, tiles, steps, N, GROUP_M, 0)),
@@ -452,7 +472,8 @@ def _many_rows_kernel(
 def keeps_busy(M: int, N: int, programs: int) -> bool:
     """Whether an output (M, N) has tiles for enough of the programs, among which K is not cut.
 
-    That is a third where N alone gives as many, and half for more than 256 rows: dequantizing a smaller weight costs less.
+    That is a third where N alone gives as many, and half for more than 256 rows: dequantizing a
+    smaller weight costs less.
     """
     return 3 * _tiles(1, N, 128) >= programs or (M > 256 and 2 * _tiles(M, N, 128) >= programs)
 
@@ -479,11 +500,11 @@ def _find_obstacle(rows: Tensor, weight: NF4Weight) -> Exception | None:
 def multiply(
     rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig | None = None
 ) -> Tensor:
-    """Multiply ``rows`` (M, K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (M, N).
+    """Multiply ``rows`` (M, K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (M, N).
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``rows`` or the codes where they lie.
-        TypeError: ``weight`` is fp32.
+        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``rows`` or the
+        codes where they lie. TypeError: ``weight`` is fp32.
     """
     if (obstacle := _find_obstacle(rows, weight)) is not None:
         raise obstacle
@@ -515,6 +536,7 @@ def multiply(
         STAGES=config.STAGES,
         GROUP_M=config.GROUP_M,
         num_warps=4,
-        maxnreg=168,  # a third of the registers for each warpgroup and the loaders', before they are divided anew
+        # a third of the registers for each warpgroup and the loaders', before they are divided anew
+        maxnreg=168,
     )
     return out[:, :N].contiguous()

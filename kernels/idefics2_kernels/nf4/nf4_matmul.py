@@ -1,13 +1,13 @@
 """The product x @ dequantized(weight).T + bias with the weight in NF4.
 
-Up to 128 rows, codes are read once for each 16 or 64 rows and dequantized on their way to the tensor cores: the
-weight's rows are those of the tile, x its columns; N and K are cut among the programs. Each weight is rounded to the
-compute dtype, as the model's own dequantization rounds it. For more rows the dequantized weight is written out once
-and cuBLAS multiplies. Where sizes and dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or
-64, and on Hopper ``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
+Up to 128 rows, codes are read once for each 16 or 64 rows and dequantized on their way to the
+tensor cores: the weight's rows are those of the tile, x its columns; N and K are cut among the
+programs. Each weight is rounded to the compute dtype, as the model's own dequantization rounds it.
+For more rows the dequantized weight is written out once and cuBLAS multiplies. Where sizes and
+dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or 64, and on Hopper
+``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.gpu.checks import check_bias, check_device, check_product, flatten_rows
 from idefics2_kernels.gpu.primitives import cast, dot
 from idefics2_kernels.gpu.target import H100_SMS, current_arch, is_hopper, num_sms
 from idefics2_kernels.matmul.split_k import k_per_split, sum_splits
@@ -27,21 +27,26 @@ from idefics2_kernels.nf4.nf4_quantize import load_absmax, look_up, nf4_dequanti
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
-# Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256 rows: 110 us, by cuBLAS with
-# the dequantized weight 214); at 1024 it takes 0.93 to 1.16 of the latter's time, at 2048 1.05 to 1.07: for so many rows of x
-# its tiles read too much (an H200: 1.08), as Triton 3.6 cannot have two processors share what they read.
+# Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256
+# rows: 110 us, by cuBLAS with the dequantized weight 214); at 1024 it takes 0.93 to 1.16 of the
+# latter's time, at 2048 1.05 to 1.07: for so many rows of x its tiles read too much (an H200:
+# 1.08), as Triton 3.6 cannot have two SMs share what they read.
 MANY_ROWS = 512
 FUSED_ROWS = 128  # more pay for the dequantized weight's way through memory
-# One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the integer units where
-# fused has 5.1, a barrier or two a tile in place of nine, and the same roundings. On an H100 it takes 0.5 to 0.72 of fused's
-# time at 16 rows; at 64, a tile that 33 rows fill as well, 1.02 to 1.2, but for wide weights on Hopper, 0.57. What lies
-# between 16 and 33 was not measured.
+# One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the
+# integer units where fused has 5.1, a barrier or two a tile in place of nine, and the same
+# roundings. On an H100 it takes 0.5 to 0.72 of fused's time at 16 rows; at 64, a tile that 33 rows
+# fill as well, 1.02 to 1.2, but for wide weights on Hopper, 0.57. What lies between 16 and 33 was
+# not measured.
 FEW_ROWS, FEW_ROWS_OF_WIDE = 32, 64
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: tile of rows, of columns and of K; warps and stages of a program; programs at once."""
+    """How a product is cut: tile of rows, of columns and of K.
+
+    ``num_warps`` and ``num_stages`` are those of a program; ``programs`` run at once.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
@@ -57,8 +62,8 @@ def launch_config(M: int, K: int, itemsize: int, arch: int) -> LaunchConfig:
     # Dequantizing is bound by instructions and needs many warps. For more rows, the partial results
     # of many splits would be as large as the weight.
     programs = 4 * H100_SMS if M <= 16 else 2 * H100_SMS
-    # fp32 products take no tensor cores, and rows that begin inside a block an address for each element: both need
-    # registers that a pipeline of larger tiles would spill
+    # fp32 products take no tensor cores, and rows that begin inside a block an address for each
+    # element: both need registers that a pipeline of larger tiles would spill
     if itemsize == 4 or K % tables.BLOCK:
         return LaunchConfig(
             BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1, programs=programs
@@ -145,12 +150,14 @@ Way = Literal["few_rows", "fused", "many_rows", "dequantized"]
 def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
     """Return which way takes ``M`` rows of x and ``N`` of the weight.
 
-    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether ``nf4_many_rows_hopper`` can take them.
+    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether
+    ``nf4_many_rows_hopper`` can take them.
 
-    For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for each tile, so more than 64
-    go to many_rows, which decodes while the tensor cores are busy, for up to 256 rows at once, if its tiles are enough
-    for the ``programs`` that run at once. For what is left, fused decodes for each 64 rows too, which up to
-    128 costs less than the dequantized weight's way through memory to cuBLAS.
+    For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for
+    each tile, so more than 64 go to many_rows, which decodes while the tensor cores are busy, for
+    up to 256 rows at once, if its tiles are enough for the ``programs`` that run at once. For what
+    is left, fused decodes for each 64 rows too, which up to 128 costs less than the dequantized
+    weight's way through memory to cuBLAS.
     """
     if few and few >= M:
         return "few_rows"
@@ -164,9 +171,10 @@ def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
 
 
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (..., N).
+    """Multiply ``x`` (..., K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (..., N).
 
-    Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. ``choose`` says how.
+    Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. ``choose`` says
+    how.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -201,11 +209,13 @@ def dequantized(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Ten
 
 
 def many_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel for many rows, on Hopper; it takes any number, but not every weight.
+    """``nf4_matmul`` by the kernel for many rows, on Hopper.
+
+    It takes any number, but not every weight.
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``x`` or the codes where they lie.
-        TypeError: ``weight`` is fp32.
+        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``x`` or the codes
+        where they lie. TypeError: ``weight`` is fp32.
     """
     rows = _flatten_checked(x, weight, bias)
     return nf4_many_rows_hopper.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -219,8 +229,8 @@ def few_rows(
     On Hopper there are two, one of them for any call: ``plain``.
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 256 columns, or its codes do not begin at a multiple of 4 bytes.
-        TypeError: ``weight`` is fp32.
+        ValueError: Rows of ``weight`` are no multiple of 256 columns, or its codes do not begin at
+        a multiple of 4 bytes. TypeError: ``weight`` is fp32.
     """
     rows = _flatten_checked(x, weight, bias)
     product = nf4_few_rows.multiply(rows, weight, bias, plain=plain)
@@ -228,7 +238,10 @@ def few_rows(
 
 
 def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel that dequantizes as it multiplies; it takes any number of rows."""
+    """``nf4_matmul`` by the kernel that dequantizes as it multiplies.
+
+    It takes any number of rows.
+    """
     rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = launch_config(M, K, x.itemsize, current_arch())
@@ -266,19 +279,12 @@ def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
 
 def _flatten_checked(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     """Check the arguments and return ``x`` as rows (M, K)."""
-    if not x.ndim:
-        raise ValueError("x must have an axis or more, got a scalar")
-    K = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    check_rows("x", x)
+    K = check_product(x)
     if len(weight.shape) != 2 or weight.shape[1] != K:
         raise ValueError(f"weight must have shape (*, {K}), got {weight.shape}")
     if weight.dtype is not x.dtype:
         wanted, got = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, weight.dtype))
         raise TypeError(f"weight must be {wanted}, got {got}")
-    if bias is not None:
-        check_shape("bias", bias, (weight.shape[0],))
-        check_dtype("bias", bias, x.dtype)
-        check_rows("bias", bias)
+    check_bias(bias, weight.shape[0], x.dtype)
     check_device(x=x, weight=weight.codes, bias=bias)
-    return x.reshape(math.prod(x.shape[:-1]), K)
+    return flatten_rows(x)

@@ -1,9 +1,10 @@
 """NF4 quantization and back: a program takes whole blocks of 64 elements, each a row of its tile.
 
-Double quantization takes two launches with PyTorch's mean between them: offset and bytes are then those of the
-reference on every device. A block's two halves, even and odd elements, are read apart, so that packing two codes a byte
-moves nothing between threads. Dequantizing to 16 bits takes eight codes a word, by permuting bytes (``dequantize_triton``); for all
-else there is a kernel that looks them up one by one.
+Double quantization takes two launches with PyTorch's mean between them: offset and bytes are then
+those of the reference on every device. A block's two halves, even and odd elements, are read apart,
+so that packing two codes a byte moves nothing between threads. Dequantizing to 16 bits takes eight
+codes a word, by permuting bytes (``dequantize_triton``); for all else there is a kernel that looks
+them up one by one.
 """
 
 import torch
@@ -21,13 +22,15 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 BLOCK = tl.constexpr(tables.BLOCK)
 NESTED_BLOCK = tl.constexpr(tables.NESTED_BLOCK)
 LAST_BIN = tl.constexpr(float(tables.BINS - 1))
-# Below it a block's reciprocal would overflow. Smaller than a normal fp32, it would make a float64 of what it meets.
+# Below it a block's reciprocal would overflow. Smaller than a normal fp32, it would make a float64
+# of what it meets.
 SMALLEST = tl.constexpr(1e-38)
 NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
 # from words of eight codes to blocks
 WORD_SHIFT = tl.constexpr((tables.BLOCK // 8).bit_length() - 1)
 BLOCKS = 32  # a program
-# A thread has four words, of four blocks: 28672 x 4096 takes an H200 78 us so, with one word 96, with two or eight 78 to 79.
+# A thread has four words, of four blocks: 28672 x 4096 takes an H200 78 us so, with one word 96,
+# with two or eight 78 to 79.
 WORDS, TILES = 128, 4
 
 
@@ -47,7 +50,8 @@ def load_absmax(
         nested = tl.load(nested_absmax_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
         offset = tl.load(offset_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
         code = tl.load(nested_code_ptr + absmax.to(tl.int32), mask=mask, other=0.0)
-        # the maximum changes no number; it keeps product and sum from becoming one fused, differently rounded step
+        # the maximum changes no number; it keeps product and sum from becoming one fused,
+        # differently rounded step
         absmax = tl.maximum(code * nested, LOWEST) + offset
         absmax = tl.where(mask, absmax, 0.0)
     return absmax
@@ -244,7 +248,9 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
-    """Return the numbers ``weight`` stands for, in its shape and dtype: fp32 products, rounded once.
+    """Return the numbers ``weight`` stands for, in its shape and dtype.
+
+    Products are fp32, rounded once.
 
     Raises:
         ValueError: ``weight`` is on a device that runs no kernels.

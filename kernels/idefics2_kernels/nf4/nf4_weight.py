@@ -1,11 +1,15 @@
-"""A weight in 4-bit NormalFloat (NF4, Dettmers et al., 2023), as bitsandbytes holds it, and the tables it needs.
+"""A weight in 4-bit NormalFloat (NF4, Dettmers et al., 2023), and the tables it needs.
 
-The weight is flattened and cut into blocks of 64, whatever its shape; the last block may be shorter. A block has an
-absolute maximum (absmax), and each of its elements is that times one of 16 fixed values: a code of four bits. Double
-quantization keeps the absmax in a byte: absmax = nested_code[byte] * nested_absmax[block // 256] + offset.
+The format is bitsandbytes'.
 
-A tensor has one offset. Here each of its nested absmaxes has a copy of it, so that tensors of whole nested blocks can lie
-behind each other and still be one weight (``stack``), which one kernel multiplies.
+The weight is flattened and cut into blocks of 64, whatever its shape; the last block may be
+shorter. A block has an absolute maximum (absmax), and each of its elements is that times one of 16
+fixed values: a code of four bits. Double quantization keeps the absmax in a byte: absmax =
+nested_code[byte] * nested_absmax[block // 256] + offset.
+
+A tensor has one offset. Here each of its nested absmaxes has a copy of it, so that tensors of whole
+nested blocks can lie behind each other and still be one weight (``stack``), which one kernel
+multiplies.
 """
 
 import math
@@ -49,17 +53,16 @@ class NF4Weight:
     """One quantized tensor. It is a format, not numbers: nothing widens or narrows its parts.
 
     Attributes:
-        codes: (ceil(elements / 2),) uint8, two codes a byte over the flattened weight, the first in the high nibble.
-        absmax: (blocks,) of 64 elements each: fp32, or uint8 where it is quantized too.
-        shape: Of the weight, (N, K) where it is multiplied.
-        dtype: What the weight is dequantized to, and computed in: bf16, fp16 or fp32.
-        offset: (ceil(blocks / 256),) fp32, the mean of a tensor's absmaxes; ``None``, as the next two, where they are fp32.
-        nested_absmax: (ceil(blocks / 256),) fp32.
-        nested_code: (256,) fp32, ascending.
+        codes: (ceil(elements / 2),) uint8, two codes a byte over the flattened weight, the first in
+        the high nibble. absmax: (blocks,) of 64 elements each: fp32, or uint8 where it is quantized
+        too. shape: Of the weight, (N, K) where it is multiplied. dtype: What the weight is
+        dequantized to, and computed in: bf16, fp16 or fp32. offset: (ceil(blocks / 256),) fp32, the
+        mean of a tensor's absmaxes; ``None``, as the next two, where they are fp32. nested_absmax:
+        (ceil(blocks / 256),) fp32. nested_code: (256,) fp32, ascending.
 
     Raises:
-        ValueError: A shape or device does not fit, or some but not all of the nested parts are given.
-        TypeError: A part has another dtype.
+        ValueError: A shape or device does not fit, or some but not all of the nested parts are
+        given. TypeError: A part has another dtype.
     """
 
     codes: Tensor
@@ -108,7 +111,10 @@ class NF4Weight:
 
     @property
     def absmax_parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Absmax, nested absmax, nested code and offset: what kernels compute the blocks' absmaxes from, in their order."""
+        """Absmax, nested absmax, nested code and offset.
+
+        Kernels compute the blocks' absmaxes from them, in this order.
+        """
         return self.absmax, self.nested_absmax, self.nested_code, self.offset
 
     @property
@@ -130,7 +136,10 @@ class NF4Weight:
 
 
 def can_stack(weights: Sequence[NF4Weight]) -> bool:
-    """Whether ``weights`` (N_i, K), their rows behind each other, are one weight: all but the last of whole (nested) blocks."""
+    """Whether ``weights`` (N_i, K), their rows behind each other, are one weight.
+
+    All but the last must have whole (nested) blocks.
+    """
     first = weights[0]
     whole = BLOCK * NESTED_BLOCK if first.is_nested else BLOCK
     kinds = {(len(w.shape), w.shape[-1:], w.dtype, w.is_nested, w.device) for w in weights}
@@ -141,7 +150,10 @@ def can_stack(weights: Sequence[NF4Weight]) -> bool:
 
 
 def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
-    """Return ``weights`` (N_i, K), which ``can_stack``, as one with their rows behind each other; it is a copy."""
+    """Return ``weights`` (N_i, K), which ``can_stack``, as one with their rows behind each other.
+
+    It is a copy.
+    """
     parts = {
         name: torch.cat([weight.tensors[name] for weight in weights])
         for name in weights[0].tensors
@@ -179,7 +191,10 @@ def nf4_code(device: torch.device) -> Tensor:
 
 @cache
 def nf4_bounds(device: torch.device) -> Tensor:
-    """Return the midpoints between the 16 values: (15,) fp32. A value on one gets the lower code."""
+    """Return the midpoints between the 16 values: (15,) fp32.
+
+    A value on one gets the lower code.
+    """
     code = torch.tensor(NF4_CODE, dtype=torch.float32)
     return ((code[:-1] + code[1:]) / 2).to(device)
 
@@ -200,7 +215,10 @@ def dynamic_code(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_bins(device: torch.device) -> Tensor:
-    """Return the dynamic code nearest to each of 65536 numbers from -1 to 1, evenly spaced: (65536,) uint8."""
+    """Return the dynamic code nearest to each of 65536 numbers from -1 to 1, evenly spaced.
+
+    The result is (65536,) uint8.
+    """
     code = dynamic_code(torch.device("cpu"))
     centers = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
     return torch.bucketize(centers, 0.5 * (code[:-1] + code[1:])).to(torch.uint8).to(device)

@@ -1,20 +1,23 @@
-"""Layer norm, alone and after adding a residual: whole rows in registers, several to a program if short.
+"""Layer norm, alone and after adding a residual.
 
-A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 + 128: padded to 2048
-it would waste nearly half of the loads. Up to 2047 columns a warp has rows of its own, and sums them without a barrier.
+Whole rows are in registers, several to a program if short.
 
-The mean is taken out before the squares are summed, so that a large mean costs no digits of the variance.
+A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 +
+128: padded to 2048 it would waste nearly half of the loads. Up to 2047 columns a warp has rows of
+its own, and sums them without a barrier.
+
+The mean is taken out before the squares are summed, so that a large mean costs no digits of the
+variance.
 """
 
 from dataclasses import asdict, dataclass
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from idefics2_kernels.norms.rows import make_norm_rows
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def _layer_norm_kernel(
             rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
             _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
 
-    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by
+    # two units in the last place
     count = tl.cast(N, tl.float32)
     sum_x = tl.sum(x, axis=1, keep_dims=True)
     if BLOCK_REST > 0:
@@ -123,10 +127,12 @@ def _layer_norm_kernel(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,).
+    """Normalize ``x`` (..., N), scale by ``weight`` (N,) and add ``bias`` (N,).
 
-    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a contiguous last
-    axis.
+    Rows get mean 0 and variance 1 first.
+
+    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a
+    contiguous last axis.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -152,36 +158,22 @@ def add_layer_norm(
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    N = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    for name, vector in (("weight", weight), ("bias", bias)):
-        check_shape(name, vector, (N,))
-        check_dtype(name, vector, x.dtype)
-    check_rows("x", x)
-    if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
-        check_dtype("residual", residual, x.dtype)
-        check_rows("residual", residual)
-    check_device(x=x, residual=residual, weight=weight, bias=bias)
-    rows = x.reshape(-1, N)
-    residual_rows = None if residual is None else residual.reshape(-1, N)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if out.numel():
+    rows = make_norm_rows(x, residual, weight=weight, bias=bias)
+    if rows.out.numel():
+        M, N = rows.x.shape
         config = launch_config(N)
-        _layer_norm_kernel[(triton.cdiv(rows.shape[0], config.BLOCK_M),)](
-            rows,
-            residual_rows,
+        _layer_norm_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+            rows.x,
+            rows.residual,
             weight.contiguous(),
             bias.contiguous(),
-            out,
-            total,
-            rows.stride(0),
-            0 if residual_rows is None else residual_rows.stride(0),
-            rows.shape[0],
+            rows.out,
+            rows.total,
+            *rows.strides,
+            M,
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
             **asdict(config),
         )
-    return out.view(x.shape), None if total is None else total.view(x.shape)
+    return rows.out.view(x.shape), None if rows.total is None else rows.total.view(x.shape)

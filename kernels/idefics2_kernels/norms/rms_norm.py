@@ -1,16 +1,16 @@
-"""Root-mean-square norm, alone and after adding a residual: whole rows in registers, several to a program if short.
+"""Root-mean-square norm, alone and after adding a residual.
+
+Whole rows are in registers, several to a program if short.
 
 The model rounds to its dtype before it scales by the weight, and so does the kernel.
 """
 
 from dataclasses import asdict, dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
 from idefics2_kernels.gpu.dependent_launch import (
     LINE,
     dependent_options,
@@ -18,6 +18,7 @@ from idefics2_kernels.gpu.dependent_launch import (
     gdc_wait,
     prefetch,
 )
+from idefics2_kernels.norms.rows import make_norm_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class LaunchConfig:
 
 def launch_config(N: int) -> LaunchConfig:
     """Return the tile for rows of ``N``."""
-    # a thread holds 16 to 32 elements, two to four loads of 16 bytes; on an H100 90 % of a copy's bandwidth at 8192 x 4096
+    # a thread holds 16 to 32 elements, two to four loads of 16 bytes; on an H100 90 % of a copy's
+    # bandwidth at 8192 x 4096
     BLOCK_N = max(128, triton.next_power_of_2(N))
     BLOCK_M = max(1, min(16, 2048 // BLOCK_N))
     return LaunchConfig(BLOCK_M, BLOCK_N, num_warps=4 if BLOCK_N <= 2048 else 8)
@@ -79,7 +81,8 @@ def _rms_norm_kernel(
         total = (x + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + offs_m * N + offs_n, total, mask=mask)
         x = total.to(tl.float32)
-    # one number a row, so that correct rounding costs nothing; the plain operators may be off by two units in the last place
+    # one number a row, so that correct rounding costs nothing; the plain operators may be off by
+    # two units in the last place
     mean_square = tl.div_rn(tl.sum(x * x, axis=1, keep_dims=True), tl.cast(N, tl.float32))
     rstd = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
     x_hat = (x * rstd).to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -90,7 +93,8 @@ def _rms_norm_kernel(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide ``x`` (..., N) by its root mean square, round, and scale by ``weight`` (N,).
 
-    x / sqrt(mean(x^2) + ``eps``) * weight, in fp32 until the rounding. Any strides but a contiguous last axis.
+    x / sqrt(mean(x^2) + ``eps``) * weight, in fp32 until the rounding. Any strides but a contiguous
+    last axis.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -114,35 +118,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    N = x.shape[-1]
-    check_dtype("x", x, *FLOATS)
-    check_shape("weight", weight, (N,))
-    check_dtype("weight", weight, x.dtype)
-    check_rows("x", x)
-    if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
-        check_dtype("residual", residual, x.dtype)
-        check_rows("residual", residual)
-    check_device(x=x, residual=residual, weight=weight)
-    rows = x.reshape(-1, N)
-    residual_rows = None if residual is None else residual.reshape(-1, N)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total = None if residual is None else torch.empty_like(out)
-    if out.numel():
+    rows = make_norm_rows(x, residual, weight=weight)
+    if rows.out.numel():
+        M, N = rows.x.shape
         config = launch_config(N)
-        _rms_norm_kernel[(triton.cdiv(rows.shape[0], config.BLOCK_M),)](
-            rows,
-            residual_rows,
+        _rms_norm_kernel[(triton.cdiv(M, config.BLOCK_M),)](
+            rows.x,
+            rows.residual,
             weight.contiguous(),
-            out,
-            total,
-            rows.stride(0),
-            0 if residual_rows is None else residual_rows.stride(0),
-            rows.shape[0],
+            rows.out,
+            rows.total,
+            *rows.strides,
+            M,
             N,
             eps,
             HAS_RESIDUAL=residual is not None,
             **asdict(config),
             **dependent_options(),
         )
-    return out.view(x.shape), None if total is None else total.view(x.shape)
+    return rows.out.view(x.shape), None if rows.total is None else rows.total.view(x.shape)

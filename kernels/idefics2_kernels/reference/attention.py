@@ -12,7 +12,9 @@ from idefics2_kernels.reference.precision import widen
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Attend ``q`` (B, S, H, D) to ``k`` and ``v`` (B, T, H_KV, D) where ``visible`` (S, T); grouped heads.
+    """Attend ``q`` (B, S, H, D) to ``k`` and ``v`` (B, T, H_KV, D) where ``visible`` (S, T).
+
+    Grouped heads.
 
     A query that sees no key gives zeros.
     """
@@ -48,7 +50,9 @@ def _make_mask(
 def _group_by_length(
     cu_seqlens: Tensor, max_seqlen: int, total: int
 ) -> list[tuple[int, Tensor | None]]:
-    """Group packed sequences by length: (length, their indices), ``None`` where all have that length.
+    """Group packed sequences by length.
+
+    (length, their indices), ``None`` where all have that length.
 
     The equal case reads nothing back from the device.
     """
@@ -75,10 +79,13 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
+    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D).
 
-    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i. Scores are
-    multiplied by ``scale``, 1/sqrt(D) unless given. Query head h reads key head h // (H // H_KV).
+    The result is (T, H, D).
+
+    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i.
+    Scores are multiplied by ``scale``, 1/sqrt(D) unless given. Query head h reads key head h // (H
+    // H_KV).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts, rows = [], []
@@ -107,8 +114,9 @@ def perceiver_attention(
 ) -> Tensor:
     """Attention of latents to their image's patches and to themselves.
 
-    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N + 1,);
-    ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). No mask: every latent sees every key.
+    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N +
+    1,); ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). No mask: every latent sees
+    every key.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts, images = [], []
@@ -141,10 +149,11 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D); sequence b's token t lies in page ``block_table[b, t // P]``
-    (B, pages) at offset t % P; ``context_lens`` (B,) counts its keys, those of this step's queries last.
-    ``cu_seqlens`` (B + 1,) packs the queries. Entries of ``block_table`` past the last page in reach, and those
-    wholly behind the ``window``, are never read.
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D); sequence b's token t lies in page
+    ``block_table[b, t // P]`` (B, pages) at offset t % P; ``context_lens`` (B,) counts its keys,
+    those of this step's queries last. ``cu_seqlens`` (B + 1,) packs the queries. Entries of
+    ``block_table`` past the last page in reach, and those wholly behind the ``window``, are never
+    read.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     P = k_cache.shape[2]

@@ -1,8 +1,9 @@
 """What the NF4 operations must compute, in plain PyTorch: bitsandbytes' bits on a CPU.
 
-Its CUDA code differs in quantizing: where a nested code is looked up (here in bins, there to the last bit), in a last
-block that is not full (divided here, multiplied by the reciprocal there) and in the codes of zeros in a block of
-zeros. Dequantizing is the same everywhere, but for its AVX-512 path, which takes rows for whole numbers of blocks.
+Its CUDA code differs in quantizing: where a nested code is looked up (here in bins, there to the
+last bit), in a last block that is not full (divided here, multiplied by the reciprocal there) and
+in the codes of zeros in a block of zeros. Dequantizing is the same everywhere, but for its AVX-512
+path, which takes rows for whole numbers of blocks.
 """
 
 import torch
@@ -24,7 +25,10 @@ _SMALLEST = 1e-38  # below it a block's reciprocal would overflow
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
-    """Quantize ``weight`` of any shape in blocks of 64; with ``double_quant``, its absmaxes in blocks of 256."""
+    """Quantize ``weight`` of any shape in blocks of 64.
+
+    With ``double_quant``, its absmaxes in blocks of 256.
+    """
     flat = weight.reshape(-1).float()
     full = flat.numel() // BLOCK * BLOCK
     blocks, rest = flat[:full].view(-1, BLOCK), flat[full:]
@@ -50,7 +54,10 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
 
 
 def quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256: bytes (blocks,), their absmax."""
+    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256.
+
+    Bytes (blocks,), their absmax.
+    """
     padding = -centered.numel() % NESTED_BLOCK
     blocks = torch.cat([centered, centered.new_zeros(padding)]).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(-1)
@@ -62,7 +69,10 @@ def quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
-    """Return the numbers ``weight`` stands for, in its shape and dtype: fp32 products, rounded once."""
+    """Return the numbers ``weight`` stands for, in its shape and dtype.
+
+    Products are fp32, rounded once.
+    """
     codes = torch.stack([weight.codes >> 4, weight.codes & 15], -1).view(-1)[: weight.numel]
     absmax = weight.absmax
     if weight.offset is not None:
@@ -77,7 +87,7 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
 
 
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """Multiply ``x`` (..., K) by ``weight`` (N, K), dequantized and transposed, and add ``bias`` (N,): (..., N).
+    """Multiply ``x`` (..., K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (..., N).
 
     The weight is rounded to its own dtype, which is the model's; ``x`` may be wider.
     """

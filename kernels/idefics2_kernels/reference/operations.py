@@ -1,4 +1,4 @@
-"""What products, norms, activations, rotary positions and patches must compute, in plain PyTorch."""
+"""What products, norms, activations, rotary and patches must compute, in plain PyTorch."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight`` (N,), add ``bias`` (N,)."""
+    """Normalize ``x`` (..., N), scale by ``weight`` (N,) and add ``bias`` (N,).
+
+    Rows get mean 0 and variance 1 first.
+    """
     wide = widen(x)
     centered = wide - wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
@@ -64,7 +67,8 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` (T, H, D) and ``k`` (T, H_KV, D) by their ``positions`` (T,).
 
-    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2, as in Llama.
+    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2, as in
+    Llama.
     """
     cos, sin = (t[:, None, :] for t in widen(cos_sin)[positions].chunk(2, dim=-1))
 
@@ -85,10 +89,12 @@ def rotary_and_cache(
     v_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
-    """Rotate ``q`` and ``k`` as ``rotary`` does; write ``k`` and ``v`` (T, H_KV, D) into the cache; return ``q``.
+    """Rotate ``q`` and ``k``, write ``k`` and ``v`` into the cache, and return ``q``.
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page * P + offset.
-    A negative slot is padding: nothing is written for it.
+    The rotation is ``rotary``'s; ``k`` and ``v`` are (T, H_KV, D).
+
+    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page *
+    P + offset. A negative slot is padding: nothing is written for it.
     """
     q, k = rotary(q, k, positions, cos_sin)
     kept = slots >= 0
@@ -109,11 +115,12 @@ def patches(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turn packed uint8 tiles into normalized patch rows (P, C * patch_size**2) in ``dtype``.
+    """Turn packed uint8 images into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
-    ``pixels`` (P * patch_size**2 * C,): each tile's rows of pixels, channels last, cropped to whole patches.
-    ``cu_seqlens`` (N + 1,) counts patches, ``widths`` (N,) is each tile's number of patches in a row. A value is
-    (pixel * rescale_factor - mean[c]) / std[c] for each of C channels; a row is channel, row, column.
+    ``pixels`` (P * patch_size**2 * C,): each image's rows of pixels, channels last, cropped to
+    whole patches. ``cu_seqlens`` (N + 1,) counts patches, ``widths`` (N,) is each image's number of
+    patches in a row. A value is (pixel * rescale_factor - mean[c]) / std[c] for each of C channels;
+    a row is channel, row, column.
     """
     C, s = len(mean), patch_size
     wide = torch.promote_types(dtype, torch.float32)
@@ -125,8 +132,8 @@ def patches(
     for begin, end, width in zip(offsets[:-1], offsets[1:], widths.tolist(), strict=True):
         if begin == end:
             continue
-        tile = pixels[begin * s * s * C : end * s * s * C].view(-1, s, width, s, C)
-        rows.append(tile.permute(0, 2, 4, 1, 3).reshape(end - begin, C, s * s))
+        image = pixels[begin * s * s * C : end * s * s * C].view(-1, s, width, s, C)
+        rows.append(image.permute(0, 2, 4, 1, 3).reshape(end - begin, C, s * s))
     if not rows:
         return torch.zeros((0, C * s * s), dtype=dtype, device=pixels.device)
     values = (torch.cat(rows).to(wide) * rescale_factor - center) / spread

@@ -9,8 +9,8 @@ from idefics2_kernels.reference.precision import widen
 def philox_uniform(seed: Tensor, index: Tensor) -> Tensor:
     """Draw one fp32 number in [0, 1) for each ``seed`` (B,) int64 and ``index`` (B,) int64.
 
-    The first word of Philox4x32-10 (Salmon et al., 2011) with key ``seed`` and counter (index, 0, 0, 0), its upper
-    24 bits: the same stream on every device and for every batching.
+    The first word of Philox4x32-10 (Salmon et al., 2011) with key ``seed`` and counter (index, 0,
+    0, 0), its upper 24 bits: the same stream on every device and for every batching.
     """
     mask = 0xFFFFFFFF
     key0, key1 = seed & mask, (seed >> 32) & mask
@@ -45,25 +45,15 @@ def sample(
 ) -> Tensor:
     """Draw one token a row from ``logits`` (B, V): (B,) int64.
 
-    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p`` in (0, 1],
-    ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. After the temperature, top-k keeps the
-    k largest logits; top-p the tokens with less than ``top_p`` of the remaining probability strictly above them;
-    min-p those with at least ``min_p`` times the largest probability. Ties at a boundary stay together.
-    ``min_p_first`` applies min-p before the other two (vLLM's order), else after (transformers').
+    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p``
+    in (0, 1], ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. After the
+    temperature, top-k keeps the k largest logits; top-p the tokens with less than ``top_p`` of the
+    remaining probability strictly above them; min-p those with at least ``min_p`` times the largest
+    probability. Ties at a boundary stay together. ``min_p_first`` applies min-p before the other
+    two (vLLM's order), else after (transformers').
     """
-    V = logits.shape[-1]
     greedy = temperature == 0
-    wide = widen(logits)
-    # the largest at zero: no temperature, however low, makes it overflow
-    scores = (wide - wide.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)[:, None]
-    if min_p_first:
-        scores = keep_min_p(scores, min_p)
-    descending = scores.sort(-1, descending=True).values
-    rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
-    descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
-    scores = scores.masked_fill(scores < top_p_threshold(descending, top_p), float("-inf"))
-    if not min_p_first:
-        scores = keep_min_p(scores, min_p)
+    scores = filter_scores(widen(logits), temperature, top_k, top_p, min_p, min_p_first)
     weights = scores.softmax(-1).double()
     cumulative = weights.cumsum(-1)
     threshold = philox_uniform(seed, index)[:, None] * cumulative[:, -1:]
@@ -72,14 +62,44 @@ def sample(
     return torch.where(greedy, logits.argmax(-1), drawn)
 
 
-def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+def filter_scores(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    min_p_first: bool,
+) -> Tensor:
+    """Divide ``logits`` (B, V) by the temperature, and set what a filter drops to -inf: (B, V).
+
+    The arguments are as in ``sample``. The largest score of a row is 0.
+    """
+    V = logits.shape[-1]
+    divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
+    # the largest at zero: no temperature, however low, makes it overflow
+    scores = (logits - logits.amax(-1, keepdim=True)) / divisor
+    if min_p_first:
+        scores = _keep_min_p(scores, min_p)
+    descending = scores.sort(-1, descending=True).values
+    rank = torch.where((top_k > 0) & (top_k < V), top_k, V).long()[:, None] - 1
+    descending = descending.masked_fill(descending < descending.gather(-1, rank), float("-inf"))
+    scores = scores.masked_fill(scores < _top_p_threshold(descending, top_p), float("-inf"))
+    if not min_p_first:
+        scores = _keep_min_p(scores, min_p)
+    return scores
+
+
+def _keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
     """Set scores (B, V) to -inf that have less than ``min_p`` (B,) of the largest probability."""
     floor = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
     return scores.masked_fill(scores < floor, float("-inf"))
 
 
-def top_p_threshold(descending: Tensor, top_p: Tensor) -> Tensor:
-    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already: (B, 1)."""
+def _top_p_threshold(descending: Tensor, top_p: Tensor) -> Tensor:
+    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already.
+
+    The result is (B, 1).
+    """
     above = descending.softmax(-1).cumsum(-1).roll(1, -1)
     above[:, 0] = 0.0  # probability before each rank
     kept = (above < top_p[:, None]) | (top_p >= 1)[:, None]
