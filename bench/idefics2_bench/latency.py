@@ -5,27 +5,32 @@
     idefics2 bench latency --case decode-b4-s64 --case image-112-b2 --case prefill-64
 
 A step is ``Engine.step``, all of it: scheduling, the forward pass, sampling, the tokens on the host; the mean of eight in
-a row, as the engine runs ahead of the device. Prefill is one such step of a whole prompt. Images are timed from pixels on the device to embeddings; ms is for all of them. transformers takes
-turns with it in the same process, on the same weights, in the same type, with SDPA attention (in decode steps not cuDNN's): its forward pass with a
-``DynamicCache`` and the choice of the likeliest token, without what ``generate`` does around it and without graphs.
+a row, as the engine runs ahead of the device. Prefill is one such step of a whole prompt. Images are timed from pixels on
+the device to embeddings; ms is for all of them.
+
+transformers takes turns with it in the same process, on the same weights, in the same type, with SDPA attention (in decode
+steps not cuDNN's): its forward pass and the choice of the most likely token, without the rest of ``generate``. It runs
+twice: as it is, with a ``DynamicCache``; and compiled (``--peer-compile``, the default on a GPU), with a static cache and
+CUDA graphs in decode steps. Our row quotes the faster one. Compiling takes a minute or two a case and is not timed.
 """
 
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idefics2_bench import model_suite, report, transformers_peer
+from idefics2_bench.latency_peers import COMPILED_PEER, CONTENDERS
 from idefics2_bench.timing import alternate
 from idefics2_bench.workloads import (
     LATENCY_CASES,
+    STEPS_IN_A_ROW,
     Counts,
     LatencyCase,
     latency_case,
@@ -42,16 +47,8 @@ from idefics2_engine.scheduling.sequence import Request
 Row = dict[str, Any]
 
 _STEPS = 80
-_STEPS_IN_A_ROW = 8
 _MOST_ROUNDS = 10  # of images and prefill, which take longer than a step
 _WARM_UP = 3
-# For each new number of keys cuDNN's attention makes a plan, 2 ms a layer: a decode step of transformers' 8B model takes 74
-# to 87 ms with it, 19 to 38 without (H100, PyTorch 2.11). Prompts and images are faster with it.
-_WITHOUT_CUDNN = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class Contender(Protocol):
@@ -69,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     model_suite.resolve(options, parser)
+    if options.peer_compile and options.peer is None:
+        parser.error("--peer-compile: must come with a peer, of which there is none")
+    if options.peer_compile is None:
+        options.peer_compile = options.peer is not None and options.device.startswith("cuda")
     try:
         cases = [latency_case(name) for name in options.case or LATENCY_CASES]
     except ValueError as error:
@@ -81,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
     settings = model_suite.settings_of(llm, options) | model_suite.memory_of(llm)
-    peer = None
-    if options.peer is not None:
-        peer = transformers_peer.transformers_model(llm.model, model_suite.folder(options))
+    # The compiled one is a model of its own, so that the other stays as it is
+    names = ([options.peer] if options.peer else []) + [COMPILED_PEER] * options.peer_compile
+    folder = model_suite.folder(options)
+    peers = {name: transformers_peer.transformers_model(llm.model, folder) for name in names}
     results: list[Row] = []
     for case in cases:
         if (problem := misfit(case, llm, options.steps)) is not None:
@@ -91,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 parser.error(problem)
             print(f"{problem}: left out", file=sys.stderr)
             continue
-        for row in bench_case(case, llm, peer, options.ops, options.steps):
+        for row in bench_case(case, llm, peers, options.ops, options.steps):
             row["case"] = model_suite.case_name(case.name, options)
             results.append({**row, **settings})
             print(report.whole_line(row), flush=True)
         report.write_json(options.json, about, results)
     model_suite.print_table(about, results)
-    return int(any("ms" not in row for row in results))
+    return int(any("ms" not in row and "error" not in row for row in results))
 
 
 def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
@@ -121,48 +123,74 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
 
 def _rounds(case: LatencyCase, steps: int) -> int:
     """Return how often ``case`` is timed for ``steps``."""
-    return -(-steps // _STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
+    return -(-steps // STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
 
 
 def _most_new_tokens(rounds: int) -> int:
     """Return how many tokens a sequence comes to get in ``rounds`` of decode steps, the first two and warm-up included."""
-    return 2 + (rounds + _WARM_UP) * _STEPS_IN_A_ROW
+    return 2 + (rounds + _WARM_UP) * STEPS_IN_A_ROW
 
 
-def bench_case(case: LatencyCase, llm: LLM, peer: Any, ops_name: str, steps: int) -> list[Row]:
-    """Check and time ``case``, with transformers' model ``peer`` beside it unless that is None: a row each."""
+def bench_case(
+    case: LatencyCase, llm: LLM, peers: Mapping[str, Any], ops_name: str, steps: int
+) -> list[Row]:
+    """Check and time ``case``, with the models ``peers`` beside it, by their names in ``CONTENDERS``: a row each.
+
+    If the compiled peer fails, its row has an ``error`` instead of a time.
+    """
     gc.collect()  # the caches of the case before; their memory is not to be given back inside a timed call
+    torch.compiler.reset()  # and its graphs
     if llm.model.device.type == "cuda":
         torch.cuda.empty_cache()
     rounds = _rounds(case, steps)
     ours = _OURS[case.kernel](case, llm, rounds)
     contenders: dict[str, Contender] = {ops_name: ours}
-    if peer is not None:
-        contenders[model_suite.PEER] = _THEIRS[case.kernel](case, llm, peer, ours)
+    firsts: dict[str, Tensor] = {}
+    errors: dict[str, str] = {}
     with torch.inference_mode():
-        firsts = {name: one.first().float() for name, one in contenders.items()}
-        finite = {name: bool(first.isfinite().all()) for name, first in firsts.items()}
-        calls: dict[str, Callable[[], object]] = {n: contenders[n] for n in finite if finite[n]}
+        firsts[ops_name] = ours.first().float()
+        for name, peer in peers.items():
+            if case.kernel not in CONTENDERS[name]:
+                continue
+            try:
+                if name == COMPILED_PEER:
+                    print(f"{case.name}: transformers is being compiled", file=sys.stderr)
+                contenders[name] = CONTENDERS[name][case.kernel](case, llm, peer, ours)
+                firsts[name] = contenders[name].first().float()
+            except Exception as error:
+                if name != COMPILED_PEER:
+                    raise
+                contenders.pop(name, None)
+                errors[name] = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+        calls: dict[str, Callable[[], object]] = {
+            name: contenders[name] for name, first in firsts.items() if first.isfinite().all()
+        }
         times = alternate(calls, rounds, _WARM_UP, llm.model.device)
     if case.kernel == "step":
-        times = {name: time.shared_by(_STEPS_IN_A_ROW) for name, time in times.items()}
+        times = {name: time.shared_by(STEPS_IN_A_ROW) for name, time in times.items()}
     counts = _counts(case, llm)
     rows = []
-    for name in contenders:
+    for name in (*contenders, *errors):
         row: Row = {"kernel": case.kernel, "case": case.name, "impl": name}
         row |= {"batch": case.batch, "context": case.length if case.kernel == "step" else 0}
         row |= asdict(counts)
+        if name in errors:
+            row["error"] = errors[name]
         if name in times:
             row |= {**asdict(times[name]), **counts.rates(times[name].ms / 1e3)}
-            if name == ops_name and model_suite.PEER in times:
-                theirs = times[model_suite.PEER].ms
-                row |= {
-                    "peer": model_suite.PEER,
-                    "peer_ms": theirs,
-                    "speedup": theirs / row["ms"],
-                    "peer_difference": _difference(firsts[name], firsts[model_suite.PEER]),
-                }
+        if name != ops_name and {name, ops_name} <= times.keys():
+            row["difference"] = _difference(firsts[ops_name], firsts[name])
+        row |= getattr(contenders.get(name), "facts", {})
         rows.append(row)
+    timed = [row for row in rows[1:] if "difference" in row]
+    if timed:
+        best = min(timed, key=lambda row: float(row["ms"]))
+        rows[0] |= {
+            "peer": best["impl"],
+            "peer_ms": best["ms"],
+            "speedup": best["ms"] / rows[0]["ms"],
+            "peer_difference": best["difference"],
+        }
     return rows
 
 
@@ -232,7 +260,7 @@ class OurSteps(EngineCalls):
 
     def __call__(self) -> None:
         """Run the next steps."""
-        for _ in range(_STEPS_IN_A_ROW):
+        for _ in range(STEPS_IN_A_ROW):
             self.step()
 
 
@@ -274,93 +302,10 @@ class OurImages:
         return self.model.image_features(self.batch)
 
 
-class TheirTokens:
-    """transformers' forward pass of a batch of prompts, and of one more token each."""
-
-    def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: EngineCalls) -> None:
-        self.peer = peer
-        self.ours = ours
-        self.prompts = torch.tensor(ours.prompts, device=llm.model.device)
-        self.cache: Any = None
-
-    def prefill(self) -> Tensor:
-        """Compute the prompts into a new cache; return the logits behind them (B, V)."""
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self.peer.config)
-        return self.forward(self.prompts)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Compute ``input_ids`` (B, S) behind what is in the cache; return the last logits (B, V)."""
-        output = self.peer(
-            input_ids=input_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-
-class TheirSteps(TheirTokens):
-    """Decode steps."""
-
-    def first(self) -> Tensor:
-        """Compute the prompts and a step, from our tokens."""
-        assert isinstance(self.ours, OurSteps)
-        self.prefill()
-        tokens = torch.tensor(self.ours.first_tokens, device=self.prompts.device)
-        logits = self.forward(tokens[:, None])
-        self.tokens = logits.argmax(-1, keepdim=True)
-        return logits
-
-    def __call__(self) -> None:
-        """Run the next steps."""
-        with sdpa_kernel(_WITHOUT_CUDNN):
-            for _ in range(_STEPS_IN_A_ROW):
-                self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
-
-
-class TheirPrefill(TheirTokens):
-    """A prompt in one forward pass."""
-
-    def first(self) -> Tensor:
-        """Compute the prompt."""
-        return self.prefill()
-
-    def __call__(self) -> None:
-        """Compute it again."""
-        self.prefill().argmax(-1)
-
-
-class TheirImages:
-    """All images in one pass, padded to the largest."""
-
-    def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: OurImages) -> None:
-        self.peer = peer
-        model, config = llm.model, llm.processor.image_config
-        rows = [[tile] for tile in ours.tiles]
-        self.inputs = transformers_peer.padded_images(rows, config, model.device, model.dtype)
-
-    def first(self) -> Tensor:
-        """Return the embeddings, row by row; transformers gives a tensor for each image, or one for all."""
-        encoded = self()
-        if isinstance(encoded, Tensor):
-            return encoded.flatten(0, -2)
-        return torch.cat([each.flatten(0, -2) for each in encoded])
-
-    def __call__(self) -> Tensor | list[Tensor]:
-        """Encode."""
-        encoded: Tensor | list[Tensor] = self.peer.get_image_features(**self.inputs).pooler_output
-        return encoded
-
-
 _OURS: dict[str, Callable[..., Contender]] = {
     "step": OurSteps,
     "prefill": OurPrefill,
     "image": OurImages,
-}
-_THEIRS: dict[str, Callable[..., Contender]] = {
-    "step": TheirSteps,
-    "prefill": TheirPrefill,
-    "image": TheirImages,
 }
 
 
@@ -390,6 +335,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--steps", type=int, default=_STEPS, help="timed decode steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--peer-compile",
+        action=argparse.BooleanOptionalAction,
+        help="time transformers compiled as well, a minute or two a case (default: on a GPU)",
     )
     return parser
 

@@ -58,6 +58,8 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
 def whole_line(row: Row) -> str:
     """Return one row of the whole model for people who watch."""
     head = f"{row['kernel']:8} {row['case']:20} {row['impl']:22}"
+    if "error" in row:
+        return f"{head} FAILED: {row['error']}"
     if "ms" not in row:
         return f"{head} WRONG: the result is not finite"
     spread = f" ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})" if "ms_p20" in row else ""
@@ -71,7 +73,7 @@ def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
     lines = [
         f"{name}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}",
         "",
-        "| kernel | case | implementation | model | ms | in a second | peak GB | peer | speedup |",
+        "| kernel | case | implementation | model | ms | in a second | peak GB | best peer | speedup |",
         "|---|---|---|---|---:|---|---:|---|---:|",
     ]
     for row in rows:
@@ -79,7 +81,7 @@ def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
             f"| {row['kernel']} | {row['case']} | {row['impl']} | {row['model']}, {row['dtype']} |"
         )
         if "ms" not in row:
-            lines.append(f"{head} wrong | | | | |")
+            lines.append(f"{head} {'failed' if 'error' in row else 'wrong'} | | | | |")
             continue
         memory = f"{row['peak_GB']:.1f}" if "peak_GB" in row else ""
         peer = f"{row['peer']}, {row['peer_ms']:.2f} ms" if "peer" in row else ""

@@ -34,6 +34,7 @@ TEXT_TOKENS = (16, 256)  # fewest and most that a request's text is drawn to hav
 NEW_TOKENS = (16, 32, 64, 128, 256)
 OFFLINE_REQUESTS = 256
 DECODE_CONTEXT = 200  # tokens before the first timed step
+STEPS_IN_A_ROW = 8  # decode steps that are timed together
 LATENCY_CASES = (
     "decode-b1",
     "decode-b32",

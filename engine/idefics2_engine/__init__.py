@@ -1,9 +1,11 @@
 """Idefics2: a processor, a model, an engine and a command line.
 
-Importing this package costs nothing: torch is loaded by the first name that needs it.
+Importing this package costs little: torch is loaded by the first name that needs it. The logger ``idefics2_engine`` is
+silent unless the program that imports this gives it a handler or a level.
 """
 
 import importlib
+import logging
 
 TYPE_CHECKING = False  # as typing's, without importing that
 if TYPE_CHECKING:
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
     from idefics2_engine.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
+# Without a handler Python would print warnings to standard error
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
 __all__ = ["LLM", "SamplingParams", "__version__"]
 
 _HOMES = {"LLM": "llm", "SamplingParams": "sampling_params"}

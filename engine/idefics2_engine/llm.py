@@ -1,6 +1,7 @@
 """The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
 
 import gc
+import logging
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ from idefics2_engine.runtime.engine_thread import EngineThread
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request
 from idefics2_kernels import Ops
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -279,18 +282,22 @@ class LLM:
         events: SimpleQueue[Request | RequestOutput | _EndOfRows | BaseException] = SimpleQueue()
         builder = self.request_builder
 
+        def refuse(index: int, error: Idefics2Error) -> None:
+            _logger.info("row %d is refused: %s", index, error)
+            events.put(failed_output(str(index), error))
+
         def read(index: int, row: object) -> RowDraft | None:
             try:
                 return builder.read_row(row, shared)
             except Idefics2Error as error:
-                events.put(failed_output(str(index), error))
+                refuse(index, error)
                 return None
 
         def prepare(index: int, draft: RowDraft) -> None:
             try:
                 client.submit([builder.build_row(draft, str(index))])
             except BaseException as error:
-                events.put(failed_output(str(index), row_error(error)))
+                refuse(index, row_error(error))
 
         def end(count: int, error: BaseException | None) -> None:
             events.put(_EndOfRows(count, error))

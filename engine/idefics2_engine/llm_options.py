@@ -1,5 +1,6 @@
 """The arguments of ``LLM``, their bounds, and the configs and the model that follow from them."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from idefics2_engine.images.policy import ImagePolicy
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import PARTS, Quantization
+from idefics2_engine.model_files import printable_path
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
@@ -49,6 +51,7 @@ _MOST_AT_ONCE = 1 << 20  # answers, or tokens of a step
 _MOST_KEPT = 2**31 - 1  # tokens, pixels or bytes
 _MOST_SECONDS = 86400.0
 _MOST_THREADS = 1024
+_logger = logging.getLogger(__name__)
 # 8 GiB at the 8B model's shape in 16 bit
 _KV_CACHE_TOKENS = 65536
 
@@ -269,6 +272,14 @@ def load_model(
     if options.load_format == "dummy":
         model = build_model(config, ops, device, dtype, quantization)
         model.init_weights(double_quant=options.double_quant)
+        _logger.info(
+            "drew random weights for %s, quantization %s, %s on %s: %.1f MB",
+            printable_path(folder),
+            options.quantization,
+            str(dtype).removeprefix("torch."),
+            device,
+            model.num_bytes / 1e6,
+        )
         return model
     return load_checkpoint(
         folder,

@@ -1,6 +1,7 @@
 """``idefics2 bench latency``, ``load`` and ``offline`` on a tiny checkpoint, transformers beside it."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from idefics2_bench import latency, machine, report
+from idefics2_bench import latency, latency_peers, machine, report
+from idefics2_bench.timing import Time
 from idefics2_bench.transformers_peer import transformers_model
 from idefics2_bench.workloads import LatencyCase, offline_requests
 from idefics2_engine import LLM, SamplingParams
@@ -102,9 +104,88 @@ def test_what_was_timed_before_an_interruption_is_kept(
 def test_images_of_many_sizes_agree_with_padded_ones(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", split_images=False)
     case = LatencyCase("image", "image-mixed-b3", 3, sizes=((56, 84), (112, 42), (28, 112)))
-    ours, _ = latency.bench_case(case, llm, transformers_model(llm.model, tiny), "reference", 1)
+    peers = {"transformers": transformers_model(llm.model, tiny)}
+    ours, _ = latency.bench_case(case, llm, peers, "reference", 1)
     assert ours["patches"] == 24 + 24 + 16
     assert ours["peer_difference"] < 1e-4
+
+
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
+    for options in ("COMPILE_STEP", "COMPILE_IMAGES"):
+        monkeypatch.setattr(latency_peers, options, {"backend": backend})
+
+
+def test_the_compiled_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compile_with(monkeypatch, "eager")  # Inductor would take a minute, to compute the same
+    write_checkpoint(tmp_path, window=64)
+    names = ["decode-b2-s60", "image-56x84-b2", "prefill-20"]  # it decodes beyond the window
+    cases = [argument for name in names for argument in ("--case", name)]
+    options = ["--model", str(tmp_path), "--steps", "8", "--peer-compile", *cases]
+    _, rows = bench(tmp_path / "out.json", "latency", *options)
+    peers = ["transformers", "transformers-compiled"]
+    assert [(row["case"], row["impl"]) for row in rows] == [
+        *((name, impl) for name in names[:2] for impl in ("reference", *peers)),
+        *((names[2], impl) for impl in ("reference", "transformers")),
+    ]
+    for ours, *theirs in (rows[:3], rows[3:6], rows[6:]):
+        best = min(theirs, key=lambda row: row["ms"])
+        assert (ours["peer"], ours["peer_ms"]) == (best["impl"], best["ms"])
+        assert ours["speedup"] == pytest.approx(best["ms"] / ours["ms"])
+        assert ours["peer_difference"] == best["difference"]
+        assert all(row["difference"] < 1e-4 for row in theirs)
+    for row in rows:
+        assert ("compile_seconds" in row) == (row["impl"] == "transformers-compiled")
+    assert "decode-b2-s60: transformers is being compiled" in capsys.readouterr().err
+
+
+def test_the_fastest_peer_is_quoted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = {"image": latency_peers.EagerImages}  # takes the other's place without compiling
+    contenders = {**latency_peers.CONTENDERS, latency_peers.COMPILED_PEER: fake}
+    monkeypatch.setattr(latency, "CONTENDERS", contenders)
+    told = {"reference": 1.0, "transformers": 8.0, "transformers-compiled": 2.0}
+
+    def tell(calls: dict[str, Any], *_rest: object) -> dict[str, Time]:
+        return {name: Time(told[name], told[name], told[name]) for name in calls}
+
+    monkeypatch.setattr(latency, "alternate", tell)
+    llm = LLM(tiny, device="cpu", split_images=False)
+    peers = {name: transformers_model(llm.model, tiny) for name in list(told)[1:]}
+    case = LatencyCase("image", "image-28-b1", 1, sizes=((28, 28),))
+    ours, eager, compiled = latency.bench_case(case, llm, peers, "reference", 1)
+    assert (ours["peer"], ours["peer_ms"], ours["speedup"]) == ("transformers-compiled", 2.0, 2.0)
+    assert (eager["ms"], compiled["ms"]) == (8.0, 2.0)
+    told["transformers"] = 0.5
+    ours, *_ = latency.bench_case(case, llm, peers, "reference", 1)
+    assert (ours["peer"], ours["peer_ms"], ours["speedup"]) == ("transformers", 0.5, 0.5)
+
+
+def test_a_peer_that_does_not_compile_ends_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_graph: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    compile_with(monkeypatch, broken)
+    cases = ["--case", "decode-b2-s8", "--case", "prefill-20"]
+    options = ["--model", str(tiny), "--steps", "1", "--peer-compile", *cases]
+    _, rows = bench(tmp_path / "out.json", "latency", *options)
+    peers = ["transformers", "transformers-compiled"]
+    assert [row["impl"] for row in rows[:3]] == ["reference", *peers]
+    assert rows[0]["peer"] == "transformers"
+    assert "no compiler here" in rows[2]["error"]
+    assert "ms" not in rows[2]
+    assert [row["case"] for row in rows[3:]] == ["prefill-20", "prefill-20"]
+    printed = capsys.readouterr().out
+    assert "FAILED: BackendCompilerFailed" in printed
+    assert re.search(r"\| transformers-compiled \| \S+, float32 \| failed \|", printed)
+
+
+def test_compiling_needs_a_peer(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["latency", "--model", str(tiny), *CPU, "--no-peer", "--peer-compile"]
+    assert main(["bench", *arguments]) == 2
+    assert "--peer-compile: must come with a peer" in capsys.readouterr().err
 
 
 def test_latency_on_random_weights(bare: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ hub's checksum is sha256, for others the one that git gives a blob.
 """
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from idefics2_engine.errors import CheckpointError
 from idefics2_engine.json_file import printable
 from idefics2_engine.model_files import is_there, open_file, paths_in, printable_path, read_text
 
+_logger = logging.getLogger(__name__)
 _NOTES = Path(".cache/huggingface/download")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -66,6 +68,8 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
     ]
     if wrong:
         raise CheckpointError("; ".join(wrong))
+    files = len({file for file, _ in expected})
+    _logger.info("%s: %d files have their published checksums", printable_path(folder), files)
 
 
 def _digest(file: Path, length: int) -> str:

@@ -4,6 +4,7 @@ The only file that knows ``huggingface_hub``, which is imported when a name is n
 settings (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …) hold here.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from idefics2_engine.model_files import (
     why_no_model,
 )
 
+_logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
 
@@ -132,6 +134,7 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
         raise ConfigError(f"{kind.name} {named}: {mistaken}")
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{kind.name} {named} {found}; HF_HUB_OFFLINE forbids to download it")
+    _logger.info("%s %s %s: asking the hub", kind.name, named, found)
     try:
         folder = snapshot()
     except Exception as error:  # its network library's errors are of many kinds

@@ -4,6 +4,8 @@ Where one of a fused layer's tensors is in NF4, each has a layer of its own, sid
 blocks and the state of a quantized tensor are its own.
 """
 
+import logging
+import time
 from collections.abc import Collection, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -39,6 +41,8 @@ from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.model_files import printable_path
 from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
+
+_logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -97,6 +101,7 @@ def load_checkpoint(
         CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is
             not expected, or with ``check_finite`` holds a value that is no number.
     """
+    begin = time.perf_counter()
     folder = Path(folder)
     config = ModelConfig.load(folder)
     _check_not_quantized_before(folder, config, adapter, quantization)
@@ -115,6 +120,17 @@ def load_checkpoint(
     )
     for source, value in _weights(stored, filler.places, stored_nf4, dtype):
         filler.fill(source, value)
+    _logger.info(
+        "loaded %s in %.2f s: files %d, %.1f MB; adapter %s, quantization %s, %s on %s",
+        printable_path(folder),
+        time.perf_counter() - begin,
+        len({tensor.file for tensor in stored.values()}),
+        sum(tensor.num_bytes for tensor in stored.values()) / 1e6,
+        None if adapter is None else printable_path(Path(adapter)),
+        "nf4" if stored_nf4 or quantization is not None else None,
+        str(model.dtype).removeprefix("torch."),
+        model.device,
+    )
     return model
 
 

@@ -38,6 +38,11 @@ class StoredTensor:
     shape: tuple[int, ...]
     key: str  # its name in the file, which another release may have spelled differently
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values in the file."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
     def check(self, shape: tuple[int, ...], *dtypes: str) -> None:
         """Raise ``CheckpointError`` unless it has this shape and one of these types."""
         if self.shape != shape:

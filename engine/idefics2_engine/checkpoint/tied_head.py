@@ -11,6 +11,7 @@ Only the top level of ``config.json`` counts. Any other set of tensors is refuse
 draws what is missing at random and warns.
 """
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,9 @@ from idefics2_engine.checkpoint.safetensors_header import StoredTensor
 from idefics2_engine.checkpoint.tensor_mapping import EMBEDDING, HEAD
 from idefics2_engine.checkpoint.tensor_values import read_values
 from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.model_files import printable_path
+
+_logger = logging.getLogger(__name__)
 
 
 def resolve_tied_head(
@@ -36,6 +40,10 @@ def resolve_tied_head(
     elif _are_equal(stored[EMBEDDING], stored[HEAD]):
         only = {}
     else:
+        _logger.warning(
+            "%s: the head differs from the embedding, so both are used, although config.json ties them",
+            printable_path(stored[HEAD].file),
+        )
         return replace(config, tie_word_embeddings=False), stored
     return config, {name: tensor for name, tensor in stored.items() if name != HEAD} | only
 

@@ -4,6 +4,8 @@ import argparse
 import importlib
 from typing import Any
 
+from idefics2_engine.cli.log_output import add_log_options, log_output
+
 _SUITES = {
     "kernels": "kernels",
     "latency": "latency",
@@ -18,19 +20,25 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "bench",
         help="time the kernels or the whole model on this machine",
         description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), load (a "
-        "checkpoint) or offline (many requests); `idefics2 bench SUITE --help` lists its options.",
+        "checkpoint) or offline (many requests); `idefics2 bench SUITE --help` lists its options. -v and --log-level may come before or "
+        "after the suite.",
         allow_abbrev=False,
     )
     parser.add_argument("suite", choices=tuple(_SUITES))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the suite")
+    add_log_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the suite as its own command line would; return its exit code."""
     suite = importlib.import_module(f"idefics2_bench.{_SUITES[args.suite]}")
+    after = argparse.ArgumentParser("idefics2 bench", add_help=False, allow_abbrev=False)
+    add_log_options(after)
     try:
-        code: int = suite.main(args.arguments)
+        log_options, arguments = after.parse_known_args(args.arguments)
+        with log_output(log_options):
+            code: int = suite.main(arguments)
     except SystemExit as ending:
         return ending.code if isinstance(ending.code, int) else 0
     return code

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options, streams
 from idefics2_engine.cli.interrupts import KeptInterrupts
+from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import Idefics2Error, ImageError, PromptError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     options.add_image_option(parser)
     options.add_model_options(parser)
     options.add_sampling_options(parser)
+    add_log_options(parser)
     parser.set_defaults(run=run)
 
 

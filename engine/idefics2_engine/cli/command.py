@@ -8,6 +8,7 @@ from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
 from idefics2_engine.cli import bench, chat, generate, quantize, streams
+from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import Idefics2Error, ImageWarning
 
@@ -98,7 +99,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         args = build_parser().parse_args(arguments)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), log_output(args):
             warnings.showwarning = _show_warning
             code: int = args.run(args)
     except _UsageError as error:

@@ -6,6 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options, streams
+from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import PromptError, SamplingError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         type=int,
         help="with --json, report each token's log probability and those of the K likeliest",
     )
+    add_log_options(parser)
     parser.set_defaults(run=run)
 
 

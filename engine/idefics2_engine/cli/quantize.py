@@ -9,6 +9,7 @@ from idefics2_engine.checkpoint.checksums import verify_files
 from idefics2_engine.checkpoint.hub import find_adapter, find_model
 from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
 from idefics2_engine.cli import options
+from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model.quantization import Quantization
 
@@ -37,6 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         help="what all else is kept in, and quantized from (default: %(default)s)",
     )
     options.add_quantization_options(parser.add_argument_group("quantization"))
+    add_log_options(parser)
     parser.set_defaults(run=run)
 
 

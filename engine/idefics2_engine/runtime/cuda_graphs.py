@@ -6,6 +6,8 @@ between two sizes is padded to the larger one, and for the padding no kernel rea
 cache.
 """
 
+import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from idefics2_engine.runtime.input_batch import (
 )
 from idefics2_engine.runtime.kv_cache import KVCache
 
+_logger = logging.getLogger(__name__)
 MAX_SIZE = 512  # the device then takes longer over a step than a CPU over its launches
 _WARM_UP = 2  # runs that compile kernels and set up libraries before one is captured
 
@@ -55,8 +58,15 @@ class DecodeGraphs:
         self.max_pages = max_pages
         self.sizes = graph_sizes(len(last_tokens))
         self._pool: Any = None  # memory that all share: one runs at a time
+        begin = time.perf_counter()
         with torch.inference_mode():  # the largest first, whose memory then serves the others
             self._captured = {size: self._capture(size) for size in reversed(self.sizes)}
+        _logger.info(
+            "captured %d CUDA graphs, for up to %d sequences, in %.1f s",
+            len(self.sizes),
+            self.sizes[-1],
+            time.perf_counter() - begin,
+        )
 
     def can_run(self, packed: PackedStep) -> bool:
         """Whether it is a decode step, of no more sequences than the largest graph."""

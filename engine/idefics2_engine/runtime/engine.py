@@ -5,6 +5,7 @@ to the host, so that the device need not wait for it: they are read on the devic
 that turns out to have ended is computed once for nothing.
 """
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,14 @@ from idefics2_engine.runtime.stats import EngineStats
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
 from idefics2_engine.sampling.sampler import Drawn, Sampler
+from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler, Step
 from idefics2_engine.scheduling.sequence import Request, Sequence
+
+_logger = logging.getLogger(__name__)
+_DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Engine:
         self.generation = generation
         self.config = config
         self._window = model.config.text.sliding_window
+        self._has_warned_of_length = False
         self.reset()
         kv_cache = KVCache(
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
@@ -216,8 +222,28 @@ class Engine:
                 got.append(sequence)
                 self._changed[sequence.request] = None
         self.scheduler.finish(got)
+        if not self._has_warned_of_length:
+            self._warn_of_length(got)
         self._clear(flight.requests)
         self._count(flight.step, len(got))
+
+    def _warn_of_length(self, sequences: list[Sequence]) -> None:
+        """Log once if an answer was cut off by a limit that its caller may not know of."""
+        for sequence in sequences:
+            request = sequence.request
+            wanted = request.params.max_tokens
+            if (
+                sequence.finish_reason == "length"
+                and wanted == request.max_tokens == _DEFAULT_MAX_TOKENS
+            ):
+                self._has_warned_of_length = True
+                _logger.warning(
+                    "request %s: the answer was cut off after %d tokens, the default of max_tokens; "
+                    "set SamplingParams(max_tokens=...) for longer answers (said once)",
+                    request.request_id,
+                    wanted,
+                )
+                return
 
     def _recover(self, requests: set[Request], error: Exception) -> None:
         self.scheduler.start_over()
@@ -225,10 +251,21 @@ class Engine:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             if self.scheduler.halve_budgets():
+                _logger.warning(
+                    "out of memory: steps are halved to %d tokens and %d patches",
+                    self.scheduler.max_num_batched_tokens,
+                    self.scheduler.max_patches,
+                )
                 return
         if len(requests) > 1:
             self._suspects |= requests
             self.scheduler.max_num_seqs = len(requests) // 2
+            _logger.warning(
+                "a step of %d requests failed with %s: %d sequences at once until the cause is found",
+                len(requests),
+                type(error).__name__,
+                self.scheduler.max_num_seqs,
+            )
             return
         for request in requests:  # one, or none if it has ended meanwhile
             self._fail(request, _failure("the model must run on it", error), error)
@@ -240,6 +277,7 @@ class Engine:
         """
         request.error = RequestFailedError(f"request {request.request_id}: {reason}")
         request.error.__cause__ = cause
+        _logger.warning("%s", request.error)
         self.cancel(request)
         self.scheduler.forget(request.sequences)
         self._changed[request] = None

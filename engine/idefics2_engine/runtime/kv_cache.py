@@ -1,5 +1,7 @@
 """Keys and values of every layer, in pages."""
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from idefics2_engine.device import to_device
 from idefics2_engine.model.config import TextConfig
 from idefics2_engine.model.text import LayerCache
+
+_logger = logging.getLogger(__name__)
 
 
 class KVCache:
@@ -27,6 +31,12 @@ class KVCache:
 
         self.layers: list[LayerCache] = [(allocate(), allocate()) for _ in range(config.num_layers)]
         self.page_size = page_size
+        _logger.info(
+            "KV cache: %d tokens in %d pages, %.1f MB",
+            num_pages * page_size,
+            num_pages,
+            self.num_bytes / 1e6,
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -1,5 +1,7 @@
 """How many tokens the KV cache can hold in what a GPU has left."""
 
+import logging
+
 import torch
 
 from idefics2_engine.errors import ConfigError
@@ -7,6 +9,8 @@ from idefics2_engine.model.batch import ImageBatch, TextBatch, cumulative
 from idefics2_engine.model.config import TextConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.config import EngineConfig
+
+_logger = logging.getLogger(__name__)
 
 
 def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -> int:
@@ -32,6 +36,10 @@ def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -
     latents = config.max_cached_images * model.config.perceiver.num_latents
     encoded = latents * text.hidden_size * model.dtype.itemsize
     available = int(utilization * total) - (total - free) - steps - encoded
+    _logger.info(
+        "memory: %.1f GB free of %.1f GB, %.1f GB for the largest steps, %.1f GB for the KV cache",
+        *(number / 1e9 for number in (free, total, steps, available)),
+    )
     each = bytes_per_token(text, model.dtype)
     pages = available // (each * config.page_size)
     wanted = -(-config.max_model_len // config.page_size)

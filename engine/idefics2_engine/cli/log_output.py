@@ -1,0 +1,45 @@
+"""``-v`` and ``--log-level``: what the engine logs, on standard error while a command runs."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import idefics2_engine
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Add what ``log_output`` reads."""
+    group = parser.add_argument_group("logging").add_mutually_exclusive_group()
+    group.add_argument(
+        "-v",
+        dest="log_level",
+        action="store_const",
+        const="info",
+        help="log to standard error what is loaded, sizes and times; --log-level info",
+    )
+    group.add_argument(
+        "--log-level", choices=_LEVELS, help="log this and above (default: nothing is logged)"
+    )
+
+
+@contextmanager
+def log_output(args: argparse.Namespace) -> Iterator[None]:
+    """Log to standard error what ``args`` asks for, as long as the context lasts."""
+    if args.log_level is None:
+        yield
+        return
+    logger = logging.getLogger(idefics2_engine.__name__)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    level_before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(args.log_level.upper())
+    try:
+        yield
+    finally:
+        logger.setLevel(level_before)
+        logger.removeHandler(handler)
