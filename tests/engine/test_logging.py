@@ -138,7 +138,11 @@ def test_a_step_that_fails(
 
 def test_rows_that_are_refused(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(tiny, device="cpu")
-    rows: list[Any] = [PROMPT, {"prompt": 7}, {"prompt": "<image>", "multi_modal_data": {"image": "no.png"}}]
+    rows: list[Any] = [
+        PROMPT,
+        {"prompt": 7},
+        {"prompt": "<image>", "multi_modal_data": {"image": "no.png"}},
+    ]
     list(llm.iterate(rows, greedy(2)))
     refused = sorted(r.getMessage() for r in caplog.records if "refused" in r.getMessage())
     assert [text.partition(":")[0] for text in refused] == ["row 1 is refused", "row 2 is refused"]
