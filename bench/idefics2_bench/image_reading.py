@@ -2,12 +2,12 @@
 
     PYTHONPATH=engine:kernels python3 bench/idefics2_bench/image_reading.py [--out FILE]
 
-Every image is a photograph-like picture of 1280x960 of its own. Each round times every contender
+Every image is a photograph-like image of 1280x960 of its own. Each round times every contender
 once, one after the other, so that a change of the machine's speed meets all of them; the figures
 are medians over the rounds. ``cpu_ms`` is this process's time on the processor, all threads together: on one thread
 it is the figure to compare where other programs share the cores. Before anything is timed, the pixels are compared bit for bit.
 
-``tiles`` is what the engine takes: uint8, normalised later on the device. ``floats`` normalises them
+``tiles`` is what the engine takes: uint8, normalized later on the device. ``floats`` normalizes them
 on the host, which is what transformers returns; ``transformers`` is one image a call, as a caller
 without padding would have it.
 """
@@ -42,7 +42,7 @@ Files = Sequence[bytes]
 
 
 def picture(seed: int) -> Image.Image:
-    """Draw smooth colours with a little noise, which compress about as photographs do."""
+    """Draw smooth colors with a little noise, which compress about as photographs do."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
@@ -82,7 +82,7 @@ class Ours:
 
 
 class Processes:
-    """Our way to tiles in processes that share nothing: what the cores give, whatever threads do."""
+    """Read files to tiles in processes that share nothing, as a bound for threads."""
 
     def __init__(self, split: bool, count: int, files: Files) -> None:
         self.count = count

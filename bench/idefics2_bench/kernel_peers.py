@@ -1,4 +1,4 @@
-"""What there is besides our kernels: PyTorch's attention backends, cuBLAS, PyTorch's own operations, bitsandbytes.
+"""The peers of our kernels: attention backends, cuBLAS, PyTorch's own operations, bitsandbytes.
 
 A peer takes a case's inputs, prepares what it would hold already (a padded cache, a mask, quantized weights), and
 returns the call to time, or ``None`` where it cannot run the case.
@@ -21,7 +21,7 @@ Peer = Callable[[Inputs], Call | None]
 
 
 def _equal_lengths(inputs: Inputs) -> tuple[int, int] | None:
-    """Return (sequences, length) where all are of one length: what a rectangular kernel can take."""
+    """Return (sequences, length) if all have one length, as a rectangular kernel needs."""
     B = inputs["cu_seqlens"].shape[0] - 1
     tokens = inputs["k"].shape[0] if "k" in inputs else inputs["k_context"].shape[0]
     length: int = inputs["max_seqlen"]
@@ -169,7 +169,7 @@ def _gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _sample(inputs: Inputs) -> Call:
-    """Sort, cut where the counts and the sums say, and draw, as it is done without a kernel; no timed case has min-p."""
+    """Sort, cut, and draw, as without a kernel; no timed case has min-p."""
 
     def call() -> Tensor:
         scores = inputs["logits"].float() / inputs["temperature"].clamp(min=1e-5)[:, None]

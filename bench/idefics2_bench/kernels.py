@@ -1,4 +1,4 @@
-"""Time the kernels of the catalog at the model's shapes, peers beside them; also ``idefics2 bench kernels``.
+"""Time the catalog's kernels at the model's shapes beside peers: ``idefics2 bench kernels``.
 
     python bench/idefics2_bench/kernels.py                                     # everything: a table to paste
     python bench/idefics2_bench/kernels.py --json bench/results/h200-kernels.json --plot roofline.svg
@@ -70,7 +70,7 @@ def bench_case(
     device: torch.device,
     copies: int,
 ) -> list[Row]:
-    """Check and time ``implementations`` and peers on ``copies`` sets of inputs of ``case``: a row of results each."""
+    """Check and time ``implementations`` and peers on ``copies`` sets of inputs: a row each."""
     torch.manual_seed(0)
     cost = spec.cost(case)
     inputs = spec.make_inputs(case, device)

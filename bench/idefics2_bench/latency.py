@@ -1,4 +1,4 @@
-"""Time decode steps, the encoding of images and prefill of a whole model; also ``idefics2 bench latency``.
+"""Time decode steps, images and prefill of a whole model: ``idefics2 bench latency``.
 
     idefics2 bench latency                                                      # the demo checkpoint
     idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h200-latency.json
@@ -62,7 +62,7 @@ class Contender(Protocol):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as ``argv`` says, the process's own command line if ``None``; 1 if a result was not finite."""
+    """Run as ``argv`` says, or the command line; return 1 if a result was not finite."""
     parser = _parser()
     options = parser.parse_args(argv)
     model_suite.resolve(options, parser)
@@ -127,16 +127,16 @@ def _rounds(case: LatencyCase, steps: int) -> int:
 
 
 def _most_new_tokens(rounds: int) -> int:
-    """Return how many tokens a sequence comes to get in ``rounds`` of decode steps, the first two and warm-up included."""
+    """Return how many tokens a sequence gets in ``rounds``, the first two and warm-up included."""
     return 2 + (rounds + _WARM_UP) * STEPS_IN_A_ROW
 
 
 def bench_case(
     case: LatencyCase, llm: LLM, peers: Mapping[str, Any], ops_name: str, steps: int
 ) -> list[Row]:
-    """Check and time ``case``, with the models ``peers`` beside it, by their names in ``CONTENDERS``: a row each.
+    """Check and time ``case`` for our model and each of ``peers``: a row each.
 
-    If the compiled peer fails, its row has an ``error`` instead of a time.
+    The peers are transformers' models by their names in ``CONTENDERS``. If the compiled peer fails, its row has an ``error`` instead of a time.
     """
     gc.collect()  # the caches of the case before; their memory is not to be given back inside a timed call
     torch.compiler.reset()  # and its graphs
@@ -249,7 +249,7 @@ class OurSteps(EngineCalls):
         self.first_tokens: list[int] = []
 
     def first(self) -> Tensor:
-        """Compute the prompts and a step, or the prompts alone if their logits are not finite: the engine stops there."""
+        """Compute the prompts and a step; the engine stops at prompts with logits not finite."""
         requests = [self.add(prompt) for prompt in self.prompts]
         with model_suite.watched_logits(self.engine) as seen:
             while len(seen) < 2 and self.engine.has_work:

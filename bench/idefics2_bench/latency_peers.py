@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idefics2_bench import transformers_peer
 from idefics2_bench.model_suite import PEER
-from idefics2_bench.timing import synchronise
+from idefics2_bench.timing import synchronize
 from idefics2_bench.workloads import STEPS_IN_A_ROW, LatencyCase
 from idefics2_engine import LLM
 
@@ -53,7 +53,7 @@ class EagerTokens:
         return self.forward(self.prompts)
 
     def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-        """Compute ``input_ids`` (B, S) behind what is in the cache; return the last logits (B, V)."""
+        """Compute ``input_ids`` (B, S) behind the cached ones; return the last logits (B, V)."""
         output = self.peer(
             input_ids=input_ids,
             past_key_values=self.cache,
@@ -108,7 +108,7 @@ class EagerImages:
         self.inputs = transformers_peer.padded_images(rows, config, model.device, model.dtype)
 
     def first(self) -> Tensor:
-        """Return the embeddings, row by row; transformers returns a tensor for each image, or one for all."""
+        """Return the embeddings, row by row, from a tensor for each image or one for all."""
         encoded = self()
         if isinstance(encoded, Tensor):
             return encoded.flatten(0, -2)
@@ -156,7 +156,7 @@ class CompiledSteps(EagerSteps):
         return self.forward(tokens, attention_mask=mask, position_ids=position)
 
     def first(self) -> Tensor:
-        """Compute the prompts and a step, from our tokens, then the steps that compile and capture the graph."""
+        """Compute the prompts and a step, from our tokens, then compile and capture the graph."""
         with _no_grad():
             self.prefill()
             tokens = self._our_tokens()
@@ -164,7 +164,7 @@ class CompiledSteps(EagerSteps):
             begin, skips = time.perf_counter(), _cuda_graph_skips()
             logits = self._next(tokens).clone()  # the next step writes into the same memory
             self()
-            synchronise(tokens.device)
+            synchronize(tokens.device)
             self.facts["compile_seconds"] = time.perf_counter() - begin
             self.facts["cuda_graph_skips"] = _cuda_graph_skips() - skips
             return logits
@@ -201,7 +201,7 @@ class CompiledImages(EagerImages):
         """Compile; return the embeddings, row by row."""
         begin = time.perf_counter()
         found = super().first()
-        synchronise(found.device)
+        synchronize(found.device)
         self.facts["compile_seconds"] = time.perf_counter() - begin
         return found
 
@@ -219,7 +219,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def _cuda_graph_skips() -> int:
-    """Return how often Inductor has given up capturing a CUDA graph, which it does without an error."""
+    """Return how often Inductor gave up capturing a CUDA graph, which is no error to it."""
     from torch._dynamo.utils import counters
 
     return int(counters["inductor"]["cudagraph_skips"])

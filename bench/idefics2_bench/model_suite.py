@@ -1,4 +1,4 @@
-"""Which model the benchmarks of the whole model time, on what and how: the options that they share."""
+"""Options that the benchmarks of the whole model share: which model, on what and how."""
 
 import argparse
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ PEER = "transformers"
 
 
 def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of ``idefics2 bench <suite>``, with the options that ``resolve`` and ``load`` read."""
+    """Return the parser of ``idefics2 bench <suite>``, for ``resolve`` and ``load``."""
     parser = argparse.ArgumentParser(
         prog=f"idefics2 bench {suite}",
         description=description,
@@ -44,7 +44,7 @@ def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
     add(
         "--quantization",
         choices=("nf4",),
-        help="quantise linear layers; nothing is timed beside it, as the peer would need weights of its own",
+        help="quantize linear layers; nothing is timed beside it, as the peer would need weights of its own",
     )
     peer = parser.add_mutually_exclusive_group()
     peer.add_argument(
@@ -135,7 +135,7 @@ def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
 
 
 def memory_of(llm: LLM) -> dict[str, float]:
-    """Return what the weights of ``llm`` take, and on a GPU all that is allocated there, an engine's buffers included."""
+    """Return the memory of the weights, and on a GPU all that is allocated, buffers included."""
     memory = {"weights_GB": llm.model.num_bytes / 1e9}
     if llm.model.device.type == "cuda":
         memory["allocated_GB"] = torch.cuda.memory_allocated(llm.model.device) / 1e9

@@ -1,4 +1,4 @@
-"""Time a whole model on many requests at once, from JPEG files to text; also ``idefics2 bench offline``.
+"""Time many requests at once, from JPEG files to text: ``idefics2 bench offline``.
 
     idefics2 bench offline --requests 16 --shrink 8                             # the demo checkpoint
     idefics2 bench offline --random-weights tests/data/idefics2-8b --json bench/results/h200-offline.json
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from idefics2_bench import model_suite, report, transformers_peer
-from idefics2_bench.timing import synchronise
+from idefics2_bench.timing import synchronize
 from idefics2_bench.workloads import (
     OFFLINE_REQUESTS,
     Counts,
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 _WARM_UP_REQUESTS = 16
 _WARM_UP_SHRINK = 32
-_WARM_UP_SEED = 1  # other prompts and pictures, so that no cache knows the timed ones
+_WARM_UP_SEED = 1  # other prompts and images, so that no cache knows the timed ones
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,13 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_ours(
     llm: LLM, requests: list[OfflineRequest], warm_up: list[OfflineRequest], counts: Counts
 ) -> Row:
-    """Answer ``requests`` through ``LLM.iterate``, after ``warm_up``, which raises if logits are not finite."""
+    """Answer ``warm_up``, which raises if logits are not finite, then ``requests``."""
     device = llm.model.device
     _answer(llm, warm_up)
     _start_memory(device)
     begin = time.perf_counter()
     _answer(llm, requests)
-    synchronise(device)
+    synchronize(device)
     row = _figures(time.perf_counter() - begin, counts, len(requests), device)
     if "peak_GB" in row:
         row["kv_cache_GB"] = llm.engine.runner.kv_cache.num_bytes / 1e9
@@ -118,7 +118,7 @@ def run_theirs(
     order: str,
     counts: Counts,
 ) -> Row:
-    """Answer ``requests`` with transformers, ``batch`` at a time, in ``order`` arrival or sorted."""
+    """Answer ``requests`` with transformers in batches, in ``order`` arrival or sorted."""
     if order == "sorted":
         requests = sorted(requests, key=lambda request: request.max_tokens)
     _start_memory(peer.device)
@@ -150,7 +150,7 @@ def _answer(llm: LLM, requests: Sequence[OfflineRequest]) -> None:
 def _run_batches(
     peer: Any, processor: Processor, requests: Sequence[OfflineRequest], size: int
 ) -> float:
-    """Generate ``size`` requests at a time; return the seconds that reading their pictures took."""
+    """Generate ``size`` requests at a time; return the seconds that reading their images took."""
     reading = 0.0
     pad_id = processor.tokenizer.pad_id or 0
     for first in range(0, len(requests), size):

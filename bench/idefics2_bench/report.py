@@ -1,4 +1,4 @@
-"""Results as a table to paste, as JSON, as a roofline plot, and as the tables of the pages in ``docs/kernels``.
+"""Results as a table, as JSON, as a roofline plot, and as the tables of ``docs/kernels``.
 
 PYTHONPATH=kernels python bench/idefics2_bench/report.py      # writes these tables anew, from catalog and results
 """
@@ -97,8 +97,9 @@ def _rates(row: Row) -> str:
 
 
 def write_json(path: Path | None, about: dict[str, Any], rows: list[Row]) -> None:
-    """Write ``rows``, if there is a ``path``; rows of other cases that are in the file, from the same machine and commit, stay.
+    """Write ``rows``, if there is a ``path``.
 
+    Rows of other cases in the file, from the same machine and commit, stay.
     To be called whenever there are more: who is interrupted then has what was timed.
     """
     if path is None:
@@ -142,7 +143,7 @@ def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
 
 
 def kernel_table(results: list[Row]) -> str:
-    """Return the index's table: every operation, what it computes, its cases, and its best figure in ``results``."""
+    """Return the index's table: every operation with its cases and its best figure."""
     lines = [
         "| operation | computes | cases | measured |",
         "|---|---|---:|---|",
@@ -166,7 +167,7 @@ def kernel_table(results: list[Row]) -> str:
 
 
 def slower_table(results: list[Row]) -> str:
-    """Return the cases of ``results`` in which ``TRITON`` was slower than its best peer, by 1 % or more."""
+    """Return the cases in which ``TRITON`` was slower than its best peer, by 1 % or more."""
     lines = [
         "| operation | case | us | best peer, us | x |",
         "|---|---|---:|---|---:|",
@@ -196,7 +197,7 @@ def with_table(index: str) -> str:
 
 
 def figures_table(kernel: str, results: list[Row]) -> str:
-    """Return what ``results`` say of an operation: each case and implementation, its roofline point, its best peer."""
+    """Return the figures of an operation: each case and implementation, and its best peer."""
     (spec,) = [spec for spec in CATALOG if spec.name == kernel]
     own = [row for row in results if row["kernel"] == kernel and "ms" in row]
     lines = [
@@ -221,7 +222,7 @@ def with_figures(page: str) -> str:
 
 
 def renewed_pages() -> dict[Path, str]:
-    """Return the index of the kernels and the page of each operation, with their tables as of now."""
+    """Return the kernels' index and the page of each operation, with their tables renewed."""
     index = _PAGES / "README.md"
     renewed = {index: with_table(index.read_text(encoding="utf-8"))}
     for spec in CATALOG:

@@ -1,4 +1,4 @@
-"""How long calls take on a GPU: CUDA graphs over rotated inputs, implementations interleaved, medians.
+"""Time calls on a GPU: CUDA graphs over rotated inputs, implementations interleaved, medians.
 
 A graph holds enough calls, each on inputs of its own, that none finds its data in the L2 cache, and that the gaps of
 launching do not count. Implementations take turns, so that a clock that drifts drifts for all.
@@ -48,7 +48,7 @@ def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
 def alternate(
     calls: Mapping[str, Call], rounds: int, warm_up: int, device: torch.device
 ) -> dict[str, Time]:
-    """Time calls that launch as they are, one after the other in each round, from idle to idle device.
+    """Time calls that launch as they are, in turns, from idle to idle device.
 
     Garbage is collected between calls and not in them: whose call it falls into is luck otherwise, and it takes long.
     """
@@ -57,10 +57,10 @@ def alternate(
         for turn in range(-warm_up, rounds):
             for name, call in calls.items():
                 gc.collect()
-                synchronise(device)
+                synchronize(device)
                 begin = time.perf_counter()
                 call()
-                synchronise(device)
+                synchronize(device)
                 if turn >= 0:
                     samples[name].append(1e3 * (time.perf_counter() - begin))
     return {name: summary(own) for name, own in samples.items()}
@@ -68,7 +68,7 @@ def alternate(
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Leave collecting to the caller; what is there now is not looked at again, so that it takes no time."""
+    """Leave garbage collection to the caller, and freeze the objects that exist now."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -81,14 +81,14 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what ``device`` was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def num_copies(bytes_each: int) -> int:
-    """Return how many sets of inputs of this size it takes to push each other out of the L2 cache."""
+    """Return how many sets of inputs of this size push each other out of the L2 cache."""
     cache: int = torch.cuda.get_device_properties().L2_cache_size
     return max(1, min(64, -(-3 * cache // max(1, bytes_each))))
 

@@ -25,7 +25,7 @@ def is_installed() -> bool:
 
 
 def transformers_model(model: Idefics2, folder: Path) -> Any:
-    """Build transformers' model of ``folder``'s config, with SDPA attention, around the parameters of ``model``."""
+    """Build transformers' model of ``folder``'s config around the parameters of ``model``."""
     import transformers
 
     library: Any = transformers  # its classes are typed in part
@@ -59,7 +59,7 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
 def padded_images(
     rows: Sequence[Sequence[Tile]], config: ImageConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return ``pixel_values`` (B, N, 3, H, W) and ``pixel_attention_mask`` (B, N, H, W) as its processor pads them."""
+    """Pad as transformers does: pixels (B, N, 3, H, W) and their mask (B, N, H, W)."""
     sizes = [tile.pixels.shape[:2] for row in rows for tile in row]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     shape = len(rows), max(map(len, rows))
@@ -77,7 +77,7 @@ def padded_images(
 def left_padded(
     prompts: Sequence[ProcessedPrompt], pad_id: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` (B, T), the shorter prompts padded at their left."""
+    """Return ``input_ids`` and ``attention_mask`` (B, T), shorter prompts padded on the left."""
     shape = len(prompts), max(len(prompt.token_ids) for prompt in prompts)
     ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, prompt in enumerate(prompts):
@@ -96,7 +96,7 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
 ) -> Tensor:
-    """Continue ``prompts`` greedily by ``max_new_tokens``, whatever ends come: (B, max_new_tokens)."""
+    """Continue ``prompts`` greedily, also beyond end tokens: (B, ``max_new_tokens``)."""
     import transformers
 
     library: Any = transformers

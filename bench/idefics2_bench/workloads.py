@@ -1,7 +1,7 @@
-"""What the whole model is timed on: seeded requests, prompts and pictures, and how much of everything there is in them.
+"""The workloads of the whole model: seeded requests, prompts and images, and their counts.
 
 ``offline-256`` is 256 requests without splitting: 1 image in 7 of 8 requests, else 2; sizes drawn evenly from ``SIZES``;
-16 to 256 text tokens, evenly; 16, 32, 64, 128 or 256 new tokens, evenly. Pictures are JPEG files in memory.
+16 to 256 text tokens, evenly; 16, 32, 64, 128 or 256 new tokens, evenly. Images are JPEG files in memory.
 """
 
 import io
@@ -28,7 +28,7 @@ SIZES = (
     (980, 980),
     (427, 640),
 )
-"""Height and width of pictures, in pixels."""
+"""Height and width of images, in pixels."""
 
 TEXT_TOKENS = (16, 256)  # fewest and most that a request's text is drawn to have
 NEW_TOKENS = (16, 32, 64, 128, 256)
@@ -69,10 +69,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class OfflineRequest:
-    """A prompt with its pictures, and how many tokens are wanted."""
+    """A prompt with its images, and how many tokens are wanted."""
 
     prompt_token_ids: list[int]  # image slots written out
-    sizes: tuple[tuple[int, int], ...]  # height and width of each picture
+    sizes: tuple[tuple[int, int], ...]  # height and width of each image
     images: tuple[bytes, ...]  # JPEG files
     max_tokens: int
 
@@ -92,11 +92,14 @@ class LatencyCase:
     name: str
     batch: int = 1
     length: int = 0  # tokens: context of a step, or prompt
-    sizes: tuple[tuple[int, int], ...] = ()  # of pictures
+    sizes: tuple[tuple[int, int], ...] = ()  # of images
 
 
 def latency_case(name: str) -> LatencyCase:
-    """Read ``decode-b32``, ``decode-b2-s64``, ``image-980-b8``, ``image-378x504-b16``, ``image-mixed-b16``, ``prefill-4096``.
+    """Return the case that ``name`` means.
+
+    Names are like ``decode-b32``, ``decode-b2-s64``, ``image-980-b8``, ``image-378x504-b16``, ``image-mixed-b16`` and
+    ``prefill-4096``.
 
     Raises:
         ValueError: It is none of these, with other numbers.
@@ -118,7 +121,7 @@ def latency_case(name: str) -> LatencyCase:
 def offline_requests(
     processor: Processor, count: int = OFFLINE_REQUESTS, seed: int = 0, shrink: int = 1
 ) -> list[OfflineRequest]:
-    """Draw ``count`` requests; ``shrink`` divides their text and new tokens, for small machines and models."""
+    """Draw ``count`` requests; ``shrink`` divides their text and new tokens."""
     random = np.random.default_rng(seed)
     noise = random.integers(-_NOISE, _NOISE + 1, (*np.max(SIZES, axis=0), 3), dtype=np.int16)
     requests = []
@@ -145,7 +148,7 @@ def offline_name(count: int, shrink: int) -> str:
 
 
 def offline_counts(requests: Sequence[OfflineRequest], processor: Processor) -> Counts:
-    """Count what is in ``requests``, without opening a picture; none may be split."""
+    """Count what is in ``requests``, without opening an image; none may be split."""
     prompts = [request.prompt_token_ids for request in requests]
     image_tokens = sum(ids.count(processor.tokenizer.image_id) for ids in prompts)
     sizes = [size for request in requests for size in request.sizes]
@@ -165,7 +168,7 @@ def text_tokens(tokenizer: Tokenizer, count: int, random: np.random.Generator) -
 
 
 def tiles(case: LatencyCase, patch_size: int, grid_side: int, seed: int = 0) -> list[Tile]:
-    """Draw the pixels of the pictures of ``case``."""
+    """Draw the pixels of the images of ``case``."""
     random = np.random.default_rng(seed)
     return [
         Tile(random.integers(0, 256, (*size, 3), dtype=np.uint8), patch_size, grid_side)
@@ -174,7 +177,7 @@ def tiles(case: LatencyCase, patch_size: int, grid_side: int, seed: int = 0) -> 
 
 
 def _opening(processor: Processor, num_images: int) -> list[int]:
-    """Return the start of a text and its images' slots, as a prompt that begins with them has it."""
+    """Return the start of a text and the placeholders of its images."""
     tokenizer = processor.tokenizer
     fake, image = tokenizer.fake_image_id, [tokenizer.image_id] * processor.image_seq_len
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -190,7 +193,7 @@ def _num_patches(height: int, width: int, processor: Processor) -> int:
 def _jpeg(
     size: tuple[int, int], noise: npt.NDArray[np.int16], random: np.random.Generator
 ) -> bytes:
-    """Return a picture of smooth colours with a little noise as a file."""
+    """Return an image of smooth colors with a little noise as a file."""
     height, width = size
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))

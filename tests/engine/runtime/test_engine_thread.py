@@ -133,7 +133,7 @@ class Interrupt(BaseException):
     [
         (Idefics2, "image_features", 1),
         (Runner, "run", 2),
-        (Runner, "note", 1),
+        (Runner, "store_last_tokens", 1),
         (Sampler, "draw", 2),
         (Drawn, "choices", 1),
         (Scheduler, "schedule", 2),
