@@ -136,7 +136,8 @@ def bench_case(
 ) -> list[Row]:
     """Check and time ``case`` for our model and each of ``peers``: a row each.
 
-    The peers are transformers' models by their names in ``CONTENDERS``. If the compiled peer fails, its row has an ``error`` instead of a time.
+    The peers are transformers' models by their names in ``CONTENDERS``. If the compiled peer fails, its row has an
+    ``error`` instead of a time.
     """
     gc.collect()  # the caches of the case before; their memory is not to be given back inside a timed call
     torch.compiler.reset()  # and its graphs
