@@ -150,7 +150,7 @@ def test_rows_that_are_refused(tiny: Path, caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_graphs(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs.DecodeGraphs, "_capture", lambda _self, size: size)
+    monkeypatch.setattr(cuda_graphs.DecodeGraphs, "capture", lambda _self, size: size)
     tokens: Any = torch.zeros(9, dtype=torch.int32)
     model: Any = None
     cuda_graphs.DecodeGraphs(model, model, tokens, max_pages=2)

@@ -60,7 +60,7 @@ class DecodeGraphs:
         self._pool: Any = None  # memory that all share: one runs at a time
         begin = time.perf_counter()
         with torch.inference_mode():  # the largest first, whose memory then serves the others
-            self._captured = {size: self._capture(size) for size in reversed(self.sizes)}
+            self._captured = {size: self.capture(size) for size in reversed(self.sizes)}
         _logger.info(
             "captured %d CUDA graphs, for up to %d sequences, in %.1f s",
             len(self.sizes),
@@ -84,7 +84,8 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits[:count]
 
-    def _capture(self, size: int) -> _CapturedGraph:
+    def capture(self, size: int) -> _CapturedGraph:
+        """Capture the step that decodes ``size`` sequences."""
         empty = padded(NOTHING, size, self.max_pages)
         copies = to_device(empty.arrays(), self.model.device)
         inputs = copies[0].new_empty(0).set_(copies[0].untyped_storage())  # all of them

@@ -54,7 +54,10 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
 
 
 def quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256: bytes (blocks,), their absmax."""
+    """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256.
+
+    Returns bytes (blocks,), and the absmax of each 256 of them.
+    """
     padding = -centered.numel() % NESTED_BLOCK
     blocks = torch.cat([centered, centered.new_zeros(padding)]).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(-1)

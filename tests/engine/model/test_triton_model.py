@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from demo_questions import first_questions
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
-from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.model.batch import ImageBatch, PagedView, TextBatch, cumulative
 from idefics2_engine.model.config import ModelConfig
@@ -240,19 +240,7 @@ def test_a_model_on_the_kernels_is_not_trained_in_part(device: torch.device) -> 
 
 @pytest.mark.gpu
 def test_the_demo_says_the_same_tokens_on_the_kernels() -> None:
-    questions = json.loads((DEMO_IMAGES / "questions.json").read_text())
-    chats = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    *({"type": "image", "image": str(DEMO_IMAGES / i)} for i in q["images"]),
-                    {"type": "text", "text": q["turns"][0][0]},
-                ],
-            }
-        ]
-        for q in questions
-    ]
+    chats = first_questions()
     params = SamplingParams(temperature=0.0, max_tokens=64)
     answers = [
         [

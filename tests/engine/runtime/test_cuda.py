@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from demo_questions import first_questions
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.writer import save_checkpoint
-from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.device import Uploader
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model.batch import TextBatch
@@ -72,19 +72,7 @@ def test_upload(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_the_demo_answers_as_on_the_cpu(quantization: str | None) -> None:
-    questions = json.loads((DEMO_IMAGES / "questions.json").read_text())
-    chats = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    *({"type": "image", "image": str(DEMO_IMAGES / i)} for i in q["images"]),
-                    {"type": "text", "text": q["turns"][0][0]},
-                ],
-            }
-        ]
-        for q in questions
-    ]
+    chats = first_questions()
     params = SamplingParams(temperature=0.0, max_tokens=64)
 
     def answers(device: str, dtype: str) -> list[RequestOutput]:
