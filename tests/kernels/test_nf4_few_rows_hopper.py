@@ -164,8 +164,8 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
         "few-rows",
     ),
     "upper rows first": (
-        "left(lower, upper, dtype, PRODUCT)",
-        "left(upper, lower, dtype, PRODUCT)",
+        "left_operand(lower, upper, dtype, PRODUCT)",
+        "left_operand(upper, lower, dtype, PRODUCT)",
         "few-rows",
     ),
     "permuted to a neighbor": ("l, h, 0x4051;", "l, h, 0x5140;", "buffers"),
