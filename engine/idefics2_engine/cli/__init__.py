@@ -2,5 +2,5 @@
 
 Exit codes: 0 answered; 1 it failed while running, and a traceback says where, or standard output is
 closed or full, as one line on stderr says; 2 the command line or an input is wrong, and one line on
-stderr says which; 130 interrupted; 141 the reader of standard output left, as ``head`` does.
+stderr says which, or the model failed on the request; 130 interrupted; 141 the reader of standard output left, as ``head`` does.
 """

@@ -1,5 +1,6 @@
-"""How much work a file may be, counted before Pillow does it, a module for each format.
+"""How much work a file may be, counted before Pillow does it.
 
-In: a ``bounded_file.BoundedFile``. Out: nothing, or an ``ImageError``.
+In: the bytes of a file. Out: nothing, or an ``ImageError``. ``bounded_file`` counts what Pillow
+reads; the others count the parts of a format: ``chunks`` of PNG and WebP, ``tags`` of TIFF and EXIF.
 Must not decode pixels.
 """
