@@ -98,8 +98,8 @@ class LLMOptions:
         dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
         quantization: ``"nf4"`` quantizes linear layers to bitsandbytes' NF4 during loading. A
             checkpoint that is already in NF4 does not need this.
-        quantized_parts: Parts whose layers are quantized: ``"vision"``, ``"connector"``, ``"text"``.
-            If ``None``, all three.
+        quantized_parts: Parts whose layers are quantized: ``"vision"``, ``"connector"`` or
+            ``"text"``. If ``None``, all three.
         double_quant: Whether to quantize the blocks' absolute maxima as well, which saves 0.37 bits
             per weight.
         split_images: Whether to add the four quarters of each image to the whole. If ``None``, the

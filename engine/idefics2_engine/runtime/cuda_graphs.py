@@ -58,9 +58,11 @@ class DecodeGraphs:
         self.last_tokens = last_tokens
         self.max_pages = max_pages
         self.sizes = graph_sizes(len(last_tokens))
-        self._pool: Any = None  # memory that all share: one runs at a time
+        # Graphs never run at the same time, so they share one memory pool
+        self._pool: Any = None
         begin = time.perf_counter()
-        with torch.inference_mode():  # the largest first, whose memory then serves the others
+        # The largest graph is captured first, and the others reuse its memory
+        with torch.inference_mode():
             self._captured = {size: self.capture(size) for size in reversed(self.sizes)}
         _logger.info(
             "captured %d CUDA graphs, for up to %d sequences, in %.1f s",

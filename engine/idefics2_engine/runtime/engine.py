@@ -277,7 +277,8 @@ class Engine:
                 self.scheduler.max_num_seqs,
             )
             return
-        for request in requests:  # one, or none if it has ended meanwhile
+        # At most one request is left, and none if it has finished in the meantime
+        for request in requests:
             self._fail(request, _failure("the model must run on it", error), error)
 
     def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
