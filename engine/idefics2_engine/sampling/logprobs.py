@@ -119,7 +119,7 @@ def _order(logits: Tensor) -> Tensor:
 def make_token_logprobs(
     arrays: Sequence[np.ndarray], tops: Sequence[int], text: Callable[[int], str]
 ) -> list[TokenLogprobs]:
-    """Convert ``Scores.tensors`` on the host to a dict for each row, with ``tops`` (R,) likeliest."""
+    """Convert ``Scores.tensors`` on the host to a dict per row with ``tops`` (R,) likeliest."""
     ids, logprobs, ranks = (array.tolist() for array in arrays)
     places = []
     for own_rank, top, row_ids, row_logprobs in zip(ranks, tops, ids, logprobs, strict=True):

@@ -94,13 +94,14 @@ class Sequence:
         self.request = request
         self.index = index
         self.token_ids = list(request.prompt_token_ids)
-        self.num_pending = 0  # tokens behind them that are being drawn
-        self.num_computed = (
-            0  # tokens whose keys and values are in the cache, or will be before they are read
-        )
-        self.pages: list[int] = []  # of the KV cache, given by the scheduler
-        self.num_named = 0  # of the pages: those whose names the scheduler has noted
-        self.held_images: list[ImageItem] = []  # whose embeddings are held for it
+        # Tokens drawn on the device that the host has not read yet
+        self.num_pending = 0
+        # Tokens whose keys and values are in the KV cache or will be before they are read
+        self.num_computed = 0
+        # The scheduler sets the pages, how many of them are named, and the images held
+        self.pages: list[int] = []
+        self.num_named = 0
+        self.held_images: list[ImageItem] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
