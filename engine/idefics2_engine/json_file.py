@@ -51,7 +51,8 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise ConfigError(_too_deep(file)) from None
-    except ValueError:  # Python's own bound on the digits of an integer
+    # Python limits the digits of an integer
+    except ValueError:
         raise ConfigError(f"{file}: has a number with too many digits") from None
     if not isinstance(parsed, dict):
         raise ConfigError(f"{file}: must hold a JSON object, got {type(parsed).__name__}")

@@ -48,7 +48,8 @@ def open_file(
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError:
         raise error(f"{printable_path(path)}: must be a file, got a folder") from None
-    except (OSError, ValueError) as reason:  # a name with half a character is a ValueError
+    # A name that UTF-8 cannot encode is a ValueError
+    except (OSError, ValueError) as reason:
         raise error(f"{printable_path(path)}: cannot be read: {_why(reason)}") from None
     with file:
         status = os.fstat(file.fileno())
@@ -104,7 +105,7 @@ def is_there(path: Path) -> bool:
 
 
 def why_no_model(folder: Path) -> str:
-    """Return the message for a ``folder`` of an adapter instead of a model, else an empty string."""
+    """Return the message for an adapter's ``folder`` given as a model's, or an empty string."""
     if is_there(folder / CONFIG) or not is_there(folder / ADAPTER_CONFIG):
         return ""
     return (
@@ -114,7 +115,7 @@ def why_no_model(folder: Path) -> str:
 
 
 def why_no_adapter(folder: Path) -> str:
-    """Return the message for a ``folder`` of a model instead of an adapter, else an empty string."""
+    """Return the message for a model's ``folder`` given as an adapter's, or an empty string."""
     if is_there(folder / ADAPTER_CONFIG) or not is_there(folder / CONFIG):
         return ""
     return "is a model, not an adapter: name it with --model"

@@ -42,7 +42,7 @@ class Prefetcher(Generic[Row, Draft]):
         self._on_end = on_end
         self._pool = ThreadPoolExecutor(threads, "idefics2-prepare")
         self._ahead = ahead
-        # An interrupt in done() could leave the lock of a semaphore locked. A queue has no such lock
+        # An interrupt in done() could leave a semaphore's lock locked. A queue has no such lock
         self._done: SimpleQueue[None] = SimpleQueue()
         self._is_over = False
         # The source may block forever, and a daemon thread does not keep the process alive

@@ -139,7 +139,7 @@ class Idefics2(nn.Module):
         if image_features is None:
             return embeds
         is_image = input_ids == self.config.image_token_id
-        # Each image token looks up its row. The backward of masked_scatter would wait for the device
+        # Each image token looks up its row, as masked_scatter's backward would wait for the device
         rows = (is_image.cumsum(0) - 1).clamp(min=0)
         features = image_features.flatten(0, -2).to(embeds.dtype)
         return torch.where(is_image[:, None], nn.functional.embedding(rows, features), embeds)

@@ -63,7 +63,8 @@ def is_nf4(config: Section) -> bool:
         for bits in (4, 8)
     )
     method = section.values.get("quant_method")
-    if method != "bitsandbytes" and (method is not None or not by_4bit):  # the oldest name none
+    # The oldest configs have no quant_method
+    if method != "bitsandbytes" and (method is not None or not by_4bit):
         raise section.error("quant_method", "'bitsandbytes', with weights in NF4", method)
     if by_8bit:
         raise ConfigError(f"{section.name}: load_in_8bit: weights must be in NF4, got int8")
