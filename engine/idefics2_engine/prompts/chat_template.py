@@ -42,7 +42,8 @@ class ChatTemplate:
             self._template = self._sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
-        except Exception as error:  # Jinja's parser and Python's compiler fail in many ways
+        # Jinja's parser and Python's compiler can raise many classes of errors
+        except Exception as error:
             raise ConfigError(f"chat template: {type(error).__name__}: {error!s:.200}") from None
         self._tokenizer = tokenizer
 
@@ -110,7 +111,8 @@ def _find_template(folder: Path) -> str | None:
     if not found and is_there(jinja_file):
         found = read_text(jinja_file)
     found = found or in_json("tokenizer_config.json")
-    if isinstance(found, list):  # several templates by name
+    # A list holds several templates by name
+    if isinstance(found, list):
         entries = [entry for entry in found if isinstance(entry, dict)]
         found = {str(entry.get("name")): entry.get("template") for entry in entries}
     if isinstance(found, dict):

@@ -24,7 +24,7 @@ def read_messages(
     - ``{"type": "text", "text": str}``
     - ``{"type": "image"}``, a bare part, which stands for the next of ``images``
     - ``{"type": "image", "image" or "url" or "path": source}``
-    - ``{"type": "image_url", "image_url": url or {"url": source}}``. OpenAI's ``detail`` is ignored.
+    - ``{"type": "image_url", "image_url": url or {"url": source}}``, where ``detail`` is ignored
 
     A key whose value is ``None`` counts as missing, because ``datasets`` gives all rows all keys.
 

@@ -63,12 +63,13 @@ class Budget:
             raise TemplateLimitError(f"must take at most {SECONDS} s")
 
     def allow(self, size: float) -> None:
-        """Raise if the time is over or a value of ``size`` too much.
+        """Raise ``TemplateLimitError`` if the time is over or a value of ``size`` is too large.
 
-        All are counted, as if none went away.
+        Freed values still count.
         """
         self.look()
-        if not size <= self.max_size:  # NaN, which a template can make, neither
+        # A template can make a NaN, which must fail this comparison
+        if not size <= self.max_size:
             raise TemplateLimitError(f"a value must have a size of at most {self.max_size}")
         self.taken += size
         if self.taken > _TOTAL_FACTOR * self.max_size:
@@ -179,7 +180,8 @@ def formatted(budget: Budget, values: list[Any]) -> float:
     """Bound ``text % values``, widths included."""
     text, *rest = str(values[0]), *values[1:]
     width = _largest_number(text)
-    if "*" in text:  # a width among the values
+    # An asterisk takes a width from the values
+    if "*" in text:
         width += product_of_sizes(budget, [number for value in rest for number in _numbers(value)])
     return len(text) + text.count("%") * (width + sum_of_sizes(budget, rest))
 

@@ -40,9 +40,11 @@ class TokenLibrary:
         self.added_tokens: dict[int, tokenizers.AddedToken] = (
             self._tokenizer.get_added_tokens_decoder()
         )
-        self._spelled: dict[int, int] = {}  # ids of other spellings of added tokens, to the tokens'
-        try:  # the parts that are looked into no sooner
-            self.prefix: list[int] = self._tokenizer.encode("").ids  # what begins and ends a text
+        # Ids of other spellings of added tokens, mapped to the tokens' ids
+        self._spelled: dict[int, int] = {}
+        # The library finds some errors only on first use
+        try:
+            self.prefix: list[int] = self._tokenizer.encode("").ids
             self._tokenizer.decode([])
             self._tokenizer.decode(ids, skip_special_tokens=False)
         except BaseException as error:

@@ -111,7 +111,8 @@ class Tokenizer:
         """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""
         check_text(text)
         text = text.replace(_MARK, _ESCAPED_MARK)
-        if text.endswith(_MARK[0]):  # the next part may begin with the other half
+        # The next part may begin with the other half of a mark
+        if text.endswith(_MARK[0]):
             text += _MARK
         return self._mark_starts(text)
 
