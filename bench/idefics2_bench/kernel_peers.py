@@ -1,7 +1,7 @@
-"""The peers of our kernels: attention backends, cuBLAS, PyTorch's own operations, bitsandbytes.
+"""Peers of the kernels: attention backends, cuBLAS, PyTorch's own operations, bitsandbytes.
 
-A peer takes a case's inputs, prepares what it would hold already (a padded cache, a mask, quantized weights), and
-returns the call to time, or ``None`` where it cannot run the case.
+A peer prepares a case's inputs (a padded cache, a mask, quantized weights) and returns the call to
+time. It returns ``None`` if it cannot run the case.
 """
 
 from collections.abc import Callable

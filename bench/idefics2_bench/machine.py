@@ -1,4 +1,4 @@
-"""The machine that figures are from, and the two ceilings that they are compared with."""
+"""Description of the machine, and its measured bandwidth and matmul rate."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Options that the benchmarks of the whole model share: which model, on what and how."""
+"""Shared options of the benchmarks of the whole model."""
 
 import argparse
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Time calls on a GPU: CUDA graphs over rotated inputs, implementations interleaved, medians.
 
-A graph holds enough calls, each on inputs of its own, that none finds its data in the L2 cache, and that the gaps of
-launching do not count. Implementations take turns, so that a clock that drifts drifts for all.
+A graph contains many calls, each on different inputs, so no call finds its data in the L2 cache and
+launch gaps do not count. Implementations alternate, so a drift of the clock affects all equally.
 """
 
 import gc

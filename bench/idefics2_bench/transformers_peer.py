@@ -1,6 +1,6 @@
-"""transformers' Idefics2 on the very weights of ours, for benchmarks that run both in one process.
+"""transformers' Idefics2 on the engine's weights, for benchmarks of both in one process.
 
-Its parameters are views of our fused ones, so the second model takes no memory for them.
+Its parameters are views of the engine's fused ones, so it needs no memory for weights.
 """
 
 from collections.abc import Sequence

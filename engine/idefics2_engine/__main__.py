@@ -1,4 +1,4 @@
-"""``python -m idefics2_engine`` is the ``idefics2`` command."""
+"""Run the ``idefics2`` command with ``python -m idefics2_engine``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Errors about what a caller passed: which of several things, and what its own code raised."""
+"""Context for errors about a caller's input: its name, and exceptions of the caller's own code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from idefics2_engine.errors import Idefics2Error, ImageWarning
 
 @contextmanager
 def about(name: str | None) -> Iterator[None]:
-    """Put ``name`` in front of the message of an error raised inside, unless it is ``None``."""
+    """Prefix the message of an error raised inside with ``name``, unless it is ``None``."""
     try:
         yield
     except Idefics2Error as error:
@@ -19,14 +19,14 @@ def about(name: str | None) -> Iterator[None]:
 
 @contextmanager
 def caller_code(name: str, wrong: type[Idefics2Error]) -> Iterator[None]:
-    """Turn what the caller's own objects raise while they are read into an error about ``name``.
+    """Convert exceptions of the caller's objects to an error about ``name``.
 
-    Only code that runs a caller's methods belongs inside: an error of ours there would be blamed on
-    the caller.
+    Only code that runs the caller's methods belongs inside. The engine's own bugs there would be
+    reported as errors of the caller.
 
     Raises:
-        Idefics2Error: Of the class ``wrong``, with the class of what was raised and nothing of its
-            text.
+        Idefics2Error: An error of the class ``wrong``. It names the class of the exception, without
+            its text.
     """
     try:
         yield

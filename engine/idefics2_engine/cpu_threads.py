@@ -1,4 +1,4 @@
-"""How many threads a CPU computes with, in the processes of the command line and the tests."""
+"""Number of CPU threads of torch, for the command line and the tests."""
 
 import os
 from pathlib import Path
@@ -6,18 +6,21 @@ from pathlib import Path
 from idefics2_engine.checkpoint.shards import weight_paths
 
 SMALL_MODEL_THREADS = 1
-"""Of a model such as the demo. Its operations are so short that threads mostly wait for each other, and beside
-other work, where one of them has no core, they wait for long."""
+"""Threads for a model as small as the demo.
 
-_SMALL_BYTES = 1 << 28  # of weights
+Its operations are so short that several threads would mostly wait for each other.
+"""
+
+# A model with fewer bytes of weights is small
+_SMALL_BYTES = 1 << 28
 
 
 def set_cpu_threads(folder: Path, threads: int | None) -> None:
-    """Set torch's number of threads for the model in ``folder``, in the whole process.
+    """Set torch's number of threads in this process for the model in ``folder``.
 
-    That is ``threads``, or if ``None`` what ``OMP_NUM_THREADS`` says, or one for a small model, or
-    torch's own choice. Threads that have computed already keep their number, so it is set before a
-    model is loaded.
+    If ``threads`` is ``None``, ``OMP_NUM_THREADS`` has precedence, then one thread for a small
+    model, then torch's default. The call must precede loading, because the number cannot change
+    after the first computation.
     """
     import torch
 

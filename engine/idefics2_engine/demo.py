@@ -1,4 +1,4 @@
-"""Where the demo checkpoint and its images are: in an installed package, or in the checkout."""
+"""Paths of the demo checkpoint and its images, in an installed package or a checkout."""
 
 from pathlib import Path
 

@@ -1,26 +1,25 @@
-"""What a caller may catch: one class per kind of bad input, all of them ``ValueError``."""
+"""Errors that callers may catch: one subclass of ``ValueError`` for each kind of bad input."""
 
 import reprlib
 from numbers import Number
 from typing import ClassVar
 
 _MOST_CHARACTERS = 80
-# Python refuses to write integers that are not much longer
+# Python raises an error on printing integers that are not much longer
 _WRITTEN_BITS = 4096
 
 
 class Idefics2Error(ValueError):
-    """Base of every error that bad input causes; the message names what, wanted and got.
+    """Base class of errors caused by bad input, whose messages name argument, wanted and got.
 
     Attributes:
-        code: Short name of the class for machines, in ``--json`` and in the error rows of jobs; it
-            never changes.
+        code: Stable short name of the class for machines, in ``--json`` and in ``to_dict``.
     """
 
     code: ClassVar[str] = "bad_input"
 
     def to_dict(self) -> dict[str, str]:
-        """Return what machines read of an error, in ``--json`` and in ``RequestOutput.to_dict``."""
+        """Return the error for ``--json`` and ``RequestOutput.to_dict``."""
         return {"code": self.code, "message": str(self)}
 
 
@@ -43,33 +42,33 @@ class ImageError(Idefics2Error):
 
 
 class MediaNotAllowedError(ImageError):
-    """An image lies where this process may not read: a host, an address, a folder or a scheme."""
+    """An image's host, address, folder or URL scheme is not allowed."""
 
     code = "media_not_allowed"
 
 
 class MediaFetchError(ImageError):
-    """An allowed address did not give an image in time; another try may."""
+    """An allowed URL did not return an image in time; a retry may succeed."""
 
     code = "media_fetch"
 
 
 class ImageWarning(UserWarning):
-    """An image was read, but not all of it."""
+    """An image was read incompletely."""
 
 
 class PromptError(Idefics2Error):
-    """A prompt or a conversation cannot be turned into token ids."""
+    """A prompt or a conversation cannot be converted to token ids."""
 
     code = "prompt"
 
 
 class PromptTooLongError(PromptError):
-    """A prompt does not leave room for one token of an answer; a caller may cut or split it.
+    """A prompt leaves no room for one token of an answer.
 
     Attributes:
         got: Tokens of the prompt, image tokens included.
-        limit: Tokens that a prompt may have: one fewer than the context, which the answer needs.
+        limit: Most tokens of a prompt: one fewer than the context, for the answer.
     """
 
     code = "prompt_too_long"
@@ -80,47 +79,38 @@ class PromptTooLongError(PromptError):
         self.limit = context - 1
 
     def __reduce__(self) -> tuple[type["PromptTooLongError"], tuple[int, int]]:
-        """Let it pass between processes, which build an error anew from its arguments."""
+        """Support pickling, which rebuilds an exception from constructor arguments."""
         return type(self), (self.got, self.limit + 1)
 
 
 class SamplingError(Idefics2Error):
-    """A sampling parameter is out of its range."""
+    """A sampling parameter is invalid."""
 
     code = "sampling"
 
 
 class InternalError(Idefics2Error):
-    """A prompt could not be prepared for a reason that is no fault of the prompt.
-
-    The cause is chained.
-    """
+    """Preparing a prompt failed for an internal reason, which is chained."""
 
     code = "internal"
 
 
 class RequestFailedError(Idefics2Error):
-    """The model could not be run on one request, alone in a step, or gave no finite logits.
+    """The model failed on this request or returned logits that are not finite.
 
-    The others went on.
+    Other requests continue.
     """
 
     code = "request_failed"
 
 
 def short_repr(value: object) -> str:
-    """Return ``value`` as Python writes it, cut.
-
-    An object that is no plain data is its type's name.
-    """
+    """Return a shortened ``repr`` of plain data, or the type's name for any other object."""
     return _SHORT.repr(value)[:_MOST_CHARACTERS]
 
 
 class _Short(reprlib.Repr):
-    """Writes the beginning of containers.
-
-    Nothing large, deep or of a stranger's class is written out.
-    """
+    """A ``repr`` that shortens large and deep values and calls no code of unknown classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,11 +124,13 @@ class _Short(reprlib.Repr):
     def repr_instance(self, value: object, level: int) -> str:
         if isinstance(value, bytes):
             return repr(value[: self.maxother])
-        numpy_scalar = getattr(value, "shape", None) == ()  # its bool is no Number
+        # NumPy's bool is not a Number
+        numpy_scalar = getattr(value, "shape", None) == ()
         if value is None or isinstance(value, Number) or numpy_scalar:
             try:
                 return repr(value)
-            except ValueError:  # an integer that is too long to be written is part of it
+            except ValueError:
+                # The value contains an integer that is too long to print
                 pass
         return f"<{type(value).__name__}>"
 

@@ -1,4 +1,4 @@
-"""Kinds of values, and dataclasses whose fields name theirs: the check of all arguments."""
+"""Validation of arguments: kinds of values, and dataclasses whose fields declare a kind."""
 
 import math
 import os
@@ -11,11 +11,11 @@ from typing import Any
 from idefics2_engine.errors import Idefics2Error, short_repr
 
 Kind = Callable[[object], Any]
-"""Returns a value in Python's own types, or raises ``MismatchError``."""
+"""Converts a value to Python's built-in types, or raises ``MismatchError``."""
 
 
 class MismatchError(Exception):
-    """A value is not of a kind: the first argument says what the kind is, the second what came."""
+    """A value is not of its kind; the arguments are what was wanted and what was got."""
 
     def __init__(self, wanted: str, got: str) -> None:
         super().__init__(wanted, got)
@@ -24,14 +24,15 @@ class MismatchError(Exception):
 
 
 def checked(kind: Kind, default: Any = MISSING, **options: Any) -> Any:
-    """Return a dataclass field for values of ``kind``; ``options`` are those of ``field``."""
+    """Return a dataclass field for values of ``kind``; ``options`` are passed to ``field``."""
     return field(default=default, metadata={"kind": kind}, **options)
 
 
 def check_fields(instance: Any, error: type[Idefics2Error]) -> None:
-    """Check every field of a frozen dataclass and store what its kind makes of it.
+    """Check every field of a frozen dataclass and store the values that its kinds return.
 
-    Raise ``error`` if it cannot.
+    Raises:
+        Idefics2Error: A field is not of its kind; an error of the class ``error``.
     """
     for one in fields(instance):
         value = check(one.name, getattr(instance, one.name), one.metadata["kind"], error)
@@ -39,7 +40,7 @@ def check_fields(instance: Any, error: type[Idefics2Error]) -> None:
 
 
 def check(name: str, value: object, kind: Kind, error: type[Idefics2Error]) -> Any:
-    """Return ``value`` as ``kind`` makes it; raise ``error`` with ``name`` if it is of another."""
+    """Return ``value`` converted by ``kind``; raise ``error`` about ``name`` if it does not fit."""
     try:
         return kind(value)
     except MismatchError as found:
@@ -61,7 +62,7 @@ def text(value: object) -> str:
 
 
 def path(value: object) -> str | Path:
-    """Accept the name of a file or folder: a string, or what ``os.fspath`` turns into one."""
+    """Accept the name of a file or folder: a string or a path of strings."""
     if isinstance(value, str):
         return value
     name = os.fspath(value) if isinstance(value, os.PathLike) else None
@@ -72,7 +73,7 @@ def path(value: object) -> str | Path:
 
 @dataclass(frozen=True)
 class Whole:
-    """Accepts integers from ``low`` to ``high`` of any library, but no booleans or floats."""
+    """A kind of integers from ``low`` to ``high``, of any library, without booleans and floats."""
 
     low: int
     high: float = math.inf
@@ -90,7 +91,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """Accepts real numbers in [``low``, ``high``], or in (``low``, ``high``] with ``above``."""
+    """A kind of real numbers in [``low``, ``high``], or in (``low``, ``high``] with ``above``."""
 
     low: float
     high: float
@@ -108,7 +109,7 @@ class Number:
 
 
 class OneOf:
-    """Accepts the strings it is given."""
+    """A kind of the given strings."""
 
     def __init__(self, *names: str) -> None:
         self._names = names
@@ -126,24 +127,24 @@ class OneOf:
 
 @dataclass(frozen=True)
 class OrNone:
-    """Accepts ``None`` and what ``kind`` does."""
+    """A kind of ``None`` and the values of ``kind``."""
 
     kind: Kind
 
     def __call__(self, value: object) -> Any:
-        """Return ``None``, or what the kind makes of the value."""
+        """Return ``None``, or the value converted by the kind."""
         return None if value is None else self.kind(value)
 
 
 @dataclass(frozen=True)
 class ListOf:
-    """Accepts lists and tuples of what ``kind`` does.
+    """A kind of lists and tuples of values of ``kind``.
 
     Attributes:
-        kind: The elements' kind.
-        name: The elements' name, in the plural.
-        least: Elements at least.
-        or_one: Whether a string stands for a list of it alone; otherwise a string is refused.
+        kind: Kind of the elements.
+        name: Name of the elements, in the plural.
+        least: Least number of elements.
+        or_one: Whether a string counts as a list of one; otherwise it is rejected.
     """
 
     kind: Kind
@@ -166,7 +167,7 @@ class ListOf:
 
 
 def _float(value: object) -> float:
-    """Return a real number as Python's, and NaN, which lies in no range, for anything else."""
+    """Convert a real number to a Python float; return NaN, which is in no range, for others."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:

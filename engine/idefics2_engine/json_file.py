@@ -1,4 +1,4 @@
-"""JSON objects from files of strangers: read strictly and within bounds, their values by type."""
+"""Strict and bounded reading of JSON objects from untrusted files, with typed access."""
 
 import json
 from collections.abc import Mapping
@@ -9,21 +9,22 @@ from typing import Any
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.model_files import is_there, printable_path, read_file
 
-_MOST_LEVELS = 64  # a tokenizer has 6
+# The deepest known file, a tokenizer, has 6 levels
+_MOST_LEVELS = 64
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Parse the JSON object in the file ``path``.
 
     Raises:
-        ConfigError: The file is missing, no regular file, too large, not UTF-8, not JSON, nested
-            too deeply, names a key twice in one object, or holds something else than an object.
+        ConfigError: The file is missing, not a regular file, too large, not UTF-8, not JSON, or too
+            deeply nested. Or an object has a key twice, or the top level is not an object.
     """
     return parse_json(read_file(path), path)
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    """Parse the JSON object in the file ``path``, empty if there is none.
+    """Parse the JSON object in the file ``path``; return an empty dict if there is no file.
 
     Raises as ``read_json`` does.
     """
@@ -31,7 +32,7 @@ def read_json_if_there(path: Path) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """Parse the JSON object ``content`` of the file ``path``, which errors name.
+    """Parse the JSON object ``content``; errors name the file ``path``.
 
     Raises as ``read_json`` does.
     """
@@ -50,7 +51,8 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise ConfigError(_too_deep(file)) from None
-    except ValueError:  # Python's own bound on the digits of an integer
+    # Python limits the digits of an integer
+    except ValueError:
         raise ConfigError(f"{file}: has a number with too many digits") from None
     if not isinstance(parsed, dict):
         raise ConfigError(f"{file}: must hold a JSON object, got {type(parsed).__name__}")
@@ -67,20 +69,20 @@ class Section:
     values: Mapping[str, Any]
 
     def section(self, key: str) -> "Section":
-        """Return the object at ``key``, empty if there is none."""
+        """Return the object at ``key``, or an empty one if it is absent."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "an object", value)
         return Section(key, value or {})
 
     def require(self, key: str, *wanted: object) -> None:
-        """Refuse any other value than those ``wanted`` and none."""
+        """Raise ``ConfigError`` unless the value is absent or one of ``wanted``."""
         got = self.values.get(key)
         if not any(got == one and type(got) is type(one) for one in (None, *wanted)):
             raise self.error(key, " or ".join(map(repr, wanted)) or "absent", got)
 
     def size(self, key: str, default: int, most: int) -> int:
-        """Return a number of things, from 1 to ``most``."""
+        """Return an integer from 1 to ``most``."""
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) is not int or value <= 0:
@@ -90,7 +92,7 @@ class Section:
         return value
 
     def size_or_none(self, key: str, default: int, most: int) -> int | None:
-        """Return ``size``, or None where the file says ``null``."""
+        """Return ``size``, or ``None`` if the value is ``null``."""
         if key in self.values and self.values[key] is None:
             return None
         return self.size(key, default, most)
@@ -104,7 +106,7 @@ class Section:
         return value
 
     def positive(self, key: str, default: float) -> float:
-        """Return a number above 0 that arithmetic in fp32 can bear."""
+        """Return a positive number below 2**63, which is safe in fp32 arithmetic."""
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not 0 < value < 2.0**63:
@@ -112,19 +114,19 @@ class Section:
         return float(value)
 
     def flag(self, key: str) -> bool:
-        """Return true or false, which is the default."""
+        """Return a boolean, by default false."""
         value = self.values.get(key)
         if value is not None and type(value) is not bool:
             raise self.error(key, "true or false", value)
         return bool(value)
 
     def error(self, key: str, wanted: str, got: object) -> ConfigError:
-        """Make the error that names the place, what it must be and what it is."""
+        """Return the error that ``key`` must be ``wanted``, but is ``got``."""
         return ConfigError(f"{self.name}: {key} must be {wanted}, got {short_repr(got)}")
 
 
 def printable(text: str) -> str:
-    """Return a name from a file, cut short, and as Python writes it if it is not printable."""
+    """Return a name from a file, or its shortened ``repr`` if it is long or not printable."""
     return text if text.isprintable() and len(text) <= 200 else f"{text!r:.200}"
 
 
@@ -135,7 +137,7 @@ def _too_deep(file: str) -> str:
 
 
 def _is_shallow(value: dict[str, Any]) -> bool:
-    """Whether ``value`` has few levels: Python writes and compares deep ones by recursion."""
+    """Return whether ``value`` has few levels; printing and comparing deep ones would fail."""
     level: list[Any] = [value]
     for _ in range(_MOST_LEVELS):
         level = [
@@ -150,7 +152,7 @@ def _is_shallow(value: dict[str, Any]) -> bool:
 
 
 class _RepeatedKeyError(Exception):
-    """A key stands twice in an object: readers differ in which of them counts."""
+    """An object has a key twice, which JSON readers interpret differently."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The Python interface: ``LLM(model).generate(...)`` and ``.chat(...)``, in vLLM's shape."""
+"""The Python interface, modeled on vLLM's: ``LLM(model).generate(...)`` and ``.chat(...)``."""
 
 import gc
 import logging
@@ -47,37 +47,41 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _EndOfRows:
-    """Follows the last row that ``iterate`` has read."""
+    """The event that marks the end of the rows of ``iterate``.
+
+    Attributes:
+        count: Rows read.
+        error: The exception that the iterator of rows raised. None if it ended normally.
+    """
 
     count: int
-    error: BaseException | None  # what the source of the rows raised instead of ending
+    error: BaseException | None
 
 
 class LLM:
     """An Idefics2 model that answers questions about images.
 
-    The engine runs on a thread of its own. Any thread may call any method at any time, several at
-    once too: their requests share the engine's steps. An exception in the caller's thread, such as
-    Ctrl-C, cancels that call's requests and no others. Use the object as a context, or ``close``
-    it, to give back the memory at a chosen point.
+    The engine runs on its own thread. All methods are thread-safe, and requests of concurrent calls
+    share the engine's steps. An exception in the caller's thread, such as ``KeyboardInterrupt``,
+    cancels only the requests of that call. Use the object as a context manager, or call ``close``,
+    to free its memory at a chosen point.
+
+    The arguments are the fields of ``idefics2_engine.llm_options.LLMOptions``, which documents
+    them.
 
     Attributes:
-        config: The model's.
-        processor: Turns text and images into the model's input.
+        config: Configuration of the model.
+        processor: Converts text and images to the model's input.
         model: The network.
         engine_config: Sizes of the runtime.
-        engine: Answers requests; it belongs to its thread while any call is unfinished.
-        stats: What the engine has done so far.
-        request_builder: Turns prompts and parameters into requests for ``engine``.
-
-    Its arguments are the fields of ``idefics2_engine.llm_options.LLMOptions``, which describes
-    each.
+        engine: Answers requests. Only its thread may use it while a call is unfinished.
+        stats: Counters of the engine.
+        request_builder: Converts prompts and parameters to requests for ``engine``.
 
     Raises:
-        ConfigError: The model cannot be found, a file of it is missing or wrong, or an argument
-            does not fit it.
-        CheckpointError: The weights are missing, do not fit the config, or fail a check that was
-            asked for.
+        ConfigError: The model is not found, one of its files is missing or invalid, or an argument
+            does not fit the model.
+        CheckpointError: The weights are missing, do not fit the config, or fail a requested check.
     """
 
     @torch_defaults()
@@ -114,7 +118,7 @@ class LLM:
         image_threads: int | None = None,
         ops: Ops | None = None,
     ) -> None:
-        # All arguments, which are the only local names yet
+        # locals() holds exactly the arguments here, so this must be the first statement
         options = LLMOptions(**{name: value for name, value in locals().items() if name != "self"})
         to_quantize = options.to_quantize
         folder, adapter_folder = find_folders(options)
@@ -138,19 +142,18 @@ class LLM:
             self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )
         if on.type == "cuda":
-            # Weights may have been copied on a stream of the caller's, which the engine does not
-            # wait for
+            # The weights may have been copied on the caller's current stream, and the engine's
+            # thread does not wait for that stream
             torch.cuda.synchronize(on)
         self.stats = self.engine.stats
         self._thread = EngineThread(self.engine)
-        # At the latest when the object is collected or the process ends
+        # The thread also ends when this object is garbage-collected or the process exits
         self._finalizer = weakref.finalize(self, self._thread.close)
 
     def close(self) -> None:
-        """End the engine's thread and give back the memory of the model and its cache.
+        """End the engine's thread and free the memory of the model and its KV cache.
 
-        Calls that are unfinished on other threads raise ``RuntimeError``, and so does every later
-        call.
+        Unfinished calls on other threads raise ``RuntimeError``. So does every later call.
         """
         self._finalizer()
         for name in ("model", "engine"):
@@ -174,15 +177,15 @@ class LLM:
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Continue raw prompts; control tokens in their text are control tokens.
+        """Continue raw prompts, in which control tokens are recognized.
 
         Args:
             prompts: One prompt or several.
-            sampling_params: For all of them, or one each.
+            sampling_params: Parameters for all prompts, or one object for each.
             progress: Whether to show a progress bar.
 
         Returns:
-            One output a prompt, in order.
+            One output for each prompt, in order.
 
         Raises:
             PromptError: A prompt is malformed, does not fit its images, or is too long.
@@ -200,21 +203,20 @@ class LLM:
         images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]] = (),
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Answer conversations; nothing typed in them becomes a control token.
+        """Answer conversations, in whose text control tokens are not recognized.
 
         Args:
             messages: One conversation or several.
-            sampling_params: For all of them, or one each.
-            images: For parts ``{"type": "image"}`` without an image of their own, in order. Of
-                several conversations a list for each.
+            sampling_params: Parameters for all conversations, or one object for each.
+            images: Images for the parts ``{"type": "image"}`` that have no source, in order. For
+                several conversations, a list for each.
             progress: Whether to show a progress bar.
 
         Returns:
-            One output a conversation, in order.
+            One output for each conversation, in order.
 
         Raises:
-            PromptError: A conversation is malformed or too long, or the model has not learned to
-                chat.
+            PromptError: A conversation is malformed or too long, or the model has no chat template.
             ImageError: An image cannot be read.
             SamplingError: A sampling parameter does not fit the model.
         """
@@ -226,9 +228,9 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Answer one prompt or conversation, yielding its output after every token.
 
-        Text that may turn out to be a stop string, or half a character, is held back. What is wrong
-        with the prompt is raised by this call; the answer begins when the iterator is first asked,
-        and is dropped when it is closed.
+        Text that may become a stop string is held back, and so is an incomplete character. This
+        call raises the errors of the prompt. Generation starts at the first ``next`` of the
+        iterator. Closing the iterator cancels the request.
         """
         draft = self.request_builder.read(prompt)
         (processed,) = self.processor.finish([draft])
@@ -242,27 +244,26 @@ class LLM:
         in_flight: int | None = None,
         progress: bool = False,
     ) -> Generator[RequestOutput, None, None]:
-        """Answer prompts and conversations as they come, yielding each output when it is finished.
+        """Answer a stream of prompts and conversations, yielding each output when it is finished.
 
         Args:
-            prompts: Are read lazily, on a thread of their own, ``in_flight`` before they are
-                answered at most. What a prompt holds is copied when it is read, so that the source
-                may use its objects again; image files are read in threads later. Each may be a pair
-                with its own parameters.
-            sampling_params: For all others.
-            in_flight: Requests begun and not yielded; twice ``max_num_seqs`` if ``None``.
-            progress: Whether to show a progress bar; its total is known if ``prompts`` has a
-                length.
+            prompts: Prompts and conversations. Each may be a pair with its own parameters. They are
+                read lazily on a separate thread, at most ``in_flight`` ahead of the answers. Each
+                prompt is copied when it is read, so the source may reuse its objects. Image files
+                are read later, in threads.
+            sampling_params: Parameters of the prompts that have none of their own.
+            in_flight: Requests begun and not yet yielded; twice ``max_num_seqs`` if ``None``.
+            progress: Whether to show a progress bar. It has a total if ``prompts`` has a length.
 
         Yields:
-            Outputs in the order in which they finish; ``request_id`` is the place among
-            ``prompts``, from "0". One that is malformed, does not fit or fails has its ``error``
-            and keeps none of the others from being answered.
+            Outputs in the order in which they finish. ``request_id`` is the index in ``prompts``,
+            from "0". The output of a malformed, unsuitable or failed request has an ``error``; the
+            other requests go on.
 
         Raises:
             PromptError: ``prompts`` is one prompt, not an iterable of them.
-            Exception: What iterating over ``prompts`` raised, after all that was read before has
-                been answered.
+            Exception: Iterating over ``prompts`` raised it. It is raised after every prompt read
+                before has been answered.
         """
         if in_flight is None:
             in_flight = 2 * self.engine_config.max_num_seqs
@@ -353,7 +354,7 @@ class LLM:
 
 
 def _take(events: SimpleQueue[Any]) -> Any:
-    """Wait for the next event and return it; raise it if it says why there will be no more."""
+    """Wait for the next event and return it, or raise it if it is an exception."""
     event = events.get()
     if isinstance(event, BaseException):
         raise event

@@ -1,4 +1,4 @@
-"""The arguments of ``LLM``, their bounds, and the configs and the model that follow from them."""
+"""Arguments of ``LLM``, their validation, and the configs and the model derived from them."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -45,19 +45,21 @@ from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_k
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
-# Far above any use: a larger number is a mistake, and should say so before anything is allocated or
-# counted to.
-_MOST_AT_ONCE = 1 << 20  # answers, or tokens of a step
-_MOST_KEPT = 2**31 - 1  # tokens, pixels or bytes
+# These bounds are far above any use. A larger number is a mistake and must be reported before
+# anything of that size is allocated.
+# Bound of the answers at once and of the tokens of a step
+_MOST_AT_ONCE = 1 << 20
+# Bound of tokens, pixels and bytes
+_MOST_KEPT = 2**31 - 1
 _MOST_SECONDS = 86400.0
 _MOST_THREADS = 1024
 _logger = logging.getLogger(__name__)
-# 8 GiB at the 8B model's shape in 16 bit
+# Its cache has 8 GiB for the 8B model in 16 bit
 _KV_CACHE_TOKENS = 65536
 
 
 def _dtype(value: object) -> str | torch.dtype:
-    """Accept a name, or a floating dtype of torch's."""
+    """Accept a name or a floating ``torch.dtype``."""
     if isinstance(value, str) or (isinstance(value, torch.dtype) and value.is_floating_point):
         return value
     got = str(value) if isinstance(value, torch.dtype) else short_repr(value)
@@ -65,7 +67,7 @@ def _dtype(value: object) -> str | torch.dtype:
 
 
 def _device(value: object) -> str:
-    """Accept a name, or a device of torch's."""
+    """Accept a name or a ``torch.device``."""
     if isinstance(value, str | torch.device):
         return str(value)
     raise MismatchError("the name of a device", short_repr(value))
@@ -79,61 +81,60 @@ def _ops(value: object) -> Ops:
 
 @dataclass(frozen=True, kw_only=True)
 class LLMOptions:
-    """What ``LLM`` was called with, checked.
+    """Validated arguments of ``LLM``.
 
     Attributes:
-        model: A checkpoint in the hub's form: its folder, or its id on the hub, ``org/name`` or
-            ``org/name@revision``, which is read from the hub's cache or downloaded into it. If
-            ``None``, the demo checkpoint.
+        model: A checkpoint in the hub's format: its folder, or its hub id ``org/name`` or
+            ``org/name@revision``, which is downloaded unless the hub's cache has it. If ``None``,
+            the demo checkpoint.
         revision: Branch, tag or commit of a hub id.
-        adapter: A LoRA adapter in PEFT's format to merge, its folder or its id on the hub.
-        verify: Compare the files with their published checksums first, and refuse weights that have
-            none.
-        check_finite: Look at every weight for NaN and infinity, and for overflow in ``dtype``.
-        load_format: ``"auto"`` reads the weights. ``"dummy"`` draws random ones on the device, for
-            benchmarks, and the folder needs none.
+        adapter: A LoRA adapter in PEFT's format to merge: its folder or its hub id.
+        verify: Compare the files with their published checksums first. Weights without a checksum
+            are rejected.
+        check_finite: Check every weight for NaN, infinity, and overflow in ``dtype``.
+        load_format: ``"auto"`` reads the weights. ``"dummy"`` draws random weights on the device,
+            for benchmarks; the folder then needs no weights.
         device: ``"auto"`` is a CUDA device if there is one, and otherwise the CPU.
         dtype: ``"auto"`` is bfloat16 on a CUDA device and float32 on a CPU.
-        quantization: ``"nf4"`` quantizes linear layers to bitsandbytes' NF4 while they are loaded.
-            A checkpoint that is in NF4 already is loaded as it is, without this.
-        quantized_parts: Which layers: those of ``"vision"``, ``"connector"`` and ``"text"``. If
-            ``None``, all of them.
+        quantization: ``"nf4"`` quantizes linear layers to bitsandbytes' NF4 during loading. A
+            checkpoint that is already in NF4 does not need this.
+        quantized_parts: Parts whose layers are quantized: ``"vision"``, ``"connector"`` or
+            ``"text"``. If ``None``, all three.
         double_quant: Whether to quantize the blocks' absolute maxima as well, which saves 0.37 bits
-            a weight.
-        split_images: Whether to cut each image into quarters beside the whole. If ``None``, as the
-            checkpoint says.
-        max_model_len: Tokens of a prompt with its answer. If ``None``, the model's positions.
-        max_num_seqs: Answers that are generated at once.
-        max_num_batched_tokens: Tokens that one forward pass computes at most. Longer prompts need
-            several.
-        enable_prefix_caching: Whether to keep the KV cache of prompts for others that start with
-            the same tokens and images.
-        kv_cache_tokens: Tokens that the KV cache holds. If ``None``: on a CUDA device what
-            ``gpu_memory_utilization`` leaves for it, on a CPU enough for ``max_num_seqs`` full
-            ones, but at most 65,536 unless one alone needs more.
+            per weight.
+        split_images: Whether to add the four quarters of each image to the whole. If ``None``, the
+            checkpoint decides.
+        max_model_len: Most tokens of a prompt and its answer together. If ``None``, the model's
+            positions.
+        max_num_seqs: Most answers that are generated at once.
+        max_num_batched_tokens: Most tokens of one forward pass. Longer prompts need several passes.
+        enable_prefix_caching: Whether to keep the KV cache of prompts for later prompts that start
+            with the same tokens and images.
+        kv_cache_tokens: Tokens that the KV cache holds. If ``None``, a CUDA device uses the memory
+            that ``gpu_memory_utilization`` leaves. A CPU gets room for ``max_num_seqs`` full
+            sequences, at most 65,536 tokens unless one sequence needs more.
         gpu_memory_utilization: Share of a CUDA device's memory that weights, steps and KV cache may
             use in all.
-        enforce_eager: Whether to launch every kernel by itself, without CUDA graphs. ``REFERENCE``
-            is never captured, and any other ``ops`` that read values back must not be.
-        seed: Fixes the random numbers of requests without a seed of their own.
-        sampling_order: ``"vllm"`` applies min-p before top-k and top-p, ``"hf"`` after, as
-            transformers does.
-        image_policy: How doubtful images are read: ``"parity"`` with transformers, ``"correct"``,
-            or ``"strict"``, which refuses them (docs/images.md).
+        enforce_eager: Whether to launch each kernel separately, without CUDA graphs. ``REFERENCE``
+            is never captured. Other ``ops`` that copy values to the host need this.
+        seed: Determines the seeds of requests that have none.
+        sampling_order: ``"vllm"`` applies min-p before top-k and top-p. ``"hf"`` applies it after
+            them, like transformers.
+        image_policy: How ambiguous images are read: ``"parity"`` follows transformers,
+            ``"correct"`` corrects them, and ``"strict"`` rejects them (docs/images.md).
         max_image_pixels: Largest width x height of an image, checked before it is decoded.
-        max_media_bytes: Largest image file, data URI or download.
-        allowed_media_root: Folder that image files must be below. If ``None``, they may be
-            anywhere.
+        max_media_bytes: Largest size of an image file, data URI or download, in bytes.
+        allowed_media_root: Folder that must contain all image files. If ``None``, any folder.
         allowed_media_hosts: Hosts that image URLs may name; none by default (``MediaConfig``).
-        media_timeout: Seconds that a download may last.
-        image_threads: Images that are read at once. If ``None``, the number of cores, but at most
+        media_timeout: Longest duration of a download, in seconds.
+        image_threads: Images that are read in parallel. If ``None``, the number of cores, at most
             8.
-        ops: Implementation of the operations to run on. If ``None``, ``TRITON`` on a CUDA device
-            and ``REFERENCE`` on a CPU.
+        ops: Implementation of the operations. If ``None``, ``TRITON`` on a CUDA device and
+            ``REFERENCE`` on a CPU.
 
     Raises:
-        ConfigError: A value is of the wrong type or out of its range, or two of them contradict
-            each other.
+        ConfigError: A value is of the wrong type or out of range, or two values contradict each
+            other.
     """
 
     model: str | Path | None = checked(OrNone(path), None)
@@ -169,7 +170,7 @@ class LLMOptions:
     ops: Ops | None = checked(OrNone(_ops), None)
 
     def __post_init__(self) -> None:
-        """Check every argument, then the ones that depend on each other."""
+        """Check every argument, then combinations of arguments."""
         check_fields(self, ConfigError)
         reads_weights = self.adapter is not None or self.verify or self.check_finite
         if self.load_format == "dummy" and reads_weights:
@@ -179,7 +180,7 @@ class LLMOptions:
 
     @property
     def to_quantize(self) -> Quantization | None:
-        """What is quantized while loading; ``ConfigError`` if arguments contradict each other."""
+        """Quantization during loading; ``ConfigError`` if arguments contradict each other."""
         return Quantization.from_arguments(
             self.quantization, self.quantized_parts, self.double_quant
         )
@@ -198,12 +199,12 @@ class LLMOptions:
         )
 
     def ops_on(self, device: torch.device) -> Ops:
-        """Return the implementation of the operations to run on ``device``."""
+        """Return the implementation of the operations for ``device``."""
         return self.ops or (TRITON if device.type == "cuda" else REFERENCE)
 
 
 def model_folder(model: str | Path | None, revision: str | None) -> Path:
-    """Return the folder of ``model``, the demo checkpoint's for None."""
+    """Return the folder of ``model``, or of the demo checkpoint for ``None``."""
     if model is not None:
         return find_model(model, revision)
     if revision is not None:
@@ -212,7 +213,7 @@ def model_folder(model: str | Path | None, revision: str | None) -> Path:
 
 
 def find_folders(options: LLMOptions) -> tuple[Path, Path | None]:
-    """Return the folders of the model and of the adapter, downloaded and verified if need be."""
+    """Return the folders of the model and the adapter, downloaded and verified as requested."""
     model = model_folder(options.model, options.revision)
     adapter = None if options.adapter is None else find_adapter(options.adapter)
     if options.verify:
@@ -223,10 +224,10 @@ def find_folders(options: LLMOptions) -> tuple[Path, Path | None]:
 
 
 def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device) -> EngineConfig:
-    """Return the sizes of the runtime on ``device``, as far as known before the model is loaded.
+    """Return the sizes of the runtime on ``device`` that are known before the model is loaded.
 
     Raises:
-        ConfigError: One does not fit the model or another.
+        ConfigError: A size does not fit the model or another size.
     """
     positions = config.text.max_positions
     length = positions if options.max_model_len is None else options.max_model_len
@@ -262,7 +263,7 @@ def load_model(
     adapter: Path | None,
     quantization: Quantization | None,
 ) -> Idefics2:
-    """Load the model of ``folder``, or draw its weights, on ``device``.
+    """Load the model of ``folder`` to ``device``, or draw random weights there.
 
     Raises:
         ConfigError: An argument does not fit the checkpoint.
@@ -293,10 +294,10 @@ def load_model(
 
 
 def fit_kv_cache(options: LLMOptions, config: EngineConfig, model: Idefics2) -> EngineConfig:
-    """Return ``config`` with the KV cache that fits beside ``model``, if its size was left open.
+    """Return ``config`` with the measured KV cache size, unless the caller has set one.
 
     Raises:
-        ConfigError: Not even one full sequence fits.
+        ConfigError: The memory left is too small for one full sequence.
     """
     if model.device.type != "cuda" or options.kv_cache_tokens is not None:
         return config
@@ -305,9 +306,9 @@ def fit_kv_cache(options: LLMOptions, config: EngineConfig, model: Idefics2) -> 
 
 
 def generation_config(folder: Path, tokenizer: Tokenizer) -> GenerationConfig:
-    """Return what ends an answer of the checkpoint in ``folder`` and what may not be in it.
+    """Return the end tokens and bad words of the checkpoint in ``folder``.
 
-    An image's own tokens may never be, whatever the file says.
+    The tokens of images are always bad words.
     """
     ends = [id for id in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if id is not None]
     never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
@@ -315,6 +316,6 @@ def generation_config(folder: Path, tokenizer: Tokenizer) -> GenerationConfig:
 
 
 def at_least_one(name: str, value: int) -> int:
-    """Return the integer ``value``; raise ``ConfigError`` unless it is one and positive."""
+    """Return ``value``; raise ``ConfigError`` unless it is a positive integer."""
     number: int = check(name, value, Whole(1), ConfigError)
     return number

@@ -1,8 +1,7 @@
-"""The one door to the files of a model's or an adapter's folder.
+"""Safe access to the files of a model's or an adapter's folder.
 
-A folder comes from outside: a name in it may be a pipe or a device, which could be read without
-end, or a link to one. Only regular files pass, after links are followed, and only up to the size
-that their kind can have.
+Folders are untrusted: a name may be, or link to, a pipe or a device, which never ends. After links
+are followed, only regular files up to a size limit for their kind are read.
 """
 
 import io
@@ -19,11 +18,15 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 
 _MOST_BYTES = {
-    ".json": 1 << 26,  # 64 MiB; the largest there is, a tokenizer, has 4
-    ".jinja": 1 << 20,  # 1 MiB; a chat template may have 64 KiB of source
-    ".safetensors": 1 << 40,  # 1 TiB; the 8B model's largest has 5 GB
+    # The largest known JSON file, a tokenizer, has 4 MiB
+    ".json": 1 << 26,
+    # The source of a chat template has at most 64 KiB
+    ".jinja": 1 << 20,
+    # The largest file of the 8B model has 5 GB
+    ".safetensors": 1 << 40,
 }
-_MOST_OTHER_BYTES = 1 << 24  # 16 MiB, of checksums
+# Other files have checksums
+_MOST_OTHER_BYTES = 1 << 24
 _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISCHR, "a device"),
@@ -35,17 +38,18 @@ _KINDS = (
 def open_file(
     path: Path, error: type[Idefics2Error] = ConfigError
 ) -> Iterator[tuple[io.BufferedReader, int]]:
-    """Open the regular file ``path`` for a ``with`` statement, which gets it and its size in bytes.
+    """Open the regular file ``path`` as a context manager that yields it and its size in bytes.
 
     Raises:
-        Idefics2Error: As ``error``: the file is missing, is no regular file, is too large or cannot
-            be read, here or inside the ``with`` statement.
+        Idefics2Error: The file is missing, not a regular file or too large, or a read fails, also
+            inside the ``with`` statement. The class is ``error``.
     """
     try:
         file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
     except IsADirectoryError:
         raise error(f"{printable_path(path)}: must be a file, got a folder") from None
-    except (OSError, ValueError) as reason:  # a name with half a character is a ValueError
+    # A name that UTF-8 cannot encode is a ValueError
+    except (OSError, ValueError) as reason:
         raise error(f"{printable_path(path)}: cannot be read: {_why(reason)}") from None
     with file:
         status = os.fstat(file.fileno())
@@ -64,13 +68,16 @@ def open_file(
 
 
 def read_file(path: Path, error: type[Idefics2Error] = ConfigError) -> bytes:
-    """Return the content of the regular file ``path``; raises as ``open_file`` does."""
+    """Return the content of the regular file ``path``.
+
+    Raises as ``open_file`` does.
+    """
     with open_file(path, error) as (file, size):
         return file.read(size)
 
 
 def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
-    """Return the text of the regular file ``path``, its lines ended as Python ends them.
+    """Return the text of the regular file ``path``, with universal newlines.
 
     Raises as ``open_file`` does.
     """
@@ -84,7 +91,7 @@ def read_text(path: Path, error: type[Idefics2Error] = ConfigError) -> str:
 
 
 def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigError) -> list[Path]:
-    """Return the paths in ``folder`` that fit a pattern, sorted; ``error`` if it fails."""
+    """Return the sorted paths in ``folder`` that match a pattern; raise ``error`` on failure."""
     try:
         names = os.listdir(folder)
     except (OSError, ValueError) as reason:
@@ -93,12 +100,12 @@ def paths_in(folder: Path, *patterns: str, error: type[Idefics2Error] = ConfigEr
 
 
 def is_there(path: Path) -> bool:
-    """Whether something is called ``path``. A broken link counts, as it is no absent file."""
+    """Return whether ``path`` exists; a broken link counts as existing."""
     return os.path.lexists(path)
 
 
 def why_no_model(folder: Path) -> str:
-    """Say that ``folder`` is an adapter's where it is one and no model's; empty otherwise."""
+    """Return the message for an adapter's ``folder`` given as a model's, or an empty string."""
     if is_there(folder / CONFIG) or not is_there(folder / ADAPTER_CONFIG):
         return ""
     return (
@@ -108,23 +115,23 @@ def why_no_model(folder: Path) -> str:
 
 
 def why_no_adapter(folder: Path) -> str:
-    """Say that ``folder`` is a model's where it is one and no adapter's; empty otherwise."""
+    """Return the message for a model's ``folder`` given as an adapter's, or an empty string."""
     if is_there(folder / ADAPTER_CONFIG) or not is_there(folder / CONFIG):
         return ""
     return "is a model, not an adapter: name it with --model"
 
 
 def printable_path(path: Path) -> str:
-    """Return ``path`` as it is if a terminal can bear it, else as Python writes it."""
+    """Return ``path`` as text if it is printable, else its ``repr``."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Open without waiting for a pipe's writer and without making a terminal the process's own."""
+    """Open without waiting for a pipe's writer or acquiring a controlling terminal."""
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _why(reason: Exception) -> str:
-    """Say in a few words why a file cannot be opened or read."""
+    """Return a short reason why a file cannot be opened or read."""
     return reason.strerror or "" if isinstance(reason, OSError) else "no file can have this name"

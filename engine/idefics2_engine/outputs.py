@@ -1,4 +1,4 @@
-"""What a request gives back, in vLLM's shape."""
+"""Outputs of requests, modeled on vLLM's."""
 
 import math
 import time
@@ -12,33 +12,49 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """How likely the model found a token, before penalties, filters and temperature."""
+    """Log probability of a token by the model's own logits, before any sampling parameter.
 
-    logprob: float  # natural logarithm; -inf where the model rules the token out
-    rank: int  # place among all tokens by likelihood, from 1; of equal ones the lower id goes first
-    decoded_token: str  # as inside a text: a word's leading space is kept
+    Attributes:
+        logprob: Natural logarithm. -inf if the token's logit is -inf.
+        rank: Position among all tokens by likelihood, from 1. Ties are ordered by id.
+        decoded_token: Text of the token inside a longer text: a leading space is kept.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 TokenLogprobs = dict[int, Logprob]
-"""By id: the token at a place, then the likeliest that were asked for, in order."""
+"""Log probabilities by token id: the token of a position, then the requested likeliest ones."""
 
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer to a request."""
+    """One answer to a request.
 
-    index: int  # which of the n answers
+    Attributes:
+        index: Index among the ``n`` answers.
+        text: Text of the answer.
+        token_ids: Generated tokens, including an end token.
+        cumulative_logprob: Sum over all tokens. None if no log probabilities were requested.
+        logprobs: Log probabilities of each token. None if none were requested.
+        finish_reason: None while the answer is unfinished.
+        stop_reason: Stop token or stop string. None for an end token of the checkpoint.
+    """
+
+    index: int
     text: str
-    token_ids: list[int]  # an end token included
-    cumulative_logprob: float | None  # of all tokens; None: log probabilities were not asked for
-    logprobs: list[TokenLogprobs] | None  # of each token
-    finish_reason: FinishReason | None  # None while the answer grows
-    stop_reason: int | str | None  # the stop token or string; None for the checkpoint's end token
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
 
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When things happened, in seconds of ``time.monotonic``."""
+    """Times of a request, in seconds of ``time.monotonic``."""
 
     arrival_time: float
     first_token_time: float | None
@@ -47,20 +63,34 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request with its answers so far."""
+    """A request and its answers so far.
+
+    Attributes:
+        request_id: Identifier of the request.
+        prompt: Text of the prompt, with each image as one "<image>". It is decoded from the token
+            ids if those were given.
+        prompt_token_ids: Token ids of the prompt, with placeholders expanded.
+        prompt_logprobs: Log probabilities of each prompt token; None for the first token. None if
+            they were not requested.
+        outputs: The answers.
+        finished: Whether no more tokens follow.
+        metrics: Times of the request.
+        num_cached_tokens: Prompt tokens found in the prefix cache.
+        error: Why the request failed. None if it did not.
+    """
 
     request_id: str
-    prompt: str  # each image as one "<image>"; decoded where token ids were given
-    prompt_token_ids: list[int]  # placeholders written out
-    prompt_logprobs: list[TokenLogprobs | None] | None  # of each prompt token; the first has none
+    prompt: str
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[TokenLogprobs | None] | None
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    num_cached_tokens: int  # prompt tokens taken from a prefix cache
-    error: Idefics2Error | None = None  # why there is no whole answer
+    num_cached_tokens: int
+    error: Idefics2Error | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the output as data that ``json.dumps`` takes.
+        """Return the output as data for ``json.dumps``.
 
         An error becomes ``{"code": …, "message": …}``. A log probability of minus infinity becomes
         ``None``, because JSON has no infinity.
@@ -79,7 +109,7 @@ def _without_infinity(value: Any) -> Any:
 
 
 def failed_output(request_id: str, error: Idefics2Error) -> RequestOutput:
-    """Describe a request that could not be begun."""
+    """Return the output of a request that could not be started."""
     now = time.monotonic()
     return RequestOutput(
         request_id=request_id,

@@ -1,4 +1,4 @@
-"""Rows read on one thread and prepared on several, a bounded number ahead of their use."""
+"""Reading of rows on one thread and preparation on several, a bounded number ahead."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -11,23 +11,19 @@ Draft = TypeVar("Draft")
 
 
 class Prefetcher(Generic[Row, Draft]):
-    """Passes each of ``rows`` through ``read`` and ``prepare``.
+    """Calls ``read``, then ``prepare``, for each of ``rows``.
 
-    Use as a context, which ends the threads.
+    It is a context manager that stops the threads on exit. ``read`` and ``prepare`` must not raise.
 
     Args:
-        rows: Are iterated over on a thread of their own, which also calls ``read``, in order.
-        read: Makes a draft of a row by its number. It must copy what the source of the rows may
-            change later.
-        prepare: Is called with the number and the draft on one of ``threads`` threads, in any
-            order.
-        on_end: Is called once, on the reading thread, with how many rows there were, and what the
-            source raised if it did not simply end.
-        threads: That prepare.
-        ahead: Rows that are read and not yet ``done``.
-
-    ``read`` and ``prepare`` must not raise; ``read`` returns ``None`` for a row that is not to be
-    prepared.
+        rows: Rows, iterated over on a separate thread.
+        read: Makes a draft of a row, given its index. It runs on the same thread, in order, and
+            must copy everything that the caller may change later. ``None`` skips the row.
+        prepare: Called with the index and the draft on one of ``threads`` threads, in any order.
+        on_end: Called once, on the reading thread, with the number of rows and the exception that
+            ended them, if any.
+        threads: Threads that prepare.
+        ahead: Most rows that are read and not yet ``done``.
     """
 
     def __init__(
@@ -46,25 +42,25 @@ class Prefetcher(Generic[Row, Draft]):
         self._on_end = on_end
         self._pool = ThreadPoolExecutor(threads, "idefics2-prepare")
         self._ahead = ahead
-        # A queue and no semaphore, whose lock an interrupt in ``done`` could leave locked
+        # An interrupt in done() could leave a semaphore's lock locked. A queue has no such lock
         self._done: SimpleQueue[None] = SimpleQueue()
         self._is_over = False
-        # A source may wait for ever: a process must be able to end without it
+        # The source may block forever, and a daemon thread does not keep the process alive
         self._reader = threading.Thread(target=self._run, name="idefics2-read", daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin to read."""
+        """Start reading."""
         self._reader.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Read no more and drop what is not being prepared; nothing is waited for."""
+        """Stop reading and drop rows whose preparation has not started, without waiting."""
         self._is_over = True
         self._done.put(None)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def done(self) -> None:
-        """Say that one more row is done with, so that another may be read."""
+        """Mark one more row as done, so that another may be read."""
         self._done.put(None)
 
     def _run(self) -> None:

@@ -1,4 +1,4 @@
-"""What users pass, prompts, conversations and parameters, to requests for the engine."""
+"""Conversion of prompts, conversations and parameters to requests for the engine."""
 
 import itertools
 import random
@@ -26,31 +26,40 @@ from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
 
 Prompt = str | Mapping[str, Any]
-"""A raw prompt: text, or ``{"prompt": text}`` or ``{"prompt_token_ids": ids}`` with
-``"multi_modal_data": {"image": image or images}``."""
+"""A raw prompt.
+
+Either text, or a mapping with ``"prompt": text`` or ``"prompt_token_ids": ids``, and optionally
+``"multi_modal_data": {"image": image or images}``.
+"""
 
 Conversation = Sequence[Mapping[str, Any]]
-"""Messages ``{"role": …, "content": …}`` in OpenAI's or transformers' shape."""
+"""Messages ``{"role": …, "content": …}`` in the format of OpenAI or transformers."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowDraft:
-    """A row of ``LLM.iterate`` as it was when it was read: it shares nothing with the caller."""
+    """A copy of one row of ``LLM.iterate``, which shares no object with the caller.
+
+    Attributes:
+        prompt: The prompt, its images not yet decoded.
+        params: The row's sampling parameters.
+        seed: Used if ``params`` have no seed.
+    """
 
     prompt: PromptDraft
     params: SamplingParams
-    seed: int  # for a request without a seed of its own
+    seed: int
 
 
 class RequestBuilder:
-    """Reads prompts and builds requests; any thread may use it.
+    """A thread-safe reader of prompts and builder of requests.
 
     Args:
-        processor: Turns text and images into token ids and tiles.
-        config: The model that answers.
-        generation: Its end tokens and bad words.
-        max_model_len: Tokens of a prompt with its answer.
-        seed: Fixes the random numbers of requests without a seed of their own.
+        processor: Converts text and images to token ids and tiles.
+        config: Configuration of the model.
+        generation: End tokens and bad words of the checkpoint.
+        max_model_len: Most tokens of a prompt and its answer together.
+        seed: Determines the seeds of requests that have none.
     """
 
     def __init__(
@@ -69,14 +78,14 @@ class RequestBuilder:
         self._ids = itertools.count()
 
     def draw_seed(self) -> int:
-        """Return the next seed for a request without one."""
+        """Draw the seed of a request that has none."""
         return self._seeds.getrandbits(63)
 
     def read_prompt(self, prompt: Prompt) -> PromptDraft:
-        """Read a raw prompt but not its images.
+        """Read a raw prompt without decoding its images.
 
         Raises:
-            PromptError: It has another shape, or its text does not fit its images.
+            PromptError: The prompt is malformed, or its text does not fit its images.
         """
         if isinstance(prompt, str):
             return self.processor.draft_prompt(prompt)
@@ -99,17 +108,17 @@ class RequestBuilder:
         return self.processor.draft_token_prompt(prompt["prompt_token_ids"], images)
 
     def read(self, prompt: Prompt | Conversation) -> PromptDraft:
-        """Read a raw prompt or a conversation, whichever it is, but not its images.
+        """Read a raw prompt or a conversation without decoding its images.
 
         Raises:
-            PromptError: It has another shape, or its text does not fit its images.
+            PromptError: The prompt is malformed, or its text does not fit its images.
         """
         if is_conversation(prompt):
             return self.processor.draft_chat(cast(Conversation, prompt))
         return self.read_prompt(cast(Prompt, prompt))
 
     def read_prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[PromptDraft]:
-        """Read one raw prompt or several; an error says which one, if there are several."""
+        """Read one raw prompt or several, naming the prompt in errors if there are several."""
         several = [prompts] if isinstance(prompts, (str, Mapping)) else _listed("prompts", prompts)
         drafts = []
         for index, prompt in enumerate(several):
@@ -122,14 +131,15 @@ class RequestBuilder:
         messages: Conversation | Sequence[Conversation],
         images: Sequence[ImageSource] | Sequence[Sequence[ImageSource]],
     ) -> list[PromptDraft]:
-        """Read one conversation or several, but not their images.
+        """Read one conversation or several without decoding their images.
 
         Args:
             messages: One conversation or several.
-            images: Those of parts without one, in order. Of several conversations a list for each.
+            images: Images for the image parts without a source, in order. For several
+                conversations, a list for each.
 
         Raises:
-            PromptError: One has another shape, or the model has not learned to chat.
+            PromptError: A conversation is malformed, or the model has no chat template.
         """
         if isinstance(messages, (str, Mapping)):
             raise PromptError(
@@ -153,10 +163,10 @@ class RequestBuilder:
         ]
 
     def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
-        """Read a prompt or a conversation, with its parameters beside it or with those ``shared``.
+        """Read a prompt or a conversation with its own parameters or the ``shared`` ones.
 
         Raises:
-            Idefics2Error: The row is wrong, or reading it raised an exception of any kind, which is
+            Idefics2Error: The row is malformed, or reading it raised any exception, which is
                 chained.
         """
         seed = self.draw_seed()
@@ -173,7 +183,7 @@ class RequestBuilder:
             return RowDraft(draft.owned(), read_params(params), seed)
 
     def build_row(self, row: RowDraft, request_id: str) -> Request:
-        """Read the images of ``row`` and build its request.
+        """Decode the images of ``row`` and build its request.
 
         Raises:
             Idefics2Error: An image cannot be read, or the request does not fit the model.
@@ -189,14 +199,13 @@ class RequestBuilder:
         request_id: str | None = None,
         seed: int | None = None,
     ) -> Request:
-        """Build a request.
+        """Build the request of one prompt.
 
         Args:
-            prompt: Its token ids and tiles.
-            params: Their own seed comes before ``seed``.
-            request_id: The number of requests built before if ``None``.
-            seed: Of a request whose parameters have none; the next that the builder draws if
-                ``None``.
+            prompt: Token ids and tiles.
+            params: Sampling parameters. Their seed has precedence over ``seed``.
+            request_id: Identifier. If ``None``, the count of requests numbered before.
+            seed: Seed if ``params`` have none. If ``None``, one is drawn.
 
         Raises:
             PromptError: The prompt is empty or too long.
@@ -219,8 +228,8 @@ class RequestBuilder:
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
         check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
-        # Drawn for a request with its own seed too, so that the seeds of the others do not depend
-        # on it
+        # A seed is drawn even if the request has its own, so that the seeds of other requests do
+        # not depend on it
         drawn = self.draw_seed() if seed is None else seed
         return Request(
             request_id=str(next(self._ids)) if request_id is None else request_id,
@@ -243,11 +252,11 @@ class RequestBuilder:
         prompts: Sequence[ProcessedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[Request]:
-        """Build a request for each prompt; the parameters are for all of them, or one each.
+        """Build a request for each prompt with shared parameters or one object for each.
 
         Raises:
-            PromptError: There are not as many parameters as prompts, or a prompt is empty or too
-                long.
+            PromptError: The number of parameters differs from that of prompts, or a prompt is empty
+                or too long.
             SamplingError: A parameter does not fit the model.
         """
         if isinstance(sampling_params, Sequence) and not isinstance(sampling_params, str):
@@ -262,7 +271,11 @@ class RequestBuilder:
 
 
 def read_params(params: object) -> SamplingParams:
-    """Return ``params``, the defaults for ``None``; ``SamplingError`` if they are anything else."""
+    """Return ``params``, or the default parameters for ``None``.
+
+    Raises:
+        SamplingError: ``params`` are of another type.
+    """
     if params is None:
         return SamplingParams()
     if not isinstance(params, SamplingParams):
@@ -271,7 +284,7 @@ def read_params(params: object) -> SamplingParams:
 
 
 def is_conversation(value: object) -> bool:
-    """Tell one conversation from a prompt and from a list of conversations."""
+    """Return whether ``value`` is one conversation: a non-empty sequence of mappings."""
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)
@@ -281,7 +294,7 @@ def is_conversation(value: object) -> bool:
 
 
 def row_error(error: BaseException) -> Idefics2Error:
-    """Return ``error`` if it is for users; otherwise one that is, caused by it."""
+    """Return ``error`` if it is an ``Idefics2Error``, else an ``InternalError`` caused by it."""
     if isinstance(error, Idefics2Error):
         return error
     internal = InternalError(f"prompt: could not be prepared, got {type(error).__name__}")
@@ -290,14 +303,14 @@ def row_error(error: BaseException) -> Idefics2Error:
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    """Return a list of ``values``; ``PromptError`` if they are no iterable."""
+    """Convert ``values`` to a list; raise ``PromptError`` if they are not iterable."""
     if not isinstance(values, Iterable):
         raise PromptError(f"{name} must be one or a list of them, got {type(values).__name__}")
     return list(values)
 
 
 def _advice(prompt: Mapping[str, Any]) -> str:
-    """Say what is wrong with a mapping that holds a conversation in a shape that is not taken."""
+    """Return advice for a mapping that holds a conversation in an unsupported format."""
     if "role" in prompt:
         return "; this is one message, and a conversation is a list of messages"
     if "messages" in prompt:

@@ -1,4 +1,4 @@
-"""How to choose tokens and when to stop: vLLM's names, checked when they are set."""
+"""Parameters of sampling and stopping, with vLLM's names, validated on construction."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,17 @@ from idefics2_engine.field_checks import (
     flag,
 )
 
-_LARGEST = 1e6  # far beyond it fp32 logits overflow
-_MOST_ANSWERS = 16384  # to one prompt, as in vLLM: each is a sequence that waits for its turn
-_LARGEST_BIAS = 100.0  # as in OpenAI's interface
+# Dividing or multiplying by far larger numbers would overflow fp32 logits
+_LARGEST = 1e6
+# vLLM's limit of answers to one prompt
+_MOST_ANSWERS = 16384
+# OpenAI's limit
+_LARGEST_BIAS = 100.0
 _TOKEN_ID = Whole(0)
 
 
 def _biases(values: object) -> dict[int, float]:
-    """Accept a mapping from token ids, which JSON writes as text, to numbers."""
+    """Accept a mapping from token ids, which are strings in JSON, to numbers."""
     if not isinstance(values, Mapping):
         raise MismatchError("a mapping from token ids to numbers", short_repr(values))
     to_bias = Number(-_LARGEST_BIAS, _LARGEST_BIAS)
@@ -43,14 +46,14 @@ def _biases(values: object) -> dict[int, float]:
 
 
 def _string(value: object) -> str:
-    """Accept a string that is not empty and that UTF-8 can write."""
+    """Accept a non-empty string that UTF-8 can encode."""
     if not isinstance(value, str) or not value or not _is_unicode(value):
         raise MismatchError("not empty and writable in UTF-8", short_repr(value))
     return value
 
 
 def _word(value: object) -> str:
-    """Accept a string that is more than spaces and that UTF-8 can write."""
+    """Accept a string that has more than spaces and that UTF-8 can encode."""
     if not isinstance(value, str) or not value.strip(" ") or not _is_unicode(value):
         raise MismatchError("more than spaces and writable in UTF-8", short_repr(value))
     return value
@@ -59,45 +62,48 @@ def _word(value: object) -> str:
 def _is_unicode(value: str) -> bool:
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair
+    except UnicodeEncodeError:
+        # The string has half of a surrogate pair
         return False
     return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Choices for one request.
+    """Sampling and stopping parameters of one request.
 
     Attributes:
-        temperature: Divides the logits; 0 always takes the most likely token.
-        top_p: Keep the most likely tokens that together have this probability; 1 keeps all.
-        top_k: Keep this many most likely tokens; 0 or -1 keeps all.
-        min_p: Keep tokens with at least this fraction of the most likely one's probability.
-        repetition_penalty: Divide positive logits of tokens seen in prompt or answer by this,
-            multiply negative ones; image tokens do not count.
-        presence_penalty: Subtract this from the logits of tokens that the answer has; from -2 to 2.
-        frequency_penalty: Subtract this as often as the answer has the token; from -2 to 2.
-        logit_bias: Add this, from -100 to 100, to the logits of tokens, by id.
-        allowed_token_ids: The only tokens to choose from; all if ``None``.
-        bad_words: Words that the answer may not have, at the beginning of a word or inside one: the
-            token that would complete one is barred. A string is one word.
-        seed: Makes the request's random numbers its own; drawn from the engine's seed if ``None``.
-        n: Answers to give.
-        max_tokens: Tokens to generate at most; up to the model's length if ``None``.
+        temperature: Divides the logits. 0 always selects the most likely token.
+        top_p: Keep the most likely tokens whose probabilities sum to this. 1 keeps all.
+        top_k: Keep this many most likely tokens. 0 or -1 keeps all.
+        min_p: Keep tokens with at least this fraction of the highest probability.
+        repetition_penalty: For tokens in the prompt or the answer, divide positive logits by this
+            and multiply negative ones. Image tokens are exempt.
+        presence_penalty: Subtract this, from -2 to 2, from the logits of tokens in the answer.
+        frequency_penalty: Subtract this, from -2 to 2, for each occurrence of a token in the
+            answer.
+        logit_bias: Values from -100 to 100 to add to logits, by token id.
+        allowed_token_ids: The only tokens to choose from. All if ``None``.
+        bad_words: Words that the answer must not contain, at the start of a word or inside one. The
+            last token of such a word is never chosen. A string is one word.
+        seed: Seed of the request's random stream. If ``None``, drawn from the engine's seed.
+        n: Number of answers.
+        max_tokens: Most tokens to generate. If ``None``, up to the model's length.
         min_tokens: Tokens to generate before the answer may end.
         stop: Strings that end the answer, or one string.
         stop_token_ids: Tokens that end the answer.
         include_stop_str_in_output: Keep the stop string in the text.
-        ignore_eos: Go on after an end token of the checkpoint.
-        skip_special_tokens: Leave control tokens out of the text.
-        logprobs: How many of the likeliest tokens to report at each place of the answer, beside the
-            chosen one; at most the vocabulary, which -1 stands for. Above 20 they may have 524,288
-            entries for all places of the answers together: 16 places of a vocabulary of 32,003.
-            They are the model's own, before anything above. None if ``None``.
-        prompt_logprobs: The same for each place of the prompt but the first.
+        ignore_eos: Continue after an end token of the checkpoint.
+        skip_special_tokens: Omit control tokens from the text.
+        logprobs: Number of most likely tokens to report at each position of the answer, in addition
+            to the chosen one. -1 means the whole vocabulary. Above 20, all positions of a request's
+            answers together may have 524,288 entries: 16 positions of a vocabulary of 32,003. The
+            values are from the model's logits, before the parameters above. If ``None``, no log
+            probabilities are reported.
+        prompt_logprobs: The same for each position of the prompt except the first.
 
     Raises:
-        SamplingError: A value is out of its range or of the wrong type.
+        SamplingError: A value is out of range or of the wrong type.
     """
 
     temperature: float = checked(Number(0.0, _LARGEST), 1.0)
@@ -125,7 +131,7 @@ class SamplingParams:
     prompt_logprobs: int | None = checked(OrNone(Whole(-1)), None)
 
     def __post_init__(self) -> None:
-        """Check every bound; numbers of other libraries become Python's."""
+        """Check every bound and convert numbers of other libraries to Python's types."""
         check_fields(self, SamplingError)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError(
@@ -135,17 +141,17 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether tokens that have occurred change logits."""
+        """Whether earlier tokens change the logits."""
         return bool(
             self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
-        """Build from what came as JSON, where a wrong name is bad input and no wrong call.
+        """Build from parsed JSON, where an unknown name is invalid input, not a ``TypeError``.
 
         Raises:
-            SamplingError: A name is unknown, or a value is out of its range or of the wrong type.
+            SamplingError: A name is unknown, or a value is out of range or of the wrong type.
         """
         if not isinstance(values, Mapping):
             raise SamplingError(f"sampling parameters must be a dict, got {short_repr(values)}")
@@ -158,11 +164,11 @@ class SamplingParams:
         return cls(**values)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse what a model with ``vocab_size`` tokens does not have.
+        """Reject token ids and counts that exceed a vocabulary of ``vocab_size`` tokens.
 
         Raises:
-            SamplingError: A token id is not below ``vocab_size``, or more log probabilities are
-                asked for.
+            SamplingError: A token id is not below ``vocab_size``, or more than ``vocab_size`` log
+                probabilities are requested.
         """
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             largest = max(getattr(self, name) or (0,))

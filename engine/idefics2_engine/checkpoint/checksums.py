@@ -1,9 +1,9 @@
-"""Checksums: whether a folder's files are those that somebody published.
+"""Verification of a folder's files by their published checksums.
 
-Three sources name them, and every one that there is must agree: sums files in the folder
-(``SHA256SUMS``, ``*.sha256``); the hub's cache, where a file is a link to a blob that is called by
-its checksum; and what the hub's client notes beside a download into a folder. For large files the
-hub's checksum is sha256, for others the one that git gives a blob.
+There are three sources of checksums, and all that exist must agree: files in the folder
+(``SHA256SUMS``, ``*.sha256``); the hub's cache, where a file links to a blob named by its checksum;
+and the metadata that the hub's client writes beside a download into a folder. The hub's checksum
+is sha256 for large files and git's blob hash for others.
 """
 
 import hashlib
@@ -28,9 +28,12 @@ _SUM_LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](?:\./)?(\S.*))?")
 
 @dataclass(frozen=True)
 class _Sum:
-    """What the checksum of a file must be, and who says so."""
+    """The expected checksum of a file and its source.
 
-    digest: str  # 64 hexadecimal digits: sha256; 40: git's blob
+    A ``digest`` of 64 hexadecimal digits is sha256, one of 40 is git's blob hash.
+    """
+
+    digest: str
     source: str
 
 
@@ -38,9 +41,9 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
     """Compare the files of ``folder`` with their published checksums.
 
     Args:
-        folder: A checkpoint's or an adapter's.
-        weights: Files that must have a checksum. JSON files and templates are compared where they
-            have one.
+        folder: Folder of a checkpoint or an adapter.
+        weights: Files that must have a checksum. JSON files and templates are compared if they have
+            one.
 
     Raises:
         CheckpointError: A file differs, a weight file has no checksum, or a sums file is malformed.
@@ -59,7 +62,8 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
             f"{printable_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
             "names it, or a download from the hub"
         )
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    # Hashing releases the GIL
+    with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda pair: _digest(pair[0], len(pair[1].digest)), expected))
     wrong = [
         f"{printable_path(file)}: checksum must be {wanted.digest} ({wanted.source}), got {got}"
@@ -82,10 +86,7 @@ def _digest(file: Path, length: int) -> str:
 
 
 def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
-    """Return what the folder's sums files say, by file name.
-
-    Lines of subfolders' files are passed over.
-    """
+    """Return the checksums in the folder's sums files by file name, without subfolders."""
     sums: dict[str, list[_Sum]] = {}
     for path in paths_in(folder, "SHA256SUMS", "*.sha256", error=CheckpointError):
         lines = read_text(path, CheckpointError).splitlines()
@@ -114,7 +115,7 @@ def _cache_sums(file: Path) -> list[_Sum]:
 
 
 def _note_sums(file: Path) -> list[_Sum]:
-    """Return the checksum that the hub's client noted when it downloaded ``file``."""
+    """Return the checksum that the hub's client recorded when it downloaded ``file``."""
     note = file.parent / _NOTES / f"{file.name}.metadata"
     if not is_there(note):
         return []

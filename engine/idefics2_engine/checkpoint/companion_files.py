@@ -1,4 +1,4 @@
-"""The JSON files and templates beside a checkpoint's weights, copied when it is written again."""
+"""The JSON files and templates of a checkpoint, copied when its weights are written."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from idefics2_engine.model_files import paths_in, read_file
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Return the files to be written beside a copy of the weights in ``folder``, by name.
+    """Return the files to write beside a copy of the weights in ``folder``, by name.
 
-    Settings of images inside ``processor_config.json`` move to a file of their own, which every
-    release of transformers reads.
+    Image settings in ``processor_config.json`` are moved to a separate file, which every release of
+    transformers reads.
 
     Raises:
-        ConfigError: A file is no regular file or cannot be read, or ``processor_config.json`` is
+        ConfigError: A file is not a regular file or cannot be read, or ``processor_config.json`` is
             malformed.
     """
     paths = paths_in(folder, "*.json", "*.jinja")
@@ -35,7 +35,7 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 def write_config(
     path: Path, *, tied: bool, dtype: str, quantization: dict[str, object] | None
 ) -> None:
-    """Make ``config.json`` at ``path`` say whether the head is ``tied`` and what is quantized."""
+    """Update ``config.json`` at ``path``: whether the head is ``tied`` and what is quantized."""
     values = read_json(path)
     before = dict(values)
     if bool(values.get("tie_word_embeddings")) != tied:

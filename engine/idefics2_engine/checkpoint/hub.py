@@ -1,7 +1,7 @@
-"""The name of a model to a folder: an existing one, the hub's cache, or a download into it.
+"""Resolution of a model's name to a folder: an existing one or one in the hub's cache.
 
-The only file that knows ``huggingface_hub``, which is imported when a name is no folder; its
-settings (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …) hold here.
+Only this module uses ``huggingface_hub``, and imports it only if a name is not a folder. The hub's
+settings apply (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …).
 """
 
 import logging
@@ -39,27 +39,27 @@ class _Kind:
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of the checkpoint ``model``, downloaded if need be.
+    """Return the folder of the checkpoint ``model``, downloaded if necessary.
 
-    What the cache has is taken as it is, without asking the hub for anything newer.
+    A cached model is used without contacting the hub.
 
     Args:
         model: A folder, or a hub id: ``org/name`` or ``org/name@revision``.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        ConfigError: It is neither, or cannot be had from the hub.
+        ConfigError: ``model`` is neither, or the hub does not provide it.
     """
     return _find(_MODEL, model, revision)
 
 
 def find_adapter(adapter: str | Path) -> Path:
-    """Return the folder of a LoRA adapter, named and found as ``find_model`` does."""
+    """Return the folder of a LoRA adapter; its name has the forms of ``find_model``."""
     return _find(_ADAPTER, adapter, None)
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether ``text`` has the form of a hub id, with or without a revision."""
+    """Return whether ``text`` has the form of a hub id, with or without a revision."""
     name, at, revision = text.partition("@")
     return bool(_HUB_ID.fullmatch(name)) and (not at or _is_revision(revision))
 
@@ -96,7 +96,7 @@ def _find(kind: _Kind, name: str | Path, revision: str | None) -> Path:
 
 
 def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
-    """Return the snapshot of ``repo`` in the hub's cache, complete."""
+    """Return the complete snapshot of ``repo`` in the hub's cache."""
     named = f"{repo}@{revision}" if revision else repo
     try:
         import huggingface_hub

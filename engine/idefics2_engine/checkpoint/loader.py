@@ -1,7 +1,7 @@
-"""Checkpoints in the hub's form to parameters.
+"""Loading of checkpoints in the hub's format.
 
-Where one of a fused layer's tensors is in NF4, each has a layer of its own, side by side: the
-blocks and the state of a quantized tensor are its own.
+If a tensor of a fused layer is in NF4, each of its tensors has a separate layer, side by side,
+because quantized tensors have separate blocks and states.
 """
 
 import logging
@@ -79,27 +79,25 @@ def load_checkpoint(
 ) -> Idefics2:
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
-    The files' headers are checked first, all of them, so that nothing is allocated for a checkpoint
-    that does not fit. Files are memory-mapped and each tensor goes straight to its place; what is
-    quantized takes one tensor of extra memory on the device.
+    All headers of the files are checked first, so nothing is allocated for a checkpoint that does
+    not fit. Files are memory-mapped, and each tensor is copied directly to its parameter.
+    Quantizing needs extra memory for one tensor on the device.
 
     Args:
-        folder: A checkpoint in the hub's form, or one that bitsandbytes quantized to NF4, which
-            stays so.
-        ops: Implementation of the operations to run on.
-        device: Where the parameters go.
-        dtype: What they become, rounded once, and what weights in NF4 are computed in.
-        adapter: Folder of a LoRA adapter in PEFT's format to merge, before anything is quantized.
-        check_finite: Look at every value for NaN and infinity, and for overflow in ``dtype``.
-        quantization: What to quantize on ``device``, each tensor alone, after it was rounded to
-            ``dtype``.
+        folder: A checkpoint in the hub's format, possibly quantized to NF4 by bitsandbytes.
+        ops: Implementation of the operations.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters, and of computing with NF4 weights.
+        adapter: Folder of a LoRA adapter in PEFT's format to merge before quantization.
+        check_finite: Check every value for NaN, infinity, and overflow in ``dtype``.
+        quantization: Parts to quantize on ``device``. Each tensor is first rounded to ``dtype``.
 
     Raises:
-        ConfigError: ``config.json`` is missing or wrong, or the adapter's; ``quantization`` or an
-            adapter is given and the checkpoint is quantized already; or ``dtype`` is one that
-            nothing can be quantized in.
-        CheckpointError: A file or tensor is missing, cannot be read, has another shape or type, is
-            not expected, or with ``check_finite`` holds a value that is no number.
+        ConfigError: A config of the model or the adapter is missing or invalid. Or the checkpoint
+            is quantized and ``quantization`` or ``adapter`` is given, or ``dtype`` does not allow
+            quantization.
+        CheckpointError: A file or tensor is missing, unreadable, unexpected, or of another shape or
+            dtype. Or, with ``check_finite``, a value is not finite.
     """
     begin = time.perf_counter()
     folder = Path(folder)
@@ -153,7 +151,7 @@ def _check_not_quantized_before(
 
 
 def _chosen(config: ModelConfig, quantization: Quantization | None) -> frozenset[str]:
-    """Name the tensors that ``quantization`` is about."""
+    """Return the names of the tensors that ``quantization`` selects."""
     parts = () if quantization is None else quantization.parts
     places = hub_tensors(config)
     return frozenset(place.name for place in places if place.is_linear and place.part in parts)
@@ -200,10 +198,7 @@ def _check_fit(
     places: Mapping[str, HubTensor],
     stored: Mapping[str, StoredTensor],
 ) -> frozenset[str]:
-    """Check that ``stored`` is what the model needs, no more and no less.
-
-    Return which of its tensors are in NF4.
-    """
+    """Check that ``stored`` has exactly the model's tensors; return those in NF4."""
     in_nf4 = frozenset(
         name
         for name, place in places.items()
@@ -252,11 +247,12 @@ def _weights(
     in_nf4: Collection[str],
     dtype: torch.dtype,
 ) -> Iterator[tuple[StoredTensor, Tensor | NF4Weight]]:
-    """Yield the values of every place, each file's together.
+    """Yield the values of every place, file by file.
 
-    A weight in NF4 is yielded when the last of its tensors is read.
+    A weight in NF4 is yielded after the last of its tensors is read.
     """
-    waiting: dict[str, dict[str, Tensor]] = {}  # only a shard's edge parts a weight for long
+    # Tensors of an NF4 weight wait here; few do, because most weights are within one shard
+    waiting: dict[str, dict[str, Tensor]] = {}
     for source, tensor in read_values(
         sorted(stored.values(), key=lambda tensor: (tensor.file, weight_name(tensor.name)))
     ):

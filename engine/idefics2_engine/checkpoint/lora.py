@@ -1,9 +1,8 @@
-"""LoRA adapters in PEFT's format, merged into a checkpoint's tensors as these are loaded.
+"""LoRA adapters in PEFT's format, merged into a checkpoint's tensors during loading.
 
-An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. What is
-merged is what the second file holds, all of it; the config gives the scale:
-``W + B @ A * alpha / r``. Tensors are named after the module that they belong to, and so map to a
-checkpoint's names by their ends alone.
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. All tensors
+of the second file are merged, with the config's scale: ``W + B @ A * alpha / r``. Tensors are named
+after their modules, so only the ends of names differ from the checkpoint's.
 """
 
 from collections.abc import Mapping, Set
@@ -23,8 +22,10 @@ from idefics2_engine.checkpoint.tensor_mapping import HubTensor
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.model_files import ADAPTER_CONFIG, is_there
 
-_PREFIX = "base_model.model."  # PEFT's wrappers around the model
-_BASE = ".base_layer."  # what a pair's module calls its own tensors
+# PEFT wraps the model in two modules with these names
+_PREFIX = "base_model.model."
+# A module with a pair has its own tensors below this name
+_BASE = ".base_layer."
 _PARTNERS = {
     ".lora_A.weight": ".lora_B.weight",
     ".lora_B.weight": ".lora_A.weight",

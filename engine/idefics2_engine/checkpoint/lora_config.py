@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` says about a plain LoRA adapter in PEFT's format: ranks, scales."""
+"""The ``adapter_config.json`` of a plain LoRA adapter in PEFT's format."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -116,7 +116,7 @@ class AdapterConfig:
         return _first_fit(self.ranks, module, self.r)
 
     def scale(self, module: str) -> float:
-        """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) where rank-stabilised."""
+        """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) if rank-stabilized."""
         rank = self.rank(module)
         alpha = _first_fit(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)

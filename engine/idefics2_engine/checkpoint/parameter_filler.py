@@ -1,4 +1,4 @@
-"""A checkpoint's values to their places in a model: merged, checked and quantized on the way."""
+"""Copying of a checkpoint's values to a model's parameters: merged, checked and quantized."""
 
 import torch
 from torch import Tensor

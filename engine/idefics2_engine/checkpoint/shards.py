@@ -1,4 +1,4 @@
-"""Which files of a folder hold a checkpoint's tensors; headers are read, values are not."""
+"""Search for the files with a checkpoint's tensors, of which only headers are read."""
 
 import os
 from collections.abc import Collection

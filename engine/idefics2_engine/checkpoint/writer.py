@@ -1,4 +1,4 @@
-"""Parameters to a checkpoint in the hub's form."""
+"""Writing of checkpoints in the hub's format."""
 
 import json
 import os
@@ -56,7 +56,8 @@ def save_checkpoint(
     if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
         companions = read_companions(Path(config_from))
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / INDEX, *folder.glob("*.safetensors")):  # readers would take these first
+    # Readers would prefer these old files
+    for old in (folder / INDEX, *folder.glob("*.safetensors")):
         old.unlink(missing_ok=True)
     _write_shards(folder, _shards(model, places, in_nf4, dtype, max_shard_bytes))
     for name, content in companions.items():

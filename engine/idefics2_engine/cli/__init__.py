@@ -1,6 +1,7 @@
-"""The ``idefics2`` command: one file per subcommand, torch loaded only once there is work for it.
+"""The ``idefics2`` command, with one file per subcommand; torch is imported only when needed.
 
-Exit codes: 0 answered; 1 it failed while running, and a traceback says where, or standard output is
-closed or full, as one line on stderr says; 2 the command line or an input is wrong, and one line on
-stderr says which, or the model failed on the request; 130 interrupted; 141 the reader of standard output left, as ``head`` does.
+Exit codes: 0 for success; 1 for an internal error, with a traceback, or for a closed or full
+standard output; 2 for invalid input or options, or a request that failed, with
+one line on stderr; 130 after an interrupt;
+141 if the reader of standard output has exited, like ``head``.
 """

@@ -1,4 +1,4 @@
-"""``idefics2 chat``: a conversation in the terminal, or over a pipe with one message a line."""
+"""``idefics2 chat``: a conversation in the terminal, or over a pipe with one message per line."""
 
 import argparse
 import contextlib
@@ -95,7 +95,7 @@ class Chat:
     interrupts: KeptInterrupts = field(default_factory=KeptInterrupts)
 
     def take(self, line: str) -> bool:
-        """Obey a command or answer a message; False once it is time to leave."""
+        """Execute a command or answer a message; return whether the conversation continues."""
         if not line.startswith("/"):
             if line.strip():
                 self._answer(line.strip())

@@ -1,4 +1,4 @@
-"""The parser, and what becomes of an error."""
+"""The parser of the command line and the handling of errors."""
 
 import argparse
 import sys
@@ -106,7 +106,8 @@ def _run(argv: Sequence[str] | None) -> int:
         return _bad_input(error.command, str(error), Idefics2Error.code, "--json" in arguments)
     except Idefics2Error as error:
         return _bad_input("idefics2", str(error), error.code, getattr(args, "json", False))
-    except KeyboardInterrupt:  # in a caller's process: in its own Ctrl-C ends it at once
+    # This occurs only in a caller's process; in the command's own, Ctrl-C ends the process
+    except KeyboardInterrupt:
         print("idefics2: interrupted", file=sys.stderr)
         return 130
     return code

@@ -3,7 +3,8 @@
 import os
 import signal
 
-TYPE_CHECKING = False  # as typing's, without importing that
+# Type checkers treat this name like typing.TYPE_CHECKING. Defining it avoids importing typing
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _FILTERS = ("top_p", "top_k", "min_p")
-_MOST_AT_ONCE = 64  # answers to one prompt; others wait
+# More answers to one prompt wait for their turn
+_MOST_AT_ONCE = 64
 _MEDIA = ("image_policy", "max_image_pixels", "allowed_media_hosts")
 
 
@@ -203,7 +204,8 @@ def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
         double_quant=args.double_quant,
         split_images=args.split,
         max_num_seqs=min(answers, _MOST_AT_ONCE),
-        seed=secrets.randbits(63),  # so that answers without --seed differ
+        # Answers without --seed must differ between runs
+        seed=secrets.randbits(63),
         **_media_settings(args),
     ) as llm:
         yield llm

@@ -1,4 +1,4 @@
-"""``idefics2 quantize``: a checkpoint in 16 bit or more to one in NF4, in bitsandbytes' form."""
+"""``idefics2 quantize``: conversion of a checkpoint to NF4 in bitsandbytes' format."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Hugging Face's padded inputs for the packed model: for parity with transformers and training."""
+"""The packed model on transformers' padded inputs, for comparison and training."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ from idefics2_engine.model.idefics2 import IGNORED_LABEL, Idefics2, next_token_l
 
 @dataclass(frozen=True)
 class PaddedOutput:
-    """What transformers' model returns: ``loss`` is ``None`` without labels.
+    """The output of the model in transformers' format.
 
-    Padded rows of ``logits`` are zero.
+    Logits of padding are zero. ``loss`` is ``None`` without labels.
     """
 
     logits: Tensor  # (B, S, vocabulary)
@@ -31,12 +31,12 @@ def forward_padded(
     labels: Tensor | None = None,
     image_features: Tensor | None = None,
 ) -> PaddedOutput:
-    """Run ``model`` on what transformers' processor returns.
+    """Run ``model`` on the output of transformers' processor.
 
-    Padding is not computed: it has no logits and no loss, whatever its labels. transformers
-    computes it, and its loss counts the first token of a row that is padded on the left, as
-    predicted from padding. The losses are equal if that token has the label -100, or if rows are
-    padded on the right and padding has that label.
+    Padding is not computed, so it has no logits and no loss, whatever its labels. transformers
+    computes it, and its loss includes the first token of a row that is padded on the left. The
+    losses are equal if that token has the label -100. With padding on the right, they are equal if
+    padding has that label.
 
     Args:
         model: The packed model.
@@ -82,7 +82,7 @@ def forward_padded(
 
 
 def _check_text(model: Idefics2, input_ids: Tensor, kept: Tensor, labels: Tensor | None) -> None:
-    """Refuse what ``forward_padded`` would compute otherwise than transformers, or not at all."""
+    """Reject inputs that ``forward_padded`` cannot compute as transformers does."""
     if input_ids.ndim != 2 or input_ids.is_floating_point():
         raise ValueError(
             f"input_ids must be whole numbers (B, S), got {tuple(input_ids.shape)} of {input_ids.dtype}"
@@ -93,7 +93,7 @@ def _check_text(model: Idefics2, input_ids: Tensor, kept: Tensor, labels: Tensor
                 f"{name} must have the shape of input_ids {tuple(input_ids.shape)}, "
                 f"got {tuple(tensor.shape)}"
             )
-    # a run begins where a token is kept and the one before is not
+    # A run begins at each kept token whose predecessor is not kept
     runs = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
     if bool((runs != 1).any()):
         row = int((runs != 1).nonzero()[0])

@@ -1,7 +1,7 @@
-"""Which addresses belong to the public internet, on every Python alike.
+"""Recognition of public internet addresses, independent of the Python version.
 
-``ipaddress`` learns of special ranges release by release, and takes all of IPv6 that it does not
-know for global. So its word is one condition here, and the ranges below are another.
+``ipaddress`` adds special ranges release by release, and counts unknown IPv6 ranges as global. An
+address must therefore also be outside the ranges below.
 """
 
 import ipaddress
@@ -13,7 +13,8 @@ _NOT_GLOBAL_V4 = tuple(
         "10.0.0.0/8",
         "100.64.0.0/10",
         "127.0.0.0/8",
-        "168.63.129.16/32",  # a service inside Azure, at an address that looks public
+        # Azure has an internal service at this public address
+        "168.63.129.16/32",
         "169.254.0.0/16",
         "172.16.0.0/12",
         "192.0.0.0/24",
@@ -33,9 +34,11 @@ _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _NOT_GLOBAL_V6 = tuple(
     ipaddress.IPv6Network(range_)
     for range_ in (
-        "2001::/23",  # protocols, Teredo among them
+        # IETF protocols, such as Teredo
+        "2001::/23",
         "2001:db8::/32",
-        "2002::/16",  # 6to4
+        # 6to4
+        "2002::/16",
         "3ffe::/16",
         "3fff::/20",
     )
@@ -43,10 +46,7 @@ _NOT_GLOBAL_V6 = tuple(
 
 
 def is_global(address: str) -> bool:
-    """Tell whether an address belongs to the public internet.
-
-    Of an address with another inside, the inner one counts.
-    """
+    """Return whether an address, or the one embedded in it, is on the public internet."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:

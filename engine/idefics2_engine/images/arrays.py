@@ -1,4 +1,4 @@
-"""Arrays and tensors of pixels to RGB images, by one rule for shapes and one for values."""
+"""Conversion of arrays and tensors of pixels to RGB images."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -22,12 +22,13 @@ from idefics2_engine.images.policy import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHANNELS = (1, 3, 4)  # gray, RGB, RGB with alpha
+# Gray, RGB, and RGB with alpha
+_CHANNELS = (1, 3, 4)
 _Index = tuple[slice, ...]
 
 
 def is_tensor(value: object) -> "TypeGuard[Tensor]":
-    """Tell a torch tensor, without importing torch: where there is a tensor, somebody has."""
+    """Return whether ``value`` is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 

@@ -1,9 +1,8 @@
-"""The bytes of an image file to pixels: which formats, how large, and errors in our own words.
+"""Decoding of image files, with limits on formats and sizes.
 
-Each file goes to the one Pillow plugin that its first bytes ask for, and never through Pillow's
-search for one: no other plugin (EPS would start Ghostscript) is loaded, and a file over the budget
-is refused before memory is taken for it, without touching Pillow's own limit, which belongs to the
-process.
+The first bytes of a file select one Pillow plugin. Pillow's own search is not used, because it
+loads other plugins, and EPS would start Ghostscript. A file that exceeds the limit is rejected
+before memory is allocated. Pillow's own limit is process-wide and stays unchanged.
 """
 
 import io
@@ -89,7 +88,7 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
 
 
 def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
-    """Hold a (width, height) to the budget.
+    """Check a (width, height) against the limit.
 
     Raises:
         ImageError: It has too many pixels, or none.

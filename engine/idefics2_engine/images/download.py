@@ -1,8 +1,8 @@
-"""An image from a URL, of listed hosts at global addresses only, within bounds.
+"""Bounded downloads of images from allowed hosts at public addresses.
 
-A name is resolved once, every address it has is checked, and the connection goes to a checked
-address, so that no second answer can point elsewhere. Redirects pass the same door. Proxies,
-cookies and credentials play no part.
+A name is resolved once, and all its addresses are checked. The connection is made to a checked
+address, so a second DNS answer cannot redirect it. Redirects pass the same checks. Proxies, cookies
+and credentials are not used.
 """
 
 import http.client

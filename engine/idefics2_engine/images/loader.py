@@ -1,4 +1,4 @@
-"""The one entry for images: turns everything that a caller passes as one into RGB, by the rules."""
+"""The entry point for images, which converts every supported source to RGB."""
 
 import os
 import re
@@ -54,20 +54,20 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 @dataclass(frozen=True)
 class MediaConfig:
-    """What images may cost, where they may come from, and how doubtful ones are read.
+    """Rules for images: limits, allowed sources, and the policy for ambiguous images.
 
     Attributes:
         image_policy: See ``ImagePolicy``.
-        max_image_pixels: Largest width x height, checked before anything is decoded.
-        max_media_bytes: Largest file, data URI or download, in whatever form it comes.
-        allowed_media_root: Files must lie below it; any file will do if ``None``.
+        max_image_pixels: Largest width x height, checked before decoding.
+        max_media_bytes: Largest size of a file, data URI or download, in bytes.
+        allowed_media_root: Folder that must contain all files. If ``None``, any folder.
         allowed_media_hosts: Hosts that URLs may name: ``"name"``, ``"name:port"``, ``".name"`` for
-            all below it, ``"*"`` for any. Whatever is listed, only global addresses are connected
-            to.
-        media_timeout: Longest a download may take in seconds, redirects included.
-        image_threads: Images that are read at once; the cores, but at most 8, if ``None``.
-        allow_http: Whether URLs may do without TLS.
-        network: How hosts are found and connected to.
+            all its subdomains, ``"*"`` for any. Connections are made only to public addresses.
+        media_timeout: Longest duration of a download in seconds, redirects included.
+        image_threads: Images that are read in parallel. If ``None``, the number of cores, at most
+            8.
+        allow_http: Whether URLs without TLS are allowed.
+        network: Resolver and connections.
     """
 
     image_policy: ImagePolicy = ImagePolicy.PARITY
@@ -119,10 +119,10 @@ def media_config(
     media_timeout: float = MEDIA_TIMEOUT,
     image_threads: int | None = None,
 ) -> MediaConfig:
-    """Return the rules that ``LLM``'s arguments and the command line's options spell.
+    """Return the rules for these arguments of ``LLM`` or options of the command line.
 
     Raises:
-        ConfigError: A value makes no sense.
+        ConfigError: A value is invalid.
     """
     if isinstance(allowed_media_hosts, str):
         raise ConfigError(

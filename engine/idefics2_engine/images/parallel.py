@@ -1,4 +1,4 @@
-"""Many images at once: Pillow decodes and resizes without holding up other threads."""
+"""Parallel reading of images in threads; Pillow releases the GIL to decode and resize."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Pillow's errors and warnings on odd files, kept from callers: they get our own words."""
+"""Replacement of Pillow's errors and warnings by ``ImageError``."""
 
 import threading
 import warnings
@@ -13,11 +13,10 @@ _FROM_PILLOW = r"PIL\.(?#idefics2)"  # a pattern that no other filter has
 
 @contextmanager
 def guard_pillow(message: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into ``ImageError(message)``, and let it warn nobody.
+    """Convert Pillow's exceptions to ``ImageError(message)`` and suppress its warnings.
 
-    Pillow's plugins raise errors of a dozen kinds on damaged files, and some of their messages hold
-    addresses in memory, so neither class nor text gets out. Its warnings would be errors or not by
-    the caller's filters, and so would the image.
+    Pillow's plugins raise many classes of errors on damaged files, and some messages contain memory
+    addresses. Its warnings could become errors by the caller's filters.
     """
     try:
         with _HUSH:

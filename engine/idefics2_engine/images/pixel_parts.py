@@ -1,4 +1,4 @@
-"""Images in parts: what a conversion makes on the way is as large as a part, not as the image."""
+"""Conversion of images part by part, which bounds the memory of temporaries."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

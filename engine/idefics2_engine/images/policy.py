@@ -1,6 +1,6 @@
-"""What becomes of an image that leaves a choice: alpha, rotation, 16 bits, floats, several frames.
+"""Policies for ambiguous images: alpha, rotation, 16 bits, floats and several frames.
 
-The only file that decides such things for Pillow images; ``arrays`` decides them for arrays.
+Only this module implements them for Pillow images; ``arrays`` implements them for arrays.
 """
 
 import warnings
@@ -29,7 +29,7 @@ _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colors were multiplied b
 
 
 class ImagePolicy(StrEnum):
-    """How to read an image that can be read in several ways."""
+    """How to read an ambiguous image."""
 
     PARITY = "parity"
     """As transformers' processor: alpha channels dropped, 16 bits saturate, the first frame without a word."""

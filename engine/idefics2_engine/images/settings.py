@@ -1,4 +1,4 @@
-"""Which file of a checkpoint says how its images are prepared.
+"""Search for a checkpoint's image settings.
 
 transformers 5 saves the image processor inside ``processor_config.json``. Earlier releases read
 ``preprocessor_config.json``, and those up to 4.46 fail where the other file has settings of images.

@@ -1,4 +1,4 @@
-"""The forms in which an image is handed over, reduced to a few: text, a path, bytes, or pixels."""
+"""Reduction of image sources to a few forms: text, a path, bytes, or pixels."""
 
 import base64
 import binascii

@@ -1,7 +1,7 @@
-"""Images to tiles: split, resize; uint8 until somebody asks for floats.
+"""Splitting and resizing of images to uint8 tiles.
 
-A tile is one image that the vision tower sees: a whole image or, with splitting, a quarter of
-one. The pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit for bit.
+A tile is one input of the vision tower: a whole image or, with splitting, a quarter of one. The
+pixels equal those of transformers' ``Idefics2ImageProcessorPil`` bit for bit.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ QUARTERS = 4  # tiles that splitting adds in front of the whole image
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a checkpoint wants its images prepared."""
+    """A checkpoint's preparation of images."""
 
     longest_edge: int  # pixels
     shortest_edge: int  # pixels

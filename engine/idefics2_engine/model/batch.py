@@ -1,4 +1,4 @@
-"""The metadata of one forward pass: frozen, built on the host and passed down, never global."""
+"""Inputs and metadata of one forward pass, built on the host and passed down as arguments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,10 +12,10 @@ from idefics2_engine.images.tiling import ImageConfig, Tile
 
 
 class _Movable:
-    """Tensors in a frozen dataclass that go to a device together."""
+    """A frozen dataclass whose tensors move to a device together."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Return a copy with every tensor on ``device``, without waiting for it."""
+        """Return a copy with every tensor on ``device``, without waiting for the transfers."""
         moved = {
             field.name: _moved(getattr(self, field.name), torch.device(device))
             for field in fields(self)  # type: ignore[arg-type]
@@ -35,20 +35,31 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class ImageBatch(_Movable):
-    """Tiles of any sizes, packed: N tiles with P patches in all, no padding."""
+    """N tiles of any sizes, packed into P patches without padding.
 
-    pixels: Tensor  # (P * patch_size**2 * 3,) uint8: each tile cropped to whole patches, row by row, RGB
-    widths: Tensor  # (N,) int32: patches in a row of each tile
-    position_ids: Tensor  # (P,) int64: row * grid + column on the trained grid
-    cu_seqlens: Tensor  # (N + 1,) int32: where each tile's patches begin
-    max_seqlen: int  # most patches in a tile
+    Attributes:
+        pixels: RGB values of each tile, cropped to whole patches, row by row.
+        widths: Patches in a row of each tile.
+        position_ids: row * grid + column on the trained grid.
+        cu_seqlens: First patch of each tile, then P.
+        max_seqlen: Patches of the largest tile.
+        rescale_factor: Multiplied with the pixels before normalization.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+    """
+
+    pixels: Tensor  # (P * patch_size**2 * 3,) uint8
+    widths: Tensor  # (N,) int32
+    position_ids: Tensor  # (P,) int64
+    cu_seqlens: Tensor  # (N + 1,) int32
+    max_seqlen: int
     rescale_factor: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @classmethod
     def from_tiles(cls, tiles: Sequence[Tile], config: ImageConfig | None = None) -> "ImageBatch":
-        """Pack ``tiles`` (one or more) on the CPU, to be normalized by ``config`` or as trained."""
+        """Pack one or more ``tiles`` on the CPU, with the normalization of ``config`` if given."""
         patches = [tile.num_patches for tile in tiles]
         batch = cls(
             pixels=torch.from_numpy(
@@ -68,27 +79,36 @@ class ImageBatch(_Movable):
 
 @dataclass(frozen=True)
 class PagedView(_Movable):
-    """Where a step's keys and values go in the KV cache, and what each sequence may read there."""
+    """Places in the KV cache: where new tokens are written and what each sequence reads.
 
-    slots: Tensor  # (T,) int32 or int64: page * page size + offset of each new token
-    block_table: Tensor  # (B, most pages of a sequence) int32
-    context_lens: Tensor  # (B,) int32: keys of each sequence, this step's included
+    Attributes:
+        slots: page * page size + offset of each new token.
+        block_table: Pages of each sequence.
+        context_lens: Keys of each sequence, this step's included.
+    """
+
+    slots: Tensor  # (T,) int32 or int64
+    block_table: Tensor  # (B, W) int32
+    context_lens: Tensor  # (B,) int32
 
 
 @dataclass(frozen=True)
 class TextBatch(_Movable):
-    """B sequences packed into T tokens, with or without a KV cache behind them."""
+    """B sequences packed into T tokens, with or without a KV cache.
+
+    ``logits_indices`` are the tokens that get logits; all of them if ``None``.
+    """
 
     input_ids: Tensor  # (T,) int32 or int64
     positions: Tensor  # (T,) int32 or int64
     cu_seqlens: Tensor  # (B + 1,) int32
     max_seqlen: int
-    logits_indices: Tensor | None = None  # rows to give logits for; every row if None
+    logits_indices: Tensor | None = None
     paged: PagedView | None = None
 
     @classmethod
     def from_ids(cls, sequences: Sequence[Sequence[int]]) -> "TextBatch":
-        """Pack whole ``sequences``, none empty, without a cache and with logits for every row."""
+        """Pack non-empty ``sequences`` without a KV cache, with logits for every token."""
         lengths = [len(ids) for ids in sequences]
         return cls(
             input_ids=torch.tensor([i for ids in sequences for i in ids], dtype=torch.int64),
@@ -99,5 +119,5 @@ class TextBatch(_Movable):
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:
-    """Turn lengths (N) into offsets (N + 1)."""
+    """Return the offsets (N + 1,) of parts with these lengths (N,)."""
     return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)

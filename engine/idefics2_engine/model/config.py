@@ -1,10 +1,8 @@
 """The shape of the model, read from a checkpoint's ``config.json``.
 
-Configs are frozen, and derived values are properties.
-
-``config.json`` on the hub is 684 bytes and leaves most sizes to defaults. The defaults here are
-those of transformers' Idefics2 and Mistral configurations, except the perceiver's norm epsilon: it
-was trained with the text model's, which is what a missing ``rms_norm_eps`` means here.
+The 8B model's ``config.json`` omits most sizes. The defaults are those of transformers' Idefics2
+and Mistral configurations, except the perceiver's ``rms_norm_eps``. Its default is the text model's
+value, with which the perceiver was trained.
 """
 
 from collections.abc import Mapping
@@ -17,19 +15,21 @@ from idefics2_engine.json_file import Section, read_json
 from idefics2_engine.model.quantization import is_nf4
 from idefics2_engine.model_files import CONFIG, printable_path, why_no_model
 
-_HEAD_ROWS = 64  # cuBLAS loses its fast kernels on an odd number of rows
-# Bounds far above any Idefics2 (the 8B's largest are in brackets): a larger number is an error in
-# the file, and should say so before anything is allocated or counted to.
-_MOST_LAYERS = 1024  # 32
-_MOST_HEADS = 1024  # 32
-_MOST_PIXELS = 1 << 14  # 980 a side
-_MOST_WIDTH = 1 << 20  # 14336
-_MOST_TOKENS = 1 << 20  # 32003 in the vocabulary, 32768 positions
+# cuBLAS has no fast kernels for an odd number of rows
+_HEAD_ROWS = 64
+# These bounds are far above any Idefics2. A larger number is an error in the file and must be
+# reported before anything of that size is allocated. The 8B model has 32 layers, 32 heads, 980
+# pixels per side, a width of 14336, 32003 tokens and 32768 positions.
+_MOST_LAYERS = 1024
+_MOST_HEADS = 1024
+_MOST_PIXELS = 1 << 14
+_MOST_WIDTH = 1 << 20
+_MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP vision tower with NaViT positions on a grid of ``grid`` x ``grid``."""
+    """Sizes of the SigLIP vision tower, with NaViT positions on a ``grid`` x ``grid`` grid."""
 
     hidden_size: int
     intermediate_size: int
@@ -58,7 +58,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """Resampler of any number of patches to ``num_latents`` embeddings."""
+    """Sizes of the perceiver, which resamples any number of patches to ``num_latents``."""
 
     hidden_size: int
     num_latents: int
@@ -76,7 +76,10 @@ class PerceiverConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Mistral decoder; query ``i`` sees key ``j`` when ``0 <= i - j < sliding_window``."""
+    """Sizes of the Mistral decoder.
+
+    Query ``i`` attends to key ``j`` if ``0 <= i - j < sliding_window``.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -93,31 +96,31 @@ class TextConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and head as stored here, a multiple of 64.
-
-        The last ones are zero.
-        """
+        """Rows of the embedding and the head, padded with zeros to a multiple of 64."""
         return -(-self.vocab_size // _HEAD_ROWS) * _HEAD_ROWS
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that fixes the parameters' shapes and the forward pass."""
+    """Configuration of the whole model.
+
+    ``is_quantized`` says whether the checkpoint's files are in NF4.
+    """
 
     vision: VisionConfig
     perceiver: PerceiverConfig
     text: TextConfig
     image_token_id: int
     tie_word_embeddings: bool
-    is_quantized: bool = False  # in the checkpoint's files, to NF4
+    is_quantized: bool = False
 
     @classmethod
     def load(cls, folder: Path) -> "ModelConfig":
         """Read ``folder/config.json``.
 
         Raises:
-            ConfigError: The file is missing, is not JSON, or describes another or an impossible
-                model.
+            ConfigError: The file is missing, is not JSON, or describes another model or an
+                impossible one.
         """
         if mistaken := why_no_model(folder):
             raise ConfigError(f"{printable_path(folder)}: {mistaken}")
@@ -179,7 +182,7 @@ def _perceiver_config(perceiver: Section, text: TextConfig) -> PerceiverConfig:
 def _text_config(text: Section) -> TextConfig:
     """Read the text model's sizes.
 
-    Mistral's own defaults apply inside a ``text_config``, Idefics2's where there is none.
+    Missing keys have Mistral's defaults. A missing ``text_config`` has Idefics2's defaults.
     """
     hidden = text.size("hidden_size", 4096, _MOST_WIDTH)
     heads = text.size("num_attention_heads", 32, _MOST_HEADS)
@@ -201,7 +204,7 @@ def _text_config(text: Section) -> TextConfig:
 
 
 def _check_shapes(config: ModelConfig) -> None:
-    """Check what depends on several sizes; ``ConfigError`` if the model is impossible."""
+    """Check combinations of sizes; raise ``ConfigError`` if the model is impossible."""
     vision, text = config.vision, config.text
     if vision.hidden_size % vision.num_heads:
         raise ConfigError(
@@ -229,7 +232,7 @@ def _check_shapes(config: ModelConfig) -> None:
 
 
 def _rope_theta(text: Section) -> float:
-    """Read the rotary base, on the top level or, since transformers 5, in ``rope_parameters``."""
+    """Read the rotary base from the top level or, since transformers 5, ``rope_parameters``."""
     parameters, scaling = text.section("rope_parameters"), text.section("rope_scaling")
     nested = parameters if parameters.values else scaling
     rope_type = nested.values.get("rope_type", nested.values.get("type", "default"))

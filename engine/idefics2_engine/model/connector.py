@@ -1,4 +1,4 @@
-"""The connector: a gated projection of patches, and a perceiver that resamples them to latents."""
+"""The connector: a gated projection of patch features, then a perceiver."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -13,7 +13,10 @@ from idefics2_kernels import Ops
 
 
 class PerceiverAttention(nn.Module):
-    """Latents look at their image's patches and at themselves; the two key ranges stay apart."""
+    """Attention of latents to their image's patches and to the latents.
+
+    The keys of patches and latents are separate tensors, which are not concatenated.
+    """
 
     def __init__(self, config: PerceiverConfig, ops: Ops) -> None:
         super().__init__()
@@ -57,10 +60,7 @@ class PerceiverLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        """Take ``x`` (N, L, hidden), the norm of ``residual``.
-
-        Return a branch, and the residual to add it to.
-        """
+        """Map ``x`` (N, L, hidden), the norm of ``residual``, to a branch and its residual."""
         x = self.attention(x, self.context_norm(context), cu_seqlens, max_seqlen)
         x, residual = self.mlp_norm.add(x, residual)
         return self.mlp(x), residual
@@ -76,7 +76,7 @@ class Perceiver(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, context: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Resample ``context`` (P, hidden), N images by ``cu_seqlens``, to (N, L, hidden)."""
+        """Resample ``context`` (P, hidden) of N images to (N, L, hidden)."""
         residual = self.latents.expand(cu_seqlens.shape[0] - 1, -1, -1)
         layers = cast(Sequence[PerceiverLayer], self.layers)
         next_norms = [*(layer.latents_norm for layer in layers[1:]), self.norm]
@@ -88,7 +88,7 @@ class Perceiver(nn.Module):
 
 
 class Connector(nn.Module):
-    """Features of the vision tower to embeddings of the text model."""
+    """The map from features of the vision tower to embeddings of the text model."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The whole network: vision tower, connector, text model and head, written once against ``Ops``."""
+"""The whole network: vision tower, connector, text model and head."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ IGNORED_LABEL = -100
 class Idefics2(nn.Module):
     """Idefics2 over packed tiles and packed tokens.
 
-    Parameters are allocated on ``device`` in ``dtype`` and not initialized: load a checkpoint into
-    them or call ``init_weights``. On the device ``"meta"`` they get memory by ``allocate``; until
-    then layers can be replaced at no cost.
+    Parameters are allocated on ``device`` in ``dtype`` but not initialized. Load a checkpoint or
+    call ``init_weights``. On the device ``"meta"``, ``allocate`` gives them memory, and layers can
+    be replaced before that at no cost.
     """
 
     def __init__(
@@ -45,24 +45,25 @@ class Idefics2(nn.Module):
                 self.lm_head = nn.Parameter(torch.empty_like(self.text.embedding))
 
     def allocate(self, device: torch.device | str) -> None:
-        """Give the parameters memory on ``device``, uninitialized; what they held is lost."""
+        """Allocate uninitialized memory for the parameters on ``device``."""
         self.to_empty(device=device)
-        if self.config.tie_word_embeddings:  # two parameters now
+        if self.config.tie_word_embeddings:
+            # to_empty has made two parameters of the tied one
             self.lm_head = self.text.embedding
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.lm_head.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the parameters, and of everything computed."""
+        """Dtype of the parameters and of all computations."""
         return self.lm_head.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the weights take, in whatever form."""
+        """Bytes of all weights, dense or in NF4."""
         parts = [
             part
             for m in self.modules()
@@ -74,7 +75,7 @@ class Idefics2(nn.Module):
     def set_nf4(self, name: str, weight: NF4Weight) -> None:
         """Set the weight of the NF4 layer called ``name``.
 
-        The last of those that lie side by side has them stacked.
+        Once all layers of a ``SideBySide`` group are set, their weights are stacked.
         """
         layer = self.get_submodule(name)
         assert isinstance(layer, NF4Linear)
@@ -84,7 +85,7 @@ class Idefics2(nn.Module):
             group.stack()
 
     def image_features(self, images: ImageBatch) -> Tensor:
-        """Encode N tiles to reusable embeddings (N, latents, hidden) of the text model."""
+        """Encode N tiles to embeddings (N, latents, hidden) of the text model."""
         patches = self.ops.patches(
             images.pixels,
             images.cu_seqlens,
@@ -113,15 +114,14 @@ class Idefics2(nn.Module):
     ) -> Tensor:
         """Return logits (rows, vocabulary) for ``batch.logits_indices``, or for every token.
 
-        ``image_features`` (..., hidden) take the places of the image token, in order. There must be
-        as many rows as such tokens in the batch. Without them an image token keeps its own
-        embedding.
+        ``image_features`` (..., hidden) replace the embeddings of the batch's image tokens, in
+        order, and must have as many rows. Without features, image tokens keep their embedding.
 
         Raises:
-            ValueError: A sequence is longer than the model has positions, or, on a CPU, features
-                and image tokens differ in number. A GPU stops with an assertion then, as for an id
-                that is no token: nothing waits for it. With a KV cache neither is looked at, as the
-                engine makes such batches from checked requests.
+            ValueError: A sequence is longer than the model's positions, or, on a CPU, the numbers
+                of features and image tokens differ. On a GPU that difference is a device-side
+                assertion, like an invalid token id. With a KV cache there are no checks, because
+                the engine has checked the requests.
         """
         if batch.paged is None:
             self._check(batch, image_features)
@@ -133,13 +133,13 @@ class Idefics2(nn.Module):
 
     def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Embed ``input_ids`` (T,), with ``image_features`` at the image tokens: (T, hidden)."""
-        # without the rows that fill the table up: an id there is no token
+        # The padding rows are cut off, so that ids beyond the vocabulary are errors
         tokens = self.text.embedding[: self.config.text.vocab_size]
         embeds = nn.functional.embedding(input_ids, tokens)
         if image_features is None:
             return embeds
         is_image = input_ids == self.config.image_token_id
-        # each image token's row; not masked_scatter, whose backward waits for the device
+        # Each image token looks up its row, as masked_scatter's backward would wait for the device
         rows = (is_image.cumsum(0) - 1).clamp(min=0)
         features = image_features.flatten(0, -2).to(embeds.dtype)
         return torch.where(is_image[:, None], nn.functional.embedding(rows, features), embeds)
@@ -164,19 +164,20 @@ class Idefics2(nn.Module):
     def loss(
         self, batch: TextBatch, labels: Tensor, image_features: Tensor | None = None
     ) -> Tensor:
-        """Return the mean cross entropy of each token's successor in its sequence, at least fp32.
+        """Return the mean cross entropy of each token's successor, in fp32 or wider.
 
-        ``labels`` (T,) are aligned with the tokens; -100 is ignored, and the caller sets it for
-        image and padding tokens.
+        ``labels`` (T,) are aligned with the tokens. The label -100 is ignored; the caller sets it
+        for image and padding tokens.
         """
         return next_token_loss(self(batch, image_features), labels, batch)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float = 0.02, *, double_quant: bool = True) -> None:
-        """Draw weights: N(0, ``std``) for matrices, N(0, 1) for latents, norms one, biases zero.
+        """Draw random weights: N(0, ``std``) for matrices, N(0, 1) for latents.
 
-        Latents start apart, for equal latents would stay equal in training. Weights in NF4 are
-        drawn in the model's type and quantized, with ``double_quant`` or without, one at a time.
+        Norms are one and biases zero. Latents differ, because equal latents would stay equal in
+        training. Weights in NF4 are drawn in the model's dtype and quantized one at a time, with or
+        without ``double_quant``.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():

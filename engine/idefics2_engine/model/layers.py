@@ -1,4 +1,4 @@
-"""Layers that several parts of the model have: norms and the gated MLP, called through ``Ops``."""
+"""Layers shared by several parts of the model: norms and the gated MLP."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from idefics2_kernels import Ops
 
 
 class LayerNorm(nn.Module):
-    """Mean 0 and variance 1 over the hidden axis, then scale and shift."""
+    """Layer normalization: mean 0 and variance 1 over the hidden axis, then scale and shift."""
 
     def __init__(self, hidden: int, eps: float, ops: Ops) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square 1 over the hidden axis, then scale."""
+    """RMS normalization: root mean square 1 over the hidden axis, then scale."""
 
     def __init__(self, hidden: int, eps: float, ops: Ops) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
+    """A gated MLP, down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
     def __init__(self, hidden: int, intermediate: int, out: int, ops: Ops) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Linear layers, called through ``Ops``: dense, in NF4, and several side by side."""
+"""Linear layers: dense, in NF4, and several with a common input side by side."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -11,7 +11,7 @@ from idefics2_kernels.nf4.nf4_weight import can_stack, split, stack
 
 
 class Linear(nn.Module):
-    """Product with ``weight`` (N, K) and an optional ``bias`` (N,)."""
+    """A dense linear layer with ``weight`` (N, K) and an optional ``bias`` (N,)."""
 
     def __init__(self, K: int, N: int, ops: Ops, *, bias: bool) -> None:
         super().__init__()
@@ -29,10 +29,10 @@ class Linear(nn.Module):
 
 
 class NF4Linear(nn.Module):
-    """Product with a weight (N, K) in NF4 and an optional ``bias`` (N,).
+    """A linear layer with a weight (N, K) in NF4 and an optional ``bias`` (N,).
 
-    The weight is no parameter: it has no gradient and is not in ``state_dict``. ``to`` moves it,
-    and leaves its types alone.
+    The weight is not a parameter: it has no gradient and is not in ``state_dict``. ``to`` moves it
+    to another device but does not convert its dtypes.
     """
 
     def __init__(self, K: int, N: int, ops: Ops, *, bias: bool) -> None:
@@ -44,12 +44,12 @@ class NF4Linear(nn.Module):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weight was set."""
+        """Whether the weight has been set."""
         return self._weight is not None
 
     @property
     def weight(self) -> NF4Weight:
-        """The weight; ``RuntimeError`` before it is set."""
+        """The weight; raises ``RuntimeError`` before it is set."""
         if self._weight is None:
             raise RuntimeError(f"the NF4 weight of shape {self.shape} was not loaded")
         return self._weight
@@ -75,26 +75,27 @@ class NF4Linear(nn.Module):
 
 
 class SideBySide(nn.Module):
-    """Linear layers of one input whose outputs are joined, instead of one layer with all rows.
+    """Several linear layers with a common input, whose outputs are concatenated.
 
-    ``stack`` makes weights in NF4 one, and the layers' own views of it: one product in place of
-    several.
+    ``stack`` joins NF4 weights into one, of which the layers' weights become views. The layers are
+    then computed as one product.
     """
 
     def __init__(self, layers: Sequence[Linear | NF4Linear]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._stacked: NF4Weight | None = None
-        self._parts: list[NF4Weight] = []  # the layers' weights when they were stacked
+        # The views that were assigned to the layers when they were stacked
+        self._parts: list[NF4Weight] = []
 
     def stack(self) -> None:
-        """Stack the layers' weights, if all are loaded and can be one."""
+        """Stack the layers' weights if all are loaded and compatible."""
         layers = [l for l in self.layers if isinstance(l, NF4Linear) and l.is_loaded]
         if len(layers) == len(self.layers) and can_stack([layer.weight for layer in layers]):
             self._share(stack([layer.weight for layer in layers]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x`` (..., K) to (..., N), N being the sum of the layers' own."""
+        """Map ``x`` (..., K) to (..., N), where N is the sum of the layers' widths."""
         layers = cast(Sequence[Linear | NF4Linear], self.layers)
         if self._stacked is None or not self._is_shared:
             return torch.cat([layer(x) for layer in layers], dim=-1)
@@ -103,7 +104,7 @@ class SideBySide(nn.Module):
 
     @property
     def _is_shared(self) -> bool:
-        """Whether no layer has got another weight since they were stacked."""
+        """Whether every layer still has the weight from stacking."""
         layers = cast(Sequence[NF4Linear], self.layers)
         return all(l.weight is part for l, part in zip(layers, self._parts, strict=True))
 

@@ -1,4 +1,4 @@
-"""What is quantized: as a caller asks, or as a ``config.json`` says of the weights beside it."""
+"""Quantization settings, from the arguments of ``LLM`` and from a checkpoint's ``config.json``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,15 +7,17 @@ from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import Section
 
 PARTS = ("vision", "connector", "text")
-"""The parts of the model whose linear layers can be in NF4; embeddings, norms and the head never are."""
+"""The parts whose linear layers can be in NF4. Embeddings, norms and the head never are."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantize the linear layers of ``parts`` to NF4, with ``double_quant`` their absmaxes too.
+    """A request to quantize the linear layers of ``parts`` to NF4.
+
+    ``double_quant`` says whether the absolute maxima are quantized as well.
 
     Raises:
-        ConfigError: ``parts`` are none or are not all parts of the model.
+        ConfigError: ``parts`` are empty or contain an unknown part.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -30,7 +32,7 @@ class Quantization:
     def from_arguments(
         cls, quantization: str | None, quantized_parts: Sequence[str] | None, double_quant: bool
     ) -> "Quantization | None":
-        """Return what these arguments of ``LLM`` ask for; ``ConfigError`` on contradictions."""
+        """Build from arguments of ``LLM``; raise ``ConfigError`` if they contradict each other."""
         if quantization is None:
             if quantized_parts is not None or not double_quant:
                 raise ConfigError("quantized_parts and double_quant must come with quantization")
@@ -45,13 +47,13 @@ class Quantization:
 
 
 def is_nf4(config: Section) -> bool:
-    """Say whether the checkpoint of this ``config.json`` was quantized by bitsandbytes to NF4.
+    """Return whether ``config.json`` describes NF4 weights of bitsandbytes.
 
-    Which of its tensors are in NF4 is read off the files: what a name in ``llm_int8_skip_modules``
-    matches has changed between releases of transformers.
+    The files show which tensors are in NF4. ``llm_int8_skip_modules`` does not, because its
+    matching has changed between releases of transformers.
 
     Raises:
-        ConfigError: It was quantized in another way.
+        ConfigError: The checkpoint is quantized in another way.
     """
     if config.values.get("quantization_config") is None:
         return False
@@ -61,13 +63,15 @@ def is_nf4(config: Section) -> bool:
         for bits in (4, 8)
     )
     method = section.values.get("quant_method")
-    if method != "bitsandbytes" and (method is not None or not by_4bit):  # the oldest name none
+    # The oldest configs have no quant_method
+    if method != "bitsandbytes" and (method is not None or not by_4bit):
         raise section.error("quant_method", "'bitsandbytes', with weights in NF4", method)
     if by_8bit:
         raise ConfigError(f"{section.name}: load_in_8bit: weights must be in NF4, got int8")
     if not by_4bit:
         raise section.error("load_in_4bit", "true", section.values.get("load_in_4bit"))
-    kind = section.values.get("bnb_4bit_quant_type", "fp4")  # as in transformers
+    # transformers has the same default
+    kind = section.values.get("bnb_4bit_quant_type", "fp4")
     if kind != "nf4":
         raise section.error("bnb_4bit_quant_type", "'nf4'", kind)
     section.require("bnb_4bit_quant_storage", "uint8")
@@ -82,9 +86,9 @@ def is_nf4(config: Section) -> bool:
 def bitsandbytes_config(
     dtype: str, double_quant: bool, skipped: Sequence[str]
 ) -> dict[str, object]:
-    """Return the ``quantization_config`` for transformers to compute with NF4 weights in ``dtype``.
+    """Return transformers' ``quantization_config`` for NF4 weights that compute in ``dtype``.
 
-    ``skipped`` are the modules in 16 bit, with all that is in them.
+    ``skipped`` are the modules that stay in 16 bit, with their submodules.
     """
     return {
         "quant_method": "bitsandbytes",

@@ -1,4 +1,4 @@
-"""Mistral decoder over packed sequences, with or without a paged KV cache behind it."""
+"""The Mistral decoder over packed sequences, with or without a paged KV cache."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -12,7 +12,8 @@ from idefics2_engine.model.layers import GatedMLP, RMSNorm
 from idefics2_engine.model.linear import Linear
 from idefics2_kernels import Ops
 
-LayerCache = tuple[Tensor, Tensor]  # keys and values of one layer, (pages, H_KV, P, D) each
+LayerCache = tuple[Tensor, Tensor]
+"""Keys and values of one layer, (pages, H_KV, page size, D) each."""
 
 
 class TextAttention(nn.Module):
@@ -75,16 +76,13 @@ class TextLayer(nn.Module):
         cos_sin: Tensor,
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """Take ``x`` (T, hidden), the norm of ``residual``.
-
-        Return a branch, and the residual to add it to.
-        """
+        """Map ``x`` (T, hidden), the norm of ``residual``, to a branch and its residual."""
         x, residual = self.mlp_norm.add(self.attention(x, batch, cos_sin, cache), residual)
         return self.mlp(x), residual
 
 
 class TextModel(nn.Module):
-    """Token embeddings in, normalized hidden states out."""
+    """The decoder from token embeddings to normalized hidden states."""
 
     def __init__(self, config: TextConfig, ops: Ops) -> None:
         super().__init__()
@@ -121,7 +119,7 @@ class TextModel(nn.Module):
 
 
 def rotary_table(config: TextConfig) -> Tensor:
-    """Build the rotary table (positions, D) on the CPU, in fp32 as the model was trained."""
+    """Build the rotary table (positions, D) in fp32 on the CPU, as in training."""
     D = config.head_dim
     inv_freq = 1.0 / config.rope_theta ** (
         torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D

@@ -1,4 +1,4 @@
-"""SigLIP vision tower over the packed patches of images of any sizes: no padding anywhere."""
+"""The SigLIP vision tower over packed patches of images of any sizes, without padding."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from idefics2_kernels import Ops
 
 
 class VisionAttention(nn.Module):
-    """Full attention inside each image."""
+    """Bidirectional attention within each image."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Two products with GELU, in its tanh form, between."""
+    """Two linear layers with the tanh form of GELU between them."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
         super().__init__()
@@ -54,17 +54,14 @@ class VisionLayer(nn.Module):
     def forward(
         self, branch: Tensor, residual: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
-        """Map a branch and its ``residual`` (P, hidden) to the next two.
-
-        Neither pair is added yet.
-        """
+        """Map a branch and its ``residual`` (P, hidden), not yet added, to the next pair."""
         x, residual = self.attention_norm.add(branch, residual)
         x, residual = self.mlp_norm.add(self.attention(x, cu_seqlens, max_seqlen), residual)
         return self.mlp(x), residual
 
 
 class VisionTower(nn.Module):
-    """Patches to features, with position embeddings by trained bucket."""
+    """The encoder of patches, with learned position embeddings."""
 
     def __init__(self, config: VisionConfig, ops: Ops) -> None:
         super().__init__()
@@ -78,7 +75,7 @@ class VisionTower(nn.Module):
     ) -> Tensor:
         """Map ``patches`` (P, patch_dim) at ``position_ids`` (P,) to features (P, hidden)."""
         branch = self.patch_embedding(patches)
-        # not by indexing: its backward adds up equal positions one after another
+        # The backward of plain indexing would add equal positions sequentially
         residual = nn.functional.embedding(position_ids, self.position_embedding)
         for layer in self.layers:
             branch, residual = layer(branch, residual, cu_seqlens, max_seqlen)

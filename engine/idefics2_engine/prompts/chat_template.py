@@ -1,4 +1,4 @@
-"""Conversations to prompts, through a checkpoint's chat template."""
+"""Chat templates, which convert conversations to prompts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from idefics2_engine.model_files import is_there, read_text
 from idefics2_engine.prompts.template_sandbox import Sandbox
 from idefics2_engine.prompts.tokenizer import Tokenizer
 
-# Templates know them as bos_token and so on
+# Templates refer to these as bos_token and so on
 _NAMED_TOKENS = ("bos", "eos", "pad", "unk")
 
 BUILT_IN_TEMPLATE = """\
@@ -25,24 +25,25 @@ BUILT_IN_TEMPLATE = """\
     {{ "<end_of_utterance>\\n" }}
 {%- endfor -%}
 {{ "Assistant:" if add_generation_prompt }}"""
-"""Idefics2's format, for checkpoints with ``<end_of_utterance>`` that bring no template."""
+"""Idefics2's format, for checkpoints that have ``<end_of_utterance>`` but no template."""
 
 
 class ChatTemplate:
-    """The Jinja template that turns a conversation into a prompt."""
+    """The Jinja template that converts a conversation to a prompt."""
 
     def __init__(self, source: str, tokenizer: Tokenizer):
-        """Compile ``source`` in a sandbox that can reach and change nothing but what it is given.
+        """Compile ``source`` in a sandbox.
 
         Raises:
-            ConfigError: ``source`` is no Jinja template, or too long.
+            ConfigError: ``source`` is not a valid Jinja template, or is too long.
         """
         self._sandbox = Sandbox()
         try:
             self._template = self._sandbox.compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template: line {error.lineno}: {error.message}") from None
-        except Exception as error:  # Jinja's parser and Python's compiler fail in many ways
+        # Jinja's parser and Python's compiler can raise many classes of errors
+        except Exception as error:
             raise ConfigError(f"chat template: {type(error).__name__}: {error!s:.200}") from None
         self._tokenizer = tokenizer
 
@@ -50,9 +51,9 @@ class ChatTemplate:
     def load(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
         """Find the template of the checkpoint in ``folder``, in transformers' order.
 
-        That is ``processor_config.json``, ``chat_template.json``, ``chat_template.jinja``,
-        ``tokenizer_config.json``, and failing these the built-in one. None if its
-        ``<end_of_utterance>`` is unknown to the tokenizer: a base model has not learned to chat.
+        The order is ``processor_config.json``, ``chat_template.json``, ``chat_template.jinja``,
+        ``tokenizer_config.json``, then the built-in template. ``None`` if the tokenizer has no
+        ``<end_of_utterance>`` for the built-in one, as for a base model.
         """
         source = _find_template(folder)
         if source is None and tokenizer.end_of_utterance_id is None:
@@ -63,13 +64,13 @@ class ChatTemplate:
         """Return the conversation as a prompt for ``Tokenizer.encode_marked``.
 
         Args:
-            messages: As ``messages.read_messages`` returns them. The template sees roles and texts
-                marked, which only matters to one that looks for ``<`` inside them.
+            messages: The result of ``messages.read_messages``. The template gets roles and texts
+                with marks, which matters only to templates that search for ``<`` inside them.
             add_generation_prompt: End with the words after which the assistant answers.
 
         Raises:
-            PromptError: The template refuses the conversation, fails on it, or takes more time or
-                memory than ``template_sandbox`` lets it have.
+            PromptError: The template rejects the conversation, fails, or exceeds the limits of
+                ``template_sandbox`` on time or memory.
         """
         marked = [
             {
@@ -89,7 +90,8 @@ class ChatTemplate:
                     add_generation_prompt=add_generation_prompt,
                     **{name: token for name, token in names.items() if token is not None},
                 )
-        except Exception as error:  # a template is a program: it may fail in any way
+        # A template is a program and may raise any error
+        except Exception as error:
             said = self._tokenizer.unmark(str(error))
             raise PromptError(f"chat template: {type(error).__name__}: {said:.500}") from error
 
@@ -109,7 +111,8 @@ def _find_template(folder: Path) -> str | None:
     if not found and is_there(jinja_file):
         found = read_text(jinja_file)
     found = found or in_json("tokenizer_config.json")
-    if isinstance(found, list):  # several templates by name
+    # A list holds several templates by name
+    if isinstance(found, list):
         entries = [entry for entry in found if isinstance(entry, dict)]
         found = {str(entry.get("name")): entry.get("template") for entry in entries}
     if isinstance(found, dict):

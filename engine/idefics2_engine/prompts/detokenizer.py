@@ -1,20 +1,21 @@
-"""Token ids to text as they come, whole characters at a time."""
+"""Incremental detokenization in whole characters."""
 
 import codecs
 
 from idefics2_engine.prompts.tokenizer import Tokenizer
 
-_REPLACEMENT = "\ufffd"  # what a part of a character decodes to
+# An incomplete character decodes to this
+_REPLACEMENT = "\ufffd"
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
-    """Text of one growing sequence; what ``add`` and ``flush`` return joins to its ``decode``.
+    """The text of one growing sequence; results of ``add`` and ``flush`` join to its ``decode``.
 
-    A piece decodes differently behind another (its leading space stays), so new text is what
-    decoding adds to the pieces before. It is held back until its last character is whole. Pieces
-    that are bytes and make no character become U+FFFD; ``decode`` then gives up every byte around
-    them too, and here the whole characters stay.
+    A piece decodes differently after another piece, with its leading space. New text is therefore
+    the difference between decoding with and without the new pieces. Text is held back until its
+    last character is complete. Bytes that form no character become U+FFFD. Unlike here, ``decode``
+    then also loses complete characters around them.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
@@ -22,18 +23,20 @@ class Detokenizer:
         self._skipped = tokenizer.control_ids if skip_special_tokens else frozenset()
         self._bytes = tokenizer.byte_values
         self._utf8 = _utf8_decoder("replace")
-        self._emitted: list[int] = []  # the last ids whose text is out
-        self._pending: list[int] = []  # ids after these
+        # The last ids whose text has been returned, and the ids after them
+        self._emitted: list[int] = []
+        self._pending: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """Take the next id and return the text that is now complete, often empty for a byte."""
+        """Add the next id and return the text that is now complete; often empty for a byte."""
         if token_id in self._skipped:
             return ""
         if token_id in self._bytes:
             text = self._emit()
             character = self._utf8.decode(self._bytes[token_id])
             if not self._emitted:
-                character = character.removeprefix(" ")  # as at the beginning of any text
+                # The tokenizer drops the leading space of every text
+                character = character.removeprefix(" ")
             self._emitted = [token_id]
             return text + character
         broken = self._utf8.decode(b"", True)
@@ -42,13 +45,13 @@ class Detokenizer:
         return broken if not text or text.endswith(_REPLACEMENT) else broken + self._emit()
 
     def flush(self) -> str:
-        """Return what is held back, at the end of the sequence; then begin anew."""
+        """Return the text that was held back at the end of the sequence, and reset."""
         text = self._emit() + self._utf8.decode(b"", True)
         self._emitted = []
         return text
 
     def _emit(self) -> str:
-        """Return the pending pieces' text, which is out then."""
+        """Return the text of the pending pieces and mark them as emitted."""
         text = self._new_text()
         if self._pending:
             self._emitted, self._pending = self._pending, []

@@ -1,4 +1,4 @@
-"""Conversations as callers write them, in OpenAI's or transformers' shape, checked."""
+"""Validation of conversations in the format of OpenAI or transformers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,28 +16,31 @@ def read_messages(
     images: Sequence[ImageSource] = (),
     name: str = "messages",
 ) -> tuple[list[dict[str, Any]], list[ImageSource]]:
-    """Check a conversation and take the images out of it.
+    """Check a conversation and extract its images.
+
+    A message is ``{"role": "system", "user" or "assistant", "content": str or list of parts}``.
+    A part is one of
+
+    - ``{"type": "text", "text": str}``
+    - ``{"type": "image"}``, a bare part, which stands for the next of ``images``
+    - ``{"type": "image", "image" or "url" or "path": source}``
+    - ``{"type": "image_url", "image_url": url or {"url": source}}``, where ``detail`` is ignored
+
+    A key whose value is ``None`` counts as missing, because ``datasets`` gives all rows all keys.
 
     Args:
-        messages: Each
-            ``{"role": "system", "user" or "assistant", "content": str or list of parts}``, a part
-            being one of ``{"type": "text", "text": str}``, ``{"type": "image"}``, which takes the
-            next of ``images``, ``{"type": "image", "image" or "url" or "path": source}`` and
-            ``{"type": "image_url", "image_url": url or {"url": source}}``, where OpenAI's
-            ``detail`` may stand and changes nothing. A key whose value is ``None`` counts as
-            missing: ``datasets`` gives every row the keys of all.
-        images: What the bare image parts stand for, in order.
-        name: What errors call the conversation.
+        messages: The conversation.
+        images: Images of the bare parts, in order.
+        name: Name of the conversation in errors.
 
     Returns:
-        The messages, their content always a list of text parts and bare image parts, and the
-        source of each image part. Nothing of them but the sources belongs to the caller.
+        The messages, whose content is a list of text parts and bare image parts, and the source of
+        each image part. Only the sources are objects of the caller.
 
     Raises:
-        PromptError: A message has another shape or a key that is not listed here (a
-            ``chat_template`` among them: templates come with the checkpoint alone), its text cannot
-            be written in UTF-8, there are more or fewer images than bare parts, or reading it
-            raised an error.
+        PromptError: A message has another format or an unknown key, such as ``chat_template``. Or
+            its text cannot be encoded in UTF-8, the numbers of images and bare parts differ, or
+            reading it raised an error.
     """
     turns = []
     sources: list[ImageSource | None] = []
@@ -98,7 +101,7 @@ def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageS
 
 
 def _given(value: Any) -> Any:
-    """Return a mapping as a dict of what it has besides ``None``, anything else as it is."""
+    """Return a mapping as a dict without ``None`` values, and other values unchanged."""
     if not isinstance(value, Mapping):
         return value
     return {key: one for key, one in value.items() if one is not None}
@@ -115,7 +118,7 @@ def _read_text(part: Mapping[str, Any], where: str) -> str:
 
 
 def _read_source(part: Any, where: str) -> ImageSource | None:
-    """Return where an image part's image is, None if it is the caller's next."""
+    """Return the source of an image part; ``None`` for a bare part."""
     found: ImageSource
     match part:
         case {"type": "image"} if len(part) == 1:

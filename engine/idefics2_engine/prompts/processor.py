@@ -1,4 +1,4 @@
-"""Prompts, conversations and images to what the model takes: token ids and tiles."""
+"""The processor, which converts prompts, conversations and images to token ids and tiles."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -29,33 +29,42 @@ from idefics2_engine.prompts.tokenizer import (
     expand_placeholders,
 )
 
-# What can be iterated over, but is text or has no order
+# These iterables are text or have no order, so they are not lists of token ids
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
 
 
 @dataclass(frozen=True, eq=False)
 class ProcessedPrompt:
-    """One request, ready for the model."""
+    """A prompt ready for the model.
 
-    prompt: str  # each image is one "<image>"
-    token_ids: list[int]  # each tile is ``image_seq_len`` times the image token
-    tiles: list[Tile]  # in the order of their placeholders
+    Attributes:
+        prompt: Text, with each image as one "<image>".
+        token_ids: Token ids, with each tile as ``image_seq_len`` image tokens.
+        tiles: Tiles in the order of their placeholders.
+    """
+
+    prompt: str
+    token_ids: list[int]
+    tiles: list[Tile]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptDraft:
-    """A request whose images have not been read yet."""
+    """A prompt whose images have not been read.
+
+    ``media`` are the rules for reading them.
+    """
 
     prompt: str
     token_ids: list[int]
     images: Sequence[ImageSource]
-    media: MediaConfig  # the rules that the images are read by
+    media: MediaConfig
 
     def owned(self) -> "PromptDraft":
-        """Return a draft that nothing can change which its caller does from now on.
+        """Return a draft that shares no mutable object with the caller.
 
-        Arrays, tensors, Pillow images, buffers and open files are read now. Files by name, text and
-        bytes stay what they are, so that ``Processor.finish`` decodes them in threads.
+        Arrays, tensors, Pillow images, buffers and open files are read now. File names, text and
+        bytes are kept, so that ``Processor.finish`` decodes them in threads.
 
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
@@ -70,14 +79,24 @@ class PromptDraft:
 
 @dataclass(frozen=True)
 class Processor:
-    """What a checkpoint's files say about turning text and images into the model's input."""
+    """The conversion of text and images to the model's input, by a checkpoint's files.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        template: The chat template. None for a model without one.
+        image_config: Preparation of images.
+        image_seq_len: Image tokens per tile.
+        patch_size: Pixels per side of a patch.
+        grid_side: Trained positions per side.
+        media: Rules for reading images.
+    """
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # None: the model has not learned to chat
+    template: ChatTemplate | None
     image_config: ImageConfig
-    image_seq_len: int  # image tokens per tile
-    patch_size: int  # pixels per side
-    grid_side: int  # trained positions per side
+    image_seq_len: int
+    patch_size: int
+    grid_side: int
     media: MediaConfig = field(default_factory=MediaConfig)
 
     @classmethod
@@ -92,12 +111,12 @@ class Processor:
 
         Args:
             folder: A checkpoint in the hub's format.
-            config: The model that the input is for.
-            split: Whether to split images, if not as the checkpoint says.
-            media: The rules for images; those of ``MediaConfig()`` if ``None``.
+            config: Configuration of the model.
+            split: Whether to split images. If ``None``, the checkpoint decides.
+            media: Rules for reading images. If ``None``, ``MediaConfig()``.
 
         Raises:
-            ConfigError: A file is missing or unusable, or does not fit ``config``.
+            ConfigError: A file is missing or invalid, or does not fit ``config``.
         """
         tokenizer = Tokenizer.load(folder)
         settings = image_settings(folder)
@@ -141,11 +160,11 @@ class Processor:
     def prompt(
         self, text: str, images: Sequence[ImageSource] | ImageSource = ()
     ) -> ProcessedPrompt:
-        """Process a raw prompt, as transformers' ``Idefics2Processor`` does.
+        """Process a raw prompt like transformers' ``Idefics2Processor``.
 
         Args:
-            text: Control tokens in it are control tokens; each ``<image>`` is a placeholder.
-            images: One for each placeholder, in order; a single one may come by itself.
+            text: Text, in which control tokens are recognized. Each ``<image>`` is a placeholder.
+            images: An image for each placeholder, in order, or a single image.
 
         Raises:
             PromptError: There are more or fewer placeholders than images.
@@ -156,7 +175,7 @@ class Processor:
     def draft_prompt(
         self, text: str, images: Sequence[ImageSource] | ImageSource = ()
     ) -> PromptDraft:
-        """Do as ``prompt`` does, but leave the images to ``finish``."""
+        """Process a raw prompt like ``prompt``, but leave the images to ``finish``."""
         check_text(text)
         images = _as_list(images)
         token_ids = self.tokenizer.encode(self._expand(text, len(images)))
@@ -165,7 +184,7 @@ class Processor:
     def token_prompt(
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> ProcessedPrompt:
-        """Take a prompt that is token ids already, placeholders written out.
+        """Process a prompt of token ids with expanded placeholders.
 
         Raises:
             PromptError: An id is out of range, or the image tokens do not fit the images.
@@ -176,7 +195,7 @@ class Processor:
     def draft_token_prompt(
         self, token_ids: Sequence[int], images: Sequence[ImageSource] | ImageSource = ()
     ) -> PromptDraft:
-        """Do as ``token_prompt`` does, but leave the images to ``finish``."""
+        """Process token ids like ``token_prompt``, but leave the images to ``finish``."""
         if isinstance(token_ids, _NO_LIST) or not isinstance(token_ids, Iterable):
             raise PromptError(f"token_ids: must be a list of ids, got {short_repr(token_ids)}")
         vocab_size = self.tokenizer.vocab_size
@@ -204,15 +223,15 @@ class Processor:
         images: Sequence[ImageSource] | ImageSource = (),
         add_generation_prompt: bool = True,
     ) -> ProcessedPrompt:
-        """Process a conversation; nothing in its texts or roles becomes a control token.
+        """Process a conversation, in whose texts and roles control tokens are not recognized.
 
         Args:
-            messages: In OpenAI's or transformers' shape, see ``messages.read_messages``.
-            images: For the image parts that bring none themselves, in order.
+            messages: Messages in the format of OpenAI or transformers (``read_messages``).
+            images: Images for the image parts without a source, in order.
             add_generation_prompt: End where the assistant's answer begins.
 
         Raises:
-            PromptError: A message has an unknown shape, images and image parts differ in number, or
+            PromptError: A message is malformed, the numbers of images and image parts differ, or
                 the checkpoint's template cannot render the conversation.
             ImageError: An image cannot be read.
         """
@@ -225,7 +244,10 @@ class Processor:
         add_generation_prompt: bool = True,
         name: str = "messages",
     ) -> PromptDraft:
-        """Do as ``chat`` does, but leave the images to ``finish``; errors speak of ``name``."""
+        """Process messages like ``chat``, but leave the images to ``finish``.
+
+        Errors call the conversation ``name``.
+        """
         if self.template is None:
             raise PromptError(
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
@@ -234,16 +256,17 @@ class Processor:
         turns, sources = read_messages(messages, _as_list(images), name)
         marked = self.template.render(turns, add_generation_prompt)
         bos = self.tokenizer.bos
-        add_bos = bos is None or not marked.startswith(bos)  # some templates write it themselves
+        # Some templates write the bos token themselves
+        add_bos = bos is None or not marked.startswith(bos)
         token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
         return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
 
     def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
-        """Read the images of all ``drafts``, several at a time, and return the drafts with them.
+        """Read the images of all ``drafts`` in parallel and return the finished prompts.
 
         Args:
-            drafts: What ``draft_prompt``, ``draft_token_prompt`` or ``draft_chat`` returned.
-            name: What errors call the list that the drafts were made of.
+            drafts: Results of ``draft_prompt``, ``draft_token_prompt`` or ``draft_chat``.
+            name: Name of the list of prompts in errors.
 
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
@@ -261,7 +284,8 @@ class Processor:
                 image = load_image(source, self.media)
                 tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
             for tile in tiles:
-                _ = tile.fingerprint  # kept by the tile: here it costs no other thread's time
+                # The tile caches its fingerprint, which is computed here in parallel
+                _ = tile.fingerprint
             return tiles
 
         tiles = iter(read_all(read, [source for _, source in places], self.media.num_threads))
@@ -284,14 +308,13 @@ class Processor:
 
         Args:
             texts: B raw prompts, at least one.
-            images: The images of each, or all of them one after the other, in the order of the
-                placeholders.
-            padding_side: Where the shorter rows get padding tokens.
+            images: A list of images for each prompt, or one list for all placeholders in order.
+            padding_side: Side on which shorter rows are padded.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, both int64 (B, T), and if there are images
+            ``input_ids`` and ``attention_mask``, int64 (B, T). If there are images, also
             ``pixel_values``, float32 (B, N, 3, H, W), and ``pixel_attention_mask``, int64
-            (B, N, H, W), with N the most tiles of a prompt; the tiles that others lack are zero.
+            (B, N, H, W). N is the largest number of tiles of a prompt; missing tiles are zero.
 
         Raises:
             PromptError: Placeholders and images differ in number, or there is no padding token.
@@ -338,7 +361,7 @@ class Processor:
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
     def _expand(self, text: str, images: int) -> str:
-        """Write out the placeholders of ``text``, of which there must be as many as images."""
+        """Expand the placeholders of ``text``, of which there must be as many as images."""
         placeholders = text.count(IMAGE)
         if placeholders != images:
             raise PromptError(
@@ -354,7 +377,7 @@ class Processor:
 
 
 def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
-    """Return a list of images, of a single one too: its own length is no number of images."""
+    """Return a list of images; a single image becomes a list of one."""
     if images is None:
         raise PromptError("images: must be a list of images, got None")
     several: Any = images if isinstance(images, list | tuple) else [images]
@@ -363,10 +386,11 @@ def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
 
 
 def _nested(texts: Sequence[str], images: Any) -> list[list[ImageSource]]:
-    """Return the images of each text; those that come in one list go to the placeholders in order.
+    """Return the images of each text; images in one list are assigned to placeholders in order.
 
     Raises:
-        PromptError: There is not one list for each text, or one image for each placeholder.
+        PromptError: The number of lists differs from that of texts, or the number of images from
+            that of placeholders.
     """
     lists = [isinstance(own, list | tuple) for own in _as_list(images)]
     placeholders = [text.count(IMAGE) for text in texts]

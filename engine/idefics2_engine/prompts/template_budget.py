@@ -1,8 +1,8 @@
-"""The limits of rendering a chat template: a clock, and sizes of values before they are made.
+"""Limits of rendering a chat template: a clock, and bounds on values before they are computed.
 
-Sizes are characters; an element of a container counts eight. An estimate bounds the size of a
-result from the operands, in whatever order keywords bring them. Of what is in no table here it is
-the product of lengths and numbers, which bounds all that repeats or pads.
+Sizes are in characters; an element of a container counts as eight. An estimate bounds the size of a
+result by the operands, in any order. For an operation without a table entry, it is the product of
+lengths and numbers, which bounds every repetition and padding.
 """
 
 import math
@@ -17,30 +17,34 @@ from typing import Any
 import jinja2
 from jinja2.runtime import LoopContext
 
-SECONDS = 0.5  # of one rendering; a conversation takes less than a thousandth
-_BASE_SIZE = 2**20  # characters that any value may have
-_SIZE_FACTOR = 16  # and more for each character of the conversation
-_TOTAL_FACTOR = 32  # and as many times this for all values of a rendering together
-MAX_BITS = 2**15  # of an integer
-_MAX_DEPTH = 1000  # of nested values: Python's own limit of recursion
-_ELEMENT_SIZE = (
-    8  # what an element of a container counts beside its own size: memory, and time to visit
-)
+# The longest time of one rendering. An ordinary conversation takes less than a thousandth of it
+SECONDS = 0.5
+# A value may have this many characters, and _SIZE_FACTOR more for each one of the conversation. All
+# values of a rendering may together have _TOTAL_FACTOR times as many.
+_BASE_SIZE = 2**20
+_SIZE_FACTOR = 16
+_TOTAL_FACTOR = 32
+# Integers may have so many bits
+MAX_BITS = 2**15
+# Python's default recursion limit bounds the depth of nested values
+_MAX_DEPTH = 1000
+# An element of a container costs so much in addition to its own size
+_ELEMENT_SIZE = 8
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """A template takes more time or memory than it may."""
+    """A template exceeded its limit of time or memory."""
 
 
 @dataclass
 class Budget:
-    """What one rendering may still take.
+    """The rest of the limits of one rendering.
 
     Attributes:
-        max_size: Characters that one value may have; all values together may have some times more.
+        max_size: Most characters of one value. All values together may have a multiple of it.
         taken: Characters of all values so far.
-        cpu: The thread's own clock at the beginning, in seconds.
-        deadline: On the wall's clock, in seconds.
+        cpu: CPU time of the thread at the start, in seconds.
+        deadline: Wall-clock time of the end, in seconds.
     """
 
     max_size: int
@@ -50,21 +54,22 @@ class Budget:
 
     @classmethod
     def for_input(cls, size: int) -> "Budget":
-        """Begin a rendering of ``size`` characters."""
+        """Return the budget of rendering a conversation of ``size`` characters."""
         return cls(_BASE_SIZE + _SIZE_FACTOR * size)
 
     def look(self) -> None:
-        """Raise once the time is over, and the thread has really worked that long."""
+        """Raise ``TemplateLimitError`` if the wall-clock and CPU time are both over."""
         if time.monotonic() > self.deadline and time.thread_time() - self.cpu > SECONDS:
             raise TemplateLimitError(f"must take at most {SECONDS} s")
 
     def allow(self, size: float) -> None:
-        """Raise if the time is over or a value of ``size`` too much.
+        """Raise ``TemplateLimitError`` if the time is over or a value of ``size`` is too large.
 
-        All are counted, as if none went away.
+        Freed values still count.
         """
         self.look()
-        if not size <= self.max_size:  # NaN, which a template can make, neither
+        # A template can make a NaN, which must fail this comparison
+        if not size <= self.max_size:
             raise TemplateLimitError(f"a value must have a size of at most {self.max_size}")
         self.taken += size
         if self.taken > _TOTAL_FACTOR * self.max_size:
@@ -73,10 +78,7 @@ class Budget:
             )
 
     def size(self, value: Any) -> int:
-        """Return the characters of ``value``, a shared part counted each time.
-
-        Stop above the limit.
-        """
+        """Return the size of ``value``, counting shared parts each time, up to the limit."""
         total = 0
         rest: list[Any] = [value]
         while rest and total <= self.max_size:
@@ -99,7 +101,7 @@ class Budget:
         return total
 
     def materialize(self, value: object) -> object:
-        """Return ``value``, or if it is lazy an iterator of known size over what it yields."""
+        """Return ``value``, or for a lazy iterator one of known size over its items."""
         if not isinstance(value, Iterator) or isinstance(
             value, _MaterializedIterator | LoopContext
         ):
@@ -117,7 +119,7 @@ class Budget:
 
 @dataclass
 class _MaterializedIterator:
-    """An iterator of known size, which like the lazy one it replaces is true and has no length."""
+    """An iterator of known size that, like the lazy one it replaces, is true and has no length."""
 
     items: Iterator[Any]
     size: int
@@ -138,13 +140,13 @@ _CONTAINERS: tuple[type[Collection[Any]], ...] = (
     type({}.items()),
 )
 current: ContextVar[Budget] = ContextVar("budget of the rendering")
-"""Set while a template renders, in its thread: what looks at it runs at no other time."""
+"""The budget of the template that the current thread renders."""
 
 Estimate = Callable[[Budget, list[Any]], float]
 
 
 def sum_of_sizes(budget: Budget, values: list[Any]) -> float:
-    """Bound what is as long as the operands together."""
+    """Bound results that are at most as long as the operands together."""
     return sum(budget.size(value) for value in values)
 
 
@@ -157,12 +159,12 @@ def _padded(budget: Budget, values: list[Any]) -> float:
 
 
 def product_of_sizes(budget: Budget, values: list[Any]) -> float:
-    """Bound what repeats or pads, by lengths and numbers."""
+    """Bound repetition and padding by the product of lengths and numbers."""
     return math.prod(1 + _extent(budget, value) for value in values)
 
 
 def no_size(budget: Budget, values: list[Any]) -> float:
-    """Leave out what makes nothing new."""
+    """Return 0 for results without new memory."""
     return 0
 
 
@@ -178,13 +180,14 @@ def formatted(budget: Budget, values: list[Any]) -> float:
     """Bound ``text % values``, widths included."""
     text, *rest = str(values[0]), *values[1:]
     width = _largest_number(text)
-    if "*" in text:  # a width among the values
+    # An asterisk takes a width from the values
+    if "*" in text:
         width += product_of_sizes(budget, [number for value in rest for number in _numbers(value)])
     return len(text) + text.count("%") * (width + sum_of_sizes(budget, rest))
 
 
 def _braced(budget: Budget, values: list[Any]) -> float:
-    """Bound ``text.format(*values)``, widths included, but for one that comes from a value."""
+    """Bound ``text.format(*values)``, widths included; a width from a value is unbounded."""
     text, *rest = str(values[0]), *values[1:]
     try:
         nested = any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(text))
@@ -200,7 +203,7 @@ def _largest_number(text: str) -> float:
 
 
 def _encoded(budget: Budget, values: list[Any]) -> float:
-    """Bound ``tojson`` but for the indent of deep values, which is written piece by piece."""
+    """Bound ``tojson`` except the indent of deep values, which is written piece by piece."""
     value, *options = values
     indent = max((_extent(budget, option) for option in options), default=0)
     return (
@@ -220,7 +223,7 @@ def _numbers(value: object) -> list[Any]:
 
 
 def is_number(value: object) -> bool:
-    """Tell numbers from truth values, which are numbers to Python."""
+    """Return whether ``value`` is a number and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -252,4 +255,4 @@ FILTERS = _table(
     encoded=(_encoded, "tojson"),
     summed=(_summed, "sum"),
 )
-"""The filters there are; Jinja's others are for web pages, and some of them take quadratic time."""
+"""All available filters. Jinja's others are for web pages, and some take quadratic time."""

@@ -1,11 +1,11 @@
-"""A Jinja environment for chat templates: no way out, and bounds on time and memory.
+"""A sandboxed Jinja environment for chat templates, with bounds on time and memory.
 
-Jinja's sandbox keeps a template from Python's internals, not from ``'a' * 10**9`` or from loops in
-loops. Here every operation that a template is made of first looks at the clock, and none begins
-whose result could pass a size limit. So what lies between two looks is bounded, in any thread and
-without a signal. The hooks are Jinja's own for calls, operators, items and output; what has none
-(``~``, comparisons, slices, literals, loops) is rewritten, when the template is compiled, into
-filters whose names no template can spell.
+Jinja's sandbox protects Python's internals, but does not stop ``'a' * 10**9`` or nested loops. Here
+every operation of a template first checks the clock, and an operation whose result could exceed a
+size limit does not start. The work between two checks is therefore bounded, in any thread and
+without signals. Jinja has hooks for calls, operators, items and output. Operations without a hook
+(``~``, comparisons, slices, literals, loops) are rewritten at compile time to filters whose names
+no template can spell.
 """
 
 import json
@@ -41,15 +41,17 @@ from idefics2_engine.prompts.template_budget import (
     sum_of_sizes,
 )
 
-MAX_SOURCE = 2**16  # characters of a template; the hub's have up to some 30,000
-_MAX_NODES = 2**14  # of its syntax tree, each of which takes some 50 us to compile
-# What makes bytes, for some codecs take quadratic time, as do Markup's own; and what compares many
-# keys at once, which may all have the same hash
+# Templates on the hub have up to about 30,000 characters
+MAX_SOURCE = 2**16
+# Compiling one node of the syntax tree takes about 50 us
+_MAX_NODES = 2**14
+# Some codecs and methods of Markup take quadratic time. So does comparing many keys with equal
+# hashes
 _UNSAFE_METHODS = {"encode", "to_bytes", "striptags", "unescape", "fromkeys", "isdisjoint"}
 
 
 class _Namespace(Namespace):
-    """Jinja's, without a ``repr`` that writes out what it holds, and without private names."""
+    """Jinja's namespace with a constant ``repr`` and without private names."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, args = args[0], args[1:]
@@ -72,15 +74,12 @@ def _check_public(name: object) -> None:
 
 
 class _Generation(Extension):
-    """``{% generation %}``, which marks the assistant's words for training.
-
-    Here it does nothing.
-    """
+    """The tag ``{% generation %}``, which marks the assistant's words for training: ignored."""
 
     tags = {"generation"}  # noqa: RUF012  as declared by the base
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return what the tag encloses."""
+        """Return the content of the tag."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
@@ -88,7 +87,7 @@ class _Generation(Extension):
 
 @dataclass
 class _Items:
-    """What a loop goes through, with a look at the clock for each item."""
+    """The items of a loop, with a check of the clock for each."""
 
     items: Any
 
@@ -103,7 +102,8 @@ class _Items:
 
 
 def _watched_items(value: Any) -> _Items:
-    iter(value)  # raises, if it must, where the loop begins
+    # An error about a value that is not iterable must be raised where the loop begins
+    iter(value)
     return _Items(value)
 
 
@@ -123,7 +123,7 @@ _WATCHED, _BOUNDED, _JOINED = "watched items", "bounded value", "bounded text"
 
 
 class _Rewrite(NodeTransformer):
-    """Puts a filter of ours around what Jinja's sandbox has no hook for."""
+    """Wraps operations without a hook in Jinja's sandbox in a filter."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         """Return ``node`` rewritten, after its children."""
@@ -149,7 +149,7 @@ def _filter(node: Any, name: str) -> nodes.Filter:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles and renders templates as transformers' environment does, but within bounds."""
+    """An environment like transformers', with bounds on compiling and rendering."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -162,7 +162,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.globals["raise_exception"] = _raise_exception
         self.globals["namespace"] = _Namespace
-        self.globals["dict"] = _make_dict  # no type, whose methods a template could call
+        # A template could call methods of the type dict, so it gets a function
+        self.globals["dict"] = _make_dict
         del self.globals["lipsum"]
         self.filters["tojson"] = self._to_json
         self.filters = {
@@ -176,10 +177,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.tests = {name: _watch_test(test) for name, test in self.tests.items()}
 
     def compile_template(self, source: str) -> jinja2.Template:
-        """Compile ``source``; nothing of it runs, not even what is constant.
+        """Compile ``source`` without running any part of it, not even constant expressions.
 
         Raises:
-            jinja2.TemplateError: ``source`` is too long or no template.
+            jinja2.TemplateError: ``source`` is too long or not a template.
         """
         if len(source) > MAX_SOURCE:
             raise jinja2.TemplateSyntaxError(f"must have at most {MAX_SOURCE} characters", 1)
@@ -190,10 +191,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @contextmanager
     def bounds(self, input_size: int) -> Iterator[None]:
-        """Start the clock for one rendering of ``input_size`` characters.
-
-        Nothing runs without it.
-        """
+        """Set the budget of rendering ``input_size`` characters; rendering requires it."""
         token = current.set(Budget.for_input(input_size))
         try:
             yield
@@ -201,7 +199,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             current.reset(token)
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """Join what was written, which Jinja does at the end and for each macro and block."""
+        """Join the output, at the end and for each macro and block."""
         budget = current.get()
         kept = []
         for piece in pieces:
@@ -231,7 +229,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Tell whether a template may reach ``obj.attr``."""
+        """Return whether a template may access ``obj.attr``."""
         return attr not in _UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -243,9 +241,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Call a macro, a method or a function."""
         budget = current.get()
         budget.look()
-        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
+        # The sandbox wraps str.format
+        method = getattr(__obj, "__wrapped__", __obj)
         owner = getattr(method, "__self__", None)
-        if isinstance(method, BuiltinMethodType) or isinstance(owner, str):  # Markup is in Python
+        # Methods of Markup, a subclass of str, are not built in
+        if isinstance(method, BuiltinMethodType) or isinstance(owner, str):
             estimate = METHODS.get(method.__name__, product_of_sizes)
             budget.allow(estimate(budget, [owner, *args, *kwargs.values()]))
         result = super().call(__context, __obj, *args, **kwargs)
@@ -266,12 +266,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         if indent is None:
             return encoder.encode(value)
-        # Piece by piece: of deep values most is indent
+        # The indent of deep values is not part of the estimate, so each piece is counted
         return self.concat(encoder.iterencode(value))
 
 
 def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[..., Any]:
-    # Before the operands some filters get the context or the environment
+    # Some filters get the context or the environment before the operands
     skipped = int(hasattr(function, "jinja_pass_arg"))
 
     @wraps(function)
@@ -296,7 +296,7 @@ def _watch_test(function: Any) -> Any:
 
 
 def _make_dict(source: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
-    """Do what ``dict`` does, item by item, as keys with the same hash take quadratic time."""
+    """Build a dict item by item, because keys with equal hashes take quadratic time."""
     look = current.get().look
     made = {}
     for key, value in source.items() if isinstance(source, Mapping) else source:
@@ -306,5 +306,5 @@ def _make_dict(source: Any = (), /, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _raise_exception(message: str) -> NoReturn:
-    """Let a template refuse a conversation, by the name that templates on the hub know."""
+    """Raise an error of the template; templates on the hub call this ``raise_exception``."""
     raise jinja2.TemplateError(f"{message!s:.500}")

@@ -1,8 +1,8 @@
-"""How much longer a tokenizer's steps may make a text, computed before it gets any.
+"""Bounds on how much a tokenizer's steps can lengthen a text.
 
-A short description can make millions of ids of two characters: by a replacement that is long, or by
-some that double one after another. So each step's growth is bounded by what it is, and that of a
-sequence by the product.
+A short ``tokenizer.json`` can turn two characters into millions of ids, by a long replacement or by
+a series of doublings. Each step's growth is bounded by its type, and that of a sequence by the
+product.
 """
 
 import base64
@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_CHILDREN = ("normalizers", "pretokenizers", "decoders")  # keys of a Sequence
-# Characters that one becomes at most; ByteLevel makes one of each byte and may put a space in front
+# A Sequence has its steps at one of these keys
+_CHILDREN = ("normalizers", "pretokenizers", "decoders")
+# Most characters that one character becomes. ByteLevel makes one of each byte and may add a space
 _FIXED = {
     "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "Nmt": 1, "Strip": 1, "StripAccents": 1,
     "BertNormalizer": 36, "ByteLevel": 5, "Metaspace": 2,
@@ -22,7 +23,7 @@ _FIXED = {
 
 
 def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps that ``step``, a well-formed part of ``tokenizer.json``, is made of."""
+    """Yield the elementary steps of ``step``, a well-formed part of ``tokenizer.json``."""
     if step is None:
         return
     if not isinstance(step, Mapping):
@@ -38,10 +39,7 @@ def leaves(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
 
 
 def growth(step: Mapping[str, Any] | None) -> float:
-    """Return how many characters ``step`` makes of one at most.
-
-    These are infinitely many where its type is unknown.
-    """
+    """Return the most characters that ``step`` makes of one; infinity for an unknown type."""
     return math.prod(_growth(leaf) for leaf in leaves(step))
 
 
@@ -49,7 +47,7 @@ def _growth(leaf: Mapping[str, Any]) -> float:
     match leaf.get("type"):
         case "Replace":
             content, removed = len(leaf["content"]), len(leaf["pattern"].get("String", ""))
-            # An expression may be found between any two characters, as an empty text is
+            # A regular expression, like an empty text, may match between any two characters
             return max(1.0, content / removed) if removed else 1.0 + content
         case "Prepend":
             return 1.0 + len(leaf["prepend"])
@@ -60,7 +58,7 @@ def _growth(leaf: Mapping[str, Any]) -> float:
 
 
 def _longest_text(charsmap: str) -> int:
-    """Return the bytes of the longest text in SentencePiece's table, behind the trie."""
+    """Return the bytes of the longest text in SentencePiece's table, which follows the trie."""
     table = base64.b64decode(charsmap)
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return max(1, *(len(text) for text in texts.split(b"\0")))

@@ -1,8 +1,7 @@
-"""The one user of ``tokenizers``: what it builds is bounded, and its failures are our errors.
+"""A wrapper of ``tokenizers`` that bounds its work and converts its errors.
 
-The library raises bare ``Exception``, and what it did not foresee is a panic of Rust, which in
-Python is no ``Exception``. Nothing else that comes out of a call is touched: an interrupt, or what
-a signal's handler raises, is the caller's.
+The library raises bare ``Exception``, or a Rust panic, which is not an ``Exception`` in Python. All
+other exceptions, such as interrupts and those of signal handlers, are passed on.
 """
 
 import json
@@ -14,7 +13,8 @@ import tokenizers
 from idefics2_engine.errors import ConfigError, Idefics2Error, PromptError, short_repr
 from idefics2_engine.prompts.text_growth import growth, leaves
 
-_MOST_GROWTH = 64  # characters of one; NFKC and lower case together may make 54
+# NFKC and lower case together may make 54 characters of one
+_MOST_GROWTH = 64
 
 
 class TokenLibrary:
@@ -24,8 +24,8 @@ class TokenLibrary:
         """Build from the parsed ``tokenizer.json``.
 
         Raises:
-            ConfigError: The library cannot build or use it, it could make far more of a text than
-                was given, or it has a decoder that fails on some texts.
+            ConfigError: The library cannot build or use it, it could make a text far longer, or its
+                decoder fails on some texts.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -34,22 +34,24 @@ class TokenLibrary:
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             _check_growth(part, description.get(part))
         _check_decoder(description.get("decoder"))
-        # Added tokens and gaps between ids included
+        # The size includes added tokens and gaps between ids
         ids = sorted(self._tokenizer.get_vocab().values())
         self.vocab_size: int = 1 + ids[-1]
         self.added_tokens: dict[int, tokenizers.AddedToken] = (
             self._tokenizer.get_added_tokens_decoder()
         )
-        self._spelled: dict[int, int] = {}  # ids of other spellings of added tokens, to the tokens'
-        try:  # the parts that are looked into no sooner
-            self.prefix: list[int] = self._tokenizer.encode("").ids  # what begins and ends a text
+        # Ids of other spellings of added tokens, mapped to the tokens' ids
+        self._spelled: dict[int, int] = {}
+        # The library finds some errors only on first use
+        try:
+            self.prefix: list[int] = self._tokenizer.encode("").ids
             self._tokenizer.decode([])
             self._tokenizer.decode(ids, skip_special_tokens=False)
         except BaseException as error:
             raise _unusable(error) from None
 
     def add_spelling(self, id: int, spelling: str) -> None:
-        """Find ``spelling`` as the added token ``id`` is found, and take it for that."""
+        """Recognize ``spelling`` as another spelling of the added token ``id``."""
         token = self.added_tokens[id]
         flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
         added = tokenizers.AddedToken(spelling, normalized=False, special=False, **flags)
@@ -63,7 +65,7 @@ class TokenLibrary:
         return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, without what begins and ends a text."""
+        """Return the ids of ``text`` without the tokens that begin or end a text."""
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except BaseException as error:
@@ -88,12 +90,13 @@ def _unusable(error: BaseException) -> Idefics2Error:
 
 
 def _translated(error: BaseException, kind: type[Idefics2Error], said: str) -> Idefics2Error:
-    """Return the library's ``error`` as one of ours, which begins with what is ``said``.
+    """Return the library's ``error`` as one of ``kind``, beginning with ``said``.
 
-    Raise any other.
+    Any other error is raised again.
     """
-    is_panic = type(error).__name__ == "PanicException"  # of no module that can be imported
-    # What a signal's handler raises after the call has a frame of its own
+    # No importable module has the class PanicException
+    is_panic = type(error).__name__ == "PanicException"
+    # An error of a signal handler has the handler's frame in its traceback
     is_raised_there = error.__traceback__ is None or error.__traceback__.tb_next is None
     if not (is_raised_there and (is_panic or type(error) is Exception)):
         raise error
@@ -115,7 +118,7 @@ def _check_growth(part: str, step: Mapping[str, Any] | None) -> None:
 
 
 def _check_decoder(decoder: Mapping[str, Any] | None) -> None:
-    """Refuse what may panic on an answer, whose text would be lost after it was computed."""
+    """Reject decoders that may panic on an answer, whose text would be lost."""
     for leaf in leaves(decoder):
         if leaf["type"] == "Replace" and "String" not in leaf["pattern"]:
             raise ConfigError(

@@ -1,11 +1,11 @@
-"""Text to token ids: the tokenizer, and the tokens that stand for an image.
+"""The tokenizer, and the tokens that stand for an image.
 
 Control tokens (``<image>``, ``<end_of_utterance>``, ``<s>``, ...) are spelled like any other text,
-so a conversation must tell those that the template writes from those that somebody typed. Typed
-text gets a mark behind each character that a control token could start with. The tokenizer looks
-for control tokens first, where the mark is in their way, and deletes the mark before it cuts the
-rest into pieces, so that marked text has exactly the ids that it has without marks. Added tokens
-that are no control tokens are found with their marks.
+so in a conversation typed ones must be distinguished from those of the template. In typed text, a
+mark follows each character that could start a control token. The tokenizer searches for control
+tokens first, and the marks prevent a match. It then deletes the marks before it splits the rest
+into pieces, so marked text has exactly the ids of the unmarked text. Added tokens that are not
+control tokens are also recognized with marks.
 """
 
 import re
@@ -19,17 +19,17 @@ from idefics2_engine.json_file import read_json
 from idefics2_engine.prompts.token_library import TokenLibrary
 
 IMAGE = "<image>"
-FAKE_IMAGE = "<fake_token_around_image>"  # stands before and behind an image's embeddings
+FAKE_IMAGE = "<fake_token_around_image>"
 END_OF_UTTERANCE = "<end_of_utterance>"
 
-# Two noncharacters, which Unicode sets aside for a program's own use. A text that does have them in
-# a row gets a mark between them: what deletes marks takes the inner two and leaves the outer two.
+# Unicode reserves these two noncharacters for internal use. A text that contains both in a row gets
+# a mark between them; deleting marks removes the inner two and keeps the outer two.
 _MARK = "\ufdd0\ufdd1"
 _ESCAPED_MARK = _MARK[0] + _MARK + _MARK[1]
 
 
 class Tokenizer:
-    """A checkpoint's ``tokenizer.json``, with its control tokens by name."""
+    """A checkpoint's tokenizer, with its control tokens by name."""
 
     def __init__(self, description: Mapping[str, Any], settings: Mapping[str, Any]):
         """Build from the parsed ``tokenizer.json`` and ``tokenizer_config.json``.
@@ -44,7 +44,7 @@ class Tokenizer:
         self._starts = re.compile(f"[{re.escape(starts)}]" if starts else "(?!)")
         for id, token in added:
             marked = self._mark_starts(token.content)
-            # A normalized one is looked for behind the normalizer, where marks are gone
+            # A normalized token is searched for after normalization, which deletes marks
             if marked != token.content and not token.special and not token.normalized:
                 self._library.add_spelling(id, marked)
         self.bos = self._named(settings, "bos_token")
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Ids up to the largest in use, control tokens and gaps included."""
+        """Largest id plus one, so control tokens and gaps count."""
         return self._library.vocab_size
 
     @property
@@ -78,22 +78,22 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """Id that fills up the shorter rows of a batch."""
+        """Id of the token that pads shorter rows of a batch."""
         return self._special.get(self.pad or "")
 
     @property
     def image_id(self) -> int:
-        """Id whose embedding an image feature replaces."""
+        """Id of the token whose embedding is replaced by an image feature."""
         return self._special[IMAGE]
 
     @property
     def fake_image_id(self) -> int:
-        """Id that stands before and behind an image's features."""
+        """Id of the token before and after an image's features."""
         return self._special[FAKE_IMAGE]
 
     @property
     def end_of_utterance_id(self) -> int | None:
-        """Id that ends a turn; None in the base model."""
+        """Id of the token that ends a turn; ``None`` in the base model."""
         return self._special.get(END_OF_UTTERANCE)
 
     @cached_property
@@ -103,7 +103,7 @@ class Tokenizer:
 
     @cached_property
     def byte_values(self) -> Mapping[int, bytes]:
-        """The pieces that stand for one byte, by id: a character may need several."""
+        """Bytes of the pieces that stand for one byte each, by id."""
         ids = {byte: self._library.id_of(f"<0x{byte:02X}>") for byte in range(256)}
         return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
 
@@ -111,39 +111,40 @@ class Tokenizer:
         """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""
         check_text(text)
         text = text.replace(_MARK, _ESCAPED_MARK)
-        if text.endswith(_MARK[0]):  # the next part may begin with the other half
+        # The next part may begin with the other half of a mark
+        if text.endswith(_MARK[0]):
             text += _MARK
         return self._mark_starts(text)
 
     def unmark(self, text: str) -> str:
-        """Return ``text`` as it was typed."""
+        """Return ``text`` without marks."""
         return text.replace(_MARK, "")
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Return the ids of ``text``, control tokens recognized wherever they stand.
+        """Return the ids of ``text``, in which control tokens are recognized.
 
         Args:
             text: Any text.
             add_bos: Begin with ``<s>`` if the checkpoint's tokenizer does.
 
         Raises:
-            PromptError: ``text`` is no string, cannot be written in UTF-8, or the tokenizer fails
-                on it.
+            PromptError: ``text`` is not a string, cannot be encoded in UTF-8, or the tokenizer
+                fails on it.
         """
         check_text(text)
         return self.encode_marked(text.replace(_MARK, _ESCAPED_MARK), add_bos)
 
     def encode_marked(self, text: str, add_bos: bool = True) -> list[int]:
-        """Return the ids of ``text``, parts of which come from ``mark_typed``."""
+        """Return the ids of ``text``, whose typed parts are results of ``mark_typed``."""
         ids = self._library.encode(text)
         return [*self._prefix, *ids] if add_bos else ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """Return the ids of typed ``text``: no control token, no ``<s>``."""
+        """Return the ids of typed ``text``, without control tokens and ``<s>``."""
         return self.encode_marked(self.mark_typed(text), add_bos=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of ``ids``, without the space that begins a SentencePiece text."""
+        """Return the text of ``ids``, without SentencePiece's leading space."""
         return self._library.decode(ids, skip_special_tokens)
 
     def _mark_starts(self, text: str) -> str:
@@ -163,14 +164,14 @@ class Tokenizer:
         return token
 
     def _unknown(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the ``unk_token``, which need not be special: only templates ask for it."""
+        """Return the ``unk_token``, which need not be special because only templates use it."""
         token = settings.get("unk_token")
         if isinstance(token, Mapping):
             token = token.get("content")
         return token if isinstance(token, str) else None
 
     def _bos_prefix(self, settings: Mapping[str, Any]) -> list[int]:
-        """Return what begins every text: ``[bos]`` or nothing."""
+        """Return the tokens that begin every text: ``[bos]`` or none."""
         bos = [] if self.bos_id is None else [self.bos_id]
         added = self._library.prefix
         if added not in ([], bos):
@@ -191,8 +192,8 @@ class Tokenizer:
             if token not in self._special:
                 raise ConfigError(f"tokenizer.json: added_tokens must have {token}, got none")
         for token, id in self._special.items():
-            # A mark goes behind the first character, so there must be another. And pieces must not
-            # merge into the token, but what the model does not know may become ``unknown``.
+            # A mark follows the first character, so there must be a second one. Pieces must not
+            # merge into the token, except that unknown characters may become ``unknown``.
             plain = self.encode_plain(token) + self.encode_plain("a" + token)
             if len(token) < 2 or (id in plain and token != unknown):
                 raise ConfigError(
@@ -201,10 +202,7 @@ class Tokenizer:
 
 
 def check_text(text: str, name: str = "text") -> None:
-    """Raise ``PromptError`` if ``text`` is no string or cannot be written in UTF-8.
-
-    It is called ``name``.
-    """
+    """Raise ``PromptError`` about ``name`` unless ``text`` is a string that UTF-8 can encode."""
     if not isinstance(text, str):
         raise PromptError(f"{name}: must be a string, got {type(text).__name__}")
     try:
@@ -216,10 +214,10 @@ def check_text(text: str, name: str = "text") -> None:
 
 
 def expand_placeholders(text: str, image_seq_len: int, tiles_per_image: int) -> str:
-    """Write out each ``<image>`` as its tokens, as transformers' ``Idefics2Processor`` does.
+    """Expand each ``<image>`` to its tokens, like transformers' ``Idefics2Processor``.
 
-    A tile is ``image_seq_len`` times ``<image>`` between two ``<fake_token_around_image>``; two of
-    these in a row become one; a word right behind one gets a space.
+    A tile is ``image_seq_len`` times ``<image>`` between two ``<fake_token_around_image>``. Two of
+    these in a row become one, and a space is added before a word that follows one.
     """
     tile = FAKE_IMAGE + IMAGE * image_seq_len + FAKE_IMAGE
     text = text.replace(IMAGE, tile * tiles_per_image)
@@ -228,7 +226,7 @@ def expand_placeholders(text: str, image_seq_len: int, tiles_per_image: int) -> 
 
 
 def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same tokenizer's description with a normalizer in front that deletes marks."""
+    """Return the tokenizer's description with a first normalizer that deletes marks."""
     added = []
     tokens = description.get("added_tokens") or []
     if not isinstance(tokens, list) or not all(isinstance(token, Mapping) for token in tokens):
@@ -237,7 +235,7 @@ def _with_marks(description: Mapping[str, Any]) -> dict[str, Any]:
         )
     for token in tokens:
         if token.get("special") or token.get("content") in (IMAGE, FAKE_IMAGE, END_OF_UTTERANCE):
-            # A normalized token is looked for after the normalizer, where marks are gone
+            # A normalized token would be searched for after normalization, which deletes marks
             token = {**token, "special": True, "normalized": False}
         added.append(token)
     normalizers = [{"type": "Replace", "pattern": {"String": _MARK}, "content": ""}]

@@ -1,5 +1,5 @@
-"""Requests to answers on one device: the step loop, its thread, and what a forward pass needs.
+"""The engine on one device: the step loop, its thread, and the inputs of a forward pass.
 
-In: ``scheduling.sequence.Request``. Out: its tokens, a step at a time.
-Must not import ``llm``, and of ``prompts`` it imports the tokenizer and the detokenizer alone.
+In: ``scheduling.sequence.Request``. Out: its tokens, step by step.
+Must not import ``llm``. Of the prompts' modules it uses the tokenizer and detokenizer alone.
 """

@@ -1,26 +1,38 @@
-"""The sizes of the runtime; frozen, derived values are properties."""
+"""Sizes of the runtime."""
 
 from dataclasses import dataclass
 
-# Tokens of the KV cache that are allocated and freed together
+# A page is the unit of allocation in the KV cache, in tokens
 PAGE_SIZE = 64
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of the runtime."""
+    """Sizes of the runtime.
 
-    max_model_len: int  # tokens of a prompt with its answer
-    max_num_seqs: int  # sequences that run at once
-    kv_cache_tokens: int  # tokens that the KV cache holds
-    max_num_batched_tokens: int = 8192  # of one step
-    # That one step encodes. It bounds the memory of encoding, 90 KB a patch of the 8B model
+    Attributes:
+        max_model_len: Most tokens of a prompt and its answer together.
+        max_num_seqs: Most sequences that run at once.
+        kv_cache_tokens: Tokens that the KV cache holds.
+        max_num_batched_tokens: Most tokens of one step.
+        max_patches: Most patches that one step encodes. It bounds the memory of encoding, which is
+            90 KB per patch for the 8B model.
+        max_cached_images: Images and sub-images whose embeddings are kept.
+        prefix_caching: Whether prompts with a common prefix share its KV cache.
+        page_size: Tokens of a page.
+        cuda_graphs: Whether decode steps are captured and replayed.
+        run_ahead: Whether a step is launched before the previous step's tokens are read.
+    """
+
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_tokens: int
+    max_num_batched_tokens: int = 8192
     max_patches: int = 8 * 4900
-    max_cached_images: int = 256  # images and sub-images whose embeddings are kept
+    max_cached_images: int = 256
     prefix_caching: bool = True
-    page_size: int = PAGE_SIZE  # tokens
-    cuda_graphs: bool = False  # whether decode steps are captured and replayed
-    # Whether a step is launched before the last one's tokens have been read
+    page_size: int = PAGE_SIZE
+    cuda_graphs: bool = False
     run_ahead: bool = False
 
     @property

@@ -1,9 +1,8 @@
-"""Decode steps as CUDA graphs: captured once for each of a few batch sizes, and replayed.
+"""Decode steps as CUDA graphs, captured once for each of a few batch sizes and replayed.
 
-A step of one token a sequence launches hundreds of small kernels, which take a CPU longer to launch
-than a GPU to run. A graph is launched as one. It reads its inputs from buffers of its own; a batch
-between two sizes is padded to the larger one, and for the padding no kernel reads or writes the
-cache.
+A decode step launches hundreds of small kernels, and launching them takes longer than running them.
+A graph is a single launch. It reads its inputs from fixed buffers. A batch is padded to the next
+captured size, and kernels neither read nor write the KV cache for padding.
 """
 
 import logging
@@ -26,13 +25,15 @@ from idefics2_engine.runtime.input_batch import (
 from idefics2_engine.runtime.kv_cache import KVCache
 
 _logger = logging.getLogger(__name__)
-MAX_SIZE = 512  # the device then takes longer over a step than a CPU over its launches
-_WARM_UP = 2  # runs that compile kernels and set up libraries before one is captured
+# For larger batches, the device needs longer for a step than the CPU for its launches
+MAX_SIZE = 512
+# These runs compile kernels and initialize libraries, which must not happen during capture
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class _CapturedGraph:
-    """A graph, where its inputs go and where its logits (size, vocabulary) come out."""
+    """A graph with its input buffer and its output logits (size, vocabulary)."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
@@ -40,12 +41,12 @@ class _CapturedGraph:
 
 
 class DecodeGraphs:
-    """Graphs of one model over one KV cache, all captured at once: no request has to wait for one.
+    """CUDA graphs of one model and one KV cache, all captured on construction.
 
     Args:
-        model: On a CUDA device.
-        kv_cache: That its graphs read and write.
-        last_tokens: (sequences,) int32, the tokens of the step before, which inputs may refer to.
+        model: Model on a CUDA device.
+        kv_cache: KV cache that the graphs read and write.
+        last_tokens: (sequences,) int32, tokens of the previous step, to which inputs may refer.
         max_pages: Most pages of a sequence.
     """
 
@@ -57,9 +58,11 @@ class DecodeGraphs:
         self.last_tokens = last_tokens
         self.max_pages = max_pages
         self.sizes = graph_sizes(len(last_tokens))
-        self._pool: Any = None  # memory that all share: one runs at a time
+        # Graphs never run at the same time, so they share one memory pool
+        self._pool: Any = None
         begin = time.perf_counter()
-        with torch.inference_mode():  # the largest first, whose memory then serves the others
+        # The largest graph is captured first, and the others reuse its memory
+        with torch.inference_mode():
             self._captured = {size: self.capture(size) for size in reversed(self.sizes)}
         _logger.info(
             "captured %d CUDA graphs, for up to %d sequences, in %.1f s",
@@ -69,13 +72,14 @@ class DecodeGraphs:
         )
 
     def can_run(self, packed: PackedStep) -> bool:
-        """Whether it is a decode step, of no more sequences than the largest graph."""
+        """Return whether ``packed`` is a decode step that fits the largest graph."""
         return packed.is_decode and len(packed.input_ids) <= self.sizes[-1]
 
     def run(self, packed: PackedStep) -> Tensor:
-        """Compute a step that ``can_run``, of B sequences.
+        """Replay the graph for a step of B sequences for which ``can_run`` is true.
 
-        Return logits (B, vocabulary), which the next one overwrites.
+        Returns:
+            Logits (B, vocabulary), which the next step overwrites.
         """
         count = len(packed.input_ids)
         size = next(size for size in self.sizes if size >= count)
@@ -88,7 +92,8 @@ class DecodeGraphs:
         """Capture the step that decodes ``size`` sequences."""
         empty = padded(NOTHING, size, self.max_pages)
         copies = to_device(empty.arrays(), self.model.device)
-        inputs = copies[0].new_empty(0).set_(copies[0].untyped_storage())  # all of them
+        # All inputs are views of one storage
+        inputs = copies[0].new_empty(0).set_(copies[0].untyped_storage())
 
         def forward() -> Tensor:
             batch = text_batch(
@@ -111,7 +116,7 @@ class DecodeGraphs:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the batch sizes to capture: 1, 2, 4, multiples of 8, to the first that holds all."""
+    """Return the batch sizes to capture: 1, 2, 4 and multiples of 8, up to ``max_num_seqs``."""
     most = min(max_num_seqs, MAX_SIZE)
     sizes = [1, 2, 4, *range(8, most + 8, 8)]
     return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= most)]

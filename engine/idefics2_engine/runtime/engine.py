@@ -1,8 +1,8 @@
-"""The step loop: schedule, launch, land.
+"""The step loop: schedule a step, launch it, and land it by reading its tokens.
 
-With ``run_ahead`` the next step is planned and launched before the tokens of the last one are known
-to the host, so that the device need not wait for it: they are read on the device, and an answer
-that turns out to have ended is computed once for nothing.
+With ``run_ahead``, the next step is launched before the host has read the tokens of the previous
+one, so the device never waits for the host. The next step reads those tokens on the device. If a
+sequence had already ended, one extra step was computed for it.
 """
 
 import logging
@@ -36,17 +36,25 @@ _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 
 @dataclass(frozen=True)
 class _Flight:
-    """A step that has been launched, and whose tokens the host has not read."""
+    """A launched step whose tokens the host has not read.
+
+    Attributes:
+        step: The step.
+        requests: Requests that have a chunk in it.
+        sequences: Sequences that draw a token, in the order of the rows of ``drawn``.
+        drawn: The tokens. None if no sequence draws one.
+        failed: Requests whose prompts cannot be scored, each with the reason.
+    """
 
     step: Step
     requests: set[Request]
-    sequences: list[Sequence]  # that draw a token, in the order of its rows
-    drawn: Drawn | None  # if any do
-    failed: list[tuple[Request, str]]  # whose prompts cannot be scored, and why
+    sequences: list[Sequence]
+    drawn: Drawn | None
+    failed: list[tuple[Request, str]]
 
 
 class Engine:
-    """Answers many requests at once on one device."""
+    """The engine that answers concurrent requests on one device."""
 
     def __init__(
         self,
@@ -90,15 +98,16 @@ class Engine:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue the sequences of ``request``; it must fit the engine's lengths."""
+        """Queue ``request``, which must fit the engine's maximum length."""
         for index in range(request.params.n):
             detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens)
             sequence = Sequence(request, index, self.generation.eos_token_ids, detokenizer)
             request.sequences.append(sequence)
-        self.scheduler.add(request.sequences[0])  # the others start from its prompt
+        # The other sequences are forked after the first one has computed the prompt
+        self.scheduler.add(request.sequences[0])
 
     def reset(self) -> None:
-        """Drop every request and forget what the caches hold, whatever state the engine is in."""
+        """Drop every request and clear the caches; valid in any state."""
         config = self.config
         self.scheduler = Scheduler(
             PageAllocator(config.num_pages, config.page_size),
@@ -109,25 +118,25 @@ class Engine:
             self._window,
             config.prefix_caching,
         )
-        self._flight: _Flight | None = None  # the step launched last
-        self._suspects: set[Request] = set()  # of a step that failed, and not in one since
-        self._changed: dict[Request, None] = {}  # requests that ``step`` has to return
+        self._flight: _Flight | None = None
+        # Requests of a failed step that have not been in a successful step since
+        self._suspects: set[Request] = set()
+        # Requests that the next return of step() contains
+        self._changed: dict[Request, None] = {}
 
     def step(self) -> list[Request]:
-        """Launch the next step and read the tokens of the last one.
+        """Launch the next step and read tokens: with ``run_ahead``, those of the previous step.
 
-        When running ahead, the tokens are those of the step before.
-
-        If a forward pass fails, only the request that caused it fails, and gets an ``error``. After
-        an out-of-memory error steps become smaller. After any other error fewer sequences run at
-        once, until one request fails alone.
+        If a forward pass fails, only the request that caused it fails, with an ``error``. After an
+        out-of-memory error, steps become smaller. After any other error, fewer sequences run at
+        once until one request fails alone.
 
         Returns:
             The requests that got a token or failed, each once.
 
         Raises:
-            BaseException: An interrupt, or a fault of the engine itself. Nothing of a step that was
-                cut off is trusted: the engine was ``reset``.
+            BaseException: An interrupt or an internal error. The engine has been ``reset``, because
+                the interrupted step may have left it inconsistent.
         """
         try:
             self._step()
@@ -158,7 +167,7 @@ class Engine:
             self._land(landing)
 
     def _launch(self, step: Step, requests: set[Request], before: _Flight | None) -> _Flight:
-        """Put ``step`` on the device, behind the one ``before`` if its tokens are not read yet."""
+        """Launch ``step``; ``before`` is the previous step if its tokens are not read yet."""
         known_there = {} if before is None else {s: row for row, s in enumerate(before.sequences)}
         logits, prompts = self.runner.run(step, known_there)
         failed = []
@@ -173,7 +182,8 @@ class Engine:
                 failed.append((request, str(error)))
         self.scheduler.computed(step)
         sequences: list[Sequence] = []
-        rows: list[int] = []  # of the logits: all answers to a prompt begin with its own
+        # The first tokens of all answers to a prompt are drawn from one row of the logits
+        rows: list[int] = []
         for row, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
             drawn = [chunk.sequence, *self.scheduler.fork(chunk.sequence)]
             sequences += drawn
@@ -190,7 +200,7 @@ class Engine:
         return _Flight(step, requests, sequences, tokens, failed)
 
     def _land(self, flight: _Flight | None) -> None:
-        """Wait for a step and append its tokens to the answers that have not ended meanwhile."""
+        """Wait for a step and append its tokens to the sequences that are still unfinished."""
         if flight is None:
             return
         try:
@@ -228,7 +238,7 @@ class Engine:
         self._count(flight.step, len(got))
 
     def _warn_of_length(self, sequences: list[Sequence]) -> None:
-        """Log once if an answer was cut off by a limit that its caller may not know of."""
+        """Log a warning, once, if an answer was cut off by the default of ``max_tokens``."""
         for sequence in sequences:
             request = sequence.request
             wanted = request.params.max_tokens
@@ -267,14 +277,12 @@ class Engine:
                 self.scheduler.max_num_seqs,
             )
             return
-        for request in requests:  # one, or none if it has ended meanwhile
+        # At most one request is left, and none if it has finished in the meantime
+        for request in requests:
             self._fail(request, _failure("the model must run on it", error), error)
 
     def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
-        """Give up one request and forget what was computed for it, which others might share.
-
-        They go on.
-        """
+        """Fail one request and remove its pages and images from the caches."""
         request.error = RequestFailedError(f"request {request.request_id}: {reason}")
         request.error.__cause__ = cause
         _logger.warning("%s", request.error)
@@ -297,7 +305,7 @@ class Engine:
         stats.cache_usage = 1 - pages.num_free / pages.num_pages
 
     def cancel(self, request: Request) -> None:
-        """Drop what is unfinished of ``request``."""
+        """Drop the unfinished sequences of ``request``."""
         self.scheduler.cancel(request.sequences)
         self._clear({request})
 

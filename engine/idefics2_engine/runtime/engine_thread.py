@@ -1,8 +1,8 @@
-"""The engine on a thread of its own, for callers on any number of threads.
+"""The engine on its own thread, for callers on any number of threads.
 
-Signal handlers run on the main thread, so an interrupt or a time-out of the caller never cuts off a
-step. Settings of the caller's thread, such as ``torch.autocast`` and the default device, do not
-reach the engine either.
+Signal handlers run on the main thread, so an interrupt of the caller never interrupts a step. The
+settings of the caller's thread, such as ``torch.autocast`` and the default device, do not affect
+the engine.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from idefics2_engine.scheduling.sequence import Request
 
 
 class EngineThread:
-    """Steps ``engine`` while any request is unfinished.
+    """A thread that runs ``engine.step`` while any request is unfinished.
 
-    Callers talk to the engine through commands, functions that run on the thread between two steps. They hold no lock,
-    which an interrupt at the wrong instruction could leave locked.
+    Callers send commands: functions that run on the thread between two steps. There is no lock,
+    because an interrupt could leave it locked.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -31,7 +31,7 @@ class EngineThread:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_closed = False
         self._process = os.getpid()
-        # What follows is used on the thread alone
+        # Only the engine's thread uses the following attributes
         self._clients: WeakSet[Client] = WeakSet()
         self._client_of: dict[Request, Client] = {}
         self._is_stopping = False
@@ -45,14 +45,14 @@ class EngineThread:
         *,
         every_token: bool = False,
     ) -> "Client":
-        """Return a room for requests whose progress is told on the engine's thread.
+        """Return a client, whose callbacks run on the engine's thread.
 
         Args:
-            on_update: Is called with each request that has finished, which the engine then no
-                longer changes.
-            on_error: Is called once if the engine drops the client: after a fault of its own, or
-                when it is closed.
-            every_token: Whether ``on_update`` is called after each step that changed a request too.
+            on_update: Called with each finished request, which the engine no longer changes.
+            on_error: Called once if the engine drops the client, after an internal error or on
+                ``close``.
+            every_token: Whether ``on_update`` is also called after each step that changed a
+                request.
 
         Raises:
             RuntimeError: The engine was closed.
@@ -71,25 +71,22 @@ class EngineThread:
         if self._process != os.getpid():
             raise RuntimeError("LLM: a forked process must load a model of its own")
         self._commands.put(function)
-        # Asked afterwards: whatever is put before the engine is closed is run
+        # Checking after the put guarantees that a command without an error is run
         if self._is_closed:
             raise RuntimeError("LLM: this model was closed, and answers no more")
 
     def close(self) -> None:
-        """End the thread after the step it is in.
-
-        Clients are told. Does nothing the second time.
-        """
+        """End the thread after its current step and report this to all clients; idempotent."""
         self._is_closed = True
         self._commands.put(self._stop)
-        # Garbage collection may close the engine on its own thread, and a forked process has no
-        # such thread
+        # Garbage collection may call this on the engine's thread, which cannot join itself. A
+        # forked process does not have the thread
         if self._thread is not threading.current_thread() and self._process == os.getpid():
             self._thread.join()
             self.__dict__.pop("_engine", None)
 
     def add(self, client: "Client", requests: Sequence[Request]) -> None:
-        """Queue ``requests``; a command."""
+        """Queue ``requests``; runs on the thread as a command."""
         if client in self._clients:
             for request in requests:
                 self._client_of[request] = client
@@ -97,7 +94,7 @@ class EngineThread:
                 self._engine.add(request)
 
     def remove(self, client: "Client") -> None:
-        """Cancel what is unfinished of ``client``; a command."""
+        """Cancel the unfinished requests of ``client``; runs on the thread as a command."""
         self._clients.discard(client)
         for request in client.unfinished:
             del self._client_of[request]
@@ -118,7 +115,7 @@ class EngineThread:
                 self._drop_all(error)
 
     def _obey(self) -> None:
-        """Run the commands that have come; without work, wait for one."""
+        """Run all queued commands; if there is no work, wait for one first."""
         if not self._client_of:
             self._commands.get()()
         while True:
@@ -159,7 +156,7 @@ class EngineThread:
 
 
 class Client:
-    """The requests of one caller; use as a context, which cancels what is unfinished at its end."""
+    """The requests of one caller; as a context manager it cancels unfinished ones on exit."""
 
     def __init__(
         self,
@@ -171,7 +168,8 @@ class Client:
         self.on_update = on_update
         self.on_error = on_error
         self.every_token = every_token
-        self.unfinished: dict[Request, None] = {}  # the engine thread's own
+        # Only the engine's thread uses this
+        self.unfinished: dict[Request, None] = {}
         self._thread = thread
 
     def __enter__(self) -> Self:
@@ -179,13 +177,13 @@ class Client:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Cancel what is unfinished; whoever waits for it is not told."""
-        # An engine that was closed has dropped every client
+        """Cancel unfinished requests without calling ``on_error``."""
+        # A closed engine has already dropped every client
         with contextlib.suppress(RuntimeError):
             self._thread.command(lambda: self._thread.remove(self))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queue ``requests``, all before the engine's next step.
+        """Queue all ``requests`` before the engine's next step.
 
         Raises:
             RuntimeError: The engine was closed.

@@ -1,4 +1,4 @@
-"""A step's tokens and their places as arrays on the host, packed to be copied to the device."""
+"""The inputs of a step as packed arrays on the host, ready to be copied to the device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,21 +18,35 @@ Ints = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PackedStep:
-    """B chunks packed into T tokens."""
+    """B chunks packed into T tokens.
 
-    input_ids: Ints  # (T,): -1 - row for a token that is being drawn in that row of the step before
-    positions: Ints  # (T,)
-    slots: Ints  # (T,): page * page size + offset
-    cu_seqlens: Ints  # (B + 1,)
-    context_lens: Ints  # (B,)
-    block_table: Ints  # (B, W)
-    logits_indices: Ints  # tokens whose logits are wanted
-    image_rows: Ints  # rows of the embeddings of all entries that the image tokens are, in order
+    Attributes:
+        input_ids: (T,) token ids. A negative value, -1 - row, stands for the token that the
+            previous step draws in that row.
+        positions: (T,) positions in the sequences.
+        slots: (T,) places in the KV cache: page * page size + offset.
+        cu_seqlens: (B + 1,) first token of each chunk, then T.
+        context_lens: (B,) tokens of each sequence, this step's included.
+        block_table: (B, W) pages of each sequence.
+        logits_indices: Tokens whose logits are needed.
+        image_rows: Row of the encoder cache for each image token, in order.
+        max_seqlen: Tokens of the longest chunk.
+        is_decode: Whether every chunk is one text token that draws the next one.
+    """
+
+    input_ids: Ints
+    positions: Ints
+    slots: Ints
+    cu_seqlens: Ints
+    context_lens: Ints
+    block_table: Ints
+    logits_indices: Ints
+    image_rows: Ints
     max_seqlen: int
-    is_decode: bool  # whether every chunk is one text token that another is drawn behind
+    is_decode: bool
 
     def arrays(self) -> list[Ints]:
-        """Return all arrays, flat, in the order that ``text_batch`` takes their copies in."""
+        """Return all arrays, flat, in the order in which ``text_batch`` expects their copies."""
         return [
             self.input_ids,
             self.positions,
@@ -46,7 +60,7 @@ class PackedStep:
 
 
 def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents: int) -> PackedStep:
-    """Pack the chunks of ``step``; ``drawn`` has the rows of tokens that are being sampled."""
+    """Pack the chunks of ``step``; ``drawn`` maps sequences to rows of the previous step."""
     chunks = step.chunks
     begins = np.array([chunk.begin for chunk in chunks], np.int32)
     lengths = np.array([chunk.end for chunk in chunks], np.int32) - begins
@@ -58,7 +72,8 @@ def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents:
     for row, chunk in zip(tables, chunks, strict=True):
         row[: len(chunk.sequence.pages)] = chunk.sequence.pages
     slots = tables[owners, positions // page_size] * page_size + positions % page_size
-    tables[tables == NO_PAGE] = 0  # never read, but a page
+    # Kernels never read these entries, but every entry must be a valid page
+    tables[tables == NO_PAGE] = 0
     return PackedStep(
         input_ids=np.array(
             [token for chunk in chunks for token in _tokens(chunk, drawn)], np.int32
@@ -91,13 +106,13 @@ NOTHING = PackedStep(
     max_seqlen=1,
     is_decode=True,
 )
-"""A step without chunks, to be padded."""
+"""A step without chunks, for ``padded``."""
 
 
 def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
     """Return ``packed`` padded to ``size`` decoding sequences with ``width`` pages each.
 
-    Padding has no query: nothing is read or written for it.
+    Padding sequences have no query, so kernels neither read nor write for them.
     """
     count = len(packed.input_ids)
     table = np.zeros((size, width), np.int32)
@@ -119,7 +134,7 @@ def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
 
 
 def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
-    """Replace each -1 - row among ``input_ids`` (T,) by ``last_tokens[row]``."""
+    """Replace each negative id, -1 - row, in ``input_ids`` (T,) by ``last_tokens[row]``."""
     rows = (-1 - input_ids).clamp(min=0)
     return torch.where(input_ids < 0, last_tokens[rows], input_ids)
 
@@ -127,9 +142,13 @@ def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
 def text_batch(
     copies: list[Tensor], input_ids: Tensor, packed: PackedStep, *, every_row: bool = False
 ) -> TextBatch:
-    """Make a batch of the device's copies of ``packed.arrays()``, with ``input_ids`` (T,) known.
+    """Build a batch from the device's copies of ``packed.arrays()``.
 
-    ``every_row`` gives logits for all tokens.
+    Args:
+        copies: The copies, in the same order.
+        input_ids: (T,) resolved token ids.
+        packed: The step on the host.
+        every_row: Whether all tokens get logits.
     """
     _, positions, slots, cu_seqlens, context_lens, block_table, logits_indices, _ = copies
     return TextBatch(
@@ -154,7 +173,7 @@ def _tokens(chunk: Chunk, drawn: Mapping[Sequence, int]) -> list[int]:
 
 
 def _wanted(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
-    """Return the tokens whose logits are needed: prompt tokens to score, and those that sample."""
+    """Return the tokens whose logits are needed: scored prompt tokens and sampling tokens."""
     wanted = [
         place - chunk.begin + offset
         for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)

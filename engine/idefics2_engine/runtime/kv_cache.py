@@ -1,4 +1,4 @@
-"""Keys and values of every layer, in pages."""
+"""The paged KV cache: keys and values of every layer."""
 
 import logging
 
@@ -14,7 +14,10 @@ _logger = logging.getLogger(__name__)
 
 
 class KVCache:
-    """Two tensors a layer, (pages, H_KV, page size, D): a page of one head is one run of memory."""
+    """Keys and values of each layer, (pages, H_KV, page size, D) each.
+
+    A page of one head is contiguous.
+    """
 
     def __init__(
         self,
@@ -40,11 +43,11 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that all layers take."""
+        """Bytes of all layers."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
     def copy(self, pages: list[tuple[int, int]]) -> None:
-        """Copy pages, each (from, to), in every layer; no page is on both sides."""
+        """Copy pages, each (from, to), in every layer; sources and targets are disjoint."""
         columns = [np.array(column, np.int64) for column in zip(*pages, strict=True)]
         sources, targets = to_device(columns, self.layers[0][0].device)
         for layer in self.layers:

@@ -1,4 +1,4 @@
-"""How many tokens the KV cache can hold in what a GPU has left."""
+"""Measurement of the KV cache size that fits in a GPU's free memory."""
 
 import logging
 
@@ -16,12 +16,11 @@ _logger = logging.getLogger(__name__)
 def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -> int:
     """Measure how many tokens fit if ``utilization`` of the GPU's memory may be used in all.
 
-    The largest steps that ``config`` allows are run once, without a cache, to see what they take
-    beside the weights. No more tokens than ``max_num_seqs`` full sequences are of use, and no more
-    are returned.
+    The largest steps that ``config`` allows are run once, without a cache, to measure their memory.
+    The result is at most the tokens of ``max_num_seqs`` full sequences.
 
     Raises:
-        ConfigError: Not even one full sequence fits.
+        ConfigError: One full sequence does not fit.
     """
     device, text = model.device, model.config.text
     try:
@@ -53,13 +52,13 @@ def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -
 
 
 def bytes_per_token(text: TextConfig, dtype: torch.dtype) -> int:
-    """Return what the keys and values of a token take in all layers."""
+    """Return the bytes of a token's keys and values in all layers."""
     return 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
 
 
 @torch.inference_mode()
 def _peak_bytes(model: Idefics2, config: EngineConfig) -> int:
-    """Return what the largest steps take at their peak: of images, and of text."""
+    """Return the peak memory of the largest steps of images and of text, in bytes."""
     torch.cuda.synchronize(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
@@ -70,7 +69,7 @@ def _peak_bytes(model: Idefics2, config: EngineConfig) -> int:
 
 
 def _images(model: Idefics2, num_patches: int) -> ImageBatch:
-    """Make black images of the largest size, with ``num_patches`` in all or a little less."""
+    """Make black images of the largest size, with at most ``num_patches`` in all."""
     vision = model.config.vision
     each = vision.grid**2
     count = max(1, num_patches // each)
@@ -86,7 +85,7 @@ def _images(model: Idefics2, num_patches: int) -> ImageBatch:
 
 
 def _text(model: Idefics2, config: EngineConfig) -> TextBatch:
-    """Make the tokens of a whole step; logits are wanted for one of each sequence."""
+    """Make a step of the most tokens, with logits for one token of each sequence."""
     longest, tokens = config.max_model_len, config.max_num_batched_tokens
     lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
     batch = TextBatch.from_ids([[0] * length for length in lengths])

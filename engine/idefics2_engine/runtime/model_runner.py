@@ -1,4 +1,4 @@
-"""The forward pass of a step, with the model, the caches, the graphs and the last tokens."""
+"""The forward pass of a step on the device."""
 
 from collections.abc import Mapping
 
@@ -18,16 +18,15 @@ from idefics2_engine.scheduling.sequence import Request, Sequence
 
 
 class Runner:
-    """Turns steps into the logits of next tokens; nothing waits for the device.
+    """Computes the logits of steps without waiting for the device.
 
     Args:
-        model: Runs on its device.
-        kv_cache: On the same.
-        image_config: How pixels are normalized.
-        num_images: Encoder cache entries, each for the embeddings of a tile.
-        max_num_seqs: Sequences that draw a token in a step, at most.
-        max_pages: Of a sequence; steps of decoding alone are then CUDA graphs, if one is large
-            enough. None for no graphs.
+        model: The model.
+        kv_cache: KV cache on the model's device.
+        image_config: Normalization of pixels.
+        num_images: Entries of the encoder cache, each with the embeddings of a tile.
+        max_num_seqs: Most sequences that draw a token in a step.
+        max_pages: Most pages of a sequence, for CUDA graphs of decode steps. None for no graphs.
     """
 
     def __init__(
@@ -53,12 +52,16 @@ class Runner:
     def run(
         self, step: Step, drawn: Mapping[Sequence, int]
     ) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
-        """Compute ``step``; ``drawn`` has the rows of last tokens that the host does not know yet.
+        """Compute ``step``.
+
+        Args:
+            step: The step.
+            drawn: Rows of the previous step's tokens that the host has not read yet.
 
         Returns:
-            Logits (B, vocabulary) for its chunks that sample, in their order, until the next call;
-            and for requests whose prompt is scored the logits (S, vocabulary) at the places that
-            their chunks name.
+            Logits (B, vocabulary) of the chunks that sample, in order, valid until the next call.
+            Then, for each request whose prompt is scored, the logits (S, vocabulary) at the scored
+            positions.
         """
         if step.encodes:
             self._encode(step.encodes)
@@ -83,7 +86,7 @@ class Runner:
         return logits[rows], prompts
 
     def store_last_tokens(self, token_ids: Tensor) -> None:
-        """Keep the tokens (B,) that a step drew, for the next one to read."""
+        """Store the tokens (B,) of a step for the next step."""
         self._last_tokens[: len(token_ids)] = token_ids
 
     def _forward(self, packed: PackedStep) -> Tensor:

@@ -1,5 +1,5 @@
-"""Logits to tokens and log probabilities, each sequence by its own parameters and random stream.
+"""Sampling of tokens and log probabilities, with parameters and a random stream per sequence.
 
-In: the logits of a step. Out: ``sampler.Drawn``, which is read when the device is done.
+In: the logits of a step. Out: ``sampler.Drawn``, which the host reads later.
 Must not import the runtime.
 """

@@ -1,4 +1,4 @@
-"""Bad words to token ids, as they stand behind a space and inside a word."""
+"""Token ids of bad words, both after a space and inside a word."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,16 @@ from idefics2_engine.errors import PromptError, SamplingError, short_repr
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
 
-_BEFORE = "\n"  # merges with no word, and no space follows it
+# A newline merges with no word, and the tokenizer adds no space after it
+_BEFORE = "\n"
 
 
 def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Return the token ids of ``words`` with and without a space before, each once.
+    """Return the token ids of ``words`` with and without a space before, without duplicates.
 
-    As in vLLM, spaces that a word begins with do not count, and control tokens are recognized.
-    Where vLLM adds a space to have the second form, this tokenizer puts one before any text, so
-    here it is the form without that has to be made.
+    As in vLLM, leading spaces of a word are ignored, and control tokens are recognized. vLLM adds a
+    space to get the second form. This tokenizer puts a space before every text, so the form without
+    it is made from the text after a newline.
 
     Raises:
         SamplingError: The tokenizer fails on a word.
@@ -40,13 +41,13 @@ def check_choice(
     eos_token_ids: frozenset[int],
     vocab_size: int,
 ) -> None:
-    """Refuse parameters that could leave no token to choose.
+    """Reject parameters that could leave no token to choose.
 
     Args:
-        params: Of a request.
-        words: All bad words, by token ids: each may bar its last.
+        params: Sampling parameters of a request.
+        words: Token ids of all bad words, each of which may bar its last token.
         eos_token_ids: End tokens of the checkpoint.
-        vocab_size: Tokens of the model.
+        vocab_size: Size of the model's vocabulary.
 
     Raises:
         SamplingError: Every allowed token may be barred.

@@ -1,4 +1,4 @@
-"""What a checkpoint's ``generation_config.json`` says about its answers."""
+"""The checkpoint's ``generation_config.json``: end tokens and bad words."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from idefics2_engine.json_file import read_json_if_there
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What ends an answer and what may not be in it: ``generation_config.json``."""
+    """End tokens and bad words of a checkpoint."""
 
     eos_token_ids: frozenset[int]
     bad_words_ids: tuple[tuple[int, ...], ...]
 
     @classmethod
     def load(cls, folder: Path) -> "GenerationConfig":
-        """Read ``folder/generation_config.json``; empty if there is none.
+        """Read ``folder/generation_config.json``; without the file, both are empty.
 
         Raises:
-            ConfigError: The file holds something else than token ids.
+            ConfigError: A value of the file is not made of token ids.
         """
         path = folder / "generation_config.json"
         values = read_json_if_there(path)
@@ -38,7 +38,7 @@ class GenerationConfig:
     def with_defaults(
         self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]
     ) -> "GenerationConfig":
-        """End at ``eos_token_ids`` if the file names none, and bar ``bad_words_ids`` as well."""
+        """Use ``eos_token_ids`` if the file has none, and add ``bad_words_ids``."""
         bad_words = dict.fromkeys((*self.bad_words_ids, *bad_words_ids))
         return GenerationConfig(self.eos_token_ids or frozenset(eos_token_ids), tuple(bad_words))
 

@@ -1,12 +1,12 @@
-"""What the parameters of a batch change in its logits, before temperature and filters.
+"""Edits of a batch's logits by sampling parameters, before temperature and filters.
 
-The host lists (row, token) pairs, and the device applies each list to all rows at once: only listed
-places are read and written, and a row that asks for nothing costs nothing. In this order: allowed
-ids, bad words, end tokens that come too early, bias, penalties. What is barred stays so, because
-neither bias nor penalty moves -inf.
+The host lists (row, token) pairs, and the device applies each list to all rows at once. Only listed
+elements are read and written, so a row without edits costs nothing. The order is: allowed ids, bad
+words, end tokens before ``min_tokens``, bias, penalties. Neither bias nor penalty changes -inf, so
+a barred token stays barred.
 
-A token is barred by adding -inf to its logit, not by writing it there: NaN stays NaN and infinity
-becomes NaN, so the largest edited logit still tells whether all logits of the model could be used.
+A token is barred by adding -inf to its logit, not by assigning it. NaN stays NaN and infinity
+becomes NaN, so the largest edited logit shows whether all of the model's logits were finite.
 """
 
 from collections.abc import Sequence as Items
@@ -27,28 +27,40 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """Places to change in logits (B, V), by row and token: N of each kind."""
+    """Elements of logits (B, V) to edit, as rows (N,) and tokens (N,) for each kind of edit.
 
-    allowed_rows: Tensor  # (R,): rows that choose among allowed places only
+    Attributes:
+        allowed_rows: (R,) rows restricted to the elements ``allowed``.
+        allowed: Elements of these rows that stay.
+        barred: Elements that become -inf.
+        biased: Elements to which ``bias`` is added.
+        penalized: Elements to which the penalties are applied.
+        bias: (N,) fp32.
+        repetition: (N,) fp32. Divides positive logits and multiplies others.
+        frequency: (N,) fp32. Subtracted.
+        presence: (N,) fp32. Subtracted.
+    """
+
+    allowed_rows: Tensor
     allowed: tuple[Tensor, Tensor]
     barred: tuple[Tensor, Tensor]
     biased: tuple[Tensor, Tensor]
     penalized: tuple[Tensor, Tensor]
-    bias: Tensor  # (N,) fp32: added
-    repetition: Tensor  # (N,) fp32: divides a positive logit, multiplies another
-    frequency: Tensor  # (N,) fp32: subtracted
-    presence: Tensor  # (N,) fp32: subtracted
+    bias: Tensor
+    repetition: Tensor
+    frequency: Tensor
+    presence: Tensor
 
     @classmethod
     def of(cls, ids: Items[Tensor], values: Items[Tensor]) -> "LogitEdits":
-        """Take the tensors of ``EditFinder.find``, in its order."""
+        """Build from the device's copies of what ``EditFinder.find`` returns."""
         pairs = [(ids[i], ids[i + 1]) for i in range(1, 9, 2)]
         return cls(ids[0], *pairs, *values)  # type: ignore[arg-type]
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Return the edited ``logits`` (B, V), which may be overwritten.
+        """Return the edited ``logits`` (B, V), possibly in place.
 
-        They are fp32 or wider if more than masks was asked for.
+        They are fp32 or wider if there is a bias or a penalty.
         """
         if len(self.bias) or len(self.repetition):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -68,9 +80,9 @@ class LogitEdits:
 
 
 class EditFinder:
-    """Lists the edits of a step.
+    """Finds the edits of a step.
 
-    Keeps a history of each sequence that is penalized, as long as the sequence lives.
+    It keeps token counts of each penalized sequence for the lifetime of the sequence.
     """
 
     def __init__(self, image_token_id: int) -> None:
@@ -79,13 +91,13 @@ class EditFinder:
 
     @property
     def num_sequences(self) -> int:
-        """Number of sequences of which something is kept."""
+        """Number of sequences with kept state."""
         return len(self._requests)
 
     def find(
         self, sequences: list[Sequence], bad_words_ids: Items[Items[int]], vocab_size: int
     ) -> tuple[list[Ids], list[Floats]]:
-        """List what ``LogitEdits.of`` takes; ``bad_words_ids`` are barred in every row."""
+        """Return the arguments of ``LogitEdits.of``; ``bad_words_ids`` apply to every row."""
         allowed_rows: list[int] = []
         allowed, barred, biased, penalized = (_Places() for _ in range(4))
         values: list[list[Floats]] = [[], [], [], []]
@@ -96,7 +108,7 @@ class EditFinder:
             if len(asked.allowed):
                 allowed_rows.append(row)
                 allowed.add(row, asked.allowed)
-            # a config may name tokens that a smaller vocabulary does not have
+            # A config may name tokens beyond the vocabulary
             never = [token for token in _barred(sequence, bad_words_ids) if token < vocab_size]
             barred.add(row, np.array(never, dtype=np.int64))
             biased.add(row, asked.biased)
@@ -115,7 +127,7 @@ class EditFinder:
 
 
 class _Places:
-    """(row, token) pairs, row by row."""
+    """A list of (row, token) pairs under construction."""
 
     def __init__(self) -> None:
         self._rows: list[Ids] = []
@@ -133,7 +145,7 @@ class _Places:
 
 
 class _Asked:
-    """What a sequence's parameters ask for, as arrays made once, and its counts of tokens."""
+    """A sequence's parameters as arrays, built once, and its token counts."""
 
     def __init__(self, sequence: Sequence, image_token_id: int) -> None:
         request, params = sequence.request, sequence.request.params
@@ -141,7 +153,7 @@ class _Asked:
         self.allowed: Ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
         self.biased: Ids = np.array(list(bias), dtype=np.int64)
         self.bias: Floats = np.array(list(bias.values()), dtype=np.float32)
-        # the prompt counts for repetition alone; placeholders are not text that is repeated
+        # Prompt tokens count for the repetition penalty only. Image placeholders do not count
         prompt = {*request.prompt_token_ids} - {image_token_id}
         tokens = sorted(prompt) if params.repetition_penalty != 1.0 else []
         self._place = {token: place for place, token in enumerate(tokens)}
@@ -152,7 +164,7 @@ class _Asked:
         self._num_counted = len(request.prompt_token_ids)
 
     def seen(self, sequence: Sequence) -> tuple[Ids, Floats]:
-        """Return the tokens to penalize, each once, and their counts: 0 for the prompt's own."""
+        """Return the distinct tokens to penalize and their counts in the answer."""
         for token in sequence.token_ids[self._num_counted :]:
             place = self._place.setdefault(token, len(self._place))
             self._tokens[place] = token
@@ -166,7 +178,8 @@ def _barred(sequence: Sequence, bad_words_ids: Items[Items[int]]) -> list[int]:
     """Return the tokens that would complete a bad word or end ``sequence`` too early."""
     request, tokens = sequence.request, sequence.token_ids
     barred = [word[-1] for word in bad_words_ids if _ends_with(tokens, 0, word[:-1])]
-    begin = len(request.prompt_token_ids)  # a word that was asked for may begin in the answer only
+    # Bad words of the request count only if they begin in the answer
+    begin = len(request.prompt_token_ids)
     barred += [word[-1] for word in request.bad_words_ids if _ends_with(tokens, begin, word[:-1])]
     if sequence.num_drawn < request.params.min_tokens:
         barred.extend(sequence.end_token_ids)
@@ -174,5 +187,5 @@ def _barred(sequence: Sequence, bad_words_ids: Items[Items[int]]) -> list[int]:
 
 
 def _ends_with(tokens: list[int], begin: int, end: Items[int]) -> bool:
-    """Tell whether ``tokens`` from ``begin`` on end with ``end``."""
+    """Return whether ``tokens[begin:]`` ends with ``end``."""
     return not end or (len(tokens) - begin >= len(end) and tokens[-len(end) :] == list(end))

@@ -1,7 +1,7 @@
-"""Log probabilities of the sampled and the likeliest tokens, with ranks from the row alone.
+"""Log probabilities and ranks of the sampled and the likeliest tokens.
 
-They are those of the model's own logits, in fp32. Tokens are ordered by logit and then by id, so
-that ranks and the likeliest tokens are the same for every batch and on every device, ties included.
+They are computed in fp32 from the model's own logits. Tokens are ordered by logit and then by id,
+so ranks and likeliest tokens do not depend on the batch or the device, even for ties.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,40 +16,45 @@ from idefics2_engine.outputs import Logprob, TokenLogprobs
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.sampling_params import SamplingParams
 
-_COLUMNS = 64  # rows are filled up to whole multiples, so that each begins at the same alignment
-_ROWS = 256  # of a prompt, that are scored at once: bounds the memory
-_ALWAYS = 20  # likeliest tokens beside each that every request may have, as by vLLM's default
-# Of a request that asks for more: an entry takes some 180 bytes, so 94 MB; 16 tokens with a
-# vocabulary of 32,003
+# Rows are padded to a multiple of this, so that all begin at the same alignment
+_COLUMNS = 64
+# Scoring so many rows of a prompt at once bounds the memory
+_ROWS = 256
+# Every request may ask for so many likeliest tokens, which is vLLM's default limit
+_ALWAYS = 20
+# Bound for requests that ask for more. An entry takes about 180 bytes, so all take 94 MB
 _MOST_ENTRIES = 2**19
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log probabilities of R places on the device: the token's own, then the K likeliest."""
+    """Log probabilities of R positions on the device: the token's own, then the K likeliest.
+
+    ``ranks`` are those of the tokens themselves.
+    """
 
     token_ids: Tensor  # (R, 1 + K) int32
     logprobs: Tensor  # (R, 1 + K) fp32
-    ranks: Tensor  # (R,) int32, of the token itself
+    ranks: Tensor  # (R,) int32
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, for one transfer to the host."""
+        """All tensors, for one transfer to the host."""
         return [self.token_ids, self.logprobs, self.ranks]
 
 
 def check_entries(params: SamplingParams, prompt_tokens: int, new_tokens: int, vocab: int) -> None:
-    """Refuse log probabilities that would fill the memory.
+    """Reject requests for more log probabilities than memory allows.
 
     Args:
-        params: Of a request.
+        params: Sampling parameters of a request.
         prompt_tokens: Tokens of its prompt.
-        new_tokens: Tokens that each of its answers may have.
-        vocab: Tokens of the model, which -1 stands for.
+        new_tokens: Most tokens of each answer.
+        vocab: Size of the vocabulary, which -1 stands for.
 
     Raises:
-        SamplingError: More than 20 likeliest tokens are asked for at so many places that they are
-            too many.
+        SamplingError: More than 20 likeliest tokens per position are requested, and all positions
+            together would have too many entries.
     """
     places = {"logprobs": params.n * new_tokens, "prompt_logprobs": prompt_tokens - 1}
     for name, count in places.items():
@@ -63,12 +68,12 @@ def check_entries(params: SamplingParams, prompt_tokens: int, new_tokens: int, v
 
 
 def likeliest(number: int, vocab: int) -> int:
-    """Return how many tokens ``number`` of ``SamplingParams.logprobs`` means."""
+    """Return the number of tokens for ``SamplingParams.logprobs``: -1 is the vocabulary."""
     return vocab if number == -1 else number
 
 
 def padded_rows(logits: Tensor, rows: Tensor | slice) -> Tensor:
-    """Copy ``rows`` of ``logits`` (B, V) to (R, W) fp32, padded with -inf to whole blocks."""
+    """Copy ``rows`` of ``logits`` (B, V) to (R, W) fp32, padded with -inf to a multiple of 64."""
     V = logits.shape[1]
     taken = logits[rows]
     out = torch.full(
@@ -84,7 +89,7 @@ def padded_rows(logits: Tensor, rows: Tensor | slice) -> Tensor:
 def score(padded: Tensor, token_ids: Tensor, top: int, vocab_size: int) -> Scores:
     """Score ``token_ids`` (R,) int64 and the ``top`` likeliest by ``padded_rows`` (R, W).
 
-    Nothing waits for the device.
+    This does not wait for the device.
     """
     order = _order(padded[:, :vocab_size])
     own = token_ids[:, None]
@@ -95,7 +100,7 @@ def score(padded: Tensor, token_ids: Tensor, top: int, vocab_size: int) -> Score
 
 
 def score_prompt(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Scores]:
-    """Score the tokens that follow each of ``logits`` (T, V), some rows at a time."""
+    """Score the tokens that follow each of ``logits`` (T, V), 256 rows at a time."""
     followers = torch.tensor(token_ids, dtype=torch.int64).to(logits.device, non_blocking=True)
     return [
         score(padded_rows(some, slice(None)), ids, top, logits.shape[1])
@@ -104,8 +109,9 @@ def score_prompt(logits: Tensor, token_ids: Sequence[int], top: int) -> list[Sco
 
 
 def _order(logits: Tensor) -> Tensor:
-    """Return an int64 key for each of ``logits`` (R, V) fp32: by logit, then the lowest id."""
-    bits = (logits + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+    """Return int64 sort keys of ``logits`` (R, V) fp32: larger logits, then lower ids."""
+    # Adding 0.0 turns -0.0 into 0.0
+    bits = (logits + 0.0).view(torch.int32).long()
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return ascending * 2**32 - torch.arange(logits.shape[1], device=logits.device)
 
@@ -113,7 +119,7 @@ def _order(logits: Tensor) -> Tensor:
 def make_token_logprobs(
     arrays: Sequence[np.ndarray], tops: Sequence[int], text: Callable[[int], str]
 ) -> list[TokenLogprobs]:
-    """Turn ``Scores.tensors`` on the host into ``tops`` (R,) log probabilities for each row."""
+    """Convert ``Scores.tensors`` on the host to a dict per row with ``tops`` (R,) likeliest."""
     ids, logprobs, ranks = (array.tolist() for array in arrays)
     places = []
     for own_rank, top, row_ids, row_logprobs in zip(ranks, tops, ids, logprobs, strict=True):
@@ -127,20 +133,20 @@ def make_token_logprobs(
 
 
 class TokenTexts:
-    """The text of each token as it stands inside a text, looked up once."""
+    """A cache of each token's text inside a longer text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
-        """Return the text of ``token_id``, its leading space kept.
+        """Return the text of ``token_id`` with its leading space.
 
-        Part of a character is U+FFFD.
+        An incomplete character is U+FFFD.
         """
         text = self._texts.get(token_id)
         if text is None:
-            # the decoder drops the space that begins a text, so a second one shows it
+            # The decoder drops a text's leading space, so the second of two tokens shows it
             one, two = (
                 self._tokenizer.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2)
             )

@@ -1,21 +1,21 @@
-"""Logits to tokens for a batch, each sequence by its own parameters and random stream.
+"""Sampling of a batch, with parameters and a random stream for each sequence.
 
-In this order, vLLM's:
+The order is vLLM's:
 
-1. log probabilities to report, of the logits as the model gave them (``logprobs``);
-2. allowed ids, bad words, end tokens before ``min_tokens``, bias, then the penalties for repetition, frequency and
-   presence (``logits_processors``);
-3. temperature, min-p, top-k, top-p and the draw (``Ops.sample``); with ``min_p_first=False`` min-p comes last, as in
-   transformers.
+1. log probabilities of the model's unmodified logits (``logprobs``);
+2. allowed ids, bad words, end tokens before ``min_tokens``, bias, then the penalties for
+   repetition, frequency and presence (``logits_processors``);
+3. temperature, min-p, top-k, top-p and the draw (``Ops.sample``). With ``min_p_first=False``,
+   min-p is applied last, as in transformers.
 
-The stream is keyed by (seed, token index), so batching, preemption and resuming cannot change what
-is drawn. What a step needs goes to the device in two copies, and all that is asked for comes back
-in one.
+The random stream is keyed by (seed, token index), so batching, preemption and resuming do not
+change the tokens. A step's inputs are copied to the device in two transfers, and its results are
+copied back in one.
 
-A row can be sampled if the largest of its edited logits is finite. It is not if any logit of the
-model is NaN or infinity (edits keep both visible), or if no finite logit is left. A single logit of
--inf is a token that is never drawn. The largest logit comes to the host with the tokens: the greedy
-choice computes it anyway, and a draw reads the logits once more for it.
+A row can be sampled if the largest of its edited logits is finite. That logit is not finite if the
+model returned NaN or infinity, or if no finite logit is left. A single logit of -inf is a token
+that is never drawn. The largest logit is copied to the host with the tokens. The greedy choice
+computes it anyway; for a draw, the logits are read once more.
 """
 
 from collections.abc import Callable
@@ -44,11 +44,17 @@ from idefics2_kernels import Ops
 
 
 class Choice(NamedTuple):
-    """The next token of a sequence."""
+    """The next token of a sequence.
 
-    token_id: int  # means nothing if the largest logit is not finite
-    logprobs: TokenLogprobs | None  # if asked for
-    largest_logit: float  # after edits
+    Attributes:
+        token_id: The token. It is undefined if the largest logit is not finite.
+        logprobs: Log probabilities. None if they were not requested.
+        largest_logit: Largest logit after the edits.
+    """
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    largest_logit: float
 
     @property
     def is_finite(self) -> bool:
@@ -57,14 +63,22 @@ class Choice(NamedTuple):
 
 
 class Drawn:
-    """A step's tokens, on the device and on their way to the host."""
+    """A step's tokens on the device, with their copy to the host in progress.
+
+    Args:
+        token_ids: (B,) int64.
+        largest: (B,) largest edited logit of each row.
+        tops: Number of log probabilities that each row requests. None for a row without.
+        scores: Log probabilities of the rows that request them.
+        text: Returns the text of a token.
+    """
 
     def __init__(
         self,
-        token_ids: Tensor,  # (B,) int64
-        largest: Tensor,  # (B,), each row's largest edited logit
-        tops: list[int | None],  # log probabilities that each row asks for
-        scores: Scores | None,  # of the rows that ask
+        token_ids: Tensor,
+        largest: Tensor,
+        tops: list[int | None],
+        scores: Scores | None,
         text: Callable[[int], str],
     ) -> None:
         self.token_ids = token_ids
@@ -74,7 +88,7 @@ class Drawn:
         self._copy = ToHost([token_ids.int(), largest.float(), *(scores.tensors if scores else ())])
 
     def choices(self) -> list[Choice]:
-        """Wait for the device and return one choice a row."""
+        """Wait for the device and return one choice for each row."""
         token_ids, largest, *scored = self._copy.arrays()
         asked = [top for top in self._tops if top is not None]
         places = iter(make_token_logprobs(scored, asked, self._text) if asked else ())
@@ -90,11 +104,11 @@ class Sampler:
     """Chooses the next token of every sequence of a step.
 
     Args:
-        ops: Operations; ``sample`` is used.
-        bad_words_ids: Token sequences that no answer may have; one may begin in the prompt.
-        image_token_id: Stands for an image in prompts; never penalized.
-        text: Text of a token, for log probabilities.
-        min_p_first: Whether min-p goes before top-k and top-p (vLLM) or after (transformers).
+        ops: Operations, of which ``sample`` is used.
+        bad_words_ids: Token sequences that no answer may contain, even if they begin in the prompt.
+        image_token_id: The image token, which is never penalized.
+        text: Returns the text of a token, for log probabilities.
+        min_p_first: Whether min-p is applied before top-k and top-p (vLLM) or after (transformers).
     """
 
     def __init__(
@@ -114,21 +128,21 @@ class Sampler:
 
     @property
     def num_sequences(self) -> int:
-        """Number of living sequences of which something is kept between steps."""
+        """Number of sequences with state kept between steps."""
         return self._edits.num_sequences
 
     def reads_answer(self, sequence: Sequence) -> bool:
-        """Say whether the next token depends on the last ones otherwise than through the logits."""
+        """Return whether the edits of the next logits depend on the previous tokens."""
         words = (*self.bad_words_ids, *sequence.request.bad_words_ids)
         return sequence.request.params.penalizes or any(len(word) > 1 for word in words)
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
-        """Choose a token for each row of ``logits`` (B, V), which may be overwritten."""
+        """Choose a token for each row of ``logits`` (B, V), possibly overwriting them."""
         return self.draw(logits, sequences).choices()
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
-        """Launch the sampling of ``logits`` (B, V), which may be overwritten, and return."""
+        """Launch the sampling of ``logits`` (B, V), possibly overwriting them, without waiting."""
         V, params = logits.shape[1], [sequence.request.params for sequence in sequences]
         tops = [None if p.logprobs is None else likeliest(p.logprobs, V) for p in params]
         rows = np.array([row for row, top in enumerate(tops) if top is not None], dtype=np.int64)
@@ -169,9 +183,9 @@ class Sampler:
         """Score a prompt, or a part of it, for ``Request.prompt_logprobs``.
 
         Args:
-            logits: As the model gave them at T places in a row, (T, V).
-            token_ids: The tokens (T) at the places behind these.
-            number: Of the likeliest tokens to report beside each; -1 for the whole vocabulary.
+            logits: (T, V) unmodified logits at T consecutive positions.
+            token_ids: (T,) tokens at the positions after these.
+            number: Likeliest tokens to report for each; -1 for the whole vocabulary.
 
         Raises:
             FloatingPointError: A row has no probabilities, because a logit is NaN or infinity or
@@ -193,7 +207,7 @@ class Sampler:
 
 
 def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:
-    """Return top-k, seed and token index of each row."""
+    """Return the top-k, seed and token index of each row."""
     return [
         np.array([max(p.top_k, 0) for p in params], dtype=np.int64),
         np.array([sequence.seed for sequence in sequences], dtype=np.int64),
@@ -202,6 +216,6 @@ def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[n
 
 
 def _fractions(params: list[SamplingParams]) -> list[np.ndarray]:
-    """Return temperature, top-p and min-p of each row."""
+    """Return the temperature, top-p and min-p of each row."""
     columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
     return [np.array(column, dtype=np.float32) for column in columns]

@@ -1,5 +1,5 @@
-"""Which tokens are computed next, and in which pages and encoder cache entries.
+"""The scheduler: the tokens of the next step, their pages and their encoder cache entries.
 
 In: requests. Out: a ``scheduler.Step``.
-Must not import torch: its tests run steps by the thousand on the host alone.
+Must not import torch, because its tests run thousands of steps on the host alone.
 """

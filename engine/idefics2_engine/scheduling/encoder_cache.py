@@ -1,7 +1,7 @@
-"""Which images' embeddings are kept, and in which entry; host only.
+"""Bookkeeping of cached image embeddings, on the host only.
 
-The embeddings themselves are the runner's. An entry that somebody holds stays; others are given to
-new images, the one that was let go longest ago first.
+The runner stores the embeddings. An entry with a holder is never evicted. Of the others, the least
+recently released one is evicted first.
 """
 
 from collections import OrderedDict
@@ -9,34 +9,35 @@ from collections.abc import Iterable
 
 
 class EncoderCache:
-    """Entries by content: the fingerprint of a tile."""
+    """Entries of the cache by content, which is the fingerprint of a tile."""
 
     def __init__(self, num_entries: int) -> None:
         self.num_entries = num_entries
         self._entry_of: dict[bytes, int] = {}
         self._holders: dict[bytes, int] = {}
-        self._idle: OrderedDict[bytes, None] = OrderedDict()  # known and not held, oldest first
+        # Cached contents without a holder, the least recently released first
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
         self._empty = list(range(num_entries - 1, -1, -1))
 
     def __contains__(self, content: bytes) -> bool:
-        """Say whether the embeddings are there, or will be after the step that computes them."""
+        """Return whether the embeddings are cached or will be after their step."""
         return content in self._entry_of
 
     @property
     def num_available(self) -> int:
-        """Entries that a new image could have."""
+        """Entries available to new images."""
         return len(self._empty) + len(self._idle)
 
     def is_held(self, content: bytes) -> bool:
-        """Say whether somebody holds an image."""
+        """Return whether an image has a holder."""
         return content in self._holders
 
     def entry(self, content: bytes) -> int:
-        """Return where a known image's embeddings are."""
+        """Return the entry of a cached image."""
         return self._entry_of[content]
 
     def hold(self, content: bytes) -> None:
-        """Hold an image's entry; a new image gets one, of which there must be one available."""
+        """Hold an image's entry; a new image is assigned one, which must be available."""
         if content in self._entry_of:
             self._idle.pop(content, None)
         else:
@@ -47,25 +48,25 @@ class EncoderCache:
         self._holders[content] = self._holders.get(content, 0) + 1
 
     def release(self, content: bytes) -> None:
-        """Let go of an image once; it stays known until its entry is needed."""
+        """Release one hold of an image, which stays cached until its entry is needed."""
         self._holders[content] -= 1
         if self._holders[content] == 0:
             del self._holders[content]
             self._idle[content] = None
 
     def forget(self, contents: Iterable[bytes]) -> None:
-        """Drop those images that are known and not held."""
+        """Evict those of ``contents`` that are cached and have no holder."""
         for content in contents:
             if content in self._idle:
                 del self._idle[content]
                 self._empty.append(self._entry_of.pop(content))
 
     def forget_idle(self) -> None:
-        """Drop all that nobody holds, as when contents are no longer to be trusted."""
+        """Evict all images without a holder, for example after a failed step."""
         self.forget([*self._idle])
 
     def check_integrity(self, held: list[bytes]) -> None:
-        """Assert that holders are as ``held``, and that every entry is one image's or empty."""
+        """Assert that holders match ``held`` and that every entry has one image or is empty."""
         assert {content: held.count(content) for content in held} == self._holders
         assert not self._holders.keys() & self._idle.keys()
         assert self._entry_of.keys() == self._holders.keys() | self._idle.keys()

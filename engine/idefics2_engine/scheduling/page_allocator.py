@@ -1,39 +1,40 @@
-"""Which pages of the KV cache are free, shared, or free but known; host only."""
+"""Allocation, sharing and reuse of the KV cache's pages, on the host only."""
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 NO_PAGE = -1
-"""Stands in a sequence's list for a page that it has let go, behind its window."""
+"""Placeholder in a sequence's page list for a released page outside its window."""
 
 
 class PageAllocator:
-    """Hands out page numbers and counts who holds each.
+    """An allocator of page numbers with a reference count for each page.
 
-    A page whose content has a name (``remember``) keeps it when its last holder lets go: until
-    somebody needs the room, it can be found again. Room is taken from nameless pages first, then
-    from the one that was let go longest ago.
+    A page whose content has a name (``remember``) keeps the name after its last release. It can be
+    found by that name until it is allocated again. Pages without a name are allocated first, then
+    the least recently released.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size  # tokens
         self._holders = [0] * num_pages
-        self._free = OrderedDict.fromkeys(range(num_pages))  # the next to be taken first
+        # The first page is allocated next
+        self._free = OrderedDict.fromkeys(range(num_pages))
         self._page_of: dict[bytes, int] = {}
         self._name_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of pages without a holder."""
         return len(self._free)
 
     def pages_for(self, num_tokens: int) -> int:
-        """Return how many pages ``num_tokens`` take."""
+        """Return how many pages ``num_tokens`` need."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` pages of unknown content; there must be as many free."""
+        """Allocate ``count`` pages of undefined content; as many must be free."""
         assert count <= len(self._free)
         pages = [self._free.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
@@ -42,14 +43,14 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Iterable[int]) -> None:
-        """Hold ``pages`` once more."""
+        """Add a holder to ``pages``."""
         for page in pages:
             if page != NO_PAGE:
                 self._free.pop(page, None)
                 self._holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Release ``pages`` of a sequence, in its order; the last of them are reused first."""
+        """Release ``pages`` in the order of their sequence; the last ones are reused first."""
         for page in reversed(pages):
             if page == NO_PAGE:
                 continue
@@ -60,13 +61,13 @@ class PageAllocator:
                     self._free.move_to_end(page, last=False)
 
     def is_shared(self, page: int) -> bool:
-        """Say whether ``page`` has more than one holder, so that nobody may write to it."""
+        """Return whether ``page`` has several holders and must not be written to."""
         return self._holders[page] > 1
 
     def remember(self, page: int, name: bytes) -> None:
-        """Name the content of ``page``, which must not change from now on.
+        """Name the content of ``page``, which must not change anymore.
 
-        The first page of a name keeps it.
+        If another page already has the name, nothing changes.
         """
         if name not in self._page_of:
             self._forget(page)
@@ -74,7 +75,7 @@ class PageAllocator:
             self._name_of[page] = name
 
     def find(self, names: Iterable[bytes]) -> list[int]:
-        """Return the pages with these contents, as far as each one is known."""
+        """Return the pages with these names, up to the first unknown name."""
         found = []
         for name in names:
             if (page := self._page_of.get(name)) is None:
@@ -83,7 +84,7 @@ class PageAllocator:
         return found
 
     def forget(self, names: Iterable[bytes]) -> None:
-        """Let no page with one of these contents be found again; their holders keep them."""
+        """Remove ``names``, so that their pages cannot be found; holders keep the pages."""
         for name in names:
             if (page := self._page_of.get(name)) is not None:
                 self._forget(page)
@@ -91,11 +92,11 @@ class PageAllocator:
                     self._free.move_to_end(page, last=False)
 
     def num_idle(self, pages: Iterable[int]) -> int:
-        """Count those of ``pages`` that nobody holds."""
+        """Count those of ``pages`` that have no holder."""
         return sum(page in self._free for page in pages)
 
     def check_integrity(self, held: Iterable[Sequence[int]]) -> None:
-        """Assert that holders are as ``held``, that other pages are free, and that names agree."""
+        """Assert that holders match ``held``, other pages are free, and names are consistent."""
         counts = Counter(page for pages in held for page in pages if page != NO_PAGE)
         assert [counts[page] for page in range(self.num_pages)] == self._holders
         assert sorted(self._free) == [page for page in range(self.num_pages) if not counts[page]]

@@ -1,4 +1,4 @@
-"""Where the embeddings of each tile stand among a prompt's tokens; host only."""
+"""Positions of each tile's embeddings in a prompt, on the host only."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,17 @@ from idefics2_engine.images.tiling import Tile
 
 @dataclass(frozen=True, eq=False)
 class ImageItem:
-    """A tile and the tokens that its embeddings take the places of."""
+    """A tile and the tokens [``begin``, ``end``) of the prompt that its embeddings replace."""
 
     tile: Tile
-    begin: int  # its first token in the prompt
-    end: int  # one past its last
+    begin: int
+    end: int
 
 
 def image_items(
     token_ids: Sequence[int], tiles: Sequence[Tile], image_token_id: int, num_latents: int
 ) -> list[ImageItem]:
-    """Find the placeholders of ``tiles``: each is ``num_latents`` image tokens in a row."""
+    """Find the placeholders of ``tiles``, each of ``num_latents`` consecutive image tokens."""
     places = [at for at, token in enumerate(token_ids) if token == image_token_id]
     assert len(places) == num_latents * len(tiles)
     firsts = places[::num_latents] if tiles else []
@@ -32,7 +32,7 @@ def image_items(
 
 
 def items_between(items: Sequence[ImageItem], begin: int, end: int) -> Iterator[ImageItem]:
-    """Yield those of ``items``, in order, that have a token in [``begin``, ``end``)."""
+    """Yield, in order, the ``items`` that have a token in [``begin``, ``end``)."""
     first = bisect_right(items, begin, key=lambda item: item.end)
     last = bisect_left(items, end, key=lambda item: item.begin)
     yield from items[first:last]

@@ -1,13 +1,13 @@
-"""Which tokens are computed in a step: first come, first served, within budgets; host only.
+"""The scheduler, which chooses the tokens of each step first come, first served; host only.
 
-A step has a budget of tokens, which decoding sequences and chunks of prompts share, and one of
-patches, for the tiles that it encodes. Running sequences go first, oldest first; then waiting ones
-are admitted in their order. Where a running sequence needs a page and none is free, the newest that
-runs is preempted: it waits again, before all others, and computes again what the cache does not
-remember of it. So the oldest always goes on.
+A step has a budget of tokens, which decoding sequences and chunks of prompts share, and a budget of
+patches for the tiles that it encodes. Running sequences are scheduled first, oldest first. Waiting
+sequences are then admitted in order. If a running sequence needs a page and none is free, the
+newest running sequence is preempted. It waits before all others, and tokens that the cache no
+longer has are recomputed. The oldest sequence therefore always makes progress.
 
-A step may be planned while tokens of the one before are still being drawn
-(``Sequence.num_pending``): where they go is known, and steps are computed in order.
+A step may be planned while tokens of the previous step are still being drawn
+(``Sequence.num_pending``), because their positions are known and steps are computed in order.
 """
 
 from collections import OrderedDict
@@ -23,29 +23,52 @@ from idefics2_engine.scheduling.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [``begin``, ``end``) of a sequence."""
+    """Tokens [``begin``, ``end``) of a sequence.
+
+    Attributes:
+        sequence: The sequence.
+        begin: First token.
+        end: One past the last token.
+        samples: Whether the chunk ends the sequence, so that the next token is drawn.
+        scores: Prompt positions whose logits score the following token.
+        images: Images with a token in the chunk, and their encoder cache entries.
+    """
 
     sequence: Sequence
     begin: int
     end: int
-    samples: bool  # whether they are all there are, so that the next token can be drawn
-    scores: range  # places in the prompt whose logits are wanted, for the tokens behind them
-    images: list[
-        tuple[ImageItem, int]
-    ]  # it has tokens of, and the encoder cache entries of their embeddings
+    samples: bool
+    scores: range
+    images: list[tuple[ImageItem, int]]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass does: encode tiles into cache entries, copy pages, compute chunks."""
+    """The work of one forward pass, in order: copy and encode, then compute the chunks.
+
+    Attributes:
+        chunks: Tokens to compute.
+        encodes: Tiles to encode, and their encoder cache entries.
+        copies: Pages to copy, each (from, to).
+    """
 
     chunks: list[Chunk]
     encodes: list[tuple[Tile, int]]
-    copies: list[tuple[int, int]]  # pages, from and to
+    copies: list[tuple[int, int]]
 
 
 class Scheduler:
-    """Waiting and running sequences, their pages and their images."""
+    """Waiting and running sequences with their pages and images.
+
+    Args:
+        pages: Allocator of the KV cache's pages.
+        encoder: Cache of image embeddings.
+        max_num_seqs: Most sequences that run at once.
+        max_num_batched_tokens: Most tokens of a step.
+        max_patches: Most patches of a step. A larger tile is encoded without others.
+        window: Keys that a query attends to. All if ``None``.
+        prefix_caching: Whether sequences reuse pages of others with the same prefix.
+    """
 
     def __init__(
         self,
@@ -60,11 +83,11 @@ class Scheduler:
         self.pages = pages
         self.encoder = encoder
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens  # a step
-        self.max_patches = max_patches  # a step; a larger tile has a step without others
-        self.window = window  # keys that a query sees
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_patches = max_patches
+        self.window = window
         self.prefix_caching = prefix_caching
-        # In order, as keys: a sequence is found and removed without passing over the others
+        # Ordered dicts keep the order and remove any sequence in constant time
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.running: OrderedDict[Sequence, None] = OrderedDict()
         self.num_preemptions = 0
@@ -75,19 +98,19 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def most_pages(self, length: int) -> int:
-        """Return how many pages a sequence of ``length`` tokens holds at most."""
+        """Return the most pages that a sequence of ``length`` tokens holds."""
         if self.window is not None:
             length = min(length, self.window + self.max_num_batched_tokens + self.pages.page_size)
         return self.pages.pages_for(length)
 
     def add(self, sequence: Sequence) -> None:
-        """Put ``sequence`` at the end of the queue; it must fit an empty cache."""
+        """Append ``sequence``, which must fit an empty cache, to the queue."""
         assert self.most_pages(sequence.max_length) <= self.pages.num_pages
         sequence.request.num_started += 1
         self.waiting[sequence] = None
 
     def schedule(self) -> Step:
-        """Choose the tokens of the next step and give them pages and encoder cache entries."""
+        """Choose the tokens of the next step and allocate pages and encoder cache entries."""
         plan = _Plan(self.max_num_batched_tokens, self.max_patches)
         preempted = self._go_on(plan)
         if not preempted:
@@ -95,17 +118,19 @@ class Scheduler:
         return Step(plan.chunks, plan.encodes, plan.copies)
 
     def computed(self, step: Step) -> None:
-        """Take ``step`` as computed: name full pages, and release what no later token needs."""
+        """Mark ``step`` as computed: name full pages and release unneeded pages and images."""
         for chunk in step.chunks:
             chunk.sequence.num_computed = chunk.end
             self._name_pages(chunk.sequence)
             self._let_go_behind(chunk.sequence)
 
     def fork(self, first: Sequence) -> list[Sequence]:
-        """Start the other answers of a request whose prompt ``first`` has computed.
+        """Start the other answers of a request after ``first`` has computed its prompt.
 
-        As many as may run share its pages, and those are returned; the rest wait, before all
-        others.
+        As many as may run share the pages of ``first``. The rest wait before all others.
+
+        Returns:
+            The sequences that run.
         """
         request = first.request
         others = request.sequences[request.num_started :]
@@ -125,7 +150,7 @@ class Scheduler:
         return forked
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
-        """Let go of those ``sequences`` that have ended."""
+        """Remove those of ``sequences`` that have ended."""
         for sequence in sequences:
             if not sequence.finish_reason:
                 continue
@@ -133,7 +158,8 @@ class Scheduler:
                 del self.running[sequence]
                 self._name_pages(sequence)
                 self._drop(sequence)
-            else:  # preempted while its last token was drawn
+            else:
+                # The sequence was preempted while its last token was drawn
                 self.waiting.pop(sequence, None)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
@@ -153,9 +179,9 @@ class Scheduler:
             self.encoder.forget(item.tile.fingerprint for item in sequence.request.images)
 
     def preempt_newest(self) -> Sequence:
-        """Let the newest that runs wait again, before all others, without its pages.
+        """Return the newest running sequence, which must exist, to the front of the queue.
 
-        One must run.
+        Its pages are released.
         """
         sequence, _ = self.running.popitem()
         self._drop(sequence)
@@ -164,13 +190,13 @@ class Scheduler:
         return sequence
 
     def start_over(self) -> None:
-        """Preempt all that run and forget every image, as after a step that failed."""
+        """Preempt all running sequences and evict every image, after a failed step."""
         while self.running:
             self.preempt_newest()
         self.encoder.forget_idle()
 
     def halve_budgets(self) -> bool:
-        """Make steps half as large from now on; return whether they could be."""
+        """Halve the budgets of later steps; return whether they were large enough for that."""
         if self.max_num_batched_tokens <= self.pages.page_size:
             return False
         self.max_num_batched_tokens //= 2
@@ -178,7 +204,7 @@ class Scheduler:
         return True
 
     def check_integrity(self) -> None:
-        """Assert that those that run hold pages and encoder cache entries, and nobody else."""
+        """Assert that only running sequences hold pages and encoder cache entries."""
         self.pages.check_integrity([sequence.pages for sequence in self.running])
         self.encoder.check_integrity(
             [item.tile.fingerprint for s in self.running for item in s.held_images]
@@ -186,14 +212,15 @@ class Scheduler:
         assert not any(sequence.pages or sequence.held_images for sequence in self.waiting)
 
     def _go_on(self, plan: "_Plan") -> bool:
-        """Plan the next chunks of those that run; return whether any was preempted."""
+        """Plan the next chunks of running sequences; return whether any was preempted."""
         preempted = False
         for sequence in list(self.running):
-            # The newest are preempted first: those behind a preempted sequence no longer run either
+            # Preemption starts with the newest, so all after a preempted one are preempted as well
             if not plan.tokens or sequence not in self.running:
                 break
             begin, end = sequence.num_computed, sequence.length
-            if end == sequence.max_length:  # its last token is being drawn
+            if end == sequence.max_length:
+                # The last token is being drawn, so no further token is computed
                 continue
             end = self._image_limit(sequence, begin, min(end, begin + plan.tokens), plan)
             while end > begin and not self._has_room(sequence, begin, end):
@@ -210,7 +237,8 @@ class Scheduler:
         while self.waiting and plan.tokens and len(self.running) < self.max_num_seqs:
             sequence = next(iter(self.waiting))
             cached = []
-            if self.prefix_caching:  # at least one token is computed, for its logits
+            if self.prefix_caching:
+                # At least one token must be computed, because its logits are needed
                 known = len(sequence.token_ids) - 1
                 if sequence.scores_prompt:
                     known = min(known, len(sequence.request.prompt_logprobs))
@@ -223,7 +251,8 @@ class Scheduler:
                 sequence, begin, min(len(sequence.token_ids), begin + plan.tokens), plan
             )
             wanted = self.pages.pages_for(end) - len(cached)
-            # a page for each that runs stays free, or the new one would soon be preempted for them
+            # One page for each running sequence stays free. Otherwise the new sequence would soon
+            # be preempted
             spare = self.pages.num_free - self.pages.num_idle(cached) - len(self.running)
             if end == begin or wanted > spare:
                 return
@@ -238,7 +267,7 @@ class Scheduler:
             self._plan(sequence, begin, end, plan)
 
     def _image_limit(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> int:
-        """Return how far towards ``end`` the images can be encoded in this step."""
+        """Return the last token up to ``end`` whose images can be encoded in this step."""
         patches, entries = plan.patches, self.encoder.num_available
         seen: set[bytes] = set()
         for item in items_between(sequence.request.images, begin, end):
@@ -249,7 +278,8 @@ class Scheduler:
             is_held = content in self.encoder and self.encoder.is_held(content)
             entries -= not is_held
             if content not in self.encoder:
-                alone = patches == self.max_patches  # a tile may be larger than the budget
+                # A tile larger than the budget is encoded if it is the only one
+                alone = patches == self.max_patches
                 patches -= item.tile.num_patches
                 if patches < 0 and not alone:
                     return max(begin, item.begin)
@@ -266,7 +296,7 @@ class Scheduler:
         return index < len(sequence.pages) and self.pages.is_shared(sequence.pages[index])
 
     def _take_pages(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
-        """Allocate pages up to ``end``, and a copy of a shared one that would be written to."""
+        """Allocate pages up to ``end``, and a copy of a shared page that would be written to."""
         if self._writes_shared_page(sequence, begin):
             index = begin // self.pages.page_size
             shared, (own,) = sequence.pages[index], self.pages.allocate(1)
@@ -279,7 +309,7 @@ class Scheduler:
     def _plan(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> None:
         """Add a chunk to the plan, and hold the images that it reads."""
         items = list(items_between(sequence.request.images, begin, end))
-        # the known ones first, before a new one takes the entry of one of them
+        # Cached images are held first, so that a new image cannot evict them
         for item in sorted(items, key=lambda item: item.tile.fingerprint not in self.encoder):
             if item in sequence.held_images:
                 continue
@@ -295,12 +325,13 @@ class Scheduler:
         samples, scores = end == sequence.length, range(0)
         if sequence.scores_prompt:
             request = sequence.request
-            last = len(request.prompt_token_ids) - 1  # nothing of the prompt is behind it
+            # The last prompt token has no following prompt token to score
+            last = len(request.prompt_token_ids) - 1
             scores = range(max(begin, len(request.prompt_logprobs)), min(end, last))
         plan.chunks.append(Chunk(sequence, begin, end, samples, scores, images))
 
     def _name_pages(self, sequence: Sequence) -> None:
-        """Note the names of full pages, as far as their tokens are known."""
+        """Name full pages whose tokens are all known."""
         if not self.prefix_caching:
             return
         size = self.pages.page_size
@@ -312,7 +343,7 @@ class Scheduler:
             sequence.num_named = num_full
 
     def _let_go_behind(self, sequence: Sequence) -> None:
-        """Give back images that have been read, and pages that no later query sees."""
+        """Release images that have been read and pages that no later query attends to."""
         for item in list(sequence.held_images):
             if item.end <= sequence.num_computed:
                 sequence.held_images.remove(item)
@@ -324,13 +355,13 @@ class Scheduler:
             sequence.pages[index] = NO_PAGE
 
     def _num_behind(self, position: int) -> int:
-        """Return how many pages neither a query at ``position`` nor a later one sees."""
+        """Return how many pages are outside the window of ``position`` and later queries."""
         if self.window is None:
             return 0
         return max(0, position - self.window + 1) // self.pages.page_size
 
     def _wait_first(self, sequence: Sequence) -> None:
-        """Put ``sequence`` before all that wait."""
+        """Put ``sequence`` at the front of the queue."""
         self.waiting[sequence] = None
         self.waiting.move_to_end(sequence, last=False)
 
@@ -344,7 +375,7 @@ class Scheduler:
 
 
 class _Plan:
-    """A step as it grows, and what is left of its budgets."""
+    """A step under construction, with the rest of its budgets."""
 
     def __init__(self, tokens: int, patches: int) -> None:
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""Requests and the answers growing from them: tokens, text, status and stop rules; host only."""
+"""Requests and their sequences: tokens, text, status and stop rules; host only."""
 
 import time
 from array import array
@@ -21,30 +21,47 @@ from idefics2_engine.scheduling.placeholders import ImageItem, items_between
 
 @dataclass(eq=False)
 class Request:
-    """What was asked, and the ``n`` sequences that answer it."""
+    """A prompt with its parameters, and the ``n`` sequences that answer it.
+
+    Attributes:
+        request_id: Identifier of the request.
+        prompt: Text of the prompt.
+        prompt_token_ids: Token ids of the prompt.
+        images: Tiles in the order of their placeholders.
+        params: Sampling parameters.
+        seed: Seed of the first sequence. Each further sequence adds one.
+        max_tokens: Most generated tokens of each sequence, within the model's length.
+        bad_words_ids: Token ids of ``params.bad_words``.
+        prompt_logprobs: Log probabilities of prompt tokens, from the second token.
+        arrival_time: Time of ``time.monotonic``, in seconds.
+        sequences: The answers.
+        num_started: Sequences that have been queued or forked.
+        num_cached_tokens: Prompt tokens found in the cache at first admission.
+        error: Set by the engine if the request failed.
+    """
 
     request_id: str
     prompt: str
     prompt_token_ids: list[int]
-    images: Items[ImageItem]  # in the order of their placeholders
+    images: Items[ImageItem]
     params: SamplingParams
-    seed: int  # of the first sequence; the others count up from it
-    max_tokens: int  # of each sequence, within the model's length
-    bad_words_ids: Items[tuple[int, ...]] = ()  # of ``params.bad_words``
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # from the second token on
+    seed: int
+    max_tokens: int
+    bad_words_ids: Items[tuple[int, ...]] = ()
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time: float = field(default_factory=time.monotonic)
     sequences: "list[Sequence]" = field(default_factory=list)
-    num_started: int = 0  # of the sequences; the others start from the first one's prompt
-    num_cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
-    error: Idefics2Error | None = None  # set by the engine: it will not be finished
+    num_started: int = 0
+    num_cached_tokens: int | None = None
+    error: Idefics2Error | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence has ended, or none goes on."""
+        """Whether every sequence has ended or the request has failed."""
         return self.error is not None or all(s.finish_reason for s in self.sequences)
 
     def output(self) -> RequestOutput:
-        """Describe the request as it stands."""
+        """Return the request with its answers so far."""
         first = [s.first_token_time for s in self.sequences if s.first_token_time is not None]
         last = [s.finished_time for s in self.sequences if s.finished_time is not None]
         return RequestOutput(
@@ -69,7 +86,7 @@ class Request:
 
 
 class Sequence:
-    """One answer: the prompt's tokens, then generated ones, and the rules that end it."""
+    """One answer: tokens of the prompt, generated tokens, and the rules that end it."""
 
     def __init__(
         self, request: Request, index: int, eos_token_ids: frozenset[int], detokenizer: Detokenizer
@@ -77,24 +94,28 @@ class Sequence:
         self.request = request
         self.index = index
         self.token_ids = list(request.prompt_token_ids)
-        self.num_pending = 0  # tokens behind them that are being drawn
-        self.num_computed = (
-            0  # tokens whose keys and values are in the cache, or will be before they are read
-        )
-        self.pages: list[int] = []  # of the KV cache, given by the scheduler
-        self.num_named = 0  # of the pages: those whose names the scheduler has noted
-        self.held_images: list[ImageItem] = []  # whose embeddings are held for it
+        # Tokens drawn on the device that the host has not read yet
+        self.num_pending = 0
+        # Tokens whose keys and values are in the KV cache or will be before they are read
+        self.num_computed = 0
+        # The scheduler sets the pages, how many of them are named, and the images held
+        self.pages: list[int] = []
+        self.num_named = 0
+        self.held_images: list[ImageItem] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
         self.finished_time: float | None = None
         self._page_names: list[bytes] = []
-        self.logprobs: list[TokenLogprobs] = []  # of each generated token, if asked for
+        # One entry for each generated token, if log probabilities were requested
+        self.logprobs: list[TokenLogprobs] = []
         self._eos_token_ids = eos_token_ids
         self._detokenizer = detokenizer
         self._text = ""
-        self._num_detokenized = 0  # of the generated tokens
-        self._end_is_hidden = False  # whether the last token ended the answer and is not shown
+        # Generated tokens whose text is in _text
+        self._num_detokenized = 0
+        # Whether the last token ended the answer and is not part of the text
+        self._end_is_hidden = False
         self._text_is_whole = False
 
     @property
@@ -104,27 +125,27 @@ class Sequence:
 
     @property
     def num_drawn(self) -> int:
-        """Tokens after the prompt, with those that are being drawn."""
+        """Tokens after the prompt, including pending ones."""
         return self.num_generated + self.num_pending
 
     @property
     def length(self) -> int:
-        """Tokens, with those that are being drawn."""
+        """Tokens of prompt and answer, including pending ones."""
         return len(self.token_ids) + self.num_pending
 
     @property
     def max_length(self) -> int:
-        """Tokens that the sequence can come to."""
+        """Most tokens of prompt and answer."""
         return len(self.request.prompt_token_ids) + self.request.max_tokens
 
     @property
     def seed(self) -> int:
-        """Seed of the sequence's random stream, in 64 bits."""
+        """Seed of the sequence's random stream, wrapped to int64."""
         return (self.request.seed + self.index + 2**63) % 2**64 - 2**63
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether this first sequence still has to give its prompt's log probabilities."""
+        """Whether prompt log probabilities remain to be computed by this, the first, sequence."""
         request = self.request
         wanted = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) - 1
         return self.index == 0 and len(request.prompt_logprobs) < wanted
@@ -136,7 +157,7 @@ class Sequence:
         return eos | frozenset(self.request.params.stop_token_ids)
 
     def page_names(self, page_size: int) -> list[bytes]:
-        """Name the contents of full pages, also unwritten ones, by a chain of 128-bit hashes."""
+        """Return a name for each full page, written or not: a chain of 128-bit hashes."""
         for begin in range(
             len(self._page_names) * page_size, len(self.token_ids) - page_size + 1, page_size
         ):
@@ -149,7 +170,7 @@ class Sequence:
         return self._page_names
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Add a token, with ``logprobs`` if asked for, and apply the rules that end an answer."""
+        """Append a token, with ``logprobs`` if requested, and apply the stop rules."""
         params = self.request.params
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
@@ -175,14 +196,14 @@ class Sequence:
 
     @property
     def text(self) -> str:
-        """The answer so far, without half a character at its end."""
+        """The answer so far, without an incomplete character at its end."""
         self._detokenize()
         return self._text
 
     def _detokenize(self) -> None:
-        """Bring the text up to the tokens.
+        """Detokenize the new tokens.
 
-        Without stop strings nobody reads it before the answer is wanted.
+        Without stop strings, this happens only when the text is read.
         """
         if self._text_is_whole:
             return
@@ -196,7 +217,7 @@ class Sequence:
             self._text_is_whole = True
 
     def _stop_at_string(self, before: int) -> None:
-        """End at the first stop string that the text since ``before`` completes."""
+        """End at the first stop string completed by the text from ``before`` on."""
         found = [
             (at, stop)
             for stop in self.request.params.stop
@@ -209,7 +230,7 @@ class Sequence:
             self.finish_reason, self.stop_reason = "stop", stop
 
     def output(self) -> CompletionOutput:
-        """Describe the answer as it stands; text that may become a stop string is held back."""
+        """Return the answer so far, without text that may become a stop string."""
         text = self.text
         if not self.finish_reason:
             text = text[: len(text) - self._held_back()]
@@ -232,7 +253,7 @@ class Sequence:
         )
 
     def _held_back(self) -> int:
-        """Count the characters at the end that begin a stop string."""
+        """Return the length of the longest end of the text that begins a stop string."""
         return max(
             (
                 length
