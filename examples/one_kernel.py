@@ -24,7 +24,7 @@ def main() -> None:
     lengths = torch.tensor([70, 130, 3])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
     total, longest = int(lengths.sum()), int(lengths.max())
-    # There are 4 query heads. Each of the 2 key and value heads is shared by two of them
+    # There are 4 query heads. Each of the 2 key and value heads is shared by two of them.
     qkv = torch.randn(total, 4 + 2 + 2, 128, device=device)
     q, k, v = qkv.split([4, 2, 2], dim=1)
     out = TRITON.flash_attention(q, k, v, cu_seqlens, longest, causal=True, window=64)

@@ -25,7 +25,7 @@ FIRST_TOKENS = ("<unk>", "<s>", "</s>")
 LAST_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 NUM_EXAMPLES = 6000
 
-# Words that people type to a program about pictures. The scenes' questions lack some of them
+# Words that people type to a program about pictures. The scenes' questions lack some of them.
 _COMMON = """
 a about above after again all alone also always am among an and another answer any anything are around as ask at away be
 because before behind below between big bigger both but by can change changes close come compare contain correct could

@@ -26,7 +26,7 @@ from questions import KINDS, example, question_of_kind
 _CHUNK = 256
 # A worker fills one room while the other is read
 _ROOMS_PER_WORKER = 2
-# Seconds to wait for an answer. A worker that was killed never sends one
+# Seconds to wait for an answer. A worker that was killed never sends one.
 _PATIENCE = 300.0
 # Workers yield to the process that drives the GPU
 _NICENESS = 5
@@ -86,7 +86,7 @@ class DataWorkers:
         tiles = preparer.image_config.tiles_per_image
         scene = tiles * preparer.image_config.longest_edge**2 * 3
         rooms = max(1, count * _ROOMS_PER_WORKER)
-        # This is enough for any example. Pages that are never written use no memory
+        # This is enough for any example. Pages that are never written use no memory.
         size = _CHUNK * 2 * scene
         memory = np.frombuffer(mmap.mmap(-1, rooms * size), dtype=np.uint8).reshape(rooms, size)
         self._rooms: list[Bytes] = list(memory)

@@ -26,7 +26,7 @@ _WITH_TEXT = 0.6
 _PAIRS = 0.3
 # Tries for a pair
 _DIFFERENCES, _COMPARISONS = 3, 3
-# Tries for a scene. Some scenes do not allow some questions
+# Tries for a scene. Some scenes do not allow some questions.
 _TRIES = 12
 # Fewest and most turns
 _TALK_TURNS = (2, 5)

@@ -239,7 +239,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def _shape(rng: random.Random, name: str, color: str, cell: int, size: float) -> Item:
-    # An arrow points in any direction. The other shapes are tilted a little
+    # An arrow points in any direction. The other shapes are tilted a little.
     angle = rng.choice((0, 90, 180, 270)) if name == "arrow" else 0
     return Item(
         kind="shape",
