@@ -1,4 +1,4 @@
-"""Kinds of checkpoints: chat models, the base model, fine-tunes with other tokens or a tied head."""
+"""Kinds of checkpoints: chat models, the base model, and fine-tunes with other vocabularies."""
 
 import hashlib
 import json
