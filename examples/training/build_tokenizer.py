@@ -45,7 +45,7 @@ temperature token tokens output input batch chat generate help quit
 
 
 def main() -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into the folder named on the command line."""
+    """Read the command line; write ``tokenizer.json`` and ``tokenizer_config.json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

@@ -31,7 +31,7 @@ class GroupKey:
     grids: Grids
     num_images: int
     split: bool
-    length: int  # padded
+    length: int  # tokens, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Rows:
     kinds: npt.NDArray[np.int8]  # (N,) places in ALL_KINDS
     ids: npt.NDArray[np.int16]  # (N, length)
     answers: npt.NDArray[np.bool_]  # (N, length)
-    scenes: npt.NDArray[np.int64]  # (N, images): which of the chunk's scenes of the group's grids
+    scenes: npt.NDArray[np.int64]  # (N, images): indices of the chunk's scenes with these grids
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 _MOMENTUM = 0.95
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the quintic whose iteration drives singular values to about one
+# Coefficients of a quintic polynomial whose iteration drives singular values to about one
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 # Root mean square of AdamW's usual update
 _ADAMW_SIZE = 0.2

@@ -299,7 +299,8 @@ def test_differences_are_told_completely() -> None:
             assert not come
             assert [thing[0] for thing in gone] == [place_in(missing[2])]
             assert missing[1] in gone[0][1]
-        else:  # one item turned into another at its place
+        else:
+            # One item was replaced by another at the same place
             assert len(gone) == len(come) == 1
             assert gone[0][0] == come[0][0]
             halves = re.split(" is an? | in the first image and ", answer)

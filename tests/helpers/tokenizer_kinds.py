@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds around the same control tokens, as parsed ``tokenizer.json`` files."""
+"""Several kinds of tokenizers with the same control tokens, as parsed ``tokenizer.json`` files."""
 
 import json
 from collections.abc import Callable

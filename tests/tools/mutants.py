@@ -20,10 +20,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = TESTS.parent / "kernels" / "idefics2_kernels"
-_GREEN, _RED = (
-    0,
-    10,
-)  # exit codes of a run; any other means that the mutation broke more than a number
+# Exit codes of a run. Any other code means that the mutation broke more than a number.
+_GREEN, _RED = (0, 10)
 
 
 @dataclass(frozen=True)
