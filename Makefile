@@ -1,4 +1,4 @@
-# This needs make and Python >= 3.11. Everything else is installed into .venv, in the tested versions.
+# This needs make and Python >= 3.11. The rest is installed into .venv, in the tested versions.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed

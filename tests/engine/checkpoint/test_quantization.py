@@ -333,7 +333,7 @@ class TestLoading:
     def test_the_tensors_of_a_weight_are_read_together(
         self, shard_bytes: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A weight is read together with others only if it is in two shards."""
+        """Other weights are read in between only if a weight's tensors are in two shards."""
         quantised_oracle(dense, torch.bfloat16).save_pretrained(
             tmp_path, max_shard_size=shard_bytes
         )
