@@ -42,7 +42,8 @@ DEPENDENT = {
 # On Hopper these are codes and x for three stages, and x once more. A decoded tile of the weight
 # would take another 32 KB.
 NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 47104}
-# NF4's table must be at the start of shared memory, and nothing else may be in front of its end
+# The size of NF4's table, which is at the start of shared memory. Nothing else may begin before
+# its end.
 NF4_TABLE = 64 * 1024
 # The number of waits for tensor cores on Hopper: one for each of two steps, in each of two
 # warpgroups. If ptxas runs short of registers, it adds a wait after every product, and its warning
