@@ -25,7 +25,7 @@ from scenes import CELLS, COLORS, SHAPES, Item, Scene
 # A question and its answer
 Turn = tuple[str, str]
 
-# Questions about an absent number or word are kept seldom
+# Share of the questions about an absent number or word that are dropped
 _SELDOM_ABSENT = 0.85
 # Sizes are compared only if one is this many times the other
 _CLEARLY = 1.4
