@@ -1,10 +1,11 @@
-# Needs make and Python >= 3.11; everything else is installed into .venv, in the tested versions.
+# This needs make and Python >= 3.11. The rest is installed into .venv, in the tested versions.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 WORKERS ?= 2
 
-# For every pip here and for the environments it builds in; from pip 25.3 on the latter has a name of its own.
+# The constraints hold for every pip here and for its build environments. From pip 25.3 on, a second
+# variable sets those of build environments.
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

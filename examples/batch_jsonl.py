@@ -1,7 +1,8 @@
 """Answer every line of a JSONL file, and write the answers to another as they finish.
 
-A line of the input is ``{"id": ..., "images": [path, ...], "question": text}``. A line of the output is
-``{"id": ..., "text": text, "finish_reason": reason}`` or ``{"id": ..., "error": {"code": ..., "message": ...}}``.
+A line of the input is ``{"id": ..., "images": [path, ...], "question": text}``. A line of the
+output is ``{"id": ..., "text": text, "finish_reason": reason}`` or ``{"id": ..., "error": {"code":
+..., "message": ...}}``.
 
     python examples/batch_jsonl.py questions.jsonl answers.jsonl --model HuggingFaceM4/idefics2-8b
 """
@@ -30,7 +31,7 @@ def prompts(lines: Iterable[str], ids: dict[str, Any]) -> Iterator[Any]:
             ids[str(place)] = row["id"]
             prompt = conversation(row)
         except (ValueError, KeyError, TypeError):
-            # None is no prompt: the engine makes it an error of this line alone
+            # The engine rejects None as a prompt, so only this line of the file gets an error
             pass
         yield prompt
 
@@ -51,7 +52,7 @@ def main() -> None:
         open(args.questions, encoding="utf-8") as lines,
         open(args.answers, "w", encoding="utf-8") as answers,
     ):
-        # In the order in which they finish; request_id is the line's place in the file
+        # Outputs arrive in the order of finishing. request_id is the line's place in the file
         for output in llm.iterate(prompts(lines, ids), params, progress=True):
             result: dict[str, Any] = {"id": ids.pop(output.request_id)}
             if output.error is None:

@@ -1,6 +1,7 @@
 """Train all weights of a checkpoint for a few steps on a few answers, and save it.
 
-The demo checkpoint learns another answer about one image in seconds on a CPU. For data of your own, replace ``ROWS``.
+The demo checkpoint learns another answer about one image in seconds on a CPU. Replace ``ROWS`` to
+train on your own data.
 
     python examples/fine_tune.py tuned
     idefics2 generate --model tuned --image examples/images/shapes.png --prompt "Where is the star?"
@@ -26,7 +27,7 @@ ROWS = [
 
 
 def training_batch(processor: Processor) -> dict[str, Tensor]:
-    """Return padded inputs and their labels, which are -100 everywhere but on the answers."""
+    """Return padded inputs and their labels, which are -100 outside the answers."""
     prompts, texts, images = [], [], []
     for file, question, answer in ROWS:
         content = [{"type": "image"}, {"type": "text", "text": question}]

@@ -1,6 +1,7 @@
-"""Run one kernel alone: causal attention within sequences of different lengths, packed into one tensor.
+"""Run one kernel alone: causal attention over packed sequences of different lengths.
 
-On a machine without a GPU the kernel runs in Triton's interpreter, which is slow and needs no compiler.
+On a machine without a GPU the kernel runs in Triton's interpreter, which is slow and needs no
+compiler.
 
     python examples/one_kernel.py
     TRITON_INTERPRET=1 python examples/one_kernel.py
@@ -11,7 +12,7 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    # Read when a kernel is imported
+    # Triton reads this variable when a kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 from idefics2_kernels import REFERENCE, TRITON
@@ -23,7 +24,7 @@ def main() -> None:
     lengths = torch.tensor([70, 130, 3])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
     total, longest = int(lengths.sum()), int(lengths.max())
-    # Queries of 4 heads; keys and values of 2, each shared by two query heads
+    # There are 4 query heads. Each of the 2 key and value heads is shared by two of them.
     qkv = torch.randn(total, 4 + 2 + 2, 128, device=device)
     q, k, v = qkv.split([4, 2, 2], dim=1)
     out = TRITON.flash_attention(q, k, v, cu_seqlens, longest, causal=True, window=64)

@@ -1,4 +1,4 @@
-"""Where there is no GPU, the same tests run the kernels in Triton's interpreter."""
+"""Settings for the whole suite; without a GPU the tests run the kernels in Triton's interpreter."""
 
 import os
 import tomllib
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
 
-# Set before anything reads it, and inherited by the processes that tests start: no waiting for a
-# network, as many threads as suit the small models here, and the code of this checkout.
+# These are set before anything reads them, and processes that tests start inherit them. No test
+# waits for a network. The number of threads suits the small models. Modules are imported from this
+# checkout.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(SMALL_MODEL_THREADS))
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ OPTIONAL = {
 
 
 class _Module(pytest.Module):
-    """Tests that are skipped together where a package is missing that is in none but the extras."""
+    """A test module that is skipped if it needs a missing package of the extras."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         try:

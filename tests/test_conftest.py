@@ -1,4 +1,4 @@
-"""The suite itself: what it does where a package of the extras is missing, and how many threads it takes."""
+"""Tests of the suite's settings: missing packages of the extras, and the number of threads."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ sys.exit(pytest.main({arguments!r}))
 
 
 def collect(missing: list[str], *files: str) -> str:
-    """Return what pytest says when it collects ``files`` without the modules ``missing``."""
+    """Return pytest's output for collecting ``files`` without the modules ``missing``."""
     arguments = ["--collect-only", "-q", "-rs", *(str(TESTS / file) for file in files)]
     code = WITHOUT.format(missing=missing, arguments=arguments)
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

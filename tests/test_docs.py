@@ -1,4 +1,4 @@
-"""Pages of documentation: one width, links that lead somewhere, and files that exist."""
+"""Tests of the pages of documentation: line width, links, and names of files."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 WIDTH = 100
-# A page names a file or folder from one of these on
+# Names of files and folders on a page are relative to one of these
 FOLDERS = [
     ROOT,
     ROOT / "engine/idefics2_engine",
@@ -25,7 +25,7 @@ FOLDERS = [
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of ``page``."""
+    """Return the anchors that GitHub gives to the headings of ``page``."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -43,13 +43,16 @@ def broken_links(page: Path) -> list[str]:
 
 
 def spelled_out(name: str) -> Iterator[str]:
-    """Yield the names that ``a/{b, c}.py`` stands for."""
+    """Yield the names that the short form ``a/{b, c}.py`` covers."""
     parts = [part.split(",") for part in re.split(r"[{}]", name)]
     yield from ("".join(word.strip() for word in words) for words in product(*parts))
 
 
 def is_there(name: str) -> bool:
-    """Say whether a module, a file or a folder of this name exists; one without a folder, anywhere."""
+    """Return whether a module, a file or a folder of this name exists.
+
+    A file name without a folder may be anywhere.
+    """
     if name.startswith("idefics2_") and "/" not in name:
         return find_spec(name) is not None
     if "/" in name:
@@ -59,7 +62,7 @@ def is_there(name: str) -> bool:
 
 
 def missing_modules(page: Path) -> list[str]:
-    """Return the names in backticks that look like files, folders or modules of ours and are none."""
+    """Return names in backticks that look like files, folders or modules and do not exist."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     looks = re.compile(r"[\w./]+\.py|\w[\w./]*/|idefics2_(engine|kernels|bench)(\.\w+)*")
     names = [name for code in re.findall(r"`([^`\n]+)`", text) for name in spelled_out(code)]

@@ -1,4 +1,4 @@
-"""The walls between packages: what may import what, and what must do without torch."""
+"""Tests of the order of packages: allowed imports, and modules that must not import torch."""
 
 import ast
 import importlib.util
@@ -12,8 +12,8 @@ import pytest
 import idefics2_engine
 from paths import ROOT
 
-# From the bottom to the top: a package imports itself and what is on lines above its own. Packages of one line do not
-# import each other.
+# The layers from the bottom to the top. A package imports itself and packages on lines above its
+# own. Packages on one line do not import each other.
 ENGINE = """
 errors
 caller_errors field_checks model_files
@@ -42,7 +42,7 @@ catalog
 """
 # The specification knows one file of the kernels: the format of a weight
 EXCEPTIONS = {("reference", "idefics2_kernels.nf4.nf4_weight")}
-# Inside a function alone, where torch is at hand anyway
+# These import torch only inside a function, where it is loaded anyway
 INSIDE = {("images", "torch")}
 
 NO_TORCH = [
@@ -79,7 +79,7 @@ def module_name(file: Path) -> str:
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Yield every module that ``file`` imports, wherever in it the import is."""
+    """Yield every module that ``file`` imports, at any level of the file."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -90,12 +90,12 @@ def imports(file: Path) -> Iterator[str]:
 
 
 def layer(module: str, package: str) -> str:
-    """Return the name of a module or package directly below ``package`` that ``module`` is or is in."""
+    """Return the direct child of ``package`` that is or contains ``module``."""
     if package == "idefics2_engine" and module.startswith("idefics2_bench"):
         return "idefics2_bench"
     name = module.removeprefix(f"{package}.").partition(".")[0]
     if package == "idefics2_engine" and name in idefics2_engine.__all__ and name != "__version__":
-        # What the root re-exports is of the layer of its own module
+        # A name that the root re-exports belongs to the layer of its own module
         home: str = getattr(idefics2_engine, name).__module__
         return layer(home, package)
     return name
@@ -164,8 +164,8 @@ def test_the_reference_imports_no_triton() -> None:
 
 
 def test_import_roots_are_no_packages() -> None:
-    # With an __init__.py, `engine` and `kernels` would be packages for whoever has the checkout on
-    # the path, and `kernels` would hide Hugging Face's package of that name from transformers.
+    # With an __init__.py, `engine` and `kernels` would be packages if the checkout is on the path,
+    # and `kernels` would hide Hugging Face's package of that name from transformers.
     for root in ("engine", "kernels", "bench", "tests/engine", "tests/kernels"):
         assert (ROOT / root).is_dir()
         assert not (ROOT / root / "__init__.py").exists()
@@ -186,7 +186,7 @@ def test_the_modules_without_torch_exist() -> None:
 
 
 def test_these_modules_import_no_torch() -> None:
-    """One process imports them in turn, and says after which one torch is there."""
+    """One process imports the modules in turn and reports after which one torch is loaded."""
     check = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]:\n"

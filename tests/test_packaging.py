@@ -1,4 +1,4 @@
-"""What is in the distribution, and that the tested versions are complete."""
+"""Tests of the distribution's contents, and of the completeness of the pinned versions."""
 
 import re
 import tomllib
@@ -78,14 +78,14 @@ def test_version_is_in_one_place() -> None:
 
 
 class TestConstraints:
-    """``constraints.txt`` fixes every package that an installation for development brings."""
+    """Tests that ``constraints.txt`` pins every package of a development installation."""
 
     PINS: ClassVar[dict[str, str]] = dict(
         re.findall(r"^([^#=\s]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     )
 
     def requirements(self) -> Iterator[Requirement]:
-        """Ours, and theirs in turn, as far as they hold on this machine."""
+        """Yield direct and transitive requirements, as far as they apply to this machine."""
         project = PROJECT["project"]
         ours = [*PROJECT["build-system"]["requires"], *project["dependencies"]]
         for extra in project["optional-dependencies"].values():
@@ -101,7 +101,8 @@ class TestConstraints:
             try:
                 below = requires(requirement.name) or []
             except PackageNotFoundError:
-                continue  # not in this environment, so neither is what it needs
+                # A package that is not installed here has no known requirements
+                continue
             extras = requirement.extras or {""}
             todo += [
                 r
@@ -119,8 +120,9 @@ class TestConstraints:
 
     def test_tested_torch_and_triton(self) -> None:
         assert self.PINS["torch"] == "2.13.0"
-        assert self.PINS["triton"] == "3.7.1"  # the one that torch 2.13.0 asks for
+        # torch 2.13.0 requires this version
+        assert self.PINS["triton"] == "3.7.1"
 
     def test_no_local_versions(self) -> None:
-        # 2.13.0+cpu is on no index but PyTorch's own
+        # 2.13.0+cpu is on PyTorch's own index only
         assert all(re.fullmatch(r"[0-9.]+", version) for version in self.PINS.values())

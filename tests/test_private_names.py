@@ -1,4 +1,4 @@
-"""Benchmarks and tests use what modules offer: none uses an underscore name of another module."""
+"""Tests that benchmarks and tests use no underscore name of another module."""
 
 import ast
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def is_private(name: str) -> bool:
 
 @cache
 def defined(file: Path) -> frozenset[str]:
-    """Return the private names that ``file`` gives to something, attributes and methods included."""
+    """Return the private names that ``file`` defines, attributes and methods included."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -38,10 +38,10 @@ def defined(file: Path) -> frozenset[str]:
 
 
 def private_uses(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and name where ``file`` uses a private name of an object or a module.
+    """Yield line and name for every use of a private name of an object or a module in ``file``.
 
-    A name in a string counts as well, for ``setattr`` and its like, but for the names of Triton's
-    kernels, by which compiled code is found.
+    A name in a string counts as well, because of ``setattr`` and similar functions. The exception
+    is names of Triton's kernels, by which compiled code is found.
     """
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
@@ -58,7 +58,7 @@ def private_uses(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def foreign_uses(file: Path, ours: frozenset[str]) -> list[str]:
-    """Return the uses of private names that are defined in other files of ours and not in this one."""
+    """Return uses of private names that other files define and this one does not."""
     return [
         f"{file.name}:{line} {name}"
         for line, name in private_uses(file)

@@ -1,4 +1,4 @@
-"""README and docs/: their code is code, their commands are taken, their tables agree with the classes."""
+"""Tests of README and docs/: code compiles, commands parse, tables agree with the classes."""
 
 import inspect
 import re
@@ -50,7 +50,7 @@ def test_the_command_line_takes_every_command(page: Path) -> None:
             _, found, arguments = line.partition("idefics2 ")
             if not found:
                 continue
-            # A folder must be there, and a hub id must not
+            # A folder must exist, and a hub id must not
             words = shlex.split(arguments.replace("path/to/", "org/"), comments=True)
             build_parser().parse_args(words)
 

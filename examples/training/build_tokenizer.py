@@ -1,10 +1,10 @@
-"""Train the demo checkpoint's tokenizer: byte-pair pieces with byte fallback, laid out as Idefics2's own.
+"""Train the demo checkpoint's tokenizer: byte-pair pieces with byte fallback, ids as in Idefics2.
 
     PYTHONPATH=engine:kernels python examples/training/build_tokenizer.py examples/demo
 
-Ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``, 3 to 258 the bytes, then come letters and pieces, and last
-the three control tokens around images and utterances. Digits and punctuation stand alone, and no piece
-crosses a word's beginning.
+Ids 0 to 2 are ``<unk>``, ``<s>`` and ``</s>``, and 3 to 258 are the bytes. Letters and pieces
+follow. The last three ids are the control tokens around images and utterances. Every digit and
+punctuation mark is a piece of its own, and no piece crosses the beginning of a word.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FIRST_TOKENS = ("<unk>", "<s>", "</s>")
 LAST_TOKENS = ("<fake_token_around_image>", "<image>", "<end_of_utterance>")
 NUM_EXAMPLES = 6000
 
-# words that people type to a program about pictures; the scenes' questions do not have them all
+# Words that people type to a program about pictures. The scenes' questions lack some of them.
 _COMMON = """
 a about above after again all alone also always am among an and another answer any anything are around as ask at away be
 because before behind below between big bigger both but by can change changes close come compare contain correct could
@@ -45,7 +45,7 @@ temperature token tokens output input batch chat generate help quit
 
 
 def main() -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` into the folder named on the command line."""
+    """Read the command line; write ``tokenizer.json`` and ``tokenizer_config.json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
@@ -55,13 +55,14 @@ def main() -> None:
 
 
 def trained_tokenizer() -> dict[str, object]:
-    """Train on scenes' conversations; return the parsed ``tokenizer.json``."""
+    """Train on the conversations of scenes and return the parsed ``tokenizer.json``."""
     base = [*FIRST_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_PIECES - len(LAST_TOKENS),
         special_tokens=base,
         initial_alphabet=[BOUNDARY, *(c for c in string.printable if c.isprintable() and c != " ")],
-        limit_alphabet=95,  # those, and nothing that the scenes print
+        # The scenes print these 95 characters and no others
+        limit_alphabet=95,
         show_progress=False,
     )
     scratch = Tokenizer(models.BPE())
@@ -154,7 +155,7 @@ def tokenizer_config(tokenizer: dict[str, object]) -> dict[str, object]:
 
 
 def _texts() -> Iterator[str]:
-    """Yield what the tokenizer should spell well, the frequent more often."""
+    """Yield texts that the tokenizer should encode in few pieces, frequent ones several times."""
     yield from ["User: Assistant:"] * 2000
     for place in range(NUM_EXAMPLES):
         for conversation in example(f"tokenizer {place}", invented=0.0).conversations:
@@ -165,7 +166,8 @@ def _texts() -> Iterator[str]:
     common = _COMMON.split()
     for _ in range(100):
         yield " ".join(rng.sample(common, len(common)))
-    for word in WORDS:  # as an answer prints them, after a quotation mark
+    # An answer prints a word after a quotation mark
+    for word in WORDS:
         yield from [f'"{word}"'] * 8
 
 

@@ -1,7 +1,8 @@
-"""What a worker makes at once: the pixels of some scenes, and conversations about them grouped by shape.
+"""The unit of work of a data worker: pixels of scenes, and conversations grouped by shape.
 
-Pixels go into a room, memory that the trainer shares with its workers; what is sent is a few arrays. So the trainer
-spends almost no Python on a conversation.
+Pixels are written to a room, which is memory that the trainer shares with its workers. Only a few
+small arrays are sent between processes, so the trainer spends almost no Python time on a
+conversation.
 """
 
 from dataclasses import dataclass
@@ -14,21 +15,23 @@ from conversations import Grid, Preparer, Tokens
 from questions import ALL_KINDS, Conversation
 from scenes import Scene
 
-Grids = tuple[Grid, ...]  # of the five tiles of an image
+# The grids of an image's five tiles
+Grids = tuple[Grid, ...]
 Bytes = npt.NDArray[np.uint8]
 
-_LENGTH_STEP = 32  # sequences are padded to a multiple of this
+# Sequences are padded to a multiple of this
+_LENGTH_STEP = 32
 _PAD = 0
 
 
 @dataclass(frozen=True, order=True)
 class GroupKey:
-    """What all conversations of a group have in common."""
+    """The shape that all conversations of a group share."""
 
     grids: Grids
     num_images: int
     split: bool
-    length: int  # padded
+    length: int  # tokens, padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +41,15 @@ class Rows:
     kinds: npt.NDArray[np.int8]  # (N,) places in ALL_KINDS
     ids: npt.NDArray[np.int16]  # (N, length)
     answers: npt.NDArray[np.bool_]  # (N, length)
-    scenes: npt.NDArray[np.int64]  # (N, images): which of the chunk's scenes of the group's grids
+    scenes: npt.NDArray[np.int64]  # (N, images): indices of the chunk's scenes with these grids
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Scenes, whose pixels lie in a room one behind the other, and conversations about them."""
+    """Scenes, whose pixels are stored one after another in a room, and conversations about them."""
 
-    scenes: dict[Grids, int]  # how many of each, in the room's order
+    # Number of scenes for each list of grids, in the room's order
+    scenes: dict[Grids, int]
     rows: dict[GroupKey, Rows]
 
     def pixels(self, room: Bytes, patch_size: int) -> dict[Grids, Bytes]:
@@ -59,17 +63,17 @@ class Chunk:
 
 
 def tile_bytes(grid: Grid, patch_size: int) -> int:
-    """Return the bytes of a tile's patches."""
+    """Return the size of a tile's patches in bytes."""
     return grid[0] * grid[1] * patch_size**2 * 3
 
 
 def runs(grids: Grids) -> list[tuple[Grid, int]]:
-    """Return the grids of an image's tiles, and how many of each follow on each other."""
+    """Return the grids of an image's tiles, each with its number of consecutive tiles."""
     return [(grid, len(list(run))) for grid, run in groupby(grids)]
 
 
 class ChunkBuilder:
-    """Collects scenes by their tiles' grids, and conversations by their group."""
+    """A builder that collects scenes by their tiles' grids, and conversations by their group."""
 
     def __init__(self, preparer: Preparer) -> None:
         self._preparer = preparer
@@ -90,7 +94,7 @@ class ChunkBuilder:
         rows: list[tuple[Grids, int]],
         splits: tuple[bool, ...] = (True, False),
     ) -> None:
-        """Encode a conversation about the scenes at ``rows``, all of one size, with and without splitting."""
+        """Encode a conversation about the scenes at ``rows``, all of one size, split and whole."""
         kind = ALL_KINDS.index(conversation.kind)
         tokens = self._preparer.tokens(conversation)
         for split in splits:

@@ -1,6 +1,7 @@
-"""Conversations about scenes as a model sees them: token ids, answers marked, and the pixels of tiles.
+"""Conversations about scenes as a model sees them: token ids, an answer mask, and pixels of tiles.
 
-The ids are those of ``Processor.chat`` and the tiles come from ``make_tiles``, which is what inference uses.
+The ids are those of ``Processor.chat`` and the tiles are those of ``make_tiles``, which inference
+uses as well.
 """
 
 from dataclasses import dataclass
@@ -18,19 +19,20 @@ from idefics2_engine.prompts.tokenizer import END_OF_UTTERANCE, expand_placehold
 from questions import Conversation
 from scenes import Scene, render
 
-Grid = tuple[int, int]  # rows and columns of patches
+# Rows and columns of patches
+Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Conversations as ids; ``answers`` marks what the assistant says, its end included."""
+    """Conversations as ids; ``answers`` marks the assistant's tokens, with their end token."""
 
     ids: npt.NDArray[np.int16]  # (..., tokens)
     answers: npt.NDArray[np.bool_]  # (..., tokens)
 
 
 class Preparer:
-    """Turns conversations into tokens and scenes into pixels, for one checkpoint folder."""
+    """An encoder of conversations and scenes for one checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
         self.config = ModelConfig.load(folder)
@@ -69,7 +71,7 @@ class Preparer:
         return num_images * (len(self._slots[split]) - 1)
 
     def expanded(self, tokens: Tokens, split: bool) -> Tokens:
-        """Write out the image tokens of one tile for each image, or of five and what is between them.
+        """Expand each image token to the tokens of one tile, or of five with their separators.
 
         Args:
             tokens: One conversation (tokens,), or several (N, tokens) with the same number of images.
@@ -85,13 +87,13 @@ class Preparer:
         return Tokens(ids.reshape(*rows, -1), answers.reshape(*rows, -1))
 
     def tiles(self, scene: Scene) -> list[Tile]:
-        """Draw ``scene``, split it and resize: four quarters, then the whole."""
+        """Draw ``scene``, split it into tiles and resize them: four quarters, then the whole."""
         vision = self.config.vision
         return make_tiles(render(scene), self.image_config, vision.patch_size, vision.grid)
 
 
 def messages(conversation: Conversation, answers: list[str] | None = None) -> list[dict[str, Any]]:
-    """Write a conversation as chat messages, with bare image parts in the first.
+    """Return a conversation as chat messages, with bare image parts in the first.
 
     Args:
         conversation: Whose questions are asked.
@@ -113,5 +115,5 @@ def messages(conversation: Conversation, answers: list[str] | None = None) -> li
 
 
 def held_out_seed(kind: str, place: int) -> str:
-    """Name the seed of a held-out question; training and its progress reports use other names."""
+    """Return the seed's name of a held-out question; training and its reports use other names."""
     return f"held-out {kind} {place}"

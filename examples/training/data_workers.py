@@ -1,7 +1,7 @@
-"""Processes that draw and encode training data, in an order that does not depend on how many there are.
+"""Processes that draw and encode training data, in an order that does not depend on their number.
 
-Each job gets a room of memory that was shared before the workers were forked, so that pixels, some hundreds of
-megabytes a second, never go through a pipe.
+Each job gets a room: memory that was shared before the workers were forked. Pixels, some hundreds
+of megabytes a second, are therefore never sent through a pipe.
 """
 
 import mmap
@@ -22,15 +22,19 @@ from chunks import Bytes, Chunk, ChunkBuilder
 from conversations import Preparer
 from questions import KINDS, example, question_of_kind
 
-_CHUNK = 256  # examples of a job
-_ROOMS_PER_WORKER = 2  # one to fill while the other is read
-_PATIENCE = 300.0  # seconds; a worker that was killed never answers
-_NICENESS = 5  # workers yield to the process that drives the GPU
+# Examples in a job
+_CHUNK = 256
+# A worker fills one room while the other is read
+_ROOMS_PER_WORKER = 2
+# Seconds to wait for an answer. A worker that was killed never sends one.
+_PATIENCE = 300.0
+# Workers yield to the process that drives the GPU
+_NICENESS = 5
 
 
 @dataclass(frozen=True)
 class Job:
-    """Examples ``start`` to ``stop`` of a name; ``add`` draws one and gives it to a builder."""
+    """A job: examples ``start`` to ``stop`` of a seed's name. ``add`` draws one for a builder."""
 
     add: Callable[[ChunkBuilder, str, int], None]
     name: str
@@ -44,12 +48,15 @@ def training_jobs(seed: int, number: int, examples: int) -> list[Job]:
 
 
 def progress_jobs(per_kind: int) -> list[Job]:
-    """Return jobs for ``per_kind`` questions of every kind to watch training by; the evaluation draws others."""
+    """Return jobs for ``per_kind`` questions of every kind, to watch training by.
+
+    The final evaluation draws other questions.
+    """
     return [job for kind in KINDS for job in _jobs(add_question, kind, per_kind)]
 
 
 def add_example(builder: ChunkBuilder, name: str, place: int) -> None:
-    """Draw a training example and all its conversations, to be seen split and whole."""
+    """Draw a training example and all its conversations, with its images split and whole."""
     drawn = example(f"{name} {place}")
     rows = [builder.add_scene(scene) for scene in drawn.scenes]
     for conversation in drawn.conversations:
@@ -57,7 +64,7 @@ def add_example(builder: ChunkBuilder, name: str, place: int) -> None:
 
 
 def add_question(builder: ChunkBuilder, kind: str, place: int) -> None:
-    """Draw a question of ``kind``, to be seen split."""
+    """Draw a question of ``kind``, with its images split."""
     scenes, conversation = question_of_kind(kind, f"progress {kind} {place}")
     builder.add(conversation, [builder.add_scene(scene) for scene in scenes], splits=(True,))
 
@@ -68,15 +75,19 @@ def _jobs(add: Callable[[ChunkBuilder, str, int], None], name: str, count: int) 
 
 
 class DataWorkers:
-    """A pool of processes, forked at once: make it before this process starts CUDA, which they do not need."""
+    """A pool of processes, forked at once.
+
+    Create it before this process starts CUDA, which the workers do not need.
+    """
 
     def __init__(self, folder: Path, count: int) -> None:
-        """Start ``count`` processes (0: work in this one) for the checkpoint in ``folder``."""
+        """Start ``count`` processes for the checkpoint in ``folder``; 0 works in this process."""
         preparer = Preparer(folder)
         tiles = preparer.image_config.tiles_per_image
         scene = tiles * preparer.image_config.longest_edge**2 * 3
         rooms = max(1, count * _ROOMS_PER_WORKER)
-        size = _CHUNK * 2 * scene  # enough whatever is drawn; what is never used takes no memory
+        # This is enough for any example. Pages that are never written use no memory.
+        size = _CHUNK * 2 * scene
         memory = np.frombuffer(mmap.mmap(-1, rooms * size), dtype=np.uint8).reshape(rooms, size)
         self._rooms: list[Bytes] = list(memory)
         self._stopping = threading.Event()
@@ -116,7 +127,7 @@ class DataWorkers:
             free.append(room)
 
     def stop(self) -> None:
-        """Make ``chunks`` end soon, from another thread."""
+        """Make ``chunks`` end soon; call it from another thread."""
         self._stopping.set()
 
     def close(self) -> None:
@@ -127,7 +138,7 @@ class DataWorkers:
 
 
 class _Worker:
-    """What a process needs to do jobs."""
+    """The state that a process needs for its jobs."""
 
     def __init__(self, preparer: Preparer, rooms: list[Bytes]) -> None:
         self._preparer = preparer
@@ -140,7 +151,8 @@ class _Worker:
         return builder.chunk(self._rooms[room])
 
 
-_worker: _Worker | None = None  # of this process, if it is one of the pool's
+# The worker of this process, if the process is one of a pool
+_worker: _Worker | None = None
 
 
 def _start(worker: _Worker) -> None:

@@ -1,10 +1,11 @@
-"""Measure how often the demo checkpoint answers held-out questions exactly right, through ``LLM.chat``.
+"""Measure the demo checkpoint's accuracy on held-out questions, through ``LLM.chat``.
 
     PYTHONPATH=engine:kernels python examples/training/evaluate_demo.py --per-kind 1000
 
-Greedy answers, compared letter by letter. In a conversation of two turns the second question follows the model's own
-first answer, and both must be right. The scenes are drawn from seeds that training never uses, and with words from the
-list. Prints a table; ``--json`` writes the numbers, ``--card`` puts the table into the checkpoint's README.md.
+Answers are decoded greedily and compared letter by letter. In a conversation of two turns the
+second question follows the model's own first answer, and both answers must be right. The scenes are
+drawn from seeds that training never uses, with words from the list. The program prints a table.
+``--json`` writes the numbers, and ``--card`` puts the table into the checkpoint's README.md.
 """
 
 import argparse
@@ -19,13 +20,16 @@ from questions import KINDS, Conversation, question_of_kind
 from scenes import Scene, render
 
 CARD_BEGIN, CARD_END = "<!-- accuracy -->\n", "<!-- /accuracy -->"
-_AT_ONCE = 100  # questions whose images are held in memory
-_MAX_TOKENS = 96  # the longest right answer has 60
-_WRONG_SHOWN = 3  # of each kind
+# Questions whose images are in memory at once
+_AT_ONCE = 100
+# The longest right answer has 60 tokens
+_MAX_TOKENS = 96
+# Wrong answers that are printed for each kind
+_WRONG_SHOWN = 3
 
 
 def main() -> None:
-    """Evaluate as the command line says."""
+    """Read the command line and evaluate."""
     options = _parser().parse_args()
     llm = LLM(
         options.model,
@@ -59,7 +63,7 @@ def main() -> None:
 
 
 def evaluate_kind(llm: LLM, kind: str, count: int) -> tuple[int, list[str]]:
-    """Ask ``count`` held-out questions; return how many were answered right, and the others in words."""
+    """Ask ``count`` held-out questions; return the number of right answers and the wrong ones."""
     right, wrong = 0, []
     for start in range(0, count, _AT_ONCE):
         asked = [

@@ -1,11 +1,12 @@
-"""Weights to start training from: scaled so that a small model learns to see in minutes."""
+"""Initial weights for training, scaled so that a small model learns to see in minutes."""
 
 import torch
 from torch import Tensor
 
 from idefics2_engine.model.idefics2 import Idefics2
 
-_INIT_STD = 0.02  # of Idefics2.init_weights
+# The standard deviation in Idefics2.init_weights
+_INIT_STD = 0.02
 _EMBEDDING_STD = 0.2
 _POSITION_SCALE = 0.5
 _BRANCH_ENDS = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")
@@ -13,9 +14,10 @@ _BRANCH_ENDS = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.wei
 
 @torch.no_grad()
 def init_for_training(model: Idefics2, seed: int) -> None:
-    """Draw weights of ``model``: unit gain for each product, less for what ends a residual branch.
+    """Draw weights of ``model``: unit gain for each product, less at the end of a residual branch.
 
-    The usual 0.02 is far from that in a narrow model. Positions start as sines and cosines of row and column.
+    The usual standard deviation of 0.02 is far from that in a narrow model. Position embeddings
+    start as sines and cosines of row and column.
     """
     model.init_weights(seed, _INIT_STD)
     depth = len(model.text.layers)
@@ -31,7 +33,7 @@ def init_for_training(model: Idefics2, seed: int) -> None:
 
 
 def _waves(side: int, width: int) -> Tensor:
-    """Sines and cosines of row and column at falling frequencies: (side * side, width)."""
+    """Return sines and cosines of row and column at falling frequencies: (side * side, width)."""
     frequencies = 1.5 * 16.0 ** -torch.linspace(0, 1, width // 4 + 1)[:-1]
     angles = torch.arange(side)[:, None] * frequencies
     one = torch.cat([angles.sin(), angles.cos()], -1)

@@ -1,8 +1,10 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al., 2024).
 
-As in "Muon is Scalable for LLM Training" (Liu et al., 2025) an update is scaled to the size of AdamW's, so that both take
-one learning rate. torch.optim.Muon needs the rate as a Python number, which a captured step could not change, and takes
-one matrix at a time, where most matrices of a small model have one of few shapes.
+An update is scaled to the size of AdamW's, as in "Muon is Scalable for LLM Training" (Liu et al.,
+2025), so both optimizers use one learning rate. torch.optim.Muon does not fit here for two reasons.
+It needs the rate as a Python number, which a captured step could not change. It also updates one
+matrix at a time, while most matrices of a small model share a few shapes and can be updated
+together.
 """
 
 from collections.abc import Iterable
@@ -11,17 +13,15 @@ import torch
 from torch import Tensor
 
 _MOMENTUM = 0.95
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the quintic whose iteration drives singular values to about one
+# Coefficients of a quintic polynomial whose iteration drives singular values to about one
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-_ADAMW_SIZE = 0.2  # root mean square of AdamW's usual update
+# Root mean square of AdamW's usual update
+_ADAMW_SIZE = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices; ``lr`` is a tensor that may change between steps."""
+    """The Muon optimizer for matrices. ``lr`` is a tensor that may change between steps."""
 
     def __init__(self, params: Iterable[Tensor], lr: Tensor, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.mul_(decay).sub_(change)
 
     def _momentum(self, parameter: Tensor) -> Tensor:
-        """Take up the gradient; return Nesterov's look ahead."""
+        """Add the gradient to the momentum and return Nesterov's look-ahead."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
@@ -52,7 +52,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Return the orthogonal factor of ``matrices`` (B, M, N), roughly: singular values of 0.7 to 1.2."""
+    """Return the approximate orthogonal factor of ``matrices`` (B, M, N).
+
+    Its singular values are between 0.7 and 1.2.
+    """
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

@@ -1,4 +1,4 @@
-"""Questions about one scene, each with exactly one right answer, read off the scene's description."""
+"""Questions about one scene, each with exactly one right answer, derived from its description."""
 
 import random
 from collections.abc import Callable
@@ -22,10 +22,13 @@ from phrasings import (
 )
 from scenes import CELLS, COLORS, SHAPES, Item, Scene
 
-Turn = tuple[str, str]  # a question and its answer
+# A question and its answer
+Turn = tuple[str, str]
 
-_SELDOM_ABSENT = 0.85  # a number or a word that is not there is seldom asked for
-_CLEARLY = 1.4  # times as large, or sizes are not compared
+# Share of the questions about an absent number or word that are dropped
+_SELDOM_ABSENT = 0.85
+# Sizes are compared only if one is this many times the other
+_CLEARLY = 1.4
 
 
 def a(noun: str) -> str:
@@ -61,7 +64,7 @@ def counted(number: int, one: str, many: str) -> str:
 
 
 def unique(scene: Scene) -> list[tuple[str, Item]]:
-    """Name every shape that its name, or its color and name, tells from all others."""
+    """Return a phrase for every shape that its name, or its color and name, identifies."""
     found = []
     for item in scene.shapes:
         same_shape = [other for other in scene.shapes if other.text == item.text]
@@ -73,10 +76,11 @@ def unique(scene: Scene) -> list[tuple[str, Item]]:
 
 
 def askable_cells(scene: Scene) -> list[int]:
-    """List the cells of which "what is there" has one answer, also to someone who thinks in halves.
+    """List the cells for which "what is there" has one answer, even if places are meant as halves.
 
-    ``on the left`` names the middle of the left column, so nothing else may be in that column (the same for the
-    other three sides), and a cell under a wide text is named by the row's middle alone.
+    ``on the left`` names the middle of the left column, so nothing else may be in that column. The
+    same holds for the other three sides. A cell under a wide text is named by the middle of its row
+    alone.
     """
     sides = {1: (0, 2), 7: (6, 8), 3: (0, 6), 5: (2, 8)}
     covered = {cell for item in scene.items if item.wide for cell in item.cells}
@@ -100,7 +104,7 @@ def written(kind: str, item: Item | None) -> str:
 
 
 def how_many_shapes(rng: random.Random, scene: Scene) -> Turn:
-    """Ask for the number of all shapes."""
+    """Ask for the total number of shapes."""
     things = (
         rng.choice(("shapes", "objects")) if len(scene.shapes) == len(scene.items) else "shapes"
     )
@@ -109,7 +113,7 @@ def how_many_shapes(rng: random.Random, scene: Scene) -> Turn:
 
 
 def some_shapes(rng: random.Random, scene: Scene) -> tuple[str, str, int]:
-    """Choose shapes by color, name or both: singular, plural and how many there are."""
+    """Choose shapes by color, name or both; return singular, plural and their number."""
     item = rng.choice(scene.shapes) if scene.shapes and rng.random() < 0.75 else None
     shape = item.text if item else rng.choice(SHAPES)
     color = item.color if item and rng.random() < 0.85 else rng.choice(tuple(COLORS))
@@ -171,7 +175,7 @@ def _where(rng: random.Random, scene: Scene) -> Turn | None:
 
 
 def seen_at(scene: Scene, cell: int) -> str:
-    """Say what lies in ``cell``."""
+    """Return the phrase for the item in ``cell``."""
     item = scene.at(cell)
     return "Nothing." if item is None else sentence(named(item))
 
@@ -239,7 +243,7 @@ def _yes_no(rng: random.Random, scene: Scene) -> Turn | None:
         if not targets_at:
             return None
         name, cell = rng.choice(targets_at)
-        # a place that shares a side with the true one is neither right nor wrong
+        # A place that shares a side with the true one is neither right nor wrong
         row, column = divmod(cell, 3)
         clear = [other for other in CELLS if other // 3 != row and other % 3 != column]
         if not wanted and not clear:
@@ -295,7 +299,7 @@ ONE_IMAGE: dict[str, Callable[[random.Random, Scene], Turn | None]] = {
     "yes_no": _yes_no,
     "size": _size,
 }
-"""By kind: draw a question, or ``None`` where the scene does not allow one."""
+"""Functions by kind that draw a question, or ``None`` if the scene does not allow one."""
 
 
 def any_turn(rng: random.Random, scene: Scene) -> Turn | None:

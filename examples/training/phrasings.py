@@ -1,4 +1,4 @@
-"""How questions are put, and the names of places and numbers in answers."""
+"""Phrasings of questions, and the names of places and numbers in answers."""
 
 ORDINALS = ("first", "second")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -1,6 +1,7 @@
-"""Examples to train and to test on: one or two scenes and conversations about them, all from a seed.
+"""Examples for training and tests: one or two scenes and conversations about them, from a seed.
 
-The questions are put in one of several phrasings; an answer is a short sentence that follows from the scenes alone.
+Each question uses one of several phrasings. An answer is a short sentence that follows from the
+scenes alone.
 """
 
 import random
@@ -14,15 +15,22 @@ from two_turns import two_turns
 
 PAIR_KINDS = ("difference", "compare")
 KINDS = (*ONE_IMAGE, "two_turn", *PAIR_KINDS)
-ALL_KINDS = (*KINDS, "talk")  # questions that do not refer to each other: only to train on
+# "talk" is several independent questions, and is for training only
+ALL_KINDS = (*KINDS, "talk")
 
-_INVENTED = 0.1  # of the words in training
-_WITH_TEXT = 0.6  # of the scenes in training print a number, a word or both
-_PAIRS = 0.3  # of the examples have two scenes
-_DIFFERENCES, _COMPARISONS = 3, 3  # tries for a pair
-_TRIES = 12  # for a scene; not every scene allows every question
-_TALK_TURNS = (2, 5)  # fewest and most
-# how often a kind is tried
+# Share of the words in training that are invented
+_INVENTED = 0.1
+# Share of the scenes in training that print a number, a word or both
+_WITH_TEXT = 0.6
+# Share of the examples that have two scenes
+_PAIRS = 0.3
+# Tries for a pair
+_DIFFERENCES, _COMPARISONS = 3, 3
+# Tries for a scene. Some scenes do not allow some questions.
+_TRIES = 12
+# Fewest and most turns
+_TALK_TURNS = (2, 5)
+# The weights of the kinds in training
 _PRACTICE = {
     "count": 0.7,
     "count_of": 1.0,
@@ -31,23 +39,27 @@ _PRACTICE = {
     "what_at": 1.4,
     "number": 2.0,
     "word": 3.0,
-    "describe": 5.0,  # all that is to be seen, in one answer
+    # One answer names everything in the image
+    "describe": 5.0,
     "yes_no": 1.0,
     "size": 1.8,
     "two_turn": 1.8,
-    "talk": 9.0,  # several answers learnt from one look at the image
+    # Several answers are learned from one look at the image
+    "talk": 9.0,
 }
-_TALKED_OF = {kind: _PRACTICE[kind] for kind in ONE_IMAGE if kind != "describe"}  # it says it all
+# "describe" is left out because it repeats all other answers
+_TALKED_OF = {kind: _PRACTICE[kind] for kind in ONE_IMAGE if kind != "describe"}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns about the one or two images of an example, the first turn's images before its text."""
+    """Turns about the one or two images of an example; the images precede the first turn's text."""
 
     kind: str
     turns: tuple[Turn, ...]
     num_images: int = 1
-    text_first: bool = False  # the images after the first question instead
+    # Puts the images after the first question instead
+    text_first: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Training data as a stream of rounds: while one is in use, a thread makes the next.
 
-A round is used for a fixed number of steps. So what a step sees follows from its number alone, however long the data
-took to make, and a resumed run goes on with the round of its step.
+A round is used for a fixed number of steps. The data of a step therefore depends on its number
+alone, however long the data took to make, and a resumed run continues with the round of its step.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ from training_data import DataSet
 
 
 class Rounds:
-    """The round of each step; at most two are held, the one in use and the next."""
+    """The rounds of training data. At most two are in memory: the one in use and the next."""
 
     def __init__(self, make: Callable[[int], DataSet], steps: int, device: torch.device) -> None:
-        """Use round k, which is ``make(k)``, for the steps from k * ``steps`` on."""
-        self.waited = 0.0  # seconds that steps waited for their data
+        """Use round k, which is ``make(k)``, for ``steps`` steps from step k * ``steps``."""
+        # Seconds that steps waited for their data
+        self.waited = 0.0
         self._make = make
         self._steps = steps
         self._device = device
@@ -30,7 +31,7 @@ class Rounds:
         self._coming: tuple[int, Future[DataSet]] | None = None
 
     def at(self, step: int) -> DataSet:
-        """Return the round of ``step``, when it is there; keep it no longer than its steps last."""
+        """Return the round of ``step``, waiting until it is made; drop it after its last step."""
         number = step // self._steps
         if number != self._number or self._current is None:
             began = time.monotonic()
@@ -45,7 +46,7 @@ class Rounds:
 
     @property
     def current(self) -> DataSet:
-        """The round of the last step that was asked for."""
+        """Return the round of the last step that was asked for."""
         assert self._current is not None
         return self._current
 
@@ -62,11 +63,11 @@ class Rounds:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """Copy to the GPU beside the training steps, and be done when the context ends."""
+        """Copy to the GPU beside the training steps; when the context ends, all copies are done."""
         if self._stream is None:
             yield
             return
-        # memory of the round before last is used again: steps that read it may still be queued
+        # The memory of the round before last is reused, and steps that read it may still be queued
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
         with torch.cuda.stream(self._stream):
             yield

@@ -1,4 +1,4 @@
-"""Draw the demo's sample images and write the questions that go with them.
+"""Draw the demo's sample images and write the questions about them.
 
     python examples/training/sample_images.py examples/images
 

@@ -1,8 +1,8 @@
-"""Scenes of coloured shapes, a number and a word, drawn with Pillow: the pictures of the demo checkpoint.
+"""Scenes of colored shapes, a number and a word: the demo checkpoint's pictures, drawn with Pillow.
 
-A scene is a description (frozen, exact) from which the questions' answers are read, and a drawing of it.
-Everything follows from a seed. Places are the nine cells of a 3 x 3 grid, row by row from the top left;
-a wide text has a whole row for itself and counts as lying in the row's middle cell.
+A scene is a frozen, exact description. The questions' answers are derived from it, and so is the
+drawing. Everything follows from a seed. Places are the nine cells of a 3 x 3 grid, row by row from
+the top left. A wide text has a whole row for itself and counts as an item in the row's middle cell.
 """
 
 import math
@@ -41,45 +41,53 @@ PLACES = (
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 CELLS = range(9)
-MIDDLE_CELLS = (1, 4, 7)  # of the three rows
+# The middle cells of the three rows
+MIDDLE_CELLS = (1, 4, 7)
 
-_CONTRAST = 100.0  # least distance in RGB between an item and its background
+# Least distance in RGB between an item and its background
+_CONTRAST = 100.0
 _COLOR_JITTER = 10
-_FILL = 0.95  # of a cell that an item may take at most
-_SMALLEST = 0.55  # of a cell that a shape takes, but where sizes are compared
-_SMOOTHING = 2  # drawn this much larger, then averaged
+# Largest share of a cell that an item may fill
+_FILL = 0.95
+# Smallest share of a cell that a shape fills, unless sizes are compared
+_SMALLEST = 0.55
+# Scenes are drawn this many times larger and then averaged
+_SMOOTHING = 2
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing in a scene; sizes and offsets in units of a cell's shorter side."""
+    """One item of a scene. Sizes and offsets are in units of a cell's shorter side."""
 
     kind: str  # "shape", "number" or "word"
     text: str  # the shape's name, the digits or the letters
     color: str
     cell: int
-    size: float  # a shape's diameter, a text's greatest width
+    # A shape's diameter, or a text's greatest width
+    size: float
     rgb: tuple[int, int, int]
-    shift: tuple[float, float] = (0.0, 0.0)  # from the cell's centre, -1 to 1 of the room there is
+    # Offset from the cell's center, -1 to 1 of the free room
+    shift: tuple[float, float] = (0.0, 0.0)
     angle: float = 0.0  # degrees
-    wide: bool = False  # alone in its row
+    # Whether the item is alone in its row
+    wide: bool = False
 
     @property
     def name(self) -> str:
-        """What the item is called with its color: ``red circle``, ``number 47``, ``word "lamp"``."""
+        """Return the item's name with its color: ``red circle``, ``number 47``, ``word "lamp"``."""
         if self.kind == "shape":
             return f"{self.color} {self.text}"
         return f"number {self.text}" if self.kind == "number" else f'word "{self.text}"'
 
     @property
     def cells(self) -> tuple[int, ...]:
-        """Every cell that the item lies in."""
+        """Return every cell that the item covers."""
         return (self.cell - 1, self.cell, self.cell + 1) if self.wide else (self.cell,)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's full description; items in reading order."""
+    """The full description of a picture, with its items in reading order."""
 
     width: int
     height: int
@@ -89,7 +97,7 @@ class Scene:
 
     @property
     def shapes(self) -> tuple[Item, ...]:
-        """The items that are shapes."""
+        """Return the items that are shapes."""
         return tuple(item for item in self.items if item.kind == "shape")
 
     def text(self, kind: str) -> Item | None:
@@ -102,17 +110,20 @@ class Scene:
 
     @property
     def free_cells(self) -> tuple[int, ...]:
-        """The cells that no item lies in."""
+        """Return the cells that no item covers."""
         taken = {cell for item in self.items for cell in item.cells}
         return tuple(cell for cell in CELLS if cell not in taken)
 
     def with_items(self, items: list[Item]) -> "Scene":
-        """Return the scene with other items, put in reading order."""
+        """Return the scene with other items, sorted into reading order."""
         return replace(self, items=tuple(sorted(items, key=lambda item: item.cell)))
 
 
 def random_size(rng: random.Random) -> tuple[int, int]:
-    """Draw (width, height): square, 4:3 or 3:4, the longer side from 224 to 480 pixels, small ones more often."""
+    """Draw a size (width, height) in pixels: square, 4:3 or 3:4.
+
+    The longer side is from 224 to 480 pixels. Small sizes are drawn more often.
+    """
     side = 8 * round(28 + 32 * rng.random() ** 2)
     return rng.choice(((side, side), (side, side), (side, side * 3 // 4), (side * 3 // 4, side)))
 
@@ -149,7 +160,8 @@ def random_scene(
     count = min(count, max_shapes, len(free))
     rng.shuffle(free)
     shapes, colors = list(SHAPES), list(visible_colors(background))
-    if rng.random() < 0.4:  # few kinds: more of each to count
+    # Few kinds leave more shapes of each to count
+    if rng.random() < 0.4:
         shapes, colors = rng.sample(shapes, 2), rng.sample(colors, 2)
     sizes = _random_sizes(rng, count, alone=not texts)
     for cell, diameter in zip(free, sizes, strict=False):
@@ -158,7 +170,7 @@ def random_scene(
 
 
 def random_shape(rng: random.Random, scene: Scene, cell: int) -> Item:
-    """Draw a shape for ``cell`` of ``scene``, in a color that shows there."""
+    """Draw a shape for ``cell`` of ``scene``, in a color that stands out on the background."""
     color = rng.choice(visible_colors(scene.background))
     return _shape(rng, rng.choice(SHAPES), color, cell, rng.uniform(_SMALLEST, _FILL))
 
@@ -200,7 +212,7 @@ def with_background(rng: random.Random, scene: Scene, background: str) -> Scene:
 
 
 def redrawn(rng: random.Random, scene: Scene) -> Scene:
-    """Return a scene of the same description with every item a little elsewhere in its cell."""
+    """Return the same scene with every item at a slightly different place in its cell."""
     return replace(
         scene, items=tuple(replace(item, shift=_random_shift(rng)) for item in scene.items)
     )
@@ -227,7 +239,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def _shape(rng: random.Random, name: str, color: str, cell: int, size: float) -> Item:
-    # an arrow points in any direction; the others lean a little
+    # An arrow points in any direction. The other shapes are tilted a little.
     angle = rng.choice((0, 90, 180, 270)) if name == "arrow" else 0
     return Item(
         kind="shape",
@@ -242,7 +254,7 @@ def _shape(rng: random.Random, name: str, color: str, cell: int, size: float) ->
 
 
 def _random_sizes(rng: random.Random, count: int, alone: bool) -> list[float]:
-    """Draw diameters: any, or one that is clearly the largest or the smallest."""
+    """Draw diameters: arbitrary ones, or with one that is clearly the largest or the smallest."""
     if count == 1 and alone:
         return [rng.uniform(_SMALLEST, 1.6)]
     style = rng.random()
@@ -267,7 +279,7 @@ def _jittered(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, 
 def _centre(
     item: Item, width: int, height: int, half_width: float, half_height: float
 ) -> tuple[float, float]:
-    """Place an item in its cell, moved by its share of the room there, and inside the image."""
+    """Return the pixel position of an item: its cell's center, shifted, and inside the image."""
     row, column = divmod(item.cell, 3)
     columns = 3 if item.wide else 1
     room_x = max(0.0, width * columns / 6 - half_width)
@@ -306,7 +318,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, item: Item, width: int, height: int) -
     left, top, right, bottom = font.getbbox(item.text, anchor="mm")
     half_width, half_height = (right - left) / 2, (bottom - top) / 2
     x, y = _centre(item, width, height, half_width, half_height)
-    # the anchor is the middle of the line, not of these letters
+    # The anchor is the middle of the line, not of these letters
     draw.text((x - (left + right) / 2, y - (top + bottom) / 2), item.text, item.rgb, font, "mm")
 
 
@@ -319,7 +331,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _around(angles: list[float], radii: list[float]) -> list[tuple[float, float]]:
-    """Points at ``angles`` (degrees, 0 is up, clockwise) and ``radii``."""
+    """Return points at ``angles`` (degrees, 0 is up, clockwise) and ``radii``."""
     return [
         (radius * math.sin(math.radians(angle)), -radius * math.cos(math.radians(angle)))
         for angle, radius in zip(angles, radii, strict=True)
@@ -340,7 +352,7 @@ def _heart() -> list[tuple[float, float]]:
 def _moon() -> list[tuple[float, float]]:
     outer = _around([180 + 180 * k / 24 for k in range(-6, 31)], [1.0] * 37)
     (x_end, y_end), (x_start, y_start) = outer[-1], outer[0]
-    # the inner edge is a flatter curve between the horns
+    # The inner edge is a flatter curve between the horns
     inner = []
     for k in range(1, 24):
         t = k / 24

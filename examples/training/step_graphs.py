@@ -1,8 +1,8 @@
 """CUDA graphs of a whole training step, one for each shape of batch.
 
-A step of the small model is some two thousand launches, which take the CPU longer than the GPU needs to run them. A
-graph launches them all at once. A shape is run eagerly when it comes first, which sets up the libraries for it, and
-captured when it comes again.
+A step of the small model is about two thousand launches. The CPU needs longer to launch them than
+the GPU needs to run them, and a graph launches them all at once. The first batch of a shape runs
+eagerly, which sets up the libraries for it. The second one is captured.
 """
 
 from collections.abc import Callable
@@ -19,16 +19,19 @@ Step = Callable[[Batch], Tensor]
 @dataclass(frozen=True, eq=False)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    batch: Batch  # what the graph reads
-    loss: Tensor  # what it writes
+    # The graph reads this batch
+    batch: Batch
+    # The graph writes this loss
+    loss: Tensor
 
 
 class StepGraphs:
-    """Runs ``step`` on batches of any shape, from graphs as soon as there are some."""
+    """A runner of ``step`` that uses a CUDA graph from a shape's second batch on."""
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self._pool = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at once
+        # All graphs share one pool, because no two of them run at once
+        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
         self._seen: set[BatchShape] = set()
         self._captured: dict[BatchShape, _Captured] = {}
@@ -45,14 +48,15 @@ class StepGraphs:
         for held, given in zip(captured.batch.inputs, batch.inputs, strict=True):
             held.copy_(given)
         captured.graph.replay()
-        return captured.loss.clone()  # its memory is another graph's scratch
+        # The loss is copied, because its memory is scratch of another graph
+        return captured.loss.clone()
 
     def _capture(self, batch: Batch) -> _Captured:
         graph = torch.cuda.CUDAGraph()
         held = batch.clone()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # the thread that makes the next round may allocate and copy meanwhile
+            # The thread that makes the next round may allocate and copy meanwhile
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             loss = self._step(held)
             graph.capture_end()

@@ -1,12 +1,14 @@
-"""Train the demo checkpoint on drawn scenes: meant for one GPU beside sixteen CPU cores, and some minutes.
+"""Train the demo checkpoint on drawn scenes, with one GPU and sixteen CPU cores, in minutes.
 
     PYTHONPATH=engine:kernels python examples/training/train_demo.py --out trained --steps 30000
 
-The folder ``--base`` gives the config, the processor's files and the tokenizer; ``--out`` gets copies of them and the
-weights in bfloat16. Worker processes draw new scenes all the time, in rounds that last ``--round-steps`` steps. The
-learning rate rises over the first steps and falls as a cosine over ``--steps``, or over the time there is. A run that
-meets its limit before leaves a state file; the same command with ``--resume`` goes on from it, exactly so when the
-schedule is ``--steps``.
+The folder ``--base`` has the config, the processor's files and the tokenizer. ``--out`` gets copies
+of them and the weights in bfloat16. Worker processes draw new scenes all the time, in rounds that
+last ``--round-steps`` steps.
+
+The learning rate rises over the first steps and then falls as a cosine over ``--steps``, or over
+the time limit. A run that reaches its limit earlier leaves a state file, from which the same
+command with ``--resume`` continues. With ``--steps`` it continues exactly.
 """
 
 import argparse
@@ -25,16 +27,20 @@ from rounds import Rounds
 from trainer import Trainer
 from training_data import DataSet
 
-_RESERVE_SECONDS = 25.0  # to test, save and export at the end
+# Seconds at the end of the limit for testing, saving and exporting
+_RESERVE_SECONDS = 25.0
 _TEST_BATCH = 256
-_PRACTICE_BATCHES = 12  # of training questions, tested beside the held-out ones
-_SAVE_SECONDS = 120.0  # between state files
+# Batches of training questions that are tested beside the held-out ones
+_PRACTICE_BATCHES = 12
+# Seconds between state files
+_SAVE_SECONDS = 120.0
 
 
 def main() -> None:
-    """Train as the command line says."""
+    """Read the command line and train."""
     options = parser().parse_args()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # a run with it ended in NaN; why is not known
+    # A run with cuDNN's attention ended in NaN, for an unknown reason
+    torch.backends.cuda.enable_cudnn_sdp(False)
     workers = DataWorkers(options.base, options.data_workers)
     with contextlib.closing(workers):
         _run(options, workers, time.monotonic())
@@ -61,7 +67,8 @@ def _run(options: argparse.Namespace, workers: DataWorkers, started: float) -> N
     rounds = Rounds(make_round, options.round_steps, device)
 
     def test() -> dict[str, dict[str, float]]:
-        # training questions differ only in how often a kind is asked: a gap shows overfitting
+        # Training questions differ from held-out ones only in the kinds' frequencies, so a gap
+        # between the two shows overfitting
         seen = rounds.current
         drawn = (seen.draw(options.seed, n, _TEST_BATCH, True) for n in range(_PRACTICE_BATCHES))
         exact = {
@@ -125,7 +132,7 @@ def _shown(exact: dict[str, float]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Parse the command line."""
     built = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The training loop's state: the model, the optimizer, the schedule, and what a step does."""
+"""The state of the training loop: model, optimizers, schedule, and the computation of a step."""
 
 import argparse
 import math
@@ -23,33 +23,43 @@ from training_data import Batch, EqualTiles
 from training_ops import TRAINING
 
 _WARM_UP_STEPS = 300
-_LAST_RATE = 0.01  # of the highest
+# Final learning rate as a share of the highest
+_LAST_RATE = 0.01
 _BETAS = (0.9, 0.98)
-_WEIGHT_DECAY = 0.02  # of matrices
+# Weight decay of matrices
+_WEIGHT_DECAY = 0.02
 _LARGEST_GRADIENT = 1.0
-_WHOLE_UNTIL = 0.4  # of the schedule: images are not split before
-_WHOLE_EVERY = 8  # steps, later
+# Images are not split before this share of the schedule
+_WHOLE_UNTIL = 0.4
+# Later, one step in this many is on whole images
+_WHOLE_EVERY = 8
 
 
 @dataclass
 class Trainer:
-    """The model, the optimizers, and how far training has come.
+    """The model, the optimizers, and the progress of training.
 
-    On a GPU the model computes in bfloat16; the optimizers work on ``masters``, its parameters in fp32.
+    On a GPU the model computes in bfloat16. The optimizers work on ``masters``, its parameters in
+    fp32.
     """
 
     model: Idefics2
-    masters: list[Tensor]  # one for each parameter, in order
+    # One for each parameter, in order
+    masters: list[Tensor]
     optimizers: tuple[Muon, torch.optim.AdamW]
-    rates: tuple[Tensor, Tensor]  # theirs; tensors, so that a captured step reads each step's own
+    # The optimizers' learning rates, as tensors so that a captured step reads the current ones
+    rates: tuple[Tensor, Tensor]
     peak_rates: tuple[float, float]
-    steps: int | None  # the schedule's length, or
-    seconds: float | None  # its time
+    # The schedule's length, unless it is limited by time
+    steps: int | None
+    # The schedule's time limit
+    seconds: float | None
     step: int = 0
-    elapsed: float = 0.0  # seconds of it that are behind
+    # Seconds of training so far
+    elapsed: float = 0.0
 
     def __post_init__(self) -> None:
-        """Make room for the gradients; run steps from CUDA graphs where there is CUDA."""
+        """Allocate the gradients; steps run from CUDA graphs if there is CUDA."""
         device = self.model.device
         self._gradient = torch.zeros(sum(p.numel() for p in self.masters), device=device)
         parts = self._gradient.split([p.numel() for p in self.masters])
@@ -94,7 +104,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """The share of the schedule that is behind, 0 to 1."""
+        """Return the share of the schedule that is done, 0 to 1."""
         if self.steps is not None:
             return min(1.0, self.step / self.steps)
         assert self.seconds is not None
@@ -102,20 +112,22 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the schedule has ended."""
+        """Return whether the schedule has ended."""
         return self.progress >= 1.0
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step, as a share of the highest."""
+        """Return the learning rate of the next step, as a share of the highest."""
         warm_up = min(1.0, (self.step + 1) / _WARM_UP_STEPS)
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
         return warm_up * (_LAST_RATE + (1 - _LAST_RATE) * cosine)
 
     def choose(self, size: int) -> tuple[int, bool]:
-        """Return the next batch's number of conversations, of ``size`` with splitting, and whether to split.
+        """Return the next batch's number of conversations, and whether its images are split.
 
-        At first all images are whole: a fifth of the tiles to learn to see by. Later few are, so as not to forget.
+        A batch of split images has ``size`` conversations. At first no image is split, so that the
+        model learns to see from a fifth of the tiles. Later a few batches stay whole, so that it
+        does not forget them.
         """
         split = self.progress >= _WHOLE_UNTIL and self.step % _WHOLE_EVERY != 0
         return (size, True) if split else (2 * size, False)
@@ -129,7 +141,7 @@ class Trainer:
         return loss
 
     def _update(self, batch: Batch) -> Tensor:
-        """Do all of a step that happens on the device."""
+        """Run the part of a step that happens on the device."""
         loss = self.model.loss(batch.text, batch.labels, image_features(self.model, batch))
         loss.backward()
         with torch.no_grad():
@@ -142,7 +154,7 @@ class Trainer:
         return loss.detach()
 
     def clip_gradients(self) -> None:
-        """Shorten a long gradient; one that is not finite becomes zero."""
+        """Clip a gradient to its largest norm; one that is not finite becomes zero."""
         norm = self._gradient.norm()
         self._gradient.nan_to_num_(0.0, 0.0, 0.0)
         share = (_LARGEST_GRADIENT / (norm + 1e-6)).clamp(max=1.0)
@@ -155,7 +167,8 @@ class Trainer:
     def exact_match(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the share of conversations of each kind with every answer token right.
 
-        All tokens are the likeliest after the right ones before them exactly when greedy decoding gives that answer.
+        Every answer token is the most likely one, given the right tokens before it, exactly if
+        greedy decoding gives that answer.
         """
         right: dict[str, list[bool]] = {}
         for batch in batches:
@@ -168,7 +181,7 @@ class Trainer:
         return {kind: sum(oks) / len(oks) for kind, oks in sorted(right.items())}
 
     def save(self, path: Path) -> None:
-        """Write everything that a resumed run needs, whole or not at all."""
+        """Write the state that a resumed run needs, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         state = {
@@ -183,7 +196,7 @@ class Trainer:
         os.replace(part, path)
 
     def load(self, path: Path) -> None:
-        """Go back to where ``save`` was called; a ``--steps`` given now replaces the schedule's end."""
+        """Restore the state that ``save`` wrote; a new ``--steps`` replaces the schedule's end."""
         state: dict[str, Any] = torch.load(path, map_location=self.model.device, weights_only=True)
         with torch.no_grad():
             torch._foreach_copy_(self.masters, state["masters"])

@@ -1,7 +1,7 @@
-"""Training data on the device: tiles as uint8, conversations as ids, grouped so that a batch has one shape.
+"""Training data on the device: tiles as uint8 and conversations as ids, grouped by shape.
 
-In a batch every image has the same patch grids and every sequence the same padded length: nothing is read back from
-the device in a training step.
+In a batch every image has the same patch grids and every sequence the same padded length, so a
+training step reads nothing back from the device.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,8 @@ class Group:
     """Conversations of one shape."""
 
     key: GroupKey
-    kinds: npt.NDArray[np.int8]  # (N,) on the host: places in ALL_KINDS
+    # (N,) on the host: indices into ALL_KINDS
+    kinds: npt.NDArray[np.int8]
     ids: Tensor  # (N, length) int16
     answers: Tensor  # (N, length) bool
     scenes: Tensor  # (N, images) int64: rows of the pixels
@@ -43,7 +44,8 @@ class EqualTiles:
     cu_seqlens: Tensor  # (N * K + 1,) int32
 
 
-BatchShape = tuple[GroupKey, int]  # the group's, and how many conversations
+# The group's key and the number of conversations
+BatchShape = tuple[GroupKey, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +56,16 @@ class Batch:
     kinds: npt.NDArray[np.int8]  # (B,) on the host
     text: TextBatch
     labels: Tensor  # (B * length,) int64
-    tiles: list[EqualTiles]  # which together, in this order, are each image's tiles
+    # In this order they are the tiles of each image
+    tiles: list[EqualTiles]
 
     @property
     def inputs(self) -> list[Tensor]:
-        """All tensors that differ between batches of one shape."""
+        """Return all tensors that differ between batches of one shape."""
         return [self.text.input_ids, self.labels, *(tiles.pixels for tiles in self.tiles)]
 
     def clone(self) -> "Batch":
-        """Return a batch with ``inputs`` of its own."""
+        """Return a copy of the batch with its own ``inputs``."""
         return replace(
             self,
             text=replace(self.text, input_ids=self.text.input_ids.clone()),
@@ -77,7 +80,7 @@ class DataSet:
     def __init__(
         self, chunks: Iterable[tuple[Chunk, Bytes]], config: ModelConfig, device: torch.device
     ) -> None:
-        """Copy ``chunks``, each with the room that its pixels lie in, to ``device``."""
+        """Copy ``chunks``, each with the room that holds its pixels, to ``device``."""
         self.device = device
         self._vision = config.vision
         pixels: dict[Grids, list[Tensor]] = {}
@@ -89,7 +92,8 @@ class DataSet:
                 parts.setdefault(key, []).append(rows)
                 begins.setdefault(key, []).append(counts.get(key.grids, 0))
             for grids, scenes in chunk.pixels(room, self._vision.patch_size).items():
-                copied = torch.from_numpy(scenes).to(device, copy=True)  # the room is used again
+                # The room is reused, so its content is copied
+                copied = torch.from_numpy(scenes).to(device, copy=True)
                 pixels.setdefault(grids, []).append(copied)
                 counts[grids] = counts.get(grids, 0) + len(scenes)
         self.pixels = {grids: torch.cat(pixels.pop(grids)) for grids in list(pixels)}
@@ -104,17 +108,20 @@ class DataSet:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all pixels."""
+        """Return the size of all pixels in bytes."""
         return sum(pixels.nbytes for pixels in self.pixels.values())
 
     def draw(self, seed: int, step: int, size: int, split: bool) -> Batch:
-        """Return the batch of ``step``: nothing else matters, so a resumed run goes on exactly."""
+        """Return the batch of ``step``.
+
+        It depends on the number of the step alone, so a resumed run continues exactly.
+        """
         rng = np.random.default_rng((seed, step))
         group = self.groups[rng.choice(len(self.groups), p=self._shares[split])]
         return self.batch(group, rng.integers(len(group.ids), size=size))
 
     def in_order(self, size: int) -> Iterator[Batch]:
-        """Go through every conversation once."""
+        """Yield batches that contain every conversation once."""
         for group in self.groups:
             for start in range(0, len(group.ids), size):
                 yield self.batch(group, np.arange(start, min(start + size, len(group.ids))))
@@ -129,14 +136,17 @@ class DataSet:
         labels = torch.where(group.answers[chosen], ids, IGNORED_LABEL)
         positions, cu_seqlens = _sequence_layout(len(members), key.length, self.device)
         text = TextBatch(ids.flatten(), positions, cu_seqlens, key.length)
-        # a patch has a multiple of four bytes: gathered as words, not one by one
+        # A patch has a multiple of four bytes, so it is gathered as words instead of bytes
         words = self.pixels[key.grids].view(torch.int32)
         pixels = words[group.scenes[chosen].flatten()].view(torch.uint8)
         tiles = self._equal_tiles(pixels, key)
         return Batch((key, len(members)), group.kinds[members], text, labels.flatten(), tiles)
 
     def _equal_tiles(self, pixels: Tensor, key: GroupKey) -> list[EqualTiles]:
-        """Cut stacked images (N, bytes) into runs of tiles of one grid; without splitting, take the whole image."""
+        """Cut stacked images (N, bytes) into runs of tiles of one grid.
+
+        Without splitting, only the whole image is used.
+        """
         side = self._vision.patch_size
         cuts = runs(key.grids)
         parts = pixels.split([tile_bytes(grid, side) * n for grid, n in cuts], 1)
@@ -150,7 +160,7 @@ class DataSet:
         return tiles
 
     def _group(self, key: GroupKey, parts: list[Rows], begins: list[int]) -> Group:
-        """Join what chunks have of a group; ``begins`` says where each chunk's scenes begin."""
+        """Join a group's conversations; ``begins`` has the first row of each chunk's scenes."""
         scenes = [part.scenes + begin for part, begin in zip(parts, begins, strict=True)]
         return Group(
             key=key,
@@ -161,11 +171,11 @@ class DataSet:
         )
 
     def _joined(self, parts: Sequence[npt.NDArray[Any]]) -> Tensor:
-        # by torch, which lets other threads run meanwhile
+        # PyTorch's copy releases the interpreter's lock, so other threads can run
         return torch.cat([torch.from_numpy(part) for part in parts]).to(self.device)
 
 
-# Layouts are kept for good: copying one to the device waits for the steps before
+# Layouts are cached, because copying one to the device waits for the steps before
 
 
 @cache

@@ -1,6 +1,6 @@
-"""The operations of training in PyTorch's fused forms: what ``REFERENCE`` computes, with fewer passes over memory.
+"""The operations of training in PyTorch's fused forms.
 
-For sequences of equal length, as training batches are.
+They compute the same as ``REFERENCE`` with fewer passes over memory, for sequences of equal length.
 """
 
 from dataclasses import replace
@@ -71,7 +71,8 @@ def _flash_attention(
         distance = torch.arange(S, device=q.device)[:, None] - torch.arange(S, device=q.device)
         mask = (distance.abs() < window) & (distance >= 0 if causal else True)
     q, k, v = (t.unflatten(0, (-1, S)).transpose(1, 2) for t in (q, k, v))
-    if mask is not None:  # the fused form with a mask has no grouped heads
+    # The fused form with a mask has no grouped heads
+    if mask is not None:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     out = functional.scaled_dot_product_attention(
         q,

@@ -32,7 +32,7 @@ from scenes import (
 
 
 def random_pair(rng: random.Random, invented: float = 0.0) -> tuple[Scene, Scene]:
-    """Draw two scenes of one size: one edited into the other, or two that have nothing in common."""
+    """Draw two scenes of one size: a scene and an edited copy, or two independent ones."""
     size = random_size(rng)
     first = random_scene(rng, size, max_shapes=5, invented=invented)
     if rng.random() < 0.3:
@@ -47,7 +47,7 @@ def random_pair(rng: random.Random, invented: float = 0.0) -> tuple[Scene, Scene
 
 
 def _edited(rng: random.Random, scene: Scene, invented: float) -> Scene:
-    """Change one thing about ``scene``; leave it now and then as it is."""
+    """Change one thing about ``scene``, or sometimes nothing."""
     edited = scene
     while rng.random() > 0.1 and edited == scene:
         edited = _edit(rng, scene, invented)
@@ -55,7 +55,7 @@ def _edited(rng: random.Random, scene: Scene, invented: float) -> Scene:
 
 
 def _edit(rng: random.Random, scene: Scene, invented: float) -> Scene:
-    """Try one change; a scene that does not allow it comes back as it is."""
+    """Try one change; if the scene does not allow it, return the scene as it is."""
     items = list(scene.items)
     target = rng.choice(items) if items else None
     edit = rng.choice((*("color", "shape", "move") * 2, *("add", "remove", "text", "background")))
@@ -101,9 +101,10 @@ def _on_other_background(rng: random.Random, scene: Scene) -> Scene:
 
 
 def difference(first: Scene, second: Scene) -> str | None:
-    """Say how two scenes differ, or ``None`` if that takes more than a sentence.
+    """Return the difference of two scenes, or ``None`` if it takes more than a sentence.
 
-    One changed thing is named; of scenes that differ in more, both are listed if each has one to three items.
+    If one thing changed, it is named. If more changed and each scene has one to three items, both
+    are listed.
     """
     gone = [item for item in first.items if not any(_alike(item, other) for other in second.items)]
     come = [item for item in second.items if not any(_alike(item, other) for other in first.items)]
@@ -142,7 +143,7 @@ def _one_change(gone: Item | None, come: Item | None, first: Scene, second: Scen
     if gone.cell != come.cell:
         if _look(gone) != _look(come):
             return None
-        # of two that look the same nobody can say which one moved, but where from and to is sure
+        # If two items look the same, the moved one is ambiguous, but both places are certain
         return f"The {gone.name} moved from the {PLACES[gone.cell]} to the {PLACES[come.cell]}."
     if gone.kind == "shape" and gone.text != come.text and gone.color != come.color:
         return None
@@ -170,7 +171,10 @@ def ask_difference(rng: random.Random, scenes: tuple[Scene, ...]) -> Turn | None
 
 
 def ask_compare(rng: random.Random, scenes: tuple[Scene, ...]) -> Turn | None:
-    """Ask something else about two scenes: which has more, which shows a thing, what is in one of them."""
+    """Ask for something else about two scenes.
+
+    The question is which of them has more items, which shows an item, or what is in one of them.
+    """
     counts = [len(scene.shapes) for scene in scenes]
     style = rng.choice(("more", "which", "which", "same", "count", "text"))
     if style == "more":

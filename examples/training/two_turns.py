@@ -22,7 +22,7 @@ Turns = tuple[Turn, Turn]
 
 
 def two_turns(rng: random.Random, scene: Scene) -> Turns | None:
-    """Draw a question and one that follows it, or ``None`` where the scene does not allow them."""
+    """Draw a question and a follow-up, or ``None`` if the scene does not allow them."""
     return rng.choice(_STYLES)(rng, scene)
 
 

@@ -30,7 +30,7 @@ _VOWELS = "aeiou"
 
 
 def invented_word(rng: random.Random) -> str:
-    """Return a word of three to six letters that could be one, so that letters are read, not shapes."""
+    """Return an invented word of three to six letters, so that the model learns to read letters."""
     letters = rng.randrange(3, 7)
     starts_with_vowel = rng.randrange(2)
     return "".join(

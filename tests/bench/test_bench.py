@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping, on a CPU and with a clock that is told what to say."""
+"""The benchmark's bookkeeping, on a CPU and with a fake clock."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ ABOUT = {
 
 
 def told(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
-    """Call everything once; say that ours takes 1 us and each peer 2."""
+    """Call everything once; return 1 us for the kernels and 2 us for each peer."""
     for own in calls.values():
         for call in own:
             call()
@@ -39,7 +39,8 @@ def small_case(name: str) -> tuple[KernelSpec, Case]:
     )
 
 
-@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")  # bitsandbytes' slower way
+# bitsandbytes warns that it uses a slower path
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")
 @pytest.mark.parametrize("name", [spec.name for spec in CATALOG])
 def test_a_case_is_checked_and_timed_beside_its_peers(
     name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device

@@ -1,4 +1,7 @@
-"""The catalog under pytest-benchmark: ``pytest bench --benchmark-only``; ``micro.py`` has the peers and the L2 flushed."""
+"""The catalog under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+``micro.py`` also times peers and flushes the L2 cache.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``idefics2 bench latency``, ``load`` and ``offline`` on a tiny checkpoint, transformers beside it."""
+"""``idefics2 bench latency``, ``load`` and ``offline`` on a tiny checkpoint beside transformers."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bare(tiny: Path, tmp_path: Path) -> Path:
-    """The same without weights."""
+    """Return a copy of the checkpoint without weights."""
     return Path(
         shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     )
@@ -41,12 +41,13 @@ def bare(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", list(sys.argv))  # the command sets both
+    # The command changes both
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def bench(out: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run a suite; return what it wrote of the machine and its rows."""
+    """Run a suite; return its description of the machine and its rows."""
     assert main(["bench", *arguments, *CPU, "--json", str(out)]) == 0
     written = json.loads(out.read_text())
     return written["machine"], written["rows"]
@@ -118,9 +119,11 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
 def test_the_compiled_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compile_with(monkeypatch, "eager")  # Inductor would take a minute, to compute the same
+    # Inductor would take a minute to compile the same computation
+    compile_with(monkeypatch, "eager")
     write_checkpoint(tmp_path, window=64)
-    names = ["decode-b2-s60", "image-56x84-b2", "prefill-20"]  # it decodes beyond the window
+    # The case decodes beyond the window
+    names = ["decode-b2-s60", "image-56x84-b2", "prefill-20"]
     cases = [argument for name in names for argument in ("--case", name)]
     options = ["--model", str(tmp_path), "--steps", "8", "--peer-compile", *cases]
     _, rows = bench(tmp_path / "out.json", "latency", *options)
@@ -141,7 +144,8 @@ def test_the_compiled_peer(
 
 
 def test_the_fastest_peer_is_quoted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = {"image": latency_peers.EagerImages}  # takes the other's place without compiling
+    # The eager images replace the compiled ones, so nothing is compiled
+    fake = {"image": latency_peers.EagerImages}
     contenders = {**latency_peers.CONTENDERS, latency_peers.COMPILED_PEER: fake}
     monkeypatch.setattr(latency, "CONTENDERS", contenders)
     told = {"reference": 1.0, "transformers": 8.0, "transformers-compiled": 2.0}

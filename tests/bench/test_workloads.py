@@ -1,4 +1,4 @@
-"""What the whole model is timed on: the same every time, and drawn as documented."""
+"""The workloads of the whole model: equal in every run, and distributed as documented."""
 
 import io
 from collections import Counter
@@ -41,13 +41,16 @@ def test_requests_are_drawn_as_documented(
     lengths = [sum(id not in control for id in r.prompt_token_ids) for r in requests]
     assert min(lengths) in range(16, 24)
     assert max(lengths) in range(248, 257)
-    assert 126 < sum(lengths) / 256 < 146  # the mean of 16 to 256 is 136
+    # The mean of 16 to 256 is 136
+    assert 126 < sum(lengths) / 256 < 146
     new = Counter(request.max_tokens for request in requests)
     assert sorted(new) == list(NEW_TOKENS)
-    assert min(new.values()) > 30  # of 51 each
+    # The expected number is 51 each
+    assert min(new.values()) > 30
     sizes = Counter(size for request in requests for size in request.sizes)
     assert sorted(sizes) == sorted(SIZES)
-    assert min(sizes.values()) > 20  # of 36 each
+    # The expected number is 36 each
+    assert min(sizes.values()) > 20
 
 
 def test_prompts_and_files_are_whole(processor: Processor, requests: list[OfflineRequest]) -> None:

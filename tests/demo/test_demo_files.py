@@ -1,4 +1,4 @@
-"""The demo checkpoint's folder: a small checkpoint with a tokenizer that takes any text."""
+"""The demo checkpoint's folder: its size, and a tokenizer that encodes any text."""
 
 import json
 from functools import cache
@@ -38,8 +38,10 @@ def test_tokenizer_has_few_pieces_in_the_usual_places(tokenizer: Tokenizer) -> N
 @hypothesis.example(text="  two spaces")
 def test_any_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = _loaded_tokenizer()
-    text = text.replace("\ufdd0\ufdd1", "")  # reserved
-    # as SentencePiece does: a space goes in front of a text that does not begin with one, and decoding takes one away
+    # These characters are reserved
+    text = text.replace("\ufdd0\ufdd1", "")
+    # As in SentencePiece, encoding adds a space before a text that does not begin with one, and
+    # decoding removes one
     wanted = text.removeprefix(" ")
     assert tokenizer.decode(tokenizer.encode_plain(text)) == wanted
 

@@ -1,4 +1,7 @@
-"""The demo checkpoint's scenes and questions: each answer is read again from the words and the scene alone."""
+"""The demo checkpoint's scenes and questions.
+
+Each answer is derived again from the words of the question and the scene.
+"""
 
 import json
 import random
@@ -55,7 +58,7 @@ def test_items_lie_in_their_cells_and_show() -> None:
 
 
 def matching(scene: Scene, phrase: str) -> list[int]:
-    """Cells of the shapes that ``red``, ``circles`` or ``red circle`` means."""
+    """Return the cells of the shapes that ``red``, ``circles`` or ``red circle`` names."""
     words = set(re.findall(r"\w+", phrase.lower()))
     colors = words & set(COLORS)
     shapes = {s for s in SHAPES if {s, s + "s", s + "es"} & words}
@@ -68,7 +71,7 @@ def matching(scene: Scene, phrase: str) -> list[int]:
 
 def place_in(text: str) -> int:
     found = [place for place in PLACE_WORDS if re.search(rf"\b{place}\b", text)]
-    # "in the top middle" is the top: of two plain words the one that is not the middle
+    # "in the top middle" means the top. Of two plain words the one other than "middle" counts.
     found = [
         place for place in found if not any(place in other and place != other for other in found)
     ]
@@ -149,7 +152,8 @@ def check_text(scene: Scene, question: str, answer: str) -> None:
     item = scene.text(said[1])
     assert item is not None
     assert item.text == said[2]
-    if said[1] not in question:  # "what does it say?" has one answer only where there is one text
+    # "what does it say?" has one answer only if there is one text
+    if said[1] not in question:
         assert [other.kind for other in scene.items if other.kind != "shape"] == [said[1]]
     return None
 
@@ -295,7 +299,8 @@ def test_differences_are_told_completely() -> None:
             assert not come
             assert [thing[0] for thing in gone] == [place_in(missing[2])]
             assert missing[1] in gone[0][1]
-        else:  # one item turned into another at its place
+        else:
+            # One item was replaced by another at the same place
             assert len(gone) == len(come) == 1
             assert gone[0][0] == come[0][0]
             halves = re.split(" is an? | in the first image and ", answer)
@@ -344,7 +349,7 @@ def test_sample_images_are_drawn_by_the_script() -> None:
         with Image.open(EXAMPLES / "images" / name) as image:
             assert image.size == (scene.width, scene.height)
             stored = np.array(image, dtype=int)
-        # the last digit may depend on Pillow's release
+        # The last digit may depend on Pillow's release
         assert np.abs(stored - np.array(render(scene), dtype=int)).mean() < 1
         assert scene.background in BACKGROUNDS
 
@@ -383,7 +388,7 @@ def test_evaluation_asks_the_second_question_after_the_models_own_answer() -> No
     asked = [question_of_kind("two_turn", f"ask {place}") for place in range(3)]
 
     class Echo:
-        """Answers with the number of messages it got."""
+        """A model whose answer is the number of messages."""
 
         def chat(self, chats: list[list[dict[str, object]]], params: object) -> list[object]:
             for chat in chats:

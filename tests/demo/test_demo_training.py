@@ -1,4 +1,4 @@
-"""Training the demo checkpoint: it sees what inference sees, and goes on where it was broken off."""
+"""Training the demo checkpoint: the inputs of inference, and exact continuation of stopped runs."""
 
 import json
 import random
@@ -85,11 +85,12 @@ def test_training_batches_are_what_the_processor_gives() -> None:
     init_for_training(model, seed=0)
     preparer = Preparer(DEMO)
     conversation = Conversation("talk", (("What is this?", "A thing."),))
-    # two sizes: one where quarters and whole have one grid, one where they have not
+    # In the first size the quarters and the whole have one grid, in the second they differ
     for size in ((300, 260), (130, 130)):
         scene = random_scene(random.Random("batch"), size)
         builder = ChunkBuilder(preparer)
-        builder.add_scene(scene.with_items([]))  # rows before, of the same grids
+        # This adds earlier rows of the same grids
+        builder.add_scene(scene.with_items([]))
         builder.add(conversation, [builder.add_scene(scene)])
         room = np.zeros(400_000, dtype=np.uint8)
         data = DataSet([(builder.chunk(room), room)] * 2, model.config, torch.device("cpu"))
@@ -171,7 +172,8 @@ def test_rounds_are_whole_on_a_gpu_while_steps_are_queued() -> None:
     with closing(Rounds(make, 1, device)) as rounds:
         for step in range(4):
             pixels = rounds.at(step).pixels
-            for _ in range(50):  # still running when the round after next is copied
+            # The product is still running when the next round but one is copied
+            for _ in range(50):
                 busy = (busy @ busy).clamp(max=1)
             sums.append([p.long().sum() for p in pixels.values()])
             del pixels
@@ -205,7 +207,8 @@ def test_muon_takes_the_steps_of_pytorchs_own() -> None:
             optimizer.step()
     for one, other, start in zip(ours, theirs, starts, strict=True):
         moved = (other - start).norm()
-        assert (one - other).norm() < 0.02 * moved  # theirs multiplies in bfloat16 on a CPU too
+        # torch's Muon multiplies in bfloat16, even on a CPU
+        assert (one - other).norm() < 0.02 * moved
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(data: DataSet) -> None:
@@ -244,7 +247,7 @@ def test_a_broken_run_goes_on_from_its_last_state(
         train_demo.main()
 
     def train(trainer: Trainer, batch: Batch) -> torch.Tensor:
-        # after the first of two rounds' two steps, with a state from then
+        # The run stops after the first of each round's two steps, and leaves a state file
         monkeypatch.setattr("train_demo._SAVE_SECONDS", 0.0)
         if trainer.step == 1:
             raise KeyboardInterrupt
@@ -276,7 +279,7 @@ def test_training_operations_compute_what_the_reference_does(data: DataSet) -> N
     for ops in (REFERENCE, TRAINING):
         model = Idefics2(ModelConfig.load(DEMO), ops)
         init_for_training(model, seed=0)
-        # the longest of two images, more than the window, and one whole image
+        # The longest group, of two images, exceeds the window. The other one has one whole image.
         keys = [group.key for group in data.groups]
         longest = data.groups[max(range(len(keys)), key=lambda place: keys[place].length)]
         assert longest.key.length > 192
@@ -327,12 +330,13 @@ def test_training_starts_at_unit_scale(data: DataSet) -> None:
         features = image_features(model, batch)
         loss = model.loss(batch.text, batch.labels, features)
     assert all(0.7 < scale < 1.4 for scale in (*scales.values(), features.std().item())), scales
-    # a first guess that is nearly even over the vocabulary
+    # The first guess is nearly even over the vocabulary
     assert abs(loss.item() - np.log(960)) < 1
     model.init_weights(0)
     with torch.no_grad():
         model.loss(batch.text, batch.labels, image_features(model, batch))
-    assert all(scale < 0.5 for scale in scales.values()), scales  # what it is good for
+    # The usual initialization gives much smaller scales
+    assert all(scale < 0.5 for scale in scales.values()), scales
 
 
 def test_exported_checkpoint_loads_as_it_was(data: DataSet, tmp_path: Path) -> None:
@@ -353,10 +357,11 @@ def test_exact_match_counts_whole_answers(data: DataSet) -> None:
     exact = trainer.exact_match(batches)
     kinds = [ALL_KINDS[kind] for batch in batches for kind in batch.kinds]
     assert list(exact) == sorted(set(kinds))
-    assert all(share == 0 for share in exact.values())  # an untrained model knows nothing
+    # An untrained model gives no right answer
+    assert all(share == 0 for share in exact.values())
 
     class Oracle(torch.nn.Module):
-        """Says every label, in one conversation of three a wrong last one."""
+        """A model that predicts every label, except the last in a third of the conversations."""
 
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()

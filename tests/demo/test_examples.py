@@ -1,4 +1,4 @@
-"""The scripts in ``examples/`` do what their first lines say, and so does the code in ``docs/``."""
+"""The scripts in ``examples/`` and the code in ``docs/`` run as described."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Error classes: the table of them in docs/errors.md, their codes, and their way between processes."""
+"""Error classes: their table in docs/errors.md, their codes, and transfer between processes."""
 
 import pickle
 import re

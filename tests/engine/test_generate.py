@@ -1,4 +1,4 @@
-"""The generate loop: transformers' greedy tokens, sampling, stop rules, batching."""
+"""The generate loop: transformers' greedy tokens, sampling, stop rules and batching."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ EOS, END_OF_UTTERANCE, FAKE = 2, 32002, 32000
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The folder of a checkpoint whose window is shorter than its prompts, and transformers' model."""
+    """Return a checkpoint whose window is shorter than its prompts, and transformers' model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return folder, write_checkpoint(folder, window=24)
 
@@ -57,7 +57,7 @@ WORDS = [
 
 
 def make_prompts() -> list[dict[str, Any]]:
-    """Twenty prompts of unequal length with no image, one and several."""
+    """Return twenty prompts of unequal length with no image, one and several."""
     prompts = []
     for i in range(20):
         images = [random_image(60 + 7 * i, 140 - 5 * i, seed=10 * i + j) for j in range(i % 3)]
@@ -69,7 +69,7 @@ def make_prompts() -> list[dict[str, Any]]:
 
 
 def oracle_generate(llm: LLM, oracle: Any, prompts: list[dict[str, Any]], **options: Any) -> Any:
-    """Run transformers on a left-padded batch; returns the new tokens of each row."""
+    """Run transformers on a left-padded batch; return the new tokens of each row."""
     inputs = llm.processor.padded(
         [p["prompt"] for p in prompts],
         [p["multi_modal_data"]["image"] for p in prompts],
@@ -228,9 +228,8 @@ def test_closing_a_stream_frees_its_pages(llm: LLM) -> None:
     stream = llm.stream(make_prompts()[5], SamplingParams(max_tokens=30))
     next(stream)
     stream.close()
-    llm.generate(
-        "x", SamplingParams(max_tokens=1)
-    )  # the engine has dropped the stream before it begins
+    # The engine drops the stream before it begins this request
+    llm.generate("x", SamplingParams(max_tokens=1))
     llm.engine.scheduler.pages.check_integrity([])
     assert not llm.engine.has_work
 
@@ -367,7 +366,7 @@ def test_what_is_no_sampling_params(llm: LLM, params: Any) -> None:
 
 
 def test_the_smallest_temperature_and_top_p_are_the_most_likely_token(llm: LLM) -> None:
-    """In fp32 both are 0, which is no number to divide by."""
+    """In fp32 both values are 0, and logits cannot be divided by 0."""
     prompts = make_prompts()[:4]
     greedy = ours(llm, prompts, max_tokens=4)
     for params in (

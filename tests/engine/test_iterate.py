@@ -26,7 +26,8 @@ from idefics2_engine.prefetcher import Prefetcher
 from oracle import random_image
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
-SETTINGS = {"max_model_len": 200, "max_num_seqs": 4}  # of ``llm``
+# Settings of ``llm``
+SETTINGS = {"max_model_len": 200, "max_num_seqs": 4}
 
 
 def prompts(count: int) -> list[Any]:
@@ -118,7 +119,8 @@ def test_an_error_of_the_source_is_the_callers(llm: LLM) -> None:
         raise OSError("disk")
 
     outputs = llm.iterate(broken(), GREEDY)
-    assert next(outputs).outputs[0].token_ids  # all that was read is answered first
+    # All rows that were read are answered first
+    assert next(outputs).outputs[0].token_ids
     with pytest.raises(OSError, match="disk"):
         next(outputs)
     assert llm.generate("x", GREEDY)
@@ -154,10 +156,12 @@ def test_rows_are_read_in_order_and_prepared_a_bounded_number_at_once() -> None:
             if (one := prepared.get()) is None:
                 continue
             taken.append(one)
-            assert len(begun) <= len(taken) + 4 + 1  # row 4 is read, and never prepared
+            # Row 4 is read and never prepared
+            assert len(begun) <= len(taken) + 4 + 1
             rows.done()
             if one == 30:
-                rows.done()  # for row 4
+                # This counts row 4 as done
+                rows.done()
     assert sorted(taken) == [10 * row for row in range(9) if row != 4]
     assert begun == list(range(9))
     assert ends == [(9, None)]
@@ -194,7 +198,7 @@ MESSAGE = {"role": "user", "content": "what is left"}
 
 
 class Unreadable(Mapping[str, Any]):
-    """A mapping on a disk that is gone."""
+    """A mapping whose file is gone."""
 
     def __getitem__(self, key: str) -> Any:
         raise OSError("gone")
@@ -275,7 +279,8 @@ def test_a_source_that_fails_loses_nothing_that_it_gave(llm: LLM, error: BaseExc
 def test_the_seed_of_a_row_does_not_depend_on_threads(checkpoint: Path) -> None:
     params = SamplingParams(max_tokens=4, min_tokens=4)
     rows: list[Any] = prompts(12)
-    rows[5] = 7  # a row that is wrong draws a seed as well
+    # An invalid row draws a seed as well
+    rows[5] = 7
     first, second = (
         tokens(
             [o for o in LLM(checkpoint, device="cpu", seed=3).iterate(rows, params) if not o.error]

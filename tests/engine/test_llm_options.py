@@ -1,4 +1,4 @@
-"""Every argument of ``LLM``: values of the wrong type or out of range are refused before a file is read."""
+"""Arguments of ``LLM``: wrong types and values out of range are refused before a file is read."""
 
 import inspect
 import math
@@ -18,7 +18,8 @@ from idefics2_kernels import REFERENCE
 DEFAULTS: dict[str, Any] = {
     name: parameter.default for name, parameter in inspect.signature(LLM).parameters.items()
 }
-HUGE = 10**5000  # more digits than Python writes
+# Python refuses to print a number of so many digits
+HUGE = 10**5000
 FLAG = [1, 0, "yes", np.bool_(True), 1.0]
 NO_TEXT = [1, b"x", ["x"], True, math.nan]
 COUNT = [0, -1, 2.5, 2.0, True, "8", math.nan, 10**12, HUGE, [8]]
@@ -53,7 +54,8 @@ BAD: dict[str, list[Any]] = {
     "image_threads": COUNT,
     "ops": [7, "triton", {}, type(REFERENCE)],
 }
-GOOD: dict[str, list[tuple[Any, Any]]] = {  # given and kept
+# Values given and values kept
+GOOD: dict[str, list[tuple[Any, Any]]] = {
     "model": [("org/name", "org/name"), (Path("a"), Path("a")), (None, None)],
     "quantized_parts": [(["text"], ("text",)), (None, None)],
     "device": [(torch.device("cuda", 1), "cuda:1")],

@@ -1,4 +1,4 @@
-"""What the engine logs: while it is loaded, where it recovers, and nothing unless it is asked to."""
+"""Logs of the engine: loading, recovery, and nothing without a handler or option."""
 
 import logging
 import re
@@ -158,7 +158,7 @@ def test_graphs(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatc
 
 
 def test_silent_unless_asked(tiny: Path) -> None:
-    """Python itself would print warnings of a logger without any handler."""
+    """Without any handler, Python itself would print a logger's warnings."""
     code = (
         "import sys; from idefics2_engine import LLM, SamplingParams\n"
         "llm = LLM(sys.argv[1], device='cpu')\n"

@@ -11,7 +11,8 @@ import pytest
 from idefics2_engine.errors import SamplingError
 from idefics2_engine.sampling_params import SamplingParams
 
-HUGE = 10**5000  # more digits than Python writes
+# Python refuses to print a number of so many digits
+HUGE = 10**5000
 BAD: dict[str, list[Any]] = {
     "temperature": [-0.1, math.nan, math.inf, 1e39, 10**400, HUGE, "1", None, True, 1j, [1.0]],
     "top_p": [0, -0.5, 1.01, math.nan, math.inf, -math.inf, None, False, np.float32("nan")],
@@ -113,11 +114,13 @@ def test_every_parameter_has_good_and_bad_values() -> None:
 
 
 def shown(value: Any) -> str:
-    """Return what an error must say of ``value``: the beginning of it is enough."""
+    """Return the beginning of the text that an error must have for ``value``."""
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
-        value = value[0]  # an element of a list, or the whole
+        # The error names an element of a list, or the whole list
+        value = value[0]
     if isinstance(value, dict) and len(value) == 1 and [*value] != [1]:
-        value = next(iter(value))  # the key is at fault
+        # The error names the key
+        value = next(iter(value))
     elif isinstance(value, dict) and len(value) == 1:
         value = value[1]
     elif value == {1: 0, "1": 0}:

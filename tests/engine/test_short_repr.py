@@ -1,4 +1,4 @@
-"""Values in errors: short, whatever they are, and without addresses in memory."""
+"""Values in error messages: always short, and without memory addresses."""
 
 from fractions import Fraction
 from typing import Any

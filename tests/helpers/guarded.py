@@ -1,4 +1,4 @@
-"""Memory that tells on a kernel: what it allocates is full of NaN, between bands that nobody may write to."""
+"""Guarded memory for kernels: allocations full of NaN, between bands that must stay intact."""
 
 import math
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-_BAND = 64  # elements on each side
+# Elements on each side
+_BAND = 64
 _FILL = {True: float("nan"), False: 0x5A}
 
 
 @contextmanager
 def guarded_allocations() -> Iterator[None]:
-    """Poison every ``torch.empty`` and ``torch.empty_like`` inside; on leaving, check their bands."""
+    """Fill each ``torch.empty`` and ``torch.empty_like`` with NaN; check the bands at the end."""
     buffers: list[Tensor] = []
     plain_empty = torch.empty
 

@@ -1,4 +1,4 @@
-"""A hub's cache on the disk, as its client lays it down."""
+"""The cache of the hub's client, written by hand."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ def git_sha1(content: bytes) -> str:
 
 
 def put(cache: Path, repo: str, files: dict[str, bytes], ref: str = "main") -> Path:
-    """Lay ``files`` down as the hub's client does and return the snapshot."""
+    """Write ``files`` as the hub's client does and return the folder of the snapshot."""
     storage = cache / f"models--{repo.replace('/', '--')}"
     snapshot = storage / "snapshots" / COMMIT
     for folder in (snapshot, storage / "blobs", (storage / "refs" / ref).parent):

@@ -1,8 +1,8 @@
-"""A detokenizer for tests of what is host only."""
+"""A detokenizer for tests that run on the host alone."""
 
 
 class Letters:
-    """Every token is one letter."""
+    """A detokenizer for which every token is one letter."""
 
     def add(self, token_id: int) -> str:
         return chr(ord("a") + token_id % 26)

@@ -1,4 +1,4 @@
-"""Inputs of NF4 products, and what comes of them, for the tests of kernels that run on a CPU."""
+"""Inputs and expected results of NF4 products, for the tests of kernels that run on a CPU."""
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
@@ -15,7 +15,7 @@ DTYPES = torch.bfloat16, torch.float16
 
 @dataclass(frozen=True)
 class Product:
-    """The sizes of x (M, K) and a weight (N, K), and what else a product has."""
+    """The sizes of x (M, K) and a weight (N, K), and the other properties of a product."""
 
     M: int
     N: int
@@ -24,10 +24,11 @@ class Product:
     double_quant: bool = True
     bias: bool = True
     dtype: torch.dtype = torch.bfloat16
-    absmax: float = 0.0  # of all blocks, where given; then no number is negative
+    # Absmax of all blocks, if not 0. Then no number is negative.
+    absmax: float = 0.0
 
     def inputs(self) -> dict[str, Any]:
-        """Draw x, beside which is NaN, a weight and a bias."""
+        """Draw x, surrounded by NaN, a weight and a bias."""
         wide = torch.full((self.M + 3, self.K + 24), float("nan"), dtype=self.dtype)
         rows = wide[1 : self.M + 1, 8 : self.K + 8]
         rows.copy_(torch.randn(self.M, self.K))
@@ -43,13 +44,13 @@ class Product:
 
 
 def expected(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Return the product in float64, rounded."""
+    """Return the product, computed in float64 and rounded to the dtype of ``rows``."""
     out = rows.double() @ nf4_dequantize(weight).double().t()
     return (out if bias is None else out + bias.double()).to(rows.dtype)
 
 
 def is_noticed(run: Callable[[dict[str, Any]], Tensor], inputs: dict[str, Any]) -> bool:
-    """Say whether ``run`` with a changed kernel reads past a tensor or gives another product."""
+    """Return whether ``run`` with a changed kernel reads past a tensor or gives another product."""
     try:
         out = run(inputs)
     except (AssertionError, IndexError):

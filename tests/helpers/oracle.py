@@ -1,4 +1,4 @@
-"""Tiny random Idefics2 models in transformers, the oracle, and the same weights in ours."""
+"""Tiny random Idefics2 models in transformers, the oracle, and the same weights in this engine."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,12 @@ GRID = 8
 
 @dataclass(frozen=True)
 class TinyCase:
-    """One configuration and the batch to run on it: per sample, (height, width) of its tiles in pixels."""
+    """A configuration and its batch: the (height, width) in pixels of each sample's tiles."""
 
     name: str
     tiles: tuple[tuple[tuple[int, int], ...], ...]
-    text_lengths: tuple[int, ...]  # text tokens a sample besides its image tokens
+    # Text tokens of each sample besides its image tokens
+    text_lengths: tuple[int, ...]
     vision: dict[str, Any] = field(default_factory=dict)
     perceiver: dict[str, Any] = field(default_factory=dict)
     text: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +110,8 @@ def build_oracle(
                 parameter.add_(0.2 * torch.randn_like(parameter))
             else:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.to(dtype)  # no dropout is configured, so train and eval are one
+    # No dropout is configured, so train and eval mode compute the same
+    return model.to(dtype)
 
 
 def padded_pixels(samples: list[list[Tile]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +143,7 @@ def padded_ids(case: TinyCase, side: str = "right") -> tuple[torch.Tensor, torch
 
 
 def oracle_inputs(case: TinyCase) -> dict[str, torch.Tensor]:
-    """Return the batch of ``case`` as transformers takes it."""
+    """Return the batch of ``case`` as keyword arguments of transformers' model."""
     input_ids, mask = padded_ids(case)
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     if any(case.tiles):
@@ -156,7 +158,7 @@ def image_batch(samples: list[list[Tile]]) -> ImageBatch | None:
 
 
 def save_oracle(model: Any, folder: Path) -> Path:
-    """Write the oracle in the hub's form."""
+    """Write the oracle as a checkpoint in the hub's format."""
     model.save_pretrained(folder)
     return folder
 

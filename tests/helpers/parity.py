@@ -1,4 +1,4 @@
-"""The check of a kernel on one case, for the tests and for the mutants."""
+"""The check of a kernel on one case, for the parity tests and for the mutants."""
 
 import torch
 
@@ -8,7 +8,7 @@ from idefics2_kernels.catalog.criterion import case_error
 
 
 def check(spec: KernelSpec, implementation: str, case: Case, device: torch.device) -> None:
-    """Hold an implementation to float64, row by row, in memory that is full of NaN."""
+    """Compare an implementation with float64, row by row, in memory that is full of NaN."""
     inputs = spec.make_inputs(case, device)
     worst = case_error(spec, implementation, case, inputs, guarded_allocations())
     assert worst <= 1, f"{worst:.2f} times the allowed error"

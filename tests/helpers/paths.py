@@ -1,4 +1,4 @@
-"""Where things are in the checkout."""
+"""Paths of files and folders in the checkout."""
 
 from pathlib import Path
 
@@ -7,4 +7,4 @@ TESTS = ROOT / "tests"
 EXAMPLES = ROOT / "examples"
 DEMO = EXAMPLES / "demo"
 EIGHT_B = TESTS / "data" / "idefics2-8b"
-"""The files of idefics2-8b, but for its weights."""
+"""The files of idefics2-8b without its weights."""

@@ -15,7 +15,7 @@ FORMATS = ("PNG", "JPEG", "WebP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """Return random pixels, the same for the same arguments; F in [0, 1] and I in 16 bits."""
+    """Return random pixels, equal for equal arguments; F is in [0, 1] and I has 16 bits."""
     rng = np.random.default_rng([width, height, len(mode), *mode.encode()])
     size = width, height
     if mode == "F":
@@ -35,37 +35,37 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def file(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """Return ``image`` as a file."""
+    """Return ``image`` as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def oriented(image: Image.Image, kind: str, orientation: int) -> bytes:
-    """Return a file that says which way the camera was held, 1 … 8."""
+    """Return a file with the EXIF orientation 1 to 8."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return file(image, kind, exif=exif)
 
 
 def frames(kind: str) -> bytes:
-    """Return a file with three frames or pages of different colours."""
+    """Return a file with three frames or pages of different colors."""
     first, *rest = [noise(17 + n, 23, "RGB").resize((20, 23)) for n in range(3)]
     return file(first, kind, save_all=True, append_images=rest)
 
 
 def transparent_palette() -> bytes:
-    """Return a PNG whose palette has a transparent colour."""
+    """Return a PNG whose palette has a transparent color."""
     return file(noise(19, 13).quantize(16), "PNG", transparency=3)
 
 
 def sixteen_bits(width: int = 21, height: int = 11) -> bytes:
-    """Return a grey PNG of 16 bits."""
+    """Return a gray PNG of 16 bits."""
     return file(noise(width, height, "I;16"), "PNG")
 
 
 def sixteen_bits_rgb() -> bytes:
-    """Return a PNG of 16 bits a channel, which Pillow reads but does not write."""
+    """Return a PNG of 16 bits a channel, written by hand because Pillow only reads such files."""
     pixels = np.random.default_rng(0).integers(0, 65536, (3, 5, 3)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
     return png_file(5, 3, zlib.compress(rows), bits=16)
@@ -78,7 +78,7 @@ def png_file(
     bits: int = 8,
     more: tuple[bytes, bytes] | None = None,
 ) -> bytes:
-    """Return an RGB PNG written by hand, with one more chunk (name, body) before the pixels."""
+    """Return an RGB PNG, written by hand, with one more chunk (name, body) before the pixels."""
     header = width.to_bytes(4) + height.to_bytes(4) + bytes([bits, 2, 0, 0, 0])
     chunks = [(b"IHDR", header), *([more] if more else []), (b"IDAT", compressed), (b"IEND", b"")]
     body = b"".join(

@@ -1,4 +1,4 @@
-"""A tiny random checkpoint behind the real tokenizer, whole: everything that ``LLM`` reads."""
+"""A tiny random checkpoint with the real tokenizer and every file that ``LLM`` reads."""
 
 import json
 import shutil
@@ -22,7 +22,10 @@ def write_checkpoint(
     max_positions: int = 512,
     **saving: Any,
 ) -> Any:
-    """Write the checkpoint to ``folder``, like idefics2-8b or, without ``chat``, like idefics2-8b-base; return the oracle."""
+    """Write the checkpoint to ``folder`` and return the oracle.
+
+    The checkpoint is like idefics2-8b or, without ``chat``, like idefics2-8b-base.
+    """
     case = TinyCase(
         "whole",
         ((),),
@@ -62,13 +65,13 @@ def write_checkpoint(
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON object; None removes one."""
+    """Change keys of a JSON object; a value of None removes the key."""
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
 def _forget_turns(folder: Path) -> None:
-    """Take out what idefics2-8b-base does not have: ``<end_of_utterance>`` and the template."""
+    """Remove ``<end_of_utterance>`` and the template, which idefics2-8b-base does not have."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     added = [token for token in tokenizer["added_tokens"] if token["id"] < 32002]
     edit_json(folder / "tokenizer.json", added_tokens=added)

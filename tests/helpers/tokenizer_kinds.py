@@ -1,4 +1,4 @@
-"""Tokenizers of several kinds around the same control tokens, as parsed ``tokenizer.json`` files."""
+"""Several kinds of tokenizers with the same control tokens, as parsed ``tokenizer.json`` files."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def description() -> dict[str, Any]:
 
 
 def legacy_description() -> dict[str, Any]:
-    """Return the tokenizer as older releases saved it, spaces in the normalizer."""
+    """Return the tokenizer as older releases saved it, with spaces in the normalizer."""
     normalizer = {
         "type": "Sequence",
         "normalizers": [
@@ -33,7 +33,7 @@ def legacy_description() -> dict[str, Any]:
 
 
 def normalized_description() -> dict[str, Any]:
-    """Return the tokenizer with control tokens that are looked for behind the normalizer."""
+    """Return the tokenizer with control tokens that are matched after normalization."""
     added = [{**token, "normalized": True} for token in description()["added_tokens"]]
     return {**description(), "added_tokens": added}
 

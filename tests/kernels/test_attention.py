@@ -1,4 +1,4 @@
-"""What the catalog cannot say of the attention kernels: errors, exact sums, sharing of keys, huge tensors."""
+"""Attention kernels apart from parity: errors, exact sums, shared keys, huge tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[[torch.device], Call]]] =
 
 
 def spread(x: Tensor) -> Tensor:
-    """The same values with gaps along the last axis."""
+    """Return the same values with gaps along the last axis."""
     return x.repeat_interleave(2, -1)[..., ::2]
 
 
@@ -199,7 +199,10 @@ def integers(device: torch.device, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("D", [72, 96, 128])
 def test_equal_scores_give_an_exact_mean(D: int, device: torch.device) -> None:
-    """Every weight is exactly 1, the sums are small integers, and they are divided by a power of two."""
+    """Equal scores give the exact mean of the values.
+
+    Every weight is exactly 1, the sums are small integers, and the divisor is a power of two.
+    """
     T = 128
     q, k = torch.zeros(T, 2, D, dtype=torch.bfloat16, device=device), integers(device, T, 1, D)
     v, cu_seqlens = integers(device, T, 1, D), cumulative(device, T)
@@ -224,7 +227,10 @@ def test_equal_scores_give_an_exact_mean(D: int, device: torch.device) -> None:
 
 
 def assert_truncated(actual: Tensor, expected: Tensor) -> None:
-    """Equal; interpreted, where fp32 to bf16 cuts off instead of rounding, to the last bit."""
+    """Check that both are equal, or in the interpreter equal up to the last bit.
+
+    The interpreter truncates fp32 to bf16 instead of rounding.
+    """
     if actual.is_cuda:
         assert torch.equal(actual, expected)
     else:
@@ -239,7 +245,11 @@ def test_the_interpreter_sums_exactly_in_fp32(device: torch.device) -> None:
 
 
 def test_a_padded_query_gives_zeros_and_disturbs_nobody(device: torch.device) -> None:
-    """A graph's batch is padded with sequences of one query and no key, whose table is full of anything."""
+    """A padded query gives zeros and does not change other sequences.
+
+    A graph's batch is padded with sequences of one query and no key, whose block table is
+    undefined.
+    """
     call = paged_call(device) | {"cu_seqlens": cumulative(device, 1, 1, 0), "max_seqlen": 1}
     call["q"] = call["q"][:2]
     call["block_table"] = torch.full((3, 2), 2**31 - 1, dtype=torch.int32, device=device)
@@ -258,7 +268,8 @@ def test_sharing_keys_of_a_sequence_changes_nothing(
     lengths, pages = (77, 0, 16, 33), torch.randperm(20, device=device).int()
     k_cache, v_cache = torch.randn(2, 20, 2, 16, 16, device=device)
     call = {
-        "q": torch.randn(3, 4, 16, device=device),  # the second sequence has no query
+        # The second sequence has no query
+        "q": torch.randn(3, 4, 16, device=device),
         "k_cache": k_cache,
         "v_cache": v_cache,
         "block_table": pages.view(4, 5),
@@ -303,7 +314,7 @@ def test_rows_of_the_reference_are_its_rows(case: Case, device: torch.device) ->
     torch.testing.assert_close(flash_attention_rows(**inputs, rows=rows), expected)
 
 
-# Offsets past 2**31 elements: what is read lies at both ends of 4.3 GB of keys, and the rest is NaN.
+# Tests of offsets past 2**31 elements. Keys at both ends of 4.3 GB are read, and the rest is NaN.
 
 _MANY = 2**31
 

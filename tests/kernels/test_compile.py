@@ -1,4 +1,4 @@
-"""Every kernel compiles, and fits, on the GPUs it is meant for; no GPU is needed."""
+"""Every kernel compiles and fits on the GPUs that it is meant for; no GPU is needed."""
 
 import json
 import os
@@ -10,8 +10,10 @@ import pytest
 from idefics2_kernels.nf4 import nf4_gemv_hopper
 from paths import TESTS
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may use
-# the tensor core instructions of Hopper that each head dim must use: 72 is 64 + 16 columns, 96 is 64 + 32
+# Bytes of shared memory that a thread block may use
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# The tensor core instructions of Hopper that each head dim must use. 72 is 64 + 16 columns, 96 is
+# 64 + 32.
 WGMMA = {
     "flash_attention-plain-text-causal-16k": ["64x128x16"],
     "flash_attention-plain-vision-4900": ["64x16x16", "64x64x16"],
@@ -25,7 +27,7 @@ WGMMA = {
     "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],
     "nf4_matmul-plain-28672x4096-m64": ["64x64x16"],
 }
-# they may begin before the kernel ahead of them has ended
+# These kernels may start before the previous kernel has ended
 DEPENDENT = {
     "_combine_kernel",
     "_decode_attention_kernel",
@@ -37,20 +39,23 @@ DEPENDENT = {
     "_silu_mul_kernel",
     "_split_k_kernel",
 }
-# of Hopper, codes and x for three stages and x once more: a decoded tile of the weight would take another 32 KB
+# On Hopper these are codes and x for three stages, and x once more. A decoded tile of the weight
+# would take another 32 KB.
 NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 47104}
-# NF4's table, which is looked up where shared memory begins: nothing else may begin before its end
+# The size of NF4's table, which is at the start of shared memory. Nothing else may begin before
+# its end.
 NF4_TABLE = 64 * 1024
-# of Hopper, places where tensor cores are waited for, four in all: one for each of two steps, in each of two warpgroups.
-# ptxas puts one behind every product where it fears for registers, and says so where nobody sees it.
+# The number of waits for tensor cores on Hopper: one for each of two steps, in each of two
+# warpgroups. If ptxas runs short of registers, it adds a wait after every product, and its warning
+# is shown nowhere.
 NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x4096-m256": 4}
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_model_shapes_compile_and_fit(arch: int) -> None:
-    # a process of its own: whether Triton interprets is settled when a kernel is imported
+    # A separate process is needed, because the import of a kernel decides whether Triton interprets
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # the oldest version that is supported lies in an environment of its own
+    # The oldest supported version is in an environment of its own
     python = os.environ.get("COMPILE_PYTHON", sys.executable)
     script = TESTS / "tools" / "compile_catalog.py"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Kernels that begin before the one ahead of them has ended: nothing they compute may show it."""
+"""Kernels that start before the previous one has ended compute the same."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_the_interpreter_knows_no_dependent_launch(device: torch.device) -> None
 
 
 def _blocks(x: Tensor, weights: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Run MLP blocks one after the other: products cut among programs, norms and activations between."""
+    """Run MLP blocks one after another: split products, with norms and activations between them."""
     residual, branch = x, torch.zeros_like(x)
     for norm, gate_up, down in weights:
         normed, residual = TRITON.add_rms_norm(branch, residual, norm, 1e-5)

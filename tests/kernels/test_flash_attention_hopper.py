@@ -1,4 +1,4 @@
-"""The attention kernel in Gluon, run on a CPU: which tiles it visits, what it waits for, where it reads and writes."""
+"""The attention kernel in Gluon on a CPU: tiles visited, waits, reads and writes."""
 
 from dataclasses import replace
 from itertools import product
@@ -51,7 +51,7 @@ def test_the_kernel_step_by_step(
 ) -> None:
     lengths, D = case["lengths"], case["D"]
     T, H, H_KV = sum(lengths), 2, 1
-    # a few programs, so that each has several tiles
+    # With a few programs, each has several tiles
     monkeypatch.setattr(kernel, "num_sms", lambda _device: 2)
     config = kernel.launch_config
     monkeypatch.setattr(kernel, "launch_config", lambda n: replace(config(n), **options))

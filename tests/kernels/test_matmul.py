@@ -1,4 +1,4 @@
-"""What the catalog's criterion does not see of products: exact cases, equal rows in any batch, errors."""
+"""Matrix products apart from parity: exact cases, equal rows in any batch, errors."""
 
 import dataclasses
 import itertools
@@ -37,7 +37,10 @@ PRODUCTS = [
 
 
 def _integer_product(name: str, implementation: str, case: Case, device: torch.device) -> None:
-    """Integers whose products and sums are exact: the tensor cores have nothing to round but the result."""
+    """Multiply integers whose products and sums are exact.
+
+    The tensor cores then round nothing but the result.
+    """
     spec = SPECS[name]
     inputs = spec.make_inputs(case, device)
     (exact,) = spec.expected(widen_inputs(inputs))
@@ -79,7 +82,7 @@ def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped
 def test_the_product_dequantises_bit_for_bit(
     K: int, dtype: torch.dtype, double_quant: bool, device: torch.device
 ) -> None:
-    """Rows of the identity read the weights out, one by one."""
+    """Rows of the identity return the weights one by one."""
     weight = nf4_quantize(torch.randn(70, K, device=device).to(dtype), double_quant=double_quant)
     eye = torch.eye(K, dtype=dtype, device=device)
     expected = nf4_dequantize(weight).t()
@@ -92,7 +95,10 @@ def test_the_product_dequantises_bit_for_bit(
 
 @pytest.mark.parametrize("selector", [0x3210, 0x7654, 0x4051, 0x6273, 0xD9C8, 0xFBEA, 0x70F0])
 def test_bytes_are_permuted_as_the_instruction_does(selector: int, device: torch.device) -> None:
-    """Interpreted, the instruction is imitated; this holds the imitation, or the instruction, to PTX's definition."""
+    """The instruction permutes bytes as PTX defines.
+
+    In the interpreter this tests the emulation of the instruction.
+    """
     words = torch.randint(-(2**31), 2**31, (2, 64), dtype=torch.int32, device=device)
     out = torch.empty_like(words[0])
     _permute_kernel[(1,)](words[0], words[1], out, selector)
@@ -106,7 +112,10 @@ def test_bytes_are_permuted_as_the_instruction_does(selector: int, device: torch
 
 @pytest.fixture
 def rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the interpreter multiply row by row: a processor's BLAS may sum rows at the edge of its tile otherwise."""
+    """Let the interpreter multiply row by row.
+
+    A processor's BLAS may sum rows at the edge of its tile in another order.
+    """
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ij,jk->ik", a, b, dtype=dtype))
 
 
@@ -176,7 +185,8 @@ def test_a_row_of_few_does_not_depend_on_the_rows_beside_it(
     x = torch.randn(M, 2048, device=device).to(dtype)
     weight = nf4_quantize(torch.randn(70, 2048, device=device).to(dtype))
     whole = nf4_matmul.few_rows(x, weight)
-    for first in (0, M // 2 - 1):  # as many rows as have the same tile
+    # The tile is the same for both numbers of rows
+    for first in (0, M // 2 - 1):
         assert torch.equal(nf4_matmul.few_rows(x[first:], weight), whole[first:])
 
 
@@ -219,7 +229,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """Keep the strides, which ``to`` does not where there are gaps."""
+    """Return ``x`` on the device with its strides, which ``to`` does not keep if there are gaps."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 

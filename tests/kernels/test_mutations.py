@@ -1,4 +1,7 @@
-"""Every mutation of ``make mutants`` changes a kernel as it is now: what they find is seen only when they are tried."""
+"""Every mutation of ``make mutants`` changes the current text of a kernel.
+
+Only ``make mutants`` tests whether they are noticed.
+"""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes, bit for bit, on a CPU: the reference everywhere, the kernels where they are small."""
+"""NF4 against bitsandbytes, bit for bit, on a CPU: the reference, and kernels in small cases."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,7 +41,7 @@ LARGE = [(96, 257), (128, 64), (130, 1000), (255, 65), (257, 64), (16, 1024), (4
 
 
 def oracle(weight: Tensor, double_quant: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """Return bitsandbytes' parts of ``weight``, and what it makes of them."""
+    """Return bitsandbytes' parts of ``weight``, and its dequantized values."""
     codes, state = bnb.quantize_4bit(
         weight, quant_type="nf4", blocksize=64, compress_statistics=double_quant
     )
@@ -50,9 +50,10 @@ def oracle(weight: Tensor, double_quant: bool) -> tuple[dict[str, Tensor], Tenso
         parts |= {"offset": state.offset.expand_as(state.state2.absmax)}
         parts |= {"nested_absmax": state.state2.absmax}
         parts |= {"nested_code": state.state2.code}
-    # flat, and of even length: its AVX-512 code takes rows for whole numbers of blocks
+    # A flat shape of even length is needed, because its AVX-512 code expects rows of whole blocks
     state.shape = torch.Size([weight.numel() + weight.numel() % 2])
-    # on the CPU its CUDA library rounds ties away from zero in fp16; on CUDA it flushes small numbers to zero
+    # Its CUDA library on CPU tensors rounds ties away from zero in fp16. On CUDA tensors it flushes
+    # small numbers to zero.
     if torch.cuda.is_available() and weight.dtype is torch.float16:
         codes = codes.cuda()
         state.to("cuda")  # type: ignore[no-untyped-call]
@@ -134,7 +135,8 @@ HARD: dict[str, Callable[[], Tensor]] = {
     "outlier": lambda: torch.randn(5, 64).index_fill_(0, torch.tensor(2), 6e4),
     "wide": lambda: torch.randn(300, 65) * 10.0 ** torch.linspace(-35, 35, 300)[:, None],
     "subnormal": lambda: torch.randn(3, 70) * 1e-38,
-    "largest": lambda: torch.randn(3, 70).sign() * 8e37,  # the four absmaxes must have a mean
+    # The mean of the four absmaxes must be finite
+    "largest": lambda: torch.randn(3, 70).sign() * 8e37,
 }
 
 
@@ -151,7 +153,7 @@ def test_hard_values_equal_bitsandbytes(
 
 
 def test_nested_codes_equal_at_every_edge_of_a_bin() -> None:
-    """Where the nested code changes, the neighboring 40 numbers on either side."""
+    """Test the 40 neighboring numbers on either side of every edge between two nested codes."""
     bins = dynamic_bins(CPU).long()
     edges = ((bins.diff().nonzero()[:, 0].double() + 0.5) / 65535 * 2 - 1).float()
     numbers = [edges]
@@ -169,7 +171,7 @@ def test_nested_codes_equal_at_every_edge_of_a_bin() -> None:
 
 
 def test_rows_of_whole_blocks_need_no_flattening() -> None:
-    """What bitsandbytes answers users for the text model's weights, as they call it."""
+    """bitsandbytes' own results for the text model's weights, called as users do, are the same."""
     weight = torch.randn(48, 256, dtype=torch.bfloat16)
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(nf4_dequantize(nf4_quantize(weight)), bnb.dequantize_4bit(codes, state))
@@ -250,8 +252,10 @@ def test_what_cannot_be_stacked() -> None:
     assert can_stack([whole, part])
     assert can_stack([nf4_quantize(torch.randn(3, 64), double_quant=False), plain])
     for pair in (
-        [part, whole],  # ends inside a nested block
-        [nf4_quantize(torch.randn(3, 63), double_quant=False)] * 2,  # ends inside a block
+        # The first part ends inside a nested block
+        [part, whole],
+        # The first part ends inside a block
+        [nf4_quantize(torch.randn(3, 63), double_quant=False)] * 2,
         [whole, plain],
         [whole, other],
         [whole, nf4_quantize(torch.randn(64, 256))],

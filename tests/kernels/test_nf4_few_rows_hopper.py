@@ -1,4 +1,4 @@
-"""NF4's kernel for few rows in Gluon, run on a CPU: every weight bit for bit, what it reads, who adds up what."""
+"""NF4's kernel for few rows in Gluon on a CPU: every weight bit for bit, its reads and its sums."""
 
 from dataclasses import dataclass
 from itertools import product
@@ -29,7 +29,10 @@ def kernel() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut(Product):
-    """A product, and how it is cut: as the kernel would unless ``rows`` says how many a warp takes."""
+    """A product and its division among warps.
+
+    The kernel chooses the division, unless ``rows`` gives the rows of a warp.
+    """
 
     rows: int = 0
     warps_n: int = 1
@@ -54,7 +57,10 @@ class Cut(Product):
 def test_every_weight_bit_for_bit(
     dtype: torch.dtype, double_quant: bool, kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of the identity read the weights out, one by one; the absmaxes span what the dtype can hold."""
+    """Rows of the identity return the weights one by one.
+
+    The absmaxes span the range of the dtype.
+    """
     cut = Cut(64, 70, 512, double_quant=double_quant, dtype=dtype)
     scales = torch.logspace(-6, 3, 70)[:, None]
     weight = nf4_quantize((torch.randn(70, 512) * scales).to(dtype), double_quant=double_quant)
@@ -66,7 +72,7 @@ def test_every_weight_bit_for_bit(
 
 
 CUTS: dict[str, Cut] = {
-    # as the kernel cuts them
+    # The kernel chooses the division
     "one-row": Cut(1, 33, 512),
     "one-row-long": Cut(1, 70, 3328, double_quant=False),
     "few-rows": Cut(7, 40, 2048, bias=False),
@@ -75,21 +81,22 @@ CUTS: dict[str, Cut] = {
     "most-rows": Cut(64, 71, 1024, double_quant=False, dtype=torch.float16),
     "many-programs": Cut(1, 5000, 256, bias=False),
     "one-weight-row": Cut(5, 1, 256),
-    "both-halves": Cut(12, 8448, 256),  # 64 rows a program
-    # rounds: more groups of rows than warps
+    # Each program has 64 rows
+    "both-halves": Cut(12, 8448, 256),
+    # There are more groups of rows than warps, so there are several rounds
     "rounds": Cut(3, 200, 512, rows=16, warps_n=2),
     "rounds-of-one": Cut(9, 150, 768, rows=32, warps_n=1),
     "rounds-split": Cut(1, 300, 1792, rows=16, warps_n=2, warps_k=4),
     "rounds-all-along-k": Cut(16, 200, 4096, rows=32, warps_k=8),
-    # a warp more than there are groups, and one that has no columns left
+    # One warp has no group of rows, or no columns
     "idle-warp": Cut(8, 90, 512, rows=16, warps_n=4),
     "uneven-columns": Cut(16, 65, 1280, rows=32, warps_k=4),
     "fewer-columns": Cut(2, 20, 512, rows=16, warps_k=8),
-    # infinite: a zero that is added must not have been a product with it
+    # Products with infinite weights. A zero must be added directly, not as a product with zero.
     "infinite": Cut(
         4, 40, 1280, rows=16, warps_k=4, double_quant=False, dtype=torch.float16, absmax=1e6
     ),
-    # x in two buffers
+    # x is in two buffers
     "buffers": Cut(16, 70, 1536, rows=32, warps_n=2, x_memory=2**15),
     "buffers-in-rounds": Cut(8, 130, 1280, rows=16, warps_n=2, x_memory=2**14),
     "buffers-split": Cut(33, 100, 3328, rows=16, warps_n=2, warps_k=2, x_memory=2**17),
@@ -131,7 +138,7 @@ def test_every_cut_fits(M: int, N: int, K: int) -> None:
     assert config.TURNS >= 1
     x_bytes = config.BUFFERS * config.TURNS * config.WARPS_K * config.X_ROWS * 256 * 2
     assert x_bytes <= nf4_few_rows_hopper.X_MEMORY
-    # the tables, x, partial sums where warps share rows; what a program may have
+    # The tables, x, and partial sums if warps share rows must fit the memory of a program
     sums = config.WARPS_N * config.ROWS * config.WARPS_K * config.BLOCK_M * 4
     assert 2**16 + 2**10 + x_bytes + (sums if config.WARPS_K > 1 else 0) <= 227 * 1024
     assert config.BUFFERS == 2 or config.TURNS * config.WARPS_K * 256 >= K
@@ -149,7 +156,7 @@ def test_what_the_kernel_takes() -> None:
     assert not supports(x.flatten()[: 16 * 260].view(16, 260)[:, :256], weight), "rows not aligned"
 
 
-# Changes of the source, and the case that must notice.
+# Changes of the source, and the case that must notice each
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "few-rows"),
     "a byte for its neighbor": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),

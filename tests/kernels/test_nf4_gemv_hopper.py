@@ -1,4 +1,4 @@
-"""NF4's kernel for one row, run on a CPU: every weight bit for bit, what it reads, who adds up what."""
+"""NF4's kernel for one row on a CPU: every weight bit for bit, its reads and its sums."""
 
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,7 +24,10 @@ def kernel() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut(Product):
-    """A product, and how it is cut: as the kernel would unless ``warps_n`` says otherwise."""
+    """A product and its division among warps.
+
+    The kernel chooses the division, unless ``warps_n`` is given.
+    """
 
     warps_n: int = 0
     depth: int = 1
@@ -41,7 +44,10 @@ class Cut(Product):
 
 @pytest.mark.parametrize(("dtype", "double_quant"), [*product(DTYPES, (True, False))])
 def test_every_weight_bit_for_bit(dtype: torch.dtype, double_quant: bool, kernel: Any) -> None:
-    """A one at a column reads the weights there out; all codes of both ways, absmaxes across what the dtype can hold."""
+    """A one at a column returns the weights of that column.
+
+    The weights have all codes in both nibbles, and absmaxes across the range of the dtype.
+    """
     scales = torch.logspace(-6, 3, 70)[:, None]
     weight = nf4_quantize((torch.randn(70, 2048) * scales).to(dtype), double_quant=double_quant)
     wanted = nf4_dequantize(weight)
@@ -54,7 +60,7 @@ def test_every_weight_bit_for_bit(dtype: torch.dtype, double_quant: bool, kernel
 
 
 CUTS: dict[str, Cut] = {
-    # as the kernel cuts them
+    # The kernel chooses the division
     "square": Cut(1, 300, 4096),
     "one-warp-along-k": Cut(1, 70, 2048, double_quant=False),
     "long": Cut(1, 40, 14336, dtype=torch.float16),
@@ -62,11 +68,11 @@ CUTS: dict[str, Cut] = {
     "one-weight-row": Cut(1, 1, 2048),
     "many-programs": Cut(1, 5000, 2048, bias=False),
     "three-warps-along-k": Cut(1, 65, 6144, bias=False),
-    # rounds, and what is on its way beyond the last
+    # There are several rounds, and prefetches past the last one
     "rounds": Cut(1, 200, 2048, warps_n=4),
     "rounds-deep": Cut(1, 75, 4096, warps_n=2, depth=3),
     "rounds-of-one-warp": Cut(1, 31, 2048, warps_n=1, depth=2, double_quant=False),
-    # infinite: a warp without columns adds nothing
+    # Weights are infinite, so a warp without columns must add nothing
     "infinite": Cut(1, 20, 6144, double_quant=False, dtype=torch.float16, absmax=1e6),
 }
 
@@ -86,7 +92,8 @@ def test_parts_of_all_rows_fit(N: int, K: int) -> None:
     assert config.num_warps in (8, 16)
     assert config.WARPS_K * nf4_gemv_hopper.COLUMNS >= K
     pairs = nf4_gemv_hopper.pairs_per_program(N, config.programs)
-    rounds = -(-pairs // config.WARPS_N)  # a warp may write what nobody reads
+    # A warp may write parts that are never read
+    rounds = -(-pairs // config.WARPS_N)
     rows = 2 * rounds * config.WARPS_N
     assert rows * nf4_gemv_hopper.row_bytes(config.WARPS_K) <= nf4_gemv_hopper.PARTS_MEMORY
 
@@ -103,7 +110,7 @@ def test_what_the_kernel_takes() -> None:
     assert not supports(x[:1, :1024], nf4_quantize(torch.randn(3, 1024).half()))
 
 
-# Changes of the source, and the case that must notice.
+# Changes of the source, and the case that must notice each
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "square"),
     "the lane's place is left out": ("% PLACES * 8", "% PLACES * 0 + 1", "square"),

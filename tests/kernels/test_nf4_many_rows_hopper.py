@@ -1,4 +1,4 @@
-"""NF4's kernel for many rows, run on a CPU: its decoding bit by bit, its tiles, what it waits for and where it writes."""
+"""NF4's kernel for many rows on a CPU: its decoding bit by bit, its tiles, waits and writes."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def padded(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_it_dequantises_bit_for_bit(double_quant: bool, dtype: torch.dtype, kernel: Any) -> None:
-    """Rows of the identity read the weights out; a block of zeros and a tiny one are among them."""
+    """Rows of the identity return the weights, with a block of zeros and a tiny one among them."""
     dense = torch.randn(200, 320).to(dtype)
     dense[5, 64:128] = 0
     dense[6] *= 1e-4
@@ -75,7 +75,7 @@ def test_it_dequantises_bit_for_bit(double_quant: bool, dtype: torch.dtype, kern
         assert torch.equal(out, nf4_dequantize(each).t())
 
 
-# M, N, K: parts of tiles, single rows, one step and more than there are stages
+# M, N, K: parts of tiles, single rows, one step, and more steps than stages
 SHAPES = [
     (1, 1, 64),
     (2, 7, 128),
@@ -136,7 +136,7 @@ def test_every_tile_is_visited_once(tiles_m: int, tiles_n: int, group_m: int, ke
     assert {(int(m), int(n)) for m, n in tiles} == {
         (m, n) for m in range(tiles_m) for n in range(tiles_n)
     }
-    # the same rows of the weight, one tile of x after another
+    # The first tiles have the same rows of the weight, and one tile of x after another
     assert [int(n) for _, n in tiles[: min(group_m, tiles_m)]] == [0] * min(group_m, tiles_m)
 
 
@@ -171,9 +171,11 @@ def test_what_the_kernel_takes() -> None:
         (0, 4096, 0, True, "fused"),
         (65, 28672, 64, True, "many_rows"),
         (65, 28672, 64, False, "fused"),
-        (128, 4096, 32, True, "fused"),  # 32 tiles for 132 programs
+        # There are 32 tiles for 132 programs
+        (128, 4096, 32, True, "fused"),
         (65, 6144, 32, True, "many_rows"),
-        (256, 4096, 32, True, "dequantized"),  # tiles for a half, of a small weight
+        # There are tiles for half of the programs, and the weight is small
+        (256, 4096, 32, True, "dequantized"),
         (257, 4096, 32, True, "many_rows"),
         (512, 28672, 64, True, "many_rows"),
         (513, 28672, 64, True, "dequantized"),
@@ -189,7 +191,8 @@ def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> N
     ("M", "N", "block_m"),
     [
         (65, 28672, 128),
-        (256, 28672, 256),  # 224 tiles are two rounds, 448 of half the size would be four
+        # 224 tiles are two rounds, and 448 of half the size would be four
+        (256, 28672, 256),
         (256, 4096, 128),
         (512, 4096, 128),
         (2048, 4096, 256),
@@ -208,7 +211,7 @@ def test_the_output_has_what_is_left(block_m: int, stages: int, out_rows: int) -
     assert config.out_rows == out_rows
 
 
-# Changes of the source, each of which must be noticed.
+# Changes of the source, each of which must be noticed
 MUTATIONS: dict[str, tuple[str, str]] = {
     "the low nibble first": ("* 16, high, low],", "* 16, low, high],"),
     "the second value first": ("${i}, g, f;", "${i}, f, g;"),
@@ -262,5 +265,6 @@ def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         out = run(kernel, x, weight, bias, BLOCK_M=256, STAGES=4)
     except (AssertionError, IndexError, ValueError):
-        return  # it waited for ever, or read what is not there
+        # The kernel waited forever, or read outside a tensor
+        return
     assert not worst_error(out, same, exact) <= 1

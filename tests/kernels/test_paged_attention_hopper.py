@@ -1,4 +1,4 @@
-"""The paged attention kernel in Gluon, run on a CPU: which pages it reads, and that nothing else can matter."""
+"""The paged attention kernel in Gluon on a CPU: which pages it reads, and that no others matter."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,7 +31,7 @@ def kernel() -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Queries and keys of each sequence, and the heads."""
+    """A batch: queries and keys of each sequence, and the heads."""
 
     queries: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -44,7 +44,10 @@ class Batch:
     more: dict[str, Any] = field(default_factory=dict)
 
     def inputs(self) -> dict[str, Any]:
-        """Draw as the catalog does; what no query sees is NaN, before the window in its page and in page 0 too."""
+        """Draw inputs as the catalog does, with NaN in every slot that no query sees.
+
+        These are the slots before the window in its first page, and all of page 0.
+        """
         dims = {name: value for name, value in vars(self).items() if name != "more"} | self.more
         inputs = SPEC.make_inputs(Case("", dims), torch.device("cpu"))
         caches, table = (inputs["k_cache"], inputs["v_cache"]), inputs["block_table"]
@@ -69,7 +72,10 @@ def run(
     counters: Tensor | None = None,
     **options: int,
 ) -> Tensor:
-    """Run the kernel with a few programs, so that each has several tiles, and counters that nobody else uses."""
+    """Run the kernel with a few programs, so that each has several tiles.
+
+    It uses counters of its own.
+    """
     own = torch.zeros(2, dtype=torch.int32) if counters is None else counters
     config = kernel.launch_config
     arguments = {name: value for name, value in inputs.items() if name not in ("window", "scale")}
@@ -89,7 +95,10 @@ def run(
 
 
 def error(out: Tensor, inputs: dict[str, Any]) -> float:
-    """Return the worst row's error as a multiple of what is allowed; the reference sees no NaN."""
+    """Return the worst row's error as a multiple of the allowed one.
+
+    The reference gets 0 instead of NaN.
+    """
     exact, same = (
         reference.paged_attention(
             **inputs
@@ -101,7 +110,7 @@ def error(out: Tensor, inputs: dict[str, Any]) -> float:
 
 
 BATCHES: dict[str, Batch] = {
-    # contexts of every relation to a page of 64 and a tile of 128 keys
+    # Contexts end at, before and after the edges of a page of 64 keys and a tile of 128
     "lengths": Batch((3, 0, 40, 1), (130, 70, 40, 65)),
     "whole-pages": Batch((64, 64, 2), (64, 128, 192), D=72),
     "whole-tiles": Batch((128, 256), (128, 512), D=128),
@@ -111,7 +120,7 @@ BATCHES: dict[str, Batch] = {
     "long": Batch((130, 7), (700, 515), D=72),
     "no-queries": Batch((0, 5, 0), (100, 70, 0)),
     "without-keys": Batch((3, 300, 4), (2, 100, 0)),
-    # windows that begin at, before and after the edges of pages and tiles
+    # Windows begin at, before and after the edges of pages and tiles
     "window-64": Batch((130, 3), (400, 64), window=64),
     "window-65": Batch((70,), (333,), window=65, D=128),
     "window-127": Batch((200, 1), (327, 128), window=127, D=72),
@@ -119,13 +128,13 @@ BATCHES: dict[str, Batch] = {
     "window-129": Batch((66, 66), (321, 129), window=129),
     "window-192": Batch((2, 100), (449, 448), window=192, D=128),
     "window-whole": Batch((20,), (100,), window=300),
-    # rows of a tile: queries and the heads of a pack
+    # The rows of a tile are queries times the heads of a pack
     "groups-of-1": Batch((150,), (200,), H=2, H_KV=2),
     "groups-of-3": Batch((70, 2), (100, 65), H=6, H_KV=2),
     "groups-of-4": Batch((40, 1, 33), (300, 200, 33), window=100, H=8, H_KV=2, D=128),
     "groups-of-12": Batch((20, 50), (20, 150), H=12, D=72),
     "groups-of-64": Batch((5, 2), (70, 10), H=64),
-    # caches
+    # Layouts of the caches
     "fused": Batch((20, 33), (85, 200), layout="fused", H_KV=2, q_layout="sliced"),
     "slot-major": Batch((20, 33), (85, 200), layout="slot-major", H_KV=2, D=128, window=70),
     "mixed": Batch((20, 33), (85, 200), layout="mixed", H_KV=2, q_layout="transposed", D=72),
@@ -156,15 +165,15 @@ def test_packs_change_nothing(pack: int, kernel: Any, monkeypatch: pytest.Monkey
 
 
 def test_forks_share_pages(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers to one prompt hold its pages; past their ends lies what others wrote."""
+    """Answers to one prompt share its pages; slots after their ends have other contents."""
     inputs = Batch((40, 40, 9), (260, 250, 200), D=72).inputs()
     table = inputs["block_table"]
     table[1, :3] = table[0, :3]
-    table[2, :3] = table[
-        0, :3
-    ]  # 200 keys: all of a shared page but its first 8 slots are another's
+    # With 200 keys the third sequence uses 8 slots of its last page, and others use the rest
+    table[2, :3] = table[0, :3]
     table[2, 3] = table[0, 3]
-    table[:, 5:] = 0  # what the engine writes there
+    # The engine writes 0 there
+    table[:, 5:] = 0
     assert error(run(kernel, inputs, monkeypatch), inputs) <= 1
 
 
@@ -177,7 +186,10 @@ def test_any_number_of_programs(
 
 
 def test_every_unread_slot_may_be_nan(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other tests see NaN in what no query sees; here it is counted, so that they cannot have lost it."""
+    """Slots that no query sees are NaN in all tests of this file.
+
+    This test counts them, so that the NaNs cannot be lost unnoticed.
+    """
     inputs = Batch((130, 3), (400, 333), window=100).inputs()
     for cache in (inputs["k_cache"], inputs["v_cache"]):
         seen = 130 + 99 + 3 + 99
@@ -194,7 +206,7 @@ def test_every_unread_slot_may_be_nan(kernel: Any, monkeypatch: pytest.MonkeyPat
         (lambda q, k: {"q": q[..., :64], "k_cache": k[..., :64]}, 63, False),
         (lambda _q, k: {"k_cache": k[:, :, :32]}, 63, False),
         (lambda q, _k: {"q": q.flatten()[1 : 1 + 4 * 2 * 72].view(4, 2, 72)}, 63, False),
-        # pages that are no whole number of rows apart
+        # The distance between pages is not a whole number of rows
         (
             lambda _q, k: {
                 "k_cache": k.flatten()[:-64].as_strided((3, 1, 64, 72), (4616, 4608, 72, 1))
@@ -237,7 +249,7 @@ def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch
 def test_tiles_are_taken_once_and_the_counters_given_back(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The programs run one after the other, so the first takes all but one tile each of the others."""
+    """Programs run one after another, so the first one takes every tile that is not dealt out."""
     inputs = BATCHES["groups-of-4"].inputs()
     taken: list[int] = []
     take = kernel.take_tile
@@ -256,7 +268,7 @@ def test_tiles_are_taken_once_and_the_counters_given_back(
     assert not counters.any()
 
 
-# Changes of the source, and the batch that must notice.
+# Changes of the source, and the batch that must notice each
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "slots without a key are read": ("gl.minimum(end_n - key, PAGE)", "PAGE", "one-over"),
     "one key too few": ("last_m + 1\n", "last_m\n", "lengths"),
@@ -331,5 +343,6 @@ def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         out = run(kernel, inputs, monkeypatch)
     except (AssertionError, IndexError):
-        return  # it waited for ever, or read past a tensor
+        # The kernel waited forever, or read past a tensor
+        return
     assert not error(out, inputs) <= 1

@@ -34,7 +34,7 @@ def cumulative(lengths: list[int]) -> Tensor:
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    """PyTorch's attention on one sequence, (S, H, D) each."""
+    """Compute PyTorch's attention on one sequence, (S, H, D) each."""
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
@@ -43,7 +43,7 @@ def sdpa(
 
 
 def mask_of(S: int, T: int, causal: bool, window: int | None) -> Tensor:
-    """Written as a loop, so as to be nobody else's formula."""
+    """Compute the same in a loop, independently of other formulas."""
     mask = torch.zeros(S, T, dtype=torch.bool)
     for i in range(S):
         for j in range(T):
@@ -59,7 +59,8 @@ def mask_of(S: int, T: int, causal: bool, window: int | None) -> Tensor:
 def test_flash_attention(lengths: list[int], window: int | None, causal: bool) -> None:
     T = sum(lengths)
     qkv = randn(T, H + 2 * H_KV, D)
-    q, k, v = qkv.split((H, H_KV, H_KV), dim=1)  # views, as the model passes them
+    # These are views, as in the model
+    q, k, v = qkv.split((H, H_KV, H_KV), dim=1)
     got = attention.flash_attention(
         q, k, v, cumulative(lengths), max(lengths), causal=causal, window=window
     )
@@ -97,7 +98,8 @@ def test_perceiver_attention(lengths: list[int]) -> None:
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
 @pytest.mark.parametrize("page_size", [4, 64])
 def test_paged_attention_reads_its_pages_alone(window: int | None, page_size: int) -> None:
-    context, new = [11, 4, 9, 1], [1, 4, 5, 1]  # a decode, a prefill, a chunk, a first token
+    # The sequences are a decode, a prefill, a chunk and a first token
+    context, new = [11, 4, 9, 1], [1, 4, 5, 1]
     widest = max(-(-n // page_size) for n in context)
     table = torch.randperm(4 * widest + 5)[: 4 * widest].view(4, widest).int()
     caches = [torch.full((4 * widest + 5, H_KV, page_size, D), math.nan).double() for _ in "kv"]
@@ -107,7 +109,8 @@ def test_paged_attention_reads_its_pages_alone(window: int | None, page_size: in
         for t in range(in_reach, n):
             page, offset = int(table[b, t // page_size]), t % page_size
             caches[0][page, :, offset], caches[1][page, :, offset] = keys[b][t], values[b][t]
-        table[b, -(-n // page_size) :] = 10**6  # never read
+        # These entries must not be read
+        table[b, -(-n // page_size) :] = 10**6
         table[b, : in_reach // page_size] = 10**6
     q = randn(sum(new), H, D)
     got = attention.paged_attention(
@@ -150,7 +153,8 @@ def test_rotary_and_cache_writes_its_slots_alone() -> None:
     got = operations.rotary_and_cache(q, k, v, positions, table, caches[0], caches[1], slots)
     assert torch.equal(got, rotated)
     for cache, tensor in zip(caches, (keys, v), strict=True):
-        flat = cache.transpose(1, 2).flatten(0, 1)  # by slot
+        # In this shape the first axis is the slot
+        flat = cache.transpose(1, 2).flatten(0, 1)
         kept = slots >= 0
         assert torch.equal(flat[slots[kept]], tensor[kept])
         untouched = torch.ones(20, dtype=torch.bool)
@@ -214,7 +218,7 @@ def test_patches() -> None:
 
 
 def philox(seed: int, index: int) -> int:
-    """Philox4x32-10 in plain integers; the first word."""
+    """Return the first word of Philox4x32-10, computed in plain integers."""
     key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
     c = [index & 0xFFFFFFFF, index >> 32 & 0xFFFFFFFF, 0, 0]
     for _ in range(10):
@@ -230,7 +234,8 @@ def philox(seed: int, index: int) -> int:
 
 
 def test_random_stream() -> None:
-    assert philox(0, 0) == 0x6627E8D5  # the generator's published test vector
+    # This is the generator's published test vector
+    assert philox(0, 0) == 0x6627E8D5
     seeds = torch.randint(-(2**63), 2**63 - 1, (200,))
     index = torch.randint(0, 2**40, (200,))
     want = [
@@ -299,7 +304,8 @@ def test_min_p_first_is_another_order() -> None:
         order: set(sample(logits, 4000, min_p=0.3, top_p=0.85, min_p_first=order).tolist())
         for order in (True, False)
     }
-    # of two survivors of min-p the first alone has 73 %; of all four, 64 %, and two have 88 %
+    # If min-p is first, two tokens survive, and the first has 73 % of their sum. If top-p is first,
+    # the first has 64 % and the first two 88 %.
     assert kept == {True: {0, 1}, False: {0, 1}}
     kept = {
         order: set(sample(logits, 4000, min_p=0.3, top_p=0.7, min_p_first=order).tolist())
@@ -392,7 +398,8 @@ def test_float64_goes_through_unrounded(name: str) -> None:
 
 def test_every_operation_is_covered_here_or_above() -> None:
     names = {field.name for field in dataclasses.fields(Ops)}
-    nf4 = {"nf4_quantize", "nf4_dequantize", "nf4_matmul"}  # in test_nf4
+    # These are tested in test_nf4
+    nf4 = {"nf4_quantize", "nf4_dequantize", "nf4_matmul"}
     assert names == {*FLOAT64_CALLS, "sample", *nf4}
 
 
@@ -422,7 +429,8 @@ def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_operation_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "find_spec", lambda name: None)  # as where there is no Triton
+    # This simulates a machine without Triton
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
     absent = ops.make_triton_ops()
     for field in dataclasses.fields(Ops):
         with pytest.raises(MissingOperationError, match=f"TRITON has no '{field.name}' here"):

@@ -1,4 +1,4 @@
-"""What ``make sanitize`` takes from racecheck's report."""
+"""The parts of racecheck's report that ``make sanitize`` uses."""
 
 from sanitize import hazards
 

@@ -1,4 +1,4 @@
-"""The small kernels apart from parity: what they refuse, and what `sample` draws."""
+"""The small kernels apart from parity: refused arguments, and the draws of `sample`."""
 
 import math
 from collections.abc import Callable
@@ -212,7 +212,10 @@ def kept(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """Give the probability of each token (V,), worked out one token after another; min-p comes last."""
+    """Return the probability of each token (V,), computed one token after another.
+
+    min-p comes last.
+    """
     weights = (logits.double() / temperature).softmax(-1).tolist()
     ranked = sorted(range(len(weights)), key=lambda token: -weights[token])[: top_k or None]
     whole, above = sum(weights[token] for token in ranked), 0.0
@@ -225,7 +228,7 @@ def kept(
 
 
 def assert_distributed(tokens: Tensor, want: Tensor) -> None:
-    """Pearson's test at five standard deviations."""
+    """Apply Pearson's test at five standard deviations."""
     counts = tokens.cpu().bincount(minlength=want.numel()).double()
     assert not counts[want == 0].any()
     expected = want[want > 0] * counts.sum()
@@ -261,7 +264,8 @@ def test_many_draws_have_the_distribution(
     logits[torch.randperm(V, device=device)[:40]] = 2 * torch.randn(40, device=device)
     tokens = draw(logits, 20_000, min_p_first=False, **options)
     want = kept(logits, **options)
-    want[want * 20_000 < 1e-3] = 0  # the test is of tokens that come up
+    # The test covers tokens that are likely to be drawn
+    want[want * 20_000 < 1e-3] = 0
     assert_distributed(tokens, want / want.sum())
 
 
@@ -281,7 +285,7 @@ def test_thousands_of_rows_agree_with_the_reference(V: int, device: torch.device
     for first in (True, False):
         ours = TRITON.sample(logits, **columns, min_p_first=first)
         theirs = reference.sample(logits, **columns, min_p_first=first)
-        # a number drawn, or top_p, may be a rounding away from a boundary
+        # A random number or top_p may be within a rounding error of a boundary
         assert (ours != theirs).sum() <= 4
 
 

@@ -1,4 +1,7 @@
-"""Programs that share a tile: the last to arrive adds the parts, whoever it is, and leaves the counters at zero."""
+"""Programs that share a tile: the last one to arrive adds the parts and resets the counters.
+
+Any of the programs may be the last.
+"""
 
 from collections.abc import Callable
 
@@ -14,7 +17,8 @@ from idefics2_kernels.gpu import tile_counters
 from idefics2_kernels.gpu.tile_counters import get_counters, is_last
 from idefics2_kernels.matmul import linear
 
-SHARED = (  # of the model, and cut among programs
+# Cases of the model whose tiles are divided among programs
+SHARED = (
     ("linear", "4096x14336-m1"),
     ("paged_attention", "decode-b1-s4096"),
     ("perceiver_attention", "perceiver-1x4964"),
@@ -76,7 +80,7 @@ def test_graphs_share_no_counter() -> None:
 
 
 def _call(kernel: str, case_name: str, device: torch.device) -> Callable[[], Tensor]:
-    """Return a call of the catalog's, which is right when it is launched by itself."""
+    """Return a call of the catalog that is right if it is launched alone."""
     spec, implementation, case = next(
         row for row in rows("model") if (row[0].name, row[2].name) == (kernel, case_name)
     )

@@ -1,9 +1,11 @@
-"""Compare the machine code of two commits, kernel by kernel: what a change of names and files must not change.
+"""Compare the machine code of two commits, kernel by kernel, after a change of names and files.
 
-    PYTHONPATH=kernels python tests/tools/compile_catalog.py 90 > before.jsonl    # at one commit, then at the other
+    PYTHONPATH=kernels python tests/tools/compile_catalog.py 90 > before.jsonl
+    PYTHONPATH=kernels python tests/tools/compile_catalog.py 90 > after.jsonl  # at the other commit
     python tests/tools/compare_machine_code.py before.jsonl after.jsonl
 
-Exits with 1 if a kernel's instructions differ for a case of the catalog, or if either has a kernel that the other lacks.
+The exit code is 1 if a kernel's instructions differ for a case of the catalog, or if one file has a
+kernel that the other lacks.
 """
 
 import json
@@ -15,7 +17,10 @@ Compiled = dict[tuple[int, str], list[str]]
 
 
 def read(path: Path) -> Compiled:
-    """Return the digests of all kernels of each architecture and case, in the order in which they were compiled."""
+    """Return the digests of all kernels for each architecture and case.
+
+    They are in the order of compilation.
+    """
     digests: Compiled = defaultdict(list)
     for line in path.read_text().splitlines():
         report = json.loads(line)
@@ -24,7 +29,7 @@ def read(path: Path) -> Compiled:
 
 
 def main(before: str, after: str) -> int:
-    """Print what differs and return the exit code."""
+    """Print the differences and return the exit code."""
     old, new = read(Path(before)), read(Path(after))
     different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     for arch, case in different:

@@ -1,9 +1,10 @@
-"""Compile every kernel of the catalog for a GPU that need not be here; run by test_compile.
-
-The host wrappers run as they are, on meta tensors, which have no memory, at the model's shapes; only the launch
-is left out. Prints a line of JSON for each kernel that was compiled.
+"""Compile every kernel of the catalog for a GPU that this machine need not have.
 
     PYTHONPATH=kernels python tests/tools/compile_catalog.py 90
+
+The host wrappers run unchanged at the model's shapes, on meta tensors, which have no memory. Only
+the launch is left out. The program prints a line of JSON for each compiled kernel. test_compile
+runs it.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from idefics2_kernels.gpu import checks
 
 
 class _AbsentGPU:
-    """Tells Triton what it would ask a driver."""
+    """The answers that a driver would give to Triton."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -42,7 +43,10 @@ class _AbsentGPU:
 
 
 def _sass(cubin: bytes) -> str:
-    """Disassemble; ``triton.tools.disasm.get_sass`` leaves off what lies behind the first 64 KiB."""
+    """Disassemble a kernel.
+
+    ``triton.tools.disasm.get_sass`` omits everything after the first 64 KiB.
+    """
     with tempfile.NamedTemporaryFile() as file:
         file.write(cubin)
         file.flush()
@@ -50,13 +54,18 @@ def _sass(cubin: bytes) -> str:
 
 
 def _digest(sass: str) -> str:
-    """Return the SHA-256 of the instructions alone: names of symbols may change, machine code may not."""
+    """Return the SHA-256 of the instructions without names of symbols.
+
+    Names of symbols may change, machine code may not.
+    """
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\*", sass)
     return hashlib.sha256(re.sub(r"\(\S*@\S*\)", "()", "\n".join(lines)).encode()).hexdigest()
 
 
-# What must come after the wait in kernels that load some things before. NF4's load the weight; x they copy to shared
-# memory, or mark to stay in the L1 cache. Others look, past that cache, at what decides what to prefetch.
+# The loads that must come after the wait, for kernels that load something before it. NF4's kernels
+# load the weight before the wait. They load x by copies to shared memory, or with a hint to keep it
+# in the L1 cache. Other kernels read before the wait, past the L1 cache, the values that decide
+# what to prefetch.
 _NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
 _LOADS = {
     "_few_rows_hopper_kernel": "LDGSTS",
@@ -68,7 +77,7 @@ _LOADS = {
 
 
 def _waits_first(kernel: str, sass: str) -> bool:
-    """Return whether programs wait for the kernel before ahead of their first access to memory that may depend on it."""
+    """Return whether programs wait for the previous kernel before they access dependent memory."""
     loads = _LOADS.get(kernel, "LDG|LDGSTS")
     found = re.search(rf"\b(?:ACQBULK|{loads}|UTMALDG|STG|ATOMG|REDG?)\b", sass)
     return found is not None and found[0] == "ACQBULK"
@@ -77,7 +86,8 @@ def _waits_first(kernel: str, sass: str) -> bool:
 def main(arch: int) -> None:
     """Compile for ``sm_<arch>``."""
     driver.set_active(_AbsentGPU(arch))
-    checks.INTERPRETED = True  # tensors may be on the CPU
+    # Tensors may be on the CPU
+    checks.INTERPRETED = True
     launch = JITFunction.run
     seen: set[str] = set()
     case_name = ""

@@ -1,9 +1,10 @@
-"""Break every kernel on purpose: each mutation of ``tests/mutations`` must turn an interpreter case red.
+"""Break every kernel on purpose: each change in ``tests/mutations`` must fail an interpreter case.
 
-    make mutants                                    # all of them
-    python tests/tools/mutants.py rms_norm -j 2           # those of one file
+    make mutants                                 # all of them
+    python tests/tools/mutants.py rms_norm -j 2  # those of one file
 
-A file there has the path of the kernel file whose text it changes; ``kernels`` are the catalog's rows that must notice.
+A file there names the kernel file whose text it changes. ``kernels`` lists the rows of the catalog
+that must fail.
 """
 
 import argparse
@@ -19,24 +20,23 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = TESTS.parent / "kernels" / "idefics2_kernels"
-_GREEN, _RED = (
-    0,
-    10,
-)  # exit codes of a run; any other means that the mutation broke more than a number
+# Exit codes of a run. Any other code means that the mutation broke more than a number.
+_GREEN, _RED = (0, 10)
 
 
 @dataclass(frozen=True)
 class Mutation:
     """One change of a kernel file's text."""
 
-    file: str  # its path in the package, without the suffix
+    # Its path in the package, without the suffix
+    file: str
     name: str
     kernels: tuple[str, ...]
     old: str
     new: str
 
     def apply(self, package: Path) -> None:
-        """Change the copy in ``package``; ``old`` must be there exactly once."""
+        """Change the copy in ``package``; ``old`` must occur exactly once."""
         path = package / f"{self.file}.py"
         text = path.read_text(encoding="utf-8")
         if text.count(self.old) != 1:
@@ -61,7 +61,7 @@ def mutations(files: list[str] | None = None) -> list[Mutation]:
 
 
 def verdict(mutation: Mutation | None, kernels: tuple[str, ...]) -> str:
-    """Run the interpreter cases of ``kernels`` on a mutated copy of the package: what came of it."""
+    """Run the interpreter cases of ``kernels`` on a mutated copy; return the outcome."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / PACKAGE.name
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))

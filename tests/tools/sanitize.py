@@ -1,11 +1,14 @@
-"""Run one small case of every kernel under compute-sanitizer: no access out of bounds, no race in shared memory.
+"""Run one small case of every kernel under compute-sanitizer.
 
-Where warps do different things (``warp_specialize``), Triton hands these out in the last eight bytes of shared memory, a
-byte a warp: it writes them, all warps meet at a named barrier, and each reads its own. Racecheck does not see that barrier
-and calls every such reading a hazard. Those, and no others, are left out.
+    make sanitize                            # needs a CUDA device, and compute-sanitizer
+    python tests/tools/sanitize.py rms_norm  # one kernel
 
-make sanitize                       # needs a CUDA device, and compute-sanitizer on the path
-python tests/tools/sanitize.py rms_norm   # one kernel
+There must be no access out of bounds and no race in shared memory.
+
+One kind of report is ignored. With ``warp_specialize``, Triton uses the last eight bytes of shared
+memory to assign work to warps, one byte a warp. It writes the bytes, all warps meet at a named
+barrier, and each warp reads its byte. Racecheck does not see that barrier and reports every such
+read as a hazard.
 """
 
 import os
@@ -17,7 +20,8 @@ _TOOLS = {
     "memcheck": ("--error-exitcode", "1"),
     "racecheck": ("--racecheck-report", "hazard", "--print-limit", "1000000"),
 }
-_RESERVED_BYTES = 1024  # of shared memory, before a kernel's own, since Hopper
+# Bytes of shared memory that are reserved before a kernel's own, since Hopper
+_RESERVED_BYTES = 1024
 _HAZARD = re.compile(r"hazard detected at __shared__ (0x[0-9a-f]+)")
 _KERNEL = re.compile(r"(?:Write|Read) Thread .* at (\w+)\+")
 _HANDED_OUT = "handed out:"
@@ -25,7 +29,7 @@ _SUMMARY = re.compile(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) erro
 
 
 def run_cases(names: list[str]) -> None:
-    """Call the kernels on the device, each on its first case in 16 bit that is not empty."""
+    """Call the kernels on the device, each on its first nonempty case in 16 bit."""
     import torch
 
     from idefics2_kernels.catalog import rows
@@ -46,7 +50,10 @@ def run_cases(names: list[str]) -> None:
 
 
 def _ends_of_shared_memory() -> set[tuple[str, int]]:
-    """Return the name of each kernel with ``warp_specialize`` that ran, and where its shared memory ends, as the tools count."""
+    """Return each kernel with ``warp_specialize`` that ran, and the end of its shared memory.
+
+    The end is the address that compute-sanitizer counts.
+    """
     from triton.experimental.gluon._runtime import GluonJITFunction
 
     kernels = [
@@ -66,7 +73,10 @@ def _ends_of_shared_memory() -> set[tuple[str, int]]:
 
 
 def hazards(lines: list[str]) -> list[str]:
-    """Return what racecheck reports in ``lines``, and what is wrong with its report, but for the bytes handed out."""
+    """Return the hazards in racecheck's report ``lines``, and faults of the report itself.
+
+    Hazards of the bytes that assign work to warps are left out.
+    """
     handed_out: dict[str, set[int]] = {}
     for line in lines:
         if line.startswith(_HANDED_OUT):
@@ -91,7 +101,7 @@ def main() -> int:
     if sys.argv[1:2] == ["--run"]:
         run_cases(sys.argv[2:])
         return 0
-    # without caching, an access past a tensor is an access past an allocation
+    # Without caching, an access past a tensor is an access past an allocation
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool, options in _TOOLS.items():
         command = ["compute-sanitizer", "--tool", tool, "--show-backtrace", "no", *options]

@@ -1,4 +1,4 @@
-"""Config and weights: the hub's files in, the hub's files out."""
+"""Config and weights: loading the hub's files and writing them."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints that are broken, in every way that was thought of: each is refused by name, before anything is allocated."""
+"""Broken checkpoints: each is refused with a precise error before anything is allocated."""
 
 import contextlib
 import copy
@@ -43,7 +43,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
 
 @pytest.fixture
 def folder(tmp_path: Path, pristine: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint of one file, to be broken."""
+    """Return a checkpoint of one file, which a test may break."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_file(pristine, tmp_path / "model.safetensors")
     return tmp_path
@@ -51,7 +51,7 @@ def folder(tmp_path: Path, pristine: dict[str, torch.Tensor]) -> Path:
 
 @pytest.fixture
 def shards(tmp_path: Path, pristine: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint of four shards, to be broken."""
+    """Return a checkpoint of four shards, which a test may break."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     weight_map: dict[str, str] = {}
     names = sorted(pristine)
@@ -76,7 +76,7 @@ def refusal(folder: Path, **options: Any) -> str:
 
 
 def stored(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with ``header``, JSON unless it is bytes."""
+    """Return a safetensors file with ``header``, which is written as JSON unless it is bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -180,7 +180,8 @@ def test_headers_that_are_right(tmp_path: Path) -> None:
         ({"a": entry("F64", [], [0, 8]), "b": entry("F32", [0, 7], [8, 8])}, EIGHT),
         ({"b": entry(offsets=[8, 16]), "a": entry(), "__metadata__": {"format": "pt"}}, bytes(16)),
     ):
-        padded = json.dumps(header).encode().ljust(640)  # a length that begins as a pickle does
+        # The length of this header starts with the byte that starts a pickle
+        padded = json.dumps(header).encode().ljust(640)
         file.write_bytes(stored(padded, data))
         assert {name: tensor.shape for name, tensor in read_header(file).items()} == {
             name: tuple(value["shape"]) for name, value in header.items() if name[0] != "_"
@@ -188,7 +189,10 @@ def test_headers_that_are_right(tmp_path: Path) -> None:
 
 
 def test_what_is_accepted_the_library_reads(tmp_path: Path) -> None:
-    """Flip bytes, cut and extend: no other error comes out, and nothing is let through that the library refuses."""
+    """Flip bytes, cut and extend files.
+
+    No other error is raised, and every file that is accepted can be read by the library.
+    """
     rng = random.Random(0)
     tensors = {"a": torch.ones(2, 3), "b.c": torch.ones(1, dtype=torch.float16), "d": torch.ones(0)}
     file = tmp_path / "model.safetensors"
@@ -248,9 +252,8 @@ def test_a_file_that_changes_while_it_is_read(
 def test_nothing_is_allocated_for_what_does_not_fit(
     folder: Path, pristine: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        idefics2_engine.checkpoint.loader, "Idefics2", None
-    )  # calling it would raise
+    # Calling None would raise
+    monkeypatch.setattr(idefics2_engine.checkpoint.loader, "Idefics2", None)
     (folder / "config.json").write_text(
         json.dumps(CONFIG | {"text_config": CONFIG["text_config"] | {"hidden_size": 1 << 20}})
     )
@@ -361,7 +364,7 @@ class TestShards:
 
 
 class TestCode:
-    """Nothing in a checkpoint's folder is ever run."""
+    """Tests that nothing in a checkpoint's folder is executed."""
 
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
     def test_pickles_are_refused_unread(self, name: str, tmp_path: Path) -> None:
@@ -388,7 +391,8 @@ class TestCode:
 
     def test_pipes_are_no_files(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "config.json")
-        with pytest.raises(ConfigError, match="must be a file"):  # and not wait for a writer
+        # Opening a named pipe would wait for a writer
+        with pytest.raises(ConfigError, match="must be a file"):
             load_checkpoint(tmp_path)
         (tmp_path / "config.json").unlink()
         (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -404,7 +408,8 @@ class TestFinite:
         tensors = {name: tensor.clone() for name, tensor in pristine.items()}
         tensors[KEY_PROJ][3, 5] = value
         save_file(tensors, folder / "model.safetensors")
-        load_checkpoint(folder)  # not looked at unless asked for
+        # The file is not read unless a check asks for it
+        load_checkpoint(folder)
         said = refusal(folder, check_finite=True)
         assert (
             f"'{KEY_PROJ}' must be finite, got 1 values that are not, the first {value} at [3, 5]"
@@ -538,7 +543,8 @@ class TestConfig:
 
     def test_a_file_of_gigabytes_is_not_read(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
-            file.truncate(10**10)  # sparse: it takes no space
+            # The file is sparse, so it uses no space
+            file.truncate(10**10)
         with pytest.raises(ConfigError, match="must have at most 67108864 bytes, got 10000000000"):
             ModelConfig.load(tmp_path)
 
@@ -549,7 +555,7 @@ class TestConfig:
 
 
 class TestAnything:
-    """Whatever stands anywhere in a JSON file, no other error comes out than ``ConfigError``."""
+    """Tests that an odd value anywhere in a JSON file raises ``ConfigError`` and nothing else."""
 
     ODD: tuple[Any, ...] = (
         None, True, False, 0, -1, 1, 2**40, 10**400, 1.5, float("nan"), float("inf"), "", "x",
@@ -570,7 +576,7 @@ class TestAnything:
                 yield from self.places(value[key], (*place, key))
 
     def small_tokenizer(self) -> dict[str, Any]:
-        """Return the demo's description with bytes for pieces, to be read a thousand times."""
+        """Return the demo's tokenizer with bytes alone, because it is read a thousand times."""
         content: dict[str, Any] = json.loads((DEMO / "tokenizer.json").read_text())
         model = content["model"]
         model["vocab"] = {piece: id for piece, id in model["vocab"].items() if id < 300}
@@ -585,7 +591,8 @@ class TestAnything:
         read = longest = 0
         for place in self.places(content):
             if "added_tokens_decoder" in place[:1]:
-                continue  # not read: tokenizer.json says the same
+                # This is not read, because tokenizer.json has the same content
+                continue
             for odd in self.ODD if len(place) > 0 else ([], None, "x"):
                 changed = {"": copy.deepcopy(content)}
                 inner: Any = changed

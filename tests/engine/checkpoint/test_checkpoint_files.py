@@ -1,4 +1,4 @@
-"""The one door to the files of a model folder: whatever lies in the place of a file, it is named, and never waited for."""
+"""Reading the files of a model folder: every obstacle is named, and no read waits forever."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from paths import DEMO
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
-    """The demo checkpoint by links, its template and its settings of images in files of their own."""
+    """Link the demo checkpoint, with the template and the image settings in files of their own."""
     folder = tmp_path / "demo"
     folder.mkdir()
     for file in DEMO.iterdir():
@@ -75,14 +75,16 @@ def link_through_a_file(path: Path) -> None:
 
 def bound_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as bound:
-        descriptor = os.open(path.parent, os.O_RDONLY)  # a socket's path must be short
+        # The path of a socket must be short
+        descriptor = os.open(path.parent, os.O_RDONLY)
         bound.bind(f"/proc/self/fd/{descriptor}/{path.name}")
         os.close(descriptor)
 
 
 def terabytes(path: Path) -> None:
     with path.open("wb") as file:
-        file.truncate(1 << 42)  # sparse: it takes no space
+        # The file is sparse, so it uses no space
+        file.truncate(1 << 42)
 
 
 OBSTACLES: dict[Callable[[Path], None], str] = {
@@ -101,7 +103,7 @@ obstacles = pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda make: make
 
 
 def put(obstacle: Callable[[Path], None], path: Path) -> str:
-    """Put ``obstacle`` in the place of the file ``path``; return how its error is to begin."""
+    """Put ``obstacle`` at the path ``path``; return the expected beginning of its error."""
     path.unlink(missing_ok=True)
     obstacle(path)
     return f"{path}: {OBSTACLES[obstacle]}"
@@ -169,7 +171,7 @@ def test_files_that_are_verified(name: str, obstacle: Callable[[Path], None], de
 
 @obstacles
 def test_files_that_are_copied(obstacle: Callable[[Path], None], demo: Path) -> None:
-    """Nothing is written, or taken away, before all that is to be copied has been read."""
+    """No file is written or removed before all files to copy have been read."""
     model = load_checkpoint(demo)
     target = demo.with_name("out")
     save_checkpoint(model, target, config_from=demo)
@@ -189,7 +191,7 @@ def test_files_that_are_copied(obstacle: Callable[[Path], None], demo: Path) -> 
     ],
 )  # fmt: skip
 def test_a_folder_that_is_none(read: Callable[[Path], object], tmp_path: Path) -> None:
-    """A file, a name that no file can have, and one too long: no bare ``OSError`` or ``ValueError``."""
+    """A file, an impossible name or a long name raises no bare ``OSError`` or ``ValueError``."""
     (tmp_path / "file").touch()
     for name in ("file", "gone", "x" * 300, "a\0b", "\ud800"):
         if read == GenerationConfig.load:
@@ -199,7 +201,7 @@ def test_a_folder_that_is_none(read: Callable[[Path], object], tmp_path: Path) -
 
 
 def test_no_permission(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Played: who runs the tests may be allowed everything."""
+    """Permission errors are simulated, because tests may run as root."""
     opened, forbidden = os.open, {"config.json", "model.safetensors", "SHA256SUMS"}
 
     def refuse(path: str | Path, *args: int, **options: int) -> int:
@@ -261,7 +263,7 @@ def test_each_kind_has_its_size(name: str, most: int, tmp_path: Path) -> None:
 
 
 def test_a_broken_link_is_there(tmp_path: Path) -> None:
-    """A file that is optional and whose link is broken was not left out by anybody."""
+    """An optional file whose link is broken counts as present, so that it is reported."""
     (tmp_path / "link").symlink_to("nowhere")
     assert is_there(tmp_path / "link")
     assert not is_there(tmp_path / "nowhere")
@@ -276,7 +278,7 @@ class TestNames:
         ],
     )  # fmt: skip
     def test_in_an_index(self, name: str, tmp_path: Path) -> None:
-        """Too long in bytes though not in characters, no text, or a terminal's commands."""
+        """The names are too long in bytes but not in characters, not text, or terminal commands."""
         index = tmp_path / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
         for read in (find_weights, weight_paths):
@@ -324,7 +326,7 @@ class TestNames:
 
 
 class TestKind:
-    """Who names an adapter as the model, or a model as the adapter, is told."""
+    """An adapter given as the model, or a model as the adapter, is an error that says so."""
 
     @pytest.fixture
     def lora(self, tmp_path: Path) -> Path:
@@ -357,6 +359,6 @@ class TestKind:
                 call()
 
     def test_a_folder_of_both(self, lora: Path) -> None:
-        """As trainers save beside an adapter."""
+        """Trainers save these files beside an adapter."""
         (lora / "config.json").symlink_to(DEMO / "config.json")
         assert find_model(lora) == find_adapter(lora) == lora

@@ -1,4 +1,4 @@
-"""The checkpoints that there are: chat models, the base model, fine-tunes with another vocabulary or a tied head."""
+"""Kinds of checkpoints: chat models, the base model, and fine-tunes with other vocabularies."""
 
 import hashlib
 import json
@@ -16,11 +16,12 @@ from oracle import random_image
 from tiny_checkpoint import edit_json, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-BARRED = torch.tensor([32000, 32001])  # never generated, whatever the checkpoint
+# These are never generated, whatever the checkpoint says
+BARRED = torch.tensor([32000, 32001])
 
 
 def answer(folder: Path, oracle: Any, **settings: Any) -> LLM:
-    """Check greedy tokens against transformers' and return the engine."""
+    """Compare greedy tokens with transformers' and return the engine."""
     llm = LLM(folder, device="cpu", dtype="float32", **settings)
     (output,) = llm.generate("The chicken sits on", GREEDY)
     ids = torch.tensor([output.prompt_token_ids])
@@ -42,9 +43,8 @@ QUESTION = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
 @pytest.mark.parametrize("kind", ["8b", "chatty"])
 def test_models_that_chat(kind: str, tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path)
-    if (
-        kind == "chatty"
-    ):  # as some of its copies have it: the template in the tokenizer's file, splitting on
+    # Some copies of this model have the template in the tokenizer's file, with splitting on
+    if kind == "chatty":
         template = "{% for m in messages %}{{ m.role }}: {{ m.content[0].text }}{% endfor %}A:"
         edit_json(tmp_path / "processor_config.json", chat_template=None)
         edit_json(tmp_path / "tokenizer_config.json", chat_template=template)

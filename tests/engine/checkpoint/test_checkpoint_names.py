@@ -1,4 +1,4 @@
-"""Names of tensors and the tied head: what transformers makes of a checkpoint, ours makes of it or refuses by name."""
+"""Names of tensors and the tied head: the result of transformers, or an error."""
 
 import json
 from functools import cache
@@ -26,7 +26,8 @@ CASE = TinyCase(
     text={"num_hidden_layers": 1},
 )
 EMBEDDING, HEAD = "model.text_model.embed_tokens.weight", "lm_head.weight"
-FLAGS = (None, True, False)  # None: the key is absent
+# None means that the key is absent
+FLAGS = (None, True, False)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def write(
 
 
 def theirs(folder: Path) -> tuple[Any, set[str]]:
-    """Load ``folder`` in transformers; return the model and what it drew at random."""
+    """Load ``folder`` in transformers; return the model and the names of randomly drawn tensors."""
     model: Any
     from_pretrained: Any = Idefics2ForConditionalGeneration.from_pretrained
     model, info = from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
@@ -80,7 +81,7 @@ def assert_same_logits(folder: Path) -> None:
 
 
 def present(pristine: dict[str, Tensor], which: str) -> dict[str, Tensor]:
-    """Return the checkpoint's tensors with the embedding and the head as ``which`` says."""
+    """Return the checkpoint's tensors with the embedding, the head, or both, as ``which`` says."""
     rest = {name: tensor for name, tensor in pristine.items() if name not in (EMBEDDING, HEAD)}
     embedding, head = pristine[EMBEDDING], pristine[HEAD]
     return (
@@ -120,7 +121,8 @@ def test_the_head_as_in_transformers(
 ) -> None:
     folder = write(tmp_path, present(pristine, which), top, text)
     oracle, missing = theirs(folder)
-    if missing:  # drawn at random there
+    # transformers draws these at random
+    if missing:
         with pytest.raises(CheckpointError, match="tensors are missing") as caught:
             load_checkpoint(folder)
         first = EMBEDDING if top else min(missing, key=len)
@@ -167,7 +169,7 @@ def test_a_head_in_another_shard(pristine: dict[str, Tensor], tmp_path: Path) ->
 def test_what_is_written_says_whether_the_head_is_the_embedding(
     pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """So that a release that ties without a look at the file keeps both too."""
+    """A release of transformers that ties without comparing the tensors then keeps both as well."""
     source = write(tmp_path / "in", pristine, top=True)
     save_checkpoint(load_checkpoint(source), tmp_path / "out", config_from=source)
     assert (
@@ -212,7 +214,7 @@ def respelled(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
 def test_names_of_other_releases(
     how: str, tied: bool, pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Tied without the prefix is what transformers' ``Idefics2Model`` saves: it has no head."""
+    """transformers' ``Idefics2Model`` has no head and saves the tied case without the prefix."""
     tensors = present(pristine, "the embedding") if tied else pristine
     assert_same_logits(write(tmp_path, respelled(tensors, how), top=tied))
 
@@ -226,7 +228,7 @@ def test_errors_name_a_tensor_as_its_file_does(pristine: dict[str, Tensor], tmp_
 
 
 def test_two_names_of_one_tensor_are_refused(pristine: dict[str, Tensor], tmp_path: Path) -> None:
-    """One of them would be dropped in silence."""
+    """One of the two tensors would be dropped silently."""
     write(tmp_path, pristine | {EMBEDDING.removeprefix("model."): pristine[EMBEDDING] + 1})
     with pytest.raises(CheckpointError, match="are the same one of this model") as caught:
         load_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""Where the settings of images are: in a file of their own, or inside ``processor_config.json`` as transformers 5 saves them."""
+"""Image settings in a file of their own, or in ``processor_config.json`` as in transformers 5."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_where_transformers_looks(nested: Any, old: Any, tmp_path: Path) -> None
 
 
 def test_errors_name_the_file_that_has_them(tmp_path: Path) -> None:
-    """Also those about the model, which are found later."""
+    """Errors that depend on the model are found later, and name the file as well."""
     write_checkpoint(tmp_path)
     path = tmp_path / "processor_config.json"
     large = {"size": {"longest_edge": 9800, "shortest_edge": 42}}
@@ -83,7 +83,10 @@ def test_errors_name_the_file_that_has_them(tmp_path: Path) -> None:
 
 
 def save_by_transformers(folder: Path) -> Any:
-    """Let transformers 5 save the processor of ``folder``, with other settings than its old file has."""
+    """Let transformers 5 save the processor of ``folder``.
+
+    Its settings differ from those in the old file.
+    """
     processor = AutoProcessor.from_pretrained(folder, backend="pil", image_seq_len=LATENTS, **OURS)
     processor.save_pretrained(folder)
     saved = json.loads((folder / "processor_config.json").read_text())
@@ -131,7 +134,8 @@ def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             oracle, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         )
         trained.save_pretrained(str(lora))
-    shutil.copy(folder / "processor_config.json", lora)  # as trainers do
+    # Trainers save this file beside an adapter
+    shutil.copy(folder / "processor_config.json", lora)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -143,7 +147,7 @@ def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_written_every_release_reads(tmp_path: Path) -> None:
-    """Releases up to 4.46 look for the old file only, and fail on settings inside the other."""
+    """Releases up to 4.46 read the old file only, and fail on settings in the new one."""
     source, target = tmp_path / "in", tmp_path / "out"
     write_checkpoint(source)
     save_by_transformers(source)

@@ -1,4 +1,4 @@
-"""Checksums: of sums files, of the hub's cache, of what its client notes beside a download."""
+"""Checksums in sums files, in the hub's cache, and in the records of downloads."""
 
 import hashlib
 from pathlib import Path
@@ -33,7 +33,7 @@ def refusal(folder: Path) -> str:
 
 
 def note(folder: Path, name: str, *lines: str) -> None:
-    """Write what ``hf download --local-dir`` leaves behind."""
+    """Write the files that ``hf download --local-dir`` leaves."""
     notes = folder / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True, exist_ok=True)
     (notes / f"{name}.metadata").write_text("\n".join(lines) + "\n")
@@ -107,7 +107,8 @@ def test_all_sources_must_agree(folder: Path) -> None:
 @pytest.mark.parametrize("digest", ["", "etag", '"abc"', "f" * 32, "g" * 64])
 def test_nothing_to_compare_with_is_an_error(digest: str, folder: Path) -> None:
     note(folder, "model.safetensors", "c" * 40, digest)
-    (folder / "SHA256SUMS").write_text(f"{SHA256}  onnx/model.safetensors\n")  # another file
+    # This checksum is of another file
+    (folder / "SHA256SUMS").write_text(f"{SHA256}  onnx/model.safetensors\n")
     (folder / "elsewhere" / "blobs").mkdir(parents=True)
     said = refusal(folder)
     assert said.startswith(f"{folder / 'model.safetensors'}: has no checksum to be compared with")

@@ -1,4 +1,4 @@
-"""A model's name to a folder: existing ones, the hub's cache, and downloads from a hub that this file plays itself."""
+"""Models by name: existing folders, the hub's cache, and downloads from a simulated hub."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights"
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network."""
+    """Return an empty cache, without a network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -165,7 +165,10 @@ class TestCache:
     def test_a_cache_that_has_the_adapter_alone_says_nothing_about_the_model(
         self, whole: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of a repository with both, ``find_adapter`` fetches one: the hub is asked before anything is said."""
+        """The hub is asked before an error is raised.
+
+        ``find_adapter`` downloads only the adapter of a repository that has both.
+        """
         put(cache, "org/both", ADAPTER)
         snapshot = cache / "models--org--both" / "snapshots" / COMMIT
 
@@ -192,7 +195,8 @@ class TestCache:
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.resolve().write_bytes(content)
-        LLM("org/tiny", device="cpu")  # a bit that only a checksum shows
+        # Only a checksum shows the flipped bit
+        LLM("org/tiny", device="cpu")
         with pytest.raises(CheckpointError, match=f"{shard.name}: checksum must be"):
             LLM("org/tiny", device="cpu", verify=True)
 
@@ -205,7 +209,7 @@ def test_without_the_extra(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 class TestErrors:
-    """What the client may raise besides: said in one line, and not as an internal failure."""
+    """Other errors of the client are reported in one line, and not as internal failures."""
 
     @pytest.mark.parametrize(
         ("error", "message"),
@@ -320,7 +324,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    """The address of a running hub."""
+    """Return the address of a running hub."""
     Hub.requests.clear()
     Hub.tokens.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -330,7 +334,10 @@ def hub() -> Iterator[str]:
 
 
 def find_in_a_process(names: list[str], home: Path, **settings: str) -> list[str]:
-    """Find models one after another in a process of its own, where the settings are read; folders or errors."""
+    """Find models one after another in a separate process, which reads the settings.
+
+    Return folders or errors.
+    """
     code = (
         "import sys; from idefics2_engine.checkpoint.hub import find_model\n"
         "for name in sys.argv[1:]:\n"
@@ -363,7 +370,8 @@ def test_download(hub: str, tmp_path: Path) -> None:
     assert not [r for r in Hub.requests if "org/name" in r]
     assert find_in_a_process(["org/name"], tmp_path, HF_HUB_OFFLINE="1") == [str(snapshot)]
 
-    (snapshot / "tokenizer.json").unlink()  # as if the download had been interrupted
+    # This is the state after an interrupted download
+    (snapshot / "tokenizer.json").unlink()
     assert find_in_a_process(["org/name"], tmp_path, HF_ENDPOINT=hub) == [str(snapshot)]
     assert (snapshot / "tokenizer.json").exists()
 

@@ -23,7 +23,8 @@ from idefics2_engine.model.quantization import Quantization
 from oracle import CASES, build_oracle, image_batch, padded_pixels, save_oracle
 
 TIED = next(case for case in CASES if case.tied)
-EVERYTHING = (  # the targets of Idefics2's own fine-tuning script
+# The targets of Idefics2's own fine-tuning script
+EVERYTHING = (
     r".*(text_model|modality_projection|perceiver_resampler).*"
     r"(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"
 )
@@ -36,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, case: Any = CASES[0], **settings: Any) -> None:
-    """Write an adapter to ``folder`` whose every tensor is random, as after training."""
+    """Write an adapter to ``folder`` with random tensors, as after training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(build_oracle(case), peft.LoraConfig(**settings))
@@ -48,7 +49,7 @@ def train(folder: Path, case: Any = CASES[0], **settings: Any) -> None:
 
 
 def theirs(adapter: Path, merged: bool = True) -> Any:
-    """PEFT's model with ``adapter``."""
+    """Return PEFT's model with ``adapter``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = peft.PeftModel.from_pretrained(build_oracle(CASES[0]), str(adapter))
@@ -64,11 +65,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "everything": {"r": 4, "lora_alpha": 6, "target_modules": EVERYTHING},
     "every linear layer": {"r": 3, "target_modules": "all-linear"},
     "one layer's": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
-    "rank-stabilised": {"r": 4, "target_modules": ["q_proj", "fc1"], "use_rslora": True},
+    "rank-stabilized": {"r": 4, "target_modules": ["q_proj", "fc1"], "use_rslora": True},
     "ranks and alphas by pattern": {
         "r": 4,
         "target_modules": ["q_proj", "v_proj", "down_proj"],
-        # in the order of the alphabet, which PEFT writes them in: the first that fits counts
+        # PEFT writes them in alphabetical order, and the first match counts
         "rank_pattern": {
             r"^model\.connector.*q_proj": 3,
             "layers.0.self_attn.q_proj": 2,
@@ -111,7 +112,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_weights_are_peft_s_bit_for_bit(kind: str, base: Path, tmp_path: Path) -> None:
     train(tmp_path / "adapter", **KINDS[kind])
     if kind == "fan in, fan out":
-        edit(tmp_path / "adapter", fan_in_fan_out=True)  # PEFT writes what it made of it
+        # PEFT writes another value for this setting
+        edit(tmp_path / "adapter", fan_in_fan_out=True)
     model = load_checkpoint(base, adapter=tmp_path / "adapter")
     save_checkpoint(model, tmp_path / "merged")
     ours = load_file(tmp_path / "merged" / "model.safetensors")
@@ -163,7 +165,7 @@ def test_the_sum_is_wide_and_rounded_once(
 
 
 class TestConfig:
-    """What is no plain LoRA is refused before a weight is read."""
+    """Tests that adapters other than plain LoRA are refused before a weight is read."""
 
     def load(self, folder: Path, **changes: Any) -> AdapterConfig:
         plain: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
@@ -252,7 +254,7 @@ class TestWeights:
         return str(caught.value)
 
     def change(self, adapter: Path, **tensors: torch.Tensor | None) -> None:
-        """Put tensors in the file under ``Q_PROJ``, or take them out."""
+        """Replace or remove tensors in the file under ``Q_PROJ``."""
         file = adapter / "adapter_model.safetensors"
         content: dict[str, Any] = load_file(file)
         for name, tensor in tensors.items():
@@ -302,7 +304,7 @@ class TestWeights:
     def test_a_base_weight_of_another_shape_beside_a_pair(
         self, shape: tuple[int, ...], quantization: Any, base: Path, adapter: Path
     ) -> None:
-        """The sum would broadcast, and the model's own weight be lost."""
+        """The sum would broadcast, and the model's own weight would be lost."""
         self.change(adapter, base_layer__weight=torch.ones(shape))
         said = self.refusal(base, adapter, check_finite=True, quantization=quantization)
         assert f"q_proj.weight' of shape (64, 64), got {shape}" in said
@@ -353,7 +355,7 @@ class TestWeights:
         assert "with r = 4 as in adapter_config.json, got (0, 64)" in self.refusal(base, adapter)
 
     def test_a_saved_module_that_is_not_there(self, base: Path, tmp_path: Path) -> None:
-        """PEFT fails on it too; the model's own connector would be a wrong answer."""
+        """PEFT fails as well; using the model's own connector would give wrong answers."""
         train(tmp_path, r=4, target_modules=["fc1"], modules_to_save=["connector"])
         file = tmp_path / "adapter_model.safetensors"
         tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""Patterns of modules' names: they fit what PEFT's fit, and each character is looked at once."""
+"""Patterns of module names: they match like PEFT's, and look at each character once."""
 
 import re
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def test_modules_are_found_as_peft_finds_them(pattern: str) -> None:
 
 
 class Counted(str):
-    """A name that counts how often its characters are looked at."""
+    """A name that counts how often its characters are read."""
 
     seen = 0
 

@@ -1,4 +1,4 @@
-"""NF4 through the whole system: quantised while loading, read, written and computed, against transformers + bitsandbytes."""
+"""NF4 through the whole system, against transformers and bitsandbytes."""
 
 import json
 import shutil
@@ -38,11 +38,11 @@ from oracle import CASES, TinyCase, build_oracle, oracle_inputs
 from tiny_checkpoint import edit_json, write_checkpoint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ODD = CASES[
-    0
-]  # rows of 48, 67 and 88 elements: blocks begin inside rows, and a last block is short
+# Rows have 48, 67 and 88 elements, so blocks begin inside rows and the last block is short
+ODD = CASES[0]
 TIED = next(case for case in CASES if case.tied)
-# Every row is a whole number of blocks: where it is not, bitsandbytes' AVX-512 code reads the wrong absmax.
+# Every row is a whole number of blocks. For other rows bitsandbytes' AVX-512 code reads the wrong
+# absmax.
 WHOLE_BLOCKS = TinyCase(
     "whole-blocks",
     (((56, 70),), ((28, 42),)),
@@ -69,14 +69,15 @@ def make_adapter(folder: Path) -> Path:
 
 
 def quantised_oracle(folder: Path, dtype: torch.dtype, **config: Any) -> Any:
-    """Let transformers and bitsandbytes quantise the checkpoint in ``folder``."""
+    """Let transformers and bitsandbytes quantize the checkpoint in ``folder``."""
     settings: dict[str, Any] = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_compute_dtype": dtype,
     }
-    kind: Any = BitsAndBytesConfig  # untyped
+    # The class has no types
+    kind: Any = BitsAndBytesConfig
     return Idefics2ForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, quantization_config=kind(**settings | config)
     )
@@ -111,7 +112,7 @@ def whole_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What transformers and bitsandbytes make of ``dense``."""
+    """Return the checkpoint that transformers and bitsandbytes make of ``dense``."""
     folder = tmp_path_factory.mktemp("theirs")
     quantised_oracle(dense, torch.bfloat16).save_pretrained(folder)
     return folder
@@ -119,7 +120,7 @@ def theirs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(theirs: Path, tmp_path: Path) -> Path:
-    """``theirs``, to be damaged."""
+    """Return a copy of ``theirs``, which a test may damage."""
     return Path(shutil.copytree(theirs, tmp_path / "copy"))
 
 
@@ -138,8 +139,10 @@ class TestFiles:
         settings = json.loads((tmp_path / "ours/config.json").read_text())["quantization_config"]
         wanted = json.loads((tmp_path / "theirs/config.json").read_text())["quantization_config"]
         assert settings.pop("llm_int8_skip_modules") == ["lm_head"]
-        assert wanted.pop("llm_int8_skip_modules") is None  # which means that
-        assert settings == {name: wanted[name] for name in settings}  # others concern int8 only
+        # None means that the head alone is skipped
+        assert wanted.pop("llm_int8_skip_modules") is None
+        # The other settings concern int8 only
+        assert settings == {name: wanted[name] for name in settings}
 
     def test_a_tied_model(self, tmp_path: Path) -> None:
         folder = make_dense(tmp_path / "dense", TIED)
@@ -157,7 +160,8 @@ class TestFiles:
     ) -> None:
         oracle = quantised_oracle(dense, torch.float16, bnb_4bit_use_double_quant=double_quant)
         oracle.save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
-        if shard_bytes < 10**9:  # among so many shards some part the tensors of one weight
+        # With so many shards, some of them separate the tensors of one weight
+        if shard_bytes < 10**9:
             index = json.loads((tmp_path / "theirs/model.safetensors.index.json").read_text())
             files = index["weight_map"]
             assert any(files[n] != files[n.removesuffix(STATE)] for n in files if STATE in n)
@@ -202,7 +206,7 @@ class TestFiles:
     def test_modules_that_were_skipped_inside_a_fused_layer(
         self, whole_blocks: Path, tmp_path: Path
     ) -> None:
-        """And a head that was not: transformers quantises it when a list of its user leaves it out."""
+        """transformers quantizes the head if the user's list of modules to skip leaves it out."""
         oracle = quantised_oracle(whole_blocks, torch.float32, llm_int8_skip_modules=[Q_PROJ])
         assert isinstance(oracle.lm_head, Linear4bit)
         oracle.save_pretrained(tmp_path / "theirs")
@@ -230,7 +234,10 @@ class TestFiles:
 
 
 def dequantised(dense: Path, quantised: Path, dtype: torch.dtype) -> Any:
-    """Build transformers' dense model of what bitsandbytes makes of the weights in ``quantised``."""
+    """Build transformers' dense model of the weights in ``quantised``.
+
+    bitsandbytes dequantizes them.
+    """
     tensors = tensors_of(quantised)
     oracle: Any = Idefics2ForConditionalGeneration.from_pretrained(dense, dtype=torch.float32)
     with torch.no_grad():
@@ -240,7 +247,8 @@ def dequantised(dense: Path, quantised: Path, dtype: torch.dtype) -> Any:
                 continue
             state = {k: t for k, t in tensors.items() if k.startswith(f"{name}.")}
             full = bnb.QuantState.from_dict(state, device=torch.device("cpu"))
-            full.shape = torch.Size([parameter.numel()])  # flat, for the sake of its AVX-512 code
+            # A flat shape avoids a fault of bitsandbytes' AVX-512 code
+            full.shape = torch.Size([parameter.numel()])
             values = bnb.dequantize_4bit(tensors[name], full)
             parameter.copy_(values.view(parameter.shape))
     return oracle.to(dtype)
@@ -252,7 +260,10 @@ def worst_row(logits: Tensor, exact: Tensor) -> float:
 
 
 def assert_three_way(model: Idefics2, same_dtype: Any, exact: Any, case: TinyCase) -> None:
-    """Hold ``model`` to ``exact`` (float64), by the rule for whole models: twice what ``same_dtype`` may lose."""
+    """Compare ``model`` with ``exact`` (float64) by the criterion for whole models.
+
+    Its error may be twice that of ``same_dtype``.
+    """
     inputs = oracle_inputs(case)
     kept = inputs["attention_mask"].bool()
     with torch.no_grad():
@@ -273,7 +284,8 @@ class TestLogits:
         oracle = quantised_oracle(whole_blocks, dtype, bnb_4bit_use_double_quant=double_quant)
         oracle.save_pretrained(tmp_path)
         exact = dequantised(whole_blocks, tmp_path, torch.float64)
-        # in train mode, as its inference code for AVX-512 rounds absmaxes to bf16
+        # bitsandbytes' inference code for AVX-512 rounds absmaxes to bf16, and its code for
+        # training does not
         oracle.train()
         chosen = Quantization(double_quant=double_quant)
         for model in (
@@ -300,7 +312,10 @@ class TestLogits:
         assert_three_way(load_checkpoint(tmp_path, TRITON, device), same, exact, tiny)
 
     def test_the_bound_can_be_broken(self, whole_blocks: Path, tmp_path: Path) -> None:
-        """Another tensor's offset, the slip that fusing per-part states invites, must not pass."""
+        """Another tensor's offset must be noticed.
+
+        Fusing the states of parts invites this error.
+        """
         oracle = quantised_oracle(whole_blocks, torch.float32)
         oracle.save_pretrained(tmp_path)
         exact = dequantised(whole_blocks, tmp_path, torch.float64)
@@ -318,7 +333,7 @@ class TestLoading:
     def test_the_tensors_of_a_weight_are_read_together(
         self, shard_bytes: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Only a weight that lies in two shards waits while others are read."""
+        """Other weights are read in between only if a weight's tensors are in two shards."""
         quantised_oracle(dense, torch.bfloat16).save_pretrained(
             tmp_path, max_shard_size=shard_bytes
         )
@@ -336,7 +351,7 @@ class TestLoading:
         assert len({t.file for t in order}) == len(list(groupby(t.file for t in order)))
 
     def test_names_without_the_prefix(self, copy: Path, tmp_path: Path) -> None:
-        """A weight's six tensors are named together, as transformers reads them."""
+        """The six tensors of a weight have the same prefix, as transformers reads them."""
         file = copy / "model.safetensors"
         names = {name: name.removeprefix("model.") for name in load_file(file)}
         respelled = {names[name]: tensor for name, tensor in load_file(file).items()}
@@ -366,12 +381,16 @@ class TestLoading:
         monkeypatch.setattr(Idefics2, "allocate", spy)
         model = load_checkpoint(dense, replace(REFERENCE, nf4_quantize=quantize), quantization=NF4)
         layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
-        assert len(seen) == len(layers) == 2 * 6 + 3 + 2 * 7 + 3 * 7  # vision, connector, text
+        # The terms are vision, connector and text
+        assert len(seen) == len(layers) == 2 * 6 + 3 + 2 * 7 + 3 * 7
         patches = {"vision.patch_embedding.weight", "vision.position_embedding"}
         assert allocated == patches | {"connector.perceiver.latents", "text.embedding", "lm_head"}
 
     def test_weights_of_one_input_become_one(self, tmp_path: Path) -> None:
-        """Where a part is whole nested blocks: one product in place of two, in one memory, and files show nothing of it."""
+        """If every part is whole nested blocks, one product replaces two.
+
+        The parts share one memory, and saved files do not change.
+        """
         case = TinyCase(
             "wide",
             (),
@@ -640,7 +659,7 @@ class TestRefused:
 
 class TestWholeSystem:
     def test_the_runtime_computes_what_the_weights_say(self, tmp_path: Path) -> None:
-        """One answer at a time, many together, and dense weights that NF4 stands for: the same tokens."""
+        """Single requests, a batch, and the equivalent dense weights give the same tokens."""
         dense = tmp_path / "dense"
         write_checkpoint(dense)
         model = load_checkpoint(dense, quantization=NF4)

@@ -1,4 +1,4 @@
-"""The command line, against a stand-in that answers at once and against the demo checkpoint."""
+"""The command line, against a fake model that answers at once and against the demo checkpoint."""
 
 import io
 import json
@@ -30,13 +30,15 @@ COMMAND = [sys.executable, "-m", "idefics2_engine"]
 
 
 class FakeLLM:
-    """Says ``ANSWER`` a word at a time and keeps what it was asked."""
+    """A model that answers ``ANSWER`` a word at a time and records its questions."""
 
     built: ClassVar[tuple[Any, dict[str, Any]]]
     asked: ClassVar[list[tuple[Any, SamplingParams]]] = []
     words: ClassVar[list[str]] = ANSWER.split()
-    failure: BaseException | None = None  # raised after the first word
-    at_word: Callable[[int], None] = staticmethod(lambda number: None)  # called before each
+    # Raised after the first word
+    failure: BaseException | None = None
+    # Called before each word
+    at_word: Callable[[int], None] = staticmethod(lambda number: None)
     model: ClassVar = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     config: ClassVar = SimpleNamespace(is_quantized=False)
 
@@ -85,7 +87,7 @@ def picture(tmp_path: Path) -> str:
 
 
 def exit_code(argv: list[str]) -> int | str | None:
-    """What the process would exit with."""
+    """Return the exit code of the process."""
     try:
         return main(argv)
     except SystemExit as stop:
@@ -102,7 +104,7 @@ def type_lines(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def sit_at_a_terminal(monkeypatch: pytest.MonkeyPatch, *events: str | BaseException) -> None:
-    """Answer each prompt with the next of ``events``, or raise it; then Ctrl-D."""
+    """Answer each prompt with the next of ``events``, or raise it; then send Ctrl-D."""
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, closed=False))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     left = iter(events)
@@ -117,7 +119,7 @@ def sit_at_a_terminal(monkeypatch: pytest.MonkeyPatch, *events: str | BaseExcept
 
 
 def texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The roles and texts of a conversation, ``<image>`` for each image."""
+    """Return the roles and texts of a conversation, with ``<image>`` for each image."""
     return [
         (
             message["role"],
@@ -130,7 +132,8 @@ def texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 class TestHelp:
     @pytest.mark.parametrize("argv", [[], ["generate"], ["chat"]])
     def test_loads_nothing_heavy(self, argv: list[str]) -> None:
-        # What a bare interpreter has already is no choice of ours; nothing is to come but ours and Python's own
+        # Modules that a bare interpreter has loaded already are not counted. Only this package and
+        # the standard library may be new.
         code = (
             "import sys; before = set(sys.modules)\n"
             "from idefics2_engine.cli.main import main\n"
@@ -155,7 +158,8 @@ class TestErrors:
             ([], "COMMAND"),
             (["guess"], "guess"),
             (["generate"], "--prompt"),
-            (["generate", "--prompt", "x", "--temp", "1"], "--temp"),  # no abbreviations
+            # Options cannot be abbreviated
+            (["generate", "--prompt", "x", "--temp", "1"], "--temp"),
             (["generate", "--prompt", "x", "--max-tokens", "many"], "many"),
             (["generate", "--prompt", "x", "--max-tokens", "0"], "max_tokens"),
             (["generate", "--prompt", "x", "--temperature", "nan"], "temperature"),
@@ -187,11 +191,14 @@ class TestErrors:
         [
             (["--max-tokens", "0"], {"code": "sampling"}),
             (["--image", "no/such.png"], {"code": "image"}),
-            (["--image", "\udcff.png"], {"code": "image"}),  # a name in another encoding
-            (["--stream"], {"code": "bad_input"}),  # one or the other
+            # This is a name in another encoding
+            (["--image", "\udcff.png"], {"code": "image"}),
+            # ``--json`` and ``--stream`` exclude each other
+            (["--stream"], {"code": "bad_input"}),
             (["--max-tokens", "many"], {"code": "bad_input"}),
             (["--model", "nosuch"], {"code": "bad_input"}),
-            ([], {"code": "prompt_too_long"}),  # by the engine, below
+            # The engine below raises this error
+            ([], {"code": "prompt_too_long"}),
         ],
     )
     def test_json_is_json_when_it_fails_too(
@@ -225,7 +232,8 @@ class TestErrors:
 
     def test_other_failures_keep_their_traceback(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeLLM, "failure", RuntimeError("out of memory"))
-        with pytest.raises(RuntimeError, match="out of memory"):  # Python exits with 1
+        # Python then exits with 1
+        with pytest.raises(RuntimeError, match="out of memory"):
             main(["generate", "--prompt", "x"])
 
 
@@ -430,7 +438,7 @@ class TestGenerate:
         clock = [0.0]
 
         def imported(name: str) -> Any:
-            """Take 100 s at the first look-up, as an import does, and 1 s to load."""
+            """Take 100 s at the first look-up, which imports, and 1 s to load."""
             if name == "SamplingParams":
                 return SamplingParams
             clock[0] += 100
@@ -451,8 +459,10 @@ class TestGenerate:
         ("environment", "option", "size", "wanted"),
         [
             (None, [], 1, [1]),
-            (None, [], 1 << 30, []),  # torch's own choice
-            ("3", [], 1, []),  # torch has read it
+            # torch chooses the number
+            (None, [], 1 << 30, []),
+            # torch has read the variable
+            ("3", [], 1, []),
             ("3", ["--threads", "2"], 1, [2]),
             (None, ["--threads", "2"], 1 << 30, [2]),
         ],
@@ -591,10 +601,13 @@ class TestChatAtATerminal:
     def test_ctrl_c_at_any_line_ends_no_conversation_and_parts_no_statements(
         self, picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Press Ctrl-C at each line of chat.py that a conversation runs, once a conversation."""
+        """Press Ctrl-C at each line of chat.py in turn, one conversation a line."""
 
         def talk(press_at: int) -> int:
-            """Press it at the line of this number, ask again until there is an answer, return the number of lines."""
+            """Press Ctrl-C at line ``press_at``, then ask until there is an answer.
+
+            Return the number of lines that ran.
+            """
             lines = 0
 
             def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -621,8 +634,8 @@ class TestChatAtATerminal:
                 finally:
                     sys.settrace(before)
 
-            # Python 3.11 leaves an exception as the one being handled if a trace function raises in its handler.
-            # A generator has a state of its own for that, so the tests behind this one do not see it.
+            # In Python 3.11, if a trace function raises in its handler, the exception stays the one
+            # being handled. A generator has its own exception state, so later tests do not see it.
             assert list(traced()) == [0]
             return lines
 
@@ -663,7 +676,7 @@ class TestChatAtATerminal:
 
 
 class TestStreams:
-    """Standard streams that are absent, closed, full, left by their reader, or in a narrow encoding."""
+    """Tests of standard streams that are absent, closed, full, unread, or in a narrow encoding."""
 
     def shell(self, line: str) -> tuple[int, str, str]:
         """Run ``line`` with the command for ``idefics2``; return the exit code and both outputs."""
@@ -683,7 +696,8 @@ class TestStreams:
                 (1, "", "idefics2: error: standard output: bad file descriptor\n"),
             ),
             ("idefics2 guess 2> /dev/full", (2, "", "")),
-            ("idefics2 guess 2>&-", (2, "", "")),  # an error is never printed on standard output
+            # An error is never printed on standard output
+            ("idefics2 guess 2>&-", (2, "", "")),
             ("idefics2 guess 2>&- >&- <&-", (2, "", "")),
             (
                 "idefics2 generate --prompt - --json <&-",
@@ -751,7 +765,7 @@ class TestStreams:
 
 
 class TestInterruptedImports:
-    """Ctrl-C while modules are imported: a signal from the import of one, in a process of its own."""
+    """Tests of Ctrl-C during imports: an import sends the signal, in a separate process."""
 
     CODE = """
 import os, runpy, signal, sys
@@ -785,7 +799,7 @@ runpy.run_module("idefics2_engine", run_name="__main__", alter_sys=True)
 
 
 class TestDemo:
-    """The demo checkpoint, in processes of its own."""
+    """Tests of the demo checkpoint in separate processes."""
 
     def run(self, *argv: str, typed: str = "") -> tuple[int, str, str]:
         done = subprocess.run([*COMMAND, *argv], input=typed, capture_output=True, text=True)

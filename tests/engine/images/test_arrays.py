@@ -1,4 +1,4 @@
-"""Arrays and tensors: which shapes and values are read how, and parity with the image processor."""
+"""Arrays and tensors: accepted shapes and values, and parity with the image processor."""
 
 import subprocess
 import sys
@@ -35,8 +35,8 @@ def rgb(source: ImageSource, policy: ImagePolicy) -> Any:
 ARRAYS: dict[str, npt.NDArray[Any]] = {
     "uint8 HWC": values(31, 401, 3).astype(np.uint8),
     "uint8 CHW": values(3, 31, 401).astype(np.uint8),
-    "uint8 grey HWC": values(9, 14, 1).astype(np.uint8),
-    "uint8 grey CHW": values(1, 9, 14).astype(np.uint8),
+    "uint8 gray HWC": values(9, 14, 1).astype(np.uint8),
+    "uint8 gray CHW": values(1, 9, 14).astype(np.uint8),
     "uint8 alpha HWC": values(23, 17, 4).astype(np.uint8),
     "uint8 alpha CHW": values(4, 23, 17).astype(np.uint8),
     "both ends": values(3, 50, 3).astype(np.uint8),
@@ -57,7 +57,8 @@ ARRAYS: dict[str, npt.NDArray[Any]] = {
 def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: bool) -> None:
     array = ARRAYS[name]
     if kind == "tensor" and name == "strided":
-        array = array[:, ::-1]  # torch has no negative strides
+        # torch has no negative strides
+        array = array[:, ::-1]
     source: Any = torch.from_numpy(array) if kind == "tensor" else array
     oracle: Any = Idefics2ImageProcessorPil(do_image_splitting=split)
     wanted = oracle([[source]], return_tensors="np")
@@ -72,7 +73,8 @@ def test_parity_refuses_what_transformers_would_divide_twice() -> None:
     picture = values(30, 30, 3) / 255
     oracle: Any = Idefics2ImageProcessorPil()
     seen = oracle([[picture]], return_tensors="np").pixel_values
-    assert seen.max() < -0.99  # black
+    # The image is black
+    assert seen.max() < -0.99
     with pytest.raises(ImageError, match="divides by 255 twice; pass uint8, or choose"):
         load_image(picture)
     np.testing.assert_array_equal(rgb(picture, CORRECT), values(30, 30, 3))
@@ -89,7 +91,8 @@ def test_eight_bits_survive_every_type(dtype: str, policy: ImagePolicy) -> None:
         array = None if dtype == "bfloat16" else tensor.numpy()
     if array is not None:
         np.testing.assert_array_equal(rgb(array, policy), pixels)
-    error = 1 if dtype == "bfloat16" else 0  # it has 8 bits, and one of them is spent above a half
+    # bfloat16 has 8 bits, and above a half one of them is lost
+    error = 1 if dtype == "bfloat16" else 0
     got = rgb(tensor.permute(2, 0, 1), policy)
     assert np.abs(got.astype(int) - pixels).max() <= error
 
@@ -163,12 +166,13 @@ def test_the_budget_holds_for_arrays() -> None:
         load_image(np.zeros((10, 10), np.uint8), MediaConfig(max_image_pixels=99))
 
 
-MEASURED = 700, 900  # height and width; no multiple of a part
+# Height and width are no multiples of the parts that are converted at once
+MEASURED = 700, 900
 DTYPES = (
     "uint8", "bool", "uint16", "int32", "int64", "uint64", "float16", "float32", "float64", "longdouble",
 )  # fmt: skip
 SHAPES: dict[str, tuple[int, ...]] = {
-    "grey": MEASURED,
+    "gray": MEASURED,
     "RGB": (*MEASURED, 3),
     "alpha": (*MEASURED, 4),
     "alpha, channels first": (4, *MEASURED),
@@ -184,7 +188,8 @@ def test_no_array_takes_more_than_16_bytes_a_pixel(
     dtype: str, shape: str, policy: ImagePolicy
 ) -> None:
     if policy is CORRECT and dtype in ("int32", "int64", "uint64"):
-        return  # which it refuses
+        # transformers refuses this case
+        return
     array = np.zeros(SHAPES[shape], dtype)
     tracemalloc.start()
     try:
@@ -192,12 +197,13 @@ def test_no_array_takes_more_than_16_bytes_a_pixel(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    of_pillow = 4  # bytes a pixel of the picture itself, which tracemalloc does not see
+    # Bytes a pixel of the picture itself, which tracemalloc does not see
+    of_pillow = 4
     assert peak / (MEASURED[0] * MEASURED[1]) + of_pillow <= 16
 
 
 class Largest(TorchDispatchMode):
-    """Sees the bytes of the largest tensor that torch makes, views left out."""
+    """Records the bytes of the largest tensor that torch allocates, without views."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -219,7 +225,8 @@ def test_tensors_are_widened_a_part_at_a_time(dtype: torch.dtype, shape: str) ->
     tensor = torch.zeros(SHAPES[shape], dtype=dtype)
     with Largest() as largest:
         load_image(tensor)
-    assert largest.bytes <= MEASURED[0] * MEASURED[1]  # a byte a pixel; widened whole it is 16
+    # This is a byte a pixel. Converted as a whole it would be 16.
+    assert largest.bytes <= MEASURED[0] * MEASURED[1]
 
 
 @pytest.mark.parametrize("shape", [(3, 20_000, 10_000), (20_000, 10_000, 3), (200_000_000, 2)])
@@ -248,7 +255,8 @@ def test_parts_change_no_pixel(dtype: str, policy: ImagePolicy, monkeypatch: Any
         if array.dtype.kind == "f" and (policy is not PARITY or 4 in shape):
             array = (array / 255).astype(dtype)
             if policy is PARITY:
-                array = np.rint(array)  # what blends to whole numbers
+                # These values blend to whole numbers
+                array = np.rint(array)
         seen = []
         for size in (1, 100, 1 << 14, 1 << 30):
             monkeypatch.setattr(pixel_parts, "PART_PIXELS", size)
@@ -286,7 +294,8 @@ def test_masked_arrays_are_refused(mask: Any) -> None:
 
 def test_masked_tensors_are_refused() -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they are in the prototype stage
+        # Nested tensors warn that they are a prototype
+        warnings.simplefilter("ignore")
         masked: Any = torch.masked.masked_tensor(torch.ones(4, 4), torch.ones(4, 4) > 0)
         with pytest.raises(ImageError, match="image tensor: must be a dense tensor"):
             load_image(masked)

@@ -1,4 +1,4 @@
-"""Files from outside: damaged, forged, oversized and foreign ones; each is an image or an ImageError."""
+"""Damaged, forged, oversized and foreign files: each gives an image or an ImageError."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ OURS = ("cannot be read as", "must ", "image_policy='strict' refuses")
 
 @cache
 def samples() -> dict[str, bytes]:
-    """A file of each format, and of those with more than one way to be stored."""
+    """Return a file of each format, and several for formats with several encodings."""
     picture = noise(64, 48).resize((96, 72))
     made = {kind: file(picture, kind) for kind in FORMATS}
     return made | {
@@ -52,7 +52,7 @@ def samples() -> dict[str, bytes]:
 
 
 def attempt(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
-    """Decode; None if refused. Anything but an ImageError in our own words fails the test."""
+    """Decode, or return None if refused; any error but a plain ImageError fails the test."""
     refused, image = None, None
     try:
         with warnings.catch_warnings():
@@ -78,7 +78,8 @@ def test_cut_at_every_twentieth(name: str) -> None:
         cut = whole[: len(whole) * twentieths // 20]
         for policy in ImagePolicy:
             got = attempt(cut, policy)
-            if got is not None:  # a first frame may be whole, or padding was cut
+            # The first frame may be complete, or the cut bytes may be padding
+            if got is not None:
                 assert name.startswith("animated") or twentieths > 10
                 assert got.size == picture.size
 
@@ -90,7 +91,7 @@ def flips() -> Iterator[tuple[str, bytes]]:
         name = names[number % len(names)]
         data = bytearray(samples()[name])
         for _ in range(rng.choice((1, 1, 4))):
-            # headers are short and rich, so every other flip is there
+            # Headers are short and have many fields, so half of the flips are there
             at = rng.randrange(min(200, len(data)) if rng.random() < 0.5 else len(data))
             data[at] ^= rng.randrange(1, 256)
         yield name, bytes(data)
@@ -101,10 +102,12 @@ def test_flipped_bytes() -> None:
     for _, data in flips():
         for policy in (PARITY, CORRECT):
             outcomes[attempt(data, policy) is not None] += 1
-    assert min(outcomes.values()) > 100  # both happen, or the flips are no test
+    # Both outcomes must occur, or the flips test nothing
+    assert min(outcomes.values()) > 100
 
 
-@pytest.mark.filterwarnings("ignore:::PIL")  # of theirs; ours lets none out
+# transformers' reading warns, this package's must not
+@pytest.mark.filterwarnings("ignore:::PIL")
 def test_flipped_bytes_are_read_as_by_transformers_or_refused_by_both() -> None:
     theirs: Any = Idefics2ImageProcessorPil()
     for name, data in flips():
@@ -161,7 +164,7 @@ def bombs() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", bombs())
 def test_bombs_cost_little(name: str) -> None:
-    """In a process with 300 MiB beyond what it has, and 10,000 calls of functions."""
+    """The process may use 300 MiB beyond its start, and 10,000 calls of functions."""
     script = (
         "import pathlib, resource, sys; from idefics2_engine.images.decoder import decode;"
         "from idefics2_engine.errors import ImageError;"
@@ -209,7 +212,8 @@ def test_the_budget_holds_for_every_kind_of_file() -> None:
 
 
 def test_a_low_limit_of_pillow_is_the_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # it would raise above 80
+    # Pillow itself would raise above 80 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     assert decode(file(noise(10, 10), "PNG"), PARITY, 100, "a").size == (10, 10)
 
 
@@ -248,7 +252,8 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_other_formats_are_refused(name: str) -> None:
-    got = "another kind of file" if FOREIGN[name] else "no bytes"  # and none of its contents
+    # The message shows nothing of the contents
+    got = "another kind of file" if FOREIGN[name] else "no bytes"
     message = rf"^a: must be an image file \(PNG, JPEG, .* PPM\), got {got}$"
     with pytest.raises(ImageError, match=message):
         decode(FOREIGN[name], PARITY, MAX_PIXELS, "a")
@@ -287,7 +292,7 @@ def test_warnings_of_pillow_reach_nobody_and_filters_stay() -> None:
 
 
 def test_threads_agree_and_leave_the_filters() -> None:
-    """Under filters that turn warnings into errors, files that make Pillow warn among them."""
+    """Filters turn warnings into errors, and some of the files make Pillow warn."""
     palette = file(noise(9, 9).quantize(8), "PNG", transparency=bytes(8))
     files = [data for _, data in flips()][:150] + [palette] * 150
     before = list(warnings.filters)

@@ -1,4 +1,4 @@
-"""URLs: what may be fetched, and servers that mean no good; all of it against a server in this process."""
+"""URLs: allowed addresses and hostile servers, all against a server in this process."""
 
 import random
 import socket
@@ -19,7 +19,8 @@ from idefics2_engine.images.download import FetchRules, Network, check_url, fetc
 from idefics2_engine.images.loader import MediaConfig, load_image
 from pictures import file, noise
 
-PUBLIC = "93.184.216.34"  # global; connections to it go to the server of the test
+# A global address. Connections to it are redirected to the server of the test.
+PUBLIC = "93.184.216.34"
 Behaviour = Callable[[socket.socket, str], None]
 
 
@@ -33,7 +34,7 @@ def answer(body: bytes, status: str = "200 OK", **headers: object) -> bytes:
 
 @dataclass
 class Server:
-    """Answers each request by what ``paths`` has for it, and keeps the requests."""
+    """A server that answers each request with the entry of ``paths``, and records the requests."""
 
     paths: dict[str, bytes | Behaviour] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -70,7 +71,8 @@ class Server:
                 else:
                     found(peer, path)
         except (OSError, IndexError):
-            pass  # the client left, as it should
+            # The client closed the connection, as it should
+            pass
 
     def wait(self, seconds: float) -> bool:
         return self._over.wait(seconds)
@@ -168,7 +170,8 @@ def test_nothing_is_fetched_by_default() -> None:
         ("https://pictures\u3002example/a", "must be ASCII"),
         ("https://pictur\u0435s.example/a", "must be ASCII"),
         ("https:///a", "must name a host"),
-        (f"https://{'a' * 64}.example/a", "must name a host"),  # TLS cannot write it
+        # TLS cannot encode this name
+        (f"https://{'a' * 64}.example/a", "must name a host"),
         ("https://[::1/a", "a host and a port that can be read"),
     ],
 )
@@ -217,7 +220,8 @@ def test_names_of_addresses_of_one_s_own_are_refused(addresses: list[str], serve
 
 
 def test_a_name_is_resolved_once_and_connected_to_what_was_checked(server: Server) -> None:
-    answers = iter([[PUBLIC], ["127.0.0.1"]])  # rebinding: another answer the second time
+    # DNS rebinding gives another answer the second time
+    answers = iter([[PUBLIC], ["127.0.0.1"]])
     network = replace(server.network, resolve=lambda host, port: next(answers))
     server.paths["/a"] = answer(b"x")
     assert fetch(f"{URL}/a", rules(server, network=network)) == b"x"
@@ -325,7 +329,7 @@ def test_an_endless_body_ends_at_the_bound(server: Server) -> None:
 
 @dataclass
 class Drip:
-    """A connection that always has one more byte, on a clock by which each takes a second."""
+    """A connection that always has one more byte, on a clock that adds a second for each."""
 
     start: bytes
     then: bytes = b"x"
@@ -515,9 +519,11 @@ def test_certificates_are_checked(server: Server, tmp_path: Path) -> None:
     server.paths["/a"] = answer(b"x")
     both = rules(server, hosts=("pictures.example", "other.example"), allow_http=False)
     with pytest.raises(MediaFetchError, match="with a certificate that holds"):
-        fetch("https://pictures.example/a", both)  # nobody vouches for it
+        # No authority has signed the certificate
+        fetch("https://pictures.example/a", both)
     server.client_tls = ssl.create_default_context(cafile=certificate)
     trusting = replace(both, network=server.network)
     assert fetch("https://pictures.example/a", trusting) == b"x"
     with pytest.raises(MediaFetchError, match="with a certificate that holds"):
-        fetch("https://other.example/a", trusting)  # it is another host's
+        # The certificate is another host's
+        fetch("https://other.example/a", trusting)

@@ -1,6 +1,6 @@
-"""Files that are small and would cost much: each is refused before the work, and ordinary relatives are read.
+"""Small files that would be expensive to read: refused before the work, unlike ordinary files.
 
-Work is counted, as calls of Python and C functions: no test here depends on the machine's speed.
+Work is counted as calls of Python and C functions, so no test depends on the machine's speed.
 """
 
 import io
@@ -24,11 +24,12 @@ from idefics2_engine.images.policy import ImagePolicy
 from pictures import file, frames, noise
 
 PARITY, CORRECT, STRICT = ImagePolicy
-Tags = dict[int, tuple[int, int, int | bytes]]  # {number: (type, count, value or many)}
+# {number: (type, count, value or content)}
+Tags = dict[int, tuple[int, int, int | bytes]]
 
 
 def calls(work: Callable[[], object]) -> int:
-    """Return how many functions, C's included, are called while ``work`` runs."""
+    """Return the number of calls of Python and C functions in ``work``."""
     count = 0
 
     def note(_frame: Any, event: str, _argument: Any) -> None:
@@ -61,7 +62,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def directory(tags: Tags, at: int = 8) -> bytes:
-    """Return a TIFF directory that lies at ``at``."""
+    """Return a TIFF directory for the offset ``at``."""
     rest = at + 2 + 12 * len(tags) + 4
     entries, values = b"", b""
     for number, (kind, count, value) in sorted(tags.items()):
@@ -75,7 +76,7 @@ def directory(tags: Tags, at: int = 8) -> bytes:
 
 
 def tiff(width: int, height: int, more: Tags) -> bytes:
-    """Return a gray TIFF file: its header, its directory, and nothing behind."""
+    """Return a gray TIFF file of a header and a directory, without pixels."""
     tags: Tags = {
         256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1),
         277: (3, 1, 1),
@@ -131,7 +132,7 @@ def shorts(count: int, first: int = 1000) -> Tags:
 
 @cache
 def attacks() -> dict[str, tuple[bytes, str]]:
-    """Each file, and what its error says beside its name."""
+    """Return each file and the end of its error message."""
     text = zlib.compress(bytes(1 << 20), 9)
     rows = struct.pack("<100000I", *range(8, 100_008))
     overlapping: Tags = dict.fromkeys(range(1000, 2000), (7, 60000, 100))
@@ -278,7 +279,8 @@ def test_refused_before_the_work(name: str) -> None:
 
 def test_blocks_between_the_frames_of_a_gif() -> None:
     many = sample("GIF")[:-1] + b"!\xfe" + b"\1x" * 50_000 + b"\0;"
-    assert read(many).size == (16, 16)  # without a look at what follows the first frame
+    # Blocks after the first frame are not read
+    assert read(many).size == (16, 16)
 
     def refuse() -> None:
         with pytest.raises(ImageError, match=r"a: must be read in at most \d+ steps"):
@@ -288,7 +290,7 @@ def test_blocks_between_the_frames_of_a_gif() -> None:
 
 
 def ordinary() -> dict[str, bytes]:
-    """Relatives of the attacks that people have."""
+    """Return ordinary files that resemble the attacks."""
     picture = noise(64, 48)
     camera = Image.Exif()
     camera[0x010F], camera[0x011A] = "maker", 72.0
@@ -388,7 +390,8 @@ def test_a_damaged_ppm_is_refused_as_by_pillow(data: bytes) -> None:
 
 def test_samples_of_a_ppm_are_not_read_one_by_one() -> None:
     assert calls(lambda: read(ppm(6, 254, 3, (300, 300)))) < 10_000
-    assert calls(lambda: read(ppm(5, 999, 1, (300, 300)))) < 140_000  # of them a table of 65536
+    # 65,536 of these calls fill a table
+    assert calls(lambda: read(ppm(5, 999, 1, (300, 300)))) < 140_000
     in_digits = ppm(3, 255, 3, (300, 300))
     commented = in_digits[:20] + in_digits[20:].replace(b" ", b" # x\n")
     for data in (in_digits, commented):
@@ -411,7 +414,8 @@ def test_a_wide_row_is_not_joined_from_many_reads(monkeypatch: pytest.MonkeyPatc
     ):
         sizes.clear()
         assert read(data).size == (4_000_000, 1)
-        assert sum(size > 1000 for size in sizes) < 4  # in 64 KiB at a time it is copied 30 times
+        # In reads of 64 KiB the row would be copied 30 times
+        assert sum(size > 1000 for size in sizes) < 4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
@@ -442,7 +446,7 @@ def test_a_transparent_picture_is_laid_on_white_part_by_part(
 
 
 def test_turning_a_picture_leaves_its_exif_alone() -> None:
-    """Writing it anew would make objects of all its values."""
+    """Writing the EXIF data again would create objects of all its values."""
     rotated = exif({0x112: (3, 1, 6), 1000: (5, 10_000, 100)}, bytes(80_000))
     upright = exif({0x112: (3, 1, 1), 1000: (5, 10_000, 100)}, bytes(80_000))
     turned, plain = (png_with(chunk(b"eXIf", one)) for one in (rotated, upright))

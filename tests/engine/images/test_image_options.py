@@ -1,4 +1,4 @@
-"""The rules for images on the command line and as arguments of ``LLM``."""
+"""The rules for images as options of the command line and as arguments of ``LLM``."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ URL = "https://pictures.example/a.png"
 
 
 class Answerer:
-    """Stands in for ``LLM`` and keeps how it was built and what it was shown."""
+    """A fake ``LLM`` that records its arguments and its images."""
 
     built: dict[str, Any]
     shown: list[Image.Image]

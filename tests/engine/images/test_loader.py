@@ -1,4 +1,4 @@
-"""The door for images: every kind of source, files below a root, data URIs in bounds, many at once."""
+"""Loading images: every kind of source, files in a root folder, bounded data URIs, many at once."""
 
 import base64
 import io
@@ -164,7 +164,8 @@ def test_many_are_read_at_once_and_stay_in_order() -> None:
     together = threading.Barrier(4)
 
     def read(index: int) -> int:
-        together.wait(5)  # passes only with four readers at a time
+        # This passes only if four readers run at a time
+        together.wait(5)
         return index * index
 
     assert read_all(read, [object() for _ in range(8)], 4) == [n * n for n in range(8)]

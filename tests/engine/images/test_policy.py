@@ -1,4 +1,4 @@
-"""What becomes of every mode, format, rotation and animation under each policy."""
+"""The result of every mode, format, rotation and animation under each policy."""
 
 import io
 import json
@@ -46,17 +46,18 @@ def opened(source: bytes | Image.Image) -> Any:
 
 
 def as_transformers(source: bytes | Image.Image) -> Any:
-    """What ``Idefics2Processor`` makes of an image before it splits and resizes."""
+    """Return the image that ``Idefics2Processor`` makes before it splits and resizes."""
     theirs: Any = Idefics2ImageProcessorPil()
     return theirs.convert_to_rgb(transformers_load_image(opened(source)))
 
 
 def corpus() -> dict[str, Callable[[], bytes | Image.Image]]:
-    """Sixty-odd pictures: every mode, every format in every mode it holds, and the odd ones."""
+    """Return over sixty pictures: every mode, every format in each of its modes, and odd cases."""
     made: dict[str, Callable[[], bytes | Image.Image]] = {
         f"Pillow {mode}": lambda mode=mode, n=n: noise(11 + 30 * n, 397 - 17 * n, mode)  # type: ignore[misc]
         for n, mode in enumerate(MODES)
-        if mode != "La"  # which transformers cannot read
+        # transformers cannot read this mode
+        if mode != "La"
     }
     held = {
         "PNG": ("1", "L", "P", "RGB", "RGBA", "LA", "I;16"),
@@ -85,7 +86,7 @@ def corpus() -> dict[str, Callable[[], bytes | Image.Image]]:
         "palette of alphas": lambda: file(
             noise(19, 13).quantize(16), "PNG", transparency=bytes(range(0, 256, 16))
         ),
-        "transparent grey": lambda: file(noise(16, 16, "L"), "PNG", transparency=9),
+        "transparent gray": lambda: file(noise(16, 16, "L"), "PNG", transparency=9),
         "transparent RGB": lambda: file(
             noise(8, 8).quantize(4).convert("RGB"), "PNG", transparency=(9, 9, 9)
         ),
@@ -105,7 +106,8 @@ def test_the_corpus_is_large_enough() -> None:
     assert len(CORPUS) >= 60
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning:PIL")  # for theirs
+# transformers' reading warns
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning:PIL")
 @SPLIT
 @pytest.mark.parametrize("name", CORPUS)
 def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
@@ -114,7 +116,8 @@ def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
     config = ImageConfig.load(EIGHT_B)
     config = ImageConfig(**{**vars(config), "split": split})
     tiles = make_tiles(load_image(source, PARITY), config, patch_size=14, grid_side=70)
-    if "1" in name.split("x") and split:  # transformers divides by zero, so nothing to hold to
+    # transformers divides by zero, so there is nothing to compare with
+    if "1" in name.split("x") and split:
         assert len(tiles) == 5
         return
     for key in ("processor_class", "image_processor_type"):
@@ -146,7 +149,8 @@ def test_correct_shows_alpha_on_white(mode: str) -> None:
     alpha = values[:, :, 3:] / 255
     wanted = alpha * values[:, :, :3] + (1 - alpha) * 255
     assert np.abs(pixels(image, CORRECT) - wanted).max() <= 1
-    if mode in ("RGBA", "LA", "PA"):  # and in the very arithmetic of transformers' image processor
+    # The result also equals that of transformers' image processor exactly
+    if mode in ("RGBA", "LA", "PA"):
         theirs: Any = Idefics2ImageProcessorPil(
             do_resize=False, do_rescale=False, do_normalize=False
         )
@@ -171,7 +175,8 @@ def test_correct_scales_16_bits(mode: str) -> None:
     assert wanted.max() > 235
     for channel in range(3):
         np.testing.assert_array_equal(pixels(image, CORRECT)[:, :, channel], wanted)
-    assert (as_transformers(image) == 255).mean() > 0.9  # which is why there is a choice
+    # A mostly white result is the reason for the other policy
+    assert (as_transformers(image) == 255).mean() > 0.9
 
 
 def test_correct_scales_floats_and_refuses_others() -> None:
@@ -195,7 +200,8 @@ def test_correct_scales_a_part_at_a_time(mode: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    of_pillow = 1 + 4  # bytes a pixel of the grey picture and the one in RGB
+    # Bytes a pixel of the gray picture and of the one in RGB
+    of_pillow = 1 + 4
     assert peak / (900 * 700) + of_pillow <= 16
 
 
@@ -209,7 +215,8 @@ def test_correct_honours_the_transparent_grey_of_16_bits() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WebP", "TIFF"])
 def test_every_rotation_is_undone(kind: str, config: MediaConfig) -> None:
     upright = np.kron(np.array([[0, 60, 120], [180, 220, 255]]), np.ones((8, 8))).astype(np.uint8)
-    stored = {  # what the file holds so that undoing the orientation gives ``upright``
+    # With these contents, undoing the orientation gives ``upright``
+    stored = {
         1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
         6: np.rot90(upright, 1), 7: np.rot90(upright, 2).T, 8: np.rot90(upright, -1),
     }  # fmt: skip
@@ -217,7 +224,8 @@ def test_every_rotation_is_undone(kind: str, config: MediaConfig) -> None:
         data = oriented(Image.fromarray(turned).convert("RGB"), kind, orientation)
         got = pixels(data, config)[:, :, 0]
         assert got.shape == upright.shape
-        assert np.abs(got.astype(int) - upright).max() <= 12  # JPEG and WebP lose a little
+        # JPEG and WebP are lossy
+        assert np.abs(got.astype(int) - upright).max() <= 12
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WebP", "PNG", "TIFF"])
@@ -232,7 +240,8 @@ def test_more_frames(kind: str) -> None:
 
 
 def test_a_warning_that_is_an_error_stays_what_it_is() -> None:
-    with pytest.raises(ImageWarning):  # the suite turns warnings into errors
+    # The suite turns warnings into errors
+    with pytest.raises(ImageWarning):
         load_image(frames("GIF"), CORRECT)
 
 
@@ -269,7 +278,8 @@ def test_strict_refuses_what_leaves_a_choice(source: ImageSource, doubt: str) ->
 
 def test_strict_sees_a_flipped_bit_of_a_png() -> None:
     data = bytearray(file(noise(16, 16), "PNG"))
-    data[-20] ^= 1  # in the pixels' checksum or near it, where a decoder does not look
+    # The flipped bit is in or near the pixels' checksum, which a decoder does not check
+    data[-20] ^= 1
     with pytest.raises(ImageError, match="image bytes"):
         load_image(bytes(data), STRICT)
 
@@ -280,7 +290,8 @@ def test_images_are_left_as_they_are() -> None:
     assert image.size == (8, 4)
     assert image.getexif()[0x0112] == 6
     plain = noise(3, 3)
-    assert load_image(plain, PARITY) is plain  # no copy where there is nothing to do
+    # An image that needs no change is not copied
+    assert load_image(plain, PARITY) is plain
 
 
 @pytest.mark.parametrize("kind", ["WebP", "PNG", "GIF", "TIFF"])
@@ -288,11 +299,12 @@ def test_what_was_read_once_is_plain(kind: str) -> None:
     with pytest.warns(ImageWarning):
         image = load_image(frames(kind), CORRECT)
     assert type(image) is Image.Image
+    # The command line reads images before the model, so they pass through here twice
     for config in (
         PARITY,
         CORRECT,
         STRICT,
-    ):  # as the command line does: it reads before the model is there
+    ):
         assert load_image(image, config) is image
 
 

@@ -1,4 +1,4 @@
-"""Every form in which people hand over an image, the bounds they share, and objects that fail."""
+"""Every form in which a caller passes an image, the common bounds, and objects that fail."""
 
 import base64
 import io
@@ -20,12 +20,13 @@ from pictures import file, noise
 IMAGE = noise(23, 19)
 PNG = file(IMAGE, "PNG")
 HEAD = "data:image/png;base64,"
-PLAIN = base64.b64encode(PNG + b"\0" * (1 - len(PNG) % 3)).decode()  # ends with two "="
+# This ends with two "="
+PLAIN = base64.b64encode(PNG + b"\0" * (1 - len(PNG) % 3)).decode()
 URL = base64.urlsafe_b64encode(PNG + b"\0" * (1 - len(PNG) % 3)).decode()
 
 
 class Named:
-    """A path-like object of somebody's own class."""
+    """A path-like object of a caller's own class."""
 
     def __init__(self, name: str | bytes) -> None:
         self._name = name
@@ -35,7 +36,7 @@ class Named:
 
 
 class OnlyRead:
-    """A binary file that cannot be sought in, and gives little at a time."""
+    """A binary file that cannot seek and returns few bytes at a time."""
 
     def __init__(self, data: bytes) -> None:
         self._rest = io.BytesIO(data)
@@ -48,7 +49,7 @@ class OnlyRead:
 
 
 def at_the_end(data: bytes) -> io.BytesIO:
-    """Return what a caller has who has just written a picture to it."""
+    """Return a buffer at its end, as after writing a picture to it."""
     buffer = io.BytesIO()
     buffer.write(data)
     return buffer
@@ -130,7 +131,7 @@ def test_path_like_objects_and_file_urls_lie_below_the_root(tmp_path: Path) -> N
     for source in sources:
         with pytest.raises(MediaNotAllowedError, match="must lie below the allowed folder"):
             load_image(source, config)
-    # A file that the caller has opened is the caller's business, like bytes
+    # A file that the caller has opened is allowed, like bytes
     with open(outside / "a.png", "rb") as opened:
         assert load_image(opened, config).size == (23, 19)
 
@@ -240,7 +241,7 @@ class FailingFunction(np.ndarray[Any, Any]):
 
 class FailingAttributes(np.ndarray[Any, Any]):
     def __getattribute__(self, name: str) -> Any:
-        # Which isinstance asks for, like everybody
+        # isinstance reads this attribute
         if name == "__class__":
             return type(self)
         raise OSError("secret")
@@ -288,7 +289,7 @@ def test_an_object_that_does_not_tell_its_class_is_an_error_of_ours() -> None:
     def secret(self: object) -> type:
         raise OSError("secret")
 
-    # Made here, since pytest too asks each object that it collects
+    # The object is created here, because pytest asks each collected object for its class
     nameless = type("Nameless", (), {"__class__": property(secret)})
     with pytest.raises(ImageError, match=r"^image: reading it raised OSError$"):
         load_image(nameless())

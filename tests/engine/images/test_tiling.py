@@ -1,4 +1,4 @@
-"""Tiles against transformers' own processor, bit for bit, and the trained position rule."""
+"""Tiles against transformers' processor, bit for bit, and the rule of trained positions."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from paths import EIGHT_B
 
 CONFIG = ImageConfig.load(EIGHT_B)
 
-# Both sides of every branch of the size rule, and sides that no patch or half divides
+# Sizes on both sides of every branch of the size rule, and sides that no patch or half divides
 SIZES = [
     (2, 2), (3, 5), (7, 2), (2, 31), (13, 13), (101, 57), (333, 377), (377, 378), (379, 377),
     (501, 499), (641, 479), (755, 1001), (979, 981), (981, 979), (981, 981), (980, 3), (3, 980),
@@ -96,13 +96,16 @@ def test_the_filter_is_the_checkpoints(resample: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "wanted"),
     [
-        ((100, 50), (378, 378)),  # both grow: the aspect ratio is lost
+        # Both sides grow, and the aspect ratio changes
+        ((100, 50), (378, 378)),
         ((980, 980), (980, 980)),
-        ((500, 400), (500, 400)),  # nothing to do
+        # Nothing changes
+        ((500, 400), (500, 400)),
         ((1960, 1000), (980, 500)),
         ((1000, 1960), (500, 980)),
         ((3000, 100), (980, 378)),
-        ((999, 998), (980, 979)),  # 979.02 rounded down
+        # 979.02 is rounded down
+        ((999, 998), (980, 979)),
     ],
 )
 def test_size_rule(size: tuple[int, int], wanted: tuple[int, int]) -> None:
@@ -148,7 +151,8 @@ def test_buckets_equal_the_trained_ones() -> None:
 
 
 def test_buckets_do_not_follow_the_callers_defaults() -> None:
-    tile = Tile(np.zeros((14, 14 * 49, 3), np.uint8), 14, 77)  # no other test's grid: not cached
+    # No other test has this grid, so it is not cached
+    tile = Tile(np.zeros((14, 14 * 49, 3), np.uint8), 14, 77)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
@@ -167,7 +171,8 @@ def test_a_full_side_has_each_position_in_order() -> None:
         ids = Tile(np.zeros((2, 2 * grid_side, 3), np.uint8), 2, grid_side).position_ids()
         assert len(ids) == grid_side
         assert (np.diff(ids) >= 0).all()
-        assert np.abs(ids - np.arange(grid_side)).max() <= 1  # float32 moves some by one
+        # float32 moves some of them by one
+        assert np.abs(ids - np.arange(grid_side)).max() <= 1
         assert ids.max() < grid_side
 
 

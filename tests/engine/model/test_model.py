@@ -1,4 +1,4 @@
-"""The reference path against transformers, same weights and dtype, stage by stage."""
+"""The reference path against transformers, with the same weights and dtype, stage by stage."""
 
 import json
 import re
@@ -36,7 +36,7 @@ Hook = Callable[[nn.Module, Any, Any], None]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference over the largest magnitude."""
+    """Return the largest difference divided by the largest magnitude."""
     assert ours.shape == theirs.shape
     if ours.numel() == 0:
         return 0.0
@@ -120,7 +120,7 @@ def test_stages_and_logits(case: TinyCase, tmp_path: Path) -> None:
         packed, padded = stages[ours][0], stages[their][0]
         columns = max(w for s in case.tiles for _, w in s) // 14
         for n, (count, width) in enumerate(zip(counts, images.widths.tolist(), strict=True)):
-            # their rows of patches are as wide as the widest image's
+            # transformers' rows of patches are as wide as the widest image's
             at = torch.arange(count)
             rows = padded[n][at // width * columns + at % width]
             assert relative_error(packed[offsets[n] : offsets[n + 1]], rows) < RELATIVE, ours
@@ -156,12 +156,14 @@ def test_loss_and_gradients(case: TinyCase, tmp_path: Path) -> None:
     for name, parameter in exact.items():
         places = [place for place in hub_tensors(model.config) if place.parameter == name]
         grads = [theirs[place.name].grad for place in places]
-        if not places:  # a tied head is the embedding
+        # A tied head is the embedding
+        if not places:
             continue
         if all(grad is None for grad in grads):
             assert parameter.grad is None or not parameter.grad.any(), name
             continue
-        # relative to a whole fused parameter: a key bias has no gradient but rounding, its query and value have
+        # The error is relative to a whole fused parameter. The gradient of a key bias is rounding
+        # alone, unlike those of query and value.
         mine, true = ours[name].grad, parameter.grad
         assert mine is not None, name
         assert true is not None, name
@@ -178,7 +180,7 @@ def test_half_precision_is_as_close_to_float64_as_transformers(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
     case = next(c for c in CASES if c.name == "mixed-batch")
-    # weights that the half type can hold, so that all three models are the same one
+    # The half type represents these weights exactly, so all three models are the same
     oracle = build_oracle(case, dtype)
     folder = save_oracle(oracle, tmp_path)
     inputs = oracle_inputs(case)
@@ -243,7 +245,8 @@ def test_image_tokens_and_features_must_be_as_many(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mixed-batch")
     _, model = make_pair(case, tmp_path)
     inputs = oracle_inputs(case)
-    inputs["attention_mask"][0, :3] = 0  # cuts an image's tokens
+    # This cuts an image's tokens
+    inputs["attention_mask"][0, :3] = 0
     with pytest.raises(ValueError, match="wanted 20, got 18"):
         forward_padded(model, **inputs)
     inputs["pixel_attention_mask"].zero_()
@@ -338,7 +341,7 @@ def test_what_stands_on_padding_means_nothing(mixed: tuple[TinyCase, Any, Idefic
 
 
 def test_the_loss_of_rows_padded_on_the_left(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
-    """transformers counts each row's first token, as predicted from padding, unless its label is -100."""
+    """transformers predicts each row's first token from padding, unless its label is -100."""
     case, oracle, model = mixed
     inputs = oracle_inputs(case)
     inputs["input_ids"], inputs["attention_mask"] = padded_ids(case, "left")
@@ -381,7 +384,8 @@ def test_ids_features_labels_and_lengths_that_do_not_fit_the_model(
         wanted = f"image tokens must be as many as rows of image_features {len(rows) * 5}, got 20"
         with pytest.raises(ValueError, match=wanted):
             model(batch, rows)
-    for id in (99, 127, 128, -1):  # the embedding has 128 rows
+    # The embedding has 128 rows
+    for id in (99, 127, 128, -1):
         with pytest.raises(IndexError):
             model(TextBatch.from_ids([[3, id]]))
         with pytest.raises(IndexError):
@@ -394,7 +398,7 @@ def test_ids_features_labels_and_lengths_that_do_not_fit_the_model(
 
 
 def test_a_tokenizer_with_an_id_beyond_the_models_is_refused(tmp_path: Path) -> None:
-    """There are as many tokens as before, but one id lies among the rows that fill the embedding up."""
+    """The number of tokens is unchanged, but one id is in the padding of the embedding."""
     write_checkpoint(tmp_path)
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())

@@ -1,7 +1,8 @@
-"""transformers' own tests of its Idefics2 processor and image processor, put to ours.
+"""transformers' own tests of its Idefics2 processor and image processor, applied to this package.
 
-Each docstring names the case of ``tests/models/idefics2`` in transformers that a test mirrors, and says where ours
-differs by intention. Pictures are drawn, not fetched, and smaller: a longest side of 98 pixels instead of 980.
+Each docstring names the case of ``tests/models/idefics2`` in transformers that a test mirrors, and
+intended differences. Pictures are drawn, not downloaded, and smaller: the longest side is 98 pixels
+instead of 980.
 """
 
 import json
@@ -66,12 +67,12 @@ def words(text: str) -> list[int]:
 
 
 def slots(images: int, split: bool) -> list[int]:
-    """Return the ids of that many images in a row."""
+    """Return the ids of consecutive images; ``images`` is their number."""
     return [FAKE, *[IMAGE] * SEQ_LEN] * images * (5 if split else 1) + [FAKE]
 
 
 def assert_equal(got: dict[str, npt.NDArray[Any]], wanted: Any) -> None:
-    """Compare with transformers' output, names and values alike."""
+    """Compare names and values with transformers' output."""
     assert got.keys() == dict(wanted).keys()
     for name, array in wanted.items():
         np.testing.assert_array_equal(got[name], np.asarray(array), err_msg=name)
@@ -81,7 +82,7 @@ def assert_equal(got: dict[str, npt.NDArray[Any]], wanted: Any) -> None:
 def test_interleaved_single(split: bool) -> None:
     """Mirror ``test_process_interleaved_images_prompts_[no_]image_splitting``: one image and text.
 
-    An image alone, without text, is no call of ours: the prompt is the slot.
+    This package has no call with an image alone, because the prompt has to hold the placeholder.
     """
     tiles = 5 if split else 1
     for text, after in (("<image>", []), (TEXTS[0], words(FIRST))):
@@ -121,7 +122,10 @@ def test_interleaved_batch(split: bool) -> None:
 
 
 def test_published_sizes() -> None:
-    """Mirror the shapes (653, 980) of ``test_process_interleaved_images_prompts_no_image_splitting``."""
+    """Mirror the shapes of ``test_process_interleaved_images_prompts_no_image_splitting``.
+
+    They are (653, 980) there.
+    """
     processor = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B), split=False)
     prompt = processor.prompt("<image>", random_image(1600, 1067))
     assert [tile.pixels.shape for tile in prompt.tiles] == [(653, 980, 3)]
@@ -132,7 +136,8 @@ def test_published_sizes() -> None:
 def test_add_special_tokens(split: bool) -> None:
     """Mirror ``test_add_special_tokens_processor``.
 
-    Ours has no such switch: a raw prompt begins with ``<s>``, and a prompt that shall not comes as token ids.
+    This package has no such switch. A raw prompt begins with ``<s>``. A prompt without it is passed
+    as token ids.
     """
     text = f"{FIRST}<image>"
     bare = words(FIRST) + slots(1, split)
@@ -145,7 +150,7 @@ def test_add_special_tokens(split: bool) -> None:
 
 @SPLIT
 def test_non_nested_images_with_batched_text(split: bool) -> None:
-    """Mirror ``test_non_nested_images_with_batched_text``: all images in one list, in the slots' order."""
+    """Mirror ``test_non_nested_images_with_batched_text``: all images in one list, in order."""
     got = ours(split).padded(TEXTS, [ONE, TWO, THREE])
     assert got["pixel_values"].shape == (2, 10 if split else 2, 3, 76, 98)
     assert got["pixel_attention_mask"].shape == (2, 10 if split else 2, 76, 98)
@@ -172,7 +177,10 @@ WRONG_COUNTS: list[tuple[list[str], list[Any], str]] = [
 @SPLIT
 @pytest.mark.parametrize(("texts", "images", "message"), WRONG_COUNTS)
 def test_wrong_image_counts(texts: list[str], images: list[Any], message: str, split: bool) -> None:
-    """Mirror the eight calls of ``test_process_interleaved_images_prompts_image_error`` with wrong counts."""
+    """Mirror ``test_process_interleaved_images_prompts_image_error``.
+
+    These are its eight calls with wrong counts.
+    """
     with pytest.raises(ValueError, match="number of"):
         theirs(split)(text=texts, images=images, padding=True)
     with pytest.raises(PromptError, match=message):
@@ -182,9 +190,9 @@ def test_wrong_image_counts(texts: list[str], images: list[Any], message: str, s
 @SPLIT
 @pytest.mark.parametrize("images", [[[], [TWO]], [TWO]], ids=["nested", "flat"])
 def test_a_text_without_images_beside_one_with(images: list[Any], split: bool) -> None:
-    """Differ from the two calls of that test whose counts are right, where transformers once raised.
+    """Differ from two calls of that test whose counts are right, where transformers once raised.
 
-    A row without images in a batch is an ordinary one, with no tile in its mask; transformers 5 agrees.
+    In a batch a row without images is valid and has no tile in its mask. transformers 5 agrees.
     """
     got = ours(split).padded(ONE_SLOT, images)
     assert got["input_ids"][0].tolist()[: len(words(NO_SLOT[0])) + 1] == [BOS, *words(NO_SLOT[0])]
@@ -198,7 +206,7 @@ def test_a_text_without_images_beside_one_with(images: list[Any], split: bool) -
 
 @SPLIT
 def test_counts_of_a_single_prompt(split: bool) -> None:
-    """Differ where transformers lets slots without images pass: ours has nothing to put there."""
+    """Differ where transformers accepts placeholders without images, which are an error here."""
     assert theirs(split)(text="<image>")["input_ids"]
     for text, images in (("<image>", []), ("<image><image>", [ONE]), ("a", [ONE]), ("", ONE)):
         with pytest.raises(PromptError, match="must have one <image> for each image"):
@@ -209,7 +217,10 @@ def test_counts_of_a_single_prompt(split: bool) -> None:
 
 
 def test_neither_text_nor_images() -> None:
-    """Mirror the error of ``Idefics2Processor.__call__`` without arguments, and with no text in a list."""
+    """Mirror the error of ``Idefics2Processor.__call__`` without arguments.
+
+    A list without text is an error as well.
+    """
     nothing: Any = None
     for text in (None, [7], 7):
         with pytest.raises(ValueError, match=r"provide|Invalid input text"):
@@ -229,7 +240,8 @@ def test_neither_text_nor_images() -> None:
 def test_apply_chat_template(split: bool) -> None:
     """Mirror ``test_apply_chat_template``, and its older form with the images expanded.
 
-    A bare string among the parts of a message, which the template drops there, is an error here.
+    A bare string among the parts of a message is an error here. The template drops it in
+    transformers.
     """
     question = {"type": "text", "text": "What do these images show?"}
     answer = "The first image shows the statue of Liberty in New York. The second one Idefix."
@@ -271,7 +283,7 @@ def test_apply_chat_template(split: bool) -> None:
 def test_build_string_from_input(text: str, wanted: str, split: bool) -> None:
     """Mirror ``test_build_string_from_input`` of the first release.
 
-    Since transformers 5 a word behind an image is parted from it by a space, as in training.
+    Since transformers 5 a space separates an image from the next word, as in training.
     """
     ids = ours(split).prompt(text, [ONE] * text.count("<image>")).token_ids
     decoded = ours(split).tokenizer.decode(ids, skip_special_tokens=False)
@@ -281,7 +293,7 @@ def test_build_string_from_input(text: str, wanted: str, split: bool) -> None:
     assert [ids] == theirs(split)(text=text)["input_ids"]
 
 
-# The image processor
+# Tests of the image processor
 
 
 def batch(count: int = 7) -> list[npt.NDArray[np.uint8]]:
@@ -292,7 +304,10 @@ def batch(count: int = 7) -> list[npt.NDArray[np.uint8]]:
 
 
 def expected_size(height: int, width: int) -> tuple[int, int]:
-    """Return what ``get_expected_values`` computes: the longest edge bounds, then the shortest."""
+    """Return the size that ``get_expected_values`` computes.
+
+    The longest edge is bounded first, then the shortest.
+    """
     scale = min(1, LONGEST / max(height, width))
     if scale < 1:
         long, short = LONGEST, int(LONGEST * min(height, width) / max(height, width) + 1e-9)
@@ -303,9 +318,9 @@ def expected_size(height: int, width: int) -> tuple[int, int]:
 @SPLIT
 @pytest.mark.parametrize("kind", ["numpy", "pil", "pytorch"])
 def test_call(kind: str, split: bool) -> None:
-    """Mirror ``test_call_numpy``, ``test_call_pil`` and ``test_call_pytorch``: shapes, and here values too.
+    """Mirror ``test_call_numpy``, ``test_call_pil`` and ``test_call_pytorch``.
 
-    An array has its channels last, a tensor first.
+    Values are compared as well as shapes. An array has its channels last, a tensor first.
     """
     arrays = batch()
     images: list[Any]
@@ -326,7 +341,8 @@ def test_call(kind: str, split: bool) -> None:
     sizes = [expected_size(*array.shape[:2]) for array in arrays]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     assert every["pixel_values"].shape == (len(images), tiles, 3, height, width)
-    mask = every["pixel_attention_mask"][:, -1]  # of the whole images
+    # The mask of the whole images
+    mask = every["pixel_attention_mask"][:, -1]
     assert [(int(m.any(1).sum()), int(m.any(0).sum())) for m in mask] == sizes
     wanted = theirs(split).image_processor(
         [[Image.fromarray(array)] for array in arrays], return_tensors="np"
@@ -337,9 +353,10 @@ def test_call(kind: str, split: bool) -> None:
 
 @SPLIT
 def test_call_numpy_4_channels(split: bool) -> None:
-    """Differ from ``test_call_numpy_4_channels``, which lets four channels through to a model of three.
+    """Differ from ``test_call_numpy_4_channels``, where four channels reach a model of three.
 
-    Ours are three in any case: of a picture with alpha the colours, as transformers' ``load_image`` has it.
+    Here there are always three: the colors of a picture with alpha, as in transformers'
+    ``load_image``.
     """
     arrays = batch(3)
     opacity = [np.full((*array.shape[:2], 1), 128, np.uint8) for array in arrays]
@@ -356,7 +373,10 @@ def test_call_numpy_4_channels(split: bool) -> None:
 
 
 def test_image_processor_properties(tmp_path: Path) -> None:
-    """Mirror ``test_image_processor_properties`` and ``test_init_without_params``: what an empty file means."""
+    """Mirror ``test_image_processor_properties`` and ``test_init_without_params``.
+
+    They test the defaults of an empty file.
+    """
     (tmp_path / "preprocessor_config.json").write_text("{}")
     got, wanted = ImageConfig.load(tmp_path), Idefics2ImageProcessorPil()
     assert got.longest_edge == wanted.size["longest_edge"]
@@ -367,16 +387,17 @@ def test_image_processor_properties(tmp_path: Path) -> None:
 
 
 def test_the_image_processor_by_a_saved_file(tmp_path: Path) -> None:
-    """Mirror ``test_image_processor_from_and_save_pretrained``: what transformers saves, ours reads."""
+    """Mirror ``test_image_processor_from_and_save_pretrained``: transformers' files can be read."""
     theirs(True).image_processor.save_pretrained(tmp_path)
     assert ImageConfig.load(tmp_path) == ours(True).image_config
 
 
 def test_two_sides_have_other_positions() -> None:
-    """Compare the trained positions of every side with transformers': 49 patches (an A4 page) and 58 differ.
+    """Compare the trained positions of every side with transformers'.
 
-    Up to 4.54 transformers had the rule of the training (``tests/data``); since then it rounds otherwise, and puts a
-    patch of these sides into a neighboring bucket.
+    They differ for sides of 49 patches (an A4 page) and 58. Up to 4.54 transformers had the rule of
+    the training (``tests/data``). Since then it rounds differently, and puts a patch of these sides
+    into a neighboring bucket.
     """
     config = Idefics2VisionConfig(hidden_size=2, image_size=980, patch_size=14)
     embeddings = Idefics2VisionEmbeddings(config)
@@ -394,7 +415,10 @@ def test_two_sides_have_other_positions() -> None:
 
 
 def test_no_image_at_all() -> None:
-    """Mirror the checks of ``make_nested_list_of_images``: what is no image is an error, not a crash."""
+    """Mirror the checks of ``make_nested_list_of_images``.
+
+    A value that is not an image is an error, not a crash.
+    """
     wrong: list[Any] = [None, 7, [], {}, "missing.png", b"", np.zeros((0, 3, 3), np.uint8)]
     for image in wrong:
         with pytest.raises(ImageError):

@@ -1,4 +1,4 @@
-"""The whole model on the kernels against the reference path: each layer, each stage and the logits."""
+"""The whole model on the kernels against the reference: each layer, each stage and the logits."""
 
 import json
 import re
@@ -46,19 +46,19 @@ def _no_tf32() -> Iterator[None]:
 def random_model(
     config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, std: float = 0.1
 ) -> Idefics2:
-    """Build a model whose weights are the same numbers, rounded to bfloat16, in every dtype."""
+    """Build a model with the same weights in every dtype, rounded to bfloat16."""
     model = Idefics2(config, ops, device, torch.float32)
     model.init_weights(0, std)
     return model.to(torch.bfloat16).to(dtype)
 
 
 def recorded(model: Idefics2) -> dict[str, Tensor]:
-    """Note what vision layers, connector and text layers give, as they run."""
+    """Record the outputs of vision layers, connector and text layers."""
     stages: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:
         def hook(_module: nn.Module, _args: object, output: Any) -> None:
-            # a layer returns a branch and the residual it belongs to
+            # A layer returns a branch and the residual that it belongs to
             stages[name] = output[0] + output[1] if isinstance(output, tuple) else output
 
         return hook
@@ -72,7 +72,7 @@ def recorded(model: Idefics2) -> dict[str, Tensor]:
 
 
 def paged_view(lengths: list[int], cached: list[int], pages: list[list[int]]) -> PagedView:
-    """Lay out new tokens of sequences that have ``cached`` tokens in their ``pages`` already."""
+    """Build the batch of new tokens of sequences with ``cached`` tokens in their ``pages``."""
     slots = [
         own[p // PAGE] * PAGE + p % PAGE
         for length, begin, own in zip(lengths, cached, pages, strict=True)
@@ -91,7 +91,7 @@ def paged_view(lengths: list[int], cached: list[int], pages: list[list[int]]) ->
 
 
 def run(model: Idefics2, case: TinyCase, device: torch.device, paged: bool) -> dict[str, Tensor]:
-    """Return every stage, and the logits; with ``paged`` in two chunks and two single tokens."""
+    """Return every stage and the logits; with ``paged`` in two chunks and two single tokens."""
     stages = recorded(model)
     images = image_batch(case.make_tiles())
     with torch.no_grad():
@@ -110,12 +110,13 @@ def run(model: Idefics2, case: TinyCase, device: torch.device, paged: bool) -> d
             values.fill_(float("nan"))
         cached = [0] * len(ids)
         is_image = model.config.image_token_id
-        used = [0] * len(ids)  # images' tokens that are behind
+        # Tokens of images that were computed already
+        used = [0] * len(ids)
         offsets = [sum(row.count(is_image) for row in ids[:i]) for i in range(len(ids))]
         logits: list[list[Tensor]] = [[] for _ in ids]
         while any(done < len(row) for done, row in zip(cached, ids, strict=True)):
             live = [i for i, row in enumerate(ids) if cached[i] < len(row)]
-            # most of a sequence, then token by token
+            # The first chunk is most of a sequence, then single tokens follow
             counts = [max(1, len(ids[i]) - cached[i] - 3) for i in live]
             new = [ids[i][cached[i] : cached[i] + n] for i, n in zip(live, counts, strict=True)]
             batch = TextBatch(
@@ -145,7 +146,7 @@ def run(model: Idefics2, case: TinyCase, device: torch.device, paged: bool) -> d
 
 
 def layer_inputs(model: Idefics2, case: TinyCase, device: torch.device) -> dict[str, Any]:
-    """Run ``model`` on a case; return what each of its layers was given, by the layer's name."""
+    """Run ``model`` on a case; return the inputs of each of its layers, by the layer's name."""
     inputs: dict[str, Any] = {}
     hooks = [
         module.register_forward_pre_hook(
@@ -161,7 +162,7 @@ def layer_inputs(model: Idefics2, case: TinyCase, device: torch.device) -> dict[
 
 
 def as_dtype(args: Any, dtype: torch.dtype) -> list[Any]:
-    """Convert what is in float64, the activations; tables and offsets stay as they are."""
+    """Convert float64 tensors, the activations; tables and offsets are unchanged."""
     return [
         arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype is torch.float64 else arg
         for arg in args
@@ -173,7 +174,7 @@ def as_dtype(args: Any, dtype: torch.dtype) -> list[Any]:
 def test_every_layer_on_the_same_inputs(
     name: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Each layer by itself: over a whole chain a row of the reference may be right by luck."""
+    """Layers are compared one by one, because over many layers the reference's error is chance."""
     case = TINY[name]
     config = ModelConfig.from_dict(case.config().to_dict())
     exact = random_model(config, REFERENCE, device, torch.float64)
@@ -182,7 +183,7 @@ def test_every_layer_on_the_same_inputs(
     stems = {layer.rsplit(".", 2)[0] for layer in inputs}
     assert stems == {"vision", "connector.perceiver", "text"}
     for layer, args in inputs.items():
-        # in half precision by way of it, so that all three start from the same numbers
+        # The values are rounded to half precision, so all three start from the same numbers
         rounded = [
             arg.to(dtype).double()
             if isinstance(arg, Tensor) and arg.dtype is torch.float64
@@ -200,10 +201,11 @@ def test_every_layer_on_the_same_inputs(
 
 
 def chain_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
-    """Apply the rule to what many layers made of a row: to the worst row of each, relative to its largest value.
+    """Apply the criterion to the output of many layers: to each side's worst row.
 
-    How far roundings carry one row through a chain is luck, of the reference too. What a kernel does to a row is
-    judged by the row, layer by layer, in ``test_every_layer_on_the_same_inputs``.
+    Errors are relative to the row's largest value. How far rounding errors carry one row through
+    many layers is chance, for the reference as well. Each row of each layer is judged in
+    ``test_every_layer_on_the_same_inputs``.
     """
     scale = exact.abs().amax(-1)
     ours, theirs = (
@@ -255,7 +257,7 @@ def test_the_demo_says_the_same_tokens_on_the_kernels() -> None:
 
 
 def eight_b_batch() -> tuple[ImageBatch, TextBatch]:
-    """Draw an image and a prompt for the model's real shape."""
+    """Return an image and a prompt for the model's real shape."""
     config = ModelConfig.load(EIGHT_B)
     generator = torch.Generator().manual_seed(2)
     size = (56 * 14, 42 * 14)
@@ -281,7 +283,7 @@ def eight_b_stages(
 
 @pytest.mark.gpu
 def test_every_stage_of_the_real_shape() -> None:
-    """Random weights in bfloat16; the reference in fp32 stands for the truth."""
+    """Compare models with random weights in bfloat16; the reference in fp32 is the truth."""
     batch = eight_b_batch()
     exact = eight_b_stages(REFERENCE, torch.float32, batch)
     same = eight_b_stages(REFERENCE, torch.bfloat16, batch)
@@ -315,7 +317,8 @@ def transformers_logits(batch: tuple[ImageBatch, TextBatch]) -> Tensor:
             rows = parameters[place.parameter][place.first_row :][: place.shape[0]]
             targets[place.name].copy_(rows.view(place.shape))
     del source, parameters
-    rotary = model.model.text_model.rotary_emb  # a buffer, which to_empty left without values
+    # to_empty left this buffer without values
+    rotary = model.model.text_model.rotary_emb
     rotary.__init__(model.config.text_config)
     rotary.to("cuda")
     embeddings = model.model.vision_model.embeddings

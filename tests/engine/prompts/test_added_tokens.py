@@ -1,4 +1,7 @@
-"""Added tokens of every kind have transformers' ids, in raw prompts and in conversations, where text forges no control token."""
+"""Added tokens of every kind, in raw prompts and in conversations.
+
+They have transformers' ids, and typed text never becomes a control token.
+"""
 
 import json
 import random
@@ -27,7 +30,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}{{ token }}{% for part in m.content %}{{ part.text }}{% endfor %}"
     "{{ token }}{% endfor %}"
 )
-# A normalizer that changes text: with it a normalized token is looked for behind it
+# A normalizer that changes text. A normalized token is matched after it.
 LOWER = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
 
 
@@ -64,8 +67,9 @@ def template(kind: str, source: str) -> ChatTemplate:
 def compared(kind: str) -> list[str]:
     """Return the tokens whose ids are transformers'.
 
-    Normalized control tokens are looked for ahead of the normalizer here, where typed text has its marks. It makes a difference where the
-    normalizer changes the token itself: transformers finds them only at the beginning of a text then.
+    Normalized control tokens are matched before the normalizer here, because marks in typed text
+    are set there. This makes a difference if the normalizer changes the token itself. transformers
+    then finds it only at the beginning of a text.
     """
     flags = KINDS.items()
     return [
@@ -76,7 +80,7 @@ def compared(kind: str) -> list[str]:
 
 
 def texts(tokens: list[str], count: int) -> list[str]:
-    """Return texts in which ``tokens`` stand beside spaces, words, and pieces of tokens."""
+    """Return texts with ``tokens`` beside spaces, words, and parts of tokens."""
     rng = random.Random(0)
     return [
         "".join(rng.choice(tokens if rng.random() < 0.5 else AROUND) for _ in range(rng.randint(1, 6)))

@@ -1,4 +1,4 @@
-"""Chat templates: no way out of the sandbox, bounded time and memory, and transformers' rendering."""
+"""Chat templates: the sandbox, limits on time and memory, and transformers' rendering."""
 
 import contextlib
 import json
@@ -108,14 +108,14 @@ TOO_LARGE = [
     "{{ ('inf' | float) | round(10**9, 'ceil') }}",
     "{{ ([[1]] * 30000) | sum(start=[]) }}",
     "{{ ([[1]] * 30000) | sum('0', []) }}",
-    # Values that double
+    # Values that double in size
     GROW % ("'ab'", "ns.x ~ ns.x"),
     GROW % ("'ab'", "ns.x + ns.x"),
     GROW % ("[1]", "[ns.x, ns.x]"),
     GROW % ("(1,)", "(ns.x, ns.x)"),
     GROW % ("{}", "{'a': ns.x, 'b': ns.x}"),
     GROW % ("{}", "dict(a=ns.x, b=ns.x)"),
-    # Many values
+    # Large numbers of values
     "{% macro m() %}{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}{% endmacro %}{{ m() }}",
     "{% set x %}{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}{% endset %}",
     "{% filter upper %}{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}{% endfilter %}",
@@ -135,7 +135,7 @@ TOO_LONG = [
     AGAIN % ("range(50000) | list", "'b' in x"),
     AGAIN % ("range(50000) | list", "x[1:] == 0"),
     AGAIN % ("range(50000) | list", "x | select('in', x) | first"),
-    # Keys that have the same hash: those of a dict, and tuples of these two numbers
+    # Keys with the same hash: those of a dict, and tuples of these two numbers
     "{{ dict(range(0, 2305843009213693951 * 40000, 2305843009213693951) | batch(2)) }}",
     "{{ namespace(range(0, 2305843009213693951 * 40000, 2305843009213693951) | batch(2)) }}",
     "{{ range(0, 2305843009213693951 * 100000, 2305843009213693951) | unique | list | length }}",
@@ -145,7 +145,10 @@ TOO_LONG = [
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, tick: float) -> None:
-    """Let each look at the clock take ``tick`` seconds, and nothing else, so that time is counted in looks."""
+    """Advance time by ``tick`` seconds at each look at the clock, and never otherwise.
+
+    Time is thereby counted in looks.
+    """
     seconds = count(0, tick)
     clocks = SimpleNamespace(monotonic=lambda: next(seconds), thread_time=lambda: next(seconds))
     monkeypatch.setattr(template_budget, "time", clocks)
@@ -153,13 +156,13 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, tick: float) -> None:
 
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop the clock: what ends does so by itself or by its size."""
+    """Stop the clock, so that only size limits or the end of the template stop a rendering."""
     set_clock(monkeypatch, 0)
 
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a template some 50 looks at the clock: what goes on for long must look again and again."""
+    """Allow about 50 looks at the clock, so that long operations must look repeatedly."""
     set_clock(monkeypatch, 0.01)
 
 
@@ -180,7 +183,7 @@ def test_time_has_a_limit(source: str) -> None:
 
 
 def test_memory_has_a_limit() -> None:
-    """Each of the large ones is refused before it is made: a process that tries them all stays small."""
+    """Large values are refused before they are created, so a process that tries all stays small."""
     code = """
 import json, resource, sys
 from pathlib import Path
@@ -254,7 +257,7 @@ def test_what_is_refused_when_it_is_loaded(source: str, message: str) -> None:
 
 @pytest.mark.parametrize("source", [*TOO_LARGE, *TOO_LONG])
 def test_loading_runs_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jinja folds constants while it compiles; here it must not compute ``'a' | center(10**9)``."""
+    """Jinja folds constants while it compiles, but must not compute ``'a' | center(10**9)``."""
     computed: list[str] = []
 
     def noted(name: str, compute: Any) -> Any:
@@ -309,7 +312,7 @@ def test_a_template_has_its_budget_while_another_thread_spends_its_own() -> None
 
 
 def test_a_waiting_thread_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock on the wall runs while a machine is suspended; the thread's own does not."""
+    """The wall clock runs while a machine is suspended, but the thread's own clock does not."""
     wall = count(0, 100)
     clocks = SimpleNamespace(monotonic=lambda: next(wall), thread_time=lambda: 0.0)
     monkeypatch.setattr(template_budget, "time", clocks)
@@ -388,7 +391,7 @@ def test_errors_are_short_and_show_no_marks() -> None:
     ],
 )
 def test_a_template_in_a_row_is_refused(messages: Any) -> None:
-    """Unknown keys are errors everywhere in a conversation, so a template among them is one too."""
+    """Unknown keys are errors everywhere in a conversation, and so is a template among them."""
     processor = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B))
     with pytest.raises(PromptError, match="must be"):
         processor.chat(messages)
@@ -488,7 +491,8 @@ def theirs(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
 @pytest.mark.parametrize("name", HUB_STYLE)
 def test_rendering_equals_transformers(name: str, generate: bool) -> None:
     for messages in conversations():
-        # What looks for "<" inside of a typed text finds marks behind it: none of these does
+        # A template that searches typed text for "<" would find marks behind it. None of these
+        # does.
         assert render(HUB_STYLE[name], messages, generate) == theirs(
             HUB_STYLE[name], messages, generate
         )
@@ -505,7 +509,7 @@ def test_a_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
-    """Return the looks at the clock so far."""
+    """Return a list that grows with each look at the clock."""
     seen: list[Budget] = []
     monkeypatch.setattr(Budget, "look", lambda budget: seen.append(budget))
     return seen
@@ -513,7 +517,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
 
 @pytest.mark.parametrize("made", ["dict(pairs)", "namespace(pairs)"])
 def test_keys_are_put_in_one_by_one(made: str, looks: list[Budget]) -> None:
-    """They may all have the same hash: putting in many at once would take quadratic time between two looks."""
+    """If all keys have one hash, inserting many at once takes quadratic time between two looks."""
     pairs = "{% set pairs = range(2000) | map('string') | batch(2) | list %}"
     render(pairs)
     before = len(looks)
@@ -523,7 +527,7 @@ def test_keys_are_put_in_one_by_one(made: str, looks: list[Budget]) -> None:
 
 
 def test_work_grows_with_the_conversation(looks: list[Budget]) -> None:
-    """Each operation is a look at the clock: a message takes some of them, however many there are."""
+    """Each operation looks at the clock, so every message needs the same number of looks."""
     question = {"type": "text", "text": "What is in this image, and where is the star?"}
     turns = [
         {"role": "user", "content": [{"type": "image"}, question]},

@@ -1,4 +1,4 @@
-"""Conversations in every accepted shape, and what is said about the others."""
+"""Conversations in every accepted shape, and the errors of all others."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,7 +33,8 @@ def test_messages_in_every_shape() -> None:
         {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
         {"role": "user", "content": [image, text, image, image, image, image, image]},
     ]
-    assert len(messages[1]["content"][2]) == 2  # the caller's messages are left alone
+    # The caller's messages are not changed
+    assert len(messages[1]["content"][2]) == 2
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_messages_in_another_shape_are_an_error(messages: Any, message: str) -> 
 
 
 def filled_up(values: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """Return a row as ``datasets`` makes it: each has the keys of all, ``None`` where it has none."""
+    """Return a row as in ``datasets``, with the keys of all rows and ``None`` for absent values."""
     return {key: values.get(key) for key in keys}
 
 
@@ -141,7 +142,7 @@ def test_a_conversation_may_be_a_tuple_and_has_the_name_its_caller_knows() -> No
 
 
 class Failing(Mapping[str, Any]):
-    """A mapping that looks right until it is read."""
+    """A mapping that looks valid until it is read."""
 
     def __init__(self, *keys: str) -> None:
         self._keys = keys

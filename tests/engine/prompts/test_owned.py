@@ -1,4 +1,4 @@
-"""Drafts own what they hold; one object in several rows is read right by any number of threads."""
+"""Drafts own their content, and threads can share one object among several rows."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ from pictures import file, frames, noise
 IMAGE = noise(31, 23)
 OTHER = noise(23, 31).resize((31, 23))
 Held = tuple[Any, Callable[[], object]]
-"""A source of ``IMAGE``, and what turns it into ``OTHER`` afterwards, or spoils it."""
+"""A source of ``IMAGE``, and a function that later changes it to ``OTHER`` or breaks it."""
 
 
 @cache
@@ -195,14 +195,15 @@ def test_sizes_are_looked_at_before_anything_is_owned() -> None:
     for source in sources:
         with pytest.raises(ImageError, match="must have at most 99"):
             small.draft_prompt("<image>", [source]).owned()
-    assert unread.getbbox() is not None  # nothing of it was lost
+    # The source has lost none of its content
+    assert unread.getbbox() is not None
 
 
-# One object in several rows
+# Tests of one object in several rows
 
 
 class Watched(io.BytesIO):
-    """A file that waits a moment in each read for a second reader, and says whether one came."""
+    """A file whose reads wait a moment for a second reader, and record whether one came."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -254,7 +255,8 @@ def test_one_object_in_several_rows(
     else:
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(finished, drafts))
-    assert not stream.met.is_set()  # nobody read while somebody else did
+    # No two readers read at the same time
+    assert not stream.met.is_set()
     (right,) = finished(processor().draft_prompt("<image>", [data]))
     for (one,) in got:
         np.testing.assert_array_equal(one, right)
@@ -265,7 +267,8 @@ def test_files_are_decoded_several_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     decode: Any = vars(media)["decode"]
 
     def waiting(*arguments: Any) -> Any:
-        together.wait(5)  # passes with three decoders at a time alone
+        # This passes only if three decoders run at a time
+        together.wait(5)
         return decode(*arguments)
 
     monkeypatch.setattr(media, "decode", waiting)
@@ -276,7 +279,7 @@ def test_files_are_decoded_several_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     assert len(many.prompt("<image>" * 3, images).tiles) == 3
 
 
-# Objects that fail while they are read
+# Tests of objects that fail while they are read
 
 
 class FailingList(list[Any]):

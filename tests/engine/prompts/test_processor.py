@@ -60,7 +60,8 @@ def raw_prompts() -> list[str]:
 def conversations() -> list[list[dict[str, Any]]]:
     rng = random.Random(1)
     texts = [word for word in WORDS if "<image>" not in word and "_" not in word] + ["", "<c", ">"]
-    texts = [text for text in texts if text not in ("<s>", "</s>")]  # these, ours keeps as text
+    # This package keeps both of them as text
+    texts = [text for text in texts if text not in ("<s>", "</s>")]
     found = []
     for _ in range(100):
         messages = []
@@ -125,7 +126,7 @@ def test_a_chat_equals_transformers_in_one_call() -> None:
     got = ours(True).chat(messages)
     assert got.token_ids == wanted["input_ids"][0]
     assert len(got.tiles) == 10
-    # Ours in ours, in the order of the slots
+    # The tiles equal those of single images, in the order of the placeholders
     own = [tile for image in images for tile in ours(True).prompt("<image>", [image]).tiles]
     for tile, alone in zip(got.tiles, own, strict=True):
         np.testing.assert_array_equal(tile.pixels, alone.pixels)
@@ -238,7 +239,8 @@ def test_bos_in_the_template_is_not_doubled(tmp_path: Path) -> None:
     plain = "{{ messages[0].content[0].text }}"
     folder = checkpoint(tmp_path, processor_config={"chat_template": plain})
     ids = Processor.load(folder, MODEL).chat([{"role": "user", "content": "<s>hi"}]).token_ids
-    assert ids[0] == 1  # a typed one is no reason to leave it out
+    # A typed one does not replace the first token
+    assert ids[0] == 1
     assert ids.count(1) == 1
 
 
@@ -303,7 +305,7 @@ def test_a_tokenizer_without_padding_cannot_pad(tmp_path: Path) -> None:
 
 
 def checkpoint(folder: Path, **changes: dict[str, Any]) -> Path:
-    """Copy the checkpoint's processor files with some replaced."""
+    """Copy the checkpoint's processor files, with some of them replaced."""
     for name in ("tokenizer", "tokenizer_config", "processor_config", "preprocessor_config"):
         shutil.copy(EIGHT_B / f"{name}.json", folder)
     for name, values in changes.items():

@@ -1,7 +1,8 @@
-"""What somebody types stays text, however it is built, cut and spread; what is no prompt is refused.
+"""Typed text stays text, however it is built, cut and distributed; invalid prompts are refused.
 
-A conversation is judged by an independent rendering of Idefics2's format, in which each image is one character that
-no text has: the ids must decode to it, and must have the control ids of the same conversation with harmless texts.
+A conversation is compared with an independent rendering of Idefics2's format, in which each image
+is one character that no text has. The ids must decode to it, and must have the control ids of the
+same conversation with harmless texts.
 """
 
 import json
@@ -28,21 +29,23 @@ from tiny_checkpoint import LATENTS, write_checkpoint
 
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
 CONTROL = ("<unk>", "<s>", "</s>", FAKE, IMAGE, END)
-SLOT, TURN = "\ue000", "\ue001"  # of the private use area, which no strategy draws from
+# These are in the private use area, which no strategy draws from
+SLOT, TURN = "\ue000", "\ue001"
 DOT = Image.new("RGB", (2, 2), "red")
-PROPERTY = settings(derandomize=True, deadline=None)  # the same examples in every run
+# Every run has the same examples
+PROPERTY = settings(derandomize=True, deadline=None)
 
 
 @cache
 def processor(split: bool = False) -> Processor:
-    """Return the 8B model's processor with small tiles: what they show does not matter here."""
+    """Return the 8B model's processor with small tiles, whose contents do not matter here."""
     loaded = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B), split)
     small = replace(loaded.image_config, longest_edge=28, shortest_edge=14)
     return replace(loaded, image_config=small, image_seq_len=LATENTS)
 
 
 def rendered(messages: list[dict[str, Any]], split: bool) -> str:
-    """Write a conversation in Idefics2's format, images as transformers' processor expands them."""
+    """Write a conversation in Idefics2's format, with images expanded as in transformers."""
     text = ""
     for message in messages:
         content = message["content"]
@@ -50,17 +53,20 @@ def rendered(messages: list[dict[str, Any]], split: bool) -> str:
         text += "".join(SLOT if part["type"] == "image" else part["text"] for part in content)
         text += f"{TURN}\n"
     text += "Assistant:"
-    text = re.sub(rf"({SLOT}+)(?=[^\s<{SLOT}{TURN}])", r"\1 ", text)  # a word gets a space
+    # A space separates an image from a word
+    text = re.sub(rf"({SLOT}+)(?=[^\s<{SLOT}{TURN}])", r"\1 ", text)
     tile = FAKE + IMAGE * LATENTS
     tiles = tile * (5 if split else 1)
     text = re.sub(rf"{SLOT}+", lambda slots: tiles * len(slots[0]) + FAKE, text)
-    text = text.replace("▁", " ")  # one and the same to the tokenizer
-    space = "" if text.startswith(" ") else " "  # which the tokenizer puts in front
+    # The tokenizer does not distinguish the two
+    text = text.replace("▁", " ")
+    # The tokenizer adds this space
+    space = "" if text.startswith(" ") else " "
     return "<s>" + space + text.replace(TURN, END)
 
 
 def look_alikes(token: str, at: int) -> list[str]:
-    """Return spellings of ``token`` that some step might take for it."""
+    """Return spellings of ``token`` that a step might confuse with it."""
     at = 1 + at % (len(token) - 1)
     full_width = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in token)
     return [
@@ -114,7 +120,7 @@ def text_part(text: str) -> dict[str, Any]:
 
 @st.composite
 def spread(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Cut a text at any places into parts, with images here and there between them."""
+    """Cut a text at random places into parts, and insert images between some of them."""
     text = draw(texts)
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=4)))
     parts: list[dict[str, Any]] = []
@@ -134,7 +140,7 @@ messages = st.builds(
 
 
 def harmless(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the conversation with plain words for everything that was typed."""
+    """Return the conversation with plain words instead of all typed text."""
     return [
         {
             "role": "user",
@@ -175,7 +181,8 @@ def test_a_token_cut_over_parts_and_messages_is_text(
     parts = [token[i:j] for i, j in zip([0, *places], [*places, len(token)], strict=True)]
     image = {"type": "image"}
     one: list[dict[str, Any]] = [{"role": "user", "content": [text_part(part) for part in parts]}]
-    if between:  # an image after each part
+    # An image follows each part
+    if between:
         one[0]["content"] = [either for part in parts for either in (text_part(part), image)]
     several = [{"role": "user", "content": part} for part in parts]
     for conversation, images in ((one, len(parts) * between), (several, 0)):
@@ -186,7 +193,7 @@ def test_a_token_cut_over_parts_and_messages_is_text(
 
 @cache
 def normalizing() -> Tokenizer:
-    """Return a tokenizer that turns full-width brackets into plain ones before it cuts."""
+    """Return a tokenizer whose normalizer turns full-width brackets into plain ones."""
     description = json.loads((EIGHT_B / "tokenizer.json").read_text())
     description["normalizer"] = {"type": "NFKC"}
     for token in description["added_tokens"]:
@@ -205,7 +212,7 @@ def test_a_normalizer_makes_no_control_token(text: str, before: str) -> None:
     assert [id for id in ids if id in tokenizer.control_ids] == wanted
 
 
-# What is no prompt
+# Tests of invalid prompts
 
 NO_TEXT = [None, 7, 1.5, b"bytes", ["a"], {"a": 1}, True, np.array(["a"])]
 HALVES = ["\ud800", "a\udfff", "\udc00\ud800", "<image>\ud83d"]
@@ -223,7 +230,8 @@ def test_what_is_no_text_is_refused(text: Any) -> None:
     ):
         with pytest.raises(PromptError, match=r"must be"):
             call()
-    if not isinstance(text, list):  # one is a list of parts
+    # A list is valid as a list of parts
+    if not isinstance(text, list):
         missing = "must be a dict with 'role' and 'content'"
         wrong = missing if text is None else "content must be"
         with pytest.raises(PromptError, match=rf"messages\[0\]: {wrong}"):
@@ -273,7 +281,7 @@ MEGABYTE = {
 
 @pytest.mark.parametrize("name", MEGABYTE)
 def test_a_megabyte_stays_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is cut into tokens once, and the marks make it three times as long at most."""
+    """The text is encoded once, and marks make it at most three times as long."""
     text = MEGABYTE[name]
     assert len(text.encode()) >= 10**6
     given: list[int] = []
@@ -305,14 +313,14 @@ def test_a_megabyte_of_slots_is_refused_before_anything_is_made(
         tried.prompt(IMAGE * 142_858, [DOT])
 
 
-# The length of the context
+# Tests of the length of the context
 
 LENGTH = 40
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    """A tiny random model behind the real tokenizer, with a context of ``LENGTH`` tokens."""
+    """Load a tiny random model with the real tokenizer and a context of ``LENGTH`` tokens."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write_checkpoint(folder, max_positions=LENGTH)
     return LLM(folder, device="cpu", dtype="float32")
@@ -339,7 +347,10 @@ def of_length(kind: str, length: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["ids", "raw", "raw with an image", "chat", "chat with an image"])
 def test_prompts_at_the_context_length_and_over(llm: LLM, kind: str) -> None:
-    """The longest prompt leaves one token of the context; one with none is refused, and harms no other."""
+    """The longest prompt leaves one token of the context.
+
+    A longer one is refused and does not affect other requests.
+    """
 
     def answer(length: int) -> list[Any]:
         arguments = of_length(kind, length)
@@ -394,7 +405,7 @@ def test_what_the_engine_is_asked_is_refused(llm: LLM) -> None:
 
 
 def test_a_prompt_of_nothing(llm: LLM) -> None:
-    """An empty text is ``<s>``, after which the model begins; no token at all is no prompt."""
+    """An empty text becomes ``<s>``, which the model continues; an empty token list is refused."""
     (output,) = llm.generate("", SamplingParams(max_tokens=2, ignore_eos=True))
     assert output.prompt_token_ids == [1]
     assert len(output.outputs[0].token_ids) == 2

@@ -1,4 +1,7 @@
-"""The door to ``tokenizers``: panics and errors are ours, interrupts are not, and a tokenizer multiplies no text."""
+"""The only use of ``tokenizers``: panics and errors become errors of this package.
+
+Interrupts reach the caller, and no tokenizer multiplies the length of a text.
+"""
 
 import base64
 import json
@@ -18,7 +21,7 @@ from idefics2_engine.sampling.bad_words import bad_words_ids
 from tiny_checkpoint import edit_json, write_checkpoint
 from tokenizer_kinds import SETTINGS, byte_level_description
 
-# On which Oniguruma gives up, and the library panics
+# On this text Oniguruma gives up, and the library panics
 CATASTROPHE = "a" * 28 + "!"
 REGEX = {"Regex": "(a+)+$"}
 SPLIT = {"type": "Split", "pattern": REGEX, "behavior": "Isolated", "invert": False}
@@ -58,7 +61,7 @@ def test_a_panic_is_the_bad_word_s_error() -> None:
 
 
 def test_a_bare_exception_is_the_prompt_s_error() -> None:
-    """A word that the model does not know, and no token for it."""
+    """A word that the model does not know raises an error if the tokenizer has no token for it."""
     words: dict[str, Any] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
     library = TokenLibrary(
         described(model=words, added_tokens=[], pre_tokenizer=None, decoder=None)
@@ -72,11 +75,11 @@ def test_a_bare_exception_is_the_prompt_s_error() -> None:
 def test_what_is_not_the_library_s_passes(
     raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An interrupt, or what the handler of a signal raises, reaches the caller."""
+    """An interrupt, or an error of a signal handler, reaches the caller."""
     real, fails = tokenizers.Tokenizer, False
 
     class Failing:
-        """The library's tokenizer, until it fails."""
+        """The library's tokenizer, which can be made to fail."""
 
         def __init__(self, tokenizer: Any) -> None:
             self.tokenizer = tokenizer
@@ -122,13 +125,14 @@ def test_a_row_that_panics_is_its_row_s_error(tmp_path: Path) -> None:
     assert llm.generate("a", one)[0].finished
 
 
-# At load
+# Tests of loading
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalizer": {"type": "Precompiled"}}, "is not a tokenizer: Precompiled"),  # a panic
+        # The library panics on this one
+        ({"normalizer": {"type": "Precompiled"}}, "is not a tokenizer: Precompiled"),
         ({"normalizer": {"type": "Replace", "pattern": {"Regex": "("}, "content": ""}}, "is not a"),
         ({"normalizer": replace("a", "b" * 10**6)}, "characters of one, got up to 1e\\+06"),
         ({"normalizer": replace("", "b" * 64)}, "got up to 65"),

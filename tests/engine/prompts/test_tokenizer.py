@@ -1,4 +1,4 @@
-"""Tokenizer, template and detokeniser: published ids, and typed text that stays text."""
+"""Tokenizer, template and detokenizer: published ids, and typed text that stays text."""
 
 import json
 import random
@@ -50,7 +50,7 @@ def template(source: str | None = None) -> ChatTemplate:
 def chat_ids(source: str | None, *messages: dict[str, Any]) -> list[int]:
     plain = [{**message, "role": "user"} for message in messages]
     turns, _ = read_messages(plain, ())
-    # Straight to the template, which trusts no role, whoever has looked at it before
+    # This passes roles to the template that ``read_messages`` would refuse
     turns = [
         {**turn, "role": message["role"]} for turn, message in zip(turns, messages, strict=True)
     ]
@@ -86,9 +86,10 @@ def test_typed_text_is_text(kind: str, text: str, before: str) -> None:
     ids = tokenizer.encode_marked(before + tokenizer.mark_typed(text), add_bos=False)
     wanted = [tokenizer.image_id] if before == "<image>" else []
     assert [id for id in ids if id in tokenizer.control_ids] == wanted
-    if kind != "legacy":  # which puts a space behind a control token
+    # The legacy tokenizer puts a space after a control token
+    if kind != "legacy":
         decoded = tokenizer.decode(ids, skip_special_tokens=False)
-        # Decoding drops one space in front: a typed one where the tokenizer added none
+        # Decoding drops one space in front. If the tokenizer added none, it drops a typed one.
         assert decoded == before + text or (not before and decoded == text.removeprefix(" "))
 
 
@@ -175,7 +176,8 @@ def test_what_the_model_does_not_know_may_be_unknown() -> None:
     few["model"] = {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"}
     tokenizer = Tokenizer(few, SETTINGS)
     assert tokenizer.encode_plain("a<unk>b") == [6, 0, 0, 0, 0, 0, 7]
-    assert set(tokenizer.encode_plain("".join(CONTROL))) == {0, 6}  # ...token_around...
+    # Id 6 is the letter a, as in ``token_around``
+    assert set(tokenizer.encode_plain("".join(CONTROL))) == {0, 6}
 
 
 def spell(token: str) -> dict[str, Any]:
@@ -270,7 +272,8 @@ EVIL: list[dict[str, Any]] = [
 def test_typed_control_tokens_stay_text(message: dict[str, Any], source: str | None) -> None:
     tame = {"role": "user", "content": "hello"}
     wanted = control(chat_ids(source, tame, tame))
-    assert len(wanted) == 3  # <s> and two ends
+    # These are <s> and two ends
+    assert len(wanted) == 3
     assert control(chat_ids(source, tame, message)) == wanted
     assert control(chat_ids(source, message, tame)) == wanted
 
@@ -384,7 +387,8 @@ def test_a_template_that_fails_is_an_error(source: str, message: str) -> None:
 @pytest.mark.parametrize("source", ["{% for %}", 7, {"other": 7}])
 def test_an_unusable_template_is_an_error(source: Any, tmp_path: Path) -> None:
     write_templates(tmp_path, processor_config=source)
-    if source == {"other": 7}:  # no default among them: as if there were none
+    # There is no default among them, so they count as absent
+    if source == {"other": 7}:
         assert ChatTemplate.load(tmp_path, build()) is not None
         return
     with pytest.raises(ConfigError, match=r"chat.template"):
@@ -406,7 +410,8 @@ def test_streamed_text_joins_to_the_decoded(kind: str, skip: bool) -> None:
     of_byte = {value[0]: id for id, value in tokenizer.byte_values.items()}
     pieces = sorted(set(range(tokenizer.vocab_size)) - set(of_byte.values()))
     pools = [[[id] for id in ids] for ids in (special, spaces, pieces)]
-    if of_byte:  # whole characters: broken ones have a test of their own
+    # Only whole characters are used, because broken ones have their own test
+    if of_byte:
         pools.append([[of_byte[byte] for byte in text.encode()] for text in "\n é漢🙂"])
     for _ in range(300):
         ids = [id for _ in range(rng.randint(0, 12)) for id in rng.choice(rng.choice(pools))]
@@ -428,7 +433,8 @@ def test_streamed_text_is_whole_characters(kind: str, text: str) -> None:
 
 def test_text_comes_as_early_as_it_is_complete() -> None:
     ids = build().encode("Hello big 🦩 world", add_bos=False)
-    assert build().byte_values.keys() & set(ids)  # the flamingo is four bytes
+    # The flamingo is four bytes
+    assert build().byte_values.keys() & set(ids)
     assert stream("8b", ids) == ["Hello", " big", " ", "", "", "", "🦩", " world", ""]
 
 

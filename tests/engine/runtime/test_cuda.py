@@ -1,4 +1,4 @@
-"""A CUDA device against the CPU: the reference path's logits, and what the demo model says."""
+"""A CUDA device against the CPU: the reference's logits, and the demo model's answers."""
 
 import json
 import math
@@ -63,7 +63,8 @@ def test_logits(case, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
 def test_upload(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("idefics2_engine.device._BUFFER_BYTES", 64)
     uploader = Uploader(torch.device("cuda"))
-    for shape in (7, 1), (3, 5, 33), (0, 4), (32,), ():  # many times around the buffers
+    # The shapes go around the ring of buffers many times
+    for shape in (7, 1), (3, 5, 33), (0, 4), (32,), ():
         weight = torch.randn(shape).to(source)
         there = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
         assert uploader.copy(weight, there) is there

@@ -1,4 +1,4 @@
-"""The engine on its own thread: interrupts at any point, calls from several threads, and the end of a model."""
+"""The engine on its own thread: interrupts at any point, concurrent calls, and closing a model."""
 
 import gc
 import itertools
@@ -38,7 +38,7 @@ Load = Callable[..., LLM]
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def load(request: pytest.FixtureRequest, checkpoint: Path, one_tokenizer: None) -> Load:
-    """Load a tiny checkpoint, with settings beside those of all tests."""
+    """Load a tiny checkpoint, with settings besides those of all tests."""
     settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
     return partial(LLM, checkpoint, **settings, kv_cache_tokens=4096, max_num_seqs=16)
 
@@ -84,7 +84,7 @@ CALLS = [by_generate, by_chat, by_iterate, by_stream]
 
 
 def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int], list[float]]]:
-    """Return what ``calls`` answer, all kinds if none is given: tokens and log probabilities."""
+    """Return tokens and log probabilities of the answers to ``calls``, or to all kinds of calls."""
     return [
         (
             answer.token_ids,
@@ -97,7 +97,10 @@ def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int
 
 
 def assert_equal(got: list[Any], wanted: list[Any]) -> None:
-    """Same tokens; log probabilities may differ by the rounding of sums that batches order differently."""
+    """Compare tokens exactly and log probabilities approximately.
+
+    Sums round differently if the batch has another order.
+    """
     assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted]
     for (_, mine), (_, theirs) in zip(got, wanted, strict=True):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
@@ -111,7 +114,10 @@ def expected(load: Load) -> list[Any]:
 def raise_once(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, at: int, act: Callable[[], None]
 ) -> list[int]:
-    """Let the ``at``-th call of a method act before it runs; return a list that grows with each call."""
+    """Run ``act`` before the call number ``at`` of a method.
+
+    Return a list that grows with each call.
+    """
     calls: list[int] = []
     method = getattr(owner, name)
 
@@ -126,7 +132,7 @@ def raise_once(
 
 
 class Interrupt(BaseException):
-    """Neither an ``Exception`` nor a fault of a request."""
+    """An exception that is neither an ``Exception`` nor a fault of a request."""
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,7 @@ def test_an_interrupt_inside_a_step_leaves_no_trace(
     at: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With caches that know nothing, so that each call computes what the interrupt cuts off."""
+    """The caches are empty, so that each call computes everything that the interrupt cuts off."""
     for call, error in zip(CALLS, itertools.cycle([KeyboardInterrupt, Interrupt]), strict=False):
 
         def act(error: type[BaseException] = error) -> None:
@@ -204,7 +210,7 @@ def test_a_token_without_text_costs_its_own_request(
 def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
     llm: LLM, expected: list[Any], call: Callable[[LLM], list[Any]]
 ) -> None:
-    """It is raised at nine of the lines that the call runs in the package, one run for each."""
+    """The interrupt is raised at nine of the lines that the call runs, one line a run."""
 
     def run_until(line: int) -> int:
         count = 0
@@ -219,7 +225,8 @@ def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
                     raise KeyboardInterrupt
             return trace
 
-        gc.collect()  # no finalizer may meet the interrupt instead of the call
+        # Otherwise a finalizer might get the interrupt instead of the call
+        gc.collect()
         gc.disable()
         sys.settrace(trace)
         try:
@@ -396,7 +403,7 @@ def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
 
 
 def test_an_abandoned_source_does_not_keep_a_process(llm: LLM) -> None:
-    """A source that never gives its next row is left alone when the iterator is closed."""
+    """Closing the iterator abandons a source that never gives its next row."""
     never = threading.Event()
 
     def source() -> Iterator[str]:
@@ -437,7 +444,7 @@ def test_each_request_is_looked_at_as_often_however_many_there_are(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only some systems fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_is_told_to_load_its_own(llm: LLM) -> None:
-    """It has the object, but not the thread that answers."""
+    """A forked process has the object, but not the thread that answers."""
     process = os.fork()
     if process == 0:
         try:

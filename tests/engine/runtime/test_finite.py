@@ -1,4 +1,7 @@
-"""A request whose logits are not finite fails alone, and nothing that was computed for it reaches another."""
+"""A request whose logits are not finite fails alone.
+
+Nothing that was computed for it reaches another request.
+"""
 
 import math
 from collections.abc import Callable
@@ -17,12 +20,14 @@ from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from oracle import random_image
 
-POISON = 4321  # a token whose embedding is NaN in some tests
+# In some tests the embedding of this token is NaN
+POISON = 4321
 PICTURE, OTHER = random_image(90, 60, seed=1), random_image(60, 90, seed=2)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1)
-# the poisoned token is never drawn, nor is an end token before the sixth
+# Neither the poisoned token nor an end token before the sixth token is drawn
 DRAWN = SamplingParams(seed=5, max_tokens=6, min_tokens=6, logit_bias={POISON: -100.0})
-WORDS = [1, *range(500, 600)]  # more than a page of 64
+# The words fill more than a page of 64 tokens
+WORDS = [1, *range(500, 600)]
 
 
 Make = Callable[..., LLM]
@@ -48,7 +53,7 @@ def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) 
 
 
 def prompt(*ids: int, picture: Any = None) -> dict[str, Any]:
-    """Make a prompt of token ids, the picture last."""
+    """Build a prompt of token ids with the picture last."""
     if picture is None:
         return {"prompt_token_ids": [*ids]}
     slots = [32000, *[32001] * 4, 32000]
@@ -63,7 +68,7 @@ def assert_failed(output: RequestOutput, got: str = "nan") -> None:
 
 
 def assert_equal(got: RequestOutput, wanted: RequestOutput) -> None:
-    """Compare the tokens, and log probabilities up to what another batch rounds otherwise."""
+    """Compare tokens exactly, and log probabilities up to the rounding of another batch."""
     assert got.error is None
     for mine, theirs in zip(got.outputs, wanted.outputs, strict=True):
         assert mine.token_ids == theirs.token_ids
@@ -72,14 +77,14 @@ def assert_equal(got: RequestOutput, wanted: RequestOutput) -> None:
 
 
 def scores(output: RequestOutput) -> list[float]:
-    """Return the log probabilities of the prompt's tokens, if they were asked for."""
+    """Return the log probabilities of the prompt's tokens, if they were requested."""
     places = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
     return [place[token].logprob for token, place in places if place]
 
 
 @pytest.fixture
 def mixed() -> tuple[list[Any], list[SamplingParams], list[bool]]:
-    """Prompts, parameters, and which of them have the poisoned token."""
+    """Return prompts, parameters, and the numbers of those with the poisoned token."""
     prompts = [
         prompt(*WORDS),
         prompt(*WORDS, POISON, 700, 701),
@@ -102,7 +107,8 @@ def test_a_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
     llm = make()
     with torch.no_grad():
         llm.model.text.embedding[POISON, 3] = math.nan
-    for _ in range(2):  # again, with what is remembered of the first time
+    # The second run uses the caches of the first
+    for _ in range(2):
         for got, wanted, is_poisoned in zip(
             llm.generate(prompts, params), clean, poisoned, strict=True
         ):
@@ -116,7 +122,7 @@ def test_a_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
 
 
 def test_a_request_may_fail_after_some_tokens(make: Make) -> None:
-    """The token that brings NaN is drawn by the second step, so the third has no token."""
+    """The second step draws the token that gives NaN, so the third has no token."""
     llm = make()
     with torch.no_grad():
         llm.model.text.embedding[POISON] = math.nan
@@ -182,9 +188,10 @@ def test_angles_that_are_no_numbers(make: Make) -> None:
 def test_nothing_of_a_failed_request_is_found_again(
     make: Make, first: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The encoder gives NaN once: neither features nor keys of it may be in a later answer."""
+    """The encoder gives NaN once; neither its features nor their keys may be in a later answer."""
     asked = [prompt(*WORDS, picture=PICTURE), prompt(1, picture=OTHER)]
-    asked[0]["prompt_token_ids"] += range(600, 686)  # full pages behind the picture
+    # These fill whole pages after the picture
+    asked[0]["prompt_token_ids"] += range(600, 686)
     clean = make().generate(asked, GREEDY)
     llm = make()
     encode = llm.model.image_features
@@ -218,7 +225,8 @@ def test_prompts_are_not_scored_by_nan(make: Make) -> None:
 def test_nothing_left_to_choose_is_no_token(make: Make) -> None:
     llm = make()
     with torch.no_grad():
-        llm.model.lm_head[700] = math.inf  # logits of infinity, or of minus infinity
+        # Logits are then infinity or minus infinity
+        llm.model.lm_head[700] = math.inf
     (got,) = llm.generate([prompt(1, 900)], GREEDY)
     assert isinstance(got.error, RequestFailedError)
 

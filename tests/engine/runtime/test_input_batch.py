@@ -1,4 +1,4 @@
-"""A step of decoding padded to a graph's size, without a GPU: what is padding is neither read nor written."""
+"""A decode step padded to a graph's size, without a GPU: padding is neither read nor written."""
 
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from idefics2_kernels import TRITON
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled: test_runtime runs graphs"
 )
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of rows that are all NaN
+# NumPy warns about rows that are all NaN
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_padding_changes_nothing(checkpoint: Path) -> None:
     llm = LLM(
         checkpoint,
@@ -30,7 +31,8 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
         dtype="float32",
         max_model_len=200,
         kv_cache_tokens=512,
-        ops=TRITON,  # interpreted; the reference gives no rows for padding
+        # The kernels are interpreted, because the reference returns no rows for padding
+        ops=TRITON,
     )
     engine, runner = llm.engine, llm.engine.runner
     layers = runner.kv_cache.layers
@@ -51,7 +53,8 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
             for tensor, value in zip(layer, old, strict=True):
                 tensor.copy_(value)
         copies = to_device(step.arrays(), torch.device("cpu"))
-        with torch.inference_mode(), guarded_allocations():  # rows of padding hold NaN
+        # Rows of padding are NaN
+        with torch.inference_mode(), guarded_allocations():
             batch = text_batch(copies, copies[0], step, every_row=True)
             logits = llm.model(batch, None, layers)[:2]
         found.append([logits, *(tensor.clone() for layer in layers for tensor in layer)])

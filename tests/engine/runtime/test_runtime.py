@@ -1,4 +1,7 @@
-"""The same tokens however the work is cut: batches, chunks, preemption, known prefixes, windows, few slots."""
+"""The same tokens, however the work is divided.
+
+Tests vary batches, chunks, preemption, prefix caching, windows and the number of slots.
+"""
 
 import gc
 import json
@@ -40,7 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
-    """The model, in fp32; on a CPU with the reference's operations, on a GPU with kernels and graphs."""
+    """Load the model in fp32.
+
+    On a CPU it uses the reference's operations, on a GPU kernels and graphs.
+    """
     device, run_ahead = request.param
     llm = LLM(folder, device=device, dtype="float32", max_model_len=200, kv_cache_tokens=208)
     llm.engine_config = replace(llm.engine_config, run_ahead=run_ahead)
@@ -49,12 +55,12 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
 
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> LLM:
-    """The same model in float64."""
+    """Load the same model in float64."""
     return LLM(folder, device="cpu", dtype=torch.float64, max_model_len=200)
 
 
 def make_engine(llm: LLM, **sizes: Any) -> Engine:
-    """Build an engine on the model of ``llm`` with sizes of its own; the cache starts full of NaN."""
+    """Build an engine on the model of ``llm`` with given sizes; its cache starts full of NaN."""
     config = EngineConfig(
         **{
             "max_model_len": 200,
@@ -83,7 +89,10 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
 
 
 def make_requests(llm: LLM) -> list[Request]:
-    """Build requests of unequal length: greedy and drawn, several answers, pictures that recur, common beginnings."""
+    """Build requests of unequal length.
+
+    They are greedy and sampled, with several answers, repeated pictures and common prefixes.
+    """
     requests = []
     pictures = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(4)]
     for i in range(14):
@@ -109,7 +118,7 @@ def make_requests(llm: LLM) -> list[Request]:
 def answers(
     engine: Engine, requests: list[Request], between: Callable[[int], None] = lambda _: None
 ) -> list[list[list[int]]]:
-    """Run ``requests`` to their ends, ``between`` before each step; return the tokens of their answers."""
+    """Run ``requests`` to their ends, with ``between`` before each step; return their tokens."""
     for request in requests:
         engine.add(request)
     steps = 0
@@ -122,7 +131,7 @@ def answers(
 
 
 def log_probabilities(requests: list[Request]) -> torch.Tensor:
-    """Return those of all tokens that were scored, of prompts and of answers."""
+    """Return the log probabilities of all scored tokens, of prompts and of answers."""
     values = []
     for request in requests:
         output = request.output()
@@ -135,7 +144,7 @@ def log_probabilities(requests: list[Request]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log probabilities of one request after the other, in fp32 and in float64."""
+    """Return log probabilities of requests that run one after another, in fp32 and in float64."""
     found = []
     for model in (llm, exact):
         requests = make_requests(model)
@@ -146,7 +155,7 @@ def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Apply the three-way rule to log probabilities."""
+    """Apply the criterion to log probabilities."""
     single, exact = one_by_one
     eps = torch.finfo(torch.float32).eps
     allowed = 2 * ((single - exact).abs().max() + eps * exact.abs().max())
@@ -155,7 +164,7 @@ def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch
 
 @pytest.fixture(scope="module")
 def expected(llm: LLM) -> list[list[list[int]]]:
-    """One request after the other, each with a cache of its own."""
+    """Return the answers of requests that run one after another, each with an empty cache."""
     return [answers(make_engine(llm), [request])[0] for request in make_requests(llm)]
 
 
@@ -284,7 +293,10 @@ def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> 
 def failing(
     engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
 ) -> list[int]:
-    """Let the model raise ``error`` on batches that ``fails`` picks; return the sizes of all batches."""
+    """Let the model raise ``error`` on batches that ``fails`` selects.
+
+    Return the sizes of all batches.
+    """
     sizes = []
     forward = engine.runner.model.forward
 
@@ -404,7 +416,8 @@ def test_memory_does_not_grow(llm: LLM) -> None:
         gc.collect()
         torch.cuda.synchronize()
         taken.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert len(set(taken[4:])) == 1  # before, kernels are compiled and graphs recorded
+    # The first runs compile kernels and record graphs
+    assert len(set(taken[4:])) == 1
 
 
 @on_a_gpu
@@ -423,10 +436,12 @@ def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyP
         unscored = [request for request in requests if request.params.prompt_logprobs is None]
         return answers(engine, unscored), [request.error for request in unscored]
 
-    wanted = serve()  # compiles and records
+    # This run compiles kernels and records graphs
+    wanted = serve()
     monkeypatch.setattr(Drawn, "choices", may_wait)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is a prototype, it says
+        # torch warns that the mode is a prototype
+        warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
         try:
             assert serve() == wanted
@@ -443,7 +458,10 @@ def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_half_precision(device: str, dtype: torch.dtype) -> None:
-    """Scores keep to the three-way rule, and where two tokens are further apart than it allows, the better one is drawn."""
+    """Log probabilities satisfy the criterion.
+
+    If two tokens differ by more than it allows, the better one is chosen.
+    """
     questions = json.loads((DEMO_IMAGES / "questions.json").read_text())[:6]
     ours, same, exact = (
         LLM(device=where, dtype=kind, max_model_len=400, kv_cache_tokens=448)
@@ -452,7 +470,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
     cut = {"max_model_len": 400, "max_num_batched_tokens": 50}
 
     def asked(llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None) -> Any:
-        """Make requests of the questions, with what is ``behind`` them."""
+        """Build requests of the questions, with ``behind`` after them."""
         requests = []
         for index, one in enumerate(questions):
             images = [str(DEMO_IMAGES / name) for name in one["images"]]
@@ -466,7 +484,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
         return requests
 
     def scores(llm: LLM, texts: list[list[int]], sizes: dict[str, Any]) -> list[torch.Tensor]:
-        """Return the log probabilities (places, vocabulary) of the answers given."""
+        """Return the log probabilities (positions, vocabulary) of the given answers."""
         requests = asked(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
         answers(make_engine(llm, **sizes), requests)
         assert not any(request.error for request in requests)

@@ -1,4 +1,4 @@
-"""Log probabilities, penalties and barred words through ``LLM``, on a tiny model behind the real tokenizer."""
+"""Log probabilities, penalties and barred words through ``LLM``, on a tiny model."""
 
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def test_the_whole_vocabulary_sums_to_one(llm: LLM) -> None:
 def test_how_many_a_request_may_have(
     llm: LLM, params: dict[str, Any], length: int, message: str | None
 ) -> None:
-    """As Python's objects a whole vocabulary takes megabytes at every place."""
+    """As Python objects a whole vocabulary takes megabytes at every position."""
     draft = llm.processor.draft_token_prompt([5] * length)
     (prompt,) = llm.processor.finish([draft])
     asked = SamplingParams(**params)
@@ -159,7 +159,7 @@ def test_they_do_not_hang_on_the_batch_nor_change_the_answer(llm: LLM) -> None:
         ):
             assert one is not None
             assert two is not None
-            # the model's own sums differ with the batch in the last bits
+            # The last bits of the model's own sums depend on the batch
             assert next(iter(one.values())).logprob == pytest.approx(
                 next(iter(two.values())).logprob, abs=1e-5
             )
@@ -193,13 +193,14 @@ def test_decoded_tokens_join_to_the_text(llm: LLM) -> None:
     assert text(tokenizer.encode_plain("🦩")[1]) == "\ufffd"
 
 
-# Penalties, barred words, biases
+# Tests of penalties, barred words and biases
 
 
 def test_repeated_tokens_are_penalised(llm: LLM) -> None:
     prompt = make_prompts()[1]
 
-    bias = dict.fromkeys(range(500, 504), 30.0)  # far above all others
+    # The biased tokens are far above all others
+    bias = dict.fromkeys(range(500, 504), 30.0)
 
     def counts(**params: Any) -> list[int]:
         params |= {"temperature": 0.0, "max_tokens": 12, "logit_bias": bias}
@@ -228,7 +229,7 @@ def test_image_tokens_are_never_produced(llm: LLM) -> None:
 
 
 def test_image_slots_are_no_repetition(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
-    """Where the image token may be produced, its logit is the same with the penalty as without."""
+    """If the image token may be produced, the penalty does not change its logit."""
     sampler = LLM(checkpoint, device="cpu").engine.sampler
     sampler.bad_words_ids = []
     draft = llm.processor.draft_prompt("<image>a", [random_image(60, 60)])
@@ -241,7 +242,8 @@ def test_image_slots_are_no_repetition(llm: LLM, checkpoint: Path, tmp_path: Pat
     assert IMAGE in request.prompt_token_ids
     logits = torch.zeros(1, VOCAB)
     logits[0, IMAGE] = 3.0
-    logits[0, request.prompt_token_ids[-1]] = 4.0  # divided by 1.5
+    # The penalty divides it by 1.5
+    logits[0, request.prompt_token_ids[-1]] = 4.0
     assert sampler.sample(logits, request.sequences)[0].token_id == IMAGE
 
 

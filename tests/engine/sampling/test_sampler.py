@@ -1,4 +1,4 @@
-"""The sampler against a slow oracle row by row, against transformers' processors, and against chance."""
+"""The sampler against a slow oracle, transformers' processors, and statistical tests."""
 
 import math
 import random
@@ -33,11 +33,12 @@ from idefics2_kernels.reference import sampling as reference
 
 V, IMAGE, EOS = 50, 49, 2
 NEVER = float("-inf")
-CONFIG_WORDS = [[IMAGE], [4, 5], [6, 6, 7], [60]]  # the last is no token of this vocabulary
+# The last one is not a token of this vocabulary
+CONFIG_WORDS = [[IMAGE], [4, 5], [6, 6, 7], [60]]
 
 
 class NoText:
-    """Stands for a detokenizer."""
+    """A fake detokenizer."""
 
     def add(self, token_id: int) -> str:
         return ""
@@ -74,7 +75,7 @@ def make_sampler(words: list[list[int]] = CONFIG_WORDS, **options: Any) -> Sampl
 
 
 def edited(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    """Return the logits that ``sampler`` hands to the draw."""
+    """Return the logits that ``sampler`` passes to the draw."""
     seen: list[Tensor] = []
 
     def spy(logits: Tensor, *columns: Tensor, **options: Any) -> Tensor:
@@ -87,7 +88,7 @@ def edited(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> Tenso
 
 
 def random_params(rng: random.Random, **fixed: Any) -> SamplingParams:
-    """Draw parameters, most of them off, so that a batch is mixed."""
+    """Draw parameters, most of them off, so that batches are mixed."""
 
     def maybe(off: Any, *on: Any) -> Any:
         return rng.choice([off, rng.choice(on)])
@@ -113,11 +114,15 @@ def random_params(rng: random.Random, **fixed: Any) -> SamplingParams:
 
 
 def random_batch(rng: random.Random, size: int, **fixed: Any) -> tuple[Tensor, list[Sequence]]:
-    """Draw logits (size, V), with some of -inf and equal ones, and the sequences they belong to."""
+    """Draw logits (size, V) and the sequences that they belong to.
+
+    Some logits are -inf, and some are equal.
+    """
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     logits = (torch.randn(size, V, generator=generator) * 3).round(decimals=1)
     logits[torch.rand(size, V, generator=generator) < 0.15] = NEVER
-    logits[:, 10] = 0.5  # always there, and allowed wherever tokens are named
+    # This token is always finite, and always allowed if tokens are named
+    logits[:, 10] = 0.5
     sequences = []
     for _ in range(size):
         tokens = [4, 5, 6, 7, 13, 20, *range(20, 26)]
@@ -132,7 +137,7 @@ def random_batch(rng: random.Random, size: int, **fixed: Any) -> tuple[Tensor, l
 
 
 def slow_edit(row: Tensor, sequence: Sequence, config_words: list[list[int]]) -> list[np.float32]:
-    """Do to one row what was asked for, a token at a time, in the order that is documented."""
+    """Apply the parameters to one row, a token at a time, in the documented order."""
     params, request = sequence.request.params, sequence.request
     answer = sequence.token_ids[len(request.prompt_token_ids) :]
     out = [np.float32(value) for value in row.float().tolist()]
@@ -163,7 +168,7 @@ def slow_edit(row: Tensor, sequence: Sequence, config_words: list[list[int]]) ->
 
 
 def slow_sample(row: Tensor, sequence: Sequence, min_p_first: bool) -> Choice:
-    """Choose for one sequence alone."""
+    """Choose a token for one sequence alone."""
     params = sequence.request.params
     logits = torch.tensor([slow_edit(row, sequence, CONFIG_WORDS)])
     (token,) = reference.sample(
@@ -190,7 +195,7 @@ def slow_logprobs(row: Tensor, token: int, number: int) -> dict[int, tuple[float
 
 
 def plain(choice: Choice) -> Choice:
-    """Turn log probabilities into tuples, to compare."""
+    """Turn log probabilities into tuples, for comparison."""
     if choice.logprobs is None:
         return choice
     entries = {i: (e.logprob, e.rank, e.decoded_token) for i, e in choice.logprobs.items()}
@@ -253,7 +258,7 @@ def test_each_parameter_alone_changes_what_it_should(fixed: dict[str, Any]) -> N
 
 
 def test_histories_follow_the_answers_as_they_grow() -> None:
-    """The lists are kept from step to step; each step they must be what they would be afresh."""
+    """The lists are kept from step to step, and must always equal newly built ones."""
     rng = random.Random(5)
     sampler = make_sampler()
     _, sequences = random_batch(rng, 6, repetition_penalty=1.4, frequency_penalty=0.5)
@@ -343,14 +348,15 @@ def test_the_tokens_that_stay_are_transformers(options: dict[str, Any]) -> None:
 def test_the_two_orders_differ_as_documented() -> None:
     logits = torch.tensor([0.5, 0.2, 0.12, 0.1, 0.08]).log()
     params = SamplingParams(top_p=0.8, min_p=0.22)
-    # vLLM: min-p leaves 0.5, 0.2 and 0.12, of which the first two are 0.85; transformers: top-p leaves
-    # the first three of all, and min-p none less
+    # In vLLM's order min-p leaves 0.5, 0.2 and 0.12, and the first two of them have a share of
+    # 0.85. In transformers' order top-p leaves the first three of all, and min-p removes none of
+    # them.
     assert set(draw_many(logits, 4000, params, min_p_first=True)) == {0, 1}
     assert set(draw_many(logits, 4000, params, min_p_first=False)) == {0, 1, 2}
 
 
 def draw_many(logits: Tensor, number: int, params: SamplingParams, **options: Any) -> Counter[int]:
-    """Count what one batch of ``number`` equal rows draws, each with a seed of its own."""
+    """Count the tokens drawn by one batch of ``number`` equal rows, each with its own seed."""
     first = make_sequence([1], [], params)
     sequences = [
         Sequence(first.request, i, frozenset({EOS}), cast(Detokenizer, NoText()))
@@ -369,7 +375,8 @@ def test_200000_draws_have_the_distribution_they_should(options: dict[str, Any])
     logits = torch.linspace(2.0, -3.0, 24, dtype=torch.float64)
     params = SamplingParams(**options)
     wanted = logits.clone()
-    wanted[1] /= params.repetition_penalty  # the prompt
+    # The prompt's token
+    wanted[1] /= params.repetition_penalty
     scores = wanted / params.temperature
     probabilities = scores.softmax(-1)
     keep = probabilities >= params.min_p * probabilities.max()
@@ -386,7 +393,8 @@ def test_200000_draws_have_the_distribution_they_should(options: dict[str, Any])
     assert set(drawn) == set(expected)
     statistic = sum((drawn[i] - count) ** 2 / count for i, count in expected.items())
     freedom = len(expected) - 1
-    # Wilson and Hilferty: its cube root is nearly normal; 4 deviations are one in 30,000
+    # By Wilson and Hilferty, the cube root of the statistic is nearly normal. An excess of 4
+    # deviations has a probability of 1 in 30,000.
     spread = math.sqrt(2 / (9 * freedom))
     assert abs((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) < 4 * spread
 
@@ -445,15 +453,19 @@ def test_log_probabilities_are_of_the_logits_before_anything_else() -> None:
     assert [*logprobs] == [10, *logits.topk(2).indices[0].tolist()]
 
 
-BROKEN: dict[int, tuple[int | slice, float]] = {  # row: logits, and what becomes of them
+# Changes to logits: {row: (tokens, new value)}
+BROKEN: dict[int, tuple[int | slice, float]] = {
     1: (7, math.nan),
     3: (slice(None), math.nan),
-    4: (IMAGE, math.nan),  # barred in every row
+    # This token is barred in every row
+    4: (IMAGE, math.nan),
     6: (7, math.inf),
     7: (IMAGE, math.inf),
     9: (slice(None), NEVER),
-    10: (slice(10, 13), NEVER),  # all that this row may choose among
-    12: (20, math.nan),  # not among what this row may choose
+    # This row may choose only among these
+    10: (slice(10, 13), NEVER),
+    # This row may not choose this token
+    12: (20, math.nan),
 }
 
 
@@ -463,7 +475,8 @@ BROKEN: dict[int, tuple[int | slice, float]] = {  # row: logits, and what become
     ids=["reference", "reference-half", "triton"],
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's, in the interpreter
+# NumPy warns in the interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_rows_that_cannot_be_sampled_are_told_from_others(
     ops: Ops, temperature: float, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -475,7 +488,8 @@ def test_rows_that_cannot_be_sampled_are_told_from_others(
         only = replace(params, allowed_token_ids=[10, 11, 12])
         sequences[row] = make_sequence([1, 5], [6], only, seed=row)
     logits = torch.randn(14, V).to(device, dtype)
-    logits[0, 3:20] = NEVER  # legal: tokens that are never drawn
+    # Tokens that are never drawn are legal
+    logits[0, 3:20] = NEVER
     logits[11, 11:] = NEVER
     whole = make_sampler(ops=ops).sample(logits.clone(), sequences)
     assert all(choice.is_finite for choice in whole)
@@ -500,7 +514,8 @@ def test_the_greedy_choice_and_its_logit_are_one_operation() -> None:
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_prompt_is_not_scored_by_what_is_not_finite(wrong: float) -> None:
     logits = torch.randn(300, V)
-    logits[:, 4] = NEVER  # legal, and so is its log probability
+    # This is legal, and so is its log probability
+    logits[:, 4] = NEVER
     assert make_sampler().prompt_logprobs(logits, [4] * 300, 2)[0][4].logprob == NEVER
     logits[270, 7] = wrong
     with pytest.raises(FloatingPointError, match="logits must be finite"):
@@ -512,7 +527,8 @@ def test_a_prompt_is_not_scored_by_what_is_not_finite(wrong: float) -> None:
 
 def test_prompt_log_probabilities() -> None:
     sampler = make_sampler()
-    logits = torch.randn(700, V).to(torch.bfloat16)  # more rows than are scored at once
+    # There are more rows than are scored at once
+    logits = torch.randn(700, V).to(torch.bfloat16)
     logits[5, :20] = 1.5
     tokens = [int(i) for i in torch.randint(0, V, (700,))]
     for number in (0, 3, -1):
@@ -532,7 +548,7 @@ def test_prompt_log_probabilities() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Keeps the names of operations, and the elements of the largest tensor that one of them makes."""
+    """Records the names of operations, and the size of the largest tensor they create."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -548,7 +564,7 @@ class Operations(TorchDispatchMode):
 
 
 def everything(size: int) -> list[Sequence]:
-    """Make sequences that ask for all there is."""
+    """Build sequences that use every option."""
     params = SamplingParams(
         temperature=0.8,
         top_p=0.9,
@@ -572,12 +588,12 @@ def test_as_many_operations_for_many_rows_as_for_two() -> None:
         with Operations() as operations:
             sampler.draw(torch.randn(size, V), sequences)
         counts.append(Counter(operations.names))
-    # the host's part of joining lists is no launch, and is as long as the lists are many
+    # Joining lists on the host is not a launch, and its work grows with the number of lists
     assert counts[0] == counts[1]
 
 
 def test_nothing_is_read_back_before_the_end() -> None:
-    """A meta tensor has no values, so that whatever asks for one fails."""
+    """A meta tensor has no values, so reading one fails."""
     sequences = everything(5)
     drawn = make_sampler().draw(torch.randn(5, V, device="meta"), sequences)
     assert drawn.token_ids.device.type == "meta"
@@ -607,10 +623,12 @@ def test_a_gpu_chooses_as_the_cpu_does_and_is_not_waited_for(device: torch.devic
     logits, sequences = random_batch(random.Random(3), 32)
     wanted = make_sampler().sample(logits.clone(), sequences)
     sampler = make_sampler(ops=TRITON)
-    sampler.sample(logits.to(device), sequences)  # compiles
+    # This run compiles kernels
+    sampler.sample(logits.to(device), sequences)
     again, there = make_sampler(ops=TRITON), logits.to(device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is a prototype, it says
+        # torch warns that the mode is a prototype
+        warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
         try:
             drawn = again.draw(there, sequences)

@@ -1,8 +1,9 @@
 """Pages, images and scheduling on the host alone, with full accounting after every step.
 
-``Machine`` stands for the model: it writes to each slot of the cache what the token there depends on, its whole prefix
-and the pictures in it, and reads back all that the token's query would see. A page that is lost, shared too far,
-copied too late or let go too early shows as a wrong value.
+``Machine`` simulates the model. It writes into each slot of the cache the inputs of the token
+there, its whole prefix and the pictures in it, and reads back everything that the token's query
+would see. A page that is lost, shared too far, copied too late or freed too early gives a wrong
+value.
 """
 
 import random
@@ -29,7 +30,7 @@ END, IMAGE, LATENTS = 30, 9, 4
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Stands for a tile."""
+    """A fake tile."""
 
     fingerprint: bytes
     num_patches: int
@@ -69,7 +70,10 @@ def make_scheduler(
 
 
 class Machine:
-    """Runs steps on a cache of what tokens depend on; ``ahead``, a step is planned before the last one's tokens are told."""
+    """A simulated model whose cache holds each token's inputs.
+
+    With ``ahead`` a step is planned before the tokens of the last one are known.
+    """
 
     def __init__(
         self,
@@ -83,7 +87,8 @@ class Machine:
         self.rng = rng
         self.end_rate = end_rate
         self.ahead = ahead
-        self.drawn: list[tuple[Sequence, int]] = []  # and not told yet
+        # Tokens that were drawn and are not reported yet
+        self.drawn: list[tuple[Sequence, int]] = []
         self.size = scheduler.pages.page_size
         self.cache: list[object] = ["NaN"] * (scheduler.pages.num_pages * self.size)
         self.slots: list[object] = ["NaN"] * scheduler.encoder.num_entries
@@ -127,7 +132,8 @@ class Machine:
 
     def _tell(self, drawn: list[tuple[Sequence, int]]) -> None:
         for sequence, token in drawn:
-            if sequence.num_pending:  # neither ended nor cancelled since
+            # The sequence has neither ended nor been cancelled since
+            if sequence.num_pending:
                 sequence.append(token)
         self.scheduler.finish(sequence for sequence, _ in drawn)
 
@@ -167,7 +173,7 @@ class Machine:
         return page * self.size + position % self.size
 
     def _prefix(self, sequence: Sequence) -> list[int]:
-        """Return a number for each token that stands for it and all before it."""
+        """Return a number for each token that identifies it and all tokens before it."""
         known = self.prefixes.setdefault(sequence, [])
         pictures: dict[int, ImageItem] = {
             at: item for item in sequence.request.images for at in range(item.begin, item.end)
@@ -184,7 +190,7 @@ PICTURES = [Picture(bytes([i]), 10 * (1 + i % 4)) for i in range(6)]
 
 
 def draw_request(rng: random.Random, longest: int) -> Request:
-    """Draw a prompt that may begin as others do, with pictures and several answers."""
+    """Draw a prompt that may share a prefix with others, with pictures and several answers."""
     token_ids: list[int] = []
     pictures: list[Picture] = []
     common = rng.random() < 0.6
@@ -206,7 +212,10 @@ def draw_request(rng: random.Random, longest: int) -> Request:
 
 
 def test_fuzz() -> None:
-    """20,000 steps of 50 machines of all sizes; every request ends, and requests are begun in order."""
+    """Run 20,000 steps of 50 machines of all sizes.
+
+    Every request ends, and requests start in order.
+    """
     rng = random.Random(0)
     for _ in range(50):
         scheduler = make_scheduler(
@@ -244,7 +253,7 @@ def test_fuzz() -> None:
 
 @settings(max_examples=40, stateful_step_count=60, deadline=None)
 class SchedulerMachine(RuleBasedStateMachine):
-    """The same machine, its work chosen by Hypothesis."""
+    """The same simulated model, with its work chosen by Hypothesis."""
 
     @initialize(
         num_pages=integers(5, 12),
@@ -378,7 +387,8 @@ def test_the_newest_is_preempted_and_goes_on_first() -> None:
 def test_pages_behind_the_window_are_let_go() -> None:
     scheduler = make_scheduler(num_pages=6, tokens=4, window=6, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
-    machine.add(make_request([7] * 50, 10))  # three times the cache
+    # The request is three times as large as the cache
+    machine.add(make_request([7] * 50, 10))
     most = 0
     while scheduler.has_work:
         machine.step()
@@ -393,7 +403,7 @@ def test_a_picture_is_encoded_once_and_kept() -> None:
     for picture in (PICTURES[0], PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[2], PICTURES[1]):
         machine.add(make_request([7, *[IMAGE] * LATENTS, 7], 1, (picture,)))
         encoded.append([tile for tile, _ in machine.step().encodes])
-    # the third picture takes the slot of the one that was used longest ago
+    # The third picture replaces the least recently used one
     assert encoded == [[PICTURES[0]], [], [PICTURES[1]], [], [PICTURES[2]], [PICTURES[1]]]
 
 
@@ -401,7 +411,8 @@ def test_patches_of_a_step_are_bounded() -> None:
     scheduler = make_scheduler(num_pages=40, tokens=100, patches=30)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     prompt = ([7] + [IMAGE] * LATENTS) * 3 + [7]
-    machine.add(make_request(prompt, 1, (PICTURES[0], PICTURES[1], PICTURES[3])))  # 10, 20, 40
+    # The pictures have 10, 20 and 40 patches
+    machine.add(make_request(prompt, 1, (PICTURES[0], PICTURES[1], PICTURES[3])))
     spans = []
     while scheduler.has_work:
         step = machine.step()
@@ -434,7 +445,7 @@ def test_nameless_pages_are_taken_before_known_ones() -> None:
 
 
 def counted(run: Callable[[], None]) -> int:
-    """Return how many functions, Python's and C's, ``run`` calls, and how many sequences it compares."""
+    """Return the number of Python and C calls in ``run``, and of comparisons of sequences."""
     calls = 0
 
     def count(_frame: object, event: str, _arg: object) -> None:
@@ -452,7 +463,7 @@ def counted(run: Callable[[], None]) -> int:
 def test_the_work_of_a_step_does_not_depend_on_how_many_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Comparing is made to show: passing over a list or a queue compares every element, in C."""
+    """Comparisons are counted, because searching a list or queue compares its elements in C."""
     monkeypatch.setattr(Sequence, "__eq__", lambda self, other: self is other, raising=False)
     monkeypatch.setattr(Sequence, "__hash__", object.__hash__, raising=False)
     work = []

@@ -1,4 +1,4 @@
-"""Answers as they grow: stop rules, held-back text, seeds; host only."""
+"""Growing answers: stop rules, held-back text and seeds, on the host alone."""
 
 from typing import cast
 

@@ -1,12 +1,13 @@
-"""Memory barriers of Hopper, which a thread waits for."""
+"""Hopper's memory barriers, on which threads wait."""
 
 import threading
 
-PATIENCE = 20.0  # seconds that a barrier is waited for
+# Seconds to wait for a barrier
+PATIENCE = 20.0
 
 
 class Barrier:
-    """An mbarrier: a phase ends when all have arrived and all announced bytes are there."""
+    """An mbarrier: a phase ends after all arrivals and all announced bytes."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()

@@ -1,4 +1,4 @@
-"""Launches: programs in turn, a thread for each warp group."""
+"""Launches: programs one after another, with a thread for each warp group."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from gluon_emulator.tma import CopyEngine
 
 
 class Kernel:
-    """A jitted function: a plain one when called, a kernel when launched."""
+    """A jitted function: a plain function when called, a kernel when launched."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -25,7 +25,8 @@ class Kernel:
             assert num_warps in (1, 2, 4, 8, 16)
             assert maxnreg % 8 == 0
             args = tuple(Pointer(a) if isinstance(a, Tensor) else a for a in args)
-            for program in reversed(range(grid[0])):  # what one writes of the next's stays
+            # In this order a program's writes into the next one's memory are not overwritten
+            for program in reversed(range(grid[0])):
                 state.program, state.programs = program, grid[0]
                 state.copies = CopyEngine(program)
                 state.pieces, state.groups, state.group = [], [], []

@@ -1,4 +1,4 @@
-"""Imports a kernel file with this package in the place of Gluon."""
+"""Import a kernel file with this package instead of Gluon."""
 
 import sys
 import types
@@ -26,7 +26,7 @@ def _no_layout(*_args: object, **_options: object) -> None:
 
 
 def _modules() -> dict[str, Any]:
-    """Return what stands for Gluon's modules."""
+    """Return the replacements of Gluon's modules."""
     gl: Any = types.ModuleType("gl")
     gl.constexpr = lambda value: value
     gl.int64, gl.float32, gl.int32, gl.uint16 = "int64", "float32", "int32", "uint16"
@@ -36,7 +36,8 @@ def _modules() -> dict[str, Any]:
     gl.load, gl.store, gl.atomic_add = load, store, atomic_add
     gl.static_range = range
     gl.minimum, gl.maximum = np.minimum, np.maximum
-    gl.cdiv = lambda a, b: int((a + b - 1) / b)  # rounds to zero, as the hardware does
+    # The hardware rounds to zero as well
+    gl.cdiv = lambda a, b: int((a + b - 1) / b)
     gl.cast = lambda value, _dtype: value
     gl.where, gl.exp2 = np.where, np.exp2
     gl.max, gl.sum = np.max, np.sum
@@ -108,11 +109,10 @@ def _replaced(modules: dict[str, Any]) -> Iterator[None]:
 
 
 def load_module(*names: str, change: tuple[str, str] | None = None) -> Any:
-    """Return the last of the package's modules ``names`` with kernels that run here.
+    """Return the last of the package's modules ``names``, with kernels that run in the emulator.
 
-    It may import those before it.
-
-    ``change`` replaces a text that occurs once in all of them, to see a test fail.
+    It may import those before it. ``change`` replaces a text that occurs once in all of them, to
+    test that a test fails.
     """
     package = Path(idefics2_kernels.__file__).parent
     files = {name: package / f"{name.replace('.', '/')}.py" for name in names}

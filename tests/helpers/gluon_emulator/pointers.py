@@ -13,13 +13,13 @@ from gluon_emulator.shared_memory import Shared
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """Return all of the memory from a tensor's first element to its last."""
+    """Return the memory from a tensor's first element to its last."""
     extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((extent + 1,), (1,))
 
 
 class Pointer:
-    """An address, or an array of them."""
+    """An address or an array of addresses."""
 
     def __init__(self, tensor: Tensor, offset: Any = 0) -> None:
         self.tensor, self.offset = tensor, offset
@@ -29,9 +29,9 @@ class Pointer:
         return Pointer(self.tensor, np.asarray(self.offset + offset, dtype=np.int64))
 
     def read(self, mask: Any, other: float) -> Array:
-        """Return what is there, ``other`` where not ``mask``.
+        """Return the values in memory, and ``other`` where ``mask`` is false.
 
-        fp32 stays fp32; all other floats become float64.
+        fp32 stays fp32. All other floats become float64.
         """
         mask, offset = np.broadcast_arrays(mask, self.offset)
         assert (offset[mask] >= 0).all(), "read before a tensor"
@@ -40,7 +40,8 @@ class Pointer:
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.double()
         if not values.dtype.is_floating_point:
-            values = values.long()  # what is done with bytes is done after a cast
+            # Kernels cast bytes before they compute with them
+            values = values.long()
         result = np.full(mask.shape, other, dtype=values.numpy().dtype)
         result[mask] = values.numpy()
         return result.view(Array)
@@ -60,7 +61,7 @@ def store(pointer: Pointer, values: Any, mask: Any = True) -> None:
 
 
 def atomic_add(pointer: Pointer, value: int) -> int:
-    """Add, and return what was there; programs run one after the other."""
+    """Add and return the previous value; programs run one after another."""
     place = flat(pointer.tensor)[int(pointer.offset)]
     before = int(place)
     place += value
@@ -68,7 +69,7 @@ def atomic_add(pointer: Pointer, value: int) -> int:
 
 
 def copy_later(smem: Shared, pointer: Pointer, mask: Any) -> None:
-    """Copy when it is waited for."""
+    """Add a copy that runs when it is waited for."""
     state.group.append(lambda: smem.store(pointer.read(mask, 0)))
 
 

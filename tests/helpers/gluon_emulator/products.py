@@ -1,4 +1,4 @@
-"""Products of the tensor cores, computed when they are waited for."""
+"""Products of the tensor cores, which are computed when they are waited for."""
 
 import time
 from typing import Any
@@ -11,7 +11,7 @@ from gluon_emulator.shared_memory import Shared
 
 
 class Product:
-    """A product on its way; it is computed when it is waited for."""
+    """A product that was issued and is computed when it is waited for."""
 
     type = Array.type
 
@@ -32,7 +32,8 @@ def warpgroup_mma(a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool
 
 
 def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
-    time.sleep(1e-3)  # for a copy that need not wait to come before
+    # A copy that is not waited for gets the time to arrive first
+    time.sleep(1e-3)
     while len(state.products) > outstanding:
         state.products.pop(0).finish()
     values = tuple(dep.value if isinstance(dep, Product) else dep for dep in deps)
@@ -41,5 +42,6 @@ def warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
 
 
 def mma(a: Any, b: Any, acc: Any) -> Array:
-    with np.errstate(invalid="ignore"):  # rows that are not there, by infinite weights
+    # Rows that do not exist may be multiplied by infinite weights
+    with np.errstate(invalid="ignore"):
         return as_array(a @ b + acc)

@@ -1,4 +1,4 @@
-"""The state of the program that runs: each warp group's thread has its own copy."""
+"""The state of the running program; each warp group's thread has its own copy."""
 
 import threading
 

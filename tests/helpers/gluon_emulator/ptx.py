@@ -31,9 +31,9 @@ def _round_pair(dtype: torch.dtype, high: Any, low: Any) -> Any:
 
 
 def _words(address: Any) -> Any:
-    """Return the shared memory at an address.
+    """Return the shared memory at an address, and the indices in it.
 
-    What was made of its bytes or else the whole, and the places in it.
+    The memory is the piece that was allocated there, or else the whole.
     """
     assert (address % 4 == 0).all()
     address = address.astype(np.int64)
@@ -60,12 +60,12 @@ def _store_words(count: int, guard: Any, address: Any, *values: Any) -> None:
 
 
 def _choose_bits(a: Any, b: Any, c: Any, table: Any) -> Any:
-    """Compute ``lop3.b32`` for its one use."""
+    """Compute ``lop3.b32`` for the only table that kernels use."""
     assert table == 0xCA
     return a & b | ~a & c
 
 
-# what a statement of PTX returns, for its operands but the first
+# Functions from the operands of a PTX instruction, without the first, to its result
 _PTX: dict[str, Callable[..., Any]] = {
     "prmt.b32": _permute_bytes,
     "add.u32": lambda a, b: a + b,
@@ -85,19 +85,19 @@ _PTX: dict[str, Callable[..., Any]] = {
 }
 
 
-# the program's first thread, and its shared memory
+# The program is its first thread, and its shared memory starts at 0
 _SPECIAL = {"%tid.x": np.uint32(0), "global_smem": np.uint32(0)}
 
 
 def _halves(pairs: Any, dtype: torch.dtype) -> Array:
-    """Return the two numbers of registers that are given twice."""
+    """Return the two numbers in registers of which each is given twice."""
     assert (pairs[..., 0] == pairs[..., 1]).all(), "the first of two elements gives both"
     bits = np.stack([pairs[..., 0] & 0xFFFF, pairs[..., 0] >> 16 & 0xFFFF], -1)
     return bits.astype(np.uint16).view(Array).to(dtype, bitcast=True)
 
 
 def _value(source: str, registers: dict[str, Any]) -> Any:
-    """Return what an operand stands for: a register, an address with a displacement, a number."""
+    """Return the value of an operand: a register, an address with a displacement, or a number."""
     source, _, displacement = source.strip("[] ").partition("+")
     known = registers if source in registers else _SPECIAL
     if source not in known and source.startswith("0f"):
@@ -109,7 +109,7 @@ def _value(source: str, registers: dict[str, Any]) -> Any:
 def run_asm(
     text: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int
 ) -> Any:
-    """Run the few instructions that the kernels use."""
+    """Run the instructions of PTX that the kernels use."""
     if pack == 2:
         assert (text, constraints) == ("mov.b32 $0, $1;", "=r,r,r")
         return _halves(args[0], dtype)

@@ -1,4 +1,4 @@
-"""Tensors in registers: numpy arrays whose layout does not matter."""
+"""Tensors in registers: numpy arrays without a layout."""
 
 import types
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 
 class Array(np.ndarray):
-    """A tensor in registers; its layout does not matter."""
+    """A tensor in registers, whose layout does not matter."""
 
     type = types.SimpleNamespace(layout=types.SimpleNamespace(parent=None))
     dtype_name = None
@@ -22,13 +22,14 @@ class Array(np.ndarray):
         return self
 
 
-TYPES = {"int32": np.int64, "int64": np.int64, "float32": np.float32}  # in registers
+# The types that values in registers have
+TYPES = {"int32": np.int64, "int64": np.int64, "float32": np.float32}
 
 
 def typed(values: Any, dtype: str) -> Array:
-    """Return numbers of a type that is computed with as such.
+    """Return numbers in the type of computation.
 
-    Integers are wide, and cut by what reads their bits.
+    Integers are wide. An operation that reads their bits truncates them.
     """
     assert not np.isnan(values).any(), "shared memory that nothing was written to"
     return np.asarray(values).astype(TYPES[dtype]).view(Array)

@@ -1,4 +1,4 @@
-"""Shared memory, which begins as NaN."""
+"""Shared memory, which starts as NaN."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from gluon_emulator.registers import TYPES, Array, as_array, typed
 
 
 class Shared:
-    """A piece of shared memory."""
+    """A view of shared memory."""
 
     def __init__(self, values: Any, dtype: Any = None, first: int = 0) -> None:
         self.values, self.dtype, self.first = values, dtype, first
@@ -48,7 +48,7 @@ class Shared:
         )
 
     def piece(self, dtype: Any, shape: list[int]) -> "Shared":
-        """Return memory of its own for what begins at this page of an allocation of words.
+        """Return new memory for a piece that starts at this page of an allocation of words.
 
         It must not overlap with earlier pieces.
         """
@@ -67,8 +67,7 @@ class Shared:
 class Boxes:
     """Tiles of shared memory (n, 1, 1, rows, 1, columns) as smaller ones, in memory order.
 
-    A tile lies there column block by column block, each as wide as its swizzle, and its rows below
-    each other.
+    A tile is stored in column blocks, each as wide as its swizzle, with its rows one after another.
     """
 
     def __init__(self, tiles: Shared, shape: list[int]) -> None:
@@ -92,6 +91,7 @@ def allocate(dtype: Any, shape: list[int], _layout: object) -> Shared:
             barriers[place] = Barrier()
         return Shared(barriers)
     memory = np.full(shape, np.nan)
-    if state.words is None:  # what lies first is what assembly reads
+    # Inline assembly reads the allocation that is first in memory
+    if state.words is None:
         state.words = memory
     return Shared(memory, dtype)

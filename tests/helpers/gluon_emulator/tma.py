@@ -17,9 +17,9 @@ from gluon_emulator.shared_memory import Shared
 
 
 class Descriptor:
-    """A tensor in global memory, read and written in boxes.
+    """A tensor in global memory that is read and written in boxes.
 
-    What lies outside its shape reads as zero.
+    Elements outside its shape are read as zero.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Descriptor:
         self.dtype, self.layout = base.dtype, layout
 
     def _places(self, corner: list[int]) -> tuple[Any, Any]:
-        """Return the places of the box's elements in the storage, and which are in the shape."""
+        """Return the indices of the box's elements in the storage, and which are in the shape."""
         places = np.zeros(self.block_type.shape, dtype=object)
         inside = np.ones(self.block_type.shape, dtype=bool)
         for axis, (first, size) in enumerate(zip(corner, self.block_type.shape, strict=True)):
@@ -59,7 +59,7 @@ class Descriptor:
 
 
 class CopyEngine:
-    """The copy engine: a thread that takes copies in any order."""
+    """The copy engine: a thread that runs copies in any order."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
