@@ -38,7 +38,8 @@ Row = dict[str, Any]
 
 _WARM_UP_REQUESTS = 16
 _WARM_UP_SHRINK = 32
-_WARM_UP_SEED = 1  # other prompts and images, so that no cache knows the timed ones
+# The warm-up has other prompts and images, so that no cache contains the timed ones
+_WARM_UP_SEED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
