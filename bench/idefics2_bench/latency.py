@@ -4,14 +4,17 @@
     idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h200-latency.json
     idefics2 bench latency --case decode-b4-s64 --case image-112-b2 --case prefill-64
 
-A step is ``Engine.step``, all of it: scheduling, the forward pass, sampling, the tokens on the host; the mean of eight in
-a row, as the engine runs ahead of the device. Prefill is one such step of a whole prompt. Images are timed from pixels on
-the device to embeddings; ms is for all of them.
+A step is one ``Engine.step``: scheduling, the forward pass, sampling, and the copy of tokens to the
+host. Its time is the mean of eight steps in a row, because the engine runs ahead of the device.
+Prefill is one step of a whole prompt. Images are timed from pixels on the device to embeddings; ms
+is the time of all images together.
 
-transformers takes turns with it in the same process, on the same weights, in the same type, with SDPA attention (in decode
-steps not cuDNN's): its forward pass and the choice of the most likely token, without the rest of ``generate``. It runs
-twice: as it is, with a ``DynamicCache``; and compiled (``--peer-compile``, the default on a GPU), with a static cache and
-CUDA graphs in decode steps. Our row quotes the faster one. Compiling takes a minute or two a case and is not timed.
+transformers alternates with the engine in the same process, on the same weights, in the same dtype,
+with SDPA attention (without cuDNN in decode steps). Its time is that of the forward pass and the
+choice of the most likely token, without the rest of ``generate``. It runs twice: eagerly with a
+``DynamicCache``, and compiled (``--peer-compile``, the default on a GPU) with a static cache and
+CUDA graphs in decode steps. The engine's row quotes the faster one. Compiling takes one or two
+minutes per case and is not timed.
 """
 
 import argparse

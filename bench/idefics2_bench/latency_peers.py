@@ -29,7 +29,8 @@ _WITHOUT_CUDNN = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-_ALIGNED = 64  # static caches have a multiple of it in keys, which aligns their attention mask
+# Static caches have a multiple of this number of keys, which aligns their attention mask
+_ALIGNED = 64
 
 
 class EagerTokens:

@@ -12,7 +12,8 @@ import torch
 
 from idefics2_bench.timing import measure
 
-_COPY_BYTES = 1 << 28  # in graphs, larger copies take another and slower way
+# In graphs, larger copies use a slower path
+_COPY_BYTES = 1 << 28
 _COPIES = 4
 _MATMUL_SIZE = 8192
 

@@ -3,11 +3,12 @@
     idefics2 bench offline --requests 16 --shrink 8                             # the demo checkpoint
     idefics2 bench offline --random-weights tests/data/idefics2-8b --json bench/results/h200-offline.json
 
-Every request gets exactly the tokens it asks for, greedily, past any end token. Ours goes through ``LLM.iterate``. transformers
-generates in batches on the same weights, prompts padded at the left, each batch for as long as its longest answer,
-in the order of arrival and sorted by the length of the answers, which nobody knows beforehand. Its inputs are prepared by our threads,
-whose pixels equal its own, as part of the time and apart as ``prepare_ms``. Rates count what was asked for, and nothing that
-padding or waiting adds.
+Every request gets exactly the tokens it asks for, greedily, and continues after end tokens. The
+engine runs ``LLM.iterate``. transformers generates in batches on the same weights, with prompts
+padded on the left. Each batch runs as long as its longest answer. Batches are formed in the order
+of arrival, and also sorted by the length of the answers, which a real server does not know. The
+engine's threads prepare the inputs of transformers, whose pixels are equal. That time is included
+and also reported as ``prepare_ms``. Rates count requested tokens only, without padding.
 """
 
 import argparse
@@ -37,7 +38,8 @@ Row = dict[str, Any]
 
 _WARM_UP_REQUESTS = 16
 _WARM_UP_SHRINK = 32
-_WARM_UP_SEED = 1  # other prompts and images, so that no cache knows the timed ones
+# The warm-up has other prompts and images, so that no cache contains the timed ones
+_WARM_UP_SEED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

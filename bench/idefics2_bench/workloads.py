@@ -30,11 +30,14 @@ SIZES = (
 )
 """Height and width of images, in pixels."""
 
-TEXT_TOKENS = (16, 256)  # fewest and most that a request's text is drawn to have
+# A request's text has at least and at most so many tokens
+TEXT_TOKENS = (16, 256)
 NEW_TOKENS = (16, 32, 64, 128, 256)
 OFFLINE_REQUESTS = 256
-DECODE_CONTEXT = 200  # tokens before the first timed step
-STEPS_IN_A_ROW = 8  # decode steps that are timed together
+# Sequences have so many tokens before the first timed step
+DECODE_CONTEXT = 200
+# So many decode steps are timed together
+STEPS_IN_A_ROW = 8
 LATENCY_CASES = (
     "decode-b1",
     "decode-b32",
@@ -49,7 +52,8 @@ LATENCY_CASES = (
 _DECODE = re.compile(r"decode-b([1-9]\d*)(?:-s([1-9]\d*))?")
 _IMAGE = re.compile(r"image-(?:(mixed)|([1-9]\d*)(?:x([1-9]\d*))?)-b([1-9]\d*)")
 _PREFILL = re.compile(r"prefill-([1-9]\d*)")
-_NOISE = 6  # of 255: compresses about as photographs do
+# With noise of this amplitude, of 255, images compress about as well as photographs
+_NOISE = 6
 
 
 @dataclass(frozen=True)

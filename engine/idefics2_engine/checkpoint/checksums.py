@@ -108,7 +108,8 @@ def _cache_sums(file: Path) -> list[_Sum]:
     """Return the name of the blob behind ``file``, if it lies in the hub's cache."""
     if not os.path.islink(file):
         return []
-    blob = Path(os.path.realpath(file))  # pathlib's raises on a link to itself
+    # Path.resolve raises on a link to itself
+    blob = Path(os.path.realpath(file))
     return (
         _hub_sums(blob.name, "its name in the hub's cache") if blob.parent.name == "blobs" else []
     )

@@ -137,7 +137,8 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
     _logger.info("%s %s %s: asking the hub", kind.name, named, found)
     try:
         folder = snapshot()
-    except Exception as error:  # its network library's errors are of many kinds
+    # The hub's network library raises many classes of errors
+    except Exception as error:
         raise _explained(kind, named, error) from error
     if mistaken := kind.mistaken(folder):
         raise ConfigError(f"{kind.name} {named}: {mistaken}")
@@ -154,7 +155,7 @@ def _explained(kind: _Kind, named: str, error: Exception) -> ConfigError:
     """Say what a user can do about ``error``."""
     from huggingface_hub import errors
 
-    # a refusal may be the cause of its being in no cache either
+    # The response may belong to the cause of a cache miss
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:

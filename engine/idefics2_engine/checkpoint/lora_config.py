@@ -65,7 +65,7 @@ class AdapterConfig:
     path: Path
     r: int
     alpha: float
-    rank_stabilised: bool
+    rank_stabilized: bool
     ranks: Sequence[tuple[NamePattern, int]]  # by pattern of a module's name, the first that fits
     alphas: Sequence[tuple[NamePattern, float]]
     saved: Sequence[str]  # ends of the names of modules that were trained whole
@@ -119,7 +119,7 @@ class AdapterConfig:
         """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) if rank-stabilized."""
         rank = self.rank(module)
         alpha = _first_fit(self.alphas, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
 def _names(section: Section, key: str) -> list[str]:

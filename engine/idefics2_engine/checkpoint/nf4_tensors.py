@@ -29,7 +29,8 @@ from idefics2_kernels.nf4.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
 _STATE = ".quant_state.bitsandbytes__nf4"
 _PLAIN = ("", ".absmax", ".quant_map", _STATE)
 _NESTED = (".nested_absmax", ".nested_quant_map")
-_MOST_STATE_BYTES = 4096  # bitsandbytes' have less than 200
+# The states of bitsandbytes have less than 200 bytes
+_MOST_STATE_BYTES = 4096
 _CPU = torch.device("cpu")
 
 

@@ -12,7 +12,8 @@ from idefics2_engine.model_files import is_there, paths_in, printable_path
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_MOST_NAME_BYTES = 255  # of file systems in use
+# Common file systems have this limit
+_MOST_NAME_BYTES = 255
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, NoReturn, TextIO, cast
 
 from idefics2_engine.errors import Idefics2Error, PromptError
 
-_MOST_TEXT = 16 << 20  # bytes of a prompt, or of a line: far beyond any context
+# A prompt or a line with more bytes exceeds any context
+_MOST_TEXT = 16 << 20
 
 
 class OutputLostError(Exception):

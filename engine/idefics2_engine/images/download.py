@@ -27,8 +27,10 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 3
 _CHUNK = 65536  # bytes
 _HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(\.(?!-)[a-z0-9-]{1,63})*")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # what resolvers take for (part of) an address
-_LONGEST = 86400.0  # seconds; sockets take no much larger number
+# Resolvers interpret such a label as a part of an address
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+# Sockets accept no much larger number of seconds
+_LONGEST = 86400.0
 _MAX_OVERHEAD = 1 << 20  # bytes of headers, and of chunks an eighth of the body besides
 
 
@@ -205,7 +207,8 @@ def _body(response: http.client.HTTPResponse, where: str, max_bytes: int) -> byt
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
         raise MediaFetchError(f"{where}: must send the file as it is, got a content encoding")
-    length = response.length  # None where the server does not say
+    # The length is None if the server does not send it
+    length = response.length
     if length is not None and length > max_bytes:
         raise MediaFetchError(f"{where}: must have at most {max_bytes} bytes, got {length}")
     body = bytearray()

@@ -44,7 +44,8 @@ ImageSource = Union[
 ]
 """What ``load_image`` reads."""
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn: a quarter of a gigabyte as RGB
+# Pillow warns about larger images. One of this size takes a quarter of a gigabyte as RGB
+MAX_PIXELS = 89_478_485
 MAX_BYTES = 256 << 20
 MEDIA_TIMEOUT = 20.0  # seconds
 MAX_THREADS = 8

@@ -10,7 +10,8 @@ from PIL import Image
 
 Result = TypeVar("Result")
 
-_BLOCKS_PER_THREAD = 2  # an image and what it is resized to
+# Each thread holds an image and its resized copy
+_BLOCKS_PER_THREAD = 2
 
 # Many, so that threads seldom wait for each other's objects
 _LOCKS = tuple(threading.Lock() for _ in range(256))

@@ -8,7 +8,8 @@ from typing import Any
 
 from idefics2_engine.errors import ImageError, ImageWarning
 
-_FROM_PILLOW = r"PIL\.(?#idefics2)"  # a pattern that no other filter has
+# The comment in the pattern distinguishes this filter from all others
+_FROM_PILLOW = r"PIL\.(?#idefics2)"
 
 
 @contextmanager

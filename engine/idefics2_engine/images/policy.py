@@ -14,8 +14,10 @@ from PIL import ExifTags, Image
 from idefics2_engine.errors import ConfigError, ImageError, ImageWarning
 from idefics2_engine.images.pixel_parts import convert_in_parts
 
-_PLAIN_MODES = ("1", "L", "P", "RGB")  # what ``strict`` takes, without transparency
-PART_PIXELS = 1 << 20  # of an image that is laid on white
+# The policy ``strict`` accepts these modes if the image has no transparency
+_PLAIN_MODES = ("1", "L", "P", "RGB")
+# An image is blended on white in parts of so many pixels
+PART_PIXELS = 1 << 20
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,7 +27,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # modes whose colors were multiplied by alpha
+# These modes have colors premultiplied by alpha
+_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
 
 
 class ImagePolicy(StrEnum):
@@ -65,7 +68,8 @@ def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Ima
         # Alpha is gone, but a transparent color is still known, and transformers' second step sees
         # it
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
-    several = getattr(image, "is_animated", False)  # before loading: it moves between frames
+    # Loading may move to another frame, so this is read before
+    several = getattr(image, "is_animated", False)
     if policy is ImagePolicy.STRICT:
         _refuse_doubtful(image, several, name)
         return _rgb(image)
@@ -100,13 +104,15 @@ def check_unit_range(low: Any, high: Any, name: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    image.load()  # a PNG may tell its orientation after its pixels
+    # The orientation of a PNG may follow its pixels
+    image.load()
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in range(2, 9) else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))  # ImageOps.exif_transpose would write all of EXIF anew
+    # ImageOps.exif_transpose would rewrite all of EXIF
+    turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 

@@ -21,7 +21,8 @@ from idefics2_engine.json_file import Section
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom of a part in pixels, the last two exclusive."""
 
-QUARTERS = 4  # tiles that splitting adds in front of the whole image
+# Splitting adds so many tiles before the whole image
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def resized_size(width: int, height: int, longest: int, shortest: int) -> tuple[
     A longer side above ``longest`` shrinks to it, the other side in proportion, rounded down; then
     a side below ``shortest`` grows to it, whatever becomes of the aspect ratio.
     """
-    aspect = width / height  # not the integer formula: the rounding is part of the rule
+    # Integer arithmetic would round differently from transformers
+    aspect = width / height
     if width >= height and width > longest:
         width, height = longest, int(longest / aspect)
     elif height > width and height > longest:
@@ -236,7 +238,8 @@ def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
         coordinates = torch.arange(0, 1 - 1e-6, step, dtype=torch.float32)
         boundaries = torch.arange(1 / grid_side, 1, 1 / grid_side, dtype=torch.float32)
     buckets = torch.bucketize(coordinates, boundaries, right=True).numpy()
-    buckets.setflags(write=False)  # shared by every caller
+    # All callers share this array
+    buckets.setflags(write=False)
     return buckets
 
 

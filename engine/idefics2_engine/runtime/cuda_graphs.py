@@ -116,7 +116,7 @@ class DecodeGraphs:
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Return the batch sizes to capture: 1, 2, 4 and multiples of 8, up to ``max_num_seqs``."""
+    """Return the batch sizes to capture: 1, 2, 4, then multiples of 8 until one fits all or 512."""
     most = min(max_num_seqs, MAX_SIZE)
     sizes = [1, 2, 4, *range(8, most + 8, 8)]
     return sizes[: 1 + next(i for i, size in enumerate(sizes) if size >= most)]

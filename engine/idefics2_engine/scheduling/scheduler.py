@@ -44,7 +44,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """The work of one forward pass, in order: copy and encode, then compute the chunks.
+    """The work of one forward pass: encode tiles, copy pages, then compute the chunks.
 
     Attributes:
         chunks: Tokens to compute.

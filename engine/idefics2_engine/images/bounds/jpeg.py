@@ -5,11 +5,13 @@ import re
 from idefics2_engine.errors import ImageError
 from idefics2_engine.images.bounds.tags import check_exif
 
-_MAX_SCANS = 24  # encoders write at most 18; a scan costs up to half of a plain file's decoding
+# Encoders write at most 18 scans. A scan costs up to half of decoding a plain file
+_MAX_SCANS = 24
 _MAX_PARSED_BYTES = 1 << 19  # of what Pillow takes apart: tables, and tags of EXIF and Photoshop
 _MAX_SEGMENTS = 1000
 _MAX_SEGMENT_BYTES = 16 << 20
-_MAX_FILL = 1 << 12  # bytes between segments; Pillow reads them one by one
+# Pillow reads the fill bytes between segments one by one
+_MAX_FILL = 1 << 12
 
 # A byte FF before neither a stuffed zero nor a fill byte. Not `FF+`, which is quadratic in fill
 # bytes.
