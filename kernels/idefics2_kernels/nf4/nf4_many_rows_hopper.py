@@ -211,7 +211,8 @@ def _load(descs, smem, barriers, tiles, steps, GROUP_M: gl.constexpr):
     full, empty = barriers
     STAGES: gl.constexpr = x_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
-    step = 0  # so far, over all tiles
+    # Steps that are finished, over all tiles.
+    step = 0
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
         pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         for k in range(steps):
@@ -263,7 +264,8 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = gl.arange(0, ROWS, LAYOUT)
     N, blocks = sizes
-    step = 0  # so far, over all tiles
+    # Steps that are finished, over all tiles.
+    step = 0
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
         _pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         row0 = pid_n * CONSUMERS * ROWS + rows
@@ -377,7 +379,8 @@ def _multiply(
     dtype: gl.constexpr = out_desc.dtype
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     count = gl.cdiv(tiles[0] * tiles[1] - gl.program_id(0), gl.num_programs(0))
-    step = 0  # so far, over all tiles
+    # Steps that are finished, over all tiles.
+    step = 0
     table = _table(steps)
     even = _decode_step(smem, table, barriers, step, CONSUMER)
     odd = even
