@@ -1,4 +1,4 @@
-"""The operations Idefics2 is made of: plain PyTorch to define each, Triton to run it fast."""
+"""The operations of Idefics2: a plain PyTorch definition and a Triton kernel for each."""
 
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 from idefics2_kernels.ops import REFERENCE, TRITON, MissingOperationError, NoGradientError, Ops

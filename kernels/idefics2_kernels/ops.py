@@ -1,14 +1,14 @@
-"""The table of operations the model is written against, and its two implementations.
+"""The table of the model's operations, and its two implementations.
 
-A model gets an ``Ops`` when it is built and calls through it. There is no fallback: an operation
-that cannot run raises. ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)``
-swaps one, to find which of them a wrong logit comes from. What each operation computes is written
-in ``reference``; shapes are repeated here.
+A model receives an ``Ops`` when it is built and calls every operation through it. There is no
+fallback: an operation that cannot run raises an error. To find the operation that causes a wrong
+logit, replace one at a time:
+``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)``.
+The package ``reference`` defines what each operation computes. The shapes are repeated here.
 
-``REFERENCE`` is for training, ``TRITON`` for inference: a kernel returns a tensor that autograd
-knows nothing of, so the gradient would stop there in silence. Every operation of ``TRITON``
-therefore refuses inputs that require one, also where a shape would be computed by PyTorch's own
-operations.
+``REFERENCE`` is for training, ``TRITON`` for inference. Autograd does not record kernels, so the
+gradient would stop at one without an error. Every operation of ``TRITON`` therefore rejects inputs
+that require a gradient, even for shapes that PyTorch's own operations would compute.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from idefics2_kernels.reference import attention, nf4, operations, sampling
 
 
 class MissingOperationError(RuntimeError):
-    """An operation that this implementation of ``Ops`` does not have was called."""
+    """An operation was called that this implementation of ``Ops`` does not have."""
 
 
 class NoGradientError(RuntimeError):
@@ -33,37 +33,37 @@ class NoGradientError(RuntimeError):
 
 
 class Linear(Protocol):
-    """``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
+    """Dense product: ``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
 
 class NF4Quantize(Protocol):
-    """``weight`` of any shape -> the same in NF4."""
+    """Quantization: ``weight`` of any shape -> the same weight in NF4."""
 
     def __call__(self, weight: Tensor, *, double_quant: bool = True) -> NF4Weight: ...  # noqa: D102
 
 
 class NF4Dequantize(Protocol):
-    """``weight`` -> a tensor of its shape and dtype."""
+    """Dequantization: ``weight`` in NF4 -> a tensor of the weight's shape and dtype."""
 
     def __call__(self, weight: NF4Weight) -> Tensor: ...  # noqa: D102
 
 
 class NF4Matmul(Protocol):
-    """``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
+    """Product with NF4: ``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
 
 class RmsNorm(Protocol):
-    """``x`` (..., N), ``weight`` (N,) -> (..., N)."""
+    """RMS norm: ``x`` (..., N), ``weight`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...  # noqa: D102
 
 
 class AddRmsNorm(Protocol):
-    """``x`` and ``residual`` (..., N), ``weight`` (N,) -> norm of the sum, sum (..., N)."""
+    """RMS norm of a sum: ``x``, ``residual`` (..., N), ``weight`` (N,) -> norm, sum (..., N)."""
 
     def __call__(  # noqa: D102
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -71,13 +71,16 @@ class AddRmsNorm(Protocol):
 
 
 class LayerNorm(Protocol):
-    """``x`` (..., N), ``weight`` and ``bias`` (N,) -> (..., N)."""
+    """Layer norm: ``x`` (..., N), ``weight`` and ``bias`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...  # noqa: D102
 
 
 class AddLayerNorm(Protocol):
-    """``x``, ``residual`` (..., N), ``weight``, ``bias`` (N,) -> norm of the sum, sum (..., N)."""
+    """Layer norm of a sum: ``x`` and ``residual`` (..., N) -> norm of the sum, sum (..., N).
+
+    ``weight`` and ``bias`` are (N,).
+    """
 
     def __call__(  # noqa: D102
         self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -85,19 +88,22 @@ class AddLayerNorm(Protocol):
 
 
 class SiluMul(Protocol):
-    """``gate_up`` (..., 2F) -> (..., F)."""
+    """Gated SiLU: ``gate_up`` (..., 2F) -> (..., F)."""
 
     def __call__(self, gate_up: Tensor) -> Tensor: ...  # noqa: D102
 
 
 class GeluTanh(Protocol):
-    """``x`` (..., N), ``bias`` (N,) -> (..., N)."""
+    """GELU in the tanh form: ``x`` (..., N), ``bias`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
 
 
 class Rotary(Protocol):
-    """``q`` (T, H, D), ``k`` (T, H_KV, D), ``positions`` (T,), ``cos_sin`` (W, D) -> q, k."""
+    """Rotary positions: ``q`` (T, H, D), ``k`` (T, H_KV, D) -> rotated q and k.
+
+    ``positions`` is (T,), ``cos_sin`` is (W, D).
+    """
 
     def __call__(  # noqa: D102
         self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
@@ -105,9 +111,9 @@ class Rotary(Protocol):
 
 
 class RotaryAndCache(Protocol):
-    """As ``Rotary``; ``k`` and ``v`` are written to ``slots`` (T,) of the caches -> q.
+    """``Rotary``, and writing ``k`` and ``v`` to ``slots`` (T,) of the caches -> rotated q.
 
-    ``v`` is (T, H_KV, D), the caches are (pages, H_KV, P, D).
+    ``v`` is (T, H_KV, D). The caches are (pages, H_KV, P, D).
     """
 
     def __call__(  # noqa: D102
@@ -124,7 +130,10 @@ class RotaryAndCache(Protocol):
 
 
 class FlashAttention(Protocol):
-    """``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D), ``cu_seqlens`` (B + 1,) -> (T, H, D)."""
+    """Attention within packed sequences: ``q`` (T, H, D) -> (T, H, D).
+
+    ``k`` and ``v`` are (T, H_KV, D), ``cu_seqlens`` is (B + 1,).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -141,9 +150,10 @@ class FlashAttention(Protocol):
 
 
 class PagedAttention(Protocol):
-    """``q`` (T, H, D), caches (pages, H_KV, P, D), ``block_table`` (B, pages) -> (T, H, D).
+    """Attention to the paged KV cache: ``q`` (T, H, D) -> (T, H, D).
 
-    ``context_lens`` is (B,), ``cu_seqlens`` (B + 1,).
+    The caches are (pages, H_KV, P, D). ``block_table`` is (B, pages of a sequence),
+    ``context_lens`` is (B,), and ``cu_seqlens`` is (B + 1,).
     """
 
     def __call__(  # noqa: D102
@@ -162,9 +172,10 @@ class PagedAttention(Protocol):
 
 
 class PerceiverAttention(Protocol):
-    """``q`` (N, L, H, D), context k, v (P, H_KV, D), latents' k, v (N, L, H_KV, D).
+    """Attention of latents to patches and latents: ``q`` (N, L, H, D) -> (N, L, H, D).
 
-    The result is (N, L, H, D).
+    ``k_context`` and ``v_context`` are (P, H_KV, D), ``k_latents`` and ``v_latents`` are
+    (N, L, H_KV, D), and ``cu_seqlens`` is (N + 1,).
     """
 
     def __call__(  # noqa: D102
@@ -182,7 +193,10 @@ class PerceiverAttention(Protocol):
 
 
 class Patches(Protocol):
-    """``pixels`` uint8, ``cu_seqlens`` (N + 1,), ``widths`` (N,) -> (P, C * patch_size**2)."""
+    """Patch rows of images: ``pixels`` uint8 -> (P, C * patch_size**2).
+
+    ``cu_seqlens`` is (N + 1,), ``widths`` is (N,).
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -198,7 +212,10 @@ class Patches(Protocol):
 
 
 class Sample(Protocol):
-    """``logits`` (B, V); temperature, top-k, top-p, min-p, seed, index (B,) each -> (B,) int64."""
+    """Sampling: ``logits`` (B, V) -> one token a row (B,) int64.
+
+    The parameters, ``seed`` and ``index`` are (B,) each.
+    """
 
     def __call__(  # noqa: D102
         self,
@@ -219,7 +236,8 @@ class Ops:
     """One implementation of every operation."""
 
     linear: Linear
-    linear_gelu: Linear  # and GELU in its tanh form
+    # ``linear`` followed by GELU in the tanh form.
+    linear_gelu: Linear
     nf4_quantize: NF4Quantize
     nf4_dequantize: NF4Dequantize
     nf4_matmul: NF4Matmul
@@ -248,14 +266,12 @@ def _make_missing(name: str) -> Any:
 
 
 def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``kernel``, which raises where autograd would record it.
-
-    That would stop the gradient in silence.
-    """
+    """Wrap ``kernel`` so that it raises where autograd would need its gradient."""
 
     @wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():  # False in inference, where nothing else is looked at
+        # Inference disables gradients, so the arguments are not inspected then.
+        if torch.is_grad_enabled():
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor) and value.requires_grad:
                     raise NoGradientError(
@@ -268,7 +284,7 @@ def _inference_only(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]
 
 
 def triton_kernels() -> dict[str, Any]:
-    """Return the operations that have a Triton kernel, by name; none where there is no Triton."""
+    """Return the operations that have a Triton kernel by name, or none without Triton."""
     if find_spec("triton") is None:
         return {}
     from idefics2_kernels import activation, patches, rotary, sample
@@ -300,7 +316,7 @@ def triton_kernels() -> dict[str, Any]:
 
 
 def make_triton_ops() -> Ops:
-    """Return every operation as a kernel that raises for inputs that require a gradient."""
+    """Return the table of kernels, which raise for inputs that require a gradient."""
     kernels = {name: _inference_only(name, kernel) for name, kernel in triton_kernels().items()}
     return Ops(
         **{field.name: kernels.get(field.name, _make_missing(field.name)) for field in fields(Ops)}

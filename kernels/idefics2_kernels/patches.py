@@ -1,11 +1,9 @@
 """Packed uint8 images to normalized patch rows.
 
-A program takes a few patches and all of their columns.
-
-The image that a patch belongs to is searched in ``cu_seqlens`` on the device, so that nothing is
-read back. A thread loads two pixels side by side, all channels, and stores two values for each
-channel: half the loads, stores and instructions of one value at a time, which is what bounds the
-kernel after memory.
+A program computes all columns of a few patches. It finds a patch's image by a binary search in
+``cu_seqlens`` on the device, so the host does not wait for the device. A thread loads all channels
+of two neighboring pixels and stores two values for each channel. Compared with one value at a time,
+this halves the loads, stores and instructions, which limit the kernel after memory.
 """
 
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ class LaunchConfig:
 
 def launch_config(E: int) -> LaunchConfig:
     """Return the launch options for patches of ``E`` values."""
-    # on an H100 the same within 3 % for 2 to 8 patches and 1 to 4 warps
+    # On an H100 the times for 2 to 8 patches and 1 to 4 warps are within 3 % of each other.
     return LaunchConfig(BLOCK_P=max(1, min(4, 8192 // E)), num_warps=4)
 
 
@@ -37,7 +35,8 @@ def launch_config(E: int) -> LaunchConfig:
 def _byte(words, index: tl.constexpr):
     """Return a byte of each word in fp32.
 
-    2^23 + byte, less 2^23, is half the instructions of a conversion.
+    The bits of 2^23 + byte are assembled and 2^23 is subtracted. A conversion needs twice as many
+    instructions.
     """
     byte = (words.to(tl.int32) >> (8 * index)) & 0xFF
     return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
@@ -49,17 +48,20 @@ def _patches_kernel(
     cu_seqlens_ptr,  # (N + 1,)
     widths_ptr,  # (N,)
     out_ptr,  # (P, C * S * S)
-    # in steps of V; at run time: a wider store would spread each load over more rows of pixels
+    # In units of V. It is a run-time argument so that the compiler does not widen the stores, which
+    # would spread each load over more rows of pixels.
     stride_out,
-    scale,  # C floats
-    shift,  # C floats
+    scale,  # (C,)
+    shift,  # (C,)
     P,
     N,
-    steps,  # of the search among N images
+    # Steps of the search among N images.
+    steps,
     C: tl.constexpr,
     S: tl.constexpr,
-    V: tl.constexpr,  # pixels of a load
-    # whether two pixels of three channels are taken from aligned words of 32 bits
+    # Pixels of a load.
+    V: tl.constexpr,
+    # Whether two pixels of three channels are read from aligned words of 32 bits.
     WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -70,7 +72,8 @@ def _patches_kernel(
     offs_p = first_p + offs_i
     mask_p = offs_p < P
 
-    # the last image that begins at or before each patch: an empty one begins where the next does
+    # Find the last image that begins at or before each patch. An empty image begins where the next
+    # one does, so it is never the last.
     image = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
     end = image + N
     for _ in range(steps):
@@ -80,19 +83,19 @@ def _patches_kernel(
         end = tl.where(begins <= offs_p, end, middle)
     local = (offs_p - tl.load(cu_seqlens_ptr + image, mask=mask_p, other=0)).to(tl.int32)
     width = tl.load(widths_ptr + image, mask=mask_p, other=1).to(tl.int32)
-    # a row of patches holds the pixels of as many patches, and begins so many patches back; 32 bits
-    # hold what is added to the program's first pixel
+    # A row of ``width`` patches occupies the memory of ``width`` patches, and begins ``back``
+    # patches before this one. Offsets from the program's first pixel fit into 32 bits.
     back = local % width
     corners, strides = (offs_i - back) * E + back * (S * C), width * (S * C)
     pixels_row, out_row = pixels_ptr + first_p * E, out_ptr + first_p * E
 
-    # V pixels side by side are C words of V bytes
+    # V neighboring pixels are C words of V bytes.
     offs_w = tl.arange(0, BLOCK_W)[None, :]
     row, column = offs_w * V // S, offs_w * V % S
     mask_w = mask_p & (offs_w < S * S // V)
     if WIDE:
-        # two words of 32 bits hold the 6 bytes, which begin at the first one's byte 0 or 2; a line
-        # of the cache is read by many threads and must outlast the stores between them
+        # Two words of 32 bits hold the 6 bytes, which begin at byte 0 or 2 of the first word. Many
+        # threads read a cache line, so the stores between their reads must not evict it.
         within = corners + row * strides + column * C
         word_ptrs = pixels_row.to(tl.pointer_type(tl.uint32)) + (within >> 2)
         low = tl.load(word_ptrs, mask=mask_w, other=0, eviction_policy="evict_last").to(tl.uint64)
@@ -102,7 +105,8 @@ def _patches_kernel(
         words = ((six & 0xFFFFFFFF).to(tl.uint32), (six >> 32).to(tl.uint32))
     else:
         word: tl.constexpr = tl.uint16 if V == 2 else tl.uint8
-        # halved by a shift: of what may be negative, a division takes three instructions
+        # A shift halves the offsets, because a division of a signed number needs three
+        # instructions.
         within = (corners >> V - 1) + row * (strides >> V - 1) + column // V * C
         word_ptrs = pixels_row.to(tl.pointer_type(word)) + within
         words = (tl.load(word_ptrs, mask=mask_w, other=0),)  # type: ignore[assignment]
@@ -112,7 +116,8 @@ def _patches_kernel(
     offs_s = tl.arange(0, BLOCK_W * V)[None, :]
     out_ptrs = out_row + (offs_i * (stride_out * V) + offs_s)
     mask_s = mask_p & (offs_s < S * S)
-    W: tl.constexpr = 4 if WIDE else V  # bytes of a word
+    # Bytes of a word.
+    W: tl.constexpr = 4 if WIDE else V
     for c in tl.static_range(C):
         pixel = _byte(words[c // W], c % W)
         if V == 2:
@@ -134,15 +139,16 @@ def patches(
 ) -> Tensor:
     """Turn packed uint8 images into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
-    ``pixels`` (P * patch_size**2 * C,): each image's rows of pixels, channels last, cropped to
-    whole patches. ``cu_seqlens`` (N + 1,) counts patches from 0 to P, ``widths`` (N,) is each
-    image's number of patches in a row. A value is (pixel * rescale_factor - mean[c]) / std[c] for
-    each of C channels, in fp32, rounded once.
+    ``pixels`` (P * patch_size**2 * C,) holds each image's rows of pixels, channels last, cropped to
+    whole patches. ``cu_seqlens`` (N + 1,) are the images' offsets in patches, from 0 to P.
+    ``widths`` (N,) is the number of patches in a row of each image. A value is
+    (pixel * rescale_factor - mean[c]) / std[c] for each of C channels, in fp32, rounded once.
 
     Raises:
-        ValueError: A shape, stride or device does not fit, or ``std`` has a zero or is not as long
-        as ``mean``. TypeError: ``pixels`` are not uint8, counts are no integers, or ``dtype`` is
-        none of bf16, fp16, fp32.
+        ValueError: A shape, stride or device does not fit, ``std`` has a zero, or ``std`` and
+            ``mean`` differ in length.
+        TypeError: ``pixels`` are not uint8, ``cu_seqlens`` or ``widths`` are not integers, or
+            ``dtype`` is none of bf16, fp16, fp32.
     """
     C = len(mean)
     if len(std) != C or not C:

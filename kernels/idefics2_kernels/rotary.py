@@ -1,8 +1,8 @@
 """Rotary positions for queries and keys, alone or with writes to the paged cache.
 
-One program a token: it reads the token's row of cosines and sines once and takes its heads a block
-at a time, the two halves of a head as two tiles, since column d is rotated together with column d +
-D/2.
+Each token has one program. It reads the token's row of cosines and sines once and rotates the heads
+block by block. The two halves of a head are two tiles, because column d is rotated together with
+column d + D/2.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ from idefics2_kernels.gpu.dependent_launch import (
 )
 from idefics2_kernels.gpu.target import H100_SMS
 
-# programs that each have an SM of an H100: reading early delays no other program
+# With at most this many programs, each has an SM of an H100, and an early read delays no other.
 _AT_ONCE = H100_SMS
 
 
@@ -43,15 +43,15 @@ class LaunchConfig:
 
 def launch_config(half: int) -> LaunchConfig:
     """Return the tile for heads of 2 * ``half`` columns."""
-    # on an H100 88 % of a copy's bandwidth at 8192 tokens; with D = 128 a thread moves 16 bytes of
-    # each half of 16 heads
+    # On an H100 the kernel reaches 88 % of a copy's bandwidth at 8192 tokens. With D = 128 a thread
+    # moves 16 bytes of each half of 16 heads.
     return LaunchConfig(BLOCK_H=16, BLOCK_D=max(32, triton.next_power_of_2(half)), num_warps=4)
 
 
 @triton.jit
 def _rotate_heads(
-    x_ptr,  # (H, D) of one token
-    out_ptr,  # (H, D) of one token, contiguous columns
+    x_ptr,  # (H, D)
+    out_ptr,  # (H, D), contiguous columns
     stride_x,
     stride_out,
     cos,  # (1, BLOCK_D)
@@ -76,8 +76,8 @@ def _rotate_heads(
 
 @triton.jit
 def _copy_heads(
-    x_ptr,  # (H, D) of one token
-    out_ptr,  # (H, D) of one token
+    x_ptr,  # (H, D)
+    out_ptr,  # (H, D)
     stride_x,
     stride_out,
     H,
@@ -104,18 +104,18 @@ def _rotary_kernel(
     q_out_ptr,  # (T, H, D)
     k_out_ptr,  # (T, H_KV, D), or (pages, H_KV, P, D) if HAS_CACHE
     v_out_ptr,  # (pages, H_KV, P, D), if HAS_CACHE
-    q_strides,  # token, head
-    k_strides,  # token, head
-    v_strides,  # token, head
+    q_strides,  # (token, head)
+    k_strides,  # (token, head)
+    v_strides,  # (token, head)
     stride_cos_sin,
-    q_out_strides,  # token, head
-    k_out_strides,  # token, head, or page, head, offset
-    v_out_strides,  # page, head, offset
+    q_out_strides,  # (token, head)
+    k_out_strides,  # (token, head), or (page, head, offset) if HAS_CACHE
+    v_out_strides,  # (page, head, offset)
     H,
     H_KV,
     HALF,
     P,
-    num_rows,  # of cos_sin
+    num_rows,
     LOOKS_AHEAD: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
@@ -126,8 +126,9 @@ def _rotary_kernel(
     token = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     if LOOKS_AHEAD and IS_DEPENDENT:
-        # the row is looked up early and past the L1 cache, to have it in the L2 cache; were it old,
-        # another would come there
+        # Prefetch the token's row of cos_sin into the L2 cache. The position is read before the
+        # previous kernel has ended and may be stale. In that case only the prefetch is wasted,
+        # because the position is read again below. ".cg" keeps the stale value out of the L1 cache.
         row = tl.load(positions_ptr + token, cache_modifier=".cg").to(tl.int64)
         row = tl.minimum(tl.maximum(row, 0), num_rows - 1)
         columns = tl.minimum(tl.arange(0, BLOCK_D) * 2, 2 * HALF - 1)
@@ -149,7 +150,8 @@ def _rotary_kernel(
     k_row = k_ptr + token * k_strides[0]
     if HAS_CACHE:
         slot = tl.load(slots_ptr + token).to(tl.int64)
-        if slot >= 0:  # a negative slot is padding
+        # A negative slot is padding.
+        if slot >= 0:
             page, offset = slot // P, slot % P
             k_out_row = k_out_ptr + page * k_out_strides[0] + offset * k_out_strides[2]
             _rotate_heads(
@@ -186,12 +188,14 @@ def _rotary_kernel(
 def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` (T, H, D) and ``k`` (T, H_KV, D) by their ``positions`` (T,), rounding once.
 
-    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2. Every
-    position must be a row of it. Any strides but contiguous last axes.
+    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines. Column d is rotated together with
+    column d + D/2. Every position must be a row of ``cos_sin``. The last axes must be contiguous.
+    Other strides are free.
 
     Raises:
-        ValueError: A shape, stride or device does not fit. TypeError: A dtype is none of bf16,
-        fp16, fp32, ``k``'s is not ``q``'s, or positions are no integers.
+        ValueError: A shape, stride or device does not fit.
+        TypeError: A dtype is none of bf16, fp16, fp32, ``q`` and ``k`` differ in dtype, or
+            ``positions`` are not integers.
     """
     _check(q, k, positions, cos_sin)
     check_device(q=q, k=k, positions=positions, cos_sin=cos_sin)
@@ -212,16 +216,15 @@ def rotary_and_cache(
 ) -> Tensor:
     """Rotate ``q`` and ``k``, write ``k`` and ``v`` into the cache, and return ``q``.
 
-    The rotation is ``rotary``'s; ``k`` and ``v`` are (T, H_KV, D).
-
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page *
-    P + offset, each of which must be in the cache and no two the same; for a negative slot nothing
-    is written. Any strides but contiguous last axes.
+    The rotation is that of ``rotary``. ``k`` and ``v`` are (T, H_KV, D). ``k_cache`` and
+    ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page * P + offset. A
+    negative slot is padding: nothing is written for it. All other slots must be inside the cache
+    and distinct. The last axes must be contiguous. Other strides are free.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
-        TypeError: A dtype is none of bf16, fp16, fp32, a cache's or ``k``'s or ``v``'s is not
-            ``q``'s, or positions or slots are no integers.
+        TypeError: A dtype is none of bf16, fp16, fp32, queries, keys, values and caches differ in
+            dtype, or ``positions`` or ``slots`` are not integers.
     """
     _check(q, k, positions, cos_sin)
     T, H_KV, D = k.shape

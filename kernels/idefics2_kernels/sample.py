@@ -1,18 +1,19 @@
-"""Logits to tokens: temperature, top-k, top-p and min-p in either order, then one draw.
+"""Sampling of one token a row: temperature, top-k, top-p and min-p, then one draw.
 
-One program a row, no sort.
+Each row has one program. It does not sort the logits. It writes each logit's distance below the
+largest logit once, as the bits of an fp32 number. The distances are not negative, so their bits are
+ordered like integers.
 
-A row's scores are written once as their distance below the largest logit, whose bits order as
-integers do. Each filter keeps the tokens up to some distance, so each is one bound: min-p's is
-given; top-k's and top-p's is the least that keeps k tokens, or a mass of p, and is found by halving
-an interval of integers, at most 31 passes over a row that stays in the cache. A bound is a value
-and not a rank, so ties stay together. The draw is by inverse transform, summed in float64 in the
-order of the tokens.
+Every filter keeps the tokens up to a bound on the distance. The bound of min-p is given. The bound
+of top-k is the smallest that keeps k tokens. The bound of top-p is the smallest that keeps the
+probability p. Both are found by bisection over integers, in at most 31 passes over a row that stays
+in the cache. A bound is a value and not a rank, so ties stay together. The draw is by inverse
+transform, with sums in float64 in the order of the tokens.
 
-Guaranteed: distances, counts and the random number are the reference's bit for bit, so greedy,
-top-k and min-p keep the same tokens; a mass differs from the reference's by rounding (a relative
-1e-6), so top-p's set and the token drawn are the same unless ``top_p`` or the number drawn lies
-that close to a boundary.
+Distances, counts and the random number equal the reference's bit for bit, so greedy, top-k and
+min-p keep the same tokens. Sums of probabilities differ from the reference's by rounding (1e-6
+relative). The tokens that top-p keeps and the token drawn are therefore the same, unless ``top_p``
+or the random number is that close to a boundary.
 """
 
 from dataclasses import asdict, dataclass
@@ -32,13 +33,15 @@ from idefics2_kernels.gpu.checks import (
 )
 from idefics2_kernels.gpu.primitives import LOG2_E
 
-INF_BITS = tl.constexpr(0x7F800000)  # of the farthest distance there is, that of a logit of -inf
-BEYOND = tl.constexpr(0x7FFFFFFF)  # what fills a row up to whole blocks: past every bound
+# The bits of the largest distance, that of a logit of -inf.
+INF_BITS = tl.constexpr(0x7F800000)
+# Pads a row to whole blocks. It is greater than every bound.
+BEYOND = tl.constexpr(0x7FFFFFFF)
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Columns of a row taken at a time, and the warps that share them."""
+    """Columns of a block, and the warps that share it."""
 
     BLOCK_V: int
     num_warps: int
@@ -46,8 +49,8 @@ class LaunchConfig:
 
 def launch_config(V: int) -> LaunchConfig:
     """Return the block for a vocabulary of ``V``."""
-    # on an H100 92 us for 64 rows, 73 us for one: passes over a row bound it; few programs run, so
-    # each is as wide as it can be
+    # On an H100 64 rows take 92 us and one row takes 73 us, so the passes over a row are the limit.
+    # Few programs run at once, so each uses as many warps as possible.
     return LaunchConfig(1024, 4) if V <= 1024 else LaunchConfig(8192, 32)
 
 
@@ -60,7 +63,7 @@ def philox_uniform(seed, index):
     c2 = c0 & 0
     c3 = c2
     for _ in tl.static_range(10):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits hold them
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c2 = (product1 >> 32) ^ c1 ^ key0, (product0 >> 32) ^ c3 ^ key1
         c1, c3 = product1 & WORD, product0 & WORD
         key0, key1 = (key0 + 0x9E3779B9) & WORD, (key1 + 0xBB67AE85) & WORD
@@ -69,9 +72,9 @@ def philox_uniform(seed, index):
 
 @triton.jit
 def _measure(bits_row, bound, BLOCKS_END, BLOCK_V: tl.constexpr, HAS_MASS: tl.constexpr):
-    """Count the tokens up to ``bound`` and add up what they weigh.
+    """Return the number of tokens up to ``bound`` and the sum of their weights.
 
-    A wider bound never measures less.
+    Both never decrease as the bound grows.
     """
     count = tl.zeros([BLOCK_V], dtype=tl.int32)
     mass = tl.zeros([BLOCK_V], dtype=tl.float32)
@@ -85,17 +88,16 @@ def _measure(bits_row, bound, BLOCKS_END, BLOCK_V: tl.constexpr, HAS_MASS: tl.co
 
 @triton.jit
 def _weights(bits, bound):
-    """Return what tokens at distance ``bits`` weigh, the nearest 1: nothing past ``bound``."""
+    """Return the weights of tokens at distance ``bits``: 1 at distance 0, and 0 past ``bound``."""
     distance = bits.to(tl.float32, bitcast=True)
     return tl.where(bits <= bound, tl.exp2(distance * -LOG2_E), 0.0)
 
 
 @triton.jit
 def _top_k_bound(bits_row, k, bound, BLOCKS_END, BLOCK_V: tl.constexpr):
-    """Return the least bound that keeps ``k`` tokens, or ``bound`` if that keeps fewer."""
-    short = (
-        -1
-    )  # the widest bound known to keep too few; ``bound`` is the least known to keep enough
+    """Return the smallest bound that keeps ``k`` tokens, or ``bound`` if that keeps fewer."""
+    # The largest bound that keeps too few tokens. ``bound`` is the smallest that keeps enough.
+    short = -1
     count, _ = _measure(bits_row, bound, BLOCKS_END, BLOCK_V, HAS_MASS=False)
     while (count > k) & (bound - short > 1):
         middle = short + (bound - short) // 2
@@ -108,14 +110,13 @@ def _top_k_bound(bits_row, k, bound, BLOCKS_END, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _top_p_bound(bits_row, p, bound, BLOCKS_END, BLOCK_V: tl.constexpr):
-    """Return the least bound that keeps ``p`` of what the tokens up to ``bound`` weigh."""
+    """Return the smallest bound that keeps ``p`` of the weight of the tokens up to ``bound``."""
     short = -1
     count_short = 0
     count, mass = _measure(bits_row, bound, BLOCKS_END, BLOCK_V, HAS_MASS=True)
     wanted = p.to(tl.float64) * mass
-    while (count - count_short > 1) & (
-        bound - short > 1
-    ):  # until one token is between, or one value
+    # Stop when one token is left between the bounds, or one value.
+    while (count - count_short > 1) & (bound - short > 1):
         middle = short + (bound - short) // 2
         kept, mass = _measure(bits_row, middle, BLOCKS_END, BLOCK_V, HAS_MASS=True)
         enough = mass >= wanted
@@ -126,9 +127,9 @@ def _top_p_bound(bits_row, p, bound, BLOCKS_END, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V: tl.constexpr):
-    """Return the first token at which the weights exceed ``uniform`` of their sum.
+    """Return the first token at which the summed weights exceed ``uniform`` times their total.
 
-    Only tokens up to ``bound`` have weights.
+    Tokens past ``bound`` have weight 0.
     """
     total = tl.full([], 0.0, dtype=tl.float64)
     for begin in range(0, BLOCKS_END, BLOCK_V):
@@ -141,12 +142,14 @@ def _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V: tl.constexpr):
     for begin in range(0, BLOCKS_END, BLOCK_V):
         offs_v = begin + tl.arange(0, BLOCK_V)
         weights = _weights(tl.load(bits_row + offs_v), bound).to(tl.float64)
-        after = before + tl.sum(weights, axis=0)  # as summed above, so a block is found
+        # The same order of summation as for the total, so that some block exceeds the threshold.
+        after = before + tl.sum(weights, axis=0)
         if (token < 0) & (after > threshold):
             exceeds = (before + tl.cumsum(weights, axis=0) > threshold) & (weights > 0.0)
             first = tl.min(tl.where(exceeds, offs_v, BLOCKS_END), axis=0)
             last = tl.max(tl.where(weights > 0.0, offs_v, 0), axis=0)
-            token = tl.minimum(first, last)  # the scan may round below the block's sum
+            # The scan may round below the block's sum, and then no token exceeds the threshold.
+            token = tl.minimum(first, last)
         before = after
     return token
 
@@ -164,7 +167,8 @@ def _sample_kernel(
     out_ptr,  # (B,)
     stride_logits,
     V,
-    BLOCKS_END,  # V rounded up to whole blocks
+    # V rounded up to whole blocks.
+    BLOCKS_END,
     MIN_P_FIRST: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -189,7 +193,8 @@ def _sample_kernel(
             distance = tl.div_rn(peak - logits, temperature)
             bits = tl.where(offs_v < V, distance.to(tl.int32, bitcast=True), BEYOND)
             tl.store(bits_row + offs_v, bits)
-        tl.debug_barrier()  # threads read what others have written
+        # Threads read bits that other threads have written.
+        tl.debug_barrier()
 
         bound = tl.full([], INF_BITS, dtype=tl.int32)
         min_p_bound = tl.abs(tl.load(log_min_p_ptr + row)).to(tl.int32, bitcast=True)
@@ -204,7 +209,8 @@ def _sample_kernel(
         if not MIN_P_FIRST:
             bound = tl.minimum(bound, min_p_bound)
         uniform = philox_uniform(tl.load(seed_ptr + row), tl.load(index_ptr + row))
-        drawn = _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V // 2)  # sums of 64 bits
+        # Sums in float64 need twice the registers, so the blocks are half as wide.
+        drawn = _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V // 2)
         token = tl.where(drawn < 0, token, drawn)
     tl.store(out_ptr + row, token.to(tl.int64))
 
@@ -222,15 +228,25 @@ def sample(
 ) -> Tensor:
     """Draw one token a row from ``logits`` (B, V): (B,) int64.
 
-    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p``
-    in (0, 1], ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``.
-    ``min_p_first`` applies min-p before top-k and top-p, else after. A logit may be -inf, not NaN,
-    and the largest must be finite. Any strides of ``logits`` but a contiguous last axis.
+    The parameters are (B,) each. ``min_p_first`` applies min-p before top-k and top-p. Otherwise it
+    is applied after them. A logit may be -inf but not NaN, and the largest of a row must be finite.
+    The last axis of ``logits`` must be contiguous.
+
+    Args:
+        logits: Logits (B, V).
+        temperature: 0 selects the first of the largest logits.
+        top_k: Number of tokens to keep. 0 disables it.
+        top_p: Probability to keep, in (0, 1].
+        min_p: Share of the largest probability that a token needs, in [0, 1].
+        seed: Seed of the row's random stream.
+        index: Index of the token in the stream.
+        min_p_first: Whether min-p is the first filter, or the last.
 
     Raises:
         ValueError: A shape, stride or device does not fit, or the vocabulary is empty.
-        TypeError: ``logits`` are none of bf16, fp16, fp32, temperature, top-p or min-p not fp32,
-            ``top_k`` no integers, or seed or index not int64.
+        TypeError: ``logits`` are none of bf16, fp16, fp32, or ``temperature``, ``top_p`` or
+            ``min_p`` are not fp32, or ``top_k`` are not integers, or ``seed`` or ``index`` are not
+            int64.
     """
     check_shape("logits", logits, (None, None))
     check_dtype("logits", logits, *FLOATS)
@@ -259,7 +275,7 @@ def sample(
             temperature.contiguous(),
             top_k.contiguous(),
             top_p.contiguous(),
-            # PyTorch's own logarithm, so that the bound is the reference's
+            # The reference computes this logarithm with PyTorch too, so the bounds are equal.
             min_p.log().contiguous(),
             seed.contiguous(),
             index.contiguous(),

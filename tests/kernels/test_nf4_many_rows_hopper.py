@@ -245,7 +245,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
     "bias of the tile's first rows": ("rows = row + gl.arange", "rows = gl.arange"),
     "output of the other warpgroup": ("CONSUMER), pid_m * BLOCK_M, row)", "CONSUMER), pid_m * BLOCK_M, pid_n * 128)"),
     "output overwritten before it has left": (
-        "tma.store_wait(0)  # the piece before has left\n        smem.permute",
+        "tma.store_wait(0)\n        smem.permute",
         "smem.permute",
     ),
     "pieces of the output in another order": ("return first, second", "return second, first"),

@@ -1,5 +1,6 @@
-"""Attention: packed, paged, and of the perceiver. ``_hopper`` in a name means Gluon, sm_90 only.
+"""Attention within packed sequences, to a paged KV cache, and of the perceiver.
 
-In and out: see the protocols in ``ops``. ``tiles`` and ``split_kv`` are shared by the Triton
-kernels, ``warp_specialized`` by the Gluon ones. Must not import ``nf4``, ``matmul`` or ``norms``.
+The protocols in ``ops`` describe inputs and outputs. Modules named ``_hopper`` contain Gluon
+kernels for sm_90 only. The Triton kernels share ``tiles`` and ``split_kv``, and the Gluon kernels
+share ``warp_specialized``. This package must not import ``nf4``, ``matmul`` or ``norms``.
 """

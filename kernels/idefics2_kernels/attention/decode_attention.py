@@ -1,9 +1,9 @@
-"""Causal attention of one new query a sequence to its keys in pages of the KV cache.
+"""Causal attention of one new query per sequence to its keys in pages of the KV cache.
 
-The rows of a program are the query heads of one key head; ``num_splits`` programs share the pages
-of a sequence. How many there are depends on sizes of tensors alone, so that a CUDA graph serves any
-lengths; what each of them takes is computed from ``context_lens``. The next page's id is loaded one
-iteration ahead, as in ``paged_attention``.
+The rows of a program are the query heads of one key head. ``num_splits`` programs share the pages
+of a sequence. Their number depends only on tensor sizes, so one CUDA graph works for all context
+lengths. Each program computes its share of the pages from ``context_lens``. The id of the next page
+is loaded one iteration ahead, as in ``paged_attention``.
 """
 
 from dataclasses import asdict
@@ -30,8 +30,10 @@ from idefics2_kernels.gpu.dependent_launch import (
 from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
 from idefics2_kernels.gpu.tile_counters import get_counters
 
-MAX_GROUPS = 64  # query heads of a key head: the rows of a program
-PROGRAMS = H100_SMS  # that share keys, one on each SM
+# The most query heads of a key head, which are the rows of a program.
+MAX_GROUPS = 64
+# The most programs when keys are shared: one per SM.
+PROGRAMS = H100_SMS
 
 
 def _block_n(P: int, itemsize: int) -> int:
@@ -41,10 +43,11 @@ def _block_n(P: int, itemsize: int) -> int:
 def launch_config(
     groups: int, D: int, P: int, itemsize: int, arch: int, *, is_split: bool
 ) -> LaunchConfig:
-    """Return the tile for ``groups`` query heads a key head and pages of ``P`` tokens."""
-    # On an H100, of 16 sequences of 2,048 tokens: 51 us by one program an SM with six pages
-    # on their way, 51 to 53 with five, 53 to 59 by two or three programs with three or four. Where
-    # there are programs enough for all, two with three each.
+    """Return the tile for ``groups`` query heads per key head and pages of ``P`` tokens."""
+    # Measured on an H100 with 16 sequences of 2,048 tokens: one program per SM takes 51 us with six
+    # pages in flight, and 51 to 53 us with five. Two or three programs per SM with three or four
+    # pages in flight take 53 to 59 us. If keys are not shared, two programs fit on an SM, with
+    # three pages in flight each.
     width = sum(head_parts(D))
     return LaunchConfig(
         BLOCK_M=max(16, triton.next_power_of_2(groups)),
@@ -55,18 +58,18 @@ def launch_config(
 
 
 def _num_splits(programs: int, tiles: int) -> int:
-    """Return how many programs share up to ``tiles`` of keys.
+    """Return how many programs share the keys of a sequence, which are up to ``tiles`` tiles.
 
-    ``programs`` is their number without sharing.
+    ``programs`` is the total number of programs if keys are not shared.
     """
     return max(1, min(PROGRAMS // programs, MAX_SPLITS, tiles))
 
 
 @triton.jit
 def _own_tiles(T, left, split, num_splits, BLOCK_N: tl.constexpr):
-    """Return the first of ``T`` keys that is seen, and the tiles of ``split`` from start to end.
+    """Return the first key in reach, the start and end tile of ``split``, and the used splits.
 
-    The last value counts the splits that have tiles.
+    ``T`` is the number of keys of the sequence. Splits beyond the last value have no tiles.
     """
     first_key = tl.maximum(T - 1 - left, 0)
     first_tile = first_key // BLOCK_N
@@ -92,36 +95,44 @@ def _decode_attention_kernel(
     cu_seqlens_ptr,  # (B + 1,)
     stride_table,
     table_width,
-    q_strides,  # of token and head; multiples of ALIGN
-    k_strides,  # of page, head and slot
-    v_strides,
+    # All strides are multiples of ALIGN.
+    q_strides,  # (token, head)
+    k_strides,  # (page, head, slot)
+    v_strides,  # (page, head, slot)
     num_pages,
     H_KV,
-    GROUPS,  # query heads of a key head
+    # Query heads of a key head.
+    GROUPS,
     num_splits,
-    left,  # keys a query sees before its own position
-    qk_scale,  # in base two
+    # Keys that a query sees before its own position.
+    left,
+    # The scale of the scores, times log2(e).
+    qk_scale,
     P: tl.constexpr,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
-    LINES: tl.constexpr,  # of the L2 cache, of a key, or more
+    # L2 cache lines of a key, rounded up to a power of two.
+    LINES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
-    MERGE_M: tl.constexpr,  # rows, splits and columns that are merged at once
+    # Rows, splits and columns that are merged at once.
+    MERGE_M: tl.constexpr,
     MERGE_S: tl.constexpr,
     MERGE_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    TILES: tl.constexpr = P // BLOCK_N  # of a page
+    # Tiles of a page.
+    TILES: tl.constexpr = P // BLOCK_N
     gdc_launch_dependents(IS_DEPENDENT)
     pid = tl.program_id(0)
     split = pid % num_splits
     head_kv = pid // num_splits % H_KV
     sequence = (pid // (num_splits * H_KV)).to(tl.int64)
-    # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
+    # This tells the compiler that run-time strides are multiples of ALIGN, so that it can
+    # vectorize loads.
     stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
     stride_kp, stride_ks = k_strides[0] // ALIGN * ALIGN, k_strides[2] // ALIGN * ALIGN
     stride_vp, stride_vs = v_strides[0] // ALIGN * ALIGN, v_strides[2] // ALIGN * ALIGN
@@ -132,9 +143,9 @@ def _decode_attention_kernel(
     offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
 
     if IS_SPLIT and IS_DEPENDENT:
-        # Length, page and keys are loads that wait for each other. What they find is looked at
-        # early and past the L1 cache, so as to have it all in the L2 cache; were it old, something
-        # else would come there.
+        # Length, page and keys are dependent loads. Reading the first two here brings all of them
+        # into the L2 cache before the previous kernel has ended. ".cg" bypasses the L1 cache. If a
+        # value is stale, only the prefetch is wasted, because all values are read again below.
         T = tl.load(context_lens_ptr + sequence, cache_modifier=".cg")
         _, start, end, _ = _own_tiles(T, left, split, num_splits, BLOCK_N)
         if (start >= 0) & (start < tl.minimum(end, table_width * TILES)):
@@ -166,7 +177,8 @@ def _decode_attention_kernel(
         v_tile = v_ptr + page.to(tl.int64) * stride_vp + slot * stride_vs
         page = tl.load(block_table_ptr + (tile + 1) // TILES, mask=tile + 1 < end, other=0)
         keys = tile * BLOCK_N + offs_n
-        mask_n = (keys >= first_key) & (keys < T)  # others may hold anything, NaN too
+        # Other slots may hold anything, including NaN.
+        mask_n = (keys >= first_key) & (keys < T)
         k = load_head(k_tile, offs_kn, mask_n, D, D_MAIN, D_REST, True)
         v = load_head(v_tile, offs_vn, mask_n, D, D_MAIN, D_REST, True)
         visible = mask_n[None, :]
@@ -207,10 +219,9 @@ def decode_attention(
     left: int,
     qk_scale: float,
 ) -> None:
-    """Write ``paged_attention`` of at most one query a sequence to ``out`` (T, H, D), contiguous.
+    """Write ``paged_attention`` of at most one query per sequence to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its
-    own.
+    ``paged_attention`` has checked the arguments. A query sees ``left`` keys before its own.
     """
     B, H, D = context_lens.shape[0], q.shape[1], q.shape[2]
     _, H_KV, P, _ = k_cache.shape

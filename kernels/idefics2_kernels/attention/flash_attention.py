@@ -1,10 +1,12 @@
-"""Attention within packed sequences: causal or full, with or without a window, heads in groups.
+"""Attention within packed sequences: causal or full, with or without a window, grouped heads.
 
-One program takes BLOCK_M queries of one head and walks over the keys they see: first, without
-masks, the tiles that all of them see whole; then the few at the edges (window, diagonal, end of the
-sequence). A query sees ``left`` keys before its own and ``right`` after it, so that causal, full
-and windowed attention are one kernel. Programs of the heads that share keys run together, the
-longest tiles first, one key head after the other: its keys stay in the L2.
+A program computes BLOCK_M queries of one head. It loops over the keys that they see. Tiles that
+every query sees completely come first and need no masks. The few tiles at the edges (window,
+diagonal, end of the sequence) follow. A query sees ``left`` keys before its own and ``right`` keys
+after it, so causal, full and windowed attention are one kernel.
+
+Programs are ordered by key head, then by length, the longest tiles first. Programs that share keys
+therefore run together, and their keys stay in the L2 cache.
 """
 
 from dataclasses import asdict
@@ -37,21 +39,25 @@ from idefics2_kernels.gpu.target import alignment, current_arch, is_hopper
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     """Return the tile for heads of ``D`` columns of ``itemsize`` bytes."""
     width = sum(head_parts(D))
-    if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
+    # fp32 products do not use tensor cores. Larger tiles would spill hundreds of registers.
+    if itemsize == 4:
         if width > 96:
             return LaunchConfig(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=1)
         return LaunchConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
-    if arch != 90:  # at most 96 KB of shared memory
+    # These tiles need at most 96 KB of shared memory.
+    if arch != 90:
         if width > 128:
             return LaunchConfig(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=2)
-        return LaunchConfig(  # 64 keys a tile spill
+        # Tiles of 64 keys would spill.
+        return LaunchConfig(
             BLOCK_M=128, BLOCK_N=32, num_warps=4 if width <= 96 else 8, num_stages=2
         )
     if width > 128:
         return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
     if width > 96:
         return LaunchConfig(BLOCK_M=128, BLOCK_N=128, num_warps=8, num_stages=3)
-    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=3)  # 8 warps: two thirds
+    # With 8 warps the kernel reaches two thirds of this speed.
+    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=3)
 
 
 @triton.jit(do_not_specialize=["H_KV", "GROUPS", "tiles_m", "left", "right"])
@@ -60,20 +66,26 @@ def _flash_attention_kernel(
     k_ptr,  # (T, H_KV, D)
     v_ptr,  # (T, H_KV, D)
     out_ptr,  # (T, H, D), contiguous
-    k_desc,  # tiles (BLOCK_N, 1, D_MAIN) of k, if HAS_DESCRIPTORS
-    k_rest_desc,  # (BLOCK_N, 1, D_REST)
-    v_desc,
-    v_rest_desc,
+    k_desc,  # (BLOCK_N, 1, D_MAIN) tiles, if HAS_DESCRIPTORS
+    k_rest_desc,  # (BLOCK_N, 1, D_REST) tiles
+    v_desc,  # (BLOCK_N, 1, D_MAIN) tiles
+    v_rest_desc,  # (BLOCK_N, 1, D_REST) tiles
     cu_seqlens_ptr,  # (B + 1,)
-    q_strides,  # of token and head; multiples of ALIGN
-    k_strides,
-    v_strides,
+    # All strides are multiples of ALIGN.
+    q_strides,  # (token, head)
+    k_strides,  # (token, head)
+    v_strides,  # (token, head)
     H_KV,
-    GROUPS,  # query heads of a key head
-    tiles_m,  # query tiles of the longest sequence
-    left,  # keys a query sees before its own position
-    right,  # and after it
-    qk_scale,  # in base two
+    # Query heads of a key head.
+    GROUPS,
+    # Query tiles of the longest sequence.
+    tiles_m,
+    # Keys that a query sees before its own position.
+    left,
+    # Keys that a query sees after its own position.
+    right,
+    # The scale of the scores, times log2(e).
+    qk_scale,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
@@ -83,7 +95,8 @@ def _flash_attention_kernel(
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    pid_m = tiles_m - 1 - pid // GROUPS % tiles_m  # longest first
+    # The longest tiles come first.
+    pid_m = tiles_m - 1 - pid // GROUPS % tiles_m
     head_kv = pid // (GROUPS * tiles_m) % H_KV
     head = head_kv * GROUPS + pid % GROUPS
     sequence = pid // (GROUPS * tiles_m * H_KV)
@@ -93,7 +106,8 @@ def _flash_attention_kernel(
     if start_m >= T:
         return
 
-    # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
+    # This tells the compiler that run-time strides are multiples of ALIGN, so that it can
+    # vectorize loads.
     stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
     stride_kt, stride_kh = k_strides[0] // ALIGN * ALIGN, k_strides[1] // ALIGN * ALIGN
     stride_vt, stride_vh = v_strides[0] // ALIGN * ALIGN, v_strides[1] // ALIGN * ALIGN
@@ -108,7 +122,8 @@ def _flash_attention_kernel(
     q = load_head(q_ptr, offs_m.to(tl.int64) * stride_qt, mask_m, D, D_MAIN, D_REST, True)
     state = empty_state(BLOCK_M, D_MAIN, D_REST)
 
-    # [first_n, full_n) edge, [full_n, edge_n) seen whole by every query, [edge_n, end_n) edge
+    # Every query sees all keys in [full_n, edge_n). The edges are [first_n, full_n) and
+    # [edge_n, end_n).
     last_m = tl.minimum(start_m + BLOCK_M, T) - 1
     first_n = tl.maximum(start_m - left, 0) // BLOCK_N * BLOCK_N
     end_n = tl.minimum(last_m + right + 1, T)
@@ -135,7 +150,7 @@ def _flash_attention_kernel(
 
     tiles_left = (full_n - first_n) // BLOCK_N
     tiles_right = tl.cdiv(end_n - edge_n, BLOCK_N)
-    # one stage: buffers for so few tiles would cost the registers that then spill
+    # The edges have too few tiles for pipelining, which would need registers and cause spills.
     for i in tl.range(0, tiles_left + tiles_right, num_stages=1):
         skipped = tl.where(i < tiles_left, first_n, edge_n - (full_n - first_n))
         keys = skipped + i * BLOCK_N + offs_n
@@ -170,15 +185,14 @@ def flash_attention(
     scale: float | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D).
+    """Attend within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
 
-    The result is (T, H, D).
-
-    ``cu_seqlens`` (B + 1,) int32 says where each sequence begins; ``max_seqlen`` is at least the
-    longest one's length. Query i sees key j of its own sequence when |i - j| < ``window`` and, if
-    ``causal``, j <= i. Scores are multiplied by ``scale``, 1/sqrt(D) unless given. Any strides but
-    a contiguous last axis; D is at most 256. On Hopper some heads have a faster kernel of their own
-    (``flash_attention_hopper.supports``), unless ``plain``.
+    ``cu_seqlens`` (B + 1,) int32 holds the start of each sequence and the end of the last.
+    ``max_seqlen`` is at least the length of the longest sequence. Query i sees key j of its own
+    sequence if |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied by ``scale``,
+    1 / sqrt(D) by default. D is at most 256. The last axes must be contiguous. Other strides are
+    free. On Hopper a faster kernel computes the shapes that ``flash_attention_hopper.supports``,
+    unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.

@@ -1,9 +1,8 @@
-"""Attention within packed sequences on Hopper.
+"""Attention within packed sequences on Hopper, in Gluon.
 
-It computes what ``flash_attention``'s plain kernel computes, in Gluon.
-
-Who computes what is said in ``warp_specialized``. Here a warp loads the queries of one head, and
-the keys and values that they see, as the descriptors of packed sequences find them.
+It computes the same as the plain kernel of ``flash_attention``. ``warp_specialized`` describes how
+the warps of a program share the work. The loading warp of this kernel loads the queries of one
+head, and the keys and values that they see, through descriptors of packed sequences.
 """
 
 from dataclasses import dataclass
@@ -42,14 +41,16 @@ class LaunchConfig:
     """Tile sizes and launch options."""
 
     BLOCK_N: int
-    BUFFERS: int  # tiles of keys, and as many of values, in shared memory
-    IN_TURN: int  # 1: the warpgroups issue their products one after the other
+    # Tiles of keys in shared memory, and as many tiles of values.
+    BUFFERS: int
+    # 1 if the warpgroups take turns in issuing their products, else 0.
+    IN_TURN: int
 
 
 def launch_config(D: int) -> LaunchConfig:
     """Return the launch options for heads of ``D`` columns."""
-    # in turn, one warpgroup's softmax falls into the other's products; at 128 columns products are
-    # what takes longest
+    # If the warpgroups take turns, one computes its softmax during the other's products. At 128
+    # columns the products are the bottleneck, and turns do not help.
     return LaunchConfig(BLOCK_N=128, BUFFERS=2, IN_TURN=int(D <= 96))
 
 
@@ -57,7 +58,7 @@ def launch_config(D: int) -> LaunchConfig:
 def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.constexpr):
     """Load the queries of this program's tiles, and the keys and values that they see.
 
-    Each load waits until a buffer is free.
+    Each load waits until its buffer is free.
     """
     lengths, sizes, reach = queries
     B, heads, groups = sizes
@@ -65,9 +66,12 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
     q_full, q_empty, k_full, v_full, freed, _ = barriers
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     BLOCK_N: gl.constexpr = k_smem[0].shape[3]
-    round = 0  # query tiles so far
-    step = 0  # tiles of keys so far
-    index = gl.program_id(0)  # of a query tile, from the sequence's first on
+    # Query tiles that are finished.
+    round = 0
+    # Tiles of keys that are finished.
+    step = 0
+    # The index of a query tile within its sequence.
+    index = gl.program_id(0)
     sequence = 0
     while sequence < B:
         begin, T, _keys, tiles_m = locate_sequence(sequence, lengths, 1)
@@ -83,7 +87,7 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
             begins, counts = key_tiles(first_m, last_m, T, reach, BLOCK_N)
             tiles = counts[0] + counts[1] + counts[2]
             before_n = 0
-            # values follow the next tile's keys: the scores are taken first
+            # Values are loaded after the keys of the next tile, which are needed earlier.
             for tile in range(tiles + 1):
                 mbarrier.wait(freed.index(step % BUFFERS), step // BUFFERS & 1 ^ 1)
                 start_n = first_key(tile, begins, counts, BLOCK_N)
@@ -104,21 +108,25 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
 
 @gluon.jit(do_not_specialize=["B", "H", "GROUPS", "left", "right"])
 def _flash_attention_kernel(
-    q_desc,  # tiles (1, 1, ROWS, 1, D_MAIN) of q
-    q_rest_desc,  # (1, 1, ROWS, 1, D_REST)
-    k_desc,  # (1, 1, BLOCK_N, 1, D_MAIN) of k
-    k_rest_desc,
-    v_desc,
-    v_rest_desc,
-    out_desc,  # as q's
-    out_rest_desc,
+    q_desc,  # (1, 1, ROWS, 1, D_MAIN) tiles
+    q_rest_desc,  # (1, 1, ROWS, 1, D_REST) tiles
+    k_desc,  # (1, 1, BLOCK_N, 1, D_MAIN) tiles
+    k_rest_desc,  # (1, 1, BLOCK_N, 1, D_REST) tiles
+    v_desc,  # (1, 1, BLOCK_N, 1, D_MAIN) tiles
+    v_rest_desc,  # (1, 1, BLOCK_N, 1, D_REST) tiles
+    out_desc,  # (1, 1, ROWS, 1, D_MAIN) tiles
+    out_rest_desc,  # (1, 1, ROWS, 1, D_REST) tiles
     cu_seqlens_ptr,  # (B + 1,)
     B,
     H,
-    GROUPS,  # query heads of a key head
-    left,  # keys a query sees before its own position
-    right,  # and after it
-    qk_scale,  # in base two
+    # Query heads of a key head.
+    GROUPS,
+    # Keys that a query sees before its own position.
+    left,
+    # Keys that a query sees after its own position.
+    right,
+    # The scale of the scores, times log2(e).
+    qk_scale,
     D_REST: gl.constexpr,
     BUFFERS: gl.constexpr,
     IN_TURN: gl.constexpr,
@@ -134,8 +142,8 @@ def _flash_attention_kernel(
     barriers = all_barriers(BUFFERS)
     fence_async_shared()
     queries = (cu_seqlens_ptr, None), (B, H, GROUPS), (left, right)
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
-    # twice
+    # The consumers' arguments are repeated, because a constexpr that is assigned to a variable is
+    # no longer one.
     gl.warp_specialize(
         [
             (consume, (queries, out_descs, smem, barriers, None, qk_scale, D_REST, 0, IN_TURN)),
@@ -148,9 +156,9 @@ def _flash_attention_kernel(
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Return whether the kernel is for such heads.
+    """Return whether the kernel supports these heads.
 
-    They need 16 bits, a head dim of the model's and rows aligned to 16 bytes.
+    It needs 16-bit numbers, a head dim in ``HEAD_DIMS`` and rows aligned to 16 bytes.
     """
     return q.itemsize == 2 and q.shape[-1] in HEAD_DIMS and alignment(q, k, v) > 1
 
@@ -168,8 +176,8 @@ def flash_attention_hopper(
 ) -> None:
     """Write ``flash_attention`` of supported heads to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``flash_attention`` has checked them; a query sees ``left`` keys before its own
-    and ``right`` after.
+    ``flash_attention`` has checked the arguments. A query sees ``left`` keys before its own and
+    ``right`` keys after it.
     """
     _, H, D = q.shape
     H_KV = k.shape[1]
@@ -192,7 +200,7 @@ def flash_attention_hopper(
         BUFFERS=config.BUFFERS,
         IN_TURN=config.IN_TURN,
         num_warps=4,
-        # a third of the registers for each warpgroup and the producer's, before they are divided
-        # anew
+        # At launch the two warpgroups and the producer have a third of the registers each.
+        # ``warp_specialize`` then redistributes them.
         maxnreg=168,
     )

@@ -1,11 +1,14 @@
 """Causal attention of new queries to keys in pages of the KV cache.
 
-The query heads of a key head and the queries make the rows of one matrix, so that keys are read
-once for all of them. One program takes BLOCK_M rows: first, without masks, the pages that all of
-them see whole; then those at the edges (window, diagonal, end of the sequence). A tile of keys is a
-page, or a part of a large one. The id of the next page is loaded while this one is computed on:
-read in the iteration that needs it, it would leave one buffer for keys and values, whatever
-``num_stages`` says. One query a sequence is ``decode_attention``'s.
+The rows of one matrix are all queries of all query heads of a key head, so keys are read once for
+them. A program computes BLOCK_M rows. Pages that every row sees completely come first and need no
+masks. The pages at the edges (window, diagonal, end of the sequence) follow. A tile of keys is a
+page, or a part of a large page.
+
+The id of the next page is loaded one iteration ahead. If it were loaded in the iteration that needs
+it, the compiler would give keys and values only one buffer, regardless of ``num_stages``.
+
+``decode_attention`` computes calls with one query per sequence.
 """
 
 from dataclasses import asdict
@@ -40,13 +43,15 @@ def launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> Launch
     """Return the tile for ``rows`` of a sequence and key head, and pages of ``P`` tokens."""
     width = sum(head_parts(D))
     small = rows <= 64
-    if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
+    # fp32 products do not use tensor cores. Larger tiles would spill hundreds of registers.
+    if itemsize == 4:
         if width > 128:
             return LaunchConfig(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)
         return LaunchConfig(BLOCK_M=32, BLOCK_N=min(P, 32), num_warps=8, num_stages=1)
     if arch != 90 and width > 128:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=min(P, 32), num_warps=4, num_stages=2)
-    if arch != 90 and not small:  # 64 keys a tile spill
+    # Tiles of 64 keys would spill.
+    if arch != 90 and not small:
         return LaunchConfig(BLOCK_M=128, BLOCK_N=min(P, 32), num_warps=8, num_stages=2)
     return LaunchConfig(
         BLOCK_M=64 if small else 128,
@@ -62,22 +67,27 @@ def _paged_attention_kernel(
     k_ptr,  # (pages, H_KV, P, D)
     v_ptr,  # (pages, H_KV, P, D)
     out_ptr,  # (T, H, D), contiguous
-    k_desc,  # tiles (1, 1, BLOCK_N, D_MAIN) of k, if HAS_DESCRIPTORS
-    k_rest_desc,  # (1, 1, BLOCK_N, D_REST)
-    v_desc,
-    v_rest_desc,
+    k_desc,  # (1, 1, BLOCK_N, D_MAIN) tiles, if HAS_DESCRIPTORS
+    k_rest_desc,  # (1, 1, BLOCK_N, D_REST) tiles
+    v_desc,  # (1, 1, BLOCK_N, D_MAIN) tiles
+    v_rest_desc,  # (1, 1, BLOCK_N, D_REST) tiles
     block_table_ptr,  # (B, pages of a sequence)
     context_lens_ptr,  # (B,)
     cu_seqlens_ptr,  # (B + 1,)
     stride_table,
-    q_strides,  # of token and head; multiples of ALIGN
-    k_strides,  # of page, head and slot
-    v_strides,
+    # All strides but that of the table are multiples of ALIGN.
+    q_strides,  # (token, head)
+    k_strides,  # (page, head, slot)
+    v_strides,  # (page, head, slot)
     H_KV,
-    GROUPS,  # query heads of a key head
-    tiles_m,  # row tiles of the longest sequence of queries
-    left,  # keys a query sees before its own position
-    qk_scale,  # in base two
+    # Query heads of a key head.
+    GROUPS,
+    # Row tiles of the sequence with the most queries.
+    tiles_m,
+    # Keys that a query sees before its own position.
+    left,
+    # The scale of the scores, times log2(e).
+    qk_scale,
     P: tl.constexpr,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
@@ -87,9 +97,11 @@ def _paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    TILES: tl.constexpr = P // BLOCK_N  # of a page
+    # Tiles of a page.
+    TILES: tl.constexpr = P // BLOCK_N
     pid = tl.program_id(0)
-    pid_m = tiles_m - 1 - pid % tiles_m  # longest first
+    # The longest tiles come first.
+    pid_m = tiles_m - 1 - pid % tiles_m
     head_kv = pid // tiles_m % H_KV
     sequence = (pid // (tiles_m * H_KV)).to(tl.int64)
     begin = tl.load(cu_seqlens_ptr + sequence)
@@ -99,7 +111,8 @@ def _paged_attention_kernel(
     if start_m >= S * GROUPS:
         return
 
-    # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
+    # This tells the compiler that run-time strides are multiples of ALIGN, so that it can
+    # vectorize loads.
     stride_qt, stride_qh = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
     stride_kp, stride_ks = k_strides[0] // ALIGN * ALIGN, k_strides[2] // ALIGN * ALIGN
     stride_vp, stride_vs = v_strides[0] // ALIGN * ALIGN, v_strides[2] // ALIGN * ALIGN
@@ -107,14 +120,16 @@ def _paged_attention_kernel(
     v_ptr += head_kv.to(tl.int64) * (v_strides[1] // ALIGN * ALIGN)
     block_table_ptr += sequence * stride_table
 
-    offs_m = start_m + tl.arange(0, BLOCK_M)  # a token's heads lie side by side
+    # The heads of a token are neighboring rows.
+    offs_m = start_m + tl.arange(0, BLOCK_M)
     tokens, heads = offs_m // GROUPS, head_kv * GROUPS + offs_m % GROUPS
     mask_m = tokens < S
     offs_q = (begin + tokens).to(tl.int64) * stride_qt + heads.to(tl.int64) * stride_qh
     q = load_head(q_ptr, offs_q, mask_m, D, D_MAIN, D_REST, True)
     state = empty_state(BLOCK_M, D_MAIN, D_REST)
 
-    # tiles [first, full) edge, [full, edge) seen whole by every query, [edge, end) edge
+    # Every query sees all keys of the tiles [full, edge). The edges are the tiles [first, full) and
+    # [edge, end).
     positions = T - S + tokens
     first_m = T - S + start_m // GROUPS
     last_m = T - S + (tl.minimum(start_m + BLOCK_M, S * GROUPS) - 1) // GROUPS
@@ -147,13 +162,14 @@ def _paged_attention_kernel(
         page = tl.load(block_table_ptr + (tile + 1) // TILES, mask=tile + 1 < edge, other=0)
         state = attend(state, q, k, v, mask_m, qk_scale, D_REST, False)
 
-    # one stage: buffers for so few tiles would cost the registers that then spill
+    # The edges have too few tiles for pipelining, which would need registers and cause spills.
     for i in tl.range(0, full - first + end - edge, num_stages=1):
         tile = tl.where(i < full - first, first, edge - (full - first)) + i
         page_id = tl.load(block_table_ptr + tile // TILES).to(tl.int64)
         slots = (tile % TILES * BLOCK_N + offs_n).to(tl.int64)
         keys = tile * BLOCK_N + offs_n
-        mask_n = (keys >= first_key) & (keys < T)  # others may hold anything, NaN too
+        # Other slots may hold anything, including NaN.
+        mask_n = (keys >= first_key) & (keys < T)
         k = load_head(
             k_ptr, page_id * stride_kp + slots * stride_ks, mask_n, D, D_MAIN, D_REST, True
         )
@@ -189,16 +205,20 @@ def paged_attention(
     scale: float | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
+    """Attend new queries ``q`` (T, H, D) causally to keys in pages: (T, H, D).
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D), P a power of two of at least 16; sequence b's
-    token t lies in page ``block_table[b, t // P]`` (B, pages) int32 at offset t % P;
-    ``context_lens`` (B,) int32 counts its keys, those of this step's queries last. ``cu_seqlens``
-    (B + 1,) int32 packs the queries, ``max_seqlen`` is at least the most of a sequence. A query
-    sees its own key and the ``window`` - 1 before it; entries of ``block_table`` for pages that no
-    query sees are never read. Rows of ``q`` past ``cu_seqlens[B]`` are padding: their output is
-    undefined. Any strides but a contiguous last axis; D is at most 256. On Hopper some calls have a
-    faster kernel of their own (``paged_attention_hopper.supports``), unless ``plain``.
+    ``k_cache`` and ``v_cache`` are (pages, H_KV, P, D). Token t of sequence b is in page
+    ``block_table[b, t // P]`` at offset t % P. ``block_table`` is (B, pages of a sequence) int32.
+    ``context_lens`` (B,) int32 counts the keys of each sequence. The keys of this step's queries
+    are the last of them. ``cu_seqlens`` (B + 1,) int32 packs the queries. ``max_seqlen`` is at
+    least the number of queries of any sequence. Rows of ``q`` past ``cu_seqlens[B]`` are padding,
+    and their output is undefined.
+
+    A query sees its own key and the ``window`` - 1 keys before it. Entries of ``block_table`` for
+    pages that no query sees are never read. Scores are multiplied by ``scale``, 1 / sqrt(D) by
+    default. P is a power of two of at least 16. D is at most 256. The last axes must be contiguous.
+    Other strides are free. On Hopper a faster kernel computes the calls that
+    ``paged_attention_hopper.supports``, unless ``plain``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.

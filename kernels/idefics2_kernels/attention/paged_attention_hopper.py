@@ -1,15 +1,14 @@
-"""Causal attention to keys in pages on Hopper.
+"""Causal attention to keys in pages on Hopper, in Gluon.
 
-It computes what ``paged_attention``'s plain kernel computes, in Gluon.
+It computes the same as the plain kernel of ``paged_attention``. ``warp_specialized`` describes how
+the warps of a program share the work. The rows of a tile are queries and the heads that share their
+keys, as in the plain kernel. The loading warp loads them, and tiles of keys and values of two pages
+each.
 
-Who computes what is said in ``warp_specialized``. The rows of a tile are queries and the heads that
-share their keys, side by side, as in the plain kernel. Here a warp loads them, and tiles of keys
-and values that are two pages each.
-
-A cache is to a descriptor what packed sequences are: a page is a sequence, and ends after its last
-key, so that slots without a key are zeros, whatever they hold. In the page where the window begins
-the rows before it lie before the first of all, and are zeros too. No page lacks rows at both ends
-as long as the window is at least a page.
+The descriptors treat the cache like packed sequences. A page is a sequence that ends after its last
+key, so TMA fills slots without a key with zeros, whatever they contain. In the page where the
+window begins, the rows before the window have negative coordinates, and TMA fills them with zeros
+too. A page can be cut at one end only. This is guaranteed because the window is at least a page.
 """
 
 import math
@@ -50,9 +49,10 @@ from idefics2_kernels.gpu.tile_counters import get_counters
 
 PAGE_SIZE = 64
 PAGE = gl.constexpr(PAGE_SIZE)
-BLOCK_N = gl.constexpr(2 * PAGE_SIZE)  # keys of a tile
-# of a box: as wide as a swizzle, so that the boxes of two pages lie in shared memory as those of
-# one
+# Keys of a tile.
+BLOCK_N = gl.constexpr(2 * PAGE_SIZE)
+# Columns of a box. A box is as wide as a swizzle, so that in shared memory the boxes of two pages
+# have the layout of one box of 128 rows.
 _COLUMNS = 64
 
 
@@ -60,26 +60,29 @@ _COLUMNS = 64
 class LaunchConfig:
     """Launch options."""
 
-    PACK: int  # query heads that are rows of one tile
-    BUFFERS: int  # tiles of keys, and as many of values, in shared memory
-    IN_TURN: int  # 1: the warpgroups issue their products one after the other
+    # Query heads whose rows share a tile.
+    PACK: int
+    # Tiles of keys in shared memory, and as many tiles of values.
+    BUFFERS: int
+    # 1 if the warpgroups take turns in issuing their products, else 0.
+    IN_TURN: int
 
 
 def launch_config(D: int, groups: int) -> LaunchConfig:
-    """Return the launch options for ``groups`` query heads a key head, of ``D`` columns."""
-    # packed, a tile has fewer positions, and so fewer tiles of keys at the edges; the rest is as
-    # without pages
+    """Return the launch options for ``groups`` query heads per key head, of ``D`` columns."""
+    # A tile of packed heads has fewer positions and therefore fewer tiles of keys at the edges. The
+    # other options are those of ``flash_attention_hopper``.
     return LaunchConfig(PACK=math.gcd(groups, WARPGROUP_ROWS), BUFFERS=2, IN_TURN=int(D <= 96))
 
 
 @gluon.jit
 def _page(key, first_n, end_n, table_ptr):
-    """Return the id of the page that begins at ``key``, and what bounds the rows read of it.
+    """Return the id of the page that begins at ``key``, a row of the page and its coordinate.
 
-    A row of the page and its coordinate bound them.
-
-    That is the first row that is not, at END, or where the window begins in the page the first that
-    is, at 0. Of a page outside [first_n, end_n) nothing is read, nor its id.
+    The row and its coordinate bound the rows that TMA reads. If the window begins in the page, the
+    row is the first one inside the window, at coordinate 0. Otherwise it is the first row after the
+    last key, at coordinate END. Neither the id nor the rows of a page outside [first_n, end_n) are
+    read.
     """
     before = first_n - key
     rows = gl.minimum(end_n - key, PAGE)
@@ -91,9 +94,9 @@ def _page(key, first_n, end_n, table_ptr):
 
 @gluon.jit
 def _load_pages(descs, pages, page_rows, head, tiles, boxes, full, index, D_REST: gl.constexpr):
-    """Load a tile's two pages of one head, both parts.
+    """Load both parts of a tile's two pages of one head.
 
-    ``full[index]`` completes when they are there.
+    The barrier ``full[index]`` completes when the data has arrived.
     """
     full = full.index(index)
     D_MAIN: gl.constexpr = tiles[0].shape[5]
@@ -132,9 +135,9 @@ def _produce(
     counters_ptr,
     D_REST: gl.constexpr,
 ):
-    """Take tiles and load their queries, and the keys and values that they see.
+    """Take query tiles, and load their queries and the keys and values that they see.
 
-    Each load waits until a buffer is free.
+    Each load waits until its buffer is free.
     """
     lengths, sizes, reach = queries
     B, heads, packs = sizes
@@ -144,10 +147,14 @@ def _produce(
     k_boxes, v_boxes = _boxes(k_smem, k_descs, D_REST), _boxes(v_smem, v_descs, D_REST)
     BUFFERS: gl.constexpr = k_smem[0].shape[0]
     PACK: gl.constexpr = q_smem[0].shape[4]
-    round = 0  # query tiles so far
-    step = 0  # tiles of keys so far
-    index = gl.program_id(0)  # of a query tile, from the sequence's first on
-    tiles_before = 0  # of the sequences before
+    # Query tiles that are finished.
+    round = 0
+    # Tiles of keys that are finished.
+    step = 0
+    # The index of a query tile within its sequence.
+    index = gl.program_id(0)
+    # Query tiles of the earlier sequences.
+    tiles_before = 0
     sequence = 0
     while sequence < B:
         begin, S, T, tiles_m = locate_sequence(sequence, lengths, PACK)
@@ -164,10 +171,10 @@ def _produce(
             first_n, end_n = first_m - reach[0], last_m + 1
             table_ptr = block_table_ptr + gl.cast(sequence, gl.int64) * stride_table
             before = (0, 0, END), (0, 0, END)
-            # values follow the next tile's keys: the scores are taken first
+            # Values are loaded after the keys of the next tile, which are needed earlier.
             for tile in range(tiles + 1):
                 start_n = first_key(tile, begins, counts, BLOCK_N)
-                # read before a buffer is waited for: they come meanwhile
+                # The ids are loaded before the wait for a buffer, so that the latencies overlap.
                 pages = (
                     _page(start_n, first_n, end_n, table_ptr),
                     _page(start_n + PAGE, first_n, end_n, table_ptr),
@@ -192,7 +199,7 @@ def _produce(
             index -= count
             tiles_before += count
             sequence += 1
-    # the last program to come here has the counters at zero again for the next launch
+    # The last program to finish resets the counters for the next launch.
     if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:
         gl.store(counters_ptr, 0)
         gl.store(counters_ptr + 1, 0)
@@ -200,9 +207,9 @@ def _produce(
 
 @gluon.jit
 def _key_memory(descs, NUM: gl.constexpr, D_MAIN: gl.constexpr, D_REST: gl.constexpr):
-    """Return shared memory for ``NUM`` tiles of keys in two parts.
+    """Return shared memory for both parts of ``NUM`` tiles of keys.
 
-    Where there is one, the second is the first.
+    If the head has only one part, the second result is the first.
     """
     dtype: gl.constexpr = descs[0].dtype
     main = gl.allocate_shared_memory(dtype, [NUM, 1, 1, BLOCK_N, 1, D_MAIN], descs[0].layout)
@@ -214,9 +221,9 @@ def _key_memory(descs, NUM: gl.constexpr, D_MAIN: gl.constexpr, D_REST: gl.const
 
 @gluon.jit
 def _boxes(tiles, descs, D_REST: gl.constexpr):
-    """Return the same memory as boxes.
+    """Return the memory of ``tiles`` as boxes.
 
-    Boxes of two pages follow each other, then the next columns, then the next tile.
+    The order is by tile, then by columns, then by page.
     """
     COLUMNS: gl.constexpr = descs[0].block_type.shape[4]
     NUM: gl.constexpr = tiles[0].shape[0] * tiles[0].shape[5] // COLUMNS * 2
@@ -242,26 +249,31 @@ def _boxes(tiles, descs, D_REST: gl.constexpr):
     ]
 )
 def _paged_attention_kernel(
-    q_desc,  # tiles (1, 1, ROWS // PACK, PACK, D_MAIN) of q
-    q_rest_desc,  # (1, 1, ROWS // PACK, PACK, D_REST)
-    k_desc,  # (1, 1, PAGE, 1, 64) of the cache
-    k_rest_desc,  # (1, 1, PAGE, 1, D_REST)
-    v_desc,
-    v_rest_desc,
-    out_desc,  # as q's
-    out_rest_desc,
+    q_desc,  # (1, 1, ROWS // PACK, PACK, D_MAIN) tiles
+    q_rest_desc,  # (1, 1, ROWS // PACK, PACK, D_REST) tiles
+    k_desc,  # (1, 1, PAGE, 1, 64) boxes
+    k_rest_desc,  # (1, 1, PAGE, 1, D_REST) boxes
+    v_desc,  # (1, 1, PAGE, 1, 64) boxes
+    v_rest_desc,  # (1, 1, PAGE, 1, D_REST) boxes
+    out_desc,  # (1, 1, ROWS // PACK, PACK, D_MAIN) tiles
+    out_rest_desc,  # (1, 1, ROWS // PACK, PACK, D_REST) tiles
     block_table_ptr,  # (B, pages of a sequence)
     context_lens_ptr,  # (B,)
     cu_seqlens_ptr,  # (B + 1,)
     counters_ptr,  # (2,): tiles that were taken, programs that have ended
     stride_table,
-    k_rows,  # of the cache from one page to the next
+    # Rows of the cache between the starts of neighboring pages.
+    k_rows,
     v_rows,
     B,
-    heads,  # packs of all key heads
-    packs,  # of PACK query heads of a key head
-    left,  # keys a query sees before its own position
-    qk_scale,  # in base two
+    # Packs of all key heads.
+    heads,
+    # Packs of PACK query heads each of one key head.
+    packs,
+    # Keys that a query sees before its own position.
+    left,
+    # The scale of the scores, times log2(e).
+    qk_scale,
     D_MAIN: gl.constexpr,
     D_REST: gl.constexpr,
     BUFFERS: gl.constexpr,
@@ -285,8 +297,8 @@ def _paged_attention_kernel(
     lengths, sizes = (cu_seqlens_ptr, context_lens_ptr), (B, heads, packs)
     queries = lengths, sizes, (left, 0)
     table = block_table_ptr, stride_table, k_rows, v_rows
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
-    # twice
+    # The consumers' arguments are repeated, because a constexpr that is assigned to a variable is
+    # no longer one.
     gl.warp_specialize(
         [
             (consume, (queries, out_descs, smem, barriers, taken, qk_scale, D_REST, 0, IN_TURN)),
@@ -313,10 +325,10 @@ def _paged_attention_kernel(
 
 
 def supports(q: Tensor, k_cache: Tensor, v_cache: Tensor, left: int) -> bool:
-    """Return whether the kernel is for such a call.
+    """Return whether the kernel supports this call.
 
-    That is: 16 bits, a head dim of the model's, pages of 64 tokens, whole rows from one page to the
-    next, rows aligned to 16 bytes, and a window of a page at least.
+    It needs 16-bit numbers, a head dim in ``HEAD_DIMS``, pages of 64 tokens, a page stride that is
+    a multiple of the slot stride, rows aligned to 16 bytes, and a window of at least a page.
     """
     return (
         q.itemsize == 2
@@ -346,8 +358,7 @@ def paged_attention_hopper(
 ) -> None:
     """Write ``paged_attention`` of a supported call to ``out`` (T, H, D), contiguous.
 
-    Arguments are as ``paged_attention`` has checked them; a query sees ``left`` keys before its
-    own.
+    ``paged_attention`` has checked the arguments. A query sees ``left`` keys before its own.
     """
     _, H, D = q.shape
     B, H_KV = context_lens.shape[0], k_cache.shape[1]
@@ -377,7 +388,7 @@ def paged_attention_hopper(
         BUFFERS=config.BUFFERS,
         IN_TURN=config.IN_TURN,
         num_warps=4,
-        # a third of the registers for each warpgroup and the producer's, before they are divided
-        # anew
+        # At launch the two warpgroups and the producer have a third of the registers each.
+        # ``warp_specialize`` then redistributes them.
         maxnreg=168,
     )

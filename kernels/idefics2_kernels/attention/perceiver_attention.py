@@ -1,11 +1,10 @@
 """Attention of latents to their image's patches and to themselves.
 
-The two key ranges are never concatenated.
-
-The query heads of a key head and the latents make the rows of one matrix, so that keys are read
-once for all of them. Images are few and their keys many: ``num_splits`` programs share the keys of
-each BLOCK_M rows. A split walks over whole tiles of patches without masks, then over what it has of
-the last patches and of the latents.
+The keys of patches and latents are two tensors that are not concatenated. The rows of one matrix
+are all latents of all query heads of a key head, so keys are read once for them. There are few
+images with many keys each, so ``num_splits`` programs share the keys of BLOCK_M rows. A split
+computes its full tiles of patches without masks, then its part of the last patches and of the
+latents.
 """
 
 from dataclasses import asdict
@@ -38,41 +37,43 @@ from idefics2_kernels.gpu.dependent_launch import (
 from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
 
 PROGRAMS = 2 * H100_SMS
-_MAX_SPLITS = (
-    8  # of one image on an H100 15.3 us, with 16, 17 with 12: there is more state to merge
-)
+# On an H100 one image takes 15.3 us with 8 splits. With 16 it takes 16.4 us, because there is more
+# state to merge.
+_MAX_SPLITS = 8
 
 
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     """Return the tile for heads of ``D`` columns of ``itemsize`` bytes."""
     width = sum(head_parts(D))
-    if itemsize == 4:  # no tensor cores: larger tiles spill, by the hundred
+    # fp32 products do not use tensor cores. Larger tiles would spill hundreds of registers.
+    if itemsize == 4:
         if width > 128:
             return LaunchConfig(BLOCK_M=64, BLOCK_N=16, num_warps=8, num_stages=1)
         return LaunchConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
     if width > 128:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=32 if arch < 90 else 64, num_warps=4, num_stages=2)
     if arch == 90 and width <= 96:
-        # on an H100 as fast as 128 rows for many images, and 1.2 times for one; 128 rows by 4 warps
-        # spill
+        # On an H100 this is as fast as 128 rows for many images, and 1.2 times as fast for one.
+        # With 4 warps 128 rows would spill.
         return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
-    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)  # 4 warps spill
+    # With 4 warps this tile would spill.
+    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
 
 
 def _num_splits(programs: int, tiles: int) -> int:
-    """Return how many programs share ``tiles`` of keys.
+    """Return how many programs share ``tiles`` tiles of keys.
 
-    ``programs`` is their number without sharing.
+    ``programs`` is the total number of programs if keys are not shared.
     """
     return max(1, min(PROGRAMS // programs, _MAX_SPLITS, tiles))
 
 
 @triton.jit
 def _own_tiles(T, L, split, num_splits, BLOCK_N: tl.constexpr):
-    """Return the tiles of ``split``, from first to end, of ``T`` patches and ``L`` latents.
+    """Return the first and end tile of ``split``, the full patch tiles, and all patch tiles.
 
-    They are whole ones of patches, perhaps a part of one, then those of its latents; how many are
-    whole, and of patches, is returned as well.
+    The tiles of an image are those of its ``T`` patches, of which the last may be partial, and then
+    those of its ``L`` latents.
     """
     whole_tiles, patch_tiles = T // BLOCK_N, tl.cdiv(T, BLOCK_N)
     tiles = patch_tiles + tl.cdiv(L, BLOCK_N)
@@ -92,27 +93,31 @@ def _perceiver_attention_kernel(
     acc_ptr,  # (N * L * H, num_splits, D), if IS_SPLIT
     m_ptr,  # (N * L * H, num_splits), if IS_SPLIT
     l_ptr,  # (N * L * H, num_splits), if IS_SPLIT
-    k_desc,  # tiles (BLOCK_N, 1, D_MAIN) of k, if HAS_DESCRIPTORS
-    k_rest_desc,  # (BLOCK_N, 1, D_REST)
-    v_desc,
-    v_rest_desc,
+    k_desc,  # (BLOCK_N, 1, D_MAIN) tiles, if HAS_DESCRIPTORS
+    k_rest_desc,  # (BLOCK_N, 1, D_REST) tiles
+    v_desc,  # (BLOCK_N, 1, D_MAIN) tiles
+    v_rest_desc,  # (BLOCK_N, 1, D_REST) tiles
     cu_seqlens_ptr,  # (N + 1,)
-    q_strides,  # of image, latent and head; multiples of ALIGN
-    k_strides,  # of patch and head
-    v_strides,
-    k_latents_strides,  # of image, latent and head
-    v_latents_strides,
+    # All strides are multiples of ALIGN.
+    q_strides,  # (image, latent, head)
+    k_strides,  # (patch, head)
+    v_strides,  # (patch, head)
+    k_latents_strides,  # (image, latent, head)
+    v_latents_strides,  # (image, latent, head)
     P,
     L,
     H_KV,
-    GROUPS,  # query heads of a key head
+    # Query heads of a key head.
+    GROUPS,
     num_splits,
-    qk_scale,  # in base two
+    # The scale of the scores, times log2(e).
+    qk_scale,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
-    LINES: tl.constexpr,  # of the L2 cache, of a key, or more
+    # L2 cache lines of a key, rounded up to a power of two.
+    LINES: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
@@ -126,7 +131,8 @@ def _perceiver_attention_kernel(
     split = pid // tiles_m % num_splits
     head_kv = pid // (tiles_m * num_splits) % H_KV
     image = (pid // (tiles_m * num_splits * H_KV)).to(tl.int64)
-    # what the compiler cannot know of a run-time stride: loads are as wide as ALIGN
+    # This tells the compiler that run-time strides are multiples of ALIGN, so that it can
+    # vectorize loads.
     stride_qn, stride_ql = q_strides[0] // ALIGN * ALIGN, q_strides[1] // ALIGN * ALIGN
     stride_qh = q_strides[2] // ALIGN * ALIGN
     stride_kt, stride_kh = k_strides[0] // ALIGN * ALIGN, k_strides[1] // ALIGN * ALIGN
@@ -134,13 +140,15 @@ def _perceiver_attention_kernel(
     k_ptr += head_kv.to(tl.int64) * stride_kh
     v_ptr += head_kv.to(tl.int64) * stride_vh
 
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # a latent's heads lie side by side
+    # The heads of a latent are neighboring rows.
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     latents, heads = offs_m // GROUPS, head_kv * GROUPS + offs_m % GROUPS
     mask_m = latents < L
     offs_q = image * stride_qn + latents.to(tl.int64) * stride_ql + heads.to(tl.int64) * stride_qh
 
     if IS_SPLIT and IS_DEPENDENT and P > 0:
-        # as in decode attention: what is found here only decides what to bring to the L2 cache
+        # Prefetch the first keys into the L2 cache. The offsets may be stale here. As in
+        # ``decode_attention``, only the prefetch depends on them.
         begin = tl.load(cu_seqlens_ptr + image, cache_modifier=".cg")
         T = tl.load(cu_seqlens_ptr + image + 1, cache_modifier=".cg") - begin
         first_tile, _, _, _ = _own_tiles(T, L, split, num_splits, BLOCK_N)
@@ -179,7 +187,7 @@ def _perceiver_attention_kernel(
             v = load_head(v_tile, offs_vn, mask_m, D, D_MAIN, D_REST, False)
         state = attend(state, q, k, v, mask_m, qk_scale, D_REST, False)
 
-    # here and not before, for the sake of the registers of the loop above
+    # These values are computed after the loop above, because they would occupy its registers.
     stride_kl, stride_vl = (
         k_latents_strides[1] // ALIGN * ALIGN,
         v_latents_strides[1] // ALIGN * ALIGN,
@@ -188,7 +196,7 @@ def _perceiver_attention_kernel(
     v_latents_ptr += image * (v_latents_strides[0] // ALIGN * ALIGN)
     k_latents_ptr += head_kv.to(tl.int64) * (k_latents_strides[2] // ALIGN * ALIGN)
     v_latents_ptr += head_kv.to(tl.int64) * (v_latents_strides[2] // ALIGN * ALIGN)
-    # one stage: buffers for so few tiles would cost more registers still
+    # This loop has too few tiles for pipelining, which would need even more registers.
     for tile in tl.range(tl.maximum(first_tile, whole_tiles), end_tile, num_stages=1):
         is_patches = tile < patch_tiles
         keys = tl.where(is_patches, tile, tile - patch_tiles) * BLOCK_N + offs_n
@@ -244,13 +252,14 @@ def perceiver_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of latents to their image's patches and to themselves, without a mask.
+    """Attend the latents ``q`` (N, L, H, D) to their image's patches and to themselves.
 
-    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N +
-    1,) int32; ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). ``max_seqlen`` is at
-    least the patches of the largest image, and only steers how keys are shared out. Scores are
-    multiplied by ``scale``, 1/sqrt(D) unless given. Any strides but a contiguous last axis; D is at
-    most 256.
+    ``k_context`` and ``v_context`` are (P, H_KV, D), packed by ``cu_seqlens`` (N + 1,) int32.
+    ``k_latents`` and ``v_latents`` are (N, L, H_KV, D). The result is (N, L, H, D). There is no
+    mask: every latent sees all patches and latents of its image. ``max_seqlen`` is at least the
+    number of patches of the largest image. It only affects how keys are divided among programs.
+    Scores are multiplied by ``scale``, 1 / sqrt(D) by default. D is at most 256. The last axes must
+    be contiguous. Other strides are free.
 
     Raises:
         ValueError: A shape, stride, device or ``scale`` does not fit.

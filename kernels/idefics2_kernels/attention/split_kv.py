@@ -1,10 +1,10 @@
-"""Softmax over keys that several programs share: what each leaves behind, and the sum of it.
+"""Softmax over keys that several programs share: partial softmax states and their merge.
 
-Where a row's output would be one program's alone but its keys are many, ``num_splits`` programs
-take some each and store their state. Who merges the states takes them in order, so that results do
-not depend on who came first. For the few rows of a decoding sequence that is the last of the
-programs to arrive (``share_state``); for tiles of more rows it takes one program longer than a
-second launch with programs for all (``combine``).
+If there are few rows with many keys, ``num_splits`` programs share the keys of a row. Each stores a
+partial softmax state. The states are merged in a fixed order, so results do not depend on which
+program ends first. For the few rows of a decoding sequence the last program to arrive merges them
+(``share_state``). For tiles of more rows a second launch is faster than one merging program
+(``combine``).
 """
 
 import torch
@@ -17,12 +17,14 @@ from idefics2_kernels.gpu.dependent_launch import dependent_options, gdc_launch_
 from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.gpu.tile_counters import is_last
 
-MAX_SPLITS = 32  # whoever merges takes all states of a row at once
-# merged at once: rows, and numbers of a warp. Each time the L2 cache has to be waited for, and more
-# would spill
+# All states of a row are merged at once, which limits their number.
+MAX_SPLITS = 32
+# Rows that are merged at once, and numbers per warp. Fewer would pay the latency of the L2 cache
+# more often, and more would spill.
 _MERGED_ROWS = 16
 _MERGED = 144 * 32
-_COMBINE_ROWS = 4  # of a program of the second launch, a warp each
+# Rows of a program of the second launch, one per warp.
+_COMBINE_ROWS = 4
 
 
 @triton.jit
@@ -31,7 +33,7 @@ def store_state(
     acc_ptr,  # (R, num_splits, D) fp32, if IS_SPLIT
     m_ptr,  # (R, num_splits) fp32, if IS_SPLIT
     l_ptr,  # (R, num_splits) fp32, if IS_SPLIT
-    rows,  # (ROWS,) int64: which of R
+    rows,  # (ROWS,) int64, indices into R
     mask,  # (ROWS,)
     split,
     num_splits,
@@ -41,7 +43,7 @@ def store_state(
     D_REST: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
-    """Store the output of ``rows``, or the state that one of several splits has for them."""
+    """Store the output of ``rows``, or their partial state if IS_SPLIT."""
     if IS_SPLIT:
         acc, acc_rest, m_i, l_i = state
         places = rows * num_splits + split
@@ -62,11 +64,13 @@ def share_state(
     l_ptr,  # (R, num_splits) fp32, if IS_SPLIT
     counters_ptr,  # (tiles,), if IS_SPLIT
     tile,
-    first_row,  # of R, int64; the tile has num_rows from there on
+    # The tile's first row, int64, as an index into R.
+    first_row,
     num_rows,
     split,
     num_splits,
-    parts,  # splits that have keys; no others may come here
+    # The number of splits that have keys. Only those may call this function.
+    parts,
     state,
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
@@ -77,7 +81,7 @@ def share_state(
     MERGE_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """``store_state`` of a tile of rows; the last of its splits merges."""
+    """Store the state of a tile of rows. The last split to arrive merges the states of all."""
     offs_m = tl.arange(0, BLOCK_M)
     store_state(
         out_ptr,
@@ -119,7 +123,7 @@ def _merge(
     acc_ptr,  # (R, num_splits, D)
     m_ptr,  # (R, num_splits)
     l_ptr,  # (R, num_splits)
-    rows,  # (BLOCK_M,) int64: which of R
+    rows,  # (BLOCK_M,) int64, indices into R
     mask_m,  # (BLOCK_M,)
     num_splits,
     parts,
@@ -127,8 +131,8 @@ def _merge(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # a variable for each split: an axis of splits would go to threads or registers as the
-    # compiler's release likes
+    # Each split has its own variable. Some releases of the compiler would distribute an axis of
+    # splits over threads, others over registers.
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_m[:, None] & (offs_d < D)[None, :]
     ms, ls, accs = tl.tuple(()), tl.tuple(()), tl.tuple(())
@@ -189,9 +193,9 @@ def _combine_kernel(
 def state_buffers(
     out: Tensor, num_splits: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Allocate what ``num_splits`` programs leave for each row of ``out`` (..., D).
+    """Allocate the partial states (acc, m, l) of ``num_splits`` programs for the rows of ``out``.
 
-    One needs nothing.
+    ``out`` is (..., D). One split needs no buffers, so all three are ``None``.
     """
     if num_splits == 1:
         return None, None, None
@@ -224,11 +228,12 @@ def combine(acc: Tensor, m: Tensor, l: Tensor, out: Tensor) -> None:
 
 
 def merge_tile(num_splits: int, rows: int, D: int, num_warps: int) -> dict[str, int]:
-    """Return how many of a tile's ``rows`` are merged at once.
+    """Return how many of a tile's ``rows``, splits and columns ``share_state`` merges at once.
 
-    The other two values are the powers of two that hold the splits and the columns.
+    All three are powers of two. All splits and columns are merged at once.
     """
     MERGE_S, MERGE_D = triton.next_power_of_2(num_splits), triton.next_power_of_2(D)
-    fitting = max(_MERGED * num_warps // ((MERGE_S + 1) * MERGE_D), 1)  # states and their sum
+    # A row needs space for its states and for their sum.
+    fitting = max(_MERGED * num_warps // ((MERGE_S + 1) * MERGE_D), 1)
     MERGE_M = min(1 << fitting.bit_length() - 1, _MERGED_ROWS, triton.next_power_of_2(rows))
     return {"MERGE_M": MERGE_M, "MERGE_S": MERGE_S, "MERGE_D": MERGE_D}

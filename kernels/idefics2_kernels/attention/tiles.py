@@ -1,9 +1,9 @@
-"""What the attention kernels share: head dims in two parts, tiles of rows, the online softmax.
+"""Shared by the attention kernels: head dims in two parts, tiles of rows, the online softmax.
 
-A head of D columns is held as a power of two and the power of two that covers the rest: 72 as 64 +
-16, 96 as 64 + 32. Tensor cores then multiply hardly more columns than there are, where padding 72
-to 128 would waste two fifths of them. The softmax is online (Milakov and Gimelshein, 2018), in fp32
-and in base two.
+A head of D columns is held in two parts: a power of two, and the power of two that covers the rest.
+For example, 72 columns are held as 64 + 16, and 96 as 64 + 32. Padding 72 columns to 128 would
+waste two fifths of the tensor cores' work. The softmax is online (Milakov and Gimelshein, 2018), in
+fp32 and in base two.
 """
 
 import math
@@ -18,12 +18,13 @@ from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_rows
 from idefics2_kernels.gpu.primitives import LOWEST, dot
 
 MAX_HEAD_DIM = 256
-UNBOUNDED = 2**30  # keys a query sees to one side; added to a position it stays within int32
+# The number of visible keys on one side without a window. Its sum with a position fits into int32.
+UNBOUNDED = 2**30
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and launch options; with pages, BLOCK_N keys are a page or a part of it."""
+    """Tile sizes and launch options. With pages, BLOCK_N keys are a page or a part of one."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -32,28 +33,24 @@ class LaunchConfig:
 
 
 def head_parts(D: int) -> tuple[int, int]:
-    """Return the two widths that hold ``D`` columns; the second is 0 where the first is enough."""
+    """Return the two widths that hold ``D`` columns. The second is 0 if the first is enough."""
     main = max(16, 1 << (D.bit_length() - 1))
     return main, 0 if main >= D else max(16, triton.next_power_of_2(D - main))
 
 
 def can_have_descriptors(itemsize: int, align: int, arch: int) -> bool:
-    """Return whether TMA can load tiles of rows.
-
-    The rows are aligned to ``align`` elements of ``itemsize`` bytes.
-    """
+    """Return whether TMA can load rows aligned to ``align`` elements of ``itemsize`` bytes."""
     return align > 1 and itemsize == 2 and arch >= 90
 
 
 def descriptors(
     x: Tensor, *block: int, wanted: bool
 ) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """Describe tiles of ``x`` (..., D), one for each part of the head.
+    """Return descriptors of tiles of ``x`` (..., D), one for each part of the head.
 
-    ``block`` is their size on the axes before the last.
-
-    D is an axis of its own, so that columns past a head's end read as zeros and not as the next
-    head. A head that is all in one part gets the same twice. Unless ``wanted``, there are none.
+    ``block`` is the size of a tile on the axes before the last. D is a separate axis, so columns
+    past the end of a head are read as zeros and not as the next head. If the head has only one
+    part, both descriptors are the same. Unless ``wanted``, both are ``None``.
     """
     if not wanted:
         return None, None
@@ -85,18 +82,19 @@ def check_heads(q: Tensor, H_KV: int, **keys: Tensor) -> None:
 
 
 def check_window(window: int | None) -> None:
-    """Raise ``ValueError`` unless ``window`` is ``None`` or lets a query see itself."""
+    """Raise ``ValueError`` unless ``window`` is ``None`` or at least 1, the query's own key."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
 
 
 def base_two(scale: float | None, D: int) -> float:
-    """Return the factor of scores whose softmax is to be taken in base two.
+    """Return the factor of scores for a softmax in base two: ``scale`` * log2(e).
 
-    ``scale`` is 1/sqrt(D) unless given.
+    ``scale`` is 1 / sqrt(D) by default. It must be positive, because the kernels find a row's
+    largest score by its largest product.
 
     Raises:
-        ValueError: ``scale`` is not positive: a row's largest product must give its largest score.
+        ValueError: ``scale`` is not positive.
     """
     scale = D**-0.5 if scale is None else scale
     if not scale > 0:
@@ -132,7 +130,7 @@ def _load_part(
 def load_head(
     ptr,
     offsets,  # (ROWS,) int64
-    mask,  # (ROWS,), if MASKED: rows outside it are zeros, as columns past D are
+    mask,  # (ROWS,), if MASKED
     D: tl.constexpr,
     D_MAIN: tl.constexpr,
     D_REST: tl.constexpr,
@@ -140,7 +138,8 @@ def load_head(
 ):
     """Load both parts of rows (ROWS, D) of one head.
 
-    Where there is one part, the second is the first.
+    Rows outside ``mask`` and columns past D are zeros. If the head has only one part, the second
+    result is the first.
     """
     main = _load_part(ptr, offsets, mask, 0, D_MAIN, D, MASKED)
     rest = main
@@ -177,10 +176,11 @@ def store_head(
 
 @triton.jit
 def empty_state(ROWS: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
-    """Return the softmax state of rows that saw no key: acc in two parts, m_i, l_i."""
+    """Return the initial softmax state of rows: acc in two parts, m_i, l_i."""
     acc = tl.zeros((ROWS, D_MAIN), tl.float32)
     acc_rest = tl.zeros((ROWS, D_REST if D_REST > 0 else 16), tl.float32)
-    # largest score so far, in base two; finite: a row that sees no key never makes inf - inf
+    # The largest score so far, in base two. It is finite, so that a row that sees no key does not
+    # compute inf - inf.
     m_i = tl.full((ROWS,), LOWEST, tl.float32)
     l_i = tl.zeros((ROWS,), tl.float32)
     return acc, acc_rest, m_i, l_i
@@ -192,9 +192,10 @@ def _scores(
     k,  # (KEYS, D_MAIN), (KEYS, D_REST)
     D_REST: tl.constexpr,
 ):
-    """Multiply queries by keys.
+    """Multiply queries by keys: (ROWS, KEYS) fp32.
 
-    In fp32 the sum is fp64, as an error in a score is one in all of its key's weight.
+    For fp32 inputs the sum is in fp64, because an error in a score changes the whole weight of its
+    key.
     """
     if q[0].dtype == tl.float32:
         qk = tl.dot(q[0].to(tl.float64), tl.trans(k[0]).to(tl.float64), out_dtype=tl.float64)
@@ -210,7 +211,7 @@ def _scores(
 
 @triton.jit
 def attend(
-    state,  # acc in two parts, m_i, l_i
+    state,  # (ROWS, D_MAIN), (ROWS, D_REST), (ROWS,), (ROWS,)
     q,  # (ROWS, D_MAIN), (ROWS, D_REST)
     k,  # (KEYS, D_MAIN), (KEYS, D_REST)
     v,  # (KEYS, D_MAIN), (KEYS, D_REST)
@@ -219,7 +220,7 @@ def attend(
     D_REST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Take a tile of keys and values into the softmax state and return that."""
+    """Return the softmax state after a further tile of keys and values."""
     acc, acc_rest, m_i, l_i = state
     qk = _scores(q, k, D_REST)
     if MASKED:
@@ -237,12 +238,9 @@ def attend(
 
 @triton.jit
 def normalize(state, dtype: tl.constexpr):
-    """Return the output of rows in two parts.
-
-    Rows that saw no key have zeros, and must not divide.
-    """
+    """Return the output of rows in two parts. Rows that saw no key are zeros."""
     acc, acc_rest, _, l_i = state
     l_i = tl.where(l_i == 0.0, 1.0, l_i)
-    # the plain operator may be off by two units in the last place
+    # The plain operator may be off by two units in the last place, which matters in fp32.
     inverse = tl.div_rn(1.0, l_i) if dtype == tl.float32 else 1.0 / l_i
     return acc * inverse[:, None], acc_rest * inverse[:, None]

@@ -1,18 +1,19 @@
-"""What the attention kernels for Hopper in Gluon share.
+"""Shared by the attention kernels in Gluon for Hopper: the computing warpgroups and barriers.
 
-The warpgroups that compute, and what they wait for.
+A program has one warp that loads and two warpgroups that compute. Each kernel has its own loading
+code. Each warpgroup computes 64 query rows over the same keys. While a warpgroup computes the
+softmax of one tile of scores, the tensor cores multiply the previous tile's weights by its values,
+and work for the other warpgroup.
 
-A program has a warp that loads (each kernel has its own way) and warpgroups that compute, each on
-64 rows of its own, over the same keys. While a warpgroup takes the softmax of one tile of scores,
-the tensor cores are at the product of the tile before with its values, and at the other warpgroups'
-work. Programs walk over query tiles: while one tile's output is written, the next one's queries and
-keys are on their way. Which tiles a program has is settled by its number, or it takes the next one
-from a counter whenever it is free, and its warps learn of it by shared memory.
+A program computes several query tiles. While the output of one tile is written, the queries and
+keys of the next are loaded. The tiles of a program either follow from its number, or the program
+takes the next tile from a global counter whenever it is free. In the second case the loading warp
+passes the tile's index to the warpgroups through shared memory.
 
-The rows of a query tile are queries of one head, or of several that share their keys (``PACK``),
-side by side. Tiles of keys at the edges (window, diagonal, end of the sequence) come first and are
-masked; those that all queries see whole follow without masks. Nothing past a sequence's end is read
-or written: there the descriptors end.
+The rows of a query tile are queries of one head, or of ``PACK`` heads that share their keys. Tiles
+of keys at the edges (window, diagonal, end of the sequence) come first and are masked. Tiles that
+every query sees completely follow without masks. Nothing past a sequence's end is read or written,
+because the descriptors end there.
 """
 
 from functools import cache
@@ -37,18 +38,22 @@ HEAD_DIMS = (72, 96, 128)
 WARPGROUP_ROWS = 64
 TILE_ROWS = 2 * WARPGROUP_ROWS
 ROWS = gl.constexpr(WARPGROUP_ROWS)
-CONSUMERS = gl.constexpr(2)  # warpgroups that compute
-CONSUMER_REGISTERS = gl.constexpr(240)  # of a thread
+# Warpgroups that compute.
+CONSUMERS = gl.constexpr(2)
+# Registers of a thread.
+CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(32)
-LAST = 2**30  # the row that every sequence ends at in its descriptor's coordinates
+# The row at which every sequence ends, in the coordinates of its descriptor.
+LAST = 2**30
 END = gl.constexpr(LAST)
-MOST_ROWS = 2**31 - 2**16  # that a descriptor can name
+# The most rows that a descriptor can address.
+MOST_ROWS = 2**31 - 2**16
 NO_SCORE = gl.constexpr(LOWEST.value)
 
 
 @gluon.jit
 def locate_sequence(index, lengths, PACK: gl.constexpr):
-    """Return where a sequence begins, and the numbers of its queries, keys and query tiles.
+    """Return the start of a sequence, and the numbers of its queries, keys and query tiles.
 
     A query tile has the queries of ``PACK`` heads.
     """
@@ -63,20 +68,20 @@ def locate_sequence(index, lengths, PACK: gl.constexpr):
 
 @gluon.jit
 def query_tile(index, tiles_m, packs, PACK: gl.constexpr):
-    """Return the first query of one of a sequence's tiles, and its heads.
+    """Return the first query of tile ``index`` of a sequence, its first query head and key head.
 
-    The heads of one key head come before the next one's.
+    Tiles are ordered by key head, then by length, the longest first.
     """
-    pid_m = tiles_m - 1 - index // packs % tiles_m  # longest first
+    pid_m = tiles_m - 1 - index // packs % tiles_m
     head_kv = index // (packs * tiles_m)
     return pid_m * (ROWS * CONSUMERS // PACK), (head_kv * packs + index % packs) * PACK, head_kv
 
 
 @gluon.jit
 def longest_tile(index, tiles_m, heads, packs, PACK: gl.constexpr):
-    """Return the same for tiles that are taken as programs become free.
+    """Return the same as ``query_tile`` for tiles that programs take from a counter.
 
-    Of all heads, the longest tiles come first.
+    Tiles are ordered by length, the longest of all heads first.
     """
     pid_m, pack = tiles_m - 1 - index // heads, index % heads
     return pid_m * (ROWS * CONSUMERS // PACK), pack * PACK, pack // packs
@@ -84,9 +89,9 @@ def longest_tile(index, tiles_m, heads, packs, PACK: gl.constexpr):
 
 @gluon.jit
 def take_tile(taken, counters_ptr, round):
-    """Take the next of all programs' tiles, this one's number ``round``.
+    """Take the next query tile from the global counter, pass it to the warpgroups, and return it.
 
-    Return its index, and tell the warpgroups.
+    ``round`` is the number of tiles that this program has had before.
     """
     slots, ready = taken
     index = gl.num_programs(0) + gl.atomic_add(counters_ptr, 1)
@@ -98,9 +103,9 @@ def take_tile(taken, counters_ptr, round):
 
 @gluon.jit
 def taken_tile(taken, round):
-    """Wait until this program's tile number ``round`` has been taken, and return its index.
+    """Wait until the loading warp has taken tile number ``round`` and return the tile's index.
 
-    ``round`` is not the first.
+    The first tile, number 0, is not taken from the counter.
     """
     slots, ready = taken
     mbarrier.wait(ready.index(round % 2), (round - 1) // 2 & 1)
@@ -112,7 +117,7 @@ def taken_tile(taken, round):
 def positions(start_m, S, T, PACK: gl.constexpr):
     """Return the positions of a tile's first and last query.
 
-    A sequence's queries are the last of its keys.
+    The queries of a sequence are at the positions of its last keys.
     """
     last_m = gl.minimum(start_m + ROWS * CONSUMERS // PACK, S) - 1
     return T - S + start_m, T - S + last_m
@@ -120,11 +125,9 @@ def positions(start_m, S, T, PACK: gl.constexpr):
 
 @gluon.jit
 def key_tiles(first_m, last_m, T, reach, BLOCK_N: gl.constexpr):
-    """Return where keys begin at the right edge, the left edge and between.
+    """Return the first keys and the numbers of tiles at the right edge, left edge and between.
 
-    The second value counts the tiles of each.
-
-    There is always one, though queries before the first key see none.
+    There is always at least one tile, even if the queries see no key.
     """
     left, right = reach
     first_n = gl.maximum(first_m - left, 0) // BLOCK_N * BLOCK_N
@@ -142,9 +145,9 @@ def key_tiles(first_m, last_m, T, reach, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def first_key(tile, begins, counts, BLOCK_N: gl.constexpr):
-    """Return where a tile of keys begins.
+    """Return the first key of a tile of keys.
 
-    The right edge's come first, then the left edge's, then the others.
+    Tiles of the right edge come first, then those of the left edge, then the others.
     """
     start_n = begins[2] - (counts[0] + counts[1]) * BLOCK_N
     if tile < counts[0] + counts[1]:
@@ -156,9 +159,9 @@ def first_key(tile, begins, counts, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def load_rows(descs, place, tiles, full, index, D_REST: gl.constexpr):
-    """Load rows of heads of a sequence, both parts.
+    """Load both parts of rows of a sequence's heads.
 
-    ``full[index]`` completes when they are there.
+    The barrier ``full[index]`` completes when the data has arrived.
     """
     begin, T, row, head = place
     full = full.index(index)
@@ -180,7 +183,7 @@ def _matrix(tiles, index):
 
 @gluon.jit
 def _scores(q_smem, k_smem, consumer, buffer, D_REST: gl.constexpr, LAYOUT: gl.constexpr):
-    """Begin to multiply a warpgroup's queries by a tile of keys."""
+    """Start the product of a warpgroup's queries and a tile of keys."""
     q, k = _matrix(q_smem[0], consumer), _matrix(k_smem[0], buffer)
     BLOCK_N: gl.constexpr = k.shape[0]
     qk = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
@@ -206,7 +209,7 @@ def _softmax(qk, m_i, l_i, visible, qk_scale, MASKED: gl.constexpr):
 
 @gluon.jit
 def _add_values(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
-    """Begin to add a tile of values, weighed."""
+    """Start the product of weights and a tile of values, which is added to the accumulator."""
     acc = warpgroup_mma(p, _matrix(v_smem[0], buffer), acc, is_async=True)
     if D_REST > 0:
         p = gl.convert_layout(p, gl.DotOperandLayout(0, acc_rest.type.layout, 2))
@@ -216,9 +219,10 @@ def _add_values(p, acc, acc_rest, v_smem, buffer, D_REST: gl.constexpr):
 
 @gluon.jit
 def _wait_for_values(p, weights, acc, acc_rest, D_REST: gl.constexpr):
-    """Wait for what ``_add_values`` began.
+    """Wait for the product that ``_add_values`` started.
 
-    ``p`` is kept until then, and the next weights come before, not after.
+    The dependencies keep ``p`` in registers until then. They also force ``weights`` to be computed
+    before the wait.
     """
     if D_REST > 0:
         acc, acc_rest, p, weights = warpgroup_mma_wait(0, deps=(acc, acc_rest, p, weights))
@@ -229,7 +233,7 @@ def _wait_for_values(p, weights, acc, acc_rest, D_REST: gl.constexpr):
 
 @gluon.jit
 def _scale_rows(acc, acc_rest, factor, D_REST: gl.constexpr):
-    """Multiply both parts of the accumulator, row by row."""
+    """Multiply the rows of both parts of the accumulator by ``factor``."""
     acc *= gl.convert_layout(factor, gl.SliceLayout(1, acc.type.layout))[:, None]
     if D_REST > 0:
         acc_rest *= gl.convert_layout(factor, gl.SliceLayout(1, acc_rest.type.layout))[:, None]
@@ -238,12 +242,16 @@ def _scale_rows(acc, acc_rest, factor, D_REST: gl.constexpr):
 
 @gluon.jit
 def _step(
-    state,  # acc in two parts, m_i, l_i, the weights of the tile before
+    # The accumulator in two parts, m_i, l_i, and the weights of the previous tile.
+    state,
     smem,
     barriers,
-    step,  # tiles of keys so far
-    turns,  # calls so far
-    visible,  # first and last key of each row, if MASKED
+    # Tiles of keys that are finished.
+    step,
+    # Calls that are finished.
+    turns,
+    # The first and last visible key of each row, if MASKED.
+    visible,
     qk_scale,
     D_REST: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -288,7 +296,8 @@ def consume(
 ):
     """Compute ``ROWS`` rows of each of this program's query tiles.
 
-    The tiles are as many apart as there are programs, or as ``taken``.
+    The tiles are those that the loading warp has ``taken``. If that is ``None``, every n-th tile
+    belongs to a program, where n is the number of programs.
     """
     lengths, sizes, reach = queries
     B, heads, packs = sizes
@@ -304,10 +313,14 @@ def consume(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D_MAIN, 16])
     ACC_REST: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH_REST, 16])
     offs_m = (CONSUMER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, QK))) // PACK
-    round = 0  # query tiles so far
-    step = 0  # tiles of keys so far
-    index = gl.program_id(0)  # of a query tile, from the sequence's first on
-    before = 0  # tiles of the sequences before
+    # Query tiles that are finished.
+    round = 0
+    # Tiles of keys that are finished.
+    step = 0
+    # The index of a query tile within its sequence.
+    index = gl.program_id(0)
+    # Query tiles of the earlier sequences.
+    before = 0
     sequence = 0
     while sequence < B:
         begin, S, T, tiles_m = locate_sequence(sequence, lengths, PACK)
@@ -335,8 +348,8 @@ def consume(
             l_i = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, QK))
             start_n = first_key(0, begins, counts, BLOCK_N)
             visible = lowest - start_n, highest - start_n
-            # masked wherever it is: a loop of its own would cost more than masks that change
-            # nothing
+            # The first tile is always masked, even where every query sees it completely. A second
+            # variant of this code would cost more than the mask.
             weights, _alpha, m_i, l_i = _softmax(qk, m_i, l_i, visible, qk_scale, True)
             acc = gl.zeros([ROWS, D_MAIN], gl.float32, ACC)
             acc_rest = gl.zeros([ROWS, WIDTH_REST], gl.float32, ACC_REST)
@@ -383,7 +396,8 @@ def consume(
 
             acc, acc_rest = _scale_rows(acc, acc_rest, inverse, D_REST)
             row = END - S + start_m + CONSUMER * ROWS // PACK
-            tma.store_wait(0)  # the tile before has left
+            # The previous output tile must have left shared memory.
+            tma.store_wait(0)
             _matrix(out_smem[0], CONSUMER).store(acc.to(dtype))
             if D_REST > 0:
                 _matrix(out_smem[1], CONSUMER).store(acc_rest.to(dtype))
@@ -404,9 +418,9 @@ def consume(
 
 @gluon.jit
 def shared_tiles(descs, NUM: gl.constexpr, D_REST: gl.constexpr):
-    """Return shared memory for ``NUM`` tiles in two parts.
+    """Return shared memory for both parts of ``NUM`` tiles.
 
-    Where there is one part, the second is the first.
+    If the head has only one part, the second result is the first.
     """
     desc = descs[0]
     main = gl.allocate_shared_memory(desc.dtype, [NUM] + desc.block_type.shape, desc.layout)  # noqa: RUF005
@@ -432,30 +446,36 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def all_barriers(BUFFERS: gl.constexpr):
-    """Return the barriers that the warps wait for."""
+    """Return the barriers q_full, q_empty, k_full, v_full, freed and turn.
+
+    A tile is loaded when its ``full`` barrier completes, and its buffer is free when ``empty``
+    completes. ``freed`` covers a tile of keys and the previous tile of values. ``turn`` says which
+    warpgroup may issue its products.
+    """
     return (
-        _barriers(CONSUMERS, 1),  # queries are there
-        _barriers(CONSUMERS, 1),  # and no longer needed
-        _barriers(BUFFERS, 1),  # keys
-        _barriers(BUFFERS, 1),  # values
-        # a tile of keys and the values before them are no longer needed
+        _barriers(CONSUMERS, 1),
+        _barriers(CONSUMERS, 1),
+        _barriers(BUFFERS, 1),
+        _barriers(BUFFERS, 1),
         _barriers(BUFFERS, CONSUMERS),
-        _barriers(CONSUMERS, 1),  # whose turn it is
+        _barriers(CONSUMERS, 1),
     )
 
 
 def descriptors(
     x: Tensor, rows: int, heads: int = 1, *, axes: tuple[int, int] = (0, 1), widest: int = 128
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Describe boxes of ``rows`` x ``heads`` of ``x`` (..., D), one for each part of the head.
+    """Return descriptors of boxes of ``rows`` x ``heads`` of ``x`` (..., D), one per head part.
 
-    ``load_rows`` reads them.
+    ``axes`` are the axes of rows and heads. A box has at most ``widest`` columns. ``load_rows``
+    reads the boxes.
 
-    ``axes`` are those of rows and heads. A box has at most ``widest`` columns. Columns past D are
-    an axis' end and so are zeros. So are rows past a sequence's end: a row's coordinates are (END,
-    its sequence's end, END - the sequence's length + its place in the sequence), and END is where
-    its axis ends. The first axis takes 2^30 rows away again, as its END strides add up to 2^64
-    elements less than nothing: an address wraps around. That is what triton.tools.ragged_tma does.
+    Columns past D and rows past a sequence's end are outside the bounds of an axis, so TMA reads
+    them as zeros. The coordinates of a row are (END, end of its sequence, END - length of the
+    sequence + index of the row). The third axis ends at END, so a row past the sequence's end is
+    out of bounds. The END rows too many in this coordinate are subtracted by the first one: END
+    strides of the first axis are 2^64 elements minus END rows, and addresses wrap around. The same
+    method is used in triton.tools.ragged_tma.
     """
     row, head = (x.stride(axis) for axis in axes)
     shape = [MOST_ROWS, MOST_ROWS, LAST, x.shape[axes[1]], x.shape[-1]]
@@ -465,7 +485,8 @@ def descriptors(
     return main, rest
 
 
-@cache  # many are asked for in each layer
+# Cached because each layer needs many of them.
+@cache
 def _boxes(
     D: int, rows: int, heads: int, widest: int
 ) -> tuple[tuple[list[int], gl.NVMMASharedLayout], ...]:

@@ -30,7 +30,7 @@ CATALOG: tuple[KernelSpec, ...] = (
 
 
 def rows(*where: Where) -> list[tuple[KernelSpec, str, Case]]:
-    """Pair each kernel's implementations with the cases for ``where`` that they run here."""
+    """Return each kernel's implementations with the cases for ``where`` that they run here."""
     return [
         (spec, implementation, case)
         for spec in CATALOG
@@ -45,5 +45,5 @@ def _every(_case: Case) -> bool:
 
 
 def missing() -> set[str]:
-    """Name the operations that no row covers; a test keeps this empty."""
+    """Return the operations that no row of the catalog covers; a test requires that none is."""
     return {field.name for field in fields(Ops)} - {spec.name for spec in CATALOG}

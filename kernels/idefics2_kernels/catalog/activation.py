@@ -45,7 +45,8 @@ def _silu_mul_inputs(case: Case, device: torch.device) -> Inputs:
 
 def _gelu_tanh_inputs(case: Case, device: torch.device) -> Inputs:
     N = case.dims["shape"][-1]
-    has_bias = N not in (31, 997)  # two of the sizes have none
+    # Two of the sizes are tested without a bias.
+    has_bias = N not in (31, 997)
     bias = normal(N, dtype=case.dtype, device=device) if has_bias else None
     return {"x": _drawn(case, device, halves=1), "bias": bias}
 

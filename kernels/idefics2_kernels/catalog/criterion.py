@@ -1,4 +1,4 @@
-"""When a kernel is right: the one criterion of parity tests and benchmark."""
+"""The criterion for a correct kernel, used by the parity tests and the benchmark."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,16 +7,17 @@ from torch import Tensor
 
 from idefics2_kernels.catalog.spec import Case, Inputs, KernelSpec, copy_inputs, widen_inputs
 
-RATIO = 2.0  # times the error of PyTorch in the same dtype
+# The error allowed, as a multiple of PyTorch's error in the same dtype.
+RATIO = 2.0
 
 
 def worst_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
-    """Return the largest error of a row as a share of what is allowed there: right is at most 1.
+    """Return the largest error of a row as a share of the error allowed: at most 1 is correct.
 
-    A row is all of the last axis. max|actual - exact| may be ``RATIO`` * (max|same_dtype - exact| +
-    eps * max|exact|), where ``exact`` is the reference in float64 and ``same_dtype`` the reference
-    in the kernel's dtype. Over the whole tensor one lost key tile of thousands would pass. NaN
-    anywhere gives infinity.
+    A row is the last axis. The error max|actual - exact| of a row may be at most
+    ``RATIO`` * (max|same_dtype - exact| + eps * max|exact|). Here ``exact`` is the reference in
+    float64, and ``same_dtype`` is the reference in the kernel's dtype. A bound on the whole tensor
+    would not notice one missing tile of keys among thousands. NaN anywhere gives infinity.
     """
     if not actual.numel():
         return 0.0
@@ -25,7 +26,7 @@ def worst_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
     floor = torch.finfo(actual.dtype).eps * exact.abs().amax(-1)
     budget = RATIO * ((same_dtype - exact).abs().amax(-1) + floor)
     error = (actual - exact).abs().amax(-1)
-    # an exact zero has no budget and needs none
+    # A row without error needs no budget, and that of a row of zeros is 0.
     return torch.where(error > 0, error / budget.clamp(min=1e-300), 0.0).max().item()
 
 
@@ -36,11 +37,10 @@ def case_error(
     inputs: Inputs,
     during: AbstractContextManager[object] | None = None,
 ) -> float:
-    """Run an implementation on a copy of ``inputs``, in a context if given.
+    """Run an implementation on a copy of ``inputs`` and return its ``worst_error``.
 
-    Return its worst row's share of the allowed.
-
-    An inexact copy, another dtype or another shape is infinitely wrong.
+    The call is made inside the context ``during``, if given. The error is infinite for another
+    dtype or shape than the reference's, and for any difference in an operation that must be exact.
     """
     checked = spec.checked_rows(case, inputs)
     same_dtype = spec.expected(copy_inputs(inputs), checked)

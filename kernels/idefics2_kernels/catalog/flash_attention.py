@@ -1,4 +1,4 @@
-"""A row of the catalog: attention within packed sequences."""
+"""Row of the catalog: attention within packed sequences."""
 
 import math
 import random
@@ -22,8 +22,10 @@ from idefics2_kernels.catalog.layouts import LAYOUTS, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.ops import REFERENCE
 
-_WHOLE = 2**27  # scores in float64 that a GPU holds at once beside their softmax
-_BLOCK = 2**24  # of them that one block of rows takes
+# Scores in float64 that fit on a GPU at once together with their softmax.
+_WHOLE = 2**27
+# Scores of one block of rows.
+_BLOCK = 2**24
 
 
 def flash_attention_rows(
@@ -40,7 +42,7 @@ def flash_attention_rows(
 ) -> Tensor:
     """Compute the reference's ``flash_attention``, or only its ``rows`` (ascending).
 
-    Blocks of rows fit into memory.
+    Selected rows are computed in blocks that fit into memory.
     """
     if rows is None:
         return REFERENCE.flash_attention(
@@ -89,7 +91,8 @@ def _flash_inputs(case: Case, device: torch.device) -> Inputs:
             *shape, dtype=case.dtype, device=device, scale=dims.get("magnitude", 1.0), **options
         )
 
-    if layout == "fused":  # as a projection to queries, keys and values leaves them
+    # The fused layout is that of the output of a projection to queries, keys and values.
+    if layout == "fused":
         q, k, v = draw(T, H + 2 * H_KV, D).split((H, H_KV, H_KV), 1)
     elif layout == "mixed":
         q, k, v = draw(T, H, D), draw(T, H_KV, D), draw(T, H_KV, D, layout="sliced")
@@ -169,9 +172,8 @@ def _flash_cases() -> tuple[Case, ...]:
         Case("empty", _flash((0, 0), 2, 1, 72)),
         Case("one", _flash((1,), 2, 1, 72)),
         Case("tiny", _flash((70,), 2, 1, 72, False, magnitude=1e-3)),
-        Case(
-            "large", _flash((70,), 2, 1, 72, magnitude=20.0)
-        ),  # the first query's one score is low
+        # The only score of the first query is low.
+        Case("large", _flash((70,), 2, 1, 72, magnitude=20.0)),
         Case("mixed-layouts", _flash((40, 100), 2, 2, 72, False, layout="mixed")),
         Case("scale-and-slack", _flash((70, 3), 2, 1, 72, scale=0.3, slack=200)),
     ]
@@ -179,9 +181,9 @@ def _flash_cases() -> tuple[Case, ...]:
 
 
 def _flash_gpu_cases() -> list[Case]:
-    """Products of lengths, masks and heads.
+    """Return the product of lengths, masks and heads.
 
-    Sizes are run-time arguments, so that these compile little.
+    Sizes are run-time arguments, so these cases compile few kernels.
     """
     lengths = (
         (1, 2, 3, 0, 5),
@@ -250,7 +252,8 @@ def _flash_gpu_cases() -> list[Case]:
 
 
 def _flash_model_cases() -> list[Case]:
-    sides = random.Random(0)  # of 16 images, in patches
+    # The sides of 16 images, in patches.
+    sides = random.Random(0)
     mixed = tuple(sides.randint(27, 70) * sides.randint(27, 70) for _ in range(16))
     return [
         Case(name, dims, torch.bfloat16, "model")
@@ -273,13 +276,14 @@ def _plain(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _has_gluon(case: Case) -> bool:
-    """Return whether a case goes to the kernel in Gluon: compiled for Hopper, never interpreted."""
+    """Return whether the Gluon kernel computes this case, which needs compilation for Hopper."""
     dims = case.dims
     return (
         on_hopper()
         and dims["D"] in HEAD_DIMS
         and case.dtype.itemsize == 2
-        and dims.get("layout") != "offset"  # its rows are not aligned
+        # Rows of this layout are not aligned.
+        and dims.get("layout") != "offset"
         and sum(dims["lengths"]) > 0
     )
 

@@ -1,7 +1,4 @@
-"""How an input lies in memory.
-
-It is plain, or a view into a buffer whose other elements must never be read.
-"""
+"""Memory layouts of inputs: plain, or a view into a buffer whose other elements are NaN."""
 
 from typing import Literal
 
@@ -9,19 +6,21 @@ import torch
 from torch import Tensor
 
 Layout = Literal["plain", "sliced", "offset", "transposed", "far"]
-LAYOUTS: tuple[Layout, ...] = ("plain", "sliced", "offset", "transposed")  # those of any machine
+# The layouts that are small enough for every machine.
+LAYOUTS: tuple[Layout, ...] = ("plain", "sliced", "offset", "transposed")
 
+# Fills memory that a kernel must not read.
 POISON = float("nan")
 
 
 def arrange(tensor: Tensor, layout: Layout) -> Tensor:
-    """Return ``tensor`` with its values in another place.
+    """Return the values of ``tensor`` in another memory layout. All elements around them are NaN.
 
-    ``"sliced"`` is every row of a wider buffer, as queries are in a fused projection; ``"offset"``
-    begins in the middle of a buffer, an odd number of elements in; ``"transposed"`` has its first
-    two axes swapped in memory. What surrounds the values is NaN. ``"far"`` puts 2^30 elements
-    between the starts of entries of the first axis, so that from the third on 32 bits do not hold
-    an offset: several GiB, for a GPU.
+    - ``"sliced"``: columns of a wider buffer, like queries in a fused projection.
+    - ``"offset"``: a buffer from an odd element on.
+    - ``"transposed"``: the first two axes swapped in memory.
+    - ``"far"``: entries of the first axis 2^30 elements apart, so that the offset of the third does
+      not fit into 32 bits. It needs several GiB of a GPU's memory.
     """
     if layout == "plain" or not tensor.numel():
         return tensor
@@ -51,6 +50,6 @@ def normal(
     layout: Layout = "plain",
     scale: float = 1.0,
 ) -> Tensor:
-    """Draw N(0, ``scale``) numbers of ``shape`` in ``layout``."""
+    """Draw normal numbers with standard deviation ``scale``, of ``shape`` and in ``layout``."""
     drawn = torch.randn(shape, dtype=torch.float32, device=device) * scale
     return arrange(drawn.to(dtype), layout)

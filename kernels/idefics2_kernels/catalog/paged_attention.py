@@ -1,4 +1,4 @@
-"""A row of the catalog: attention to keys in pages."""
+"""Row of the catalog: attention to keys in pages."""
 
 from functools import wraps
 from itertools import product
@@ -22,14 +22,15 @@ from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 
 
 def _paged_inputs(case: Case, device: torch.device) -> Inputs:
-    """Draw a cache whose pages lie in any order.
+    """Draw a cache with its pages in random order.
 
-    Whatever no query may see is NaN or an impossible page.
+    Keys and values that no query sees are NaN, and unused entries of the block table are invalid.
     """
     dims = case.dims
     queries, contexts, P = dims["queries"], dims["contexts"], dims.get("P", 64)
     H, H_KV, D, window = dims["H"], dims["H_KV"], dims["D"], dims.get("window")
-    spans = [  # pages in reach of each sequence
+    # The pages in reach of each sequence, from first to end.
+    spans = [
         (0 if window is None else max(T - S - window + 1, 0) // P, -(-T // P))
         for S, T in zip(queries, contexts, strict=True)
     ]
@@ -49,9 +50,11 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
             if T % P:
                 cache[pages[end - 1].long(), :, T % P :] = POISON
     layout = dims.get("layout", "plain")
-    if layout == "fused":  # keys and values of a page side by side
+    # The keys and values of a page are neighbors.
+    if layout == "fused":
         k_cache, v_cache = torch.stack(caches, 1).unbind(1)
-    elif layout == "slot-major":  # a page's heads lie side by side
+    # The heads of a slot are neighbors.
+    elif layout == "slot-major":
         k_cache, v_cache = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches)
     elif layout == "mixed":
         k_cache, v_cache = caches[0], caches[1].transpose(1, 2).contiguous().transpose(1, 2)
@@ -78,7 +81,7 @@ def _paged_cost(case: Case) -> Cost:
     for S, T in zip(dims["queries"], dims["contexts"], strict=True):
         reach = T if window is None else min(T, S + window - 1)
         keys += reach
-        # those a causal sequence of all T tokens has, less those of its first T - S
+        # The pairs of a causal sequence of T tokens, without those of its first T - S queries.
         pairs += visible_pairs(T, True, window) - visible_pairs(T - S, True, window)
     rows = 2 * sum(dims["queries"]) * dims["H"] + 2 * keys * dims["H_KV"]
     return Cost(
@@ -140,9 +143,9 @@ def _paged_cases() -> tuple[Case, ...]:
 
 
 def _paged_gpu_cases() -> list[Case]:
-    """Products of lengths, windows and heads.
+    """Return the product of lengths, windows and heads.
 
-    Sizes are run-time arguments, so that these compile little.
+    Sizes are run-time arguments, so these cases compile few kernels.
     """
     batches = (
         ((1, 1, 1, 0, 1), (1, 2, 63, 5, 64)),
@@ -234,9 +237,9 @@ def _plain(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _has_gluon(case: Case) -> bool:
-    """Return whether a case goes to the kernel in Gluon.
+    """Return whether the Gluon kernel computes this case.
 
-    It must be compiled for Hopper, not interpreted, and not decoding.
+    It computes cases other than decoding, compiled for Hopper.
     """
     dims = case.dims
     window = dims.get("window")

@@ -8,12 +8,14 @@ from idefics2_kernels import patches
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CHANNELS = {  # mean and standard deviation by the number of channels
+# Mean and standard deviation by the number of channels.
+_CHANNELS = {
     1: ((0.45,), (0.22,)),
     3: ((0.5, 0.4, 0.3), (0.5, 0.6, 0.7)),
     4: ((0.5, 0.4, 0.3, 0.0), (0.5, 0.6, 0.7, 1.0)),
 }
-_Grids = tuple[tuple[int, int], ...]  # rows and columns of patches of each image
+# Rows and columns of patches of each image.
+_Grids = tuple[tuple[int, int], ...]
 _ANY: tuple[tuple[str, _Grids, int, int], ...] = (
     ("one-patch", ((1, 1),), 14, 3),
     ("one-row", ((1, 5),), 14, 3),

@@ -1,4 +1,4 @@
-"""A row of the catalog: attention of latents to patches and themselves."""
+"""Row of the catalog: attention of latents to patches and to themselves."""
 
 from itertools import product
 from typing import Any
@@ -22,7 +22,8 @@ def _perceiver_inputs(case: Case, device: torch.device) -> Inputs:
             *shape, dtype=case.dtype, device=device, scale=dims.get("magnitude", 1.0), **options
         )
 
-    if layout == "fused":  # as a projection to keys and values leaves them
+    # The fused layout is that of the output of a projection to keys and values.
+    if layout == "fused":
         k_context, v_context = draw(P, 2, H_KV, D).unbind(1)
         k_latents, v_latents = draw(N, L, 2, H_KV, D).unbind(2)
         q = draw(N, L, H, D)
@@ -99,9 +100,9 @@ def _perceiver_cases() -> tuple[Case, ...]:
 
 
 def _perceiver_gpu_cases() -> list[Case]:
-    """Products of lengths, latents and heads.
+    """Return the product of lengths, latents and heads.
 
-    Sizes are run-time arguments, so that these compile little.
+    Sizes are run-time arguments, so these cases compile few kernels.
     """
     lengths = (
         (1,),

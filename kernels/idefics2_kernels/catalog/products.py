@@ -1,4 +1,4 @@
-"""Rows of the catalog: products with dense and with NF4 weights, and NF4 itself."""
+"""Rows of the catalog: products with dense and NF4 weights, and NF4 (de)quantization."""
 
 import math
 from itertools import product
@@ -19,25 +19,30 @@ from idefics2_kernels.reference import nf4 as reference_nf4
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FP32, _FP16, _BF16 = _DTYPES
 _WEIGHT_SCALE = 0.05
-_TINY = (  # M, N, K
+# (M, N, K, dtype)
+_TINY = (
     (1, 1, 1, _FP16),
     (1, 65, 63, _FP32),
     (5, 7, 65, _BF16),
-    (2, 70, 1088, _BF16),  # two splits; the last block of K is half full
-    (3, 33, 1100, _FP16),  # two splits; rows begin inside a block of NF4
+    # There are two splits, and the last block of K is half full.
+    (2, 70, 1088, _BF16),
+    # There are two splits, and rows begin inside a block of NF4.
+    (3, 33, 1100, _FP16),
     (16, 64, 128, _FP16),
     (4, 63, 64, _FP32),
     (17, 40, 192, _BF16),
     (70, 66, 100, _FP32),
     (0, 8, 16, _FP16),
-    (2, 70, 2048, _BF16),  # rows of whole tiles of 256, as NF4's kernel for few rows wants them
+    # The NF4 kernel for few rows needs multiples of 256 columns, as here and below.
+    (2, 70, 2048, _BF16),
     (17, 130, 256, _FP16),
     (33, 65, 512, _BF16),
     (70, 30, 256, _BF16),
-    (3, 70, 2600, _FP32),  # more splits than are loaded at once
+    # There are more splits than are loaded at once.
+    (3, 70, 2600, _FP32),
 )
 _ROWS = (*range(1, 18), 31, 63, 64, 65, 127, 257, 1000)
-_WEIGHTS = ((257, 1151), (1025, 1024), (641, 4304))  # N, K
+_WEIGHTS = ((257, 1151), (1025, 1024), (641, 4304))  # (N, K)
 _MODEL = {
     **{f"{N}x{K}-m{M}": (M, N, K)
        for (N, K), M in product(((28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)), (1, 16, 64, 256, 2048))},
@@ -125,23 +130,25 @@ def _bias(case: Case, device: torch.device) -> Tensor | None:
 
 def _linear_inputs(case: Case, device: torch.device) -> Inputs:
     weight = _weight(case, device, integers=1)
-    if case.dims.get("layout") == "offset":  # only there, so that strides of x and weight differ
+    # Only x has the layout, so that the strides of x and weight differ.
+    if case.dims.get("layout") == "offset":
         weight = arrange(weight, "sliced")
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
 def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
     dense = _weight(case, device, integers=2)
-    # integers survive in NF4 as they are: codes -1, 0 and 1, absmax 2, no second quantization
+    # NF4 represents -2, 0 and 2 exactly: as the codes of -1, 0 and 1 with an absmax of 2. Double
+    # quantization would round the absmax.
     double_quant = case.dims.get("double_quant", not case.dims.get("integers"))
     weight = _quantized(case, dense, double_quant)
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
 def _quantized(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
-    """Quantize ``dense``, in two parts where the case says after how many rows.
+    """Quantize ``dense``, in two stacked parts if the case has ``stacked`` rows.
 
-    Each has an offset of its own then.
+    Each part then has its own offset.
     """
     rows = case.dims.get("stacked")
     parts = [dense] if rows is None else [dense[:rows], 3 * dense[rows:]]
@@ -150,9 +157,9 @@ def _quantized(case: Case, dense: Tensor, double_quant: bool) -> NF4Weight:
 
 
 def _suits_few_rows(case: Case) -> bool:
-    """Whether the kernel is one for this case.
+    """Return whether the kernel for few rows is tested on this case.
 
-    That is what ``nf4_matmul`` would give it, and a little more.
+    These are the cases for which ``nf4_matmul`` calls it, and some with more rows.
     """
     rows = case.dims.get("B", 1) * case.dims["M"]
     return case.dtype is not _FP32 and case.dims["K"] % 256 == 0 and rows <= 100
@@ -168,10 +175,7 @@ def _gluon_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) ->
 
 
 def _has_gluon(case: Case) -> bool:
-    """Whether Hopper has two kernels for this case.
-
-    There ``few_rows`` may take the one in Gluon.
-    """
+    """Return whether Hopper has two kernels for few rows for this case, one of them in Gluon."""
     rows = case.dims.get("B", 1) * case.dims["M"]
     return on_hopper() and _suits_few_rows(case) and 0 < rows <= nf4_few_rows_hopper.MAX_M
 
@@ -181,22 +185,23 @@ def _has_aligned_gluon(case: Case) -> bool:
 
 
 def _suits_many_rows(case: Case) -> bool:
-    """Whether the kernel is one for this case.
+    """Return whether the kernel for many rows computes this case.
 
-    It must be compiled for Hopper, not interpreted, and readable by TMA.
+    It must be compiled for Hopper, and TMA must be able to read the rows.
     """
     return (
         on_hopper()
         and case.dtype is not _FP32
         and case.dims["K"] % BLOCK == 0
-        and case.dims.get("layout") != "offset"  # its rows are not aligned
+        # Rows of this layout are not aligned.
+        and case.dims.get("layout") != "offset"
     )
 
 
 def _nf4_bytes(elements: int) -> int:
     """Return the bytes of ``elements`` in NF4, 0.5159 each.
 
-    They are half a byte an element, a byte a block and four bytes a nested block.
+    An element has half a byte, a block has one byte, and a nested block has four bytes.
     """
     blocks = -(-elements // BLOCK)
     return -(-elements // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK)
@@ -253,10 +258,12 @@ def _quantize_cases() -> tuple[Case, ...]:
 def _values(case: Case, device: torch.device) -> Tensor:
     shape, values = case.dims["shape"], case.dims.get("values", "normal")
     drawn = normal(*shape, dtype=_FP32, device=device, scale=_WEIGHT_SCALE)
-    if values == "zeros":  # a block, and the last one, which is not full
+    # The zeros are one block, and the last one, which is not full.
+    if values == "zeros":
         drawn.view(-1)[BLOCK : 2 * BLOCK] = 0
         drawn.view(-1)[drawn.numel() // BLOCK * BLOCK :] = 0
-    elif values == "ties":  # each block begins with 1, then numbers midway between two of NF4
+    # Each block begins with 1, and continues with midpoints between neighboring values of NF4.
+    elif values == "ties":
         code = nf4_code(device)
         middle = (code[:-1] + code[1:]) / 2
         drawn = torch.cat([code[-1:], middle.repeat(5)])[:BLOCK].repeat(shape[0], 1)

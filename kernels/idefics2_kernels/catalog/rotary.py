@@ -82,7 +82,7 @@ def _rotary_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def _positions(case: Case, T: int, D: int, device: torch.device) -> Inputs:
-    """Spread T positions over the whole of a table, the last row first."""
+    """Draw ``T`` positions over a whole table; the first is the table's last row."""
     rows = max(4 * T, 1000)
     inverse = 10000.0 ** (-torch.arange(0, D, 2, device=device) / D)
     angles = torch.arange(rows, device=device)[:, None] * inverse
@@ -98,11 +98,14 @@ def _rotary_and_cache_inputs(case: Case, device: torch.device) -> Inputs:
     page_size = 64 if case.where == "model" else _PAGE_SIZE
     pages = T // page_size + 3
     slots = 1 + torch.randperm(pages * page_size - 1, device=device)[:T]
-    slots[:1] = 0  # the first slot is no padding
+    # Slot 0 is a valid slot, not padding.
+    slots[:1] = 0
     if case.where != "model":
-        slots[2::3] = -1  # padding
+        # Negative slots are padding.
+        slots[2::3] = -1
         slots[4::6] = -(2**20)
-    # what no token may touch: numbers that no rotated key comes near, different in every place
+    # The caches hold numbers that differ from place to place and from every rotated key, so that
+    # any wrong write is noticed.
     caches = 1000 + torch.arange(2 * pages * H_KV * page_size * D, device=device) % 999
     k_cache, v_cache = caches.to(case.dtype).view(2, pages, H_KV, page_size, D)
     if case.dims.get("layout") in ("sliced", "offset", "transposed"):

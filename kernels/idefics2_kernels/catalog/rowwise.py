@@ -10,7 +10,8 @@ from idefics2_kernels.catalog.spec import Case, Cost
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 TEXT_ROWS = {"8192": 8192, "decode-b1": 1, "decode-b64": 64}
-VISION_ROWS = {"8192": 8192, "39200": 39200}  # the second is eight images of 4,900 patches
+# 39,200 rows are eight images of 4,900 patches.
+VISION_ROWS = {"8192": 8192, "39200": 39200}
 
 Sizes = Iterable[tuple[int, int]]
 
@@ -26,12 +27,12 @@ def rowwise_cases(
     """Return cases by the shape of the output.
 
     Args:
-        sizes: For any machine.
+        sizes: Sizes (M, N) for any machine.
         magnitudes: Cases of tiny and large values.
-        gpu_sizes: For a GPU.
-        gpu_view: The shape that is laid out in each way on a GPU.
+        gpu_sizes: Sizes (M, N) for a GPU.
+        gpu_view: The shape that is tested in each layout on a GPU.
         model_n: The length of the model's rows.
-        model_rows: The numbers of them, by the name of the case.
+        model_rows: The numbers of the model's rows by the name of the case.
     """
     cases = [
         Case(f"{M}x{N}-{dtype}".replace("torch.", ""), {"shape": (M, N)}, dtype)
@@ -63,9 +64,9 @@ def rowwise_cases(
 
 
 def rowwise_cost(case: Case, passes: int, vectors: int, flops: int) -> Cost:
-    """Return the cost of ``passes`` over the rows and ``flops`` an element.
+    """Return the cost of ``passes`` over the rows and ``flops`` per element.
 
-    ``vectors`` of a row's length are read besides.
+    ``vectors`` is the number of additional inputs of a row's length.
     """
     elements, N = torch.Size(case.dims["shape"]).numel(), case.dims["shape"][-1]
     return Cost(

@@ -1,8 +1,8 @@
 """Row of the catalog: logits to tokens.
 
-The token must be the reference's. Inputs are drawn again until neither top-p nor the draw is
-decided by less than rounding could change; counts, distances and min-p's bound have no rounding of
-their own and get no such care.
+The token must equal the reference's. Inputs are drawn again until rounding can change neither the
+tokens that top-p keeps nor the token drawn. Counts, distances and the bound of min-p equal the
+reference's bit for bit and need no such margin.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,16 @@ from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
 from idefics2_kernels.reference.sampling import filter_scores, philox_uniform
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_MARGIN = 2.0**-18  # of the whole probability
+# The distance from a boundary that inputs must keep, as a probability.
+_MARGIN = 2.0**-18
 _MIXED = {
     "temperature": (1.0, 0.0, 0.6, 1.7, 1.0),
     "top_k": (0, 7, 3, 40, 1, 12, 0),
     "top_p": (0.9, 1.0, 0.5, 0.97),
     "min_p": (0.0, 0.1, 0.02),
 }
-_FILTERS: Mapping[str, Mapping[str, tuple[float, ...]]] = {  # each taken in turn by the rows
+# The rows of a batch use the values of a parameter in turn.
+_FILTERS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "greedy": {"temperature": (0.0,)},
     "plain": {},
     "temperature": {"temperature": (0.01, 0.6, 1.7, 30.0)},
@@ -32,7 +34,8 @@ _FILTERS: Mapping[str, Mapping[str, tuple[float, ...]]] = {  # each taken in tur
     "top-p": {"top_p": (0.9, 0.05, 0.5, 0.99, 1.0)},
     "min-p": {"min_p": (0.1, 0.0, 1.0, 0.01)},
     "mixed": _MIXED,
-    "order": {"min_p": (0.3,), "top_p": (0.7,)},  # what min-p removes first is not in top-p's whole
+    # The order matters: tokens that min-p removes do not count in the probability of top-p.
+    "order": {"min_p": (0.3,), "top_p": (0.7,)},
     "serving": {"temperature": (0.7,), "top_p": (0.9,)},
     "top-k-and-p": {"temperature": (0.7,), "top_k": (50,), "top_p": (0.9,)},
 }
@@ -114,7 +117,8 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
         "min_p_first": case.dims.get("min_p_first", True),
     }
     for _ in range(100):
-        if device.type == "meta":  # no values
+        # Tensors on this device have no values.
+        if device.type == "meta":
             break
         undecided = ~_decided(inputs)
         if not undecided.any():
@@ -149,9 +153,9 @@ def _logits(case: Case, device: torch.device) -> Tensor:
 
 
 def _decided(inputs: Inputs) -> Tensor:
-    """Return which rows' tokens are the same for every top-p within the margin: (B,).
+    """Return the rows whose token does not depend on rounding: (B,).
 
-    They are the same for every number drawn within it, too.
+    Such a row's token is the same for every top-p and every random number within the margin.
     """
     top_p: Tensor = inputs["top_p"].double()
     greedy: Tensor = inputs["temperature"] == 0
@@ -163,7 +167,7 @@ def _decided(inputs: Inputs) -> Tensor:
         cumulative = scores.softmax(-1).cumsum(-1)
         distance = cumulative - philox_uniform(inputs["seed"], inputs["index"])[:, None]
         tokens.append((distance > 0).int().argmax(-1))
-        # no number drawn reaches the last sum, which is 1
+        # The last sum is 1, and the random number is always less.
         distance = distance.masked_fill(cumulative > 1 - _MARGIN / 2, 1.0)
         decided &= distance.abs().amin(-1) > _MARGIN
     decided &= (tokens[0] == tokens[1]) & (tokens[1] == tokens[2])

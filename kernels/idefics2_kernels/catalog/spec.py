@@ -1,4 +1,4 @@
-"""What the catalog says of an operation: inputs, cases, implementations and cost."""
+"""The types of the catalog: an operation's inputs, cases, implementations and cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -16,12 +16,15 @@ Outputs = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One set of sizes.
+    """One set of sizes, and the machines that it runs on.
 
-    ``where`` says what it is for: ``"any"`` is small enough for the interpreter and runs
-    everywhere, ``"gpu"`` runs compiled only, ``"huge"`` too, alone, as it has offsets past 2^31
-    elements, ``"model"`` is a shape of the model's own: compiled for GPUs that are not there,
-    checked and timed on one that is.
+    The values of ``where``:
+
+    - ``"any"``: small enough for the interpreter, runs everywhere.
+    - ``"gpu"``: runs compiled only.
+    - ``"huge"``: runs compiled only, and alone, because it has offsets past 2^31 elements.
+    - ``"model"``: a shape of the model. It is compiled for several GPUs without having them, and
+      checked and timed on a GPU.
     """
 
     name: str
@@ -32,37 +35,37 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call must move and compute: each input read once, each output written once."""
+    """Bytes and operations of one call, with each input read once and each output written once."""
 
     bytes: int
     flops: int
 
 
 def as_tuple(_inputs: Inputs, result: Any) -> Outputs:
-    """Return what an operation returned as a tuple of tensors."""
+    """Return the ``result`` of an operation as a tuple of tensors."""
     return result if isinstance(result, tuple) else (result,)
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """A row of the catalog.
+    """A row of the catalog: an operation with its cases and implementations.
 
     Attributes:
         name: The field of ``Ops``.
-        make_inputs: Draws the arguments of a case on a device; may use torch's global generator
-            only.
-        cases: What it is tested and timed on.
-        cost: For the roofline.
-        implementations: Kernels by name, the first being what ``TRITON`` holds.
-        only: For those that are not for every case, whether one runs a case on the GPU compiled
-            for.
-        outputs: All that a call gives, of the arguments after it and its result: an operation may
-            write in place.
-        exact: Whether outputs must equal the reference's, bit for bit.
-        checked_rows: For cases too large to check whole: places along the first axis of every
-            output, or ``None``.
-        reference: What computes the truth, by default the field of ``REFERENCE``; with
-            ``checked_rows`` it gets them as the argument ``rows`` and returns only those.
+        make_inputs: Draws the arguments of a case on a device. Its only source of randomness is
+            torch's global generator.
+        cases: The cases that are tested and timed.
+        cost: The cost of a case, for the roofline.
+        implementations: Kernels by name. The first is the one in ``TRITON``.
+        only: For implementations that do not support every case, a function that returns whether
+            the implementation runs a case on the current target.
+        outputs: Returns all outputs of a call from its arguments and its result, because an
+            operation may write in place.
+        exact: Whether outputs must equal the reference's bit for bit.
+        checked_rows: For a case that is too large to check completely, the indices along the first
+            axis of every output to check. Otherwise ``None``.
+        reference: The reference implementation, by default the field of ``REFERENCE``. If there are
+            ``checked_rows``, it receives them as the argument ``rows`` and returns only those.
     """
 
     name: str
@@ -79,29 +82,26 @@ class KernelSpec:
     only: Mapping[str, Callable[[Case], bool]] = field(default_factory=dict)
 
     def run(self, implementation: Callable[..., Any], inputs: Inputs) -> Outputs:
-        """Call ``implementation`` on ``inputs``; return everything it gave."""
+        """Call ``implementation`` on ``inputs`` and return all its outputs."""
         return self.outputs(inputs, implementation(**inputs))
 
     def expected(self, inputs: Inputs, rows: Tensor | None = None) -> Outputs:
-        """Return what the reference gives for ``inputs``, whole or at ``rows``."""
+        """Return the reference's outputs for ``inputs``, all of them or only ``rows``."""
         reference = self.reference or getattr(REFERENCE, self.name)
         return self.run(reference, inputs if rows is None else {**inputs, "rows": rows})
 
 
 def widen_inputs(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Inputs:
-    """Return ``inputs`` with all that is floating-point in ``dtype``, and everything else copied.
+    """Copy ``inputs`` and convert floating-point tensors to ``dtype``.
 
-    The tensors in a dataclass are the parts of a format and stay as they are: what they stand for
-    is exact.
+    Tensors in a dataclass are the parts of a format and keep their dtype, because the numbers that
+    they represent are exact.
     """
     return {name: _widen(value, dtype) for name, value in inputs.items()}
 
 
 def copy_inputs(inputs: Inputs) -> Inputs:
-    """Return ``inputs`` with tensors of their own, strides kept.
-
-    An operation may write in place.
-    """
+    """Copy ``inputs`` with the strides of tensors. An operation may write to them in place."""
     return {name: _copy(value) for name, value in inputs.items()}
 
 
@@ -117,7 +117,8 @@ def _copy(value: Any) -> Any:
 
 
 def _widen(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.dtype):  # the type an operation is told to return
+    # A dtype among the inputs is that of the result.
+    if isinstance(value, torch.dtype):
         return dtype if value.is_floating_point else value
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype, copy=True)

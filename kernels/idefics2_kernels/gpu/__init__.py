@@ -1,4 +1,4 @@
-"""What every kernel needs: facts about the GPU, argument checks, dependent launch, tile counters.
+"""Shared by all kernels: facts about the GPU, argument checks, dependent launch, tile counters.
 
-Must not import any kernel.
+This package must not import any kernel.
 """

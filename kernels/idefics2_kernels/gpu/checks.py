@@ -1,6 +1,6 @@
-"""The checks that every host wrapper makes before it launches.
+"""Argument checks that every wrapper makes before it launches a kernel.
 
-Each is one line and names the argument.
+Each check is one call. Its error names the argument, the value wanted and the value given.
 """
 
 import math
@@ -9,9 +9,8 @@ import os
 import torch
 from torch import Tensor
 
-INTERPRETED = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # as Triton reads it when a kernel is imported
+# Triton reads the variable when a kernel is defined, and never again.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTS = (torch.int32, torch.int64)
 
@@ -21,7 +20,8 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> 
 
     ``None`` matches any size.
     """
-    if tensor.shape == expected:  # the quick way: there are a dozen checks in a layer of a model
+    # The fast path: a layer of the model makes a dozen checks.
+    if tensor.shape == expected:
         return
     same = tensor.ndim == len(expected) and all(
         e is None or e == size for e, size in zip(expected, tensor.shape, strict=True)
@@ -41,7 +41,7 @@ def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
 def check_device(**tensors: Tensor | None) -> None:
     """Raise ``ValueError`` unless all ``tensors`` are on one CUDA device.
 
-    On a CPU kernels are interpreted.
+    If kernels are interpreted, they may all be on a CPU.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, device = next((name, tensor.device) for name, tensor in given.items())

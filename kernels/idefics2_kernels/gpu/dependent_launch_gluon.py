@@ -1,6 +1,6 @@
-"""``dependent_launch`` for kernels in Gluon.
+"""The functions of ``dependent_launch`` for kernels in Gluon.
 
-``anything`` is a number, as assembly has to be given one.
+The argument ``anything`` is any number. Inline assembly needs an operand.
 """
 
 from triton.experimental import gluon
@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def gdc_launch_dependents(IS_DEPENDENT: gl.constexpr, anything):
-    """Let the next kernel begin when all programs have come here."""
+    """Allow the next kernel to start once all programs of this kernel have called this."""
     if IS_DEPENDENT:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
@@ -23,7 +23,7 @@ def gdc_launch_dependents(IS_DEPENDENT: gl.constexpr, anything):
 
 @gluon.jit
 def gdc_wait(IS_DEPENDENT: gl.constexpr, anything):
-    """Wait until the kernel before has ended and all it wrote can be read."""
+    """Wait until the previous kernel has ended and its writes are visible."""
     if IS_DEPENDENT:
         gl.inline_asm_elementwise(
             "griddepcontrol.wait; mov.u32 $0, 0;",
@@ -37,7 +37,7 @@ def gdc_wait(IS_DEPENDENT: gl.constexpr, anything):
 
 @gluon.jit
 def prefetch(ptrs):
-    """Bring the lines that ``ptrs`` point into to the L2 cache; all must be in memory of ours."""
+    """Prefetch the lines that ``ptrs`` point into to the L2 cache; all must be allocated memory."""
     gl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
         "=r,l",

@@ -3,7 +3,7 @@
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# Triton 3.8 and 3.9 renamed them
+# Triton 3.8 and 3.9 renamed these functions.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _shared = gl.shared_memory_descriptor

@@ -1,6 +1,6 @@
 """An ordinary kernel between kernels of dependent launch.
 
-It imports no Triton, because the reference imports it.
+The module does not import Triton, because the reference imports it.
 """
 
 import torch
@@ -9,8 +9,8 @@ import torch
 def launch_barrier(device: torch.device) -> None:
     """Launch a kernel that overlaps with no other on the current stream of ``device``.
 
-    It begins after all that was launched before has ended, and nothing launched later begins before
-    it has ended (see ``dependent_launch``).
+    It starts after all earlier kernels have ended. No later kernel starts before it has ended (see
+    ``dependent_launch``).
     """
     if device.type == "cuda":
         torch.zeros(1, device=device)

@@ -1,17 +1,15 @@
-"""Which of the programs that share a tile comes last.
+"""Counters that tell a program whether it is the last to finish its tile.
 
-It adds the parts of all, in place of a second launch.
+Several programs share a tile. Each stores its partial result and increments the tile's counter. The
+last one adds all partial results, so no second launch is needed. Which program is last changes from
+run to run. The result does not change, because the last program reads all parts, including its own,
+in a fixed order. It also resets the counter, so counters are zero between launches.
 
-Each program stores its part and counts itself at the tile's counter; the one that counts the last
-part knows that all others are in memory. Who that is changes from run to run, but not what it does:
-it reads every part, its own too, in the order of the parts. It also sets the counter back, so that
-counters are zero between launches and nothing clears them.
-
-Launches that may run at the same time must not share a counter. Those of one stream run in turn and
-share the stream's buffer. A CUDA graph runs on any stream, so each launch that is recorded gets
-counters that no other ever has: some 30 KB for a decode step of the 8B model. Both are kept for
-good, since a graph holds their addresses. A kernel that fails halfway would leave counters behind,
-but it leaves the process without its CUDA context as well.
+Launches that may run at the same time must not share counters. Launches of one stream run one after
+another and share the stream's buffer. A CUDA graph may run on any stream, so each recorded launch
+has its own counters: about 30 KB for a decode step of the 8B model. All counters are kept for the
+life of the process, because graphs hold their addresses. A kernel that fails does not reset its
+counters, but the CUDA context is unusable after such a failure anyway.
 """
 
 import functools
@@ -22,23 +20,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_TILES = 1024  # that a launch shares among programs: fewer than there are programs at once
-GRAPH_COUNTERS = 2**20  # counters of a buffer for graphs, 4 MB
-_LOW = 2**18  # more than one graph takes
+# The most tiles of a launch whose programs share tiles. Such launches have fewer tiles than
+# programs that run at once.
+MAX_TILES = 1024
+# Counters of a buffer for graphs, 4 MB.
+GRAPH_COUNTERS = 2**20
+# A buffer with fewer counters left is replaced. One graph uses fewer than this.
+_LOW = 2**18
 
 
 @triton.jit
 def is_last(counters_ptr, tile, parts):
-    """Count this program among the ``parts`` of ``tile`` after all it stored.
+    """Increment the counter of ``tile`` and return whether this program is the last of ``parts``.
 
-    Return whether it is the last.
-
-    What the others stored must be read past the L1 cache (``cache_modifier=".cg"``), which may hold
-    older lines.
+    Call it after the program has stored its partial result. Partial results of other programs must
+    be read with ``cache_modifier=".cg"``, because the L1 cache may hold stale lines.
     """
-    tl.debug_barrier()  # a program's threads count as one: all of them must have stored
-    # releases what they stored, for those that come later, and acquires what others did; a barrier
-    # follows
+    # One increment stands for all threads of the program, so all of them must have stored.
+    tl.debug_barrier()
+    # The atomic releases this program's stores and acquires those of the programs before it. The
+    # compiler adds a barrier after it.
     arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
     if arrived == parts - 1:
         tl.store(counters_ptr + tile, 0)
@@ -46,17 +47,19 @@ def is_last(counters_ptr, tile, parts):
 
 
 class DeviceCounters:
-    """The counters of one device, all zero where no kernel runs."""
+    """The counters of one device, all zero while no kernel runs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._of_streams: dict[int, Tensor] = {}
-        self.graph_buffers: list[Tensor] = []  # the last has counters left
-        self.num_recorded = GRAPH_COUNTERS  # of the last
+        # Only the last buffer has unused counters.
+        self.graph_buffers: list[Tensor] = []
+        # Counters of the last buffer that are in use.
+        self.num_recorded = GRAPH_COUNTERS
         self._lock = threading.Lock()
 
     def for_stream(self, stream: int) -> Tensor:
-        """Return those of ``stream``."""
+        """Return the counters of ``stream``: (MAX_TILES,) int32."""
         if GRAPH_COUNTERS - self.num_recorded < _LOW and self.device.type == "cuda":
             self._refill()
         if stream not in self._of_streams:
@@ -65,17 +68,21 @@ class DeviceCounters:
         return self._of_streams[stream]
 
     def _refill(self) -> None:
-        # here and not when they are needed: while a graph is recorded, nothing is set to zero
+        # The buffer is allocated before a graph needs it. During recording the zeros would become
+        # a part of the graph.
         fresh = torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=self.device)
-        torch.cuda.current_stream(
-            self.device
-        ).synchronize()  # other streams do not wait for this one
+        # Other streams may use the counters without waiting for this stream.
+        torch.cuda.current_stream(self.device).synchronize()
         with self._lock:
             self.graph_buffers.append(fresh)
             self.num_recorded = 0
 
     def for_graph(self, tiles: int) -> Tensor:
-        """Return ``tiles`` that were never returned before."""
+        """Return ``tiles`` counters that no other launch uses.
+
+        Raises:
+            RuntimeError: No counters are left.
+        """
         with self._lock:
             begin, end = self.num_recorded, self.num_recorded + tiles
             if end > GRAPH_COUNTERS:
@@ -92,10 +99,10 @@ def _device_counters(device: torch.device) -> DeviceCounters:
 
 
 def get_counters(tiles: int, device: torch.device) -> Tensor:
-    """Return ``tiles`` counters at zero for one launch on the current stream of ``device``.
+    """Return ``tiles`` zeroed counters for one launch on the current stream of ``device``.
 
     Raises:
-        RuntimeError: A CUDA graph is being recorded, and no such launch ran before outside of one.
+        RuntimeError: A CUDA graph is being recorded, and no such launch ran before the recording.
     """
     assert tiles <= MAX_TILES, tiles
     own = _device_counters(device)

@@ -1,10 +1,10 @@
 """The dense product x @ weight.T + bias.
 
-For many rows cuBLAS is the field's best and PyTorch calls it. For few, reading the weight once is
-all there is to do: ``split_k`` cuts N and K among the programs, the weight's rows being those of
-the tensor cores' tile and x, padded to 16 rows, its columns. ``tiled`` multiplies any number of
-rows in one tile shape and one order of K, so that a row's result never depends on the rows beside
-it.
+For many rows PyTorch calls cuBLAS, which is the fastest. For few rows the time is that of reading
+the weight once. ``split_k`` divides N and K among the programs. The rows of the weight are the rows
+of the tensor cores' tile. The rows of x, padded to 16, are its columns. ``tiled`` multiplies any
+number of rows in one tile shape and one order of K, so a row's result never depends on the other
+rows of the batch.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,18 +34,17 @@ from idefics2_kernels.gpu.primitives import cast, dot
 from idefics2_kernels.gpu.target import H100_SMS
 from idefics2_kernels.matmul.split_k import k_per_split, shared_buffers, store_product
 
-FEW_ROWS = 16  # the tensor cores' narrowest tile that serves every dtype
-PREFETCHED = tl.constexpr(8)  # lines of each row of the weight: the 64 KB that fill a pipeline
-# of split_k, at once: as many as the pipelines of programs leave room for on each SM
+# The narrowest tile of the tensor cores that supports every dtype.
+FEW_ROWS = 16
+# Cache lines of each row of the weight to prefetch: 64 KB, which fill a pipeline.
+PREFETCHED = tl.constexpr(8)
+# Programs of split_k that run at once. The pipelines of two programs fit on an SM.
 PROGRAMS = 2 * H100_SMS
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: tile of rows, of columns and of K.
-
-    ``num_warps`` and ``num_stages`` are those of a program.
-    """
+    """Tile sizes of a product, and the warps and pipeline stages of a program."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -55,17 +54,18 @@ class LaunchConfig:
 
 
 def split_k_launch_config(itemsize: int) -> LaunchConfig:
-    """Return how ``split_k`` cuts a product of ``itemsize`` bytes a number."""
-    # 16 KB of weight a stage, so that the pipelines of two programs keep an SM's share of the
-    # bandwidth in flight
+    """Return the tile of ``split_k`` for numbers of ``itemsize`` bytes."""
+    # A stage holds 16 KB of the weight. The pipelines of two programs then have enough loads in
+    # flight for an SM's share of the bandwidth.
     if itemsize == 4:
         return LaunchConfig(BLOCK_M=FEW_ROWS, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4)
     return LaunchConfig(BLOCK_M=FEW_ROWS, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=4)
 
 
 def tiled_launch_config(itemsize: int) -> LaunchConfig:
-    """Return how ``tiled`` cuts a product of ``itemsize`` bytes a number."""
-    # of the dtype alone: another tile for other sizes would be another order of summation
+    """Return the tile of ``tiled`` for numbers of ``itemsize`` bytes."""
+    # The tile depends only on the dtype. A tile that depended on M, N or K would change the order
+    # of summation.
     if itemsize == 4:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3)
     return LaunchConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
@@ -100,7 +100,8 @@ def _split_k_kernel(
     mask_n, mask_m = offs_n < N, offs_m < M
     weight_ptrs = weight_ptr + offs_n[:, None] * stride_weight + offs_k[None, :]
     x_ptrs = x_ptr + offs_m[None, :] * stride_x + offs_k[:, None]
-    if IS_DEPENDENT and split * k_split < K:  # x is still being computed, the weight is there
+    # The previous kernel may still be computing x. The weight is already in memory.
+    if IS_DEPENDENT and split * k_split < K:
         rows = tl.minimum(offs_n, N - 1)
         prefetch_lines(weight_ptr + rows * stride_weight, split * k_split, K, PREFETCHED)
     gdc_wait(IS_DEPENDENT)
@@ -145,7 +146,7 @@ def _tiled_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # rows run fastest: programs side by side read the same rows of the weight
+    # Tiles are numbered along M first, so that neighboring programs read the same weight rows.
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
     offs_m = (pid % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -174,8 +175,8 @@ def _tiled_kernel(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply ``x`` (..., K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (..., N).
 
-    Sums are fp32, rounded once. Any strides but contiguous last axes. Up to 16 rows ``split_k``,
-    else cuBLAS.
+    Sums are fp32, rounded once. Up to 16 rows are multiplied by ``split_k``, more by cuBLAS. The
+    last axes must be contiguous. Other strides are free.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -188,10 +189,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the tanh form of GELU of ``linear``: (..., N).
+    """Apply GELU in the tanh form to the result of ``linear``: (..., N).
 
-    On a GPU, in 16 bit, with a bias and more than 16 rows, cuBLAS takes it from its fp32 sums and
-    rounds once; elsewhere the product is rounded before, as in the reference.
+    On a GPU, in 16 bits, with a bias and more than 16 rows, cuBLAS applies it to its fp32 sums and
+    rounds once. In all other cases the product is rounded before GELU, as in the reference.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -205,9 +206,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` by the kernel for few rows.
+    """Compute ``linear`` by the kernel for few rows.
 
-    It takes any number. Up to 16, a row's result depends on no other.
+    Any number of rows is allowed. Up to 16, a row's result does not depend on the other rows.
     """
     rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
@@ -240,7 +241,7 @@ def split_k(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def tiled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` in one tile shape and order of K, whatever M.
+    """Compute ``linear`` in one tile shape and one order of K for every M.
 
     Equal rows give equal bits in any batch.
     """

@@ -1,11 +1,12 @@
-"""What products share that cut K among programs.
+"""Splitting of K among programs, and the sum of their partial results.
 
-They share the number of cuts and the sum of the partial results.
+The last program of a tile to arrive (``gpu.tile_counters``) adds the partial results of all. For
+the NF4 kernels a second kernel adds them, because the sum would cost registers, and fewer programs
+would run at once.
 
-The last program of a tile to arrive (``gpu.tile_counters``) adds the partial results of all; after
-the kernels for NF4, whose registers that would cost programs at once, a second kernel does. The sum
-runs over the splits in order, and their number follows from the sizes alone: results do not depend
-on which program ends first, nor on the rows beside a row as long as one tile holds them all.
+The splits are added in order, and their number depends only on the sizes. Results therefore do not
+depend on which program ends first. They do not depend on the other rows either, as long as one tile
+holds all rows.
 """
 
 import torch
@@ -16,16 +17,17 @@ from torch import Tensor
 from idefics2_kernels.gpu.primitives import cast
 from idefics2_kernels.gpu.tile_counters import get_counters, is_last
 
-MIN_STEPS = 4  # blocks of K a split has at least, to fill a pipeline
+# Blocks of K that a split has at least. Fewer would not fill a pipeline.
+MIN_STEPS = 4
 _BLOCK = 1024
-# parts that are loaded at once: one after the other, each would wait for the L2 cache
+# Partial results that are loaded together, so that the latency of the L2 cache is paid once.
 _IN_FLIGHT = tl.constexpr(4)
 
 
 def k_per_split(tiles: int, K: int, block_k: int, programs: int) -> int:
     """Return how much of K a program sums, a multiple of ``block_k``.
 
-    The programs of all ``tiles`` are at most ``programs``, or as many as the tiles.
+    The number of programs is at most the larger of ``programs`` and ``tiles``.
     """
     steps = max(-(-K // block_k), 1)
     splits = max(min(programs // max(tiles, 1), steps // MIN_STEPS), 1)
@@ -34,7 +36,7 @@ def k_per_split(tiles: int, K: int, block_k: int, programs: int) -> int:
 
 @triton.jit
 def store_product(
-    acc,  # (BLOCK_N, BLOCK_M), fp32: what this program has of its tile
+    acc,  # (BLOCK_N, BLOCK_M), fp32
     bias_ptr,  # (N,), if HAS_BIAS
     out_ptr,  # (M, N), contiguous
     partials_ptr,  # (splits, M, N), fp32, if IS_SPLIT
@@ -46,26 +48,27 @@ def store_product(
     HAS_BIAS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
 ):
-    """Store a tile of the product, or this program's part of it.
+    """Store a tile of the product, or this program's partial result of it.
 
-    The last of its programs adds the parts.
-
-    The grid is (tiles of N, splits, tiles of M).
+    The last program of a tile adds the partial results. The grid is (tiles of N, splits, tiles of
+    M).
     """
-    acc = tl.trans(acc)  # columns last, as they lie in memory
+    # The columns become the last axis, as in memory.
+    acc = tl.trans(acc)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     places = offs_m[:, None] * N + offs_n[None, :]
     if IS_SPLIT:
         split, splits = tl.program_id(1), tl.num_programs(1)
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        # 32 bits are enough: partial results are no more than the tiles of the programs that run at
-        # once
+        # 32 bits are enough for the offsets: all partial results together are only the tiles of the
+        # programs that run at once.
         size, offsets = M * N, places.to(tl.int32)
         tl.store(partials_ptr + split * size + offsets, acc, mask=mask)
         if is_last(counters_ptr, tile, splits):
             total = tl.zeros_like(acc)
             for first in tl.range(0, splits, _IN_FLIGHT, num_stages=1):
-                parts = tl.tuple(())  # all loaded before one is added
+                # All parts are loaded before the first is added.
+                parts = tl.tuple(())
                 for i in tl.static_range(_IN_FLIGHT):
                     parts += (
                         tl.load(
@@ -90,9 +93,9 @@ def _store_rounded(acc, bias_ptr, out_ptr, places, mask, offs_n, N, HAS_BIAS: tl
 
 
 def shared_buffers(out: Tensor, splits: int, tiles: int) -> tuple[Tensor | None, Tensor | None]:
-    """Allocate the partial results of ``out`` (M, N) and give ``tiles`` counters.
+    """Return buffers for the partial results of ``out`` (M, N), and ``tiles`` counters.
 
-    One split needs nothing.
+    One split needs neither, so both are ``None``.
     """
     if splits == 1:
         return None, None
@@ -123,9 +126,9 @@ def _sum_kernel(
 
 
 def sum_splits(partials: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Add ``partials`` (splits, M, N) fp32 in order, then ``bias`` (N,), and round to ``dtype``.
+    """Add ``partials`` (splits, M, N) fp32 in order, and ``bias`` (N,); round to ``dtype``: (M, N).
 
-    The result is (M, N).
+    The order of the splits is fixed, so the result is deterministic.
     """
     splits, M, N = partials.shape
     out = torch.empty((M, N), dtype=dtype, device=partials.device)

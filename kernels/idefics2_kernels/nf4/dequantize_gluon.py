@@ -1,17 +1,18 @@
-"""NF4 codes to weights, in the two ways that are exact and fast on a GPU, for kernels in Gluon.
+"""Two exact and fast methods to decode NF4 weights, for kernels in Gluon.
 
-In shared memory there is a table with an entry for each byte of codes, the two values that its
-nibbles stand for in fp32. An entry has 16 copies, in banks of their own, for the lanes of half a
-warp, which are served at a time, and begins at a multiple of 256 bytes, half of which stay unused.
-So one instruction makes an address, one loads two values, two multiply them by the block's absmax,
-one rounds both: 2.5 a weight, and the path to shared memory is busiest.
+The first method uses a table in shared memory. It has an entry for each byte of codes: the fp32
+values of its two nibbles. An entry has 16 copies in different banks, for the lanes of half a warp,
+which shared memory serves together. An entry begins at a multiple of 256 bytes, half of which are
+unused. For two weights, one instruction makes an address, one loads two values, two multiply them
+by the block's absmax, and one rounds both: 2.5 instructions per weight. The limit is the bandwidth
+of shared memory.
 
-In registers, the 16 numbers that a block's codes can stand for are computed once, rounded, and kept
-as bytes; then bytes are permuted, four codes at once (``dequantize_triton`` says more): 3
-instructions a weight, all of them the integer units'.
+The second method permutes bytes in registers (see ``dequantize_triton``): 3 instructions per
+weight, all on the integer units. The 16 numbers of a block are computed once, rounded and held as
+bytes, and four codes are looked up at once.
 
-A kernel that decodes eight rows of sixteen in either way keeps both busy. Tables and places are
-addresses of shared memory.
+A kernel that decodes eight of sixteen rows by each method uses both units. ``table`` and ``places``
+are addresses in shared memory.
 """
 
 import struct
@@ -23,19 +24,21 @@ from idefics2_kernels.gpu.primitives import LOWEST
 from idefics2_kernels.nf4 import nf4_weight as tables
 from idefics2_kernels.nf4.nf4_quantize import NESTED_SHIFT
 
-MEMORY = 256 * 256  # bytes
+# Bytes of the table.
+MEMORY = 256 * 256
 TABLE_BYTES = gl.constexpr(MEMORY)
-PLACES = gl.constexpr(16)  # of a byte's values; the two halves of a warp read one after the other
+# Copies of an entry. The two halves of a warp read one after the other.
+PLACES = gl.constexpr(16)
 _CODE = gl.constexpr(tables.NF4_CODE)
 _LOWEST = gl.constexpr(LOWEST.value)
 _NESTED_SHIFT = gl.constexpr(NESTED_SHIFT.value)
 
 
 def _look_up_ptx(pair: str, base: str = "") -> str:
-    """Return the PTX that turns a word, a place in the table and an absmax into four ``pair``s.
+    """Return the PTX that decodes a word to four ``pair``s by the table.
 
-    A byte of codes goes to the second byte of the place, and ``base`` is added. ``mul.rn`` is never
-    fused.
+    The operands are a word, a place in the table and an absmax. A byte of codes becomes the second
+    byte of the place, and ``base`` is added. ``mul.rn`` is never fused.
     """
     add = f" add.u32 a, a, {base};" if base else ""
     return "".join(
@@ -50,7 +53,7 @@ def _look_up_ptx(pair: str, base: str = "") -> str:
 
 
 def _code_values_ptx(pair: str) -> str:
-    """Return the PTX that computes the numbers that codes stand for from an absmax.
+    """Return the PTX that computes the 16 numbers of a block's codes from its absmax.
 
     Four words hold their low bytes, four their high bytes.
     """
@@ -65,9 +68,9 @@ def _code_values_ptx(pair: str) -> str:
 
 
 def _permute_ptx() -> str:
-    """Return the PTX that makes of a word, and of ``_code_values_ptx``' eight, four pairs.
+    """Return the PTX that decodes a word to four pairs by the words of ``_code_values_ptx``.
 
-    ``m`` has 0xFF for codes from 8.
+    Register ``m`` has a byte 0xFF for each code of 8 or more.
     """
     text = (
         "{ .reg .b32 c, s, m, t, u, l, h; and.b32 c, $4, 0x77777777; shl.b32 s, $4, 4;"
@@ -97,7 +100,7 @@ _PERMUTE = gl.constexpr(_permute_ptx())
 def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
     """Return the values of the codes ``FIRST`` + ``code``, without reading memory.
 
-    ``code`` is below ``COUNT``.
+    ``code`` must be less than ``COUNT``.
     """
     value = gl.where(code == 0, _CODE[FIRST], 0.0)
     for i in gl.static_range(1, COUNT):
@@ -107,12 +110,13 @@ def _value(code, FIRST: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def fill_table(table, NUM_WARPS: gl.constexpr):
-    """Write the two values of every byte, the high nibble's first, for each place.
+    """Write the two values of every byte to each place, the value of the high nibble first.
 
-    A thread writes 16 bytes, of two places, at once.
+    A thread writes 16 bytes for two places at once.
     """
     LANES: gl.constexpr = PLACES // 2
-    AT_ONCE: gl.constexpr = NUM_WARPS * 32 // LANES  # bytes, in which so many nibbles occur:
+    # Bytes of codes that are written at once, and the numbers of low and high nibbles among them.
+    AT_ONCE: gl.constexpr = NUM_WARPS * 32 // LANES
     LOWS: gl.constexpr = 16 if AT_ONCE > 16 else AT_ONCE
     HIGHS: gl.constexpr = AT_ONCE // LOWS
     thread = gl.arange(0, NUM_WARPS * 32, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
@@ -132,7 +136,7 @@ def fill_table(table, NUM_WARPS: gl.constexpr):
 
 @gluon.jit
 def warp_number(anything):
-    """Return the number of this warp, which the language has no word for."""
+    """Return the number of this warp, for which Gluon has no function."""
     return gl.inline_asm_elementwise(
         "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5;",
         "=&r,r",
@@ -145,20 +149,18 @@ def warp_number(anything):
 
 @gluon.jit
 def append_stage(stages, stage):
-    """Return ``stages`` and, last, ``stage``."""
+    """Return ``stages`` with ``stage`` appended."""
     stages += (stage,)
     return stages
 
 
 @gluon.jit
 def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
-    """Begin to load the codes and the absmax's parts of ``blocks`` (WARPS_K, rows, 4).
+    """Start loading the codes and the absmax parts of ``blocks`` (WARPS_K, rows, 4).
 
-    The codes come in two parts.
-
-    Lanes of odd rows (``is_odd`` (WARPS_K, rows, 4, 1) is 1, else 0) load their blocks' second half
-    first: of the 16 bytes that each of eight lanes loads at once, no two then lie in the same banks
-    of the L1 cache.
+    The codes are loaded in two halves of a block. Lanes of odd rows, where ``is_odd`` (WARPS_K,
+    rows, 4, 1) is 1, load the second half first. Eight lanes load 16 bytes each at once, and this
+    order keeps them in different banks of the L1 cache.
     """
     codes_ptr, absmax_ptr, nested_absmax_ptr, offset_ptr = weight
     word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, CODES))))[
@@ -176,9 +178,9 @@ def load_blocks(weight, blocks, is_odd, CODES: gl.constexpr, IS_NESTED: gl.const
 
 @gluon.jit
 def block_absmax(stage, nested_code, IS_NESTED: gl.constexpr):
-    """Return the absmax of blocks that ``load_blocks`` loaded, as ``nf4_quantize.load_absmax``.
+    """Return the absmax of the blocks of ``load_blocks``, equal to ``nf4_quantize.load_absmax``.
 
-    ``nested_code`` is an address.
+    ``nested_code`` is an address in shared memory.
     """
     absmax = stage[2]
     if IS_NESTED:
@@ -190,17 +192,17 @@ def block_absmax(stage, nested_code, IS_NESTED: gl.constexpr):
             is_pure=False,
             pack=1,
         )
-        # the maximum changes no number; it keeps product and sum from becoming one fused,
-        # differently rounded step
+        # The maximum changes no value. It prevents the compiler from fusing product and sum, which
+        # would round differently.
         absmax = gl.maximum(code * stage[3], _LOWEST) + stage[4]
     return absmax
 
 
 @gluon.jit
 def look_up(words, places, absmax, dtype: gl.constexpr):
-    """Return the weights of four words in four pairs each, by the table."""
+    """Decode each word to four pairs of weights by the table."""
     asm: gl.constexpr = _LOOK_UP_BF16 if dtype == gl.bfloat16 else _LOOK_UP_FP16
-    # read from shared memory, so not pure
+    # The assembly reads shared memory, so it is not pure.
     return gl.inline_asm_elementwise(
         asm,
         "=&r,=&r,=&r,=&r,r,r,f",
@@ -213,7 +215,7 @@ def look_up(words, places, absmax, dtype: gl.constexpr):
 
 @gluon.jit
 def look_up_at(words, places, absmax, base, dtype: gl.constexpr):
-    """Return what ``look_up`` does, by a table at ``base``, to which ``places`` are relative."""
+    """Decode like ``look_up``, with ``places`` relative to the table's address ``base``."""
     asm: gl.constexpr = _LOOK_UP_AT_BF16 if dtype == gl.bfloat16 else _LOOK_UP_AT_FP16
     return gl.inline_asm_elementwise(
         asm,
@@ -227,7 +229,7 @@ def look_up_at(words, places, absmax, base, dtype: gl.constexpr):
 
 @gluon.jit
 def code_values(absmax, dtype: gl.constexpr):
-    """Return the bytes of the 16 numbers that a block's codes stand for."""
+    """Return the bytes of the 16 numbers of a block's codes."""
     asm: gl.constexpr = _CODE_VALUES_BF16 if dtype == gl.bfloat16 else _CODE_VALUES_FP16
     return gl.inline_asm_elementwise(
         asm,
@@ -241,7 +243,7 @@ def code_values(absmax, dtype: gl.constexpr):
 
 @gluon.jit
 def permute(words, numbers):
-    """Return the weights of four words in four pairs each, by ``numbers``."""
+    """Decode each word to four pairs of weights by the ``numbers`` of ``code_values``."""
     l0, l1, l2, l3, h0, h1, h2, h3 = numbers
     return gl.inline_asm_elementwise(
         _PERMUTE,
@@ -255,7 +257,7 @@ def permute(words, numbers):
 
 @gluon.jit
 def _join_pairs(pairs):
-    """Return four pairs a word side by side: (..., byte of a half, half of a word)."""
+    """Join the four pairs of each word: (..., byte of a half, half of a word)."""
     return gl.join(gl.join(pairs[0], pairs[1]), gl.join(pairs[2], pairs[3]))
 
 
@@ -269,7 +271,7 @@ def left_operand(lower, upper, dtype: gl.constexpr, PRODUCT: gl.constexpr):
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], (gl.uint16, gl.uint16), True, 1
     )
     weight = gl.join(low, high).to(dtype, bitcast=True)
-    # columns come to be in the order word, half a word, byte, block, of a byte
+    # The permutation orders the columns by word, half of a word, byte, block, code of a byte.
     weight = gl.reshape(weight, [WARPS_K, WARPS_N, 8, 4, 4, 2, 2, 2, 2])
     weight = gl.permute(weight, (0, 1, 7, 2, 4, 6, 5, 3, 8))
     weight = gl.reshape(weight, [WARPS_K, WARPS_N * 16, 128])

@@ -1,9 +1,10 @@
 """NF4 codes to weights by permuting bytes, in plain Triton.
 
-The 16 numbers a block's codes can stand for, absmax times code rounded to the compute dtype, are
-computed once and kept as bytes in eight registers; ``permute_bytes`` then looks up four codes at
-once, low and high bytes apart, among those for codes 0 to 7 and those for 8 to 15. So every weight
-is exactly what dequantizing gives, at some 3 instructions.
+A block's codes can represent 16 numbers: the absmax times the value of a code, rounded to the
+compute dtype. They are computed once and held as bytes in eight registers. ``permute_bytes`` then
+looks up four codes at once. Low and high bytes are looked up separately, in the numbers of codes 0
+to 7 and of codes 8 to 15. Each weight equals the dequantized one exactly and costs about 3
+instructions.
 """
 
 import triton
@@ -17,14 +18,14 @@ CODE = tl.constexpr(tables.NF4_CODE)
 
 @triton.jit
 def permute_bytes(a, b, selector):
-    """Return the four bytes of (``a``, ``b``) that the low nibbles of ``selector`` name.
+    """Return the four bytes of (``a``, ``b``) that the lowest four nibbles of ``selector`` select.
 
-    All are int32.
-
-    A nibble's lower three bits choose the byte, the lowest of ``a`` being 0; its highest bit asks
-    for eight copies of that byte's highest bit instead.
+    All are int32. The lower three bits of a nibble select the byte, where 0 is the lowest byte of
+    ``a``. If the highest bit of a nibble is set, the result is eight copies of that byte's highest
+    bit.
     """
-    if UPCAST:  # inline assembly is not interpreted
+    # The interpreter does not support inline assembly.
+    if UPCAST:
         result = (selector & 0) + (a & 0)
         for i in tl.static_range(4):
             nibble = selector >> 4 * i
@@ -39,7 +40,7 @@ def permute_bytes(a, b, selector):
 
 @triton.jit
 def _pack(low, high, dtype: tl.constexpr):
-    """Return two fp32 numbers rounded to ``dtype``, in an int32."""
+    """Round two fp32 numbers to ``dtype`` and return both in an int32."""
     if UPCAST:
         low = cast(low, dtype).to(tl.uint16, bitcast=True).to(tl.int32)
         return low | cast(high, dtype).to(tl.uint16, bitcast=True).to(tl.int32) << 16
@@ -51,10 +52,11 @@ def _pack(low, high, dtype: tl.constexpr):
 
 @triton.jit
 def _unpack(pair, dtype: tl.constexpr):
-    """Return the two numbers in an int32, side by side on a new axis."""
+    """Return the two numbers in an int32 on a new last axis."""
     if UPCAST:
         low, high = (pair & 0xFFFF).to(tl.uint16), (pair >> 16 & 0xFFFF).to(tl.uint16)
-    else:  # costs nothing, where two shifted halves do not become one register again
+    # This needs no instruction. The compiler would not merge two shifted halves into one register.
+    else:
         low, high = tl.inline_asm_elementwise(
             "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pair], (tl.uint16, tl.uint16), True, 1
         )
@@ -63,7 +65,7 @@ def _unpack(pair, dtype: tl.constexpr):
 
 @triton.jit
 def _four_bytes(absmax, FIRST: tl.constexpr, dtype: tl.constexpr):
-    """Return the low and the high bytes of what codes ``FIRST`` to ``FIRST + 3`` stand for."""
+    """Return the low and the high bytes of the numbers of codes ``FIRST`` to ``FIRST + 3``."""
     a = _pack(absmax * CODE[FIRST], absmax * CODE[FIRST + 1], dtype)
     b = _pack(absmax * CODE[FIRST + 2], absmax * CODE[FIRST + 3], dtype)
     return permute_bytes(a, b, 0x6420), permute_bytes(a, b, 0x7531)
@@ -71,10 +73,7 @@ def _four_bytes(absmax, FIRST: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def code_values(absmax, dtype: tl.constexpr):
-    """Return the 16 numbers that a block's codes stand for.
-
-    Four words hold their low bytes, four their high bytes.
-    """
+    """Return the 16 numbers of a block's codes: four words of low bytes, four of high bytes."""
     low0, high0 = _four_bytes(absmax, 0, dtype)
     low4, high4 = _four_bytes(absmax, 4, dtype)
     low8, high8 = _four_bytes(absmax, 8, dtype)
@@ -84,9 +83,9 @@ def code_values(absmax, dtype: tl.constexpr):
 
 @triton.jit
 def _look_up(table, codes, is_upper):
-    """Return a byte of ``table`` for each of four nibbles' lower three bits.
+    """Return a byte of ``table`` for the lower three bits of each of four nibbles.
 
-    ``is_upper`` has 0xFF for codes from 8.
+    ``is_upper`` has a byte 0xFF for each code of 8 or more.
     """
     lower = permute_bytes(table[0], table[1], codes)
     upper = permute_bytes(table[2], table[3], codes)
@@ -95,9 +94,9 @@ def _look_up(table, codes, is_upper):
 
 @triton.jit
 def _decode_four(lows, highs, codes, is_upper, dtype: tl.constexpr):
-    """Return the weights of four codes as (..., 2 of a byte, 2 bytes).
+    """Return the weights of four codes: (..., 2 codes of a byte, 2 bytes).
 
-    A byte's first code is its high nibble.
+    The first code of a byte is its high nibble.
     """
     low, high = _look_up(lows, codes, is_upper), _look_up(highs, codes, is_upper)
     first = _unpack(permute_bytes(low, high, 0x4051), dtype)
@@ -106,12 +105,10 @@ def _decode_four(lows, highs, codes, is_upper, dtype: tl.constexpr):
 
 @triton.jit
 def decode(lows, highs, words, dtype: tl.constexpr):
-    """Return the weights of ``words`` of eight codes.
-
-    The result is (..., 2 of a byte, 2 bytes, 2 halves of a word).
-    """
+    """Return the weights of words of eight codes: (..., 2 codes of a byte, 2 bytes, 2 halves)."""
     codes = words & 0x77777777
-    shifted = words << 4  # the highest bits of its bytes are those of the low nibbles
+    # The highest bits of the low nibbles become the highest bits of bytes.
+    shifted = words << 4
     is_upper = permute_bytes(shifted, words, 0xD9C8)
     first = _decode_four(lows, highs, codes, is_upper, dtype)
     is_upper = permute_bytes(shifted, words, 0xFBEA)

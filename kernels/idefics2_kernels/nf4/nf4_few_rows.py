@@ -1,15 +1,13 @@
 """The product x @ dequantized(weight).T + bias with the weight in NF4, for few rows.
 
-Decoding codes is what costs.
+Decoding is the bottleneck. Each warp of a program has 16 rows of the weight and processes 256
+columns at a time. These are four blocks of each row, one block per thread. The 16 numbers of a
+block are computed once and looked up by permuting bytes (``dequantize_triton``).
 
-A program takes 16 rows of the weight a warp and 256 columns at a time: four blocks of each row, one
-block a thread, whose 16 numbers are computed once and looked up by permuting bytes
-(``dequantize_triton``).
-
-On Hopper the decoded weight never leaves the thread: it is the left operand of the tensor cores'
-product, whose layout over threads (16 rows a warp; a row's pairs of columns dealt to four threads
-in turn) decides what a thread has to load. Since a thread has whole blocks, columns meet in another
-order than in memory; x is put in the same order.
+On Hopper a decoded weight stays in the registers of its thread, as the left operand of the tensor
+cores' product. The layout of this operand determines what a thread loads: a warp has 16 rows, and
+four threads share the column pairs of a row in turn. Because a thread decodes whole blocks, the
+order of the columns differs from that in memory. x is brought into the same order.
 """
 
 from dataclasses import dataclass
@@ -29,14 +27,15 @@ from idefics2_kernels.nf4.nf4_quantize import load_absmax
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
-BLOCK_K = 256  # a block for each of the four threads that share a row
+# A block for each of the four threads that share a row.
+BLOCK_K = 256
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: tile of rows of x.
+    """Rows of x in a tile, the options of a program, and the ``programs`` that run at once.
 
-    A warp has 16 rows of the weight; ``programs`` run at once.
+    Each warp has 16 rows of the weight.
     """
 
     BLOCK_M: int
@@ -46,17 +45,17 @@ class LaunchConfig:
 
 
 def launch_config(M: int, arch: int) -> LaunchConfig:
-    """Return how a product of ``M`` rows of x is cut."""
-    # An H100's us at 28672 x 4096 and 6144 x 4096. One row: 46 and 14, with 8 warps 55 and 19. 16
-    # rows: 58 and 21, with 4 warps 70 and 19. Between, and from 17 to 32 rows, nothing was
-    # measured.
+    """Return the launch options for ``M`` rows of x."""
+    # Measured on an H100 at 28672 x 4096 and 6144 x 4096. One row takes 46 and 14 us, and with 8
+    # warps 55 and 19 us. 16 rows take 58 and 21 us, and with 4 warps 70 and 19 us. Other numbers of
+    # up to 32 rows were not measured.
     if M <= 16:
         num_warps, programs = (4, 4 * H100_SMS) if M <= 8 else (8, 2 * H100_SMS)
         return LaunchConfig(BLOCK_M=16, num_warps=num_warps, num_stages=3, programs=programs)
-    # For more rows partial results weigh as much as the weight, and x, read once for each tile of
-    # the weight, more: tiles of 128 rows of the weight halve that. 64 rows at 28672 x 4096: 111 us,
-    # in tiles of 64 rows 151, with twice the programs 128. Before Hopper the left operand goes
-    # through shared memory, and 64 rows spill.
+    # For more rows the partial results have as many bytes as the weight. x is read once for each
+    # tile of the weight, which is even more. Tiles of 128 weight rows halve that. 64 rows of x at
+    # 28672 x 4096 take 111 us, in tiles of 64 weight rows 151 us, and with twice the programs 128
+    # us. Before Hopper the left operand passes through shared memory, and 64 rows would spill.
     if M > 32 and arch == 90:
         return LaunchConfig(BLOCK_M=64, num_warps=8, num_stages=2, programs=2 * H100_SMS)
     return LaunchConfig(BLOCK_M=32, num_warps=4, num_stages=2, programs=3 * H100_SMS)
@@ -65,7 +64,7 @@ def launch_config(M: int, arch: int) -> LaunchConfig:
 @triton.jit(do_not_specialize=["M", "steps", "steps_split"])
 def _few_rows_kernel(
     x_ptr,  # (M, K)
-    codes_ptr,  # (N * K / 8,), eight codes each
+    codes_ptr,  # (N * K / 8,), words of eight codes
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
@@ -75,7 +74,8 @@ def _few_rows_kernel(
     stride_x,
     M,
     N,
-    steps,  # K / BLOCK_K
+    # K / BLOCK_K.
+    steps,
     steps_split,
     IS_NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -90,21 +90,21 @@ def _few_rows_kernel(
     offs_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
 
-    # Blocks of the weight, flat, in the order in which lanes, warps and registers take the
-    # product's left operand: the four of a row, 8 rows, every 16th row, the 8 rows in between. A
-    # layout that was left to the compiler would differ between its releases. Past the end the last
-    # row is read again, and not stored.
+    # The flat indices of the weight's blocks, in the order in which lanes, warps and registers hold
+    # the product's left operand: the four blocks of a row, 8 rows, every 16th row, the 8 rows in
+    # between. If the layout were left to the compiler, it would differ between releases. Rows past
+    # the end read the last row again and are not stored.
     block = tl.arange(0, BLOCK_N * BLOCKS)
     rows = block // 4 % 8 + block // 32 % WARPS * 16 + block // (32 * WARPS) * 8
     rows = tl.minimum(tl.program_id(0).to(tl.int64) * BLOCK_N + rows, N - 1)
     blocks = rows * (steps * BLOCKS) + block % BLOCKS
     words_ptrs = codes_ptr + blocks[:, None] * (BLOCK // 8) + tl.arange(0, 8)[None, :]
     everywhere = tl.full(blocks.shape, True, tl.int1)
-    # Words of x likewise: the four blocks, even and odd word (32 bytes, a sector), rows, pairs of
-    # words.
+    # The words of x, in a similar order: the four blocks, even and odd word (32 bytes, a sector),
+    # rows, pairs of words.
     word = tl.arange(0, BLOCK_M * BLOCK_K // 8)
-    # Rows that are not there are not read: all programs at once would wait for the same few lines
-    # of the cache.
+    # Rows of x past the end are masked. If they were clamped, all programs would wait for the same
+    # few cache lines.
     rows = tl.program_id(2).to(tl.int64) * BLOCK_M + word // 8 % BLOCK_M
     mask_x = (rows < M)[:, None]
     offs_k = word % 4 * BLOCK + word // 4 % 2 * 8 + word // (8 * BLOCK_M) * 16
@@ -125,8 +125,8 @@ def _few_rows_kernel(
         x = tl.load(x_ptrs + step * BLOCK_K, mask=mask_x, other=0.0)
         lows, highs = code_values(absmax, dtype)
         weight = decode(lows, highs, words, dtype)
-        # (8 of 16 rows, WARPS, row, block, word, of a byte, byte, half a word): columns come to be
-        # in the order word, half a word, byte, block, of a byte
+        # The axes are (8 of 16 rows, WARPS, row, block, word, code of a byte, byte, half of a
+        # word). The permutation orders the columns by word, half of a word, byte, block, code.
         weight = tl.reshape(weight, [2, WARPS, 8, BLOCKS, 8, 2, 2, 2])
         weight = tl.permute(weight, (1, 0, 2, 4, 7, 6, 3, 5))
         weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
@@ -145,7 +145,7 @@ def _few_rows_kernel(
 def supports(weight: NF4Weight) -> bool:
     """Return whether the kernel can multiply by ``weight``.
 
-    Its rows must be whole tiles, its codes readable eight at once, its dtype not fp32.
+    Rows must be a multiple of 256 long, codes aligned to 4 bytes, and the dtype 16 bits wide.
     """
     return _find_obstacle(weight) is None
 
@@ -166,12 +166,13 @@ def multiply(
 ) -> Tensor:
     """Multiply ``rows`` (M, K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (M, N).
 
-    On Hopper some calls have faster kernels of their own (those that ``nf4_gemv_hopper`` or
-    ``nf4_few_rows_hopper`` ``supports``), unless ``plain``.
+    On Hopper faster kernels compute the calls that ``nf4_gemv_hopper`` or ``nf4_few_rows_hopper``
+    ``supports``, unless ``plain``.
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 256, or its codes do not begin at a
-        multiple of 4 bytes. TypeError: ``weight`` is fp32.
+        ValueError: The rows of ``weight`` are not a multiple of 256 long, or its codes do not begin
+            at a multiple of 4 bytes.
+        TypeError: ``weight`` is fp32.
     """
     if (obstacle := _find_obstacle(weight)) is not None:
         raise obstacle

@@ -1,17 +1,18 @@
-"""NF4 products for few rows on Hopper: what ``nf4_few_rows``' plain kernel computes, in Gluon.
+"""NF4 products for few rows on Hopper, in Gluon.
 
-Codes are looked up in shared memory, and half of them, where there is too much else to read there,
-by permuting bytes in registers (``dequantize_gluon``).
+It computes the same as the plain kernel of ``nf4_few_rows``. Codes are looked up in shared memory
+(``dequantize_gluon``). Where x needs too much bandwidth of shared memory, half of the codes are
+decoded by permuting bytes in registers.
 
-A decoded weight is in the registers in which ``mma.sync`` wants its left operand, 16 rows of the
-weight at a time, and never leaves them. The order of the columns in a sum is free, so that each of
-the four lanes that share a row takes a block of 64 columns, with one absmax, out of every 256; x
-lies in shared memory so that a lane finds the columns of its block side by side.
+A weight is decoded in the registers of the left operand of ``mma.sync``, 16 rows of the weight at a
+time, and stays there. The order of the columns in a sum is free. Each of the four lanes that share
+a row therefore decodes a block of 64 columns, with one absmax, of every 256. In shared memory, x is
+ordered so that the columns of a lane's block are neighbors.
 
-A program takes ``groups`` groups of rows whole, so that nothing is summed through global memory.
-Its warps are dealt to groups first and along K next, and go through their share without waiting for
-each other, but where the columns of x do not all fit into shared memory. The partial sums of the
-warps along K are added in a fixed order at the end.
+A program computes ``groups`` groups of rows along all of K, so nothing is summed through global
+memory. Its warps are distributed over groups first, then along K. They wait for each other only if
+x does not fit into shared memory as a whole. The partial sums of the warps along K are added in a
+fixed order at the end.
 """
 
 from dataclasses import asdict, dataclass
@@ -44,69 +45,78 @@ from idefics2_kernels.nf4.dequantize_gluon import (
 )
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
-BLOCK_K = 256  # a block for each of the four lanes that share a row
-X_MEMORY = 128 * 1024  # bytes of shared memory for x, beside the table
-ALONE = 116 * 1024  # bytes of shared memory, more than half of what an SM has
+# A block for each of the four lanes that share a row.
+BLOCK_K = 256
+# Bytes of shared memory for x, in addition to the table.
+X_MEMORY = 128 * 1024
+# Bytes of shared memory of which only one program fits on an SM.
+ALONE = 116 * 1024
 MAX_M = 64
-WIDE = 128 * H100_SMS  # rows of a weight that are worth reading all of x for in every program
-# turns whose codes are in registers or the L2 cache before the kernel ahead ends: 64 to 128 KB a
-# program
+# With at least this many rows of the weight, it is worth reading all of x in every program.
+WIDE = 128 * H100_SMS
+# Turns whose codes are loaded or prefetched before the previous kernel ends: 64 to 128 KB per
+# program.
 PREFETCHED = gl.constexpr(4)
-PAGE = 1024  # bytes
-PAGE_BYTES = gl.constexpr(PAGE)  # as many as the nested codes take
+# Bytes of a page of shared memory. The nested codes fill one.
+PAGE = 1024
+PAGE_BYTES = gl.constexpr(PAGE)
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: rows of x; of the weight a warp.
+    """Tile sizes, the distribution of warps, and the buffers of x and codes."""
 
-    ``TURNS`` are turns of the loop for a buffer of x.
-    """
-
+    # Rows of x in a tile.
     BLOCK_M: int
-    X_ROWS: int  # of x in shared memory
+    # Rows of x in shared memory.
+    X_ROWS: int
+    # Rows of the weight per warp.
     ROWS: int
     WARPS_N: int
     WARPS_K: int
+    # Turns of the loop for which a buffer holds x.
     TURNS: int
-    BUFFERS: int  # 1: all of x
-    DEPTH: int  # turns for which codes are on their way
+    # A single buffer holds all of x.
+    BUFFERS: int
+    # Turns for which codes are loaded ahead.
+    DEPTH: int
     programs: int
-    PERMUTES: bool  # whether the upper eight of 16 rows are decoded by permuting bytes
+    # Whether the upper eight of 16 rows are decoded by permuting bytes.
+    PERMUTES: bool
 
     @property
     def pages(self) -> int:
-        """Pages of shared memory: the table, nested codes, and x.
+        """The number of pages of shared memory: the table, nested codes, and x.
 
-        And so many that an SM has no room for a program of the next kernel as well: of one
-        launch, two would then come to be on some SMs and none on others, and it would take
-        twice as long.
+        There are at least so many that a program of the next kernel does not fit on the same SM.
+        Otherwise some SMs would get two programs of a launch and others none, and the launch would
+        take twice as long.
         """
         x = self.BUFFERS * self.TURNS * self.WARPS_K * self.X_ROWS * 2 * BLOCK_K
         return -(-max(MEMORY + PAGE + x, ALONE) // PAGE)
 
     @property
     def num_warps(self) -> int:
-        """Warps of a program."""
+        """The number of warps of a program."""
         return self.WARPS_N * self.WARPS_K
 
 
 def _x_rows(M: int) -> int:
-    """Return how many rows of x are in shared memory; the lanes of eight may share one."""
+    """Return the rows of x in shared memory. All lanes share a single row."""
     return 1 if M == 1 else max(8, int(triton.next_power_of_2(M)))
 
 
 def complete_config(
     M: int, K: int, ROWS: int, WARPS_N: int, WARPS_K: int, DEPTH: int = 2, programs: int = H100_SMS
 ) -> LaunchConfig:
-    """Complete a choice by what follows from it."""
+    """Return the launch options that follow from the distribution of rows and warps."""
     X_ROWS = _x_rows(M)
     turns = triton.next_power_of_2(triton.cdiv(K // BLOCK_K, WARPS_K))
     turn_bytes = 2 * X_ROWS * BLOCK_K * WARPS_K
     BUFFERS = 1 if turns * turn_bytes <= X_MEMORY else 2
     TURNS = turns if BUFFERS == 1 else X_MEMORY // 2 // turn_bytes
-    # 4096 x 14336 on an H100, 16 rows: 27 us, by look-ups alone 30; with all of x in shared memory
-    # these take 0 to 20 % less.
+    # On an H100 4096 x 14336 takes 27 us for 16 rows, and 30 us by look-ups alone. If all of x is
+    # in shared memory, look-ups alone are 0 to 20 % faster.
     PERMUTES = BUFFERS == 2 and X_ROWS == 16
     return LaunchConfig(
         max(8, X_ROWS), X_ROWS, ROWS, WARPS_N, WARPS_K, TURNS, BUFFERS, DEPTH, programs, PERMUTES
@@ -114,25 +124,25 @@ def complete_config(
 
 
 def launch_config(M: int, N: int, K: int) -> LaunchConfig:
-    """Return how a product of ``M`` rows of x and a weight (``N``, ``K``) is cut."""
+    """Return the launch options for ``M`` rows of x and a weight (``N``, ``K``)."""
 
     def program_rows(ROWS: int) -> int:
         return -(-N // (ROWS * H100_SMS)) * ROWS
 
-    # 32 rows a warp read x half as often, but leave half of the warps: only where these fill eight.
-    # us of 16 rows of x on an H100: 28672 x 4096 38, with 16 rows a warp 49; 4096 x 14336 27, with
-    # 38; 6144 x 4096 13, with 16. Codes of three turns on their way, or 16 warps, were never
-    # faster.
+    # With 32 rows per warp, x is read half as often, but there are half as many warps along N. It
+    # is used only if there are still eight. Measured on an H100 with 16 rows of x: 28672 x 4096
+    # takes 38 us, 4096 x 14336 takes 27 us and 6144 x 4096 takes 13 us. The other choice takes 49,
+    # 38 and 16 us. Loading three turns ahead, or 16 warps, was never faster.
     ROWS = 32 if program_rows(32) > 128 else 16
     WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
-    # a buffer holds x for a turn at least
+    # A buffer must hold x for at least one turn.
     most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
     return complete_config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
 
 
 @cache
 def _layouts(config: LaunchConfig) -> dict[str, object]:
-    """Return the layouts: lanes and warps as in ``mma.sync``, registers as they are loaded."""
+    """Return the layouts, with lanes and warps as in ``mma.sync`` and registers as loaded."""
     warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
     warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
     more_rows = [[0, 16 * config.WARPS_N, 0, 0]] if config.ROWS == 32 else []
@@ -163,7 +173,8 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
         block_bases=[],
         shape=[config.WARPS_K, config.BLOCK_M * 4, 32],
     )
-    if config.X_ROWS == 1:  # (WARPS_K, BLOCK_M, 4, 32), and the load's is a slice of it
+    # A single row is loaded in a slice of the layout of (WARPS_K, BLOCK_M, 4, 32).
+    if config.X_ROWS == 1:
         x = gl.DistributedLinearLayout(
             reg_bases=[[0, 0, 0, 1 << i] for i in range(5)],
             lane_bases=[
@@ -179,7 +190,7 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
         warps_per_cta=[config.WARPS_K, config.WARPS_N, 1],
         instr_shape=[1, 16, 8],
     )
-    # a thread copies along x's rows, from one address on
+    # A thread copies neighboring columns of a row of x.
     lines = min(config.X_ROWS * 4, 8)
     warps = min(config.X_ROWS * 4 // lines, config.num_warps)
     copy = gl.BlockedLayout(
@@ -192,7 +203,8 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
 def _copy_x(
     x_ptr,
     smem,  # (TURNS * 2 * WARPS_K, X_ROWS * 4, 32)
-    start,  # turn
+    # The first turn of the buffer.
+    start,
     stride_x,
     M,
     steps,
@@ -200,17 +212,15 @@ def _copy_x(
     COPY: gl.constexpr,
     IS_EVEN: gl.constexpr,
 ):
-    """Begin to copy the columns of x for a buffer's turns.
-
-    Rows and columns that are not there become zeros.
-    """
+    """Start copying the columns of x for a buffer's turns. Rows and columns past x are zeros."""
     PARTS: gl.constexpr = smem.shape[0]
     LINES: gl.constexpr = smem.shape[1]
     part = gl.arange(0, PARTS, gl.SliceLayout(1, gl.SliceLayout(2, COPY)))[:, None, None]
     line = gl.arange(0, LINES, gl.SliceLayout(0, gl.SliceLayout(2, COPY)))[None, :, None]
     column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, COPY)))[None, None, :]
     step = (start + part // (2 * WARPS_K)) * WARPS_K + part % WARPS_K
-    stride_x = stride_x // 8 * 8  # rows begin at multiples of 16 bytes, which no compiler knows
+    # This tells the compiler that rows are aligned to 16 bytes.
+    stride_x = stride_x // 8 * 8
     offs = gl.cast(line // 4, gl.int64) * stride_x + step * 256 + line % 4 * 64
     offs = offs + part // WARPS_K % 2 * 32 + column
     mask = (line // 4 < M) & (part >= 0) & (column >= 0)
@@ -222,7 +232,7 @@ def _copy_x(
 
 @gluon.jit
 def _blocks(place, flat, IS_ONE_ROUND: gl.constexpr, TILE: gl.constexpr):
-    """Return the flat blocks of a turn; past the end of rows or columns the last ones again."""
+    """Return the flat indices of a turn's blocks. Past the end the last ones are repeated."""
     row, k, q, first, N, steps, turns, rows = place
     round = 0
     if not IS_ONE_ROUND:
@@ -242,17 +252,14 @@ def _stage(
     IS_ONE_ROUND: gl.constexpr,
     TILE: gl.constexpr,
 ):
-    """Begin to load the codes and the absmax's parts of a turn.
-
-    Turns are counted over all rounds. The codes come in two parts.
-    """
+    """Start loading the codes and the absmax parts of a turn, which is counted over all rounds."""
     blocks = _blocks(place, flat, IS_ONE_ROUND, TILE)
     return load_blocks(weight, blocks, _is_odd(place), CODES, IS_NESTED)
 
 
 @gluon.jit
 def _is_odd(place):
-    """Return 1 where a lane's row is odd, else 0, for each of its words."""
+    """Return for each word 1 if the lane's row is odd, else 0."""
     row, k, q, _first, _N, _steps, _turns, _rows = place
     return (row % 2 + k * 0 + q * 0)[:, :, :, None]
 
@@ -265,7 +272,7 @@ def _absmax(
     IS_NESTED: gl.constexpr,
     IS_EVEN: gl.constexpr,
 ):
-    """Return the absmax of a turn's blocks, as ``load_absmax``; zero where not ``is_there``."""
+    """Return the absmax of a turn's blocks, equal to ``load_absmax``, or zero past the end."""
     absmax = block_absmax(stage, table + TABLE_BYTES, IS_NESTED)
     if not IS_EVEN:
         absmax = gl.where(is_there, absmax, 0.0)
@@ -274,7 +281,7 @@ def _absmax(
 
 @gluon.jit
 def _halves(words, HALF: gl.constexpr):
-    """Return the lower eight of 16 rows of ``words`` (WARPS_K, rows, 4, 4), and the upper eight."""
+    """Split ``words`` (WARPS_K, rows, 4, 4) into the lower and upper eight of each 16 rows."""
     parts = gl.reshape(words, [words.shape[0], words.shape[1] // 16, 2, 8, 4, 4])
     lower, upper = gl.split(gl.permute(parts, (0, 1, 3, 4, 5, 2)))
     shape: gl.constexpr = [words.shape[0], words.shape[1] // 2, 4, 4]
@@ -284,7 +291,7 @@ def _halves(words, HALF: gl.constexpr):
 
 @gluon.jit
 def _halves_of_blocks(values, HALF: gl.constexpr):
-    """Return the same of ``values`` (WARPS_K, rows, 4), one a block, to go with its words."""
+    """Split ``values`` (WARPS_K, rows, 4), one per block, like ``_halves`` splits words."""
     parts = gl.reshape(values, [values.shape[0], values.shape[1] // 16, 2, 8, 4])
     lower, upper = gl.split(gl.permute(parts, (0, 1, 3, 4, 2)))
     shape: gl.constexpr = [values.shape[0], values.shape[1] // 2, 4]
@@ -298,11 +305,12 @@ def _halves_of_blocks(values, HALF: gl.constexpr):
 def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
     """Return x as the product's right operand (WARPS_K, 128, BLOCK_M).
 
-    Its columns have the order of ``left_operand``'s.
+    Its columns have the order of those of ``left_operand``.
     """
     WARPS_K: gl.constexpr = smem.shape[1]
     BLOCK_M: gl.constexpr = 8 if smem.shape[2] == 4 else smem.shape[2] // 4
-    if smem.shape[2] == 4:  # all lanes read the one row
+    # All lanes read the only row.
+    if smem.shape[2] == 4:
         x = smem.index(index).load(gl.SliceLayout(1, X))[:, None, :, :]
         x = gl.broadcast(x, gl.full([WARPS_K, BLOCK_M, 4, 32], 0.0, x.dtype, X))[0]
     else:
@@ -314,10 +322,10 @@ def _x(smem, index, X: gl.constexpr, PRODUCT: gl.constexpr):
 
 @gluon.jit
 def _rows_of_tile(i, ROWS: gl.constexpr, WARPS_N: gl.constexpr):
-    """Return the row of the weight, from the tile's first on, that is row ``i`` of the product.
+    """Return the row of the weight, relative to the tile, of row ``i`` of the product.
 
-    A warp's 16 rows lie side by side in the product's layout, and its next 16 behind those of all
-    others; in the weight a warp's rows are neighbors.
+    In the product's layout the second 16 rows of a warp follow the first 16 rows of all warps. In
+    the weight all rows of a warp are neighbors.
     """
     return i // 16 % WARPS_N * ROWS + i // (16 * WARPS_N) * 16 + i % 16
 
@@ -327,14 +335,15 @@ def _store(
     acc,  # (WARPS_K, TILE, BLOCK_M)
     bias_ptr,
     out_ptr,
-    row,  # the tile's first, of the program's
+    # The first row of the tile, relative to the program.
+    row,
     place,
     M,
     HAS_BIAS: gl.constexpr,
     ROWS: gl.constexpr,
     PRODUCT: gl.constexpr,
 ):
-    """Add up the warps along K, add the bias, and store."""
+    """Add the sums of the warps along K, add the bias, and store."""
     _, _, _, first, N, _, _, rows = place
     out = gl.sum(acc, axis=0)
     OUT: gl.constexpr = gl.SliceLayout(0, PRODUCT)
@@ -354,7 +363,7 @@ def _store(
 @gluon.jit(do_not_specialize=["stride_x", "M", "N", "steps", "groups"])
 def _few_rows_hopper_kernel(
     x_ptr,  # (M, K)
-    codes_ptr,  # (N * K / 8,), eight codes each
+    codes_ptr,  # (N * K / 8,), words of eight codes
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
@@ -364,12 +373,15 @@ def _few_rows_hopper_kernel(
     stride_x,
     M,
     N,
-    steps,  # K / BLOCK_K
-    groups,  # of ROWS rows, of a program
+    # K / BLOCK_K.
+    steps,
+    # Groups of ROWS rows of a program.
+    groups,
     IS_NESTED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     IS_ONE_ROUND: gl.constexpr,
-    IS_EVEN: gl.constexpr,  # warps along K have as many columns each, and buffers
+    # Whether all warps along K, and all buffers, have the same number of columns.
+    IS_EVEN: gl.constexpr,
     IS_DEPENDENT: gl.constexpr,
     BLOCK_M: gl.constexpr,
     X_ROWS: gl.constexpr,
@@ -395,8 +407,8 @@ def _few_rows_hopper_kernel(
     rounds = gl.cdiv(groups, WARPS_N)
     chunks = gl.cdiv(turns, TURNS)
 
-    # In one piece, larger than all other shared memory: so it begins where shared memory does, and
-    # the table with it.
+    # The largest allocation is placed first. The table is its beginning, so the table's address is
+    # the start of shared memory.
     smem = gl.allocate_shared_memory(
         gl.float32,
         [PAGES, PAGE_BYTES // 4],
@@ -411,7 +423,7 @@ def _few_rows_hopper_kernel(
     )
     x_turns = reinterpret(x_smem, dtype, [BUFFERS * TURNS * 2, WARPS_K, X_ROWS * 4, 32], X_LAYOUT)
 
-    # blocks of a turn: (WARPS_K, TILE, 4)
+    # The blocks of a turn are (WARPS_K, TILE, 4).
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS)))[:, None, None]
     i = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
     q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
@@ -446,8 +458,7 @@ def _few_rows_hopper_kernel(
     smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
     if BUFFERS == 1:
         async_copy.wait_group(0)
-    # the address is not known before the barrier, so that nothing is looked up before the table is
-    # there
+    # The assembly returns the address after the barrier, so no look-up can be moved before it.
     table = gl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
@@ -486,7 +497,8 @@ def _few_rows_hopper_kernel(
                     acc = mma_v2(left_operand(lower, upper, dtype, PRODUCT), right, acc)
                 stages = stages[1:]
             if BUFFERS == 2:
-                # the next round begins where this one did; behind the last one nothing is read
+                # The next round starts again at the first columns. After the last round nothing is
+                # read.
                 is_wanted = round * chunks + chunk + 2 < rounds * chunks
                 _copy_x(
                     x_ptr,
@@ -505,10 +517,11 @@ def _few_rows_hopper_kernel(
 
 
 def supports(rows: Tensor, weight: NF4Weight) -> bool:
-    """Return whether the kernel is for such a call, of a weight that the plain one takes.
+    """Return whether the kernel is used for this call, if the plain kernel supports the weight.
 
-    That is: up to 64 rows, and codes and rows of ``rows`` aligned to 16 bytes; beyond 16 rows, a
-    weight of so many rows that reading all of x in every program costs less than the weight.
+    It needs up to 64 rows, and alignment of codes and rows to 16 bytes. For more than 16 rows the
+    weight must have ``WIDE`` rows, so that reading all of x in every program costs less than
+    reading the weight.
     """
     return (
         0 < rows.shape[0] <= MAX_M
@@ -520,15 +533,15 @@ def supports(rows: Tensor, weight: NF4Weight) -> bool:
 
 
 def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
-    """Multiply as ``nf4_few_rows.multiply`` what ``supports`` says is for this kernel.
+    """Compute ``nf4_few_rows.multiply`` for supported arguments.
 
-    Fewer rows of ``weight`` will do.
+    ``weight`` may have fewer rows than ``supports`` requires.
     """
     return launch(rows, weight, bias, launch_config(rows.shape[0], *weight.shape))
 
 
 def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
-    """Multiply, cut as ``config`` says."""
+    """Multiply with the launch options ``config``."""
     (M, K), N = rows.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=rows.dtype, device=rows.device)
     groups = triton.cdiv(triton.cdiv(N, config.ROWS), config.programs)
@@ -553,7 +566,8 @@ def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchC
             PAGES=config.pages,
             **_layouts(config),
             num_warps=config.num_warps,
-            # x leaves no room for a second program, for whose sake ptxas would spill
+            # A second program does not fit on the SM anyway. Without the option ptxas would spill
+            # to leave registers for it.
             **({"maxnreg": 240} if config.BLOCK_M == 16 else {}),
         )
     return out

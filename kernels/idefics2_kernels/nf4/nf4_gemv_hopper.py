@@ -1,20 +1,20 @@
 """NF4 products for one row of x on Hopper.
 
-Each warp goes down the weight with its part of x in registers.
+Each warp walks down the rows of the weight with its part of x in registers.
 
-A row of K columns is eight rows of K / 8 in the same memory, and so is x. The product of the two is
-(8, 8 N), of which an output adds up eight numbers, those where row of x and row of the weight are
-the same eighth. For ``mma.sync`` this is a product of eight columns as any other; the columns that
-one row of x would leave empty make x eight times as short, so that a warp keeps the x it needs, 256
-columns of each eighth, and loads nothing but codes and absmaxes as it goes.
+A row of K columns is treated as eight rows of K / 8 columns in the same memory, and so is x. Their
+product is (8, 8 N). An output is the sum of the eight numbers whose rows of x and of the weight are
+the same eighth. The tile of ``mma.sync`` has eight columns, of which one row of x would use only
+one. With eighths all columns are used and x is eight times shorter. A warp therefore keeps its part
+of x, 256 columns of each eighth, in registers, and only loads codes and absmaxes.
 
 Codes are looked up in shared memory (``dequantize_gluon``): 128 accesses for 16 x 256 weights, and
-16 for their codes. Looking half of them up by permuting bytes in registers halves the look-ups, but
-was no faster. 28672 x 4096 takes an H100 31 us; reading the weight alone 26, decoding it from the
-L1 cache 25.
+16 accesses for their codes. Decoding half of them by permuting bytes halves the look-ups, but was
+not faster. On an H100 28672 x 4096 takes 31 us. Reading the weight alone takes 26 us, and decoding
+it from the L1 cache takes 25 us.
 
-The eighths of a row, and the parts of warps along K, come to lie in shared memory, and are added in
-a fixed order at the end.
+The sums of eighths, and of warps along K, are stored in shared memory and added in a fixed order at
+the end.
 """
 
 from dataclasses import asdict, dataclass
@@ -43,14 +43,15 @@ from idefics2_kernels.nf4.dequantize_gluon import (
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 EIGHTHS = gl.constexpr(8)
-COLUMNS = 2048  # of a warp: a block for each of its 32 lanes
+# Columns of a warp: a block for each of its 32 lanes.
+COLUMNS = 2048
 MAX_WARPS = 16
-# rounds whose codes are in registers or the L2 cache before the kernel ahead ends
+# Rounds whose codes are loaded or prefetched before the previous kernel ends.
 PREFETCHED = gl.constexpr(4)
-# Shared memory: what warps add up and the nested codes; then the table, at a multiple of 64 KB, so
-# that an address of it is two bytes of the base, a byte of codes, and a lane's place. All in all so
-# much that an SM has no room for a program of the next kernel as well: of one launch, two
-# would then come to be on some SMs and none on others.
+# Bytes of shared memory. The sums of warps and the nested codes come first. The table follows at a
+# multiple of 64 KB, so that an address in it consists of two bytes of the base, a byte of codes and
+# a lane's place. The total is so large that a program of the next kernel does not fit on the same
+# SM. Otherwise some SMs would get two programs of a launch and others none.
 MEMORY = 128 * 1024
 NESTED_MEMORY = 1024
 PARTS_MEMORY = 62 * 1024
@@ -60,9 +61,9 @@ NESTED_BYTES = gl.constexpr(NESTED_MEMORY)
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: warps along N, 2 rows of the weight each, and along K.
+    """Warps along N, with two rows of the weight each, and along K.
 
-    ``DEPTH`` counts the rounds that are being loaded.
+    ``DEPTH`` is the number of rounds that are loaded ahead.
     """
 
     WARPS_N: int
@@ -72,15 +73,16 @@ class LaunchConfig:
 
     @property
     def num_warps(self) -> int:
-        """Warps of a program."""
+        """The number of warps of a program."""
         return self.WARPS_N * self.WARPS_K
 
 
 def launch_config(N: int, K: int) -> LaunchConfig:
-    """Return how a product of one row of x and a weight (``N``, ``K``) is cut."""
+    """Return the launch options for one row of x and a weight (``N``, ``K``)."""
     WARPS_K = triton.next_power_of_2(K // COLUMNS)
     WARPS_N = max(8 // WARPS_K, 1)
-    waves = 1  # of programs, whose rows fit into shared memory
+    # The fewest waves of programs for which the sums of a program's rows fit into shared memory.
+    waves = 1
     while (2 * pairs_per_program(N, waves * H100_SMS) + 2 * WARPS_N) * row_bytes(
         WARPS_K
     ) > PARTS_MEMORY:
@@ -89,21 +91,21 @@ def launch_config(N: int, K: int) -> LaunchConfig:
 
 
 def row_bytes(WARPS_K: int) -> int:
-    """Return what a row's parts take, so that eight neighboring rows' begin in different banks."""
+    """Return the bytes of a row's sums, padded so that eight rows begin in different banks."""
     return WARPS_K * 8 * 4 + 16
 
 
 def pairs_per_program(N: int, programs: int) -> int:
-    """Return how many pairs of rows a program takes."""
+    """Return the number of pairs of rows of a program."""
     return -(-N // (2 * programs))
 
 
 @cache
 def _layouts(config: LaunchConfig) -> dict[str, object]:
-    """Return who holds what: lanes and warps as ``mma.sync`` has them."""
+    """Return the layouts, with lanes and warps as ``mma.sync`` distributes them."""
     warps_n = [1 << i for i in range((config.WARPS_N - 1).bit_length())]
     warps_k = [1 << i for i in range((config.WARPS_K - 1).bit_length())]
-    # (warp along K, warp along N and eighth, block of four, word)
+    # The axes are (warp along K, warp along N and eighth, block of four, word).
     codes = gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2]],
         lane_bases=[[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
@@ -133,7 +135,7 @@ def _layouts(config: LaunchConfig) -> dict[str, object]:
     return {"CODES": codes, "X": x, "SUMS": sums, "PRODUCT": product}
 
 
-# the first multiple of 64 KB behind the parts
+# The PTX of the table's address: the first multiple of 64 KB after the sums.
 _TABLE = gl.constexpr(
     f"mov.u32 $0, global_smem; add.u32 $0, $0, {NESTED_MEMORY + PARTS_MEMORY + 0xFFFF};"
     " and.b32 $0, $0, 0xFFFF0000;"
@@ -142,7 +144,7 @@ _TABLE = gl.constexpr(
 
 @gluon.jit
 def _blocks(place, round, upper: gl.constexpr):
-    """Return the flat blocks of a round's lower or upper rows.
+    """Return the flat indices of the blocks of a round's lower or upper rows.
 
     Past the end of rows or columns the last ones are repeated.
     """
@@ -153,9 +155,10 @@ def _blocks(place, round, upper: gl.constexpr):
 
 @gluon.jit
 def _stage(weight, place, round, CODES: gl.constexpr, IS_NESTED: gl.constexpr):
-    """Begin to load what a round needs, of its lower rows and of its upper ones."""
+    """Start loading the blocks of a round's lower rows and of its upper rows."""
     _warp, eighth, k, q, _first, _pairs, _N, _steps, _WARPS_N = place
-    is_odd = (eighth % 2 + k * 0 + q * 0)[:, :, :, None]  # so x is in that order
+    # ``_right`` loads x in the same order of halves.
+    is_odd = (eighth % 2 + k * 0 + q * 0)[:, :, :, None]
     lower = load_blocks(weight, _blocks(place, round, 0), is_odd, CODES, IS_NESTED)
     return lower, load_blocks(weight, _blocks(place, round, 1), is_odd, CODES, IS_NESTED)
 
@@ -166,7 +169,7 @@ def _right(
 ):
     """Load x as the product's right operand (WARPS_K, 128, 8).
 
-    Its columns have the order of ``left_operand``'s.
+    Its columns have the order of those of ``left_operand``.
     """
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
     line = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
@@ -174,8 +177,8 @@ def _right(
     k = gl.minimum(k, steps - 1)
     half = (part + line // 4) % 2
     offs = (line // 4 * steps + k) * 256 + line % 4 * 64 + half * 32 + column
-    # half a sector a lane at a time: past the L1 cache, all programs would wait for the same lines
-    # of the L2 cache
+    # A lane reads half a sector at a time, so the lines should stay in the L1 cache. Otherwise all
+    # programs would wait for the same lines of the L2 cache.
     x = gl.load(x_ptr + offs, eviction_policy="evict_last")
     x = gl.permute(gl.reshape(x, [WARPS_K, 8, 4, 4, 2, 2, 2]), (0, 3, 4, 5, 2, 6, 1))
     return gl.convert_layout(gl.reshape(x, [WARPS_K, 128, 8]), gl.DotOperandLayout(1, PRODUCT, 2))
@@ -206,7 +209,7 @@ def _product(
 
 @gluon.jit
 def _own_rounds(pairs, steps, WARPS_N: gl.constexpr):
-    """Return how many rounds this warp has; none where there are no columns for it."""
+    """Return the number of rounds of this warp, which is 0 if no columns are left for it."""
     warp = warp_number(steps)
     rounds = gl.cdiv(pairs - warp % WARPS_N, WARPS_N)
     return gl.where(warp // WARPS_N < steps, rounds, 0)
@@ -214,7 +217,7 @@ def _own_rounds(pairs, steps, WARPS_N: gl.constexpr):
 
 @gluon.jit
 def _keep(acc, address, is_own, is_odd, SUMS: gl.constexpr):
-    """Write what is a row's own eighth, of acc (WARPS_K, 16 WARPS_N, 8), to shared memory."""
+    """Write the sums of matching eighths of ``acc`` (WARPS_K, 16 WARPS_N, 8) to shared memory."""
     even, odd = gl.split(gl.reshape(acc, [acc.shape[0], acc.shape[1], 4, 2]))
     even, odd = gl.convert_layout(even, SUMS), gl.convert_layout(odd, SUMS)
     gl.inline_asm_elementwise(
@@ -230,7 +233,7 @@ def _keep(acc, address, is_own, is_odd, SUMS: gl.constexpr):
 @gluon.jit(do_not_specialize=["N", "steps", "pairs"])
 def _gemv_kernel(
     x_ptr,  # (K,)
-    codes_ptr,  # (N * K / 8,), eight codes each
+    codes_ptr,  # (N * K / 8,), words of eight codes
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
@@ -238,15 +241,18 @@ def _gemv_kernel(
     bias_ptr,  # (N,), if HAS_BIAS
     out_ptr,  # (N,)
     N,
-    steps,  # K / 2048
-    pairs,  # of rows, of a program
+    # K / 2048.
+    steps,
+    # Pairs of rows of a program.
+    pairs,
     IS_NESTED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     IS_DEPENDENT: gl.constexpr,
     WARPS_N: gl.constexpr,
     WARPS_K: gl.constexpr,
     DEPTH: gl.constexpr,
-    ROWS: gl.constexpr,  # of a program, or more: a power of 2
+    # Rows of a program, rounded up to a power of two.
+    ROWS: gl.constexpr,
     CODES: gl.constexpr,
     X: gl.constexpr,
     SUMS: gl.constexpr,
@@ -261,7 +267,7 @@ def _gemv_kernel(
         gl.float32, [SIZE // NESTED_BYTES, NESTED_BYTES // 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
 
-    # blocks of a round's lower rows, and of its upper ones: (WARPS_K, 8 WARPS_N, 4)
+    # The blocks of a round's lower rows, and of its upper rows, are (WARPS_K, 8 WARPS_N, 4).
     k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, BLOCKS)))[:, None, None]
     i = gl.arange(0, WARPS_N * 8, gl.SliceLayout(0, gl.SliceLayout(2, BLOCKS)))[None, :, None]
     q = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, BLOCKS)))[None, None, :]
@@ -291,7 +297,7 @@ def _gemv_kernel(
         _right(x_ptr, 1, steps, WARPS_K, X, PRODUCT),
     )
     smem.index(0).store(code)
-    # addresses are not known before the barrier, so that nothing is read before it is there
+    # The assembly returns the address after the barrier, so no read can be moved before it.
     table = gl.inline_asm_elementwise(
         "bar.sync 0; " + _TABLE, "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
@@ -300,7 +306,7 @@ def _gemv_kernel(
         "mov.u32 $0, global_smem;", "=r,r", [table], gl.int32, is_pure=False, pack=1
     )
     parts = nested_code + NESTED_BYTES
-    # what a warp adds up: (WARPS_K, 16 WARPS_N, 4), two of the last eighths each
+    # The sums of a warp are (WARPS_K, 16 WARPS_N, 4), with two neighboring eighths in each.
     to_k = gl.arange(0, WARPS_K, gl.SliceLayout(1, gl.SliceLayout(2, SUMS)))[:, None, None]
     to_row = gl.arange(0, WARPS_N * 16, gl.SliceLayout(0, gl.SliceLayout(2, SUMS)))[None, :, None]
     to_pair = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, SUMS)))[None, None, :]
@@ -343,16 +349,17 @@ def _gemv_kernel(
 
 
 def supports(rows: Tensor, weight: NF4Weight) -> bool:
-    """Return whether the kernel is for such a call.
+    """Return whether the kernel supports this call.
 
-    It must be one row, of the columns of whole warps, aligned to 16 bytes.
+    It needs one row, K a multiple of the columns of a warp, and alignment to 16 bytes.
     """
     N, K = weight.shape
     return (
         rows.shape[0] == 1
         and K % COLUMNS == 0
         and 0 < K <= COLUMNS * MAX_WARPS
-        and N * K < 2**34  # words are counted in 32 bits
+        # Indices of words have 32 bits.
+        and N * K < 2**34
         and rows.data_ptr() % 16 == 0
         and weight.codes.data_ptr() % 16 == 0
     )
@@ -364,7 +371,7 @@ def multiply(rows: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
 
 
 def launch(rows: Tensor, weight: NF4Weight, bias: Tensor | None, config: LaunchConfig) -> Tensor:
-    """Multiply, cut as ``config`` says."""
+    """Multiply with the launch options ``config``."""
     N, K = weight.shape
     out = torch.empty((1, N), dtype=rows.dtype, device=rows.device)
     pairs = pairs_per_program(N, config.programs)

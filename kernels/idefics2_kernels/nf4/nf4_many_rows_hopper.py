@@ -1,17 +1,17 @@
 """The product x @ dequantized(weight).T + bias with the weight in NF4, for many rows on Hopper.
 
-A tile is 128 rows of the weight by 128 or 256 rows of x; K is walked through in steps of 64, a
-block of each row of the weight. Two warpgroups compute, each 64 rows of the weight: they decode the
-next step's codes into registers, as the tensor cores' left operand, while the tensor cores are at
-this step's. So no decoded weight is ever in memory, and the tensor cores do not wait for it. A warp
-loads x and codes by TMA, and another brings each row's absmax to shared memory. Programs walk over
-tiles, those of the same rows of the weight one after another.
+A tile is 128 rows of the weight by 128 or 256 rows of x. A step is 64 columns, which are a block of
+each row of the weight. Two warpgroups compute 64 rows of the weight each. They decode the next
+step's codes into registers, as the tensor cores' left operand, during the product of the current
+step. Decoded weights are never in memory, and the tensor cores do not wait for them. One warp loads
+x and codes by TMA, and another loads the absmax of each row to shared memory. A program computes
+several tiles. Tiles of the same rows of the weight follow each other.
 
-The left operand's layout gives a thread pairs of columns of each eight: a byte of each word of
-codes, the same byte all along. So a register tells one instruction to make an address of that byte,
-and the rest is as in ``nf4_few_rows_hopper``: one loads two values from the table, two multiply
-them by the block's absmax, one rounds both. The table takes so much of shared memory that the
-output of a tile of 256 rows leaves by way of what remains, in pieces.
+In the left operand's layout a thread has one pair of each eight columns. The pair is a byte of each
+word of codes, always the same byte of a word. One instruction makes an address of that byte. The
+rest is as in ``dequantize_gluon``: one instruction loads two values from the table, two multiply
+them by the block's absmax, and one rounds both. The table needs so much shared memory that the
+output of a tile of 256 rows is written in pieces.
 """
 
 from dataclasses import dataclass
@@ -40,18 +40,23 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 BLOCK = gl.constexpr(tables.BLOCK)
 LOWEST = gl.constexpr(primitives.LOWEST.value)
 NESTED_SHIFT = gl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)
-WORDS = gl.constexpr(tables.BLOCK // 8)  # of eight codes, a step
-ROWS = gl.constexpr(64)  # of the weight, a warpgroup's
-CONSUMERS = gl.constexpr(2)  # warpgroups that compute
+# Words of eight codes in a step.
+WORDS = gl.constexpr(tables.BLOCK // 8)
+# Rows of the weight of a warpgroup.
+ROWS = gl.constexpr(64)
+# Warpgroups that compute.
+CONSUMERS = gl.constexpr(2)
 TILE_N = 128
-SHARED_MEMORY = 226 * 1024  # bytes, but for the barriers
+# Bytes of shared memory, without the barriers.
+SHARED_MEMORY = 226 * 1024
 PAGE_BYTES = gl.constexpr(1024)
-CONSUMER_REGISTERS = gl.constexpr(232)  # of a thread
+# Registers of a thread.
+CONSUMER_REGISTERS = gl.constexpr(232)
 LOADER_REGISTERS = gl.constexpr(48)
 
-# How a warpgroup's codes and weights lie in its threads: four share a row (and read the same words
-# of codes), each thread has rows r and r + 8. Axes: row, place in the four, step of the tensor
-# cores (16 columns).
+# The layouts of a warpgroup's codes and weights. Four threads share a row and read the same words
+# of codes. Each thread has rows r and r + 8. The axes are row, place among the four, and step of
+# the tensor cores (16 columns).
 QUADS = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], [0, 0, 2], [8, 0, 0]],
@@ -74,10 +79,7 @@ CODE_WORDS = gl.constexpr(
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Rows of x in a tile.
-
-    ``STAGES`` steps are in shared memory; ``GROUP_M`` tiles of x share rows of the weight.
-    """
+    """Rows of x in a tile, steps in shared memory, and tiles of x that share weight rows."""
 
     BLOCK_M: int
     STAGES: int
@@ -85,17 +87,17 @@ class LaunchConfig:
 
     @property
     def out_rows(self) -> int:
-        """Rows of x in a piece of the output: as many as there is shared memory left for."""
+        """The number of rows of x in a piece of the output, which must fit into shared memory."""
         stage = self.BLOCK_M * tables.BLOCK * 2 + TILE_N * (tables.BLOCK // 2 + 4)
         left = SHARED_MEMORY - MEMORY - self.STAGES * stage
         return next(rows for rows in (self.BLOCK_M, 128, 64) if rows * TILE_N * 2 <= left)
 
 
 def launch_config(M: int, N: int, programs: int) -> LaunchConfig:
-    """Return how a product of ``M`` rows of x is cut for ``programs`` that run at once."""
-    # Products of 256 rows take the tensor cores 1024 cycles a step; decoding for two warpgroups
-    # takes 270 of each scheduler's and 300 of shared memory's, which also serves the products of
-    # 256 or 128 rows for 512 or 256.
+    """Return the launch options for ``M`` rows of x and ``programs`` that run at once."""
+    # For 256 rows, a step takes 1024 cycles of the tensor cores. Decoding for two warpgroups takes
+    # 270 cycles of each scheduler and 300 cycles of shared memory. The products use shared memory
+    # for another 512 cycles, or 256 cycles for 128 rows.
     rounds = {rows: triton.cdiv(_tiles(M, N, rows), programs) for rows in (128, 256)}
     if 2 * rounds[128] < 3 * rounds[256]:
         return LaunchConfig(BLOCK_M=128, STAGES=6, GROUP_M=8)
@@ -107,10 +109,10 @@ def _tiles(M: int, N: int, rows: int) -> int:
 
 
 def _decode_pairs(pair: str) -> str:
-    """Return the PTX that turns a byte of each of two words into a ``pair`` of weights.
+    """Return the PTX that decodes a byte of each of two words to a ``pair`` of weights.
 
-    The byte goes to the second byte of an address whose lowest is the lane's place. ``mul.rn`` is
-    never fused.
+    The byte becomes the second byte of an address. The lowest byte is the lane's place. ``mul.rn``
+    is never fused.
     """
     return "".join(
         "{ .reg .b32 a; .reg .f32 f, g;"
@@ -129,12 +131,13 @@ _DECODE_BF16, _DECODE_FP16 = (gl.constexpr(_decode_pairs(pair)) for pair in ("bf
 
 @gluon.jit
 def _unpack(pair, dtype: gl.constexpr):
-    """Return the two numbers in an int32, side by side on a new axis."""
-    # Two elements at a time share a register, so it is given whole: halves taken apart would not
-    # become one again.
+    """Return the two numbers in an int32 on a new last axis."""
+    # The assembly moves the whole register for two elements at a time. The compiler would not merge
+    # separate halves into one register.
     both = gl.join(pair, pair)
     move: gl.constexpr = "mov.b32 $0, $1;"
-    if dtype == gl.bfloat16:  # a constexpr is no dtype to the compiler
+    # The compiler does not accept a constexpr as the dtype.
+    if dtype == gl.bfloat16:
         halves = gl.inline_asm_elementwise(
             move, "=r,r,r", [both], gl.bfloat16, is_pure=True, pack=2
         )
@@ -145,26 +148,24 @@ def _unpack(pair, dtype: gl.constexpr):
 
 @gluon.jit
 def _table(steps):
-    """Return where the table is, for ``_decode``; ``steps`` is anything."""
-    # volatile, as what reads the table is: not known, so nothing is looked up, before the table is
-    # there
+    """Return the table's address, this thread's place and byte. ``steps`` may be any number."""
+    # The assembly is not pure, so the compiler cannot move look-ups before the table is written.
     address = gl.inline_asm_elementwise(
         "mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )
     row = gl.arange(0, ROWS, gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))[:, None, None]
     place = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, QUADS)))[None, :, None]
     lane = (row % 8 * 4 + place) % PLACES
-    # this thread's byte of a word, behind the lane's place
+    # The selector puts this thread's byte of a word above the lane's place.
     return address, lane * 8, place * 0x10 + 0x7604
 
 
 @gluon.jit
 def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
-    """Return a step's weights, each exactly what dequantizing gives, in pairs.
+    """Decode a step's weights to pairs, which equal the dequantized weights exactly.
 
-    The first are those of 8 columns in 16, the second the others.
-
-    Pairs go from step to step as they are: halves of a register would be moved about.
+    The first result is the pairs of the lower 8 of each 16 columns, the second those of the upper
+    8. They stay packed between steps, because unpacked halves would be moved between registers.
     """
     absmax = absmax_smem.load(gl.SliceLayout(1, gl.SliceLayout(2, QUADS)))[:, None, None]
     even, odd = gl.split(gl.reshape(words_smem.load(CODE_WORDS), [ROWS, WORDS // 2, 2]))
@@ -172,7 +173,7 @@ def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
     odd = gl.convert_layout(odd, gl.SliceLayout(1, QUADS))[:, None, :]
     address, lane, selector = table
     asm: gl.constexpr = _DECODE_BF16 if dtype == gl.bfloat16 else _DECODE_FP16
-    # reads shared memory, so not pure
+    # The assembly reads shared memory, so it is not pure.
     return gl.inline_asm_elementwise(
         asm,
         "=&r,=&r,r,r,r,r,r,f",
@@ -187,14 +188,14 @@ def _decode(words_smem, absmax_smem, table, dtype: gl.constexpr):
 def _operand(pairs, A: gl.constexpr, dtype: gl.constexpr):
     """Return a step's weights (64, 64) as the product's left operand."""
     weight = gl.join(_unpack(pairs[0], dtype), _unpack(pairs[1], dtype))
-    # (row, place, 16 columns, of a pair, of 8 columns)
+    # The axes are (row, place, 16 columns, number of a pair, 8 columns).
     weight = gl.permute(weight, (0, 2, 4, 1, 3))
     return gl.convert_layout(gl.reshape(weight, [ROWS, BLOCK]), A)
 
 
 @gluon.jit
 def locate_tile(index, tiles, GROUP_M: gl.constexpr):
-    """Return a tile's place among those of x and among those of the weight."""
+    """Return a tile's index among the tiles of x, and among those of the weight."""
     tiles_m, tiles_n = tiles
     group = index // (GROUP_M * tiles_n)
     index -= group * (GROUP_M * tiles_n)
@@ -204,13 +205,14 @@ def locate_tile(index, tiles, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def _load(descs, smem, barriers, tiles, steps, GROUP_M: gl.constexpr):
-    """Load x and codes as shared memory becomes free."""
+    """Load x and codes to shared memory. Each load waits until its stage is free."""
     x_desc, words_desc = descs
     x_smem, words_smem, _, _ = smem
     full, empty = barriers
     STAGES: gl.constexpr = x_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
-    step = 0  # so far, over all tiles
+    # Steps that are finished, over all tiles.
+    step = 0
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
         pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         for k in range(steps):
@@ -228,7 +230,7 @@ def _load(descs, smem, barriers, tiles, steps, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def _load_parts(absmax, blocks, mask):
-    """Return what the absmax of ``blocks`` is computed from."""
+    """Return the absmax, nested absmax and offset of ``blocks``."""
     absmax_ptr, nested_absmax_ptr, _, offset_ptr = absmax
     value = gl.load(absmax_ptr + blocks, mask=mask, other=0)
     nested, offset = value, value
@@ -241,13 +243,13 @@ def _load_parts(absmax, blocks, mask):
 
 @gluon.jit
 def _absmax(absmax, parts, mask):
-    """Return the fp32 absmax, as ``nf4.load_absmax`` computes it; zero where not ``mask``."""
+    """Return the fp32 absmax, equal to ``nf4_quantize.load_absmax``, zero outside ``mask``."""
     _, nested_absmax_ptr, nested_code_ptr, _ = absmax
     value, nested, offset = parts
     if nested_absmax_ptr is not None:
         code = gl.load(nested_code_ptr + value.to(gl.int32))
-        # the maximum changes no number; it keeps product and sum from becoming one fused,
-        # differently rounded step
+        # The maximum changes no value. It prevents the compiler from fusing product and sum, which
+        # would round differently.
         value = gl.maximum(code * nested, LOWEST) + offset
         value = gl.where(mask, value, 0.0)
     return value
@@ -255,14 +257,15 @@ def _absmax(absmax, parts, mask):
 
 @gluon.jit
 def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.constexpr):
-    """Bring the absmax of each row of the weight's tiles to shared memory, step by step."""
+    """Load the absmax of each row of the weight's tiles to shared memory, step by step."""
     _, _, absmax_smem, _ = smem
     full, empty = barriers
     STAGES: gl.constexpr = absmax_smem.shape[0] // CONSUMERS
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     rows = gl.arange(0, ROWS, LAYOUT)
     N, blocks = sizes
-    step = 0  # so far, over all tiles
+    # Steps that are finished, over all tiles.
+    step = 0
     for index in range(gl.program_id(0), tiles[0] * tiles[1], gl.num_programs(0)):
         _pid_m, pid_n = locate_tile(index, tiles, GROUP_M)
         row0 = pid_n * CONSUMERS * ROWS + rows
@@ -273,8 +276,8 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
         parts1 = _load_parts(absmax, blocks1, mask1)
         for k in range(steps):
             value0, value1 = _absmax(absmax, parts0, mask0), _absmax(absmax, parts1, mask1)
-            # the next step's are on their way while a stage is waited for; past the last, its own
-            # once more
+            # The next step's parts are loaded during the wait for a stage. The last step loads its
+            # own parts again.
             after = gl.minimum(k + 1, blocks - 1)
             parts0 = _load_parts(absmax, blocks0 + after, mask0)
             parts1 = _load_parts(absmax, blocks1 + after, mask1)
@@ -288,7 +291,7 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
 
 @gluon.jit
 def _begin_step(pairs, acc, smem, step):
-    """Begin to add the product of a step's weights and x."""
+    """Start the product of a step's weights and x, which is added to the accumulator."""
     x_smem, _words, _absmax, _out = smem
     STAGES: gl.constexpr = x_smem.shape[0]
     x = x_smem.index(step % STAGES).permute((1, 0))
@@ -298,7 +301,7 @@ def _begin_step(pairs, acc, smem, step):
 
 @gluon.jit
 def _decode_step(smem, table, barriers, step, CONSUMER: gl.constexpr):
-    """Decode a step's weights when its codes are there."""
+    """Wait for a step's codes and decode its weights."""
     x_smem, words_smem, absmax_smem, _ = smem
     full = barriers[0]
     STAGES: gl.constexpr = x_smem.shape[0]
@@ -306,17 +309,16 @@ def _decode_step(smem, table, barriers, step, CONSUMER: gl.constexpr):
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     place = stage * CONSUMERS + CONSUMER
     pairs = _decode(words_smem.index(place), absmax_smem.index(place), table, x_smem.dtype)
-    # This is over at once, and keeps what stands above it there: ptxas would decode when the
-    # product is over.
+    # This wait ends at once. Without it ptxas would move the decoding after the product.
     mbarrier.wait(full.index(stage), step // STAGES & 1)
     return pairs
 
 
 @gluon.jit
 def _end_step(pairs, after, acc, barriers, step):
-    """Wait for the product of a step and give its stage back.
+    """Wait for the product of a step and free its stage.
 
-    The next step's weights are decoded before, not after.
+    The dependencies force the next step's weights to be decoded before the wait.
     """
     empty = barriers[1]
     STAGES: gl.constexpr = empty.shape[0]
@@ -328,7 +330,7 @@ def _end_step(pairs, after, acc, barriers, step):
 
 @gluon.jit
 def _halves(piece):
-    """Return the halves of a piece of the output, each of half as many rows of x."""
+    """Split a piece of the output into halves with half as many rows of x."""
     halves = gl.permute(gl.reshape(piece, [ROWS, 2, piece.shape[1] // 2]), (0, 2, 1))
     first, second = gl.split(halves)
     return first, second
@@ -336,7 +338,7 @@ def _halves(piece):
 
 @gluon.jit
 def _all_halves(pieces):
-    """Return twice as many pieces."""
+    """Split each piece of the output into halves."""
     halves = _halves(pieces[0])
     for i in gl.static_range(1, len(pieces)):
         halves = halves + _halves(pieces[i])
@@ -345,14 +347,15 @@ def _all_halves(pieces):
 
 @gluon.jit
 def _store(out_desc, pieces, smem, row_x, row):
-    """Store a tile of the output (64, BLOCK_M), in pieces that its shared memory holds."""
+    """Store a tile of the output (64, BLOCK_M) in pieces that fit into its shared memory."""
     OUT_M: gl.constexpr = smem.shape[0]
     if pieces[0].shape[1] > OUT_M:
         pieces = _all_halves(pieces)
     if pieces[0].shape[1] > OUT_M:
         pieces = _all_halves(pieces)
     for i in gl.static_range(len(pieces)):
-        tma.store_wait(0)  # the piece before has left
+        # The previous piece must have left shared memory.
+        tma.store_wait(0)
         smem.permute((1, 0)).store(pieces[i])
         fence_async_shared()
         async_store(out_desc, [row_x + i * OUT_M, row], smem)
@@ -376,23 +379,24 @@ def _multiply(
     dtype: gl.constexpr = out_desc.dtype
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     count = gl.cdiv(tiles[0] * tiles[1] - gl.program_id(0), gl.num_programs(0))
-    step = 0  # so far, over all tiles
+    # Steps that are finished, over all tiles.
+    step = 0
     table = _table(steps)
     even = _decode_step(smem, table, barriers, step, CONSUMER)
     odd = even
     for tile in range(count):
         pid_m, pid_n = locate_tile(gl.program_id(0) + tile * gl.num_programs(0), tiles, GROUP_M)
         acc = gl.zeros([ROWS, BLOCK_M], gl.float32, ACC)
-        # weights of even and odd steps have registers of their own: there is nothing to copy
+        # The weights of even and odd steps have separate registers, so none are copied.
         for _pair in range(steps // 2):
             acc = _begin_step(even, acc, smem, step)
-            if (
-                step + 1 < count * steps
-            ):  # always; but for a condition, ptxas would round behind the wait
+            # The condition is always true. Without it ptxas would move the rounding after the wait.
+            if step + 1 < count * steps:
                 odd = _decode_step(smem, table, barriers, step + 1, CONSUMER)
             acc, odd = _end_step(even, odd, acc, barriers, step)
             acc = _begin_step(odd, acc, smem, step + 1)
-            if step + 2 < count * steps:  # this tile's or the next one's
+            # The next step belongs to this tile or to the next one.
+            if step + 2 < count * steps:
                 even = _decode_step(smem, table, barriers, step + 2, CONSUMER)
             acc, even = _end_step(odd, even, acc, barriers, step + 1)
             step += 2
@@ -415,16 +419,17 @@ def _barriers(NUM: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["N", "blocks", "tiles_m", "tiles_n"])
 def _many_rows_kernel(
-    x_desc,  # tiles (BLOCK_M, 64) of x (M, K)
-    words_desc,  # (64, 8) of codes (N, K / 8), eight each
-    out_desc,  # (OUT_M, 64) of out (M, N)
+    x_desc,  # (BLOCK_M, 64) tiles of x (M, K)
+    words_desc,  # (64, 8) tiles of words of eight codes (N, K / 8)
+    out_desc,  # (OUT_M, 64) tiles of out (M, N)
     absmax_ptr,  # (N * K / 64,)
     nested_absmax_ptr,
     nested_code_ptr,
     offset_ptr,  # (ceil(N * K / 64 / 256),)
     bias_ptr,  # (N,)
     N,
-    blocks,  # of a row, K / 64
+    # Blocks of a row, K / 64.
+    blocks,
     tiles_m,
     tiles_n,
     BLOCK_M: gl.constexpr,
@@ -434,8 +439,8 @@ def _many_rows_kernel(
 ):
     CODES: gl.constexpr = STAGES * CONSUMERS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # In one piece, larger than all other shared memory: so it begins where shared memory does, and
-    # the table with it.
+    # The largest allocation is placed first. The table is its beginning, so the table's address is
+    # the start of shared memory.
     TABLE_PAGES: gl.constexpr = TABLE_BYTES // PAGE_BYTES
     X_PAGES: gl.constexpr = STAGES * BLOCK_M * BLOCK * 2 // PAGE_BYTES
     pages = gl.allocate_shared_memory(gl.float32, [TABLE_PAGES + X_PAGES, PAGE_BYTES // 4], PLAIN)
@@ -453,9 +458,10 @@ def _many_rows_kernel(
     fence_async_shared()
     absmax = absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr
     tiles = tiles_m, tiles_n
-    steps = gl.cdiv(blocks, 2) * 2  # they are taken two by two; past the end of K all x is zero
-    # a constexpr that is given a name is one no longer, so the consumers' arguments stand here
-    # twice
+    # Steps are processed in pairs. Past the end of K all of x is zero.
+    steps = gl.cdiv(blocks, 2) * 2
+    # The consumers' arguments are repeated, because a constexpr that is assigned to a variable is
+    # no longer one.
     gl.warp_specialize(
         [
             (_multiply, (out_desc, bias_ptr, smem, barriers, tiles, steps, N, GROUP_M, 0)),
@@ -470,10 +476,10 @@ def _many_rows_kernel(
 
 
 def keeps_busy(M: int, N: int, programs: int) -> bool:
-    """Whether an output (M, N) has tiles for enough of the programs, among which K is not cut.
+    """Return whether an output (M, N) has enough tiles for ``programs``. K is not divided.
 
-    That is a third where N alone gives as many, and half for more than 256 rows: dequantizing a
-    smaller weight costs less.
+    A third of ``programs`` is enough if N alone gives as many tiles. For more than 256 rows, half
+    of ``programs`` is enough. Dequantizing a smaller weight costs less.
     """
     return 3 * _tiles(1, N, 128) >= programs or (M > 256 and 2 * _tiles(M, N, 128) >= programs)
 
@@ -503,8 +509,9 @@ def multiply(
     """Multiply ``rows`` (M, K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (M, N).
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``rows`` or the
-        codes where they lie. TypeError: ``weight`` is fp32.
+        ValueError: The rows of ``weight`` are not a multiple of 64 long, or ``rows`` or the codes
+            are not aligned for TMA.
+        TypeError: ``weight`` is fp32.
     """
     if (obstacle := _find_obstacle(rows, weight)) is not None:
         raise obstacle
@@ -512,7 +519,7 @@ def multiply(
     programs = num_sms(rows.device)
     if config is None:
         config = launch_config(M, N, programs)
-    # rows must be a multiple of 16 bytes apart; what lies between is not written
+    # TMA needs a row stride that is a multiple of 16 bytes. The columns past N are not written.
     out = torch.empty((M, triton.cdiv(N, 8) * 8), dtype=rows.dtype, device=rows.device)
     if not M or not N:
         return out[:, :N]
@@ -536,7 +543,8 @@ def multiply(
         STAGES=config.STAGES,
         GROUP_M=config.GROUP_M,
         num_warps=4,
-        # a third of the registers for each warpgroup and the loaders', before they are divided anew
+        # At launch the two warpgroups and the loaders have a third of the registers each.
+        # ``warp_specialize`` then redistributes them.
         maxnreg=168,
     )
     return out[:, :N].contiguous()

@@ -1,11 +1,16 @@
 """The product x @ dequantized(weight).T + bias with the weight in NF4.
 
-Up to 128 rows, codes are read once for each 16 or 64 rows and dequantized on their way to the
-tensor cores: the weight's rows are those of the tile, x its columns; N and K are cut among the
-programs. Each weight is rounded to the compute dtype, as the model's own dequantization rounds it.
-For more rows the dequantized weight is written out once and cuBLAS multiplies. Where sizes and
-dtype allow it, as in all of the text model, ``nf4_few_rows`` takes up to 32, or 64, and on Hopper
-``nf4_many_rows_hopper`` takes more: ``choose`` says which way is taken.
+There are four implementations, and ``choose`` selects one:
+
+- ``few_rows`` computes up to 32 rows, or 64 for wide weights on Hopper (``nf4_few_rows``). The
+  sizes and the dtype must fit, as in all of the text model.
+- ``fused`` computes up to 128 rows of any size and dtype. It reads the codes once for each 16 or 64
+  rows of x and dequantizes them inside the product. The rows of the weight are the rows of the
+  tensor cores' tile, the rows of x its columns. N and K are divided among the programs.
+- ``many_rows`` computes more rows on Hopper (``nf4_many_rows_hopper``).
+- ``dequantized`` dequantizes the weight to memory once, and cuBLAS computes the product.
+
+Each weight is rounded to the compute dtype, as the model's own dequantization does.
 """
 
 from collections.abc import Callable
@@ -27,26 +32,24 @@ from idefics2_kernels.nf4.nf4_quantize import load_absmax, look_up, nf4_dequanti
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
 
 BLOCK = tl.constexpr(tables.BLOCK)
-# Up to so many rows many_rows was the fastest on an H100 wherever it is taken (28672 x 4096, 256
-# rows: 110 us, by cuBLAS with the dequantized weight 214); at 1024 it takes 0.93 to 1.16 of the
-# latter's time, at 2048 1.05 to 1.07: for so many rows of x its tiles read too much (an H200:
-# 1.08), as Triton 3.6 cannot have two SMs share what they read.
+# On an H100 many_rows was the fastest up to this number of rows for all sizes that ``choose`` gives
+# it. For 28672 x 4096 and 256 rows it takes 110 us, dequantized 214 us. Relative to dequantized it
+# takes 0.93 to 1.16 of the time for 1024 rows, and 1.05 to 1.07 for 2048 (1.08 on an H200). With so
+# many rows its tiles read too much, because Triton 3.6 cannot share loads between two SMs.
 MANY_ROWS = 512
-FUSED_ROWS = 128  # more pay for the dequantized weight's way through memory
-# One tile of few_rows, which decodes for each tile anew. It has 3.1 instructions a weight for the
-# integer units where fused has 5.1, a barrier or two a tile in place of nine, and the same
-# roundings. On an H100 it takes 0.5 to 0.72 of fused's time at 16 rows; at 64, a tile that 33 rows
-# fill as well, 1.02 to 1.2, but for wide weights on Hopper, 0.57. What lies between 16 and 33 was
-# not measured.
+# For more rows it is worth writing the dequantized weight to memory.
+FUSED_ROWS = 128
+# The rows of one tile of few_rows, which decodes the weight again for each tile. few_rows needs 3.1
+# integer instructions per weight, fused 5.1. It has one or two barriers per tile, fused nine. Both
+# round alike. On an H100 few_rows takes 0.5 to 0.72 of the time of fused for 16 rows. For 33 to 64
+# rows it takes 1.02 to 1.2 of that time, but 0.57 for wide weights on Hopper. Between 16 and 33
+# rows nothing was measured.
 FEW_ROWS, FEW_ROWS_OF_WIDE = 32, 64
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a product is cut: tile of rows, of columns and of K.
-
-    ``num_warps`` and ``num_stages`` are those of a program; ``programs`` run at once.
-    """
+    """Tile sizes of a product, the options of a program, and the ``programs`` that run at once."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -57,18 +60,18 @@ class LaunchConfig:
 
 
 def launch_config(M: int, K: int, itemsize: int, arch: int) -> LaunchConfig:
-    """Return how a product of ``M`` rows of x of ``itemsize`` bytes is cut."""
+    """Return the tile for ``M`` rows of x of ``itemsize`` bytes."""
     BLOCK_M = 16 if M <= 16 else 64
-    # Dequantizing is bound by instructions and needs many warps. For more rows, the partial results
-    # of many splits would be as large as the weight.
+    # Dequantization is limited by instructions and needs many warps. For more rows, the partial
+    # results of many splits would be as large as the weight.
     programs = 4 * H100_SMS if M <= 16 else 2 * H100_SMS
-    # fp32 products take no tensor cores, and rows that begin inside a block an address for each
-    # element: both need registers that a pipeline of larger tiles would spill
+    # fp32 products do not use tensor cores, and rows that begin inside a block need an address for
+    # each element. Both need many registers, so a pipeline of larger tiles would spill.
     if itemsize == 4 or K % tables.BLOCK:
         return LaunchConfig(
             BLOCK_M, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=1, programs=programs
         )
-    # before Hopper 64 rows with three stages spill
+    # Before Hopper, 64 rows with three stages would spill.
     num_stages = 2 if BLOCK_M == 64 and arch < 90 else 3
     return LaunchConfig(
         BLOCK_M, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=num_stages, programs=programs
@@ -91,7 +94,8 @@ def _nf4_matmul_kernel(
     N,
     K,
     k_split,
-    IS_ALIGNED: tl.constexpr,  # a row is a whole number of blocks
+    # Whether a row has a whole number of blocks.
+    IS_ALIGNED: tl.constexpr,
     IS_NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -148,16 +152,17 @@ Way = Literal["few_rows", "fused", "many_rows", "dequantized"]
 
 
 def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
-    """Return which way takes ``M`` rows of x and ``N`` of the weight.
+    """Return the implementation for ``M`` rows of x and ``N`` rows of the weight.
 
-    ``nf4_few_rows`` may take up to ``few`` rows, 0 for none; ``many`` says whether
-    ``nf4_many_rows_hopper`` can take them.
+    ``few`` is the most rows for ``few_rows``, or 0 if it does not support the weight. ``many`` is
+    whether ``many_rows`` supports the product.
 
-    For few rows decoding decides, and few_rows has the fewest instructions. It decodes anew for
-    each tile, so more than 64 go to many_rows, which decodes while the tensor cores are busy, for
-    up to 256 rows at once, if its tiles are enough for the ``programs`` that run at once. For what
-    is left, fused decodes for each 64 rows too, which up to 128 costs less than the dequantized
-    weight's way through memory to cuBLAS.
+    For few rows decoding is the bottleneck, and few_rows needs the fewest instructions. It decodes
+    the weight again for each tile of x. Products of more than 64 rows therefore use many_rows,
+    which decodes while the tensor cores are busy, for up to 256 rows at once. It is used only if
+    there are enough tiles for the ``programs`` that run at once. Of the remaining products, those
+    of up to 128 rows use fused, which decodes for each 64 rows. For more rows it is faster to write
+    the dequantized weight to memory for cuBLAS.
     """
     if few and few >= M:
         return "few_rows"
@@ -173,8 +178,8 @@ def choose(M: int, N: int, programs: int, *, few: int, many: bool) -> Way:
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """Multiply ``x`` (..., K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (..., N).
 
-    Sums are fp32, rounded once. Any strides of ``x`` but a contiguous last axis. ``choose`` says
-    how.
+    Sums are fp32, rounded once. ``choose`` selects the implementation. The last axis of ``x`` must
+    be contiguous. Other strides are free.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -203,19 +208,20 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
 
 def dequantized(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by cuBLAS, once the whole weight is dequantized."""
+    """Compute ``nf4_matmul`` by dequantizing the whole weight and calling cuBLAS."""
     _flatten_checked(x, weight, bias)
     return torch.nn.functional.linear(x, nf4_dequantize(weight), bias)
 
 
 def many_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel for many rows, on Hopper.
+    """Compute ``nf4_matmul`` by the kernel for many rows, on Hopper.
 
-    It takes any number, but not every weight.
+    Any number of rows is allowed, but not every weight.
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 64, or TMA cannot read ``x`` or the codes
-        where they lie. TypeError: ``weight`` is fp32.
+        ValueError: The rows of ``weight`` are not a multiple of 64 long, or ``x`` or the codes are
+            not aligned for TMA.
+        TypeError: ``weight`` is fp32.
     """
     rows = _flatten_checked(x, weight, bias)
     return nf4_many_rows_hopper.multiply(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
@@ -224,13 +230,15 @@ def many_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tenso
 def few_rows(
     x: Tensor, weight: NF4Weight, bias: Tensor | None = None, *, plain: bool = False
 ) -> Tensor:
-    """``nf4_matmul`` by the kernels for few rows; they take any number, but not every weight.
+    """Compute ``nf4_matmul`` by a kernel for few rows.
 
-    On Hopper there are two, one of them for any call: ``plain``.
+    Any number of rows is allowed, but not every weight. On Hopper some calls use Gluon kernels,
+    unless ``plain``.
 
     Raises:
-        ValueError: Rows of ``weight`` are no multiple of 256 columns, or its codes do not begin at
-        a multiple of 4 bytes. TypeError: ``weight`` is fp32.
+        ValueError: The rows of ``weight`` are not a multiple of 256 long, or its codes do not begin
+            at a multiple of 4 bytes.
+        TypeError: ``weight`` is fp32.
     """
     rows = _flatten_checked(x, weight, bias)
     product = nf4_few_rows.multiply(rows, weight, bias, plain=plain)
@@ -238,10 +246,7 @@ def few_rows(
 
 
 def fused(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
-    """``nf4_matmul`` by the kernel that dequantizes as it multiplies.
-
-    It takes any number of rows.
-    """
+    """Compute ``nf4_matmul`` by the kernel that dequantizes inside the product, for any M."""
     rows = _flatten_checked(x, weight, bias)
     (M, K), N = rows.shape, weight.shape[0]
     config = launch_config(M, K, x.itemsize, current_arch())

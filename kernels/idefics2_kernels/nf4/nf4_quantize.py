@@ -1,10 +1,10 @@
-"""NF4 quantization and back: a program takes whole blocks of 64 elements, each a row of its tile.
+"""NF4 quantization and dequantization, in tiles whose rows are blocks of 64 elements.
 
-Double quantization takes two launches with PyTorch's mean between them: offset and bytes are then
-those of the reference on every device. A block's two halves, even and odd elements, are read apart,
-so that packing two codes a byte moves nothing between threads. Dequantizing to 16 bits takes eight
-codes a word, by permuting bytes (``dequantize_triton``); for all else there is a kernel that looks
-them up one by one.
+Double quantization needs two launches. PyTorch computes the mean between them, so that the offset
+and the bytes equal the reference's on every device. The even and odd elements of a block are loaded
+separately, so that packing two codes into a byte moves no data between threads. Dequantization to
+16 bits reads eight codes per word and permutes bytes (``dequantize_triton``). For other dtypes and
+sizes a kernel looks up the codes one by one.
 """
 
 import torch
@@ -22,15 +22,17 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 BLOCK = tl.constexpr(tables.BLOCK)
 NESTED_BLOCK = tl.constexpr(tables.NESTED_BLOCK)
 LAST_BIN = tl.constexpr(float(tables.BINS - 1))
-# Below it a block's reciprocal would overflow. Smaller than a normal fp32, it would make a float64
-# of what it meets.
+# The reciprocal of a smaller absmax would overflow. The number is below the normal fp32 range, so
+# Triton would take a plain constant for a float64.
 SMALLEST = tl.constexpr(1e-38)
-NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)  # dividing would ask for the sign
-# from words of eight codes to blocks
+# The shift from blocks to nested blocks. A division would also test the sign.
+NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)
+# The shift from words of eight codes to blocks.
 WORD_SHIFT = tl.constexpr((tables.BLOCK // 8).bit_length() - 1)
-BLOCKS = 32  # a program
-# A thread has four words, of four blocks: 28672 x 4096 takes an H200 78 us so, with one word 96,
-# with two or eight 78 to 79.
+# Blocks of a program.
+BLOCKS = 32
+# A thread has four words of four different blocks. On an H200 28672 x 4096 takes 78 us with four
+# words, 96 us with one, and 78 to 79 us with two or eight.
 WORDS, TILES = 128, 4
 
 
@@ -44,14 +46,14 @@ def load_absmax(
     mask,
     IS_NESTED: tl.constexpr,
 ):
-    """Return the fp32 absmax of ``blocks``; zero where not ``mask``."""
+    """Return the fp32 absmax of ``blocks``, zero outside ``mask``."""
     absmax = tl.load(absmax_ptr + blocks, mask=mask, other=0)
     if IS_NESTED:
         nested = tl.load(nested_absmax_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
         offset = tl.load(offset_ptr + (blocks >> NESTED_SHIFT), mask=mask, other=0.0)
         code = tl.load(nested_code_ptr + absmax.to(tl.int32), mask=mask, other=0.0)
-        # the maximum changes no number; it keeps product and sum from becoming one fused,
-        # differently rounded step
+        # The maximum changes no value. It prevents the compiler from fusing product and sum, which
+        # would round differently.
         absmax = tl.maximum(code * nested, LOWEST) + offset
         absmax = tl.where(mask, absmax, 0.0)
     return absmax
@@ -66,7 +68,7 @@ def look_up(table, codes):
 
 @triton.jit
 def unpack(table, packed):
-    """Return the NF4 values of ``packed`` bytes (R, C), the high nibble's first: (R, 2 C) fp32."""
+    """Return the NF4 values of ``packed`` bytes (R, C), high nibble first: (R, 2 C) fp32."""
     pairs = tl.join(look_up(table, packed >> 4), look_up(table, packed & 15))
     return tl.reshape(pairs, [packed.shape[0], 2 * packed.shape[1]])
 
@@ -191,7 +193,8 @@ def _dequantize_words_kernel(
         )
     for tile in tl.static_range(TILES):
         lows, highs = code_values(absmaxes[tile], dtype)
-        values = decode(lows, highs, codes[tile], dtype)  # (WORDS, of a byte, byte, half a word)
+        # The axes are (WORDS, code of a byte, byte, half of a word).
+        values = decode(lows, highs, codes[tile], dtype)
         values = tl.reshape(tl.permute(values, (0, 3, 2, 1)), [WORDS, 8])
         word = first + tile * WORDS + tl.arange(0, WORDS)
         out_ptrs = out_ptr + word[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -199,7 +202,7 @@ def _dequantize_words_kernel(
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
-    """Quantize ``weight`` of any shape and strides in blocks of 64 of its elements, row by row.
+    """Quantize ``weight`` of any shape and strides in blocks of 64 elements, in row-major order.
 
     With ``double_quant`` the blocks' absmaxes are quantized too, in blocks of 256.
 
@@ -248,7 +251,7 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
-    """Return the numbers ``weight`` stands for, in its shape and dtype.
+    """Dequantize ``weight`` to a tensor of its shape and dtype.
 
     Products are fp32, rounded once.
 
@@ -286,7 +289,7 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
 
 
 def _is_in_words(weight: NF4Weight) -> bool:
-    """Return whether codes can be read eight at once, and two weights fit into 32 bits."""
+    """Return whether codes can be read as words of eight, and weights have 16 bits."""
     return (
         weight.dtype.itemsize == 2
         and weight.numel % 8 == 0

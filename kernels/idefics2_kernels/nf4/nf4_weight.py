@@ -1,15 +1,12 @@
-"""A weight in 4-bit NormalFloat (NF4, Dettmers et al., 2023), and the tables it needs.
+"""A weight in 4-bit NormalFloat (NF4, Dettmers et al., 2023), and its tables.
 
-The format is bitsandbytes'.
+The format is that of bitsandbytes. The weight is flattened and divided into blocks of 64 elements.
+The last block may be shorter. A block has an absolute maximum (absmax). Each element is the absmax
+times one of 16 fixed values, which a code of four bits selects. Double quantization stores the
+absmax as a byte: absmax = nested_code[byte] * nested_absmax[block // 256] + offset.
 
-The weight is flattened and cut into blocks of 64, whatever its shape; the last block may be
-shorter. A block has an absolute maximum (absmax), and each of its elements is that times one of 16
-fixed values: a code of four bits. Double quantization keeps the absmax in a byte: absmax =
-nested_code[byte] * nested_absmax[block // 256] + offset.
-
-A tensor has one offset. Here each of its nested absmaxes has a copy of it, so that tensors of whole
-nested blocks can lie behind each other and still be one weight (``stack``), which one kernel
-multiplies.
+A quantized tensor has one offset. Here each nested absmax has a copy of it. Tensors of whole nested
+blocks can therefore be concatenated to one weight (``stack``), which one kernel multiplies.
 """
 
 import math
@@ -23,11 +20,14 @@ from torch import Tensor
 from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_shape
 from idefics2_kernels.gpu.launch_barrier import launch_barrier
 
-BLOCK = 64  # elements that share an absmax
-NESTED_BLOCK = 256  # absmaxes that share a nested absmax
-BINS = 65536  # of [-1, 1]: bitsandbytes looks for the nearest nested code in one of as many bins
+# Elements that share an absmax.
+BLOCK = 64
+# Absmaxes that share a nested absmax.
+NESTED_BLOCK = 256
+# Bins of [-1, 1] by which bitsandbytes finds the nearest nested code.
+BINS = 65536
 
-# quantiles of a normal distribution, exact in fp32
+# Quantiles of a normal distribution, exact in fp32.
 NF4_CODE = (
     -1.0,
     -0.6961928009986877,
@@ -50,19 +50,22 @@ NF4_CODE = (
 
 @dataclass(frozen=True, eq=False)
 class NF4Weight:
-    """One quantized tensor. It is a format, not numbers: nothing widens or narrows its parts.
+    """One quantized tensor, in parts whose dtypes are fixed by the format.
 
     Attributes:
-        codes: (ceil(elements / 2),) uint8, two codes a byte over the flattened weight, the first in
-        the high nibble. absmax: (blocks,) of 64 elements each: fp32, or uint8 where it is quantized
-        too. shape: Of the weight, (N, K) where it is multiplied. dtype: What the weight is
-        dequantized to, and computed in: bf16, fp16 or fp32. offset: (ceil(blocks / 256),) fp32, the
-        mean of a tensor's absmaxes; ``None``, as the next two, where they are fp32. nested_absmax:
-        (ceil(blocks / 256),) fp32. nested_code: (256,) fp32, ascending.
+        codes: (ceil(elements / 2),) uint8, two codes per byte of the flattened weight, the first in
+            the high nibble.
+        absmax: (blocks,) fp32, or uint8 with double quantization.
+        shape: Shape of the weight, (N, K) if it is multiplied.
+        dtype: Dtype to dequantize to and to compute in: bf16, fp16 or fp32.
+        offset: (ceil(blocks / 256),) fp32, the mean of a tensor's absmaxes. This and the next two
+            are ``None`` without double quantization.
+        nested_absmax: (ceil(blocks / 256),) fp32.
+        nested_code: (256,) fp32, ascending.
 
     Raises:
-        ValueError: A shape or device does not fit, or some but not all of the nested parts are
-        given. TypeError: A part has another dtype.
+        ValueError: A shape or device does not fit, or only some of the nested parts are given.
+        TypeError: A part has another dtype.
     """
 
     codes: Tensor
@@ -101,44 +104,41 @@ class NF4Weight:
 
     @property
     def numel(self) -> int:
-        """Number of elements of the weight."""
+        """The number of elements of the weight."""
         return math.prod(self.shape)
 
     @property
     def is_nested(self) -> bool:
-        """Whether the absmax is quantized too."""
+        """Whether the absmaxes are quantized too (double quantization)."""
         return self.offset is not None
 
     @property
     def absmax_parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Absmax, nested absmax, nested code and offset.
-
-        Kernels compute the blocks' absmaxes from them, in this order.
-        """
+        """Absmax, nested absmax, nested code and offset, in the order of the kernels' arguments."""
         return self.absmax, self.nested_absmax, self.nested_code, self.offset
 
     @property
     def device(self) -> torch.device:
-        """Where all parts are."""
+        """The device of all parts."""
         return self.codes.device
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The parts that are there, by name."""
+        """The parts that are not ``None``, by name."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
     def to(self, device: torch.device | str) -> "NF4Weight":
-        """Return this weight with all parts on ``device``; itself if they are there already."""
+        """Return this weight with all parts on ``device``, without a copy if they are there."""
         moved = {name: part.to(device) for name, part in self.tensors.items()}
         is_same = all(moved[name] is part for name, part in self.tensors.items())
         return self if is_same else replace(self, **moved)  # type: ignore[arg-type]
 
 
 def can_stack(weights: Sequence[NF4Weight]) -> bool:
-    """Whether ``weights`` (N_i, K), their rows behind each other, are one weight.
+    """Return whether the rows of ``weights`` (N_i, K) can be concatenated to one weight.
 
-    All but the last must have whole (nested) blocks.
+    All weights but the last must have whole (nested) blocks.
     """
     first = weights[0]
     whole = BLOCK * NESTED_BLOCK if first.is_nested else BLOCK
@@ -150,10 +150,7 @@ def can_stack(weights: Sequence[NF4Weight]) -> bool:
 
 
 def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
-    """Return ``weights`` (N_i, K), which ``can_stack``, as one with their rows behind each other.
-
-    It is a copy.
-    """
+    """Concatenate the rows of ``weights`` (N_i, K) to a new weight. ``can_stack`` must be true."""
     parts = {
         name: torch.cat([weight.tensors[name] for weight in weights])
         for name in weights[0].tensors
@@ -165,7 +162,7 @@ def stack(weights: Sequence[NF4Weight]) -> NF4Weight:
 
 
 def split(weight: NF4Weight, rows: Sequence[int]) -> list[NF4Weight]:
-    """Return the weights of ``rows`` each that ``weight`` was stacked from, in its memory."""
+    """Split a stacked ``weight`` into weights of ``rows`` rows each, which share its memory."""
     parts, first = [], 0
     for count in rows:
         shape = (count, weight.shape[1])
@@ -185,7 +182,7 @@ def split(weight: NF4Weight, rows: Sequence[int]) -> list[NF4Weight]:
 
 @cache
 def nf4_code(device: torch.device) -> Tensor:
-    """Return the 16 values a code stands for, ascending: (16,) fp32."""
+    """Return the 16 values of the codes, ascending: (16,) fp32."""
     return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
 
 
@@ -193,7 +190,7 @@ def nf4_code(device: torch.device) -> Tensor:
 def nf4_bounds(device: torch.device) -> Tensor:
     """Return the midpoints between the 16 values: (15,) fp32.
 
-    A value on one gets the lower code.
+    A value equal to a midpoint gets the lower code.
     """
     code = torch.tensor(NF4_CODE, dtype=torch.float32)
     return ((code[:-1] + code[1:]) / 2).to(device)
@@ -203,7 +200,8 @@ def nf4_bounds(device: torch.device) -> Tensor:
 def dynamic_code(device: torch.device) -> Tensor:
     """Return the 256 values of the dynamic 8-bit type (Dettmers, 2016), ascending: (256,) fp32.
 
-    For each decade 10^-6 .. 1, 2^0 .. 2^6 values of either sign, evenly spaced; then 0 and 1.
+    The seven decades up to 10^-6 .. 1 have 2^0 .. 2^6 evenly spaced values of either sign. The
+    values 0 and 1 are added.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float32)]
     for i in range(7):
@@ -215,10 +213,7 @@ def dynamic_code(device: torch.device) -> Tensor:
 
 @cache
 def dynamic_bins(device: torch.device) -> Tensor:
-    """Return the dynamic code nearest to each of 65536 numbers from -1 to 1, evenly spaced.
-
-    The result is (65536,) uint8.
-    """
+    """Return the nearest dynamic code of 65536 evenly spaced numbers in [-1, 1]: (65536,) uint8."""
     code = dynamic_code(torch.device("cpu"))
     centers = -1.0 + (2.0 * torch.arange(BINS, dtype=torch.float32)) / (BINS - 1)
     return torch.bucketize(centers, 0.5 * (code[:-1] + code[1:])).to(torch.uint8).to(device)

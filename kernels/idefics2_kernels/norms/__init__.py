@@ -1,4 +1,4 @@
 """RMS norm and layer norm, each alone and with the residual added first.
 
-Must not import ``attention``, ``matmul`` or ``nf4``.
+This package must not import ``attention``, ``matmul`` or ``nf4``.
 """

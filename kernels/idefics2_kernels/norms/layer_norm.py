@@ -1,13 +1,12 @@
 """Layer norm, alone and after adding a residual.
 
-Whole rows are in registers, several to a program if short.
+A program holds whole rows in registers, several if they are short. A row is held in two parts: a
+power of two of columns, and the power of two that covers the rest. For example, 1152 columns are
+held as 1024 + 128. Padding them to 2048 would waste nearly half of the loads. Rows of up to 2047
+columns belong to one warp, so summing them needs no barrier.
 
-A row is held as a power of two of columns and the power of two that covers the rest, 1152 as 1024 +
-128: padded to 2048 it would waste nearly half of the loads. Up to 2047 columns a warp has rows of
-its own, and sums them without a barrier.
-
-The mean is taken out before the squares are summed, so that a large mean costs no digits of the
-variance.
+The mean is subtracted before the squares are summed. A large mean therefore does not reduce the
+precision of the variance.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,27 +24,29 @@ class LaunchConfig:
     """A tile of whole rows, in two parts, and the warps that share it."""
 
     BLOCK_M: int
-    BLOCK_N: int  # columns of the first part, a power of two
-    BLOCK_REST: int  # and of the second, or 0
+    # Columns of the first part, a power of two.
+    BLOCK_N: int
+    # Columns of the second part, or 0 if there is none.
+    BLOCK_REST: int
     num_warps: int
 
 
 @cache
 def launch_config(N: int) -> LaunchConfig:
-    """Return the tile for rows of ``N``."""
+    """Return the tile for rows of ``N`` columns."""
     BLOCK_N = 1 << (N.bit_length() - 1)
     BLOCK_REST = triton.next_power_of_2(N - BLOCK_N) if BLOCK_N < N else 0
-    # rows within a warp need no barrier
+    # Summing a row within one warp needs no barrier.
     num_warps = 1 if BLOCK_N <= 1024 else 4 if BLOCK_N <= 4096 else 8
     return LaunchConfig(max(1, min(16, 512 // BLOCK_N)), BLOCK_N, BLOCK_REST, num_warps)
 
 
 @triton.jit
 def _load(ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Load columns ``FIRST`` to ``FIRST + WIDTH`` of rows; those past N, if MASKED, as zeros."""
+    """Load columns ``FIRST`` to ``FIRST + WIDTH`` of rows; columns past N are 0 if MASKED."""
     offs_n = FIRST + tl.arange(0, WIDTH)[None, :]
     mask = mask_m & (offs_n < N) if MASKED else mask_m
-    # what streams past must not push weight and bias, which every program reads, out of the cache
+    # Each row is read once. It must not evict weight and bias, which every program reads.
     x = tl.load(ptr + rows + offs_n, mask=mask, other=0.0, eviction_policy="evict_first")
     return x.to(tl.float32)
 
@@ -104,8 +105,8 @@ def _layer_norm_kernel(
             rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
             _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
 
-    # one number a row, so that correct rounding costs nothing; the plain operators may be off by
-    # two units in the last place
+    # The plain operators may be off by two units in the last place. Correct rounding is cheap for
+    # one number a row.
     count = tl.cast(N, tl.float32)
     sum_x = tl.sum(x, axis=1, keep_dims=True)
     if BLOCK_REST > 0:
@@ -127,12 +128,10 @@ def _layer_norm_kernel(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize ``x`` (..., N), scale by ``weight`` (N,) and add ``bias`` (N,).
+    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight``, add ``bias`` (N,).
 
-    Rows get mean 0 and variance 1 first.
-
-    (x - mean) / sqrt(variance + ``eps``) * weight + bias, in fp32, rounded once. Any strides but a
-    contiguous last axis.
+    The result is (x - mean) / sqrt(variance + ``eps``) * weight + bias in fp32, rounded once. The
+    last axis must be contiguous. Other strides are free.
 
     Raises:
         ValueError: A shape, stride or device does not fit.
@@ -144,7 +143,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Add ``x`` to ``residual`` (..., N); return the rounded sum's ``layer_norm`` and the sum.
+    """Add ``x`` to ``residual`` (..., N) and return the ``layer_norm`` of the sum, and the sum.
+
+    The sum is rounded before it is normalized.
 
     Raises:
         ValueError: A shape, stride or device does not fit.

@@ -1,4 +1,4 @@
-"""What the wrappers of both norms share: checks, and the tensors that a kernel reads and writes."""
+"""Argument checks and tensors shared by the wrappers of both norms."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,12 @@ class NormRows:
     x: Tensor
     residual: Tensor | None
     out: Tensor
-    total: Tensor | None  # the rounded sum of x and residual
+    # The rounded sum of x and residual.
+    total: Tensor | None
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Elements from one row of ``x`` to the next, and of ``residual``."""
+        """Row strides of ``x`` and ``residual``, in elements."""
         return self.x.stride(0), 0 if self.residual is None else self.residual.stride(0)
 
 
@@ -27,8 +28,8 @@ def make_norm_rows(x: Tensor, residual: Tensor | None, **vectors: Tensor) -> Nor
     """Check the arguments of a norm and allocate its results.
 
     Args:
-        x: (..., N).
-        residual: Of ``x``'s shape, or ``None``.
+        x: Input (..., N).
+        residual: Residual of the shape of ``x``, or ``None``.
         vectors: Weight and bias by name, (N,) each.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What the three attentions must compute, in plain PyTorch.
+"""Reference of the three attentions, in plain PyTorch.
 
-Packed sequences: B sequences follow each other along the first axis. ``cu_seqlens`` (B + 1,) int32
-holds where each begins and the last ends. Sequences of equal length are computed together, so that
-no score matrix spans two.
+B packed sequences follow each other along the first axis. ``cu_seqlens`` (B + 1,) int32 holds the
+start of each sequence and the end of the last. Sequences of equal length are computed as one batch,
+so no score matrix spans two sequences.
 """
 
 import torch
@@ -14,9 +14,8 @@ from idefics2_kernels.reference.precision import widen
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Attend ``q`` (B, S, H, D) to ``k`` and ``v`` (B, T, H_KV, D) where ``visible`` (S, T).
 
-    Grouped heads.
-
-    A query that sees no key gives zeros.
+    Each group of H // H_KV query heads shares a key head. The result (B, S, H, D) of a query that
+    sees no key is zero.
     """
     B, S, H, D = q.shape
     H_KV = k.shape[2]
@@ -35,7 +34,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
 def _make_mask(
     S: int, T: int, causal: bool, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """Say which of T keys each of the last S queries sees: (S, T), or ``None`` for all of them."""
+    """Return which of T keys each of the last S queries sees: (S, T), or ``None`` for all."""
     if not causal and window is None:
         return None
     distance = torch.arange(T - S, T, device=device)[:, None] - torch.arange(T, device=device)
@@ -50,11 +49,10 @@ def _make_mask(
 def _group_by_length(
     cu_seqlens: Tensor, max_seqlen: int, total: int
 ) -> list[tuple[int, Tensor | None]]:
-    """Group packed sequences by length.
+    """Group packed sequences by length into (length, indices of its sequences).
 
-    (length, their indices), ``None`` where all have that length.
-
-    The equal case reads nothing back from the device.
+    The indices are ``None`` if all sequences have that length. This case does not synchronize with
+    the device.
     """
     B = cu_seqlens.shape[0] - 1
     if B * max_seqlen == total:
@@ -64,7 +62,7 @@ def _group_by_length(
 
 
 def _packed_rows(cu_seqlens: Tensor, members: Tensor, length: int) -> Tensor:
-    """Give the packed rows of the ``members`` (G,), all of one ``length``: (G, length)."""
+    """Return the packed rows of the sequences ``members`` (G,) of one ``length``: (G, length)."""
     return cu_seqlens[members].long()[:, None] + torch.arange(length, device=cu_seqlens.device)
 
 
@@ -79,13 +77,11 @@ def flash_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D).
+    """Attend within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
 
-    The result is (T, H, D).
-
-    Query i sees key j of its own sequence when |i - j| < ``window`` and, if ``causal``, j <= i.
-    Scores are multiplied by ``scale``, 1/sqrt(D) unless given. Query head h reads key head h // (H
-    // H_KV).
+    Query i sees key j of its own sequence if |i - j| < ``window`` and, if ``causal``, j <= i.
+    Scores are multiplied by ``scale``, 1 / sqrt(D) by default. Query head h reads key head
+    h // (H // H_KV).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts, rows = [], []
@@ -112,11 +108,11 @@ def perceiver_attention(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of latents to their image's patches and to themselves.
+    """Attend the latents ``q`` (N, L, H, D) to their image's patches and to themselves.
 
-    ``q`` (N, L, H, D); ``k_context`` and ``v_context`` (P, H_KV, D) packed by ``cu_seqlens`` (N +
-    1,); ``k_latents`` and ``v_latents`` (N, L, H_KV, D) -> (N, L, H, D). No mask: every latent sees
-    every key.
+    ``k_context`` and ``v_context`` are (P, H_KV, D), packed by ``cu_seqlens`` (N + 1,).
+    ``k_latents`` and ``v_latents`` are (N, L, H_KV, D). The result is (N, L, H, D). There is no
+    mask: every latent sees all patches and latents of its image.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     parts, images = [], []
@@ -147,13 +143,13 @@ def paged_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of new queries ``q`` (T, H, D) to keys in pages -> (T, H, D).
+    """Attend new queries ``q`` (T, H, D) causally to keys in pages: (T, H, D).
 
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D); sequence b's token t lies in page
-    ``block_table[b, t // P]`` (B, pages) at offset t % P; ``context_lens`` (B,) counts its keys,
-    those of this step's queries last. ``cu_seqlens`` (B + 1,) packs the queries. Entries of
-    ``block_table`` past the last page in reach, and those wholly behind the ``window``, are never
-    read.
+    ``k_cache`` and ``v_cache`` are (pages, H_KV, P, D). Token t of sequence b is in page
+    ``block_table[b, t // P]`` at offset t % P. ``block_table`` is (B, pages of a sequence).
+    ``context_lens`` (B,) counts the keys of each sequence. The keys of this step's queries are the
+    last of them. ``cu_seqlens`` (B + 1,) packs the queries. Entries of ``block_table`` are not read
+    after the last page of a sequence, or if all tokens of the page are outside the ``window``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     P = k_cache.shape[2]
@@ -163,7 +159,8 @@ def paged_attention(
         S = offsets[b + 1] - offsets[b]
         if S == 0:
             continue
-        first = 0 if window is None else max(T - S - window + 1, 0) // P  # first page in reach
+        # The first page that the window of any query reaches.
+        first = 0 if window is None else max(T - S - window + 1, 0) // P
         pages = block_table[b, first : -(-T // P)].long()
         k, v = (
             cache[pages].transpose(1, 2).flatten(0, 1)[None, : T - first * P]

@@ -1,9 +1,13 @@
-"""What the NF4 operations must compute, in plain PyTorch: bitsandbytes' bits on a CPU.
+"""Reference of the NF4 operations, in plain PyTorch: bit for bit bitsandbytes on a CPU.
 
-Its CUDA code differs in quantizing: where a nested code is looked up (here in bins, there to the
-last bit), in a last block that is not full (divided here, multiplied by the reciprocal there) and
-in the codes of zeros in a block of zeros. Dequantizing is the same everywhere, but for its AVX-512
-path, which takes rows for whole numbers of blocks.
+The CUDA code of bitsandbytes quantizes differently in three places:
+
+- The nested code is searched exactly there, and in bins here.
+- A last block that is not full is multiplied by a reciprocal there, and divided here.
+- Zeros in a block of zeros have another code.
+
+All paths of bitsandbytes dequantize alike, except the one for AVX-512. That path assumes that
+every row has a whole number of blocks.
 """
 
 import torch
@@ -21,13 +25,14 @@ from idefics2_kernels.nf4.nf4_weight import (
 )
 from idefics2_kernels.reference.operations import linear
 
-_SMALLEST = 1e-38  # below it a block's reciprocal would overflow
+# The reciprocal of a smaller absmax would overflow.
+_SMALLEST = 1e-38
 
 
 def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
     """Quantize ``weight`` of any shape in blocks of 64.
 
-    With ``double_quant``, its absmaxes in blocks of 256.
+    With ``double_quant`` the absmaxes are quantized too, in blocks of 256.
     """
     flat = weight.reshape(-1).float()
     full = flat.numel() // BLOCK * BLOCK
@@ -56,20 +61,20 @@ def nf4_quantize(weight: Tensor, *, double_quant: bool = True) -> NF4Weight:
 def quantize_absmax(centered: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize ``centered`` (blocks,) to the dynamic code in blocks of 256.
 
-    Returns bytes (blocks,), and the absmax of each 256 of them.
+    The result is the bytes (blocks,) and the absmax of each block of 256 (nested blocks,).
     """
     padding = -centered.numel() % NESTED_BLOCK
     blocks = torch.cat([centered, centered.new_zeros(padding)]).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(-1)
     scaled = (blocks * (1.0 / absmax.masked_fill(absmax == 0, 1.0))[:, None]).clamp(-1, 1)
-    # no weight that is not finite comes through, but none may read past the table either
+    # Weights are expected to be finite. NaN becomes 0 so that the index stays inside the table.
     bins = ((scaled + 1.0) * 0.5 * (BINS - 1) + 0.5).nan_to_num().long()
     quantized = dynamic_bins(centered.device)[bins].masked_fill(absmax[:, None] == 0, 0)
     return quantized.view(-1)[: centered.numel()], absmax
 
 
 def nf4_dequantize(weight: NF4Weight) -> Tensor:
-    """Return the numbers ``weight`` stands for, in its shape and dtype.
+    """Dequantize ``weight`` to a tensor of its shape and dtype.
 
     Products are fp32, rounded once.
     """
@@ -89,6 +94,6 @@ def nf4_dequantize(weight: NF4Weight) -> Tensor:
 def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
     """Multiply ``x`` (..., K) by ``weight`` (N, K) transposed and add ``bias`` (N,): (..., N).
 
-    The weight is rounded to its own dtype, which is the model's; ``x`` may be wider.
+    The weight is dequantized to its own dtype, which is the model's. ``x`` may be wider.
     """
     return linear(x, nf4_dequantize(weight).to(x.dtype), bias)

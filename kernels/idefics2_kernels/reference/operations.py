@@ -1,4 +1,4 @@
-"""What products, norms, activations, rotary and patches must compute, in plain PyTorch."""
+"""Reference of products, norms, activations, rotary positions and patches, in plain PyTorch."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the tanh form of GELU of ``linear``, which is rounded before: (..., N)."""
+    """Apply GELU in the tanh form to the rounded result of ``linear``: (..., N)."""
     return gelu_tanh(linear(x, weight, bias))
 
 
@@ -26,16 +26,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add ``x`` to ``residual`` (..., N); return the sum's ``rms_norm`` and the sum."""
+    """Add ``x`` to ``residual`` (..., N) and return the ``rms_norm`` of the sum, and the sum."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize ``x`` (..., N), scale by ``weight`` (N,) and add ``bias`` (N,).
-
-    Rows get mean 0 and variance 1 first.
-    """
+    """Normalize ``x`` (..., N) to mean 0 and variance 1, scale by ``weight``, add ``bias`` (N,)."""
     wide = widen(x)
     centered = wide - wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + eps)
@@ -45,19 +42,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Add ``x`` to ``residual`` (..., N); return the sum's ``layer_norm`` and the sum."""
+    """Add ``x`` to ``residual`` (..., N) and return the ``layer_norm`` of the sum, and the sum."""
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """Split ``gate_up`` (..., 2F) in halves and return silu(gate) * up (..., F), rounded once."""
+    """Split ``gate_up`` (..., 2F) into halves and return silu(gate) * up (..., F), rounded once."""
     gate, up = widen(gate_up).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
 def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the tanh form of GELU of ``x`` (..., N) + ``bias`` (N,)."""
+    """Apply GELU in the tanh form to ``x`` (..., N) + ``bias`` (N,)."""
     wide = widen(x)
     if bias is not None:
         wide = wide + bias
@@ -67,8 +64,8 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate ``q`` (T, H, D) and ``k`` (T, H_KV, D) by their ``positions`` (T,).
 
-    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines; column d pairs with d + D/2, as in
-    Llama.
+    ``cos_sin`` (positions, D) holds D/2 cosines, then D/2 sines. Column d is rotated together with
+    column d + D/2, as in Llama.
     """
     cos, sin = (t[:, None, :] for t in widen(cos_sin)[positions].chunk(2, dim=-1))
 
@@ -91,10 +88,9 @@ def rotary_and_cache(
 ) -> Tensor:
     """Rotate ``q`` and ``k``, write ``k`` and ``v`` into the cache, and return ``q``.
 
-    The rotation is ``rotary``'s; ``k`` and ``v`` are (T, H_KV, D).
-
-    ``k_cache`` and ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page *
-    P + offset. A negative slot is padding: nothing is written for it.
+    The rotation is that of ``rotary``. ``k`` and ``v`` are (T, H_KV, D). ``k_cache`` and
+    ``v_cache`` (pages, H_KV, P, D) are written in place at ``slots`` (T,) = page * P + offset. A
+    negative slot is padding: nothing is written for it.
     """
     q, k = rotary(q, k, positions, cos_sin)
     kept = slots >= 0
@@ -117,10 +113,11 @@ def patches(
 ) -> Tensor:
     """Turn packed uint8 images into normalized patch rows (P, C * patch_size**2) in ``dtype``.
 
-    ``pixels`` (P * patch_size**2 * C,): each image's rows of pixels, channels last, cropped to
-    whole patches. ``cu_seqlens`` (N + 1,) counts patches, ``widths`` (N,) is each image's number of
-    patches in a row. A value is (pixel * rescale_factor - mean[c]) / std[c] for each of C channels;
-    a row is channel, row, column.
+    ``pixels`` (P * patch_size**2 * C,) holds each image's rows of pixels, channels last, cropped to
+    whole patches. ``cu_seqlens`` (N + 1,) are the images' offsets in patches. ``widths`` (N,) is
+    the number of patches in a row of each image. A value is
+    (pixel * rescale_factor - mean[c]) / std[c] for each of C channels. The order within a patch row
+    is channel, row, column.
     """
     C, s = len(mean), patch_size
     wide = torch.promote_types(dtype, torch.float32)

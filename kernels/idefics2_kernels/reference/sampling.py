@@ -1,4 +1,4 @@
-"""What ``sample`` must compute, in plain PyTorch: filters of the logits and a draw by Philox."""
+"""Reference of ``sample`` in plain PyTorch: filters of the logits, then a draw by Philox."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from idefics2_kernels.reference.precision import widen
 def philox_uniform(seed: Tensor, index: Tensor) -> Tensor:
     """Draw one fp32 number in [0, 1) for each ``seed`` (B,) int64 and ``index`` (B,) int64.
 
-    The first word of Philox4x32-10 (Salmon et al., 2011) with key ``seed`` and counter (index, 0,
-    0, 0), its upper 24 bits: the same stream on every device and for every batching.
+    The number is the upper 24 bits of the first word of Philox4x32-10 (Salmon et al., 2011), with
+    key ``seed`` and counter (index, 0, 0, 0). The stream is the same on every device and in every
+    batch.
     """
     mask = 0xFFFFFFFF
     key0, key1 = seed & mask, (seed >> 32) & mask
@@ -25,8 +26,9 @@ def philox_uniform(seed: Tensor, index: Tensor) -> Tensor:
 
 
 def _multiply32(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """Multiply 32-bit values held in int64 by a 32-bit ``constant``: high and low words."""
-    low = x * (constant & 0xFFFF)  # each partial product fits 48 bits
+    """Multiply 32-bit values held in int64 by a 32-bit ``constant``; return high and low words."""
+    # Each partial product fits into 48 bits.
+    low = x * (constant & 0xFFFF)
     high = x * (constant >> 16)
     total = low + ((high & 0xFFFF) << 16)
     return ((high >> 16) + (total >> 32)) & 0xFFFFFFFF, total & 0xFFFFFFFF
@@ -45,19 +47,24 @@ def sample(
 ) -> Tensor:
     """Draw one token a row from ``logits`` (B, V): (B,) int64.
 
-    Per row (B,): ``temperature`` (0 takes the first largest logit), ``top_k`` (0 is off), ``top_p``
-    in (0, 1], ``min_p`` in [0, 1], and the random stream's ``seed`` and token ``index``. After the
-    temperature, top-k keeps the k largest logits; top-p the tokens with less than ``top_p`` of the
-    remaining probability strictly above them; min-p those with at least ``min_p`` times the largest
-    probability. Ties at a boundary stay together. ``min_p_first`` applies min-p before the other
-    two (vLLM's order), else after (transformers').
+    The parameters are (B,) each. The filters apply to the logits divided by the temperature:
+
+    - ``temperature``: 0 selects the first of the largest logits.
+    - ``top_k``: keeps the k largest logits. 0 disables it.
+    - ``top_p`` in (0, 1]: keeps the tokens with less than ``top_p`` of the remaining probability
+      strictly above them.
+    - ``min_p`` in [0, 1]: keeps the tokens with at least ``min_p`` times the largest probability.
+    - ``seed`` and ``index``: the random stream, and the token's index in it.
+
+    Ties at a boundary stay together. ``min_p_first`` applies min-p before the other two filters
+    (the order of vLLM). Otherwise it is applied after them (the order of transformers).
     """
     greedy = temperature == 0
     scores = filter_scores(widen(logits), temperature, top_k, top_p, min_p, min_p_first)
     weights = scores.softmax(-1).double()
     cumulative = weights.cumsum(-1)
     threshold = philox_uniform(seed, index)[:, None] * cumulative[:, -1:]
-    # a parallel sum may wobble over tokens of no weight: those are never drawn
+    # Rounding in a parallel sum may raise the total at tokens of zero weight. Exclude those.
     drawn = ((cumulative > threshold) & (weights > 0)).int().argmax(-1)
     return torch.where(greedy, logits.argmax(-1), drawn)
 
@@ -70,13 +77,13 @@ def filter_scores(
     min_p: Tensor,
     min_p_first: bool,
 ) -> Tensor:
-    """Divide ``logits`` (B, V) by the temperature, and set what a filter drops to -inf: (B, V).
+    """Divide ``logits`` (B, V) by the temperature, and set filtered tokens to -inf: (B, V).
 
     The arguments are as in ``sample``. The largest score of a row is 0.
     """
     V = logits.shape[-1]
     divisor = torch.where(temperature == 0, 1.0, temperature)[:, None]
-    # the largest at zero: no temperature, however low, makes it overflow
+    # The largest score is moved to zero first, so that a low temperature cannot overflow it.
     scores = (logits - logits.amax(-1, keepdim=True)) / divisor
     if min_p_first:
         scores = _keep_min_p(scores, min_p)
@@ -90,18 +97,19 @@ def filter_scores(
 
 
 def _keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """Set scores (B, V) to -inf that have less than ``min_p`` (B,) of the largest probability."""
+    """Set scores (B, V) with less than ``min_p`` (B,) of the largest probability to -inf."""
     floor = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
     return scores.masked_fill(scores < floor, float("-inf"))
 
 
 def _top_p_threshold(descending: Tensor, top_p: Tensor) -> Tensor:
-    """Return the last of sorted scores (B, V) that top-p (B,) keeps; some may be -inf already.
+    """Return the smallest of ``descending`` scores (B, V) that ``top_p`` (B,) keeps: (B, 1).
 
-    The result is (B, 1).
+    Some scores may be -inf already.
     """
+    # The probability of all tokens before each rank.
     above = descending.softmax(-1).cumsum(-1).roll(1, -1)
-    above[:, 0] = 0.0  # probability before each rank
+    above[:, 0] = 0.0
     kept = (above < top_p[:, None]) | (top_p >= 1)[:, None]
     kept &= descending > float("-inf")
     return descending.gather(-1, kept.sum(-1, keepdim=True).clamp_min(1) - 1)
