@@ -2,14 +2,14 @@
 
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 
 from idefics2_engine import errors
 from idefics2_engine.errors import Idefics2Error, PromptError, PromptTooLongError
+from paths import ROOT
 
-PAGE = Path(__file__).parents[1] / "docs/errors.md"
+PAGE = ROOT / "docs/errors.md"
 CLASSES: dict[str, type[Idefics2Error]] = {
     name: value
     for name, value in vars(errors).items()
