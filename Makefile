@@ -10,10 +10,10 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint types wheel mutants sanitize clean
+.PHONY: help demo test test-long lint types wheel mutants sanitize clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; set PYTHON")'
@@ -25,7 +25,10 @@ demo: $(INSTALLED)  ## answer a question about a sample image
 	$(BIN)/idefics2 generate --image examples/images/shapes.png --prompt "Where is the star?"
 
 test: $(INSTALLED)  ## run the tests, on a GPU if there is one
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
+
+test-long: $(INSTALLED)  ## run the tests that take long: the Gluon kernels in the emulator, interrupts
+	$(BIN)/python -m pytest -n $(WORKERS) -m long
 
 lint: $(INSTALLED)  ## check style and format
 	$(BIN)/ruff check

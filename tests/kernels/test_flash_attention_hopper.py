@@ -17,6 +17,8 @@ from idefics2_kernels.catalog.attention import cumulative
 from idefics2_kernels.catalog.criterion import worst_error
 from idefics2_kernels.reference import attention as reference
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def kernel() -> Any:

@@ -14,6 +14,8 @@ from idefics2_kernels.nf4 import nf4_gemv_hopper
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 from nf4_product import DTYPES, Product, expected, is_noticed
 
+pytestmark = pytest.mark.long
+
 MODULES = ("gpu.dependent_launch_gluon", "nf4.dequantize_gluon", "nf4.nf4_gemv_hopper")
 
 

@@ -15,6 +15,8 @@ from idefics2_kernels.nf4 import nf4_many_rows_hopper, nf4_matmul
 from idefics2_kernels.nf4.nf4_weight import stack
 from idefics2_kernels.reference.nf4 import nf4_dequantize, nf4_quantize
 
+pytestmark = pytest.mark.long
+
 MODULES = "gpu.gluon_compat", "nf4.dequantize_gluon", "nf4.nf4_many_rows_hopper"
 
 

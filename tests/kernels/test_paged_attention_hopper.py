@@ -19,6 +19,8 @@ from idefics2_kernels.catalog import paged_attention as catalog
 from idefics2_kernels.catalog.criterion import worst_error
 from idefics2_kernels.reference import attention as reference
 
+pytestmark = pytest.mark.long
+
 SPEC = next(spec for spec in CATALOG if spec.name == "paged_attention")
 MODULES = "gpu.gluon_compat", "attention.warp_specialized", "attention.paged_attention_hopper"
 NAN = float("nan")

@@ -190,7 +190,6 @@ from pathlib import Path
 from idefics2_engine.errors import PromptError
 from idefics2_engine.prompts.chat_template import ChatTemplate
 from idefics2_engine.prompts.tokenizer import Tokenizer
-from paths import EIGHT_B
 
 tokenizer = Tokenizer.load(Path(sys.argv[1]))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

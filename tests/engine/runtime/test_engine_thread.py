@@ -206,6 +206,7 @@ def test_a_token_without_text_costs_its_own_request(
         assert i in failed or output.outputs[0].token_ids == wanted[i]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("call", CALLS)
 def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
     llm: LLM, expected: list[Any], call: Callable[[LLM], list[Any]]
