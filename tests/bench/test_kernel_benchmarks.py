@@ -1,6 +1,6 @@
 """The catalog under pytest-benchmark: ``pytest bench --benchmark-only``.
 
-``micro.py`` also times peers and flushes the L2 cache.
+``idefics2_bench.kernels`` also times peers and flushes the L2 cache.
 """
 
 import pytest
