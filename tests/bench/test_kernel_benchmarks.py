@@ -1,4 +1,4 @@
-"""The catalog under pytest-benchmark: ``pytest bench --benchmark-only``.
+"""The catalog under pytest-benchmark: ``pytest tests/bench --benchmark-only``.
 
 ``idefics2_bench.kernels`` also times peers and flushes the L2 cache.
 """
