@@ -1,8 +1,9 @@
 """LoRA adapters in PEFT's format, merged into a checkpoint's tensors during loading.
 
-An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. All tensors
-of the second file are merged, with the config's scale: ``W + B @ A * alpha / r``. Tensors are named
-after their modules, so only the ends of names differ from the checkpoint's.
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. The second
+file has two kinds of tensors. A pair A, B changes a weight: W + B @ A * alpha / r (Hu et al., 2021).
+A whole tensor replaces one of the checkpoint's. The adapter's names are the checkpoint's with a
+prefix, and with other endings for the tensors of a pair.
 """
 
 from collections.abc import Mapping, Set
@@ -22,9 +23,9 @@ from idefics2_engine.checkpoint.tensor_mapping import HubTensor
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.model_files import ADAPTER_CONFIG, is_there
 
-# PEFT wraps the model in two modules with these names
+# PEFT nests the model in two modules with these names
 _PREFIX = "base_model.model."
-# A module with a pair has its own tensors below this name
+# PEFT moves the tensors of a module that has a pair below this name
 _BASE = ".base_layer."
 _PARTNERS = {
     ".lora_A.weight": ".lora_B.weight",
@@ -37,15 +38,15 @@ _Change = TypeVar("_Change")
 
 @dataclass(frozen=True)
 class _Pair:
-    """``B @ A`` times a scale, to be added to the weight of ``module``.
+    """The matrices of a low-rank change to the weight of ``module``: ``b @ a`` times a scale.
 
-    It is transposed for an embedding.
+    The product is transposed for an embedding. ``end`` is the ending of the name of ``a``.
     """
 
     module: str
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
-    end: str  # of the first one's name
+    end: str
 
     @property
     def is_embedding(self) -> bool:
@@ -53,16 +54,24 @@ class _Pair:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the weight: (out, in), or (in, out) for an embedding."""
         shape = (self.b.shape[0], self.a.shape[1])
         return shape[::-1] if self.is_embedding else shape
 
     def delta(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Compute the change on ``device`` in ``dtype``, in the shape of the weight."""
         product = (self.b.to(device, dtype) @ self.a.to(device, dtype)) * scale
         return product.T if self.is_embedding else product
 
 
 class Adapter:
-    """The changes that one adapter makes, by the names of the checkpoint's tensors."""
+    """The changes that one adapter makes to the tensors of a checkpoint.
+
+    Attributes:
+        file: The adapter's safetensors file.
+        stored: Headers of its tensors, by their names in the file.
+        values: Values of its tensors on the CPU, by the same names.
+    """
 
     def __init__(
         self,
@@ -71,28 +80,32 @@ class Adapter:
         stored: Mapping[str, StoredTensor],
         values: Mapping[str, Tensor],
     ) -> None:
-        """Sort the tensors ``stored`` in ``file``, with their ``values``, by what they change.
+        """Assign each tensor of ``file`` to the checkpoint's tensor that it changes.
 
         Raises:
-            CheckpointError: A tensor has no partner, or two of them claim one place.
+            CheckpointError: A name lacks PEFT's prefix, a tensor of a pair has no partner, or two
+                pairs or two whole tensors change the same tensor.
         """
         self.file = file
         self.stored = stored
         self.values = values
         self._config = config
+        # Keys are the checkpoint's names
         self._whole: dict[str, Tensor] = {}
-        self._pairs: dict[str, _Pair] = {}  # by the name of the weight
-        self._based: set[str] = set()  # of the whole ones: those that a pair is added to
+        self._pairs: dict[str, _Pair] = {}
+        # The whole tensors whose module must have a pair, because PEFT stores them below _BASE
+        self._based: set[str] = set()
         for name in stored:
             self._sort(name)
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":
-        """Read the adapter in ``folder``.
+        """Read the config and all tensors of the adapter in ``folder``, without merging them.
 
         Raises:
-            ConfigError: Its config is missing or describes something else than plain LoRA.
-            CheckpointError: Its weights are missing, unreadable, pickled or contradict the config.
+            ConfigError: The config is missing, malformed or not that of plain LoRA.
+            CheckpointError: The weights are missing, unreadable, pickled or not floats, or their
+                names do not fit together.
         """
         config = AdapterConfig.load(folder)
         file = folder / ADAPTER_WEIGHTS
@@ -118,16 +131,17 @@ class Adapter:
 
     @property
     def changed(self) -> Set[str]:
-        """The names of the checkpoint's tensors that change."""
+        """Names of the checkpoint's tensors that this adapter changes."""
         return self._whole.keys() | self._pairs.keys()
 
     def check(self, places: Mapping[str, HubTensor]) -> None:
-        """Check that every change has its place among a checkpoint's tensors and none is missing.
+        """Check that the adapter fits the checkpoint's tensors, which are ``places`` by name.
 
         Raises:
-            CheckpointError: A change is for a tensor that is not there, has another shape, rank or
-                kind, or changes what a pair changes too; or a tensor of a module that was trained
-                whole is lacking.
+            CheckpointError: A change is for a tensor that is not in ``places``, or has another
+                shape or rank. Or a pair for an embedding has the names for a linear layer, or the
+                reverse. Or a whole tensor must be stored with a pair and is not, or the reverse. Or
+                a tensor of ``modules_to_save`` is missing.
         """
         for name, tensor in self._whole.items():
             if name not in places:
@@ -156,8 +170,8 @@ class Adapter:
     def merge(self, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return the checkpoint's ``tensor`` called ``name`` with this adapter's change, if any.
 
-        The sum is formed on ``device`` in fp32, or wider where ``tensor`` or the ``dtype`` it is
-        for are, and not rounded.
+        A pair is added on ``device`` in fp32, or in fp64 if ``tensor`` or ``dtype`` is fp64. The
+        caller rounds the sum to ``dtype``. Without a pair, the dtype and device are unchanged.
         """
         tensor = self._whole.get(name, tensor)
         pair = self._pairs.get(name)
@@ -168,7 +182,7 @@ class Adapter:
         return tensor.to(device, wide) + pair.delta(scale, device, wide)
 
     def _sort(self, name: str) -> None:
-        """Note what the tensor ``name`` changes; a pair is noted with its first."""
+        """Note what the tensor ``name`` changes. A pair is noted once, at its A."""
         if not name.startswith(_PREFIX):
             raise CheckpointError(
                 f"{self.file}: tensor {name!r:.200} must begin with {_PREFIX!r}, as PEFT's do"

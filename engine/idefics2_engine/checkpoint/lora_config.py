@@ -15,13 +15,14 @@ from idefics2_engine.model_files import ADAPTER_CONFIG, printable_path, why_no_a
 _Value = TypeVar("_Value")
 
 _MOST_RANK = 1 << 16
-# Some times the modules of the 8B model, each of which is matched with all patterns
+# The 8B model has 410 linear layers, each of which may be matched with all patterns
 _MOST_PATTERNS = 4096
+# A pattern with a quantifier is matched by a Python loop over the name, which is slower
 _MOST_STARRED = 64
-# How training began, as far as the base weights stayed what they are
+# These initializations leave the base weights unchanged. Others, like PiSSA, change them
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
-# Keys without a say in the sum: what was trained is what the file holds, and what was dropped out
-# is back
+# These keys do not affect the merged weights. The names in the weights' file show which modules
+# were trained, and there is no dropout in inference
 _SILENT = frozenset(
     [
         "auto_mapping",
@@ -60,22 +61,33 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What ``adapter_config.json`` says about ranks and scales."""
+    """The ranks, the scales and the modules trained whole of ``adapter_config.json``.
+
+    Attributes:
+        path: The file.
+        r: Rank of the modules that no pattern of ``ranks`` fits.
+        alpha: Numerator of the scale of the modules that no pattern of ``alphas`` fits.
+        rank_stabilized: Whether the scale is alpha / sqrt(r), not alpha / r.
+        ranks: Ranks by pattern of a module's name. The first pattern that fits counts.
+        alphas: Numerators by pattern, in the same way.
+        saved: Endings of the names of modules that were trained whole.
+    """
 
     path: Path
     r: int
     alpha: float
     rank_stabilized: bool
-    ranks: Sequence[tuple[NamePattern, int]]  # by pattern of a module's name, the first that fits
+    ranks: Sequence[tuple[NamePattern, int]]
     alphas: Sequence[tuple[NamePattern, float]]
-    saved: Sequence[str]  # ends of the names of modules that were trained whole
+    saved: Sequence[str]
 
     @classmethod
     def load(cls, folder: Path) -> "AdapterConfig":
         """Read ``folder/adapter_config.json``.
 
         Raises:
-            ConfigError: It is missing, no JSON, or describes something else than plain LoRA.
+            ConfigError: The file is missing, is not a JSON object, has an invalid value, or is not
+                that of plain LoRA.
         """
         if mistaken := why_no_adapter(folder):
             raise ConfigError(f"{printable_path(folder)}: {mistaken}")
@@ -88,7 +100,7 @@ class AdapterConfig:
         section.require("bias", "none")
         section.require("init_lora_weights", *_INITS)
         for key, value in values.items():
-            # as null, false and {} they mean the plain kind
+            # An unknown key that is null, false or empty asks for nothing beyond plain LoRA
             if key not in _SILENT | _READ and value:
                 raise ConfigError(
                     f"{path}: {printable(key)} is not supported, only plain LoRA is, got {short_repr(value)}: "
@@ -107,23 +119,29 @@ class AdapterConfig:
         )
 
     def saves(self, tensor: str) -> bool:
-        """Tell whether the model's ``tensor`` is part of a module that was trained whole."""
+        """Return whether the tensor called ``tensor`` is part of a module that was trained whole.
+
+        Only the endings of the names of modules are compared, as in PEFT.
+        """
         modules = accumulate(tensor.split(".")[:-1], "{}.{}".format)
         return any(module.endswith(tuple(self.saved)) for module in modules)
 
     def rank(self, module: str) -> int:
-        """Return r of ``module``."""
+        """Return the rank r of the pair for ``module``."""
         return _first_fit(self.ranks, module, self.r)
 
     def scale(self, module: str) -> float:
-        """Return the factor of ``B @ A``: alpha / r, or alpha / sqrt(r) if rank-stabilized."""
+        """Return the factor of B @ A: alpha / r (Hu et al., 2021), or alpha / sqrt(r).
+
+        The second is the rank-stabilized scale (Kalajdzievski, 2023).
+        """
         rank = self.rank(module)
         alpha = _first_fit(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
 def _names(section: Section, key: str) -> list[str]:
-    """Return the list of names under ``key``, empty for none."""
+    """Return the list of names under ``key``, or an empty list if it is absent."""
     names = section.values.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise section.error(key, "a list of names", names)
@@ -131,7 +149,11 @@ def _names(section: Section, key: str) -> list[str]:
 
 
 def _patterns(section: Section, read: Callable[[str], _Value]) -> list[tuple[NamePattern, _Value]]:
-    """Compile the keys of ``section``, to PEFT expressions of the end of a module's name."""
+    """Return the keys of ``section`` as patterns, each with the value that ``read`` returns.
+
+    Raises:
+        ConfigError: There are too many keys, or a key or a value is invalid.
+    """
     keys = list(section.values)
     starred = sum("*" in key or "+" in key for key in keys)
     if len(keys) > _MOST_PATTERNS or starred > _MOST_STARRED:
@@ -145,5 +167,5 @@ def _patterns(section: Section, read: Callable[[str], _Value]) -> list[tuple[Nam
 def _first_fit(
     patterns: Sequence[tuple[NamePattern, _Value]], module: str, default: _Value
 ) -> _Value:
-    """Return the value of the first pattern that fits ``module``, as PEFT does."""
+    """Return the value of the first pattern that fits ``module``, as PEFT does, or ``default``."""
     return next((value for pattern, value in patterns if pattern.fits(module)), default)

@@ -1,8 +1,8 @@
 """Regular expressions of modules' names as PEFT matches them, in time linear in the name.
 
-Python's own matching tries every way to share a name among quantifiers, which takes 40 s for
-``.*.*b`` and a name of 8,000 characters. Here all ways go through the name together: a Thompson
-automaton, whose states are the bits of an integer.
+Python's matching tries every way to divide a name among quantifiers. For ``.*.*b`` and a name of
+8,000 characters this takes 40 s. Here an automaton follows all ways at once (Thompson, 1968). Its
+set of states is the bits of an integer.
 """
 
 import re
@@ -12,21 +12,22 @@ from idefics2_engine.errors import ConfigError, short_repr
 
 _MOST_CHARACTERS = 200
 _MOST_QUANTIFIERS = 2
-_ATOM = r"(\\[dw.-]|[\w.-])([*+]?)"  # accepts one character, or some of them
+# An atom accepts one character. A quantifier may follow it
+_ATOM = r"(\\[dw.-]|[\w.-])([*+]?)"
 
 
 class NamePattern:
-    r"""A pattern of a name, or of its end behind a dot: PEFT's ``(.*\.)?(PATTERN)$``.
+    r"""A pattern of a whole name or of its end after a dot: ``(.*\.)?(PATTERN)$``, as in PEFT.
 
-    It consists of characters, ``.``, ``\d`` and ``\w``, at most two of them with ``*`` or ``+``.
-    ``^`` may stand in front of it, and ``$`` behind.
+    It is a sequence of word characters, ``-``, ``.``, ``\.``, ``\-``, ``\d`` and ``\w``. At most two
+    of them have a quantifier, ``*`` or ``+``. The pattern may begin with ``^`` and end with ``$``.
     """
 
     def __init__(self, pattern: str, where: str) -> None:
-        """Compile ``pattern``, a key of the object ``where``.
+        """Compile ``pattern``, a key of the JSON object called ``where`` in errors.
 
         Raises:
-            ConfigError: It is too long, or consists of something else.
+            ConfigError: The pattern is too long, has too many quantifiers or has another form.
         """
         self.pattern = pattern
         body = pattern.removeprefix("^").removesuffix("$")
@@ -43,9 +44,11 @@ class NamePattern:
         self._is_anchored = pattern.startswith("^")
         self._body = re.compile(body)
         self._atoms: list[str] = []
-        self._starred = 0  # bit i: atom i may be left out and repeated
+        # Bit i is set if atom i may be skipped and repeated
+        self._starred = 0
         for atom, quantifier in atoms:
-            if quantifier == "+":  # x+ is x and x*
+            # x+ is stored as x followed by x*
+            if quantifier == "+":
                 self._atoms.append(atom)
             if quantifier:
                 self._starred |= 1 << len(self._atoms)
@@ -54,11 +57,11 @@ class NamePattern:
 
     @property
     def is_starred(self) -> bool:
-        """Whether names of any length may fit."""
+        """Whether the pattern has a quantifier, so that the length of a match varies."""
         return self._starred != 0
 
     def fits(self, name: str) -> bool:
-        """Tell whether the pattern fits ``name``, each of whose characters is looked at once."""
+        """Return whether the pattern fits ``name``, in time linear in its length."""
         if not self.is_starred:
             begin = len(name) - len(self._atoms)
             may_begin = begin == 0 or (
@@ -66,7 +69,8 @@ class NamePattern:
             )
             return may_begin and self._body.fullmatch(name, begin) is not None
         begins = self._skip(1)
-        states = begins  # bit i: the first i atoms have been matched
+        # Bit i is set if the first i atoms match a part of the name that ends here
+        states = begins
         for character in name:
             moved = states & self._accepting(character)
             states = self._skip((moved & self._starred) | (moved & ~self._starred) << 1)
@@ -75,15 +79,15 @@ class NamePattern:
         return bool(states >> len(self._atoms) & 1)
 
     def _skip(self, states: int) -> int:
-        """Add the states behind atoms that may be left out.
+        """Add the states that skipping starred atoms leads to.
 
-        These are no more than quantifiers in a row.
+        There are at most as many starred atoms in a row as quantifiers.
         """
         for _ in range(_MOST_QUANTIFIERS):
             states |= (states & self._starred) << 1
         return states
 
     def _find_accepting(self, character: str) -> int:
-        """Return the atoms that accept ``character``, as bits."""
+        """Return the atoms that accept ``character``: bit i is set if atom i does."""
         accepts = (re.fullmatch(atom, character) for atom in self._atoms)
         return sum(1 << i for i, accepted in enumerate(accepts) if accepted)
