@@ -1,15 +1,18 @@
-"""An NF4 weight in a checkpoint's files: several tensors, as bitsandbytes writes them.
+"""The tensors of an NF4 weight in a checkpoint's files, as bitsandbytes writes them.
 
-For a weight of N x K elements in blocks of 64, called ``name``:
+A weight (N, K) called ``name`` has ceil(N * K / 64) blocks and these tensors:
 
-| tensor | type and shape | holds |
+| tensor | dtype and shape | content |
 |---|---|---|
-| ``name`` | uint8 (ceil(N * K / 2), 1) | the codes |
-| ``name.absmax`` | uint8 (blocks,), fp32 without double quantization | the blocks' absmaxes |
-| ``name.quant_map`` | fp32 (16,) | what a code stands for |
-| ``name.nested_absmax`` | fp32 (ceil(blocks / 256),) | with double quantization only, as the next |
-| ``name.nested_quant_map`` | fp32 (256,) | what an absmax's byte stands for |
-| ``name.quant_state.bitsandbytes__nf4`` | uint8 | JSON in UTF-8: shape, type, block sizes, the absmaxes' offset |
+| ``name`` | uint8 (ceil(N * K / 2), 1) | codes, two per byte |
+| ``name.absmax`` | uint8 (blocks,) | absmax of each block |
+| ``name.quant_map`` | fp32 (16,) | values of the codes |
+| ``name.nested_absmax`` | fp32 (ceil(blocks / 256),) | scale of 256 absmaxes |
+| ``name.nested_quant_map`` | fp32 (256,) | values of the bytes in ``absmax`` |
+| ``name.quant_state.bitsandbytes__nf4`` | uint8 (bytes,) | JSON: shape, dtype, block sizes, offset |
+
+Without double quantization ``absmax`` is fp32, and there are no nested tensors and no offset.
+``idefics2_kernels.nf4.nf4_weight`` has the formula.
 """
 
 import json
@@ -29,24 +32,31 @@ from idefics2_kernels.nf4.nf4_weight import BLOCK, NESTED_BLOCK, nf4_code
 _STATE = ".quant_state.bitsandbytes__nf4"
 _PLAIN = ("", ".absmax", ".quant_map", _STATE)
 _NESTED = (".nested_absmax", ".nested_quant_map")
-# The states of bitsandbytes have less than 200 bytes
+# bitsandbytes writes states of less than 200 bytes
 _MOST_STATE_BYTES = 4096
 _CPU = torch.device("cpu")
 
 
 def is_in_nf4(name: str, stored: Mapping[str, StoredTensor]) -> bool:
-    """Say whether the weight ``name`` is in NF4 among the tensors ``stored``."""
+    """Return whether the weight ``name`` is in NF4, which means that ``stored`` has its state."""
     return name + _STATE in stored
 
 
 def tensor_names(name: str, stored: Mapping[str, StoredTensor]) -> list[str]:
-    """List the tensors that the weight ``name``, in NF4, must have among those ``stored``."""
+    """Return the names of the tensors that the NF4 weight ``name`` must have.
+
+    These are four, or six with double quantization, which is recognized by a nested tensor in
+    ``stored``.
+    """
     is_nested = any(name + end in stored for end in _NESTED)
     return [name + end for end in (*_PLAIN, *(_NESTED if is_nested else ()))]
 
 
 def weight_name(tensor: str) -> str:
-    """Return the name of the weight that ``tensor`` would belong to: the same for all six."""
+    """Return the name of the weight that the tensor called ``tensor`` is a part of.
+
+    It is ``tensor`` without an ending of the table in the module docstring, if it has one.
+    """
     for end in (*_PLAIN[1:], *_NESTED):
         if tensor.endswith(end):
             return tensor.removesuffix(end)
@@ -54,10 +64,12 @@ def weight_name(tensor: str) -> str:
 
 
 def check_headers(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTensor]) -> None:
-    """Check that the tensors of the weight ``name`` can be one of ``shape``; all are in ``stored``.
+    """Check that the tensors of the NF4 weight ``name`` fit a weight of ``shape``.
+
+    ``stored`` must contain all of ``tensor_names``.
 
     Raises:
-        CheckpointError: One has another shape or type.
+        CheckpointError: A tensor has another shape or dtype, or the state is too long.
     """
     numel = math.prod(shape)
     blocks = -(-numel // BLOCK)
@@ -80,12 +92,19 @@ def check_headers(name: str, shape: tuple[int, ...], stored: Mapping[str, Stored
 def read_weight(
     source: StoredTensor, shape: tuple[int, ...], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> NF4Weight:
-    """Make the weight ``source`` of ``shape`` from its ``tensors``, whose headers were checked.
+    """Build the NF4 weight called ``source.name`` from ``tensors`` by name, on the CPU.
 
-    It is for computing in ``dtype``.
+    ``check_headers`` must have passed.
+
+    Args:
+        source: Header of the tensor of codes.
+        shape: Shape of the weight.
+        tensors: Values of all tensors of the weight.
+        dtype: Dtype to compute in. The dtype in the state is not used.
 
     Raises:
-        CheckpointError: Its state is no JSON, or is of another weight or another format.
+        CheckpointError: The state is not a JSON object or describes another shape or format, or the
+            values of the codes are not those of NF4.
     """
     name = source.name
     is_nested = name + _NESTED[0] in tensors
@@ -122,11 +141,10 @@ def read_weight(
 
 
 def weight_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors, on the CPU, that hold ``weight`` under ``name``.
+    """Return the tensors of ``weight`` by the names in the module docstring, on the CPU.
 
-    A reader gets a weight for ``dtype`` from them.
-
-    Each has memory of its own, as safetensors wants it.
+    ``dtype`` is written to the state. bitsandbytes dequantizes to that dtype. All tensors are
+    copies, because safetensors refuses to write tensors that share memory.
     """
     state: dict[str, object] = {
         "quant_type": "nf4",
@@ -156,18 +174,19 @@ def weight_tensors(name: str, weight: NF4Weight, dtype: torch.dtype) -> dict[str
 
 
 def _state(file: Path, packed: Tensor) -> Section:
-    """Parse the JSON that is ``packed`` in bytes."""
+    """Parse the JSON in ``packed`` (bytes,) uint8."""
     return Section("quant_state", parse_json(bytes(packed.tolist()), file))
 
 
 def _require(state: Section, key: str, *wanted: object) -> None:
-    """Refuse any other value than those ``wanted``, and none."""
+    """Raise ``ConfigError`` unless the value is present and one of ``wanted``."""
     got = state.values.get(key)
     if got not in wanted:
         raise state.error(key, " or ".join(map(repr, wanted)), got)
 
 
 def _offset(state: Section) -> Tensor:
+    """Return the offset of the absmaxes, () fp32; raise ``ConfigError`` if it is not finite."""
     offset = state.values.get("nested_offset")
     value = torch.tensor(offset if type(offset) is float else math.nan, dtype=torch.float32)
     if not bool(value.isfinite()):

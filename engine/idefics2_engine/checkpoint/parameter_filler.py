@@ -1,4 +1,4 @@
-"""Copying of a checkpoint's values to a model's parameters: merged, checked and quantized."""
+"""Copying of a checkpoint's values to a model, with merging, checks and quantization."""
 
 import torch
 from torch import Tensor
@@ -15,13 +15,15 @@ from idefics2_kernels import NF4Weight
 
 
 class ParameterFiller:
-    """Fills the parameters of ``model``, one tensor of a checkpoint at a time.
+    """Fills the weights of ``model``, one tensor of a checkpoint at a time.
 
     Args:
-        model: Its layers are in NF4 where its weights are to be.
-        adapter: Is merged into the values, if there is one.
-        check_finite: Refuse values that are no numbers, as they are stored and as they become.
-        double_quant: How numbers are quantized.
+        model: Model with uninitialized weights, on its device. Dense values for its NF4 layers are
+            quantized.
+        adapter: LoRA adapter to merge into the dense values.
+        check_finite: Raise an error for NaN and infinity, both in the values as stored and after
+            merging and rounding to the model's dtype.
+        double_quant: Whether quantization also quantizes the absolute maxima.
     """
 
     def __init__(
@@ -34,17 +36,17 @@ class ParameterFiller:
         self._double_quant = double_quant
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._uploader = Uploader(model.device)
-        # The rows that the vocabulary is padded with are in no file
+        # No file holds the rows that pad the vocabulary
         with torch.no_grad():
             for table in {model.text.embedding, model.lm_head}:
                 table[model.config.text.vocab_size :] = 0.0
 
     @torch.no_grad()
     def fill(self, source: StoredTensor, value: Tensor | NF4Weight) -> None:
-        """Put ``value``, read from ``source``, into its place.
+        """Write ``value``, read from ``source``, to its place in the model.
 
         Raises:
-            CheckpointError: It holds a value that is no number, and is checked.
+            CheckpointError: With ``check_finite``, a value is NaN or infinite.
         """
         place = self.places[source.name]
         value = self._prepared(source, value)
@@ -52,7 +54,7 @@ class ParameterFiller:
         if isinstance(layer, NF4Linear) and place.is_linear:
             self._model.set_nf4(place.module, self._quantized(source, value))
             return
-        # The head, by whoever did not skip it
+        # A checkpoint may have its head in NF4, but the model's head is always dense
         if isinstance(value, NF4Weight):
             value = self._model.ops.nf4_dequantize(value)
         parameter = self._parameters[place.parameter]
@@ -62,10 +64,7 @@ class ParameterFiller:
             require_finite(source, rows, f" in {self._model.dtype}")
 
     def _prepared(self, source: StoredTensor, value: Tensor | NF4Weight) -> Tensor | NF4Weight:
-        """Return ``value`` checked and merged with the adapter's.
-
-        A weight in NF4 is moved to the model's device.
-        """
+        """Check a dense ``value`` and merge the adapter; move an NF4 one to the model's device."""
         if isinstance(value, NF4Weight):
             return value.to(self._model.device)
         if self._check_finite:
@@ -77,7 +76,7 @@ class ParameterFiller:
     def _quantized(self, source: StoredTensor, value: Tensor | NF4Weight) -> NF4Weight:
         """Return ``value`` in NF4 on the model's device.
 
-        Numbers are rounded to its type before they are quantized.
+        A dense value is rounded to the model's dtype before it is quantized.
         """
         model = self._model
         if isinstance(value, Tensor):
@@ -92,7 +91,13 @@ class ParameterFiller:
 
 
 def require_finite(source: StoredTensor, values: Tensor, where: str = "") -> None:
-    """Refuse NaN and infinity among ``values``, naming the first and how many there are."""
+    """Check that ``values``, read from ``source``, are finite.
+
+    ``where`` completes "must be finite" in the message.
+
+    Raises:
+        CheckpointError: There are NaNs or infinities. The message has their number and the first.
+    """
     bad = ~torch.isfinite(values)
     count = int(bad.count_nonzero())
     if count:

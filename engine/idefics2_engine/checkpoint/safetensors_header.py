@@ -1,11 +1,9 @@
-"""The header of a safetensors file, checked whole before anything trusts it.
+"""Reading and complete checking of the header of a safetensors file, without its values.
 
-No tensor is read here.
-
-A file is eight bytes with the header's length, the header (a JSON object: name to dtype, shape and
-the range of its bytes) and the tensors' bytes without a gap. The library checks most of this too,
-but takes a name that stands twice, and calls a Git LFS pointer or a web page a header that is too
-large.
+A file consists of the header's length in eight bytes, the header, and the tensors' bytes without
+gaps. The header is a JSON object that maps a name to dtype, shape and range of bytes. The
+safetensors library checks most of this. But it accepts a repeated name, and its error for a Git LFS
+pointer or a web page is "header too large".
 """
 
 import math
@@ -18,33 +16,42 @@ from idefics2_engine.json_file import parse_json
 from idefics2_engine.model_files import open_file, printable_path
 
 _LENGTH_BYTES = 8
-_MOST_HEADER_BYTES = 1 << 25  # 32 MiB; the 8B model's seven have 0.1
+# 32 MiB is far above the 8B model, whose seven headers have 0.1 MiB in all
+_MOST_HEADER_BYTES = 1 << 25
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types that weights may be stored in."""
+"""The dtypes that dense weights may be stored in, as safetensors spells them."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file: where it is and what it is, without its values."""
+    """The description of a tensor in a file, without its values.
+
+    Attributes:
+        file: The safetensors file.
+        name: Name that the engine uses.
+        dtype: Dtype as safetensors spells it.
+        shape: Shape of the tensor.
+        key: Name in the file, which depends on the release that wrote it.
+    """
 
     file: Path
     name: str
-    dtype: str  # in safetensors' spelling
+    dtype: str
     shape: tuple[int, ...]
-    key: str  # its name in the file, which another release may have spelled differently
+    key: str
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its values in the file."""
+        """Bytes of the values in the file."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
     def check(self, shape: tuple[int, ...], *dtypes: str) -> None:
-        """Raise ``CheckpointError`` unless it has this shape and one of these types."""
+        """Raise ``CheckpointError`` unless the tensor has this shape and one of ``dtypes``."""
         if self.shape != shape:
             raise CheckpointError(
                 f"{printable_path(self.file)}: tensor {self.key!r} must have shape {shape}, got {self.shape}"
@@ -56,11 +63,11 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of ``file`` by name.
+    """Return the descriptions of the tensors in ``file`` by name.
 
     Raises:
-        CheckpointError: The file is missing, is something else than safetensors, is cut short, or
-            its header contradicts itself or the file's length.
+        CheckpointError: The file is missing, unreadable, not in safetensors' format or cut short,
+            or its header contradicts itself or the file's length.
     """
     with open_file(file, CheckpointError) as (opened, size):
         header = _header_bytes(file, opened, size)
@@ -81,9 +88,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
-    """Read the header of a file of ``size`` bytes."""
+    """Read the header of ``opened``, a file of ``size`` bytes."""
     start = opened.read(512)
-    if start[_LENGTH_BYTES:][:1] != b"{":  # before one, any eight bytes may be a length
+    # If a JSON object may follow, the first eight bytes are a length, whatever they look like
+    if start[_LENGTH_BYTES:][:1] != b"{":
         _check_foreign(file, start)
     if size < _LENGTH_BYTES:
         raise CheckpointError(
@@ -104,7 +112,10 @@ def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
 
 
 def _check_foreign(file: Path, start: bytes) -> None:
-    """Name what often lies where weights should."""
+    """Raise ``CheckpointError`` if the file is empty, a Git LFS pointer, a web page or a pickle.
+
+    ``start`` are its first bytes.
+    """
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         raise CheckpointError(f"{printable_path(file)}: is empty")
@@ -134,7 +145,10 @@ def _check_metadata(file: Path, metadata: object) -> None:
 
 
 def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, int]:
-    """Check the header's ``entry`` for ``name``; return the tensor and the range of its bytes."""
+    """Check the header's ``entry`` for ``name``; return the tensor, its first byte and its end.
+
+    The range is relative to the end of the header.
+    """
     where = f"{printable_path(file)}: tensor {name!r:.200}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
@@ -159,7 +173,7 @@ def _tensor(file: Path, name: str, entry: object) -> tuple[StoredTensor, int, in
 
 
 def _are_sizes(value: object) -> bool:
-    """Whether ``value`` is a short list of integers that fit in memory."""
+    """Return whether ``value`` is a list of at most 16 integers from 0 to 2**63 - 1."""
     return (
         isinstance(value, list)
         and len(value) <= 16
@@ -168,7 +182,10 @@ def _are_sizes(value: object) -> bool:
 
 
 def _check_ranges(file: Path, ranges: list[tuple[int, int, str]], size: int) -> None:
-    """Check that the tensors fill the file's ``size`` bytes after the header, one after another."""
+    """Check that ``ranges`` fill the ``size`` bytes after the header without gaps or overlaps.
+
+    A range is the first byte, the end and the name of a tensor.
+    """
     filled = 0
     for start, end, name in sorted(ranges):
         if start != filled:

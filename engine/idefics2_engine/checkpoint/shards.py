@@ -1,4 +1,4 @@
-"""Search for the files with a checkpoint's tensors, of which only headers are read."""
+"""Search for the weight files of a checkpoint, of which only the headers are read."""
 
 import os
 from collections.abc import Collection
@@ -18,10 +18,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def find_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the checkpoint in ``folder`` by name.
+    """Return the descriptions of all tensors of the checkpoint in ``folder`` by name.
 
     Raises:
-        ConfigError: The shards' index is no JSON object.
+        ConfigError: The index of the shards cannot be read as a JSON object.
         CheckpointError: A file is missing or malformed, or the index and its shards contradict each
             other.
     """
@@ -51,9 +51,11 @@ def find_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """Return the weight files of ``folder``, all of which exist.
+    """Return the sorted weight files of the checkpoint in ``folder`` without opening them.
 
-    Raises as ``find_weights`` does.
+    Raises:
+        ConfigError: The index of the shards cannot be read as a JSON object.
+        CheckpointError: A file is missing, or the index is malformed.
     """
     index = _read_index(folder)
     names = {SINGLE} if index is None else set(index.values())
@@ -62,15 +64,15 @@ def weight_paths(folder: Path) -> list[Path]:
 
 
 def join_names(names: Collection[str], most: int = 3) -> str:
-    """Write out ``names``, but not more than ``most``."""
+    """Join the first ``most`` of ``names`` for a message, with the number of the others."""
     first = ", ".join(printable(name) for name in list(names)[:most])
     return f"{first} and {len(names) - most} more" if len(names) > most else first
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    """Return the index, tensor to file, or None where one file holds all.
+    """Return the index from tensor to file, or ``None`` if there is a single file.
 
-    The one file goes first, as in transformers.
+    A single file has precedence over an index, as in transformers.
     """
     if is_there(folder / SINGLE):
         return None
@@ -91,7 +93,10 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 
 
 def _is_plain(file: object) -> bool:
-    """Whether ``file`` is a weight file's bare name: no path, on any system, and safe to print."""
+    """Return whether ``file`` is a printable name of a safetensors file, and not a path.
+
+    Separators of all operating systems are excluded.
+    """
     return (
         isinstance(file, str)
         and file.endswith(".safetensors")
