@@ -1,9 +1,12 @@
 """Verification of a folder's files by their published checksums.
 
-There are three sources of checksums, and all that exist must agree: files in the folder
-(``SHA256SUMS``, ``*.sha256``); the hub's cache, where a file links to a blob named by its checksum;
-and the metadata that the hub's client writes beside a download into a folder. The hub's checksum
-is sha256 for large files and git's blob hash for others.
+A file must agree with every checksum that exists for it. There are three sources:
+
+- ``SHA256SUMS`` and ``*.sha256`` files in the folder;
+- the hub's cache, where a file is a link to a blob named by its checksum;
+- the metadata that the hub's client writes beside a download into a folder.
+
+The hub's checksum is sha256 for large files and git's blob hash for others.
 """
 
 import hashlib
@@ -30,7 +33,7 @@ _SUM_LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](?:\./)?(\S.*))?")
 class _Sum:
     """The expected checksum of a file and its source.
 
-    A ``digest`` of 64 hexadecimal digits is sha256, one of 40 is git's blob hash.
+    A ``digest`` of 64 hexadecimal digits is sha256. One of 40 digits is git's blob hash.
     """
 
     digest: str
@@ -42,11 +45,12 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
 
     Args:
         folder: Folder of a checkpoint or an adapter.
-        weights: Files that must have a checksum. JSON files and templates are compared if they have
-            one.
+        weights: Files of ``folder`` that must have a checksum. JSON files and chat templates are
+            compared if they have one.
 
     Raises:
-        CheckpointError: A file differs, a weight file has no checksum, or a sums file is malformed.
+        CheckpointError: A file differs or is unreadable, a weight file has no checksum, or a sums
+            file is malformed.
     """
     sums = _sums_files(folder)
     weights = set(weights)
@@ -62,7 +66,7 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
             f"{printable_path(unknown[0])}: has no checksum to be compared with: wanted is a SHA256SUMS or *.sha256 file in its folder that "
             "names it, or a download from the hub"
         )
-    # Hashing releases the GIL
+    # Threads hash in parallel, because hashlib releases the GIL
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda pair: _digest(pair[0], len(pair[1].digest)), expected))
     wrong = [
@@ -77,7 +81,7 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
 
 
 def _digest(file: Path, length: int) -> str:
-    """Return the checksum of ``file`` that has ``length`` hexadecimal digits."""
+    """Return the checksum of ``file``: sha256 if ``length`` is 64 digits, else git's blob hash."""
     with open_file(file, CheckpointError) as (opened, size):
         if length == 64:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -86,7 +90,7 @@ def _digest(file: Path, length: int) -> str:
 
 
 def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
-    """Return the checksums in the folder's sums files by file name, without subfolders."""
+    """Return the checksums in the sums files of ``folder`` by file name."""
     sums: dict[str, list[_Sum]] = {}
     for path in paths_in(folder, "SHA256SUMS", "*.sha256", error=CheckpointError):
         lines = read_text(path, CheckpointError).splitlines()
@@ -105,7 +109,7 @@ def _sums_files(folder: Path) -> dict[str, list[_Sum]]:
 
 
 def _cache_sums(file: Path) -> list[_Sum]:
-    """Return the name of the blob behind ``file``, if it lies in the hub's cache."""
+    """Return the name of the blob that ``file`` links to in the hub's cache, if it does."""
     if not os.path.islink(file):
         return []
     # Path.resolve raises on a link to itself

@@ -11,14 +11,14 @@ from idefics2_engine.model_files import paths_in, read_file
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """Return the files to write beside a copy of the weights in ``folder``, by name.
+    """Return the contents of the JSON files and templates in ``folder`` by name.
 
-    Image settings in ``processor_config.json`` are moved to a separate file, which every release of
-    transformers reads.
+    The index of the weights is omitted. Image settings in ``processor_config.json`` are moved to
+    ``preprocessor_config.json``, which every release of transformers reads.
 
     Raises:
-        ConfigError: A file is not a regular file or cannot be read, or ``processor_config.json`` is
-            malformed.
+        ConfigError: ``folder`` or a file cannot be read, a file is not a regular file, or
+            ``processor_config.json`` is malformed.
     """
     paths = paths_in(folder, "*.json", "*.jinja")
     files = {path.name: read_file(path) for path in paths if path.name != INDEX}
@@ -35,7 +35,17 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 def write_config(
     path: Path, *, tied: bool, dtype: str, quantization: dict[str, object] | None
 ) -> None:
-    """Update ``config.json`` at ``path``: whether the head is ``tied`` and what is quantized."""
+    """Update the ``config.json`` at ``path`` after the weights were written.
+
+    Args:
+        path: The file, which is written only if a value changes.
+        tied: Whether the head is the embedding.
+        dtype: Dtype to write with ``quantization``. Without it the file keeps its dtype.
+        quantization: The ``quantization_config``, or ``None`` to remove it.
+
+    Raises:
+        ConfigError: The file cannot be read as a JSON object.
+    """
     values = read_json(path)
     before = dict(values)
     if bool(values.get("tie_word_embeddings")) != tied:
@@ -44,7 +54,8 @@ def write_config(
         values.pop("quantization_config", None)
     else:
         values["quantization_config"] = quantization
-        values["dtype" if "dtype" in values else "torch_dtype"] = dtype  # the newer name, the older
+        # Older releases of transformers write torch_dtype, and newer ones dtype
+        values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     if values != before:
         path.write_text(_json(values), encoding="utf-8")
 

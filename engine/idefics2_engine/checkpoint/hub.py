@@ -1,6 +1,6 @@
-"""Resolution of a model's name to a folder: an existing one or one in the hub's cache.
+"""Resolution of the name of a model or adapter to a folder, with downloads from the hub.
 
-Only this module uses ``huggingface_hub``, and imports it only if a name is not a folder. The hub's
+Only this module uses ``huggingface_hub``. It imports it only if a name is not a folder. The hub's
 settings apply (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, …).
 """
 
@@ -30,31 +30,49 @@ _REVISION = re.compile(r"[\w./-]{1,200}", re.ASCII)
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a folder is for: which files of a repository are needed, and whether all are there."""
+    """A kind of folder, model or adapter, and the files that it needs.
+
+    Attributes:
+        name: The kind, in messages.
+        patterns: Patterns of the files to download.
+        check: Raises ``Idefics2Error`` if a folder lacks a file.
+        mistaken: Returns a message if a folder is of the other kind, else an empty string.
+    """
 
     name: str
     patterns: tuple[str, ...]
-    check: Callable[[Path], None]  # raises where something is missing
-    mistaken: Callable[[Path], str]  # says that a folder is of the other kind, or nothing
+    check: Callable[[Path], None]
+    mistaken: Callable[[Path], str]
 
 
 def find_model(model: str | Path, revision: str | None = None) -> Path:
     """Return the folder of the checkpoint ``model``, downloaded if necessary.
 
-    A cached model is used without contacting the hub.
+    A cached model is used without contacting the hub. An existing folder is not checked for
+    completeness.
 
     Args:
         model: A folder, or a hub id: ``org/name`` or ``org/name@revision``.
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        ConfigError: ``model`` is neither, or the hub does not provide it.
+        ConfigError: ``model`` is neither a folder nor a hub id, is an adapter, or cannot be
+            downloaded. Or ``revision`` is given for a folder, is malformed or contradicts the
+            one in ``model``. Or a JSON file of the repository is missing or malformed.
+        CheckpointError: The repository lacks weights in safetensors, or their index is malformed.
     """
     return _find(_MODEL, model, revision)
 
 
 def find_adapter(adapter: str | Path) -> Path:
-    """Return the folder of a LoRA adapter; its name has the forms of ``find_model``."""
+    """Return the folder of a LoRA adapter, downloaded if necessary.
+
+    ``adapter`` is a folder or a hub id, as in ``find_model``.
+
+    Raises:
+        ConfigError: ``adapter`` is neither a folder nor a hub id, is a model, or cannot be
+            downloaded. Or the repository lacks a file.
+    """
     return _find(_ADAPTER, adapter, None)
 
 
@@ -69,9 +87,8 @@ def _is_revision(text: str) -> bool:
 
 
 def _find(kind: _Kind, name: str | Path, revision: str | None) -> Path:
-    folder = Path(
-        os.path.expanduser(name)
-    )  # pathlib's raises on an unknown ~user, its is_dir on a long name
+    # pathlib raises in expanduser for an unknown ~user, and in is_dir for a long name
+    folder = Path(os.path.expanduser(name))
     if str(name) and os.path.isdir(folder):
         if revision is not None:
             raise ConfigError(
@@ -96,7 +113,7 @@ def _find(kind: _Kind, name: str | Path, revision: str | None) -> Path:
 
 
 def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
-    """Return the complete snapshot of ``repo`` in the hub's cache."""
+    """Return the snapshot of ``repo`` in the hub's cache, downloaded if it is not complete."""
     named = f"{repo}@{revision}" if revision else repo
     try:
         import huggingface_hub
@@ -124,7 +141,8 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
         mistaken = kind.mistaken(folder)
         kind.check(folder)
         return folder
-    except FileNotFoundError:  # or some of what was once begun is missing
+    # The repository is not in the cache, or a file of its snapshot is missing
+    except FileNotFoundError:
         pass
     except Idefics2Error as error:
         found = f"is not whole in the cache: {error}"
@@ -152,10 +170,10 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
 
 
 def _explained(kind: _Kind, named: str, error: Exception) -> ConfigError:
-    """Say what a user can do about ``error``."""
+    """Return an error that says what a user can do about the hub's ``error``."""
     from huggingface_hub import errors
 
-    # The response may belong to the cause of a cache miss
+    # For a cache miss, the response may be that of the error's cause
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, errors.GatedRepoError) or status == 403:

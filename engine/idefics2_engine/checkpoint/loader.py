@@ -1,7 +1,7 @@
 """Loading of checkpoints in the hub's format.
 
-If a tensor of a fused layer is in NF4, each of its tensors has a separate layer, side by side,
-because quantized tensors have separate blocks and states.
+A fused layer combines several tensors of a checkpoint. If one of them is in NF4, each becomes a
+separate layer in a ``SideBySide``, because quantized tensors have separate blocks and states.
 """
 
 import logging
@@ -52,13 +52,13 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
 ) -> Idefics2:
-    """Build a model without weights, for ``init_weights``.
+    """Build a model with uninitialized weights, for ``init_weights``.
 
-    Its layers are in NF4 as ``quantization`` says.
+    The linear layers of the parts in ``quantization`` are NF4 layers.
 
     Raises:
-        ConfigError: ``config`` is of a checkpoint that is quantized, whose files alone say which
-            layers are; or it is to be quantized and ``dtype`` is none of bf16, fp16, fp32.
+        ConfigError: ``config`` has a ``quantization_config``, which does not say exactly which
+            layers are in NF4. Or ``quantization`` is given and ``dtype`` is not bf16, fp16 or fp32.
     """
     if config.is_quantized:
         raise ConfigError(
@@ -79,9 +79,9 @@ def load_checkpoint(
 ) -> Idefics2:
     """Build the model of ``folder`` on ``device`` in ``dtype``.
 
-    All headers of the files are checked first, so nothing is allocated for a checkpoint that does
-    not fit. Files are memory-mapped, and each tensor is copied directly to its parameter.
-    Quantizing needs extra memory for one tensor on the device.
+    All headers of the files are checked first, so no parameter is allocated for a checkpoint that
+    does not fit. Files are memory-mapped, and one tensor at a time is copied to its parameter.
+    Quantization needs extra memory for one tensor on the device.
 
     Args:
         folder: A checkpoint in the hub's format, possibly quantized to NF4 by bitsandbytes.
@@ -138,7 +138,7 @@ def _check_not_quantized_before(
     adapter: Path | str | None,
     quantization: Quantization | None,
 ) -> None:
-    """Raise ``ConfigError`` if a quantized checkpoint is to be quantized or to be merged into."""
+    """Raise ``ConfigError`` if a quantized checkpoint is to be quantized or merged."""
     if config.is_quantized and quantization is not None:
         raise ConfigError(
             f"{printable_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
@@ -164,9 +164,9 @@ def _build(
     dtype: torch.dtype,
     in_nf4: Collection[str],
 ) -> Idefics2:
-    """Build a model in which the tensors named ``in_nf4`` have NF4 layers.
+    """Build a model with NF4 layers for the linear layers' tensors named ``in_nf4``.
 
-    The dense weights these replace are never allocated.
+    The dense weights that NF4 layers replace are never allocated.
     """
     if not in_nf4:
         return Idefics2(config, ops, device, dtype)
@@ -198,7 +198,7 @@ def _check_fit(
     places: Mapping[str, HubTensor],
     stored: Mapping[str, StoredTensor],
 ) -> frozenset[str]:
-    """Check that ``stored`` has exactly the model's tensors; return those in NF4."""
+    """Check that ``stored`` has exactly the model's tensors; return the names of those in NF4."""
     in_nf4 = frozenset(
         name
         for name, place in places.items()
@@ -247,11 +247,12 @@ def _weights(
     in_nf4: Collection[str],
     dtype: torch.dtype,
 ) -> Iterator[tuple[StoredTensor, Tensor | NF4Weight]]:
-    """Yield the values of every place, file by file.
+    """Yield the value of each of ``places`` with its description, file by file.
 
     A weight in NF4 is yielded after the last of its tensors is read.
     """
-    # Tensors of an NF4 weight wait here; few do, because most weights are within one shard
+    # Tensors wait here for the others of their NF4 weight. These are few, because the order of
+    # reading keeps the tensors of a weight together, except those in different shards
     waiting: dict[str, dict[str, Tensor]] = {}
     for source, tensor in read_values(
         sorted(stored.values(), key=lambda tensor: (tensor.file, weight_name(tensor.name)))
@@ -270,7 +271,7 @@ def _weights(
 def _load_adapter(
     folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
 ) -> Adapter:
-    """Read the adapter in ``folder`` and check that it fits."""
+    """Read the adapter in ``folder`` and check that it fits the checkpoint's ``places``."""
     adapter = Adapter.load(folder)
     if config.tie_word_embeddings and adapter.changed & {EMBEDDING, HEAD}:
         raise CheckpointError(

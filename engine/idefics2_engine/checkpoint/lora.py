@@ -1,9 +1,9 @@
 """LoRA adapters in PEFT's format, merged into a checkpoint's tensors during loading.
 
 An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. The second
-file has two kinds of tensors. A pair A, B changes a weight: W + B @ A * alpha / r (Hu et al., 2021).
-A whole tensor replaces one of the checkpoint's. The adapter's names are the checkpoint's with a
-prefix, and with other endings for the tensors of a pair.
+file has two kinds of tensors. A pair A, B is added to a weight: W + B @ A * alpha / r (Hu et al.,
+2021). A whole tensor replaces one of the checkpoint's. The adapter's names are the checkpoint's
+with a prefix and, in a module with a pair, another ending.
 """
 
 from collections.abc import Mapping, Set

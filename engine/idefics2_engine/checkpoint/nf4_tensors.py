@@ -9,7 +9,7 @@ A weight (N, K) called ``name`` has ceil(N * K / 64) blocks and these tensors:
 | ``name.quant_map`` | fp32 (16,) | values of the codes |
 | ``name.nested_absmax`` | fp32 (ceil(blocks / 256),) | scale of 256 absmaxes |
 | ``name.nested_quant_map`` | fp32 (256,) | values of the bytes in ``absmax`` |
-| ``name.quant_state.bitsandbytes__nf4`` | uint8 (bytes,) | JSON: shape, dtype, block sizes, offset |
+| ``name.quant_state.bitsandbytes__nf4`` | uint8 (bytes,) | JSON: shape, dtype, sizes, offset |
 
 Without double quantization ``absmax`` is fp32, and there are no nested tensors and no offset.
 ``idefics2_kernels.nf4.nf4_weight`` has the formula.

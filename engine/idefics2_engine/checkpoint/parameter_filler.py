@@ -24,6 +24,9 @@ class ParameterFiller:
         check_finite: Raise an error for NaN and infinity, both in the values as stored and after
             merging and rounding to the model's dtype.
         double_quant: Whether quantization also quantizes the absolute maxima.
+
+    Attributes:
+        places: The checkpoint's tensors by name, with the parameters of ``model``.
     """
 
     def __init__(

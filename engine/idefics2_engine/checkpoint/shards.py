@@ -115,7 +115,11 @@ def _check_present(folder: Path, names: set[str]) -> None:
 
 
 def pickles(folder: Path) -> list[str]:
-    """Return the names of pickles in ``folder``, which can run code and are never read."""
+    """Return the names of pickles in ``folder``, which can run code and are never read.
+
+    Raises:
+        CheckpointError: The folder cannot be listed.
+    """
     return [printable(path.name) for path in paths_in(folder, *_PICKLES, error=CheckpointError)]
 
 

@@ -1,9 +1,8 @@
-"""The tensors of a checkpoint in the hub's form, and where each lies in the model.
+"""The map from the tensors of a checkpoint in the hub's format to the model's parameters.
 
-This is the only file that knows their names.
-
-A parameter here may be several tensors there: queries, keys and values lie in one matrix, gate and
-up in another, and the vocabulary's rows are padded. ``hub_tensors`` is the whole map.
+Only this module knows the names of the tensors. ``hub_tensors`` is the whole map. A parameter may
+consist of several tensors: queries, keys and values are rows of one matrix, and gate and up are
+rows of another. The embedding and the head have extra rows, which pad the vocabulary.
 """
 
 from collections import Counter
@@ -30,7 +29,14 @@ _PREFIXES = dict(
 
 @dataclass(frozen=True)
 class HubTensor:
-    """One tensor of a checkpoint and the rows of the parameter it fills."""
+    """A tensor of a checkpoint and the rows of the parameter that it fills.
+
+    Attributes:
+        name: Name of the tensor in the hub's format.
+        shape: Shape of the tensor.
+        parameter: Name of the parameter in the model.
+        first_row: Row of the parameter that is the tensor's first.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,34 +45,37 @@ class HubTensor:
 
     @property
     def module(self) -> str:
-        """Name of the module that the parameter belongs to; empty for the model's own."""
+        """Name of the module that owns the parameter, empty for the model itself."""
         return self.parameter.rpartition(".")[0]
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear layer's weight, not that of an embedding, convolution or norm."""
+        """Whether the tensor is the weight of a linear layer. The head is not counted as one."""
         return self.parameter.endswith(".weight") and len(self.shape) == 2
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is a table that is looked up: of tokens or of positions."""
+        """Whether the tensor is the embedding of the tokens or of the vision positions."""
         return self.parameter in ("text.embedding", "vision.position_embedding")
 
     @property
     def part(self) -> str:
-        """Part of the model: vision, connector, text, or the head's own name."""
+        """Part of the model: ``vision``, ``connector``, ``text`` or ``lm_head``."""
         return self.parameter.partition(".")[0]
 
 
 def hub_tensors(config: ModelConfig) -> list[HubTensor]:
-    """List every tensor that a checkpoint of ``config`` holds."""
+    """Return the tensors of an unquantized checkpoint with ``config``, without a tied head."""
     return [*_vision(config), *_connector(config), *_text(config)]
 
 
 def _fused(
     hub: str, names: tuple[str, ...], rows: tuple[int, ...], tail: tuple[int, ...], parameter: str
 ) -> Iterator[HubTensor]:
-    """Stack tensors ``hub.format(name)`` of ``rows`` each, in order, into one parameter."""
+    """Yield the tensors ``hub.format(name)``, which are stacked in this order in ``parameter``.
+
+    ``rows`` has the number of rows of each tensor, and ``tail`` is the shape of one row.
+    """
     first = 0
     for name, n in zip(names, rows, strict=True):
         yield HubTensor(hub.format(name), (n, *tail), parameter, first)
@@ -198,13 +207,14 @@ def _text(config: ModelConfig) -> Iterator[HubTensor]:
 def in_our_names(
     config: ModelConfig, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors ``stored`` by the names of ``hub_tensors``, from any spelling of these.
+    """Return the tensors ``stored`` by the names of ``hub_tensors``.
 
-    A name may have one ``model.`` too few or too many. Buffers of rotary angles are left out: the
-    angles follow from the config. A tensor that is no part of the model keeps its name.
+    A name in a file may have one ``model.`` too few or too many. Buffers of rotary frequencies are
+    omitted, because these follow from the config. Other unknown tensors keep their names. The
+    tensors of an NF4 weight keep their endings.
 
     Raises:
-        CheckpointError: Two tensors are the same one.
+        CheckpointError: The names of two tensors are spellings of the same name.
     """
     known = {tensor.name for tensor in hub_tensors(replace(config, tie_word_embeddings=False))}
     named: dict[str, StoredTensor] = {}
@@ -224,7 +234,7 @@ def in_our_names(
 
 
 def tensor_places(model: Idefics2) -> list[HubTensor]:
-    """Return ``hub_tensors`` at their places in ``model``, whose layers may be side by side."""
+    """Return ``hub_tensors`` with the parameters of ``model``, which may have ``SideBySide``."""
     placed: list[HubTensor] = []
     before: Counter[str] = Counter()
     for place in hub_tensors(model.config):
@@ -237,7 +247,11 @@ def tensor_places(model: Idefics2) -> list[HubTensor]:
 
 
 def dense_modules(places: Iterable[HubTensor], in_nf4: Collection[str]) -> list[str]:
-    """Name the modules whose linear layers are not ``in_nf4``, a whole part if none of its are."""
+    """Return the hub's names of the modules without NF4 weights, given the tensors ``in_nf4``.
+
+    These are the head and all linear layers whose weights are not in NF4. A part of the model
+    without NF4 weights is one name.
+    """
     skipped = [HEAD.removesuffix(".weight")]
     for part, prefix in _PREFIXES.items():
         names = [place.name for place in places if place.is_linear and place.part == part]

@@ -1,4 +1,4 @@
-"""The values of a checkpoint's tensors, from files whose headers were checked."""
+"""Reading of the values of a checkpoint's tensors, from files whose headers were checked."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -12,12 +12,13 @@ from idefics2_engine.model_files import printable_path
 
 
 def read_values(tensors: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Yield the values of ``tensors`` in their order.
+    """Yield each of ``tensors`` with its values on the CPU, in the given order.
 
-    A file is opened once for those that follow each other.
+    A file is opened once for consecutive tensors.
 
     Raises:
-        CheckpointError: A file has changed since its header was read.
+        CheckpointError: A file cannot be read, for example because it was changed after its header
+            was read.
     """
     for file, of_file in groupby(tensors, key=lambda tensor: tensor.file):
         try:

@@ -1,4 +1,4 @@
-"""Whether the head is the embedding, decided by config and tensors as in transformers 5.
+"""The decision whether the head is the embedding, by config and tensors as in transformers 5.
 
 | ``tie_word_embeddings`` | tensors in the files | the model uses |
 |---|---|---|
@@ -7,8 +7,8 @@
 | true | both, with different values | both |
 | false or absent | both | both |
 
-Only the top level of ``config.json`` counts. Any other set of tensors is refused; transformers
-draws what is missing at random and warns.
+Only the top level of ``config.json`` counts. The loader rejects any other set of tensors, where
+transformers draws random values with a warning.
 """
 
 import logging
@@ -28,7 +28,10 @@ _logger = logging.getLogger(__name__)
 def resolve_tied_head(
     config: ModelConfig, stored: dict[str, StoredTensor]
 ) -> tuple[ModelConfig, dict[str, StoredTensor]]:
-    """Return ``config`` with the flag that fits the tensors ``stored``, and the tensors it needs.
+    """Return ``config`` with the flag that fits the tensors ``stored``, and the tensors to load.
+
+    With a tied head, these have the embedding but not the head. If both are stored although
+    ``config`` ties them, their values are read and compared. ``stored`` is not changed.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -49,7 +52,7 @@ def resolve_tied_head(
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether both have the same values, whatever their types."""
+    """Return whether both tensors have the same shape and values. Their dtypes may differ."""
     if one.shape != other.shape:
         return False
     a, b = (value for _, value in read_values((one, other)))

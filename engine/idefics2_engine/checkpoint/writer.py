@@ -28,17 +28,25 @@ def save_checkpoint(
     config_from: Path | str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write ``model`` to ``folder`` in the hub's form, in ``dtype`` (its own unless given).
+    """Write ``model`` to ``folder`` in the hub's format.
 
-    Weights in NF4 are written as they are, in bitsandbytes' form, and ``config.json`` says so.
-    Weights are sharded by size and replace those that are there. The JSON files, the chat template
-    and the tokenizer are copied from the folder ``config_from``; without it those of ``folder``
-    stay as they are. ``config.json`` is made to say whether the head is the embedding.
+    All safetensors files in ``folder`` and their index are deleted first. Weights in NF4 are
+    written without conversion, in bitsandbytes' format. The folder's ``config.json``, if there is
+    one, is updated: whether the head is the embedding, and the quantization.
+
+    Args:
+        model: The model, with its weights on any device.
+        folder: Folder to write to, which is created if necessary.
+        dtype: Dtype of the dense weights, by default the model's. With NF4 weights it is also
+            stored as the dtype to dequantize to.
+        config_from: Folder from which JSON files and chat templates are copied. The tokenizer is
+            one of them. By default those in ``folder`` are kept.
+        max_shard_bytes: Maximum bytes of tensors in a file. A larger weight has its own file.
 
     Raises:
-        ConfigError: A file to be copied is no regular file or cannot be read; nothing was written
-            then.
-        ValueError: Weights are in NF4 and the dtype is none of bf16, fp16, fp32.
+        ConfigError: A file to copy cannot be read, in which case nothing is written. Or the
+            ``config.json`` to update is malformed, which is found after the weights are written.
+        ValueError: The model has NF4 weights and the dtype is not bf16, fp16 or fp32.
     """
     folder = Path(folder)
     dtype = dtype or model.dtype
@@ -56,7 +64,7 @@ def save_checkpoint(
     if config_from is not None and os.path.realpath(config_from) != os.path.realpath(folder):
         companions = read_companions(Path(config_from))
     folder.mkdir(parents=True, exist_ok=True)
-    # Readers would prefer these old files
+    # A reader could prefer an old file to a new one
     for old in (folder / INDEX, *folder.glob("*.safetensors")):
         old.unlink(missing_ok=True)
     _write_shards(folder, _shards(model, places, in_nf4, dtype, max_shard_bytes))
@@ -78,9 +86,9 @@ def _shards(
     dtype: torch.dtype,
     most_bytes: int,
 ) -> list[dict[str, Tensor]]:
-    """Return the model's tensors by name, on the CPU, in shards of ``most_bytes`` at most.
+    """Return the model's tensors by name, on the CPU, in shards of at most ``most_bytes``.
 
-    A weight is never parted, so one that is larger has a shard of its own.
+    A weight is never split. A larger one has its own shard.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shards: list[dict[str, Tensor]] = [{}]
@@ -99,7 +107,7 @@ def _shards(
 
 
 def _write_shards(folder: Path, shards: Sequence[dict[str, Tensor]]) -> None:
-    """Write one file, or several and the index of what is in which."""
+    """Write one file, or several files and their index."""
     if len(shards) == 1:
         save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
         return
@@ -116,7 +124,7 @@ def _write_shards(folder: Path, shards: Sequence[dict[str, Tensor]]) -> None:
 def _quantization(
     model: Idefics2, places: Sequence[HubTensor], in_nf4: Collection[str], dtype: torch.dtype
 ) -> dict[str, object]:
-    """Return what ``config.json`` says of weights in NF4."""
+    """Return the ``quantization_config`` for ``config.json``."""
     layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
     return bitsandbytes_config(
         _dtype_name(dtype),
