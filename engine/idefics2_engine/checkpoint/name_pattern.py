@@ -19,9 +19,9 @@ _ATOM = r"(\\[dw.-]|[\w.-])([*+]?)"
 class NamePattern:
     r"""A pattern of a whole name or of its end after a dot: ``(.*\.)?(PATTERN)$``, as in PEFT.
 
-    It is a sequence of ASCII letters, digits, ``_``, ``-``, ``.``, ``\.``, ``\-``, ``\d`` and ``\w``.
-    At most two of these have a quantifier, ``*`` or ``+``. A pattern may begin with ``^`` and end
-    with ``$``.
+    It is a sequence of ASCII letters, digits, ``_``, ``-``, ``.``, ``\.``, ``\-``, ``\d`` and
+    ``\w``. At most two of these have a quantifier, ``*`` or ``+``. A pattern may begin with ``^``
+    and end with ``$``.
     """
 
     def __init__(self, pattern: str, where: str) -> None:

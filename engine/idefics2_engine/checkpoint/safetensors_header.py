@@ -90,7 +90,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
     """Read the header of ``opened``, a file of ``size`` bytes."""
     start = opened.read(512)
-    # If a JSON object may follow, the first eight bytes are a length, whatever they look like
+    # Before a JSON object, any eight bytes may be a length, even those of another format
     if start[_LENGTH_BYTES:][:1] != b"{":
         _check_foreign(file, start)
     if size < _LENGTH_BYTES:
@@ -114,7 +114,7 @@ def _header_bytes(file: Path, opened: BinaryIO, size: int) -> bytes:
 def _check_foreign(file: Path, start: bytes) -> None:
     """Raise ``CheckpointError`` if the file is empty, a Git LFS pointer, a web page or a pickle.
 
-    ``start`` are its first bytes.
+    ``start`` has at most the first 512 bytes.
     """
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:

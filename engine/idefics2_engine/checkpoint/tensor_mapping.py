@@ -247,10 +247,9 @@ def tensor_places(model: Idefics2) -> list[HubTensor]:
 
 
 def dense_modules(places: Iterable[HubTensor], in_nf4: Collection[str]) -> list[str]:
-    """Return the hub's names of the modules without NF4 weights, given the tensors ``in_nf4``.
+    """Return the hub's names of the linear layers whose weights are not ``in_nf4``, and the head.
 
-    These are the head and all linear layers whose weights are not in NF4. A part of the model
-    without NF4 weights is one name.
+    For a part of the model without NF4 weights, its prefix is returned instead.
     """
     skipped = [HEAD.removesuffix(".weight")]
     for part, prefix in _PREFIXES.items():
