@@ -48,8 +48,8 @@ _NOT_GLOBAL_V6 = tuple(
 def is_global(address: str) -> bool:
     """Return whether an IP address is on the public internet.
 
-    An IPv4-mapped or NAT64 address is judged by the IPv4 address that it embeds. Text that is not an
-    IP address returns ``False``.
+    An IPv4-mapped or NAT64 address is judged by the IPv4 address that it embeds. Text that is not
+    an IP address returns ``False``.
     """
     try:
         ip = ipaddress.ip_address(address)

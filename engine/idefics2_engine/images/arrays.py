@@ -81,8 +81,8 @@ def tensor_rgb(tensor: "Tensor", policy: ImagePolicy, max_pixels: int, name: str
             values: npt.NDArray[Any] = host.numpy()
         except Exception:
             raise ImageError(
-                f"{name}: must be a dense tensor with values, got {tensor.layout} of {tensor.dtype} "
-                f"on {tensor.device}"
+                f"{name}: must be a dense tensor with values, got {tensor.layout} of "
+                f"{tensor.dtype} on {tensor.device}"
             ) from None
         return values
 

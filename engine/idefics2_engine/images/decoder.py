@@ -132,8 +132,8 @@ def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
                 f"encoding, got {pixels} and {size}"
             )
         file.allow(2 * pixels)
-    # Pillow reads up to the next strip and appends that to the part of a row that it has. Many small
-    # pieces would take quadratic time.
+    # Pillow reads up to the next strip and appends that to the part of a row that it has. Many
+    # small pieces would take quadratic time.
     image.decodermaxblock = max(image.decodermaxblock, image.width)
     starts = sorted({tile.offset for tile in image.tile})
     if any((end - start) * _MAX_PIXELS_A_BYTE < image.width for start, end in pairwise(starts)):

@@ -140,8 +140,8 @@ def check_url(url: str, rules: FetchRules) -> SplitResult:
     """Return the parts of a URL if ``rules`` allow it.
 
     Raises:
-        MediaNotAllowedError: The scheme, the host or the port is not allowed, the URL has a user, or
-            parsers could disagree about it.
+        MediaNotAllowedError: The scheme, the host or the port is not allowed, the URL has a user or
+            password, or parsers could disagree about it.
     """
     if not url.isascii() or "\\" in url or any(char <= " " or char == "\x7f" for char in url):
         raise MediaNotAllowedError(
@@ -210,7 +210,7 @@ def _get(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> bytes | 
 
     Raises:
         MediaNotAllowedError: An address of the host is not public.
-        MediaFetchError: The host cannot be reached, or its answer is an error, too long or too late.
+        MediaFetchError: The host cannot be reached, or its answer is an error, too large or late.
     """
     where = _short(parts)
     connection = http.client.HTTPConnection(_host(parts), parts.port or _PORTS[parts.scheme])

@@ -234,7 +234,7 @@ def _fetch(url: str, config: MediaConfig) -> bytes:
 
 
 def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
-    """Read a regular file, whose symbolic links are resolved before its folder is checked.
+    """Read a regular file; symbolic links are resolved before the allowed folder is checked.
 
     Raises:
         MediaNotAllowedError: The file is outside the allowed folder.
@@ -261,7 +261,7 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
         reason = os.strerror(error.errno).lower() if error.errno else "the system refuses"
         raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
     except (ValueError, RuntimeError):
-        # A null character raises the one, a loop of links the other
+        # A null character raises ValueError, a loop of links RuntimeError
         raise ImageError(f"{name}: cannot be read as an image: no such name") from None
 
 

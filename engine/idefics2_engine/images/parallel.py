@@ -53,8 +53,8 @@ def alone_with(*objects: object) -> Iterator[None]:
     """Lock ``objects`` against all threads that use any of them, in this call or in another.
 
     An open file has one position, and a Pillow image that is not loaded changes while it is read.
-    Two threads that read the same one would get errors or each other's bytes. The number of locks is
-    fixed, and they are acquired in order, which prevents deadlocks. ``None`` is ignored.
+    Two threads that read the same one would get errors or each other's bytes. The number of locks
+    is fixed, and they are acquired in order, which prevents deadlocks. ``None`` is ignored.
     """
     # Addresses of objects are multiples of 16
     places = sorted({id(one) // 16 % len(_LOCKS) for one in objects if one is not None})
@@ -65,11 +65,11 @@ def alone_with(*objects: object) -> Iterator[None]:
 
 
 def _keep_blocks(count: int) -> None:
-    """Let Pillow keep at least ``count`` blocks of memory, at most 16 MiB each, for its next images.
+    """Let Pillow keep ``count`` blocks of memory, at most 16 MiB each, for its next images.
 
-    By default Pillow frees every block, and the system clears new pages for each image. Threads wait
-    for each other during the page faults. An image of 1280x960 with splitting causes 4,000 of them,
-    which take a third of the time.
+    By default Pillow frees every block, and the system clears new pages for each image. Threads
+    wait for each other during the page faults. An image of 1280x960 with splitting causes 4,000 of
+    them, which take a third of the time.
     """
     memory = Image.core  # type: ignore[attr-defined]
     if memory.get_blocks_max() < count:

@@ -1,7 +1,7 @@
 """A file in memory for Pillow, with a bound on the number of reads.
 
-Pillow's plugins loop over markers, chunks, blocks, tags and strips in Python, with at least one read
-for each. The number of reads therefore bounds their work in every format.
+Pillow's plugins loop over markers, chunks, blocks, tags and strips in Python, with at least one
+read for each. The number of reads therefore bounds their work in every format.
 """
 
 import io

@@ -32,8 +32,8 @@ def check_tiff(data: bytes, max_pixels: int, name: str) -> None:
         name: Name of the file in error messages.
 
     Raises:
-        ImageError: A bound is exceeded, or a tag that must be unique occurs twice. Damage is left to
-            the decoder.
+        ImageError: A bound is exceeded, or a tag that must be unique occurs twice. Damage is left
+            to the decoder.
     """
     tiff = Tiff(data, name)
     tags = tiff.tags(tiff.first)
