@@ -72,7 +72,7 @@ def talk(chat: "Chat") -> None:
 
     An error or Ctrl-C ends an answer, but not the conversation.
     """
-    # The module adds line editing and history to input(), but some platforms do not have it
+    # readline adds line editing and history to input(), but some platforms lack it
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
 

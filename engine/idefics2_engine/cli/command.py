@@ -117,7 +117,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _bad_input(command: str, message: str, code: str, as_json: bool) -> int:
-    """Print an error in one line, with ``as_json`` also as JSON, and return the exit code."""
+    """Print an error to stderr, with ``as_json`` also to stdout, and return the exit code."""
     # The name of a file may contain bytes that are not text
     message = message.encode(errors="backslashreplace").decode()
     print(f"{command}: error: {message}", file=sys.stderr)

@@ -14,8 +14,8 @@ from typing import Any, Self
 class KeptInterrupts:
     """A context manager that raises ``KeyboardInterrupt`` for Ctrl-C only within ``raised()``.
 
-    Ctrl-C outside ``raised()`` is kept for the next ``raised()``. The end of the context restores the
-    previous handler. If the context is never entered, that handler stays in place.
+    Ctrl-C outside ``raised()`` is kept for the next ``raised()``. The end of the context restores
+    the previous handler. If the context is never entered, that handler stays in place.
     """
 
     def __init__(self) -> None:

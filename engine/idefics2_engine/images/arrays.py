@@ -22,7 +22,7 @@ from idefics2_engine.images.policy import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Gray, RGB, and RGB with alpha
+# Arrays are gray, RGB, or RGB with alpha
 _CHANNELS = (1, 3, 4)
 _Index = tuple[slice, ...]
 
@@ -247,7 +247,7 @@ class _ImageValues:
 
 
 def _on_white(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Blend a fourth channel on white, in transformers' arithmetic; return others unchanged."""
+    """Blend (h, w, 4) pixels on white in transformers' arithmetic; return others unchanged."""
     if pixels.shape[2] != 4:
         return pixels
     real = pixels.dtype.kind == "f"

@@ -32,7 +32,8 @@ from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
 from idefics2_engine.images.ppm import in_binary
 
-# Pixels for each further read. GIF has the smallest parts, blocks of 255 bytes that take two reads.
+# One more read is allowed per so many pixels. GIF has the smallest parts, blocks of 255 bytes that
+# take two reads.
 _PIXELS_A_READ = 64
 # Pillow's decoders in Python are up to 500 times slower than those in C
 _MAX_PYTHON_PIXELS = 1 << 20

@@ -20,7 +20,7 @@ def guard_pillow(message: str) -> Iterator[None]:
     addresses. The caller's filters could turn its warnings into errors.
 
     Raises:
-        ImageError: Pillow raised an exception, or the code inside raised an ``ImageError``.
+        ImageError: The code inside raised an exception other than ``ImageWarning``.
     """
     try:
         with _HUSH:

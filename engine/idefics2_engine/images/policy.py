@@ -62,7 +62,7 @@ class ImagePolicy(StrEnum):
 
 
 def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Image:
-    """Return an image upright and in RGB, reading what is ambiguous by ``policy``.
+    """Return an image upright and in RGB, with ambiguities resolved by ``policy``.
 
     The image itself is returned if it needs no conversion. ``correct`` issues an ``ImageWarning``
     for an image with several frames.

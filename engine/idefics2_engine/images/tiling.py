@@ -241,7 +241,7 @@ def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
     All is computed in float32 on the CPU, with the step itself rounded to float32. Other roundings
     move patches into a neighboring bucket, on a grid of 70 for counts of 25, 49, 50, 55 and 58.
     """
-    # The import is here because the rest of the package does without torch
+    # Only this function needs torch, so the other modules can be imported without it
     import torch
 
     # A caller may have changed torch's default device and dtype, so both are explicit

@@ -24,7 +24,7 @@ def check_png(data: bytes, max_pixels: int, name: str) -> None:
 
     Args:
         data: The file.
-        max_pixels: Most pixels that raise the bound on chunks.
+        max_pixels: Most pixels that count towards the bound on chunks.
         name: Name of the file in error messages.
 
     Raises:

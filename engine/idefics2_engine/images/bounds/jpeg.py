@@ -7,7 +7,7 @@ from idefics2_engine.images.bounds.tags import check_exif
 
 # Encoders write at most 18 scans. Each costs up to half as much as decoding a plain file.
 _MAX_SCANS = 24
-# Pillow parses frame headers, tables, and the tags of EXIF and Photoshop
+# Bound on the bytes that Pillow parses: frame headers, tables, and the tags of EXIF and Photoshop
 _MAX_PARSED_BYTES = 1 << 19
 _MAX_SEGMENTS = 1000
 _MAX_SEGMENT_BYTES = 16 << 20
@@ -31,7 +31,7 @@ def check_jpeg(data: bytes, max_pixels: int, name: str) -> None:
 
     Args:
         data: The file.
-        max_pixels: Most pixels that raise the bound on the bytes of scans.
+        max_pixels: Most pixels that count towards the bound on the bytes of scans.
         name: Name of the file in error messages.
 
     Raises:

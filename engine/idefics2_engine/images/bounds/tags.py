@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from idefics2_engine.errors import ImageError
 
-# All directories that Pillow reads count together
+# Bound on the tags of all directories that Pillow reads
 _MAX_TAGS = 1024
 _MAX_VALUES = 1 << 18
 # A rational counts as so many values, because Pillow makes an object of each

@@ -4,9 +4,10 @@ from idefics2_engine.errors import ImageError
 from idefics2_engine.images.bounds.jpeg import check_scans, max_stream_bytes
 from idefics2_engine.images.bounds.tags import Tag, Tiff, check_tags
 
-# Photoshop stores its layers in a tag
+# Tags may have so many bytes more per pixel, because Photoshop stores its layers in a tag
 _TAG_BYTES_A_PIXEL = 4
-# Encoders write at least 8 KiB into a strip
+# A file may have one strip more per _PIXELS_A_STRIP pixels. Encoders write at least 8 KiB into a
+# strip.
 _MAX_STRIPS, _PIXELS_A_STRIP = 4096, 1000
 # The image may fill only a part of its tiles. All tiles together may have _PADDED times its pixels
 # and _MAX_PADDING more.
@@ -28,7 +29,7 @@ def check_tiff(data: bytes, max_pixels: int, name: str) -> None:
 
     Args:
         data: The file.
-        max_pixels: Most pixels that raise the bounds.
+        max_pixels: Most pixels that count towards the bounds.
         name: Name of the file in error messages.
 
     Raises:
