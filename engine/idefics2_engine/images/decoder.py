@@ -168,7 +168,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _whole_png(data: bytes) -> bool:
-    """Return whether every chunk has the right checksum, up to an end that is there."""
+    """Return whether every chunk has the right checksum and IEND is present."""
     at = 8
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4])
