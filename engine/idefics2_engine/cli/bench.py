@@ -1,4 +1,4 @@
-"""``idefics2 bench``: run a suite of ``idefics2_bench``."""
+"""The command ``idefics2 bench``, which runs a suite of ``idefics2_bench``."""
 
 import argparse
 import importlib
@@ -19,9 +19,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "bench",
         help="time the kernels or the whole model on this machine",
-        description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), load (a "
-        "checkpoint) or offline (many requests); `idefics2 bench SUITE --help` lists its options. "
-        "-v and --log-level may come before or after the suite.",
+        description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), "
+        "load (a checkpoint) or offline (many requests); `idefics2 bench SUITE --help` lists its "
+        "options. -v and --log-level may come before or after the suite.",
         allow_abbrev=False,
     )
     parser.add_argument("suite", choices=tuple(_SUITES))
@@ -31,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the suite as its own command line would; return its exit code."""
+    """Run the suite as its own command line would and return its exit code."""
     suite = importlib.import_module(f"idefics2_bench.{_SUITES[args.suite]}")
     after = argparse.ArgumentParser("idefics2 bench", add_help=False, allow_abbrev=False)
     add_log_options(after)

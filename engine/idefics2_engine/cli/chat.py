@@ -1,4 +1,4 @@
-"""``idefics2 chat``: a conversation in the terminal, or over a pipe with one message per line."""
+"""The command ``idefics2 chat``, a conversation in a terminal, or over a pipe, a message a line."""
 
 import argparse
 import contextlib
@@ -31,8 +31,8 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "chat",
         help="talk about images in the terminal",
-        description="Talk about images in the terminal. From a pipe each line is a message, only the\n"
-        "answers are printed, and the first error ends it.",
+        description="Talk about images in the terminal. From a pipe each line is a message, only "
+        "the\nanswers are printed, and the first error ends it.",
         epilog="in the conversation:\n" + _HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -45,7 +45,12 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until the input ends and return the exit code."""
+    """Hold the conversation until it ends and return the exit code.
+
+    Raises:
+        Idefics2Error: An option or an image is invalid, or a message that does not come from a
+            terminal failed.
+    """
     params = options.sampling_params(args)
     if "-" in args.images:
         raise ImageError("image: must be a file, as standard input is the conversation's, got '-'")
@@ -63,9 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def talk(chat: "Chat") -> None:
-    """Prompt for messages; an error or Ctrl-C ends an answer, not the conversation."""
-    with contextlib.suppress(ImportError):  # not on every platform
-        import readline  # noqa: F401  line editing and history for input()
+    """Prompt for messages until the user leaves.
+
+    An error or Ctrl-C ends an answer, but not the conversation.
+    """
+    # readline adds line editing and history to input(), but some platforms lack it
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
 
     print("Type a message, /image FILE to show an image, /help for more, Ctrl-D to leave.")
     going = True
@@ -85,17 +94,23 @@ def talk(chat: "Chat") -> None:
 
 @dataclass
 class Chat:
-    """A conversation so far, and the images that wait for the next message."""
+    """A conversation, and the images that wait for its next message."""
 
     llm: "LLM"
     params: "SamplingParams"
-    args: argparse.Namespace  # the rules for images
+    # Contains the rules for images
+    args: argparse.Namespace
     images: "list[Image]" = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     interrupts: KeptInterrupts = field(default_factory=KeptInterrupts)
 
     def take(self, line: str) -> bool:
-        """Execute a command or answer a message; return whether the conversation continues."""
+        """Execute a command or answer a message; return whether the conversation continues.
+
+        Raises:
+            Idefics2Error: The command is unknown, or an image or the message failed.
+            KeyboardInterrupt: Ctrl-C ended it.
+        """
         if not line.startswith("/"):
             if line.strip():
                 self._answer(line.strip())
@@ -103,7 +118,8 @@ class Chat:
         command, _, rest = line.partition(" ")
         match command:
             case "/image":
-                name = rest.strip().strip("'\"")  # a file dropped on a terminal comes in quotes
+                # Terminals quote the name of a file that is dropped on them
+                name = rest.strip().strip("'\"")
                 with self.interrupts.raised():
                     image = options.read_image(name, self.args)
                 self.images.append(image)
@@ -119,16 +135,17 @@ class Chat:
         return True
 
     def _answer(self, text: str) -> None:
-        """Print the answer to ``text`` as it is made.
+        """Print the answer to ``text`` while it is generated, and add both to the conversation.
 
-        What was said before Ctrl-C stays said; a question that Ctrl-C or an error left without a
-        word was not asked.
+        After Ctrl-C the part of the answer that was printed is added. If no word was printed, or
+        after an error, nothing is added, and the images wait for the next message.
         """
         images = [{"type": "image", "image": image} for image in self.images]
         question = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
         said = ""
         try:
-            with self.interrupts.raised():  # it reads the images
+            # The call reads the images, which may take long
+            with self.interrupts.raised():
                 outputs = self.llm.stream([*self.messages, question], self.params)
             with contextlib.closing(outputs):
                 while output := self._next(outputs):
@@ -146,7 +163,7 @@ class Chat:
         print()
 
     def _next(self, outputs: "Iterator[RequestOutput]") -> "RequestOutput | None":
-        """Return the next of ``outputs``; Ctrl-C ends the answer here and nowhere else."""
+        """Return the next output, or ``None`` at the end; only here Ctrl-C can end the answer."""
         with self.interrupts.raised():
             return next(outputs, None)
 

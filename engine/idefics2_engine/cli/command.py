@@ -1,4 +1,4 @@
-"""The parser of the command line and the handling of errors."""
+"""The parser of the command line, and the conversion of errors to messages and exit codes."""
 
 import argparse
 import sys
@@ -26,7 +26,7 @@ exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 inte
 
 
 class _UsageError(Exception):
-    """The command line makes no sense."""
+    """The command line is invalid."""
 
     def __init__(self, command: str, message: str) -> None:
         super().__init__(message)
@@ -34,7 +34,7 @@ class _UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong without the whole usage before it."""
+    """A parser whose error messages do not repeat the whole usage."""
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(self.prog, f"{message} (see {self.prog} --help)")
@@ -66,7 +66,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning of ours in one line, and others as Python does."""
+    """Print an ``ImageWarning`` in one line, and other warnings as Python does."""
     if issubclass(category, ImageWarning):
         text = f"idefics2: warning: {message}\n"
     else:
@@ -75,7 +75,9 @@ def _show_warning(
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (the process's own if None) and return the exit code.
+    """Run the command line ``argv`` and return the exit code.
+
+    If ``argv`` is ``None``, it is the process's own command line.
 
     Raises:
         SystemExit: For ``--help`` and ``--version`` (0).
@@ -87,7 +89,8 @@ def run(argv: Sequence[str] | None = None) -> int:
             except SystemExit:
                 sys.stdout.flush()
                 raise
-            sys.stdout.flush()  # here, where what cannot be written can still be said
+            # An error of the last write can still be reported here
+            sys.stdout.flush()
         except OutputLostError as lost:
             if not lost.reader_left:
                 print(f"idefics2: error: {lost}", file=sys.stderr)
@@ -106,7 +109,7 @@ def _run(argv: Sequence[str] | None) -> int:
         return _bad_input(error.command, str(error), Idefics2Error.code, "--json" in arguments)
     except Idefics2Error as error:
         return _bad_input("idefics2", str(error), error.code, getattr(args, "json", False))
-    # This occurs only in a caller's process; in the command's own, Ctrl-C ends the process
+    # This occurs only in a caller's process. In the command's own, Ctrl-C ends the process.
     except KeyboardInterrupt:
         print("idefics2: interrupted", file=sys.stderr)
         return 130
@@ -114,11 +117,9 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _bad_input(command: str, message: str, code: str, as_json: bool) -> int:
-    """Say what is wrong in a line, also on standard output if that is JSON.
-
-    Return the exit code.
-    """
-    message = message.encode(errors="backslashreplace").decode()  # a file's name may be no text
+    """Print an error to stderr, with ``as_json`` also to stdout, and return the exit code."""
+    # The name of a file may contain bytes that are not text
+    message = message.encode(errors="backslashreplace").decode()
     print(f"{command}: error: {message}", file=sys.stderr)
     if as_json:
         streams.print_json({"error": {"code": code, "message": message}})

@@ -1,4 +1,4 @@
-"""``idefics2 generate``: one question, one answer or several."""
+"""The command ``idefics2 generate``, which answers one question once or several times."""
 
 import argparse
 from math import isfinite
@@ -32,14 +32,16 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="continue the prompt as it is, with <image> where each image goes, instead of chatting",
+        help="continue the prompt as it is, with <image> where each image goes, instead of "
+        "chatting",
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--stream", action="store_true", help="print the answer while it is made")
     form.add_argument(
         "--json",
         action="store_true",
-        help="print a JSON object, one a line for each answer: text, token counts, finish_reason, seconds, model",
+        help="print a JSON object, one a line for each answer: text, token counts, finish_reason, "
+        "seconds, model",
     )
     options.add_model_options(parser)
     group = options.add_sampling_options(parser)
@@ -57,8 +59,12 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the answers and return the exit code."""
-    # All input before the model: what is wrong with it should not cost the loading
+    """Print the answers and return the exit code.
+
+    Raises:
+        Idefics2Error: An option, the prompt or an image is invalid, or the request failed.
+    """
+    # Input is read before the model, so that an error is reported without loading it
     params = options.sampling_params(args, n=args.n, logprobs=args.logprobs)
     if args.stream and args.n > 1:
         raise SamplingError("--stream prints one answer: it must come without --n above 1")
@@ -94,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ran(llm: "LLM", args: argparse.Namespace) -> dict[str, str | None]:
-    """Return what ``--json`` prints of the model that answered."""
+    """Return the fields of ``--json`` about the model that answered."""
     return {
         "model": "demo" if args.model is None else str(args.model),
         "adapter": None if args.adapter is None else str(args.adapter),
@@ -107,7 +113,7 @@ def _ran(llm: "LLM", args: argparse.Namespace) -> dict[str, str | None]:
 def _answer_fields(
     output: "RequestOutput", answer: "CompletionOutput", args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what ``--json`` prints of an answer, without the seconds and the model."""
+    """Return the fields of ``--json`` about one answer, without the seconds and the model."""
     fields = {
         "index": answer.index,
         "text": answer.text,
@@ -123,7 +129,8 @@ def _answer_fields(
                 {
                     "id": token,
                     "token": one.decoded_token,
-                    "logprob": one.logprob if isfinite(one.logprob) else None,  # JSON has no -inf
+                    # JSON has no infinity
+                    "logprob": one.logprob if isfinite(one.logprob) else None,
                     "rank": one.rank,
                 }
                 for token, one in place.items()
@@ -134,7 +141,12 @@ def _answer_fields(
 
 
 def _prompt(args: argparse.Namespace) -> Any:
-    """Return the prompt for ``--raw``, a conversation of one turn otherwise."""
+    """Return a prompt for ``--raw``, and a conversation of one turn otherwise.
+
+    Raises:
+        PromptError: Standard input is named twice, or is not valid text.
+        ImageError: An image cannot be read.
+    """
     if [*args.images, args.prompt].count("-") > 1:
         raise PromptError(
             "- must stand for one --image or for the --prompt: there is one standard input"

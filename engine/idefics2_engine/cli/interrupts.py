@@ -1,4 +1,7 @@
-"""Ctrl-C in a conversation ends one answer, and never parts two statements that belong together."""
+"""Handling of Ctrl-C in a conversation, which raises ``KeyboardInterrupt`` only at chosen places.
+
+Ctrl-C ends one answer and cannot separate two statements that belong together.
+"""
 
 import signal
 import threading
@@ -9,12 +12,10 @@ from typing import Any, Self
 
 
 class KeptInterrupts:
-    """Ctrl-C as ``KeyboardInterrupt`` within ``raised()`` alone.
+    """A context manager that raises ``KeyboardInterrupt`` for Ctrl-C only within ``raised()``.
 
-    Outside it is kept for the next ``raised()``.
-
-    Use as a context, which ends as it began; where it was not entered Ctrl-C does what it did
-    before.
+    Ctrl-C outside ``raised()`` is kept for the next ``raised()``. The end of the context restores
+    the previous handler. If the context is never entered, that handler stays in place.
     """
 
     def __init__(self) -> None:
@@ -23,20 +24,20 @@ class KeptInterrupts:
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        """Take Ctrl-C over, where it can be had: in the main thread, and unless it is ignored."""
+        """Install the handler of Ctrl-C in the main thread, unless Ctrl-C is ignored."""
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Give Ctrl-C back."""
+        """Restore the previous handler."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Raise ``KeyboardInterrupt`` at Ctrl-C in here, and now for one that was kept."""
+        """Let Ctrl-C raise ``KeyboardInterrupt`` inside, and raise it at once if one was kept."""
         self._is_raised = True
         try:
             if self._is_kept:

@@ -1,4 +1,4 @@
-"""``-v`` and ``--log-level``: what the engine logs, on standard error while a command runs."""
+"""The options ``-v`` and ``--log-level``, which print the engine's logs on standard error."""
 
 import argparse
 import logging
@@ -12,7 +12,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``log_output`` reads."""
+    """Add the options that ``log_output`` reads."""
     group = parser.add_argument_group("logging").add_mutually_exclusive_group()
     group.add_argument(
         "-v",
@@ -28,7 +28,10 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def log_output(args: argparse.Namespace) -> Iterator[None]:
-    """Log to standard error what ``args`` asks for, as long as the context lasts."""
+    """Log to standard error from the level in ``args`` upwards, as long as the context lasts.
+
+    Without a level nothing is logged.
+    """
     if args.log_level is None:
         yield
         return

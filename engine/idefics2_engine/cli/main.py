@@ -1,9 +1,9 @@
-"""The entry of the command, which handles Ctrl-C before it imports anything slow."""
+"""The entry point of the command, which handles Ctrl-C before it imports anything slow."""
 
 import os
 import signal
 
-# Type checkers treat this name like typing.TYPE_CHECKING. Defining it avoids importing typing
+# Type checkers treat this name like typing.TYPE_CHECKING. Defining it avoids importing typing.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the command line ``argv`` and return the exit code.
 
-    With ``None`` it is the process's own, and so is the process: Ctrl-C ends it at once, and
-    standard streams that are closed are no longer free for the next file that is opened.
+    If ``argv`` is ``None``, it is the process's own command line, and the command may change the
+    process: Ctrl-C ends it at once, and closed standard streams are opened on the null device.
 
     Raises:
         SystemExit: For ``--help`` and ``--version`` (0).
@@ -30,10 +30,9 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 def _end_at_interrupts() -> None:
     """Let Ctrl-C end the process with exit code 130 and one line.
 
-    Where it is ignored, as behind nohup, it stays so.
-
-    ``KeyboardInterrupt`` would not do: raised while modules are imported it aborts the
-    initialization of a C++ extension, or shows as a traceback.
+    Any handler other than Python's default stays, so Ctrl-C remains ignored if it was.
+    ``KeyboardInterrupt`` is not used, because during an import it aborts the initialization of a
+    C++ extension or prints a traceback.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
@@ -42,5 +41,6 @@ def _end_at_interrupts() -> None:
 def _end(_signal: int, _frame: object) -> None:
     try:
         os.write(2, b"idefics2: interrupted\n")
-    finally:  # also where standard error is closed
+    finally:
+        # The process also ends if standard error is closed
         os._exit(130)

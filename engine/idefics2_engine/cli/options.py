@@ -1,4 +1,4 @@
-"""The options that commands share, and the objects made of them."""
+"""The options that commands share, and the objects made from them."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _FILTERS = ("top_p", "top_k", "min_p")
-# More answers to one prompt wait for their turn
+# Further answers to one prompt wait until others have ended
 _MOST_AT_ONCE = 64
 _MEDIA = ("image_policy", "max_image_pixels", "allowed_media_hosts")
 
@@ -29,7 +29,8 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
     """Read the image file or URL ``name``, or standard input for ``-``, by the rules of ``args``.
 
     Raises:
-        ImageError: That cannot be.
+        ConfigError: A rule is invalid.
+        ImageError: The image cannot be read, or the rules do not allow it.
     """
     from idefics2_engine.images.loader import load_image, media_config
 
@@ -42,12 +43,16 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
 
 
 def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what was given of the rules for images, by the names of ``LLM``'s arguments."""
+    """Return the rules for images that were given, by the names of ``LLM``'s arguments."""
     return {name: value for name in _MEDIA if (value := getattr(args, name)) is not None}
 
 
 def folder_or_hub_id(text: str) -> Path | str:
-    """Take an argument that names a checkpoint: a folder that is there, or an id on the hub."""
+    """Parse the name of a checkpoint: an existing folder, or an id on the hub.
+
+    Raises:
+        argparse.ArgumentTypeError: It is neither.
+    """
     from idefics2_engine.checkpoint.hub import is_hub_id
 
     path = os.path.expanduser(text)
@@ -61,14 +66,22 @@ def folder_or_hub_id(text: str) -> Path | str:
 
 
 def device(text: str) -> str:
-    """Take an argument that names a device."""
+    """Check the name of a device.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not auto, cpu, cuda or cuda:N.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
     return text
 
 
 def positive(text: str) -> int:
-    """Take a whole number above 0."""
+    """Parse a whole number from 1 to 9999.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is not such a number.
+    """
     if not re.fullmatch(r"[0-9]{1,4}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 9999, got {text!r}")
     return int(text)
@@ -104,14 +117,14 @@ def add_image_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``load_llm`` reads."""
+    """Add the options of the model that ``loaded_llm`` reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="MODEL",
         type=folder_or_hub_id,
-        help="a checkpoint's folder, or its id on the hub: org/name or org/name@revision, taken from the "
-        "hub's cache or downloaded (default: the demo checkpoint)",
+        help="a checkpoint's folder, or its id on the hub: org/name or org/name@revision, taken "
+        "from the hub's cache or downloaded (default: the demo checkpoint)",
     )
     add_loading_options(group)
     group.add_argument(
@@ -127,7 +140,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=positive,
-        help="threads that compute on a CPU (default: OMP_NUM_THREADS, one for a small model, else torch's)",
+        help="threads that compute on a CPU (default: OMP_NUM_THREADS, one for a small model, else "
+        "torch's)",
     )
     group.add_argument(
         "--split",
@@ -137,7 +151,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_options(group: "argparse._ArgumentGroup") -> None:
-    """Add what says how a checkpoint is loaded, whatever it is loaded for."""
+    """Add the options for loading a checkpoint, which all commands with a model share."""
     group.add_argument(
         "--adapter",
         metavar="ADAPTER",
@@ -147,7 +161,8 @@ def add_loading_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--verify",
         action="store_true",
-        help="compare the files with their checksums first: the hub's, or a SHA256SUMS file's beside them",
+        help="compare the files with their checksums first: the hub's, or a SHA256SUMS file's "
+        "beside them",
     )
     group.add_argument(
         "--check-finite",
@@ -163,14 +178,15 @@ def add_loading_options(group: "argparse._ArgumentGroup") -> None:
 
 
 def add_quantization_options(group: "argparse._ArgumentGroup") -> None:
-    """Add what says how to quantize, beside that it is to be done."""
+    """Add the options for quantizing, except for the one that requests it."""
     group.add_argument(
         "--quantized-part",
         dest="quantized_parts",
         metavar="PART",
         choices=PARTS,
         action="append",
-        help="quantize only this part's layers: vision, connector or text; repeatable (default: all three)",
+        help="quantize only this part's layers: vision, connector or text; repeatable (default: "
+        "all three)",
     )
     group.add_argument(
         "--no-double-quant",
@@ -181,13 +197,17 @@ def add_quantization_options(group: "argparse._ArgumentGroup") -> None:
 
 
 def import_engine() -> None:
-    """Import what answers, torch with it, which may take longer than to load a model."""
+    """Import the engine and torch, which may take longer than loading a model."""
     from idefics2_engine import LLM  # noqa: F401
 
 
 @contextmanager
 def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
-    """Load the model that ``args`` asks for, with a KV cache for ``answers`` at a time."""
+    """Load the model in ``args`` for up to ``answers`` answers at a time, and close it at the end.
+
+    Raises:
+        Idefics2Error: An option or the checkpoint is invalid.
+    """
     from idefics2_engine import LLM
     from idefics2_engine.cpu_threads import set_cpu_threads
 
@@ -212,14 +232,14 @@ def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
 
 
 def model_folder(model: Path | str | None) -> Path:
-    """Return the folder of the model that ``--model`` names, downloaded if need be."""
+    """Return the folder of the model that ``--model`` names, after downloading it if necessary."""
     from idefics2_engine import llm_options
 
     return llm_options.model_folder(model, None)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
-    """Add what ``sampling_params`` reads, to a group that is returned."""
+    """Add the options that ``sampling_params`` reads, and return their group."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-tokens",
@@ -278,10 +298,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> "argparse._Argument
 def sampling_params(
     args: argparse.Namespace, n: int = 1, logprobs: int | None = None
 ) -> "SamplingParams":
-    """Return the ``SamplingParams`` that ``args`` asks for, for ``n`` answers.
+    """Return the sampling parameters in ``args``, for ``n`` answers with ``logprobs``.
 
     Raises:
-        SamplingError: A value is out of its range, or has no effect without ``--temperature``.
+        SamplingError: A value is out of range, or has no effect without ``--temperature``.
     """
     from idefics2_engine import SamplingParams
 

@@ -1,4 +1,4 @@
-"""``idefics2 quantize``: conversion of a checkpoint to NF4 in bitsandbytes' format."""
+"""The command ``idefics2 quantize``, which converts a checkpoint to NF4 in bitsandbytes' format."""
 
 import argparse
 import os
@@ -19,8 +19,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser = commands.add_parser(
         "quantize",
         help="write a checkpoint with its weights in 4 bits",
-        description="Quantize the linear layers of a checkpoint to bitsandbytes' NF4 and write it to a new folder, for this "
-        "engine and for transformers. Embeddings, norms and the head keep --dtype.",
+        description="Quantize the linear layers of a checkpoint to bitsandbytes' NF4 and write it "
+        "to a new folder, for this engine and for transformers. Embeddings, norms and the head "
+        "keep --dtype.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -43,7 +44,12 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the checkpoint, say how large it is, and return the exit code."""
+    """Write the checkpoint, print its size in MB, and return the exit code.
+
+    Raises:
+        Idefics2Error: The target is not empty, or an option, the checkpoint or the adapter is
+            invalid.
+    """
     target = Path(os.path.expanduser(args.target))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: must be a new folder or an empty one")

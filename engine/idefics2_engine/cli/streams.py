@@ -1,4 +1,4 @@
-"""Standard streams that may be absent, closed, full, left by their reader, or narrowly encoded."""
+"""Access to standard streams that may be absent, closed, full, or limited in their encoding."""
 
 import codecs
 import errno
@@ -16,12 +16,12 @@ _MOST_TEXT = 16 << 20
 
 
 class OutputLostError(Exception):
-    """Standard output takes nothing more.
+    """Standard output cannot be written.
 
     Attributes:
-        reader_left: Whether that is because the reader of a pipe left, as ``head`` does.
-        exit_code: 141 for that, as the shell has it for a program that a broken pipe ended, and 1
-            otherwise.
+        reader_left: Whether the reader of a pipe has exited, like ``head``.
+        exit_code: 141 if the reader has exited, as in the shell for a program that a broken pipe
+            ended, and 1 otherwise.
     """
 
     def __init__(self, error: OSError) -> None:
@@ -36,18 +36,25 @@ def occupy_descriptors() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            # The lowest free number is this one
+            os.open(os.devnull, os.O_RDWR)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Print through guards, which raise ``OutputLostError`` for standard output alone."""
+    """Guard standard output and standard error as long as the context lasts.
+
+    Errors of standard error are ignored.
+
+    Raises:
+        OutputLostError: Standard output cannot be written.
+    """
 
     def raise_lost(error: OSError) -> NoReturn:
         raise OutputLostError(error)
 
     def pass_over(error: OSError) -> None:
-        """There is nobody to tell."""
+        """Ignore the error, which cannot be reported."""
 
     out, err = _Guard(sys.stdout, raise_lost), _Guard(sys.stderr, pass_over)
     with redirect_stdout(cast(TextIO, out)), redirect_stderr(cast(TextIO, err)):
@@ -55,7 +62,7 @@ def guarded() -> Iterator[None]:
 
 
 class _Guard:
-    """A text stream that writes ``?`` for what its encoding lacks, and tells ``lost`` of errors."""
+    """A text stream that writes ``?`` for what it cannot encode, and passes errors to ``lost``."""
 
     def __init__(self, stream: TextIO | None, lost: Callable[[OSError], None]) -> None:
         self._stream = None if stream is None or stream.closed else stream
@@ -89,8 +96,9 @@ class _Guard:
             self._lost(error)
 
     def _let_go(self) -> None:
-        """Drop what is still buffered, which the interpreter would fail to flush at its end."""
-        with suppress(AttributeError, OSError):  # not every stream is a file
+        """Send buffered text to the null device, because flushing it at exit would fail."""
+        # Not every stream has a file descriptor
+        with suppress(AttributeError, OSError):
             number = cast(TextIO, self._stream).fileno()
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, number)
@@ -108,32 +116,34 @@ def print_json(value: object) -> None:
 
 
 def are_terminals() -> bool:
-    """Whether somebody types and reads: standard input and output are both terminals."""
+    """Return whether standard input and standard output are both terminals."""
     return _has_input() and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def input_bytes(limit: int, error: type[Idefics2Error]) -> bytes:
     """Return all of standard input.
 
-    Raise ``error`` if it cannot be read or has more than ``limit`` bytes.
+    Raises:
+        Idefics2Error: An error of the class ``error``. The input cannot be read or has more than
+            ``limit`` bytes.
     """
     return _read(lambda stream: stream.read(limit + 1), limit, error)
 
 
 def input_text() -> str:
-    """Return all of standard input as text, without its last line's end.
+    """Return all of standard input as text, without the end of its last line.
 
     Raises:
-        PromptError: It cannot be read, is no text, or is very long.
+        PromptError: The input cannot be read, is not text, or has more than 16 MiB.
     """
     return _decoded(input_bytes(_MOST_TEXT, PromptError))
 
 
 def input_lines() -> Iterator[str]:
-    """Yield the lines of standard input as they come, without their ends.
+    """Yield the lines of standard input as they arrive, without their ends.
 
     Raises:
-        PromptError: It cannot be read, is no text, or has a very long line.
+        PromptError: The input cannot be read, is not text, or has a line of more than 16 MiB.
     """
     while line := _read(lambda stream: stream.readline(_MOST_TEXT + 1), _MOST_TEXT, PromptError):
         yield _decoded(line)

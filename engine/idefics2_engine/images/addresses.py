@@ -1,7 +1,7 @@
 """Recognition of public internet addresses, independent of the Python version.
 
-``ipaddress`` adds special ranges release by release, and counts unknown IPv6 ranges as global. An
-address must therefore also be outside the ranges below.
+The special ranges in ``ipaddress`` differ between releases of Python, and it counts unknown IPv6
+ranges as global. An address must therefore also satisfy the ranges below.
 """
 
 import ipaddress
@@ -28,16 +28,16 @@ _NOT_GLOBAL_V4 = tuple(
     )
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# All that has been given out. Outside lie site-local, link-local and unique local addresses, local
-# NAT64, and IPv4 addresses that are compatible or translated.
+# All global unicast addresses so far are in this range. Site-local, link-local and unique local
+# addresses, local NAT64, and IPv4-compatible and IPv4-translated addresses are outside it.
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _NOT_GLOBAL_V6 = tuple(
     ipaddress.IPv6Network(range_)
     for range_ in (
-        # IETF protocols, such as Teredo
+        # This range is reserved for IETF protocols such as Teredo
         "2001::/23",
         "2001:db8::/32",
-        # 6to4
+        # 6to4 addresses embed IPv4 addresses
         "2002::/16",
         "3ffe::/16",
         "3fff::/20",
@@ -46,14 +46,19 @@ _NOT_GLOBAL_V6 = tuple(
 
 
 def is_global(address: str) -> bool:
-    """Return whether an address, or the one embedded in it, is on the public internet."""
+    """Return whether an IP address is on the public internet.
+
+    An IPv4-mapped or NAT64 address is judged by the IPv4 address that it embeds. Text that is not
+    an IP address returns ``False``.
+    """
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return False
     if isinstance(ip, ipaddress.IPv4Address):
         return ip.is_global and not any(ip in network for network in _NOT_GLOBAL_V4)
-    if ip.scope_id is not None:  # which is local by its nature
+    # An address with a scope is local
+    if ip.scope_id is not None:
         return False
     if ip.ipv4_mapped is not None:
         return is_global(str(ip.ipv4_mapped))

@@ -22,7 +22,7 @@ from idefics2_engine.images.policy import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Gray, RGB, and RGB with alpha
+# Arrays are gray, RGB, or RGB with alpha
 _CHANNELS = (1, 3, 4)
 _Index = tuple[slice, ...]
 
@@ -39,45 +39,50 @@ def array_rgb(
     """Return an array as an RGB image.
 
     Args:
-        array: (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4. Where both ends could be channels,
-            ``parity`` takes the first, as transformers does, ``correct`` the last, and ``strict``
-            refuses.
-            Values: uint8; under ``correct`` and ``strict`` floats in [0, 1]; under ``correct``
-            uint16 of 65535 and bool; under ``parity`` whole numbers from 0 to 255 of any type.
-        policy: See ``ImagePolicy``; four channels are blended on white, and refused by ``strict``.
-        max_pixels: Largest H x W, looked at before a value is.
-        name: What messages call the array.
+        array: (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4. If both the first and the last axis
+            could be channels, ``parity`` reads the first as channels, as transformers does,
+            ``correct`` reads the last, and ``strict`` refuses the array.
+            All policies accept uint8. ``parity`` also accepts whole numbers from 0 to 255 of any
+            type. ``correct`` and ``strict`` also accept floats in [0, 1]. ``correct`` also accepts
+            bool, and uint16, which is scaled from 65535.
+        policy: See ``ImagePolicy``. Four channels are blended on white, except that ``strict``
+            refuses them.
+        max_pixels: Largest H x W, checked before any value is read.
+        name: Name of the array in error messages.
 
     Raises:
-        ImageError: The shape or a value is none of these, or the array has a mask.
+        ImageError: The array is masked, or its shape, its type or a value is not accepted.
     """
     with caller_code(name, ImageError):
         if isinstance(array, np.ma.MaskedArray):
             raise ImageError(f"{name}: must have no mask, got a masked array; fill it first")
-        # Without a subclass's own methods, which may do anything
+        # A subclass's own methods may do anything, so they are not used
         plain = np.asarray(array)
     return _rgb(plain.shape, plain.__getitem__, policy, max_pixels, name, channels_lead=False)
 
 
 def tensor_rgb(tensor: "Tensor", policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
-    """Return a tensor as an RGB image: as ``array_rgb``, but ``correct`` takes the first axis.
+    """Return a tensor as an RGB image.
+
+    Arguments and policies are those of ``array_rgb``. One rule differs: if both the first and the
+    last axis could be channels, ``correct`` reads the first.
 
     Raises:
-        ImageError: As in ``array_rgb``, or its values cannot be had, as from a sparse tensor or one
-            on the meta device.
+        ImageError: As in ``array_rgb``, or the tensor's values cannot be read, for example because
+            it is sparse or on the meta device.
     """
 
     def read(index: _Index) -> npt.NDArray[Any]:
         try:
             host = tensor.detach()[index].cpu()
-            # numpy lacks bfloat16 and what is smaller
+            # numpy has no bfloat16 and no 8-bit floats
             if host.is_floating_point() and host.element_size() < 4:
                 host = host.float()
             values: npt.NDArray[Any] = host.numpy()
         except Exception:
             raise ImageError(
-                f"{name}: must be a dense tensor with values, got {tensor.layout} of {tensor.dtype} "
-                f"on {tensor.device}"
+                f"{name}: must be a dense tensor with values, got {tensor.layout} of "
+                f"{tensor.dtype} on {tensor.device}"
             ) from None
         return values
 
@@ -94,7 +99,7 @@ def _rgb(
     name: str,
     channels_lead: bool,
 ) -> Image.Image:
-    """Return as an image what ``read`` gives of any part of an array of ``shape``."""
+    """Return the RGB image of an array of ``shape``, of which ``read`` returns any part."""
     axis = _channel_axis(shape, policy, name, channels_lead)
     channels = 1 if axis is None else shape[axis]
     height, width = shape[1:] if axis == 0 else shape[:2]
@@ -104,7 +109,7 @@ def _rgb(
         raise ImageError(f"{name}: must have at most {max_pixels} pixels, got {width} x {height}")
 
     def pixels(part: Part) -> npt.NDArray[Any]:
-        """Return (h, w, C) of the pixels."""
+        """Return a part of the pixels as (h, w, C)."""
         if axis == 0:
             return np.moveaxis(read((slice(None), *part)), 0, -1)
         return read(part) if axis == 2 else read(part)[:, :, None]
@@ -125,8 +130,9 @@ def _rgb(
 def _channel_axis(
     shape: tuple[int, ...], policy: ImagePolicy, name: str, channels_lead: bool
 ) -> int | None:
-    """Return the axis of the channels, 0 or 2; ``None`` if there is none."""
-    if len(shape) == 2:  # transformers refuses these: there is only one way to read them
+    """Return the axis of the channels, 0 or 2, or ``None`` for (H, W)."""
+    # transformers refuses this shape, although there is only one way to read it
+    if len(shape) == 2:
         return None
     first = len(shape) == 3 and shape[0] in _CHANNELS
     last = len(shape) == 3 and shape[2] in _CHANNELS
@@ -147,9 +153,10 @@ def _channel_axis(
 
 @dataclass(frozen=True)
 class _ImageValues:
-    """Pixels that are converted part by part: only the uint8 result has the full size."""
+    """Pixels that are converted part by part, so that only the uint8 result has the full size."""
 
-    pixels: Callable[[Part], npt.NDArray[Any]]  # (h, w, C) of a part
+    # Returns a part as (h, w, C)
+    pixels: Callable[[Part], npt.NDArray[Any]]
     height: int
     width: int
     channels: int
@@ -157,7 +164,12 @@ class _ImageValues:
     name: str
 
     def whole_numbers(self) -> npt.NDArray[np.uint8]:
-        """Return values that transformers takes for 0 … 255, without alpha."""
+        """Return the values of ``parity`` as uint8, (H, W, 1 or 3), with alpha blended on white.
+
+        Raises:
+            ImageError: A value is not a whole number from 0 to 255, or a float beside alpha is not
+                in [0, 1].
+        """
         if self.dtype.kind == "f":
             low, high = self._finite_range()
             if self.channels == 4 and not (low >= 0 and high <= 1):
@@ -182,7 +194,11 @@ class _ImageValues:
         )
 
     def scaled(self, policy: ImagePolicy) -> npt.NDArray[np.uint8]:
-        """Return values on the scale of their type as 0 … 255, without alpha."""
+        """Return the values scaled to 0 … 255, (H, W, 1 or 3), with alpha blended on white.
+
+        Raises:
+            ImageError: ``policy`` refuses the type or the alpha, or a float is not in [0, 1].
+        """
         if policy is ImagePolicy.STRICT and self.channels == 4:
             raise ImageError(f"{self.name}: image_policy='strict' refuses transparency")
         scale = self._scale(policy)
@@ -207,13 +223,18 @@ class _ImageValues:
         raise ImageError(f"{self.name}: must be {wanted}, got {self.dtype}")
 
     def _finite_range(self) -> tuple[Any, Any]:
-        """Return the least and the greatest value."""
+        """Return the least and the greatest value.
+
+        Raises:
+            ImageError: A value is NaN or infinite.
+        """
         lows, highs = [], []
         for part in self._parts():
             pixels = self.pixels(part)
             lows.append(pixels.min())
             highs.append(pixels.max())
-        low, high = np.min(lows), np.max(highs)  # NaN if there is one
+        # numpy's minima and maxima are NaN if any value is NaN
+        low, high = np.min(lows), np.max(highs)
         if not (np.isfinite(low) and np.isfinite(high)):
             raise ImageError(f"{self.name}: must be finite, got NaN or infinity")
         return low, high
@@ -226,7 +247,7 @@ class _ImageValues:
 
 
 def _on_white(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Blend the fourth channel away, in transformers' arithmetic."""
+    """Blend (h, w, 4) pixels on white in transformers' arithmetic; return others unchanged."""
     if pixels.shape[2] != 4:
         return pixels
     real = pixels.dtype.kind == "f"

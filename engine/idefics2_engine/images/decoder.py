@@ -1,8 +1,8 @@
 """Decoding of image files, with limits on formats and sizes.
 
 The first bytes of a file select one Pillow plugin. Pillow's own search is not used, because it
-loads other plugins, and EPS would start Ghostscript. A file that exceeds the limit is rejected
-before memory is allocated. Pillow's own limit is process-wide and stays unchanged.
+loads other plugins, and EPS would start Ghostscript. An image with too many pixels is rejected
+before memory for them is allocated. Pillow's own limit is process-wide and stays unchanged.
 """
 
 import io
@@ -32,25 +32,34 @@ from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
 from idefics2_engine.images.ppm import in_binary
 
-# The smallest part that pixels are stored in is a block of a GIF: two reads for 255 bytes.
+# One more read is allowed per so many pixels. GIF has the smallest parts, blocks of 255 bytes that
+# take two reads.
 _PIXELS_A_READ = 64
-# Decoders that Pillow has in Python are up to 500 times slower than those in C.
+# Pillow's decoders in Python are up to 500 times slower than those in C
 _MAX_PYTHON_PIXELS = 1 << 20
-# Pixels of a row for each byte between the beginnings of two strips: at most 8 where they lie
-# apart.
+# Bound on the pixels of a row per byte between the starts of two strips. Strips that do not overlap
+# have at most 8.
 _MAX_PIXELS_A_BYTE = 64
 
 
 @dataclass(frozen=True)
 class _Format:
-    """A kind of file: how it begins, and what opens and checks it."""
+    """A file format, with the functions that open and check its files.
+
+    Attributes:
+        name: Name in error messages.
+        beginnings: First bytes of its files.
+        open: Opens a file with Pillow's plugin.
+        is_whole: Returns whether a file is complete, as far as its bytes tell without decoding.
+        check: Raises ``ImageError`` if counting shows that a file has more parts than its pixels
+            need. The arguments are the file, the largest number of pixels, and the file's name in
+            error messages.
+    """
 
     name: str
     beginnings: tuple[bytes, ...]
     open: Callable[[BoundedFile], ImageFile]
-    is_whole: Callable[[bytes], bool]  # what can be told without decoding; for ``strict``
-    # Refuses a file with more parts than its pixels need, as far as counting tells; gets the file,
-    # the largest number of pixels, and the name for messages.
+    is_whole: Callable[[bytes], bool]
     check: Callable[[bytes, int, str], None] = lambda _data, _max_pixels, _name: None
 
 
@@ -59,17 +68,18 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
 
     Args:
         data: A PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file.
-        policy: What becomes of alpha, rotation, 16 bits and further frames.
+        policy: How to read alpha, rotation, 16 bits and further frames.
         max_pixels: Largest width x height.
-        name: What messages call the file.
+        name: Name of the file in error messages.
 
     Raises:
-        ImageError: It is no such file, damaged, too large, or refused by the policy.
+        ImageError: The file has another format, is damaged or too large, or the policy refuses it.
     """
     kind = _format(data)
     if kind is None:
         names = ", ".join(one.name for one in _FORMATS)
-        got = "another kind of file" if data else "no bytes"  # whose contents are nobody's business
+        # The message does not quote the contents, which may be private
+        got = "another kind of file" if data else "no bytes"
         raise ImageError(f"{name}: must be an image file ({names}), got {got}")
     with guard_pillow(f"{name}: cannot be read as {kind.name}: it is damaged or cut off"):
         kind.check(data, max_pixels, name)
@@ -84,14 +94,15 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
             rgb = upright_rgb(image, policy, name)
-            return rgb.copy() if rgb is image else rgb  # without the file's frames
+            # A copy has neither the file nor its further frames
+            return rgb.copy() if rgb is image else rgb
 
 
 def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
-    """Check a (width, height) against the limit.
+    """Check a (width, height) in pixels against the limit.
 
     Raises:
-        ImageError: It has too many pixels, or none.
+        ImageError: There are more than ``max_pixels`` pixels, or none.
     """
     width, height = size
     if width < 1 or height < 1:
@@ -108,8 +119,12 @@ def _format(data: bytes) -> _Format | None:
 
 
 def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
-    """Bound what files cost beyond their pixels: decoders in Python, rows read piece by piece."""
-    # Pillow keeps those in Python, and only those, in this dictionary
+    """Bound the cost of Pillow's decoders in Python, and of rows that are read piece by piece.
+
+    Raises:
+        ImageError: A bound is exceeded.
+    """
+    # This dictionary has exactly the decoders in Python
     if any(tile[0] in Image.DECODERS for tile in image.tile):
         pixels, size = image.width * image.height, len(file.getbuffer())
         if max(pixels, size) > _MAX_PYTHON_PIXELS:
@@ -118,7 +133,8 @@ def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
                 f"encoding, got {pixels} and {size}"
             )
         file.allow(2 * pixels)
-    # Pillow reads up to the next strip and joins that with what it has of a row: in quadratic time
+    # Pillow reads up to the next strip and appends that to the part of a row that it has. Many
+    # small pieces would take quadratic time.
     image.decodermaxblock = max(image.decodermaxblock, image.width)
     starts = sorted({tile.offset for tile in image.tile})
     if any((end - start) * _MAX_PIXELS_A_BYTE < image.width for start, end in pairwise(starts)):
@@ -126,7 +142,13 @@ def _check_tiles(image: ImageFile, file: BoundedFile, name: str) -> None:
 
 
 def _check_webp(data: bytes, max_pixels: int, name: str) -> None:
-    """Check the size too: the plugin takes memory for the image when it is opened."""
+    """Check a WebP file's size and chunks.
+
+    The size is checked before the plugin opens the file, because that allocates the image.
+
+    Raises:
+        ImageError: The size or the number of chunks or tags exceeds its bound.
+    """
     check_size(_webp_size(data), max_pixels, name)
     check_webp(data, name)
 
@@ -134,9 +156,11 @@ def _check_webp(data: bytes, max_pixels: int, name: str) -> None:
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Return (width, height) of a WebP file from its header."""
     chunk, body = data[12:16], data[20:30]
-    if chunk == b"VP8X":  # the canvas, 24 bits a side
+    # The canvas has 24 bits a side
+    if chunk == b"VP8X":
         return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
-    if chunk == b"VP8L":  # a signature of one byte, then 14 bits a side
+    # A signature of one byte precedes 14 bits a side
+    if chunk == b"VP8L":
         bits = int.from_bytes(body[1:5], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
     width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
@@ -144,7 +168,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _whole_png(data: bytes) -> bool:
-    """Every chunk has its checksum, and the last is the end."""
+    """Return whether every chunk has the right checksum and IEND is present."""
     at = 8
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4])
@@ -170,7 +194,8 @@ _FORMATS = (
         "JPEG",
         (b"\xff\xd8\xff",),
         JpegImagePlugin.JpegImageFile,
-        lambda data: b"\xff\xd9" in data[-1024:],  # cameras append padding
+        # Cameras append padding to the end marker
+        lambda data: b"\xff\xd9" in data[-1024:],
         check_jpeg,
     ),
     _Format("WebP", (b"RIFF",), WebPImagePlugin.WebPImageFile, _whole_webp, _check_webp),
@@ -182,13 +207,15 @@ _FORMATS = (
         "TIFF",
         (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
         TiffImagePlugin.TiffImageFile,
-        lambda _data: True,  # its parts lie in any order
+        # The parts of a TIFF have any order, so its end shows nothing
+        lambda _data: True,
         check_tiff,
     ),
     _Format(
         "PPM",
         tuple(b"P%d" % number for number in range(1, 7)),
         PpmImagePlugin.PpmImageFile,
-        lambda _data: True,  # decoding needs every byte
+        # Decoding fails if a byte is missing
+        lambda _data: True,
     ),
 )

@@ -25,13 +25,15 @@ from idefics2_engine.images.addresses import is_global
 _PORTS = {"https": 443, "http": 80}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 3
-_CHUNK = 65536  # bytes
+# Bytes of a body that are read at a time
+_CHUNK = 65536
 _HOST = re.compile(r"(?!-)[a-z0-9-]{1,63}(\.(?!-)[a-z0-9-]{1,63})*")
 # Resolvers interpret such a label as a part of an address
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-# Sockets accept no much larger number of seconds
+# Bound on a time limit in seconds, because sockets refuse much larger ones
 _LONGEST = 86400.0
-_MAX_OVERHEAD = 1 << 20  # bytes of headers, and of chunks an eighth of the body besides
+# Bytes of headers that may come with a body. Its chunks may add an eighth of its own bytes.
+_MAX_OVERHEAD = 1 << 20
 
 
 def _resolve(host: str, port: int) -> list[str]:
@@ -45,41 +47,62 @@ def _connect(address: str, port: int, timeout: float) -> socket.socket:
 
 @dataclass(frozen=True)
 class Network:
-    """How names become addresses, addresses connections, and how time is told.
+    """The resolver, the connections and the clock of downloads, which tests replace.
 
-    Tests bring their own.
+    Attributes:
+        resolve: Returns the addresses of a host, given the host and a port.
+        connect: Opens a connection, given an address, a port and a time limit in seconds.
+        tls: Settings of TLS. If ``None``, the system's certificates are trusted.
+        clock: Returns a monotonic time in seconds.
     """
 
     resolve: Callable[[str, int], list[str]] = _resolve
-    connect: Callable[[str, int, float], socket.socket] = _connect  # address, port, seconds
-    tls: ssl.SSLContext | None = None  # None: the system's certificates
-    clock: Callable[[], float] = time.monotonic  # seconds
+    connect: Callable[[str, int, float], socket.socket] = _connect
+    tls: ssl.SSLContext | None = None
+    clock: Callable[[], float] = time.monotonic
 
     def secure(self, raw: socket.socket, host: str) -> socket.socket:
-        """Wrap a connection in TLS, checked against ``host``."""
+        """Wrap a connection in TLS and check the certificate for ``host``.
+
+        Raises:
+            OSError: The handshake fails or the certificate is not valid for ``host``.
+        """
         return (self.tls or ssl.create_default_context()).wrap_socket(raw, server_hostname=host)
 
 
 @dataclass(frozen=True)
 class FetchRules:
-    """Where images may be fetched from, and what a fetch may cost."""
+    """Hosts that images may be fetched from, and limits of a fetch.
 
-    hosts: tuple[str, ...]  # "name", "name:port", ".name" for all below it, or "*" for any
+    Attributes:
+        hosts: ``"name"``, ``"name:port"``, ``".name"`` for all subdomains, or ``"*"`` for any host.
+            Without a port, an entry allows ports 443 and 80.
+        allow_http: Whether URLs without TLS are allowed.
+        max_bytes: Largest size of a body.
+        seconds: Longest duration of a fetch, redirects included.
+        network: Resolver, connections and clock.
+    """
+
+    hosts: tuple[str, ...]
     allow_http: bool
     max_bytes: int
-    seconds: float  # for the whole fetch, redirects included
+    seconds: float
     network: Network = field(default_factory=Network)
 
 
 class _Deadline:
-    """When a fetch must be over."""
+    """The time at which a fetch must end."""
 
     def __init__(self, rules: FetchRules) -> None:
         self._clock = rules.network.clock
         self._end = self._clock() + min(rules.seconds, _LONGEST)
 
     def remaining(self) -> float:
-        """Return the seconds left; ``TimeoutError`` if there are none."""
+        """Return the seconds left.
+
+        Raises:
+            TimeoutError: There are none.
+        """
         seconds = self._end - self._clock()
         if seconds <= 0:
             raise TimeoutError
@@ -87,12 +110,13 @@ class _Deadline:
 
 
 def fetch(url: str, rules: FetchRules) -> bytes:
-    """Return what lies at ``url``.
+    """Return the bytes at ``url``, following redirects.
 
     Raises:
-        MediaNotAllowedError: The URL, or where it redirects to, is not covered by ``rules``.
-        MediaFetchError: The host cannot be reached or answers with an error, too much or too
-            slowly.
+        MediaNotAllowedError: ``rules`` do not allow the URL or the target of a redirect, or an
+            address of the host is not public.
+        MediaFetchError: The host cannot be resolved or reached, answers with an error, with too
+            many bytes or too slowly, or redirects too often.
     """
     deadline = _Deadline(rules)
     for _ in range(_MAX_REDIRECTS + 1):
@@ -102,7 +126,8 @@ def fetch(url: str, rules: FetchRules) -> bytes:
             return found
         try:
             url = urljoin(url, found)
-        except ValueError:  # of addresses that only begin to look like IPv6
+        except ValueError:
+            # urljoin rejects malformed IPv6 addresses
             raise MediaFetchError(
                 f"{_short(parts)}: must redirect to an address that can be read"
             ) from None
@@ -112,11 +137,11 @@ def fetch(url: str, rules: FetchRules) -> bytes:
 
 
 def check_url(url: str, rules: FetchRules) -> SplitResult:
-    """Return the parts of a URL that may be fetched.
+    """Return the parts of a URL if ``rules`` allow it.
 
     Raises:
-        MediaNotAllowedError: It may not be, or is written in a way that two readers may differ
-            about.
+        MediaNotAllowedError: The scheme, the host or the port is not allowed, the URL has a user or
+            password, or parsers could disagree about it.
     """
     if not url.isascii() or "\\" in url or any(char <= " " or char == "\x7f" for char in url):
         raise MediaNotAllowedError(
@@ -146,9 +171,14 @@ def check_url(url: str, rules: FetchRules) -> SplitResult:
 
 
 def _host(parts: SplitResult) -> str:
-    """Return the host in lower case: a name, or an address in its one usual spelling."""
+    """Return the host name in lower case, or the address in its usual spelling.
+
+    Raises:
+        MediaNotAllowedError: The host is neither.
+    """
     host = (parts.hostname or "").removesuffix(".")
-    if ":" in host and "%" not in host:  # a scope is local by its nature
+    # An address with a scope is local, so it is refused below
+    if ":" in host and "%" not in host:
         try:
             return str(ipaddress.IPv6Address(host))
         except ValueError:
@@ -165,7 +195,7 @@ def _host(parts: SplitResult) -> str:
 
 
 def _covers(entry: str, host: str, port: int) -> bool:
-    """Tell whether an entry of the allow-list covers a host at a port."""
+    """Return whether an entry of the allow-list covers a host at a port."""
     name, colon, number = entry.lower().rpartition(":")
     if not colon or not number.isdigit() or (":" in name and not name.endswith("]")):
         name, number = entry.lower(), ""
@@ -176,7 +206,12 @@ def _covers(entry: str, host: str, port: int) -> bool:
 
 
 def _get(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> bytes | str:
-    """Return the body, or the address that the server redirects to."""
+    """Return the body as bytes, or the URL that the server redirects to as text.
+
+    Raises:
+        MediaNotAllowedError: An address of the host is not public.
+        MediaFetchError: The host cannot be reached, or its answer is an error, too large or late.
+    """
     where = _short(parts)
     connection = http.client.HTTPConnection(_host(parts), parts.port or _PORTS[parts.scheme])
     opened = None
@@ -222,7 +257,7 @@ def _body(response: http.client.HTTPResponse, where: str, max_bytes: int) -> byt
 
 
 def _open(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> "_TimedSocket":
-    """Connect to one of the host's addresses, all of which must be global."""
+    """Connect to the first of the host's addresses that accepts; all of them must be global."""
     host, port = _host(parts), parts.port or _PORTS[parts.scheme]
     addresses = _resolve_in_time(rules.network, host, port, deadline)
     if not addresses or not all(is_global(address) for address in addresses):
@@ -243,7 +278,7 @@ def _open(parts: SplitResult, rules: FetchRules, deadline: _Deadline) -> "_Timed
 
 
 def _resolve_in_time(network: Network, host: str, port: int, deadline: _Deadline) -> Sequence[str]:
-    """Resolve in a thread: the system's resolver knows no time limit."""
+    """Resolve a host in a thread, because the system's resolver has no time limit."""
     answers: queue.Queue[list[str] | OSError] = queue.Queue()
 
     def ask() -> None:
@@ -271,15 +306,12 @@ def _reason(error: Exception, rules: FetchRules) -> str:
 
 
 def _short(parts: SplitResult) -> str:
-    """Return a URL for messages, without the query: keys are kept in queries."""
+    """Return a URL for error messages, without its query, which may hold keys."""
     return f"{parts.scheme}://{parts.netloc}{parts.path}"[:120]
 
 
 class _TimedSocket:
-    """As much of a socket as ``http.client`` uses.
-
-    Every read has what is left until the deadline.
-    """
+    """The part of a socket that ``http.client`` uses, with a deadline for all operations."""
 
     def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:
         self._sock = sock
@@ -294,16 +326,17 @@ class _TimedSocket:
         return BufferedReader(_TimedReader(self._sock, self._deadline, self._max_bytes))
 
     def close(self) -> None:
-        """Leave the connection open: ``http.client`` closes before it has read the body."""
+        """Do nothing, because ``http.client`` closes the socket before it reads the body."""
 
     def shut(self) -> None:
         self._sock.close()
 
 
 class _TimedReader(RawIOBase):
-    """Reads until the deadline, and no more than a body of ``max_bytes`` can take on its way.
+    """A reader with a deadline and a bound on the bytes of a whole response.
 
-    The latter because ``http.client`` reads a chunk of -1 bytes to the end, and headers up to 6 MB.
+    Without the bound, ``http.client`` would read a chunk of -1 bytes to the end, and headers of up
+    to 6 MB.
     """
 
     def __init__(self, sock: socket.socket, deadline: _Deadline, max_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""The entry point for images, which converts every supported source to RGB."""
+"""The entry point for reading images, which converts every supported source to RGB."""
 
 import os
 import re
@@ -42,12 +42,13 @@ ImageSource = Union[
     npt.NDArray[Any],
     "Tensor",
 ]
-"""What ``load_image`` reads."""
+"""The types that ``load_image`` reads."""
 
-# Pillow warns about larger images. One of this size takes a quarter of a gigabyte as RGB
+# Pillow warns about larger images. One of this size takes a quarter of a gigabyte in RGB.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 256 << 20
-MEDIA_TIMEOUT = 20.0  # seconds
+# Longest duration of a download in seconds
+MEDIA_TIMEOUT = 20.0
 MAX_THREADS = 8
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -68,7 +69,7 @@ class MediaConfig:
         image_threads: Images that are read in parallel. If ``None``, the number of cores, at most
             8.
         allow_http: Whether URLs without TLS are allowed.
-        network: Resolver and connections.
+        network: Resolver, connections and clock of downloads.
     """
 
     image_policy: ImagePolicy = ImagePolicy.PARITY
@@ -82,7 +83,11 @@ class MediaConfig:
     network: Network = field(default_factory=Network)
 
     def __post_init__(self) -> None:
-        """Refuse values that no image could meet; ``ConfigError`` says which."""
+        """Check the values.
+
+        Raises:
+            ConfigError: A value is invalid.
+        """
         for name in ("max_image_pixels", "max_media_bytes"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -106,7 +111,7 @@ class MediaConfig:
 
     @property
     def num_threads(self) -> int:
-        """Images that are read at once."""
+        """Number of images that are read in parallel."""
         return self.image_threads or min(MAX_THREADS, os.cpu_count() or 1)
 
 
@@ -141,27 +146,30 @@ def media_config(
 
 
 def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.Image:
-    """Read one image, upright and in RGB; a Pillow image that is so already comes back itself.
+    """Read one image, upright and in RGB.
+
+    A Pillow image that needs no conversion is returned itself.
 
     Args:
-        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI
-            with base64, the bytes of an image file, an open binary file, which is read from its
-            beginning, ``{"bytes": …, "path": …}`` as ``datasets`` has it, where bytes win, a Pillow
-            image, or an array or tensor (see ``arrays.array_rgb``).
-        config: The rules; those of ``MediaConfig()`` if ``None``.
+        source: A path, a ``file://`` URL of this host, a URL on an allowed host, a ``data:`` URI in
+            base64, the bytes of an image file, an open binary file, a Pillow image, an array or
+            tensor (see ``arrays.array_rgb``), or a dict of the form
+            ``{"bytes": ..., "path": ...}`` as in ``datasets``. An open file is read from its
+            beginning. The bytes of a dict take precedence over its path.
+        config: Rules for images. If ``None``, ``MediaConfig()``.
 
     Raises:
-        MediaNotAllowedError: The rules do not let the source be read.
-        MediaFetchError: A URL gave no image in time.
-        ImageError: ``source`` is none of these, cannot be decoded, is too large, or is refused by
-            the policy.
+        MediaNotAllowedError: The rules do not allow the source.
+        MediaFetchError: An allowed URL did not return a file in time.
+        ImageError: ``source`` has another type, cannot be read or decoded, is too large, or the
+            policy refuses it.
     """
     config = config or MediaConfig()
     policy, budget = config.image_policy, config.max_image_pixels
     plain = plain_source(source, config.max_media_bytes)
     if isinstance(plain, Image.Image):
         with guard_pillow("image: Pillow cannot read it as RGB"):
-            # Images that are not loaded may share a file
+            # Pillow images that are not loaded may share a file
             files = (getattr(plain, name, None) for name in ("fp", "_fp"))
             with alone_with(plain, *files):
                 check_size(plain.size, budget, "image")
@@ -175,9 +183,10 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
 
 
 def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
-    """Return an image that its caller can no longer change, equal to ``source`` as it is now.
+    """Return an image equal to ``source`` that its caller can no longer change.
 
-    Names of files, text and bytes are left to be read later. All else is read here.
+    Paths, text and bytes cannot change, so they are returned to be decoded later. Open files,
+    bytearrays and memoryviews are returned as bytes. Other sources are read as by ``load_image``.
 
     Raises:
         ImageError: As in ``load_image``.
@@ -193,7 +202,7 @@ def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
 
 
 def _named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, bytes]:
-    """Return what messages call an image file, and its bytes."""
+    """Return the name of an image file in error messages, and its bytes."""
     if isinstance(source, bytes):
         check_bytes(len(source), config.max_media_bytes, "image bytes")
         return "image bytes", source
@@ -225,7 +234,12 @@ def _fetch(url: str, config: MediaConfig) -> bytes:
 
 
 def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
-    """Read a regular file; symbolic links are followed first, and judged by where they lead."""
+    """Read a regular file; symbolic links are resolved before the allowed folder is checked.
+
+    Raises:
+        MediaNotAllowedError: The file is outside the allowed folder.
+        ImageError: The file cannot be read, is not regular, or is too large.
+    """
     name = _shortened(str(source))
     try:
         path = Path(source).resolve()
@@ -233,7 +247,7 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
             config.allowed_media_root.resolve()
         ):
             raise MediaNotAllowedError(f"{name}: must lie below the allowed folder")
-        # A pipe or a device would block or never end, so neither is waited for
+        # A pipe or a device could block the call, so it is opened without waiting and then rejected
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
         with open(path, "rb", opener=lambda at, _flags: os.open(at, flags)) as file:
             status = os.fstat(file.fileno())
@@ -246,10 +260,11 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else "the system refuses"
         raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
-    except (ValueError, RuntimeError):  # a null character; a loop of links
+    except (ValueError, RuntimeError):
+        # A null character raises ValueError, a loop of links RuntimeError
         raise ImageError(f"{name}: cannot be read as an image: no such name") from None
 
 
 def _shortened(text: str) -> str:
-    """Return text for a message: a caller may have passed a whole file's worth as a name."""
+    """Return at most 120 characters, because a caller may pass a whole file as a name."""
     return text if len(text) <= 120 else text[:117] + "…"

@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 # Each thread holds an image and its resized copy
 _BLOCKS_PER_THREAD = 2
 
-# Many, so that threads seldom wait for each other's objects
+# With many locks, threads seldom wait for each other's objects
 _LOCKS = tuple(threading.Lock() for _ in range(256))
 
 
@@ -22,14 +22,16 @@ def read_all(
 ) -> list[Result]:
     """Return ``read(index)`` for each of ``sources``, in order, at most ``threads`` at a time.
 
-    An object that is among them several times is read once, which is cheaper. The threads live as
-    long as the call, which costs less than an image.
+    An object that occurs several times is read once. Threads are started for each call, which costs
+    less than reading an image.
 
     Raises:
-        Exception: What ``read`` raised for the first source that failed; the rest is abandoned.
+        Exception: The exception of ``read`` for the first source in order that failed. Reads that
+            have not started are canceled, and running ones are not awaited.
     """
     _keep_blocks(_BLOCKS_PER_THREAD * threads)
-    first: dict[int, int] = {}  # id of a source -> where it comes first
+    # Maps the id of a source to the first index at which it occurs
+    first: dict[int, int] = {}
     for index, source in enumerate(sources):
         first.setdefault(id(source), index)
     indices = list(first.values())
@@ -48,13 +50,13 @@ def read_all(
 
 @contextmanager
 def alone_with(*objects: object) -> Iterator[None]:
-    """Keep other threads away that want any of the same ``objects``, whatever call they belong to.
+    """Lock ``objects`` against all threads that use any of them, in this call or in another.
 
-    An open file has one position, and a Pillow image that is not loaded changes while it is read:
-    two threads that read one would get errors or each other's bytes. The locks are fixed in number
-    and taken in order, so that no two threads wait for each other.
+    An open file has one position, and a Pillow image that is not loaded changes while it is read.
+    Two threads that read the same one would get errors or each other's bytes. The number of locks
+    is fixed, and they are acquired in order, which prevents deadlocks. ``None`` is ignored.
     """
-    # Objects lie at multiples of 16
+    # Addresses of objects are multiples of 16
     places = sorted({id(one) // 16 % len(_LOCKS) for one in objects if one is not None})
     with ExitStack() as held:
         for place in places:
@@ -63,11 +65,11 @@ def alone_with(*objects: object) -> Iterator[None]:
 
 
 def _keep_blocks(count: int) -> None:
-    """Let Pillow keep ``count`` blocks of memory, 16 MiB each at most, for its next images.
+    """Let Pillow keep ``count`` blocks of memory, at most 16 MiB each, for its next images.
 
-    By default it gives every block back, and the system clears its pages anew for each image: 4,000
-    page faults for one of 1280x960 with splitting, a third of the time, during which threads wait
-    for each other.
+    By default Pillow frees every block, and the system clears new pages for each image. Threads
+    wait for each other during the page faults. An image of 1280x960 with splitting causes 4,000 of
+    them, which take a third of the time.
     """
     memory = Image.core  # type: ignore[attr-defined]
     if memory.get_blocks_max() < count:

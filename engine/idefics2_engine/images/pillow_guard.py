@@ -1,4 +1,4 @@
-"""Replacement of Pillow's errors and warnings by ``ImageError``."""
+"""Conversion of Pillow's errors to ``ImageError``, and suppression of its warnings."""
 
 import threading
 import warnings
@@ -17,7 +17,10 @@ def guard_pillow(message: str) -> Iterator[None]:
     """Convert Pillow's exceptions to ``ImageError(message)`` and suppress its warnings.
 
     Pillow's plugins raise many classes of errors on damaged files, and some messages contain memory
-    addresses. Its warnings could become errors by the caller's filters.
+    addresses. The caller's filters could turn its warnings into errors.
+
+    Raises:
+        ImageError: The code inside raised an exception other than ``ImageWarning``.
     """
     try:
         with _HUSH:
@@ -29,16 +32,17 @@ def guard_pillow(message: str) -> Iterator[None]:
 
 
 class _Hush:
-    """A filter against Pillow's warnings, there while any thread reads.
+    """A filter of Pillow's warnings that is installed while any thread reads an image.
 
-    ``warnings.catch_warnings`` is not made for threads: the last to leave would bring back what the
-    last to enter found. Here the first adds one filter and the last removes it again.
+    ``warnings.catch_warnings`` is not thread-safe: threads that overlap could restore each other's
+    filters. Here the first thread to enter adds one filter, and the last to leave removes it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._readers = 0
-        self._lists: list[Any] = []  # the filters may be another list by the time we leave
+        # The lists that may contain the filter, as ``warnings.filters`` may be replaced meanwhile
+        self._lists: list[Any] = []
 
     def __enter__(self) -> None:
         with self._lock:

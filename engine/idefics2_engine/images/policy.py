@@ -1,6 +1,6 @@
 """Policies for ambiguous images: alpha, rotation, 16 bits, floats and several frames.
 
-Only this module implements them for Pillow images; ``arrays`` implements them for arrays.
+This module implements them for Pillow images, and ``arrays`` for arrays and tensors.
 """
 
 import warnings
@@ -35,18 +35,24 @@ class ImagePolicy(StrEnum):
     """How to read an ambiguous image."""
 
     PARITY = "parity"
-    """As transformers' processor: alpha channels dropped, 16 bits saturate, the first frame without a word."""
+    """Read images as transformers does.
+
+    Alpha channels are dropped, 16 bits saturate, and further frames are ignored without a warning.
+    """
     CORRECT = "correct"
-    """As a viewer would show it: alpha on white, 16 bits and floats scaled, a warning for more frames."""
+    """Read images as a viewer shows them.
+
+    Alpha is blended on white, 16 bits and floats are scaled, and further frames cause a warning.
+    """
     STRICT = "strict"
-    """An error for every image that leaves a choice."""
+    """Raise an error for every ambiguous image."""
 
     @classmethod
     def named(cls, name: str) -> "ImagePolicy":
-        """Return the policy of that name.
+        """Return the policy called ``name``.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is no such policy.
         """
         try:
             return cls(name)
@@ -56,19 +62,21 @@ class ImagePolicy(StrEnum):
 
 
 def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Image:
-    """Return the image upright and in RGB, as ``policy`` says.
+    """Return an image upright and in RGB, with ambiguities resolved by ``policy``.
 
-    The image itself is returned if it is so already.
+    The image itself is returned if it needs no conversion. ``correct`` issues an ``ImageWarning``
+    for an image with several frames.
 
     Raises:
-        ImageError: The policy refuses the image. What Pillow raises comes through as it is.
+        ImageError: The policy refuses the image, or a value is out of its range. Exceptions of
+            Pillow are not converted.
     """
     if policy is ImagePolicy.PARITY:
         rgb = _rgb(_upright(image))
-        # Alpha is gone, but a transparent color is still known, and transformers' second step sees
-        # it
+        # The conversion drops alpha but keeps a transparent color, which transformers composites on
+        # white in a second step
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
-    # Loading may move to another frame, so this is read before
+    # Loading may move to another frame, so this is read first
     several = getattr(image, "is_animated", False)
     if policy is ImagePolicy.STRICT:
         _refuse_doubtful(image, several, name)
@@ -83,19 +91,20 @@ def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Ima
 
 
 def scale_16_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Return 0 … 65535 as 0 … 255, rounded to the nearest."""
+    """Scale integers from 0 … 65535 to 0 … 255, rounded to the nearest."""
     return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def scale_floats(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Return 0 … 1 as 0 … 255, rounded to the nearest."""
+    """Scale floats from 0 … 1 to 0 … 255, rounded to the nearest."""
     return np.rint(values.astype(np.float32) * 255).astype(np.uint8)
 
 
 def check_unit_range(low: Any, high: Any, name: str) -> None:
-    """Raise ``ImageError`` if floats from ``low`` to ``high`` do not lie in [0, 1].
+    """Check that floats from ``low`` to ``high`` are in [0, 1].
 
-    NaN does not.
+    Raises:
+        ImageError: They are not, or ``low`` or ``high`` is NaN.
     """
     if not (low >= 0 and high <= 1):
         raise ImageError(
@@ -111,13 +120,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # ImageOps.exif_transpose would rewrite all of EXIF
+    # ImageOps.exif_transpose would also rewrite all of EXIF
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "La":  # Pillow has no way from here, and transformers fails
+    # Pillow cannot convert La to RGB, and transformers fails on it
+    if image.mode == "La":
         image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -127,7 +137,8 @@ def _refuse_doubtful(image: Image.Image, several: bool, name: str) -> None:
         doubt = "several frames or pages"
     elif image.has_transparency_data:
         doubt = "transparency"
-    elif any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):  # not read yet
+    # Only the tiles name the bits of a channel, and loading the image removes them
+    elif any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
         doubt = "16 bits a channel"
     elif image.mode not in _PLAIN_MODES:
         doubt = f"mode {image.mode}"
@@ -139,7 +150,11 @@ def _refuse_doubtful(image: Image.Image, several: bool, name: str) -> None:
 
 
 def _shown(image: Image.Image, name: str) -> Image.Image:
-    """Return in RGB what a viewer shows on a white page."""
+    """Return an image in RGB as a viewer shows it on a white page.
+
+    Raises:
+        ImageError: A float is not in [0, 1], or an integer not in [0, 65535].
+    """
     if image.mode == "F":
         floats = np.asarray(image)
         check_unit_range(floats.min(), floats.max(), name)
@@ -158,7 +173,10 @@ def _shown(image: Image.Image, name: str) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Return the image on a white page, part by part: the steps hold five copies of a part."""
+    """Return an image blended on white, in RGB.
+
+    The image is blended part by part, because the steps hold five copies of a part.
+    """
     page = Image.new("RGB", image.size)
     width = min(image.width, PART_PIXELS)
     height = max(1, PART_PIXELS // width)
@@ -166,7 +184,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         for left in range(0, image.width, width):
             right, bottom = min(left + width, image.width), min(top + height, image.height)
             box = left, top, right, bottom
-            # Not `crop`, which holds parts to the process's limit for whole images
+            # `crop` would check a part against the process's limit for whole images
             part = image.resize((right - left, bottom - top), Image.Resampling.NEAREST, box)
             straight = part.convert(_STRAIGHT.get(part.mode, part.mode)).convert("RGBA")
             white = Image.new("RGBA", part.size, "white")

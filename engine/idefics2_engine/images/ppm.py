@@ -1,4 +1,4 @@
-"""PPM files whose samples Pillow would read one by one in Python, as files that it reads in C."""
+"""Conversion of PPM files that Pillow would decode in Python to files that it decodes in C."""
 
 import re
 from collections.abc import Iterator
@@ -10,25 +10,32 @@ from PIL.ImageFile import ImageFile
 
 from idefics2_engine.errors import ImageError
 
-_MAX_NUMBERS = 1 << 22  # in digits, about a second of reading them
-_MAX_DIGITS = 10  # of one, as in Pillow
-_TEXT, _SAMPLES = 1 << 16, 1 << 20  # bytes and numbers at a time: other threads wait for the former
+# Reading so many numbers in digits takes about a second
+_MAX_NUMBERS = 1 << 22
+# Pillow has the same bound for the digits of a number
+_MAX_DIGITS = 10
+# Bytes of text, and numbers, that are converted at a time. Other threads wait while text is
+# converted.
+_TEXT, _SAMPLES = 1 << 16, 1 << 20
 _COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
 _SPACE = b" \t\n\r\v\f"
 _BREAK = re.compile(rb"[ \t\n\r\v\f]")
 
 
 def in_binary(image: ImageFile, data: bytes, name: str) -> bytes:
-    """Return a PPM file of the same image with a binary sample of one or two whole bytes.
+    """Return a PPM file of the same image that Pillow decodes in C.
+
+    Its samples have 8 bits, or 16 if Pillow reads the image in mode I. A file that Pillow decodes
+    in C anyway is returned unchanged.
 
     Args:
-        image: The file, opened; its size is within the budget.
-        data: The file.
-        name: What messages call it.
+        image: The opened file, whose size has been checked.
+        data: Bytes of the file.
+        name: Name of the file in error messages.
 
     Raises:
-        ImageError: It has too many numbers in digits.
-        ValueError: It is damaged.
+        ImageError: The file has too many numbers in digits.
+        ValueError: The file is damaged.
     """
     decoder, _, start, args = image.tile[0]
     if decoder == "raw":
@@ -36,12 +43,13 @@ def in_binary(image: ImageFile, data: bytes, name: str) -> bytes:
     count = image.width * image.height * len(image.getbands())
     wide = image.mode == "I"
     if image.mode == "1":
-        table = np.array([255, 0], np.uint8)  # 1 is black
+        # In a bitmap 1 is black
+        table = np.array([255, 0], np.uint8)
         parts = _bits(_without_comments(data, start))
     else:
         most: Any = args[-1]  # type: ignore[index]
         reach = 65535 if wide else 255
-        # Pillow's own rounding, and its clipping of binary samples that are too large
+        # The rounding is Pillow's, as is the clipping of binary samples that are too large
         scaled = [
             min(reach, round(value / most * reach)) for value in range(256 if most < 256 else 65536)
         ]
@@ -74,12 +82,17 @@ def _without_comments(data: bytes, start: int) -> bytes:
 
 
 def _numbers(samples: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    for start in range(0, len(samples), _SAMPLES):  # as indices they take eight bytes each
+    # numpy converts indices to eight bytes each, so the table is applied to a part at a time
+    for start in range(0, len(samples), _SAMPLES):
         yield samples[start : start + _SAMPLES]
 
 
 def _bits(text: bytes) -> Iterator[npt.NDArray[Any]]:
-    """Yield digits 0 and 1, with or without white space between them."""
+    """Yield the digits 0 and 1 of ``text`` as numbers, ignoring white space.
+
+    Raises:
+        ValueError: There is another character.
+    """
     for start in range(0, len(text), _SAMPLES):
         digits = text[start : start + _SAMPLES].translate(None, _SPACE)
         if digits.translate(None, b"01"):
@@ -88,7 +101,11 @@ def _bits(text: bytes) -> Iterator[npt.NDArray[Any]]:
 
 
 def _digits(text: bytes, count: int, most: int) -> Iterator[npt.NDArray[Any]]:
-    """Yield the first ``count`` numbers, of at most ``most``, between white space."""
+    """Yield the first ``count`` numbers of ``text``, which white space separates.
+
+    Raises:
+        ValueError: A number has too many digits, is not a whole number, or is not in [0, most].
+    """
     start = 0
     while start < len(text) and count:
         space = _BREAK.search(text, start + _TEXT)

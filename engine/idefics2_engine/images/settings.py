@@ -1,8 +1,9 @@
 """Search for a checkpoint's image settings.
 
 transformers 5 saves the image processor inside ``processor_config.json``. Earlier releases read
-``preprocessor_config.json``, and those up to 4.46 fail where the other file has settings of images.
-Where a checkpoint has both, transformers 5 reads the former.
+``preprocessor_config.json``. Releases up to 4.46 fail if ``processor_config.json`` has image
+settings. If both files have them, transformers 5 reads ``processor_config.json``, and so does this
+module.
 """
 
 from pathlib import Path
@@ -16,10 +17,10 @@ NESTED = "image_processor"
 
 
 def image_settings(folder: Path) -> Section:
-    """Return the image processor's settings, under the name of the file that holds them.
+    """Return the image processor's settings, with the name of the file that holds them.
 
     Raises:
-        ConfigError: Neither file has them, or one is unreadable.
+        ConfigError: Neither file has the settings, or a file is unreadable.
     """
     path = folder / PROCESSOR
     nested = read_json_if_there(path)

@@ -16,7 +16,8 @@ from idefics2_engine.errors import ImageError, MediaNotAllowedError, short_repr
 from idefics2_engine.images.arrays import is_tensor
 from idefics2_engine.images.parallel import alone_with
 
-_READ_AT_ONCE = 1 << 20  # bytes of an open file
+# Bytes that are read from an open file at a time
+_READ_AT_ONCE = 1 << 20
 _WHITE_SPACE = " \t\r\n\f\v"
 _TO_PLAIN_BASE64 = str.maketrans("-_", "+/", _WHITE_SPACE)
 
@@ -24,15 +25,16 @@ _TO_PLAIN_BASE64 = str.maketrans("-_", "+/", _WHITE_SPACE)
 def plain_source(source: Any, max_bytes: int) -> Any:
     """Return ``source`` as a str, ``Path``, bytes, Pillow image, array or tensor.
 
-    Anything else is read here: what it holds may change as soon as its owner goes on.
+    Other forms are converted here, because their contents may change after the call.
 
     Args:
-        source: One of these, an ``os.PathLike``, a bytearray or memoryview, an open binary file, or
-            a mapping with ``"bytes"`` or ``"path"``, of which bytes win.
-        max_bytes: Most bytes that are read.
+        source: One of these types, an ``os.PathLike``, a bytearray or memoryview, an open binary
+            file, or a mapping with ``"bytes"`` or ``"path"``. The bytes of a mapping take
+            precedence over its path.
+        max_bytes: Most bytes that are copied from a buffer or read from a file.
 
     Raises:
-        ImageError: ``source`` is none of these, is too large, or cannot be read.
+        ImageError: ``source`` has another type, is too large, or cannot be read.
     """
     with caller_code("image", ImageError):
         if isinstance(source, str | bytes | Path | Image.Image | np.ndarray) or is_tensor(source):
@@ -53,16 +55,19 @@ def plain_source(source: Any, max_bytes: int) -> Any:
 
 
 def data_uri_bytes(uri: str, max_bytes: int) -> bytes:
-    """Return what a ``data:`` URI with base64 holds, in either alphabet, padded or not.
+    """Return the bytes in a ``data:`` URI with base64, in either alphabet, padded or not.
+
+    White space is ignored, and percent-encoding is decoded.
 
     Raises:
-        ImageError: It is no base64, or too large.
+        ImageError: The URI is not valid base64, or holds more than ``max_bytes`` bytes.
     """
-    # The head is short, the rest may be long
+    # The head is short, but the rest may be long
     comma = uri[:1024].find(",")
     if comma < 0 or not uri[:comma].lower().endswith(";base64"):
         raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
-    # Counted before anything is copied: percent-encoding takes three characters for one
+    # The size is estimated before anything is copied. Percent-encoding takes three characters for
+    # one.
     skipped = sum(map(uri.count, _WHITE_SPACE)) + 2 * uri.count("%")
     check_bytes((len(uri) - comma - skipped) * 3 // 4 - 3, max_bytes, "data URI")
     payload = uri[comma + 1 :]
@@ -82,16 +87,17 @@ def data_uri_bytes(uri: str, max_bytes: int) -> bytes:
 
 
 def file_url_path(url: str) -> Path:
-    """Return the path that a ``file://`` URL names on this host, percent-encoding undone.
+    """Return the path that a ``file://`` URL names on this host, with percent-encoding decoded.
 
     Raises:
-        MediaNotAllowedError: It names another host.
-        ImageError: It has a query or a fragment, which no file has.
+        MediaNotAllowedError: The URL names another host.
+        ImageError: The URL has a query or a fragment.
     """
     host, slash, path = url[len("file://") :].partition("/")
     if host.lower() not in ("", "localhost"):
         raise MediaNotAllowedError(
-            f"file URL: must be file:///path or file://localhost/path, got the host {short_repr(host)}"
+            "file URL: must be file:///path or file://localhost/path, got the host "
+            f"{short_repr(host)}"
         )
     if not set(path).isdisjoint("?#"):
         raise ImageError("file URL: must write '?' and '#' of a name as %3F and %23, got them bare")
@@ -99,7 +105,11 @@ def file_url_path(url: str) -> Path:
 
 
 def check_bytes(size: int, max_bytes: int, name: str) -> None:
-    """Raise ``ImageError`` if ``name`` has more than ``max_bytes``."""
+    """Check the size of ``name`` in bytes.
+
+    Raises:
+        ImageError: It is above ``max_bytes``.
+    """
     if size > max_bytes:
         raise ImageError(f"{name}: must have at most {max_bytes} bytes, got {size}")
 
@@ -120,7 +130,13 @@ def _bytes_or_path(stored: Mapping[Any, Any]) -> Any:
 
 
 def _stream_bytes(stream: Any, max_bytes: int) -> bytes:
-    """Read an open file from its beginning, as Pillow does, and leave it where it was."""
+    """Read an open file from its beginning, as Pillow does, and restore its position.
+
+    A stream that cannot seek is read from its position.
+
+    Raises:
+        ImageError: The stream does not return bytes, or has more than ``max_bytes`` of them.
+    """
     parts: list[bytes] = []
     size = 0
     with alone_with(stream):
@@ -133,7 +149,8 @@ def _stream_bytes(stream: Any, max_bytes: int) -> bytes:
                 part = stream.read(min(_READ_AT_ONCE, max_bytes - size + 1))
                 if not isinstance(part, bytes):
                     raise ImageError(
-                        f"image file: must be open in binary mode, got {type(part).__name__} from it"
+                        "image file: must be open in binary mode, got "
+                        f"{type(part).__name__} from it"
                     )
                 if not part:
                     return b"".join(parts)

@@ -27,12 +27,13 @@ QUARTERS = 4
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """A checkpoint's preparation of images."""
+    """A checkpoint's settings for the preparation of images."""
 
     longest_edge: int  # pixels
     shortest_edge: int  # pixels
     split: bool
-    resample: int  # Pillow's number of the filter: 2 is bilinear
+    # Pillow's number of the filter, such as 2 for bilinear
+    resample: int
     rescale_factor: float
     mean: tuple[float, ...]  # (3,)
     std: tuple[float, ...]  # (3,)
@@ -41,16 +42,17 @@ class ImageConfig:
     def load(cls, folder: Path) -> "ImageConfig":
         """Read the settings in ``folder``.
 
-        Raises as ``image_settings`` and ``from_settings`` do.
+        Raises:
+            ConfigError: The settings are missing, unreadable, invalid or not supported.
         """
         return cls.from_settings(image_settings(folder))
 
     @classmethod
     def from_settings(cls, settings: Section) -> "ImageConfig":
-        """Build from a checkpoint's settings; what they leave out is transformers' default.
+        """Build from a checkpoint's settings, with transformers' defaults for missing ones.
 
         Raises:
-            ConfigError: They ask for what Idefics2 does not do.
+            ConfigError: A setting is invalid, or turns off a step that Idefics2 needs.
         """
         values, fail = settings.values, settings.error
 
@@ -96,7 +98,7 @@ class ImageConfig:
 
     @property
     def tiles_per_image(self) -> int:
-        """Tiles that every image becomes."""
+        """Number of tiles per image."""
         return QUARTERS + 1 if self.split else 1
 
 
@@ -110,19 +112,19 @@ class Tile:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; a patch counts when all of its pixels are real."""
+        """Rows and columns of patches, without patches that the image fills only in part."""
         height, width, _ = self.pixels.shape
         return height // self.patch_size, width // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Rows x columns."""
+        """Number of patches, rows x columns."""
         rows, columns = self.grid
         return rows * columns
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """128 bits over size and pixels: tiles with the same have the same embeddings."""
+        """128-bit hash of sizes and pixels; tiles with the same hash have the same embeddings."""
         digest = blake2b(
             repr((self.grid, self.patch_size, self.grid_side)).encode(), digest_size=16
         )
@@ -130,7 +132,11 @@ class Tile:
         return digest.digest()
 
     def position_ids(self) -> npt.NDArray[np.int64]:
-        """Return the trained position of each patch, (num_patches,), row by row."""
+        """Return the trained position of each patch, (num_patches,), row by row.
+
+        Raises:
+            ImageError: The tile has more patches to a side than there are trained positions.
+        """
         return position_ids(*self.grid, self.grid_side)
 
     def patch_pixels(self) -> npt.NDArray[np.uint8]:
@@ -155,10 +161,11 @@ def position_ids(rows: int, columns: int, grid_side: int) -> npt.NDArray[np.int6
 
 
 def resized_size(width: int, height: int, longest: int, shortest: int) -> tuple[int, int]:
-    """Return the (width, height) that an image is resized to.
+    """Return the (width, height) in pixels that an image is resized to, as in transformers.
 
-    A longer side above ``longest`` shrinks to it, the other side in proportion, rounded down; then
-    a side below ``shortest`` grows to it, whatever becomes of the aspect ratio.
+    If the longer side is above ``longest``, it shrinks to ``longest`` and the other side in
+    proportion, rounded down. Then a side below ``shortest`` grows to ``shortest`` on its own, which
+    may change the aspect ratio.
     """
     # Integer arithmetic would round differently from transformers
     aspect = width / height
@@ -172,9 +179,9 @@ def resized_size(width: int, height: int, longest: int, shortest: int) -> tuple[
 def split_boxes(width: int, height: int) -> list[Box]:
     """Return the top left, top right, bottom left and bottom right quarters, then the whole.
 
-    The cuts are at half the width and half the height, rounded down. An image one pixel wide or
-    high would leave empty quarters there (transformers raises ZeroDivisionError), so both sides of
-    that cut are the one pixel.
+    The cuts are at half the width and half the height, rounded down. If an image is one pixel wide
+    or high, both sides of that cut are the one pixel. Otherwise quarters would be empty, on which
+    transformers raises ``ZeroDivisionError``.
     """
     lefts = (0, max(width // 2, 1)), (min(width // 2, width - 1), width)
     tops = (0, max(height // 2, 1)), (min(height // 2, height - 1), height)
@@ -187,7 +194,7 @@ def make_tiles(
 ) -> list[Tile]:
     """Split an RGB image if ``config`` says so, and resize each part on its own.
 
-    The tiles' pixels are read-only, and those of parts that keep their size share one array.
+    The tiles' pixels are read-only. Tiles of parts that keep their size share one array.
     """
     whole = (0, 0, *image.size)
     pixels: npt.NDArray[np.uint8] | None = None
@@ -198,9 +205,11 @@ def make_tiles(
         size = resized_size(width, height, config.longest_edge, config.shortest_edge)
         if size == (width, height):
             if pixels is None:
-                pixels = np.asarray(image)  # the costly way out of Pillow, once
+                # Copying the pixels out of Pillow is slow, so it is done once
+                pixels = np.asarray(image)
             part = pixels[top:bottom, left:right]
-        else:  # resizing with box= would let neighbors bleed over the cut
+        else:
+            # Resizing with box= would blend neighbors from across the cut
             cut = image if box == whole else image.crop(box)
             part = np.asarray(cut.resize(size, Image.Resampling(config.resample)))
         tiles.append(Tile(part, patch_size, grid_side))
@@ -208,18 +217,19 @@ def make_tiles(
 
 
 def normalize(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
-    """Return the pixels as the vision tower's numbers, (3, H, W).
+    """Return a tile's pixels normalized for the vision tower, (3, H, W) float32.
 
-    A channel has 256 values, so each is computed once: the product in float64, rounded to float32,
-    then mean and deviation in float32, which is transformers' order.
+    A channel has 256 possible values, so each is computed once. As in transformers, the rescaled
+    value is a float64 product rounded to float32, and mean and deviation are applied in float32.
     """
     rescaled = (np.arange(256, dtype=np.float64) * config.rescale_factor).astype(np.float32)
     mean = np.array(config.mean, dtype=np.float32)
     std = np.array(config.std, dtype=np.float32)
     tables = (rescaled[:, None] - mean) / std  # (256, 3)
     values = np.empty((3, *tile.pixels.shape[:2]), dtype=np.float32)
-    for channel in range(3):  # "clip" because every byte is an index, so that none need be checked
+    for channel in range(3):
         table, pixels = tables[:, channel], tile.pixels[:, :, channel]
+        # Every byte is a valid index, and "clip" skips the check of indices
         np.take(table, pixels, out=values[channel], mode="clip")
     return values
 
@@ -228,12 +238,14 @@ def normalize(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:
 def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
     """Return the trained position of each of ``count`` patches along one side, (count,).
 
-    In float32 on the CPU, with the step itself a float32: other roundings move patches into a
-    neighboring bucket (on a grid of 70: counts 25, 49, 50, 55 and 58).
+    All is computed in float32 on the CPU, with the step itself rounded to float32. Other roundings
+    move patches into a neighboring bucket, on a grid of 70 for counts of 25, 49, 50, 55 and 58.
     """
-    import torch  # here, so that the host side of the engine does without
+    # Only this function needs torch, so the other modules can be imported without it
+    import torch
 
-    with torch.device("cpu"):  # and float32 by name, whatever the caller's defaults are
+    # A caller may have changed torch's default device and dtype, so both are explicit
+    with torch.device("cpu"):
         step = float(1 / torch.tensor(count, dtype=torch.float32))
         coordinates = torch.arange(0, 1 - 1e-6, step, dtype=torch.float32)
         boundaries = torch.arange(1 / grid_side, 1, 1 / grid_side, dtype=torch.float32)
@@ -244,7 +256,7 @@ def _buckets(count: int, grid_side: int) -> npt.NDArray[np.int64]:
 
 
 def _is_number(value: object) -> bool:
-    # the bound is one that fp32 can bear; Python's integers have none
+    # Python's integers have no limit, and the number must fit in float32
     return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e30
 
 

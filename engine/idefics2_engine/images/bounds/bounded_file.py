@@ -1,15 +1,15 @@
-"""The bytes of a file for Pillow, with a bound on how often they are read.
+"""A file in memory for Pillow, with a bound on the number of reads.
 
-Pillow's plugins walk over markers, chunks, blocks, tags and strips in Python, with a read or more
-for each. A count of reads therefore bounds their work, whatever the format and wherever the loop
-is.
+Pillow's plugins loop over markers, chunks, blocks, tags and strips in Python, with at least one
+read for each. The number of reads therefore bounds their work in every format.
 """
 
 import io
 
 from idefics2_engine.errors import ImageError
 
-# Below 0.1 s of Pillow's loops over single bytes. Ordinary files need some hundreds.
+# Pillow's loops over single bytes make so many reads in less than 0.1 s. Ordinary files need some
+# hundreds.
 _READS = 1 << 14
 
 
@@ -22,15 +22,15 @@ class BoundedFile(io.BytesIO):
         self._most = self._left = _READS
 
     def allow(self, reads: int) -> None:
-        """Permit further reads, for an image whose size is known by now."""
+        """Permit further ``reads``, once the size of the image is known."""
         self._most += reads
         self._left += reads
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return the next bytes.
+        """Return the next ``size`` bytes, or all that are left if ``size`` is negative or ``None``.
 
         Raises:
-            ImageError: The file has more parts than an image of its size needs.
+            ImageError: The file was read more often than permitted.
         """
         self._left -= 1
         if self._left < 0:

@@ -1,4 +1,4 @@
-"""What PNG and WebP files may hold in chunks beside their pixels, counted without decoding."""
+"""Bounds on the chunks of PNG and WebP files, checked without decoding."""
 
 import zlib
 from collections.abc import Iterator
@@ -7,19 +7,28 @@ from idefics2_engine.errors import ImageError
 from idefics2_engine.images.bounds.tags import check_exif
 
 _MAX_CHUNKS = 1024
-_PIXELS_A_CHUNK = 512  # beyond those; encoders write 4 KiB and more at a time
-_MAX_ANIMATED_CHUNKS = 1 << 14  # a frame has two or more
-_MAX_TEXTS = 20  # of those kinds of which Pillow inflates this much each
+# A PNG may have one chunk more for so many pixels. Encoders write at least 4 KiB into a chunk.
+_PIXELS_A_CHUNK = 512
+# A frame of an animated PNG has at least two chunks
+_MAX_ANIMATED_CHUNKS = 1 << 14
+# Pillow inflates up to _MAX_TEXT bytes of each zTXt, iTXt and iCCP chunk
+_MAX_TEXTS = 20
 _MAX_TEXT = 1 << 20
 _MAX_TEXT_BYTES = 16 << 20
-_RAW_EXIF = b"Raw profile type exif\0"  # EXIF in hexadecimal digits
+# EXIF in hexadecimal digits follows this keyword of a text chunk
+_RAW_EXIF = b"Raw profile type exif\0"
 
 
 def check_png(data: bytes, max_pixels: int, name: str) -> None:
-    """Hold a PNG file to the bounds on chunks, texts and tags.
+    """Check the chunks, texts and EXIF tags of a PNG file against their bounds.
+
+    Args:
+        data: The file.
+        max_pixels: Most pixels that count towards the bound on chunks.
+        name: Name of the file in error messages.
 
     Raises:
-        ImageError: It has too many. What is damaged is left to the decoder.
+        ImageError: A bound is exceeded. Damage is left to the decoder.
     """
     most, texts, text_bytes = _MAX_CHUNKS, 0, 0
     for number, (kind, start, end) in enumerate(_png_chunks(data), 1):
@@ -46,10 +55,10 @@ def check_png(data: bytes, max_pixels: int, name: str) -> None:
 
 
 def check_webp(data: bytes, name: str) -> None:
-    """Hold a WebP file to the bounds on chunks, of which each frame is one, and tags.
+    """Check the chunks and EXIF tags of a WebP file against their bounds; each frame is a chunk.
 
     Raises:
-        ImageError: It has too many. What is damaged is left to the decoder.
+        ImageError: A bound is exceeded. Damage is left to the decoder.
     """
     number, at = 0, 12
     while at + 8 <= len(data):
@@ -63,7 +72,10 @@ def check_webp(data: bytes, name: str) -> None:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield each chunk's kind and where its contents start and end, up to IEND."""
+    """Yield the kind of each chunk and the start and end of its contents in bytes.
+
+    IEND, or a chunk that is cut off, ends the iteration and is not yielded.
+    """
     at = 8
     while at + 8 <= len(data):
         kind, start = data[at + 4 : at + 8], at + 8
@@ -75,9 +87,9 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _raw_exif(kind: bytes, text: bytes) -> bytes:
-    """Return the EXIF in a text chunk, behind its keyword.
+    """Return the EXIF in the ``text`` that follows a text chunk's keyword.
 
-    It is empty where Pillow finds none either.
+    The result is empty if the text is damaged. Pillow finds no EXIF in it either.
     """
     packed = kind == b"zTXt"
     try:

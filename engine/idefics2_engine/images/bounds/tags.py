@@ -1,6 +1,6 @@
-"""What EXIF and the directories of a TIFF file hold in tags, counted without making values of them.
+"""Bounds on the tags of EXIF and TIFF files, checked without converting their values.
 
-Both have one form. EXIF is a TIFF file without pixels.
+EXIF has the form of a TIFF file without pixels.
 """
 
 import struct
@@ -11,64 +11,77 @@ import numpy.typing as npt
 
 from idefics2_engine.errors import ImageError
 
-_MAX_TAGS = 1024  # of all directories that Pillow reads
+# Bound on the tags of all directories that Pillow reads
+_MAX_TAGS = 1024
 _MAX_VALUES = 1 << 18
-_RATIONAL_VALUES = 16  # what one counts as: it becomes an object of its own
+# A rational counts as so many values, because Pillow makes an object of each
+_RATIONAL_VALUES = 16
 _MAX_TAG_BYTES = 16 << 20
 
-_DIRECTORIES = (34665, 34853, 40965)  # EXIF, GPS and, in EXIF, Interop
+# These tags point to the directories of EXIF, GPS and, within EXIF, Interop
+_DIRECTORIES = (34665, 34853, 40965)
+# Bytes of a value of each type
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-_BYTES, _RATIONALS = (1, 2, 7), (5, 10)  # types; those are one value however long
+# A tag of a type in _BYTES is one value of any length
+_BYTES, _RATIONALS = (1, 2, 7), (5, 10)
+# numpy's names of the integer types
 _INTEGERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8"}
 
 
 @dataclass(frozen=True)
 class Tag:
-    """An entry of a directory whose values lie within the file."""
+    """An entry of a directory whose values are within the file."""
 
     number: int
     type: int
     count: int
-    at: int  # where the values begin
+    # Offset of the values in the file, in bytes
+    at: int
 
     @property
     def size(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return self.count * _SIZES[self.type]
 
 
 @dataclass(frozen=True)
 class Tiff:
-    """A file and how its numbers are written."""
+    """A TIFF file, or EXIF, as a source of numbers and tags."""
 
     data: bytes
-    name: str  # in messages
+    # Name of the file in error messages
+    name: str
 
     @property
     def order(self) -> str:
-        """Byte order as struct and numpy write it."""
+        """Byte order in the notation of struct and numpy, ``<`` or ``>``."""
         return "<" if self.data[:2] == b"II" else ">"
 
     @property
     def is_big(self) -> bool:
-        """Whether it is a BigTIFF, as Pillow decides it."""
+        """Whether Pillow reads the file as a BigTIFF."""
         return self.data[2] == 43
 
     @property
     def first(self) -> int:
-        """Where the first directory lies."""
+        """Offset of the first directory in bytes."""
         return self.number(8, 8) if self.is_big else self.number(4, 4)
 
     def number(self, at: int, size: int) -> int:
-        """Return the number in ``size`` bytes, or in what the file has of them."""
+        """Return the unsigned integer in the ``size`` bytes at offset ``at``.
+
+        At the end of the file the integer has fewer bytes.
+        """
         little = self.order == "<"
         return int.from_bytes(self.data[at : at + size], "little" if little else "big")
 
     def tags(self, at: int) -> list[Tag]:
-        """Return those entries of the directory at ``at`` that Pillow would read.
+        """Return the entries that Pillow reads of the directory at offset ``at``.
+
+        Entries of an unknown type, without values, or with values beyond the file are skipped.
 
         Raises:
-            ImageError: It has too many.
+            ImageError: The directory has too many entries.
         """
         head, entry, inline = (8, 20, 8) if self.is_big else (2, 12, 4)
         start = at + head
@@ -87,7 +100,7 @@ class Tiff:
         return tags
 
     def values(self, tag: Tag) -> npt.NDArray[np.int64]:
-        """Return a tag's integers; none where it has others."""
+        """Return a tag's integers, (count,), or an empty array if its type is not an integer."""
         kind = _INTEGERS.get(tag.type)
         if kind is None:
             return np.zeros(0, np.int64)
@@ -96,12 +109,17 @@ class Tiff:
 
 
 def check_exif(data: bytes, name: str) -> None:
-    """Hold EXIF, which may begin with its name, to the bounds on tags.
+    """Check the tags of EXIF against their bounds.
+
+    Args:
+        data: EXIF, with or without its prefix.
+        name: Name of the file in error messages.
 
     Raises:
-        ImageError: It has too many. What is damaged is left to Pillow.
+        ImageError: A bound is exceeded. Damage is left to Pillow.
     """
-    for _ in range(2):  # as Pillow does
+    # Pillow removes up to two prefixes
+    for _ in range(2):
         data = data.removeprefix(b"Exif\0\0")
     if len(data) >= 8:
         tiff = Tiff(data, name)
@@ -109,15 +127,15 @@ def check_exif(data: bytes, name: str) -> None:
 
 
 def check_tags(tiff: Tiff, tags: list[Tag], more_bytes: int) -> None:
-    """Hold a directory's tags, with those of the directories that it leads to, to the bounds.
+    """Check the tags of a directory, and of the directories that it points to, against the bounds.
 
     Args:
         tiff: The file.
-        tags: The tags; they may have ``more_bytes`` than others.
-        more_bytes: See there.
+        tags: Tags of the directory.
+        more_bytes: Bytes that are added to the bound on the size of all values.
 
     Raises:
-        ImageError: They are too many, or have too many values or bytes.
+        ImageError: There are too many tags, or their values are too many or too large.
     """
     every = list(tags)
     waiting = [tag for tag in tags if tag.number in _DIRECTORIES]
@@ -125,7 +143,8 @@ def check_tags(tiff: Tiff, tags: list[Tag], more_bytes: int) -> None:
         for at in tiff.values(waiting.pop())[:1]:
             more = tiff.tags(max(0, int(at)))
             every += more
-            _check_count(len(every), tiff.name)  # which also ends a circle
+            # The check also ends a circle of directories
+            _check_count(len(every), tiff.name)
             waiting += [tag for tag in more if tag.number in _DIRECTORIES]
     number = sum(
         tag.count * (_RATIONAL_VALUES if tag.type in _RATIONALS else 1)

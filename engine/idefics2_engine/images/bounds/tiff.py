@@ -1,12 +1,17 @@
-"""What a TIFF file may hold beside its pixels, counted from its directory without decoding."""
+"""Bounds on the tags, strips and tiles of TIFF files, checked without decoding."""
 
 from idefics2_engine.errors import ImageError
 from idefics2_engine.images.bounds.jpeg import check_scans, max_stream_bytes
 from idefics2_engine.images.bounds.tags import Tag, Tiff, check_tags
 
-_TAG_BYTES_A_PIXEL = 4  # Photoshop keeps its layers in a tag
-_MAX_STRIPS, _PIXELS_A_STRIP = 4096, 1000  # encoders write 8 KiB and more in one
-_MAX_PADDING, _PADDED = 1 << 20, 4  # pixels of tiles, of which the image may fill a part
+# Tags may have so many bytes more per pixel, because Photoshop stores its layers in a tag
+_TAG_BYTES_A_PIXEL = 4
+# A file may have one strip more per _PIXELS_A_STRIP pixels. Encoders write at least 8 KiB into a
+# strip.
+_MAX_STRIPS, _PIXELS_A_STRIP = 4096, 1000
+# The image may fill only a part of its tiles. All tiles together may have _PADDED times its pixels
+# and _MAX_PADDING more.
+_MAX_PADDING, _PADDED = 1 << 20, 4
 
 _WIDTH, _HEIGHT, _COMPRESSION = 256, 257, 259
 _STRIP_OFFSETS, _SAMPLES, _STRIP_ROWS, _STRIP_SIZES, _PLANES = 273, 277, 278, 279, 284
@@ -20,14 +25,21 @@ _JPEG = 7
 
 
 def check_tiff(data: bytes, max_pixels: int, name: str) -> None:
-    """Hold a TIFF file to the bounds on tags, strips and tiles.
+    """Check the tags, strips and tiles of a TIFF file against their bounds.
+
+    Args:
+        data: The file.
+        max_pixels: Most pixels that count towards the bounds.
+        name: Name of the file in error messages.
 
     Raises:
-        ImageError: It has too many. What is damaged is left to the decoder.
+        ImageError: A bound is exceeded, or a tag that must be unique occurs twice. Damage is left
+            to the decoder.
     """
     tiff = Tiff(data, name)
     tags = tiff.tags(tiff.first)
-    for number in _READ_ONCE:  # or Pillow and libtiff might read another than we
+    # Pillow and libtiff could read another one of several equal tags than this check
+    for number in _READ_ONCE:
         if sum(tag.number == number for tag in tags) > 1:
             raise ImageError(f"{name}: must have each tag once, got tag {number} again")
     pixels = min(_value(tiff, tags, _WIDTH, 0) * _value(tiff, tags, _HEIGHT, 0), max_pixels)
@@ -37,7 +49,11 @@ def check_tiff(data: bytes, max_pixels: int, name: str) -> None:
 
 
 def _check_parts(tiff: Tiff, tags: list[Tag], pixels: int) -> None:
-    """Hold strips and tiles to their bounds: those listed, and those that the size asks for."""
+    """Check the number of strips and tiles, both listed and implied by the size, and JPEG streams.
+
+    Raises:
+        ImageError: A bound is exceeded.
+    """
     width, height = _value(tiff, tags, _WIDTH, 0), _value(tiff, tags, _HEIGHT, 0)
     planes = _value(tiff, tags, _SAMPLES, 1) if _value(tiff, tags, _PLANES, 1) == 2 else 1
     across, down = 1, -(-height // max(1, _value(tiff, tags, _STRIP_ROWS, height)))
@@ -62,13 +78,18 @@ def _check_parts(tiff: Tiff, tags: list[Tag], pixels: int) -> None:
 
 
 def _check_streams(tiff: Tiff, tags: list[Tag], pixels: int) -> None:
-    """Hold strips or tiles that are JPEG streams to the bounds on bytes and scans."""
+    """Check strips or tiles that are JPEG streams against the bounds on bytes and scans.
+
+    Raises:
+        ImageError: A bound is exceeded.
+    """
     arrays = {tag.number: tiff.values(tag) for tag in tags if tag.number in _ARRAYS}
     most, total = max_stream_bytes(pixels), 0
     for offsets, sizes in ((_STRIP_OFFSETS, _STRIP_SIZES), (_TILE_OFFSETS, _TILE_SIZES)):
         for start, size in zip(arrays.get(offsets, ()), arrays.get(sizes, ()), strict=False):
             end = min(int(start) + int(size), len(tiff.data))
-            total += max(0, end - int(start))  # of one that several share, each time anew
+            # Bytes that several parts share count for each of them
+            total += max(0, end - int(start))
             if total > most:
                 raise ImageError(
                     f"{tiff.name}: must have at most {most} bytes in strips or tiles at its size, "
@@ -78,6 +99,6 @@ def _check_streams(tiff: Tiff, tags: list[Tag], pixels: int) -> None:
 
 
 def _value(tiff: Tiff, tags: list[Tag], number: int, default: int) -> int:
-    """Return the value of a tag, 0 or more; ``default`` where it is missing or no integer."""
+    """Return a tag's first integer, at least 0, or ``default`` if the tag has none."""
     found = (tiff.values(tag) for tag in tags if tag.number == number)
     return next((max(0, int(values[0])) for values in found if len(values)), default)
