@@ -49,7 +49,7 @@ NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 47104}
 NF4_TABLE = 64 * 1024
 # The number of instructions in the machine code that wait for Hopper's tensor cores. The kernel's
 # loop has two steps with a wait each, and each of two warpgroups has its own copy of the loop. If
-# ptxas runs short of registers, it adds waits between the products. Triton does not show its warning.
+# ptxas runs short of registers, it adds waits between the products. Triton hides its warning.
 NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x4096-m256": 4}
 
 
