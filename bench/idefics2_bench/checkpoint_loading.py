@@ -1,10 +1,11 @@
-"""Time how long a checkpoint takes from the page cache to the device; also ``idefics2 bench load``.
+"""Time loading a checkpoint from the page cache to the device: ``idefics2 bench load``.
 
-    idefics2 bench load                                                         # the demo checkpoint
-    idefics2 bench load --random-weights tests/data/idefics2-8b --json bench/results/h200-load.json
+    idefics2 bench load  # the demo checkpoint
+    idefics2 bench load --random-weights tests/data/idefics2-8b --json h200-load.json
 
-Ours is ``load_checkpoint``, transformers' is ``from_pretrained`` with ``device_map``; they take turns, and each has run once
-before, so that files are in memory and libraries set up. Random weights are written to a temporary folder first.
+The engine's ``load_checkpoint`` alternates with transformers' ``from_pretrained`` with
+``device_map``. Both run once before they are timed, so the files are in the page cache and the
+libraries are initialized. Random weights are first written to a temporary folder.
 """
 
 import gc
@@ -29,7 +30,7 @@ _WARM_UP = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as ``argv`` says, the process's own command line if ``None``."""
+    """Run the suite with the arguments ``argv``, or those of the command line; return 0."""
     parser = model_suite.parser("load", __doc__)
     options = parser.parse_args(argv)
     model_suite.resolve(options, parser)
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = llm.model
         ops, device, dtype = model.ops, model.device, model.dtype
         quantization = Quantization.from_arguments(options.quantization, None, True)
-        del llm, model  # and with it their memory
+        # The weights are freed before other copies are loaded
+        del llm, model
         gc.collect()
 
         def ours() -> None:
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         def theirs() -> None:
             import transformers
 
-            library: Any = transformers  # its classes are typed in part
+            # transformers is only partly typed
+            library: Any = transformers
             library.Idefics2ForConditionalGeneration.from_pretrained(
                 folder, dtype=dtype, device_map=str(device)
             )

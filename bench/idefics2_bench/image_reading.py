@@ -1,15 +1,18 @@
-"""Files to pixels: ours beside transformers' Pillow backend, and ours on more threads.
+"""Time reading image files to pixels, beside transformers' Pillow backend and on more threads.
 
     PYTHONPATH=engine:kernels python3 bench/idefics2_bench/image_reading.py [--out FILE]
 
-Every image is a photograph-like image of 1280x960 of its own. Each round times every contender
-once, one after the other, so that a change of the machine's speed meets all of them; the figures
-are medians over the rounds. ``cpu_ms`` is this process's time on the processor, all threads together: on one thread
-it is the figure to compare where other programs share the cores. Before anything is timed, the pixels are compared bit for bit.
+Each file is a different image of 1280 x 960 that compresses about as well as a photograph. Each
+round times every contender once, so a change of the machine's speed affects all of them. ``ms`` is
+the median over the rounds, per image. ``cpu_ms`` is the CPU time of this process with all its
+threads. Where other programs share the cores, compare ``cpu_ms`` on one thread. The pixels of one
+file are compared with transformers' bit for bit before anything is timed.
 
-``tiles`` is what the engine takes: uint8, normalized later on the device. ``floats`` normalizes them
-on the host, which is what transformers returns; ``transformers`` is one image a call, as a caller
-without padding would have it.
+The contenders are:
+
+- ``tiles``: uint8 tiles, which the engine normalizes later on the device.
+- ``floats``: tiles that are normalized on the host to the floats that transformers returns.
+- ``transformers``: one image per call, so no image is padded to the size of another.
 """
 
 import argparse
@@ -42,7 +45,7 @@ Files = Sequence[bytes]
 
 
 def picture(seed: int) -> Image.Image:
-    """Draw smooth colors with a little noise, which compress about as photographs do."""
+    """Draw an image of smooth colors and a little noise, from ``seed``."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
@@ -51,14 +54,14 @@ def picture(seed: int) -> Image.Image:
 
 
 def encode(image: Image.Image, kind: str) -> bytes:
-    """Return the image as a file."""
+    """Return the image as a file of ``kind``, JPEG or PNG."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
     return buffer.getvalue()
 
 
 class Ours:
-    """This package's way from files to tiles, or to floats."""
+    """The engine's reader of files to tiles, or to floats."""
 
     def __init__(self, split: bool, threads: int, floats: bool = False) -> None:
         self.config = ImageConfig(980, 378, split, 2, 1 / 255, HALF, HALF)
@@ -70,7 +73,7 @@ class Ours:
         return make_tiles(load_image(data), self.config, patch_size=14, grid_side=70)
 
     def __call__(self, files: Files) -> None:
-        """Read all files; nothing is kept, so that memory does not grow with their number."""
+        """Read all files without keeping the results."""
 
         def read(index: int) -> None:
             tiles = self.tiles(files[index])
@@ -82,7 +85,7 @@ class Ours:
 
 
 class Processes:
-    """Read files to tiles in processes that share nothing, as a bound for threads."""
+    """A pool of processes that read files to tiles and share nothing, as a bound for threads."""
 
     def __init__(self, split: bool, count: int, files: Files) -> None:
         self.count = count
@@ -91,13 +94,17 @@ class Processes:
         )
 
     def __call__(self, files: Files) -> None:
-        """Read all files, each process its share of them on one thread."""
+        """Read the pool's own files, each process a share of them on one thread.
+
+        Only the number of ``files`` is used.
+        """
         shares = [range(first, len(files), self.count) for first in range(self.count)]
         for _ in self.pool.map(_read_held, shares):
             pass
 
 
-_HELD: list[Any] = []  # in a process of the pool: our reader, and the files, which came once
+# In a process of the pool: its reader, and the files, which are sent only once
+_HELD: list[Any] = []
 
 
 def _hold(split: bool, files: list[bytes]) -> None:
@@ -110,13 +117,13 @@ def _read_held(share: range) -> None:
 
 
 class Theirs:
-    """The way of transformers: ``load_image``, then the image processor on Pillow."""
+    """transformers' reader: ``load_image``, then the image processor on Pillow."""
 
     def __init__(self, split: bool) -> None:
         self.processor: Any = Idefics2ImageProcessorPil(do_image_splitting=split)
 
     def values(self, data: bytes) -> Any:
-        """Return the floats of one file, and the mask of which of them are pixels."""
+        """Return the floats of one file and the mask of its pixels."""
         image = transformers_load_image(Image.open(io.BytesIO(data)))
         return self.processor([[image]], return_tensors="np")
 
@@ -127,7 +134,11 @@ class Theirs:
 
 
 def check(data: bytes, split: bool) -> None:
-    """Hold the pixels of one file to transformers', bit for bit."""
+    """Compare the pixels of one file with transformers', bit for bit.
+
+    Raises:
+        AssertionError: They differ.
+    """
     ours, wanted = Ours(split, 1), Theirs(split).values(data)
     for tile, values in zip(ours.tiles(data), wanted["pixel_values"][0], strict=True):
         height, width, _ = tile.pixels.shape
@@ -137,9 +148,10 @@ def check(data: bytes, split: bool) -> None:
 def measure(
     contenders: dict[str, Callable[[Files], None]], files: Files, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return the milliseconds an image of each contender in each round, by the clock and of CPU."""
+    """Time each contender in each round: (wall-clock ms, CPU ms) per image."""
     for run in contenders.values():
-        run(files[:8])  # imports, tables, memory
+        # The first run imports modules and builds tables
+        run(files[:8])
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -158,7 +170,7 @@ def rows(
     processes: Sequence[int],
     rounds: int,
 ) -> list[Any]:
-    """Measure one kind of file and return the rows of the result."""
+    """Time one kind of file, JPEG or PNG, and return a row for each contender."""
     check(files[0], split)
     contenders: dict[str, Callable[[Files], None]] = {"transformers": Theirs(split)}
     contenders["floats, 1 thread"] = Ours(split, 1, floats=True)
@@ -188,7 +200,7 @@ def rows(
 
 
 def main() -> None:
-    """Measure every case and print the table and the JSON."""
+    """Time every case; print the table, and print or write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--images", type=int, default=100, help="files of each kind (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (%(default)s)")

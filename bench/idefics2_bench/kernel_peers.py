@@ -21,7 +21,10 @@ Peer = Callable[[Inputs], Call | None]
 
 
 def _equal_lengths(inputs: Inputs) -> tuple[int, int] | None:
-    """Return (sequences, length) if all have one length, as a rectangular kernel needs."""
+    """Return (sequences, length) if all sequences have the same length, else ``None``.
+
+    Kernels for rectangular batches need equal lengths.
+    """
     B = inputs["cu_seqlens"].shape[0] - 1
     tokens = inputs["k"].shape[0] if "k" in inputs else inputs["k_context"].shape[0]
     length: int = inputs["max_seqlen"]
@@ -87,7 +90,10 @@ def _perceiver_sdpa(backend: SDPBackend) -> Peer:
 
 
 def _decode_sdpa(backend: SDPBackend) -> Peer:
-    """Take the keys out of their pages: what a cache without pages would hold."""
+    """Return a peer on keys and values (B, H_KV, S, D), as a cache without pages stores them.
+
+    They are copied from their pages once, before timing.
+    """
 
     def prepare(inputs: Inputs) -> Call | None:
         lengths = set(inputs["context_lens"].tolist())
@@ -169,7 +175,7 @@ def _gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _sample(inputs: Inputs) -> Call:
-    """Sort, cut, and draw, as without a kernel; no timed case has min-p."""
+    """Sample by sorting all logits. min-p is left out, because no timed case uses it."""
 
     def call() -> Tensor:
         scores = inputs["logits"].float() / inputs["temperature"].clamp(min=1e-5)[:, None]
@@ -180,7 +186,7 @@ def _sample(inputs: Inputs) -> Call:
         weights = scores.softmax(-1)
         before = weights.cumsum(-1) - weights
         weights = weights.masked_fill(before > inputs["top_p"][:, None], 0.0)
-        # an exponential race: multinomial would wait for the device
+        # An exponential race draws on the device. ``multinomial`` would wait for the device.
         places = (weights / torch.empty_like(weights).exponential_()).argmax(-1, keepdim=True)
         drawn: Tensor = order.gather(-1, places)[:, 0]
         return drawn
@@ -214,11 +220,11 @@ PEERS: dict[str, dict[str, Peer]] = {
     "sample": {"torch-sort": _sample},
     "rotary": {"torch": _torch(rotary, "q", "k", "positions", "cos_sin")},
 }
-"""By operation and name; where an operation has none, the reference is timed instead."""
+"""The peers of each operation, by name. An operation without an entry is timed alone."""
 
 
 def prepared(kernel: str, inputs: Inputs) -> dict[str, Call]:
-    """Return the calls of every peer that can run ``inputs``."""
+    """Return the calls of the peers of operation ``kernel`` that can run ``inputs``, by name."""
     found = {}
     for name, peer in PEERS.get(kernel, {}).items():
         call = peer(inputs)
@@ -230,6 +236,7 @@ def prepared(kernel: str, inputs: Inputs) -> dict[str, Call]:
 def _runs(call: Call) -> bool:
     try:
         call()
-    except RuntimeError:  # "No available kernel": this backend does not take the shape
+    # A backend that does not support the shape raises "No available kernel"
+    except RuntimeError:
         return False
     return True

@@ -1,11 +1,11 @@
 """Time the catalog's kernels at the model's shapes beside peers: ``idefics2 bench kernels``.
 
-    python bench/idefics2_bench/kernels.py                                     # everything: a table to paste
-    python bench/idefics2_bench/kernels.py --json bench/results/h200-kernels.json --plot roofline.svg
-    python bench/idefics2_bench/kernels.py --kernel flash_attention --case text-causal-16k
-    python bench/idefics2_bench/kernels.py --kernel rms_norm --base main       # beside the same kernel of another commit
+    idefics2 bench kernels  # all kernels, as a table
+    idefics2 bench kernels --json h200-kernels.json --plot roofline.svg
+    idefics2 bench kernels --kernel flash_attention --case text-causal-16k
+    idefics2 bench kernels --kernel rms_norm --base main  # beside the kernel of another commit
 
-A kernel that is wrong gets no time. Needs a CUDA device.
+A kernel whose result is wrong is not timed. A CUDA device is required.
 """
 
 import argparse
@@ -28,13 +28,18 @@ from idefics2_kernels.catalog import Case, Inputs, KernelSpec, rows
 from idefics2_kernels.catalog.criterion import case_error
 
 _ROOT = Path(__file__).resolve().parents[2]
-_MOST_BYTES = 24 << 30  # of input sets that are rotated
+# Most bytes of all sets of inputs of a case
+_MOST_BYTES = 24 << 30
 
 Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as ``argv`` says, the process's own command line if ``None``; 1 if a kernel was wrong."""
+    """Run the suite with the arguments ``argv``, or those of the command line.
+
+    Returns:
+        The exit code: 0, 1 if a kernel's result was wrong, or 2 without a CUDA device.
+    """
     options = _parser().parse_args(argv)
     if not torch.cuda.is_available():
         print("bench: needs a CUDA device, found none", file=sys.stderr)
@@ -70,7 +75,12 @@ def bench_case(
     device: torch.device,
     copies: int,
 ) -> list[Row]:
-    """Check and time ``implementations`` and peers on ``copies`` sets of inputs: a row each."""
+    """Check ``implementations``, time the right ones and the peers, and return a row for each.
+
+    Calls rotate over ``copies`` sets of inputs. ``error`` is the share of the allowed error, so a
+    kernel above 1 is wrong and has no time. ``about`` has the machine's measured rates, of which
+    ``roofline`` is a share.
+    """
     torch.manual_seed(0)
     cost = spec.cost(case)
     inputs = spec.make_inputs(case, device)
@@ -132,7 +142,11 @@ def _chosen(
 
 
 def _base_rows(options: argparse.Namespace) -> dict[tuple[str, str, str], float]:
-    """Run the same cases in a worktree of ``--base``."""
+    """Time the same cases in a worktree of ``--base``.
+
+    Returns:
+        The milliseconds by operation, case and implementation.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tree, out = Path(folder) / "tree", Path(folder) / "base.json"
         git = ["git", "-C", str(_ROOT), "worktree"]

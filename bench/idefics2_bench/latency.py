@@ -1,20 +1,20 @@
 """Time decode steps, images and prefill of a whole model: ``idefics2 bench latency``.
 
-    idefics2 bench latency                                                      # the demo checkpoint
-    idefics2 bench latency --random-weights tests/data/idefics2-8b --json bench/results/h200-latency.json
+    idefics2 bench latency  # the demo checkpoint
+    idefics2 bench latency --random-weights tests/data/idefics2-8b --json h200-latency.json
     idefics2 bench latency --case decode-b4-s64 --case image-112-b2 --case prefill-64
 
 A step is one ``Engine.step``: scheduling, the forward pass, sampling, and the copy of tokens to the
 host. Its time is the mean of eight steps in a row, because the engine runs ahead of the device.
-Prefill is one step of a whole prompt. Images are timed from pixels on the device to embeddings; ms
-is the time of all images together.
+Prefill is one step of a whole prompt. Images are timed from pixels on the device to embeddings, all
+images of a case together.
 
 transformers alternates with the engine in the same process, on the same weights, in the same dtype,
 with SDPA attention (without cuDNN in decode steps). Its time is that of the forward pass and the
 choice of the most likely token, without the rest of ``generate``. It runs twice: eagerly with a
 ``DynamicCache``, and compiled (``--peer-compile``, the default on a GPU) with a static cache and
-CUDA graphs in decode steps. The engine's row quotes the faster one. Compiling takes one or two
-minutes per case and is not timed.
+CUDA graphs in decode steps. Prefill is not compiled. The engine's row quotes the faster one.
+Compiling takes one or two minutes per case and is not timed.
 """
 
 import argparse
@@ -50,22 +50,27 @@ from idefics2_engine.scheduling.sequence import Request
 Row = dict[str, Any]
 
 _STEPS = 80
-_MOST_ROUNDS = 10  # of images and prefill, which take longer than a step
+# Most rounds of images and prefill, which take longer than a decode step
+_MOST_ROUNDS = 10
 _WARM_UP = 3
 
 
 class Contender(Protocol):
-    """One way to compute a case."""
+    """One implementation of a case."""
 
     def first(self) -> Tensor:
-        """Get ready; return a result (rows, values) to check and to compare."""
+        """Prepare the calls and return a result (rows, values) to check and compare."""
 
     def __call__(self) -> object:
-        """Do what is timed."""
+        """Run once what is timed."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as ``argv`` says, or the command line; return 1 if a result was not finite."""
+    """Run the suite with the arguments ``argv``, or those of the command line.
+
+    Returns:
+        The exit code: 1 if a result was not finite, else 0.
+    """
     parser = _parser()
     options = parser.parse_args(argv)
     model_suite.resolve(options, parser)
@@ -80,12 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     about = model_suite.about(options)
-    # its own cache stays unused: each case builds an engine of the size it needs
+    # Only the model of ``llm`` is used. Each case builds an engine of the size that it needs.
     llm = model_suite.load(
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
     settings = model_suite.settings_of(llm, options) | model_suite.memory_of(llm)
-    # The compiled one is a model of its own, so that the other stays as it is
+    # The compiled peer is a second model on the same weights, so the other one stays eager
     names = ([options.peer] if options.peer else []) + [COMPILED_PEER] * options.peer_compile
     folder = model_suite.folder(options)
     peers = {name: transformers_peer.transformers_model(llm.model, folder) for name in names}
@@ -106,12 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
-    """Say why the model cannot run ``case``, if it cannot."""
+    """Return why the model cannot run ``case``, or ``None`` if it can."""
     text, vision = llm.config.text, llm.config.vision
     if case.kernel == "image":
         longest = max(max(size) for size in case.sizes)
         if longest // vision.patch_size > vision.grid:
-            return f"{case.name}: the model's images have at most {vision.image_size} pixels a side, got {longest}"
+            return (
+                f"{case.name}: the model's images have at most {vision.image_size} pixels a side, "
+                f"got {longest}"
+            )
         return None
     new = 1
     if case.kernel == "step":
@@ -125,25 +133,26 @@ def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
 
 
 def _rounds(case: LatencyCase, steps: int) -> int:
-    """Return how often ``case`` is timed for ``steps``."""
+    """Return the number of timed calls of ``case`` for the option ``steps``."""
     return -(-steps // STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
 
 
 def _most_new_tokens(rounds: int) -> int:
-    """Return how many tokens a sequence gets in ``rounds``, the first two and warm-up included."""
+    """Return the new tokens of a sequence in ``rounds``, with the first two and the warm-up."""
     return 2 + (rounds + _WARM_UP) * STEPS_IN_A_ROW
 
 
 def bench_case(
     case: LatencyCase, llm: LLM, peers: Mapping[str, Any], ops_name: str, steps: int
 ) -> list[Row]:
-    """Check and time ``case`` for our model and each of ``peers``: a row each.
+    """Check and time ``case`` on our model and on each of ``peers``, and return a row for each.
 
-    The peers are transformers' models by their names in ``CONTENDERS``. If the compiled peer fails, its row has an
-    ``error`` instead of a time.
+    The peers are transformers' models by their names in ``CONTENDERS``. A result that is not finite
+    has no time in its row. If the compiled peer fails, its row has an ``error`` instead of a time.
     """
-    gc.collect()  # the caches of the case before; their memory is not to be given back inside a timed call
-    torch.compiler.reset()  # and its graphs
+    # The caches and graphs of the case before are freed here and not inside a timed call
+    gc.collect()
+    torch.compiler.reset()
     if llm.model.device.type == "cuda":
         torch.cuda.empty_cache()
     rounds = _rounds(case, steps)
@@ -205,7 +214,8 @@ class EngineCalls:
         tokenizer = llm.processor.tokenizer
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
         length = case.length + new_tokens
-        pages = -(-length // PAGE_SIZE) + 1  # one is kept free for each that runs
+        # The scheduler keeps one page free for each running sequence
+        pages = -(-length // PAGE_SIZE) + 1
         self.engine = Engine(
             llm.model,
             tokenizer,
@@ -215,7 +225,8 @@ class EngineCalls:
                 max_model_len=length,
                 max_num_seqs=case.batch,
                 kv_cache_tokens=case.batch * pages * PAGE_SIZE,
-                max_num_batched_tokens=case.batch * case.length,  # a prompt, or all, in one step
+                # All prompts fit in one step
+                max_num_batched_tokens=case.batch * case.length,
                 max_cached_images=1,
                 prefix_caching=False,
                 cuda_graphs=llm.engine_config.cuda_graphs,
@@ -226,10 +237,11 @@ class EngineCalls:
         self.new_tokens = new_tokens
         random = np.random.default_rng(0)
         self.prompts = [text_tokens(tokenizer, case.length, random) for _ in range(case.batch)]
-        self.requests: list[Request] = []  # that run
+        # The requests that are not finished
+        self.requests: list[Request] = []
 
     def add(self, prompt: list[int]) -> Request:
-        """Queue a request for ``new_tokens`` greedy tokens behind ``prompt``."""
+        """Queue a request that continues ``prompt`` greedily by ``new_tokens`` tokens."""
         params = SamplingParams(temperature=0.0, max_tokens=self.new_tokens, ignore_eos=True)
         request = Request("", "", prompt, [], params, seed=0, max_tokens=self.new_tokens)
         self.engine.add(request)
@@ -237,7 +249,11 @@ class EngineCalls:
         return request
 
     def step(self) -> None:
-        """Run one step, in which every sequence of the case must get a token."""
+        """Run one step.
+
+        Raises:
+            RuntimeError: A sequence of the case got no token.
+        """
         drawn = [request for request in self.engine.step() if request.error is None]
         if len(drawn) != self.case.batch:
             raise RuntimeError(
@@ -253,7 +269,11 @@ class OurSteps(EngineCalls):
         self.first_tokens: list[int] = []
 
     def first(self) -> Tensor:
-        """Compute the prompts and a step; the engine stops at prompts with logits not finite."""
+        """Compute the prompts and a decode step; return the last logits (B, V).
+
+        If no prompt has finite logits, the decode step may not run. The prompts' logits are then
+        returned.
+        """
         requests = [self.add(prompt) for prompt in self.prompts]
         with model_suite.watched_logits(self.engine) as seen:
             while len(seen) < 2 and self.engine.has_work:
@@ -263,7 +283,7 @@ class OurSteps(EngineCalls):
         return seen[-1]
 
     def __call__(self) -> None:
-        """Run the next steps."""
+        """Run the next ``STEPS_IN_A_ROW`` decode steps."""
         for _ in range(STEPS_IN_A_ROW):
             self.step()
 
@@ -275,14 +295,14 @@ class OurPrefill(EngineCalls):
         super().__init__(case, llm, new_tokens=1)
 
     def first(self) -> Tensor:
-        """Compute the prompt, whose logits may turn out not to be finite."""
+        """Compute the prompt; return its last logits (1, V), which need not be finite."""
         self.add(self.prompts[0])
         with model_suite.watched_logits(self.engine) as seen:
             self.engine.step()
         return seen[0]
 
     def __call__(self) -> None:
-        """Compute it again; nothing of it is remembered."""
+        """Compute the prompt again, without a prefix cache."""
         self.add(self.prompts[0])
         self.step()
 
@@ -298,11 +318,11 @@ class OurImages:
         self.batch = batch.to(llm.model.device)
 
     def first(self) -> Tensor:
-        """Return the embeddings, row by row."""
+        """Return the embeddings of all images (rows, values)."""
         return self().flatten(0, -2)
 
     def __call__(self) -> Tensor:
-        """Encode."""
+        """Encode the images."""
         return self.model.image_features(self.batch)
 
 
@@ -314,7 +334,7 @@ _OURS: dict[str, Callable[..., Contender]] = {
 
 
 def _counts(case: LatencyCase, llm: LLM) -> Counts:
-    """Count what one call of ``case`` works through."""
+    """Count the work of ``case``: of one decode step, prompt, or pass over the images."""
     if case.kernel == "step":
         return Counts(new_tokens=case.batch)
     if case.kernel == "prefill":
@@ -328,7 +348,7 @@ def _counts(case: LatencyCase, llm: LLM) -> Counts:
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the largest difference, as a share of the largest value."""
+    """Return the largest difference as a share of the largest value of ``theirs``."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 

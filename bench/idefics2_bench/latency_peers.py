@@ -1,6 +1,7 @@
-"""transformers' side of ``idefics2 bench latency``: as it is, and compiled with a static cache.
+"""The peers of ``idefics2 bench latency``: transformers eager, and compiled with a static cache.
 
-Both run on the weights of our model. ``first`` gets ready and returns a result to compare; a call does what is timed.
+Both use the weights of our model. The classes have the methods of ``latency.Contender``. ``ours``
+in their arguments is our contender of the same case.
 """
 
 import time
@@ -19,11 +20,14 @@ from idefics2_bench.workloads import STEPS_IN_A_ROW, LatencyCase
 from idefics2_engine import LLM
 
 COMPILED_PEER = "transformers-compiled"
-COMPILE_STEP: dict[str, Any] = {"mode": "reduce-overhead"}  # with CUDA graphs, as in `generate`
-COMPILE_IMAGES: dict[str, Any] = {}  # launches do not count there
+# This mode uses CUDA graphs, as ``generate`` does
+COMPILE_STEP: dict[str, Any] = {"mode": "reduce-overhead"}
+# Images need no CUDA graphs, because their launches take little of the time
+COMPILE_IMAGES: dict[str, Any] = {}
 
-# For each new number of keys cuDNN's attention makes a plan, 2 ms a layer: a decode step of transformers' 8B model takes 74
-# to 87 ms with it, 19 to 38 without (H100, PyTorch 2.11). Prompts and images are faster with it.
+# cuDNN's attention makes a plan for each new number of keys, which takes 2 ms per layer. On an H100
+# with PyTorch 2.11 a decode step of transformers' 8B model takes 74 to 87 ms with cuDNN and 19 to
+# 38 ms without. Prompts and images are faster with cuDNN.
 _WITHOUT_CUDNN = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -34,7 +38,7 @@ _ALIGNED = 64
 
 
 class EagerTokens:
-    """A forward pass of a batch of prompts, and of one more token each."""
+    """The forward passes of a batch of prompts of equal length, and of later tokens."""
 
     def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: Any) -> None:
         self.peer = peer
@@ -49,12 +53,12 @@ class EagerTokens:
         return DynamicCache(config=self.peer.config)
 
     def prefill(self) -> Tensor:
-        """Compute the prompts into a new cache; return the logits behind them (B, V)."""
+        """Compute the prompts into a new cache; return their last logits (B, V)."""
         self.cache = self.new_cache()
         return self.forward(self.prompts)
 
     def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
-        """Compute ``input_ids`` (B, S) behind the cached ones; return the last logits (B, V)."""
+        """Compute ``input_ids`` (B, S) after the cached tokens; return the last logits (B, V)."""
         output = self.peer(
             input_ids=input_ids,
             past_key_values=self.cache,
@@ -70,11 +74,11 @@ class EagerPrefill(EagerTokens):
     """A prompt in one forward pass."""
 
     def first(self) -> Tensor:
-        """Compute the prompt."""
+        """Compute the prompt; return its last logits (1, V)."""
         return self.prefill()
 
     def __call__(self) -> None:
-        """Compute it again."""
+        """Compute the prompt again and choose the next token."""
         self.prefill().argmax(-1)
 
 
@@ -82,7 +86,7 @@ class EagerSteps(EagerTokens):
     """Decode steps."""
 
     def first(self) -> Tensor:
-        """Compute the prompts and a step, from our tokens."""
+        """Compute the prompts, then a step on our first tokens; return its logits (B, V)."""
         self.prefill()
         logits = self.forward(self._our_tokens())
         self.tokens = logits.argmax(-1, keepdim=True)
@@ -93,14 +97,14 @@ class EagerSteps(EagerTokens):
         return torch.tensor(self.ours.first_tokens, device=self.prompts.device)[:, None]
 
     def __call__(self) -> None:
-        """Run the next steps."""
+        """Run the next ``STEPS_IN_A_ROW`` decode steps."""
         with sdpa_kernel(_WITHOUT_CUDNN):
             for _ in range(STEPS_IN_A_ROW):
                 self.tokens = self.forward(self.tokens).argmax(-1, keepdim=True)
 
 
 class EagerImages:
-    """All images in one pass, padded to the largest."""
+    """All images in one pass, padded to the largest height and width."""
 
     def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: Any) -> None:
         self.peer = peer
@@ -109,14 +113,17 @@ class EagerImages:
         self.inputs = transformers_peer.padded_images(rows, config, model.device, model.dtype)
 
     def first(self) -> Tensor:
-        """Return the embeddings, row by row, from a tensor for each image or one for all."""
+        """Return the embeddings of all images (rows, values).
+
+        The model returns one tensor for all images, or one for each image.
+        """
         encoded = self()
         if isinstance(encoded, Tensor):
             return encoded.flatten(0, -2)
         return torch.cat([each.flatten(0, -2) for each in encoded])
 
     def __call__(self) -> Tensor | list[Tensor]:
-        """Encode."""
+        """Encode the images."""
         encoded: Tensor | list[Tensor] = self.peer.get_image_features(**self.inputs).pooler_output
         return encoded
 
@@ -124,17 +131,19 @@ class EagerImages:
 class CompiledSteps(EagerSteps):
     """Decode steps with a static cache, compiled into one graph; the prompts are computed eagerly.
 
-    This is what ``generate`` does with ``cache_implementation="static"``. The attention mask is made inside the graph. The
-    cache has no sliding layers: these count tokens in a Python number, and the graph would be compiled for each value.
+    ``generate`` does the same with ``cache_implementation="static"``. The attention mask is made
+    inside the graph. The cache has no sliding layers, because these count tokens in a Python number
+    and the graph would be compiled for each value.
 
     Attributes:
-        facts: For the row: the seconds that the first steps took, in which the graph is compiled and captured, and how often
-            that was not captured as a CUDA graph.
+        facts: Values for the row: ``compile_seconds``, the time of the first steps with compilation
+            and capture, and ``cuda_graph_skips``, how often Inductor captured no CUDA graph.
     """
 
     def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: Any) -> None:
         super().__init__(case, llm, peer, ours)
-        tokens = case.length + ours.new_tokens + STEPS_IN_A_ROW  # which ``first`` takes as well
+        # ``first`` runs ``STEPS_IN_A_ROW`` more steps
+        tokens = case.length + ours.new_tokens + STEPS_IN_A_ROW
         self.num_keys = -(-tokens // _ALIGNED) * _ALIGNED
         self.window = llm.config.text.sliding_window
         self.places = torch.arange(self.num_keys, device=self.prompts.device)
@@ -142,7 +151,7 @@ class CompiledSteps(EagerSteps):
         self.facts: dict[str, float] = {}
 
     def new_cache(self) -> Any:
-        """Return an empty KV cache of a fixed size."""
+        """Return an empty KV cache for ``num_keys`` tokens."""
         from transformers.cache_utils import Cache, StaticLayer
 
         layers = self.peer.config.text_config.num_hidden_layers
@@ -157,13 +166,17 @@ class CompiledSteps(EagerSteps):
         return self.forward(tokens, attention_mask=mask, position_ids=position)
 
     def first(self) -> Tensor:
-        """Compute the prompts and a step, from our tokens, then compile and capture the graph."""
+        """Compute the prompts and a step on our first tokens, and return its logits (B, V).
+
+        The first steps compile and capture the graph.
+        """
         with _no_grad():
             self.prefill()
             tokens = self._our_tokens()
             self.position = torch.full((1, 1), self.prompts.shape[1], device=tokens.device)
             begin, skips = time.perf_counter(), _cuda_graph_skips()
-            logits = self._next(tokens).clone()  # the next step writes into the same memory
+            # The next step writes its logits to the same memory
+            logits = self._next(tokens).clone()
             self()
             synchronize(tokens.device)
             self.facts["compile_seconds"] = time.perf_counter() - begin
@@ -171,7 +184,7 @@ class CompiledSteps(EagerSteps):
             return logits
 
     def __call__(self) -> None:
-        """Run the next steps."""
+        """Run the next ``STEPS_IN_A_ROW`` decode steps."""
         with _no_grad():
             for _ in range(STEPS_IN_A_ROW):
                 self._next(self.tokens)
@@ -189,7 +202,8 @@ class CompiledImages(EagerImages):
     """All images in one pass through a compiled vision tower and connector.
 
     Attributes:
-        facts: For the row: the seconds that the first pass took.
+        facts: A value for the row: ``compile_seconds``, the time of the first pass with
+            compilation.
     """
 
     def __init__(self, case: LatencyCase, llm: LLM, peer: Any, ours: Any) -> None:
@@ -199,7 +213,7 @@ class CompiledImages(EagerImages):
         self.facts: dict[str, float] = {}
 
     def first(self) -> Tensor:
-        """Compile; return the embeddings, row by row."""
+        """Compile the model and return the embeddings of all images (rows, values)."""
         begin = time.perf_counter()
         found = super().first()
         synchronize(found.device)
@@ -207,20 +221,20 @@ class CompiledImages(EagerImages):
         return found
 
     def __call__(self) -> Tensor | list[Tensor]:
-        """Encode."""
+        """Encode the images."""
         with _no_grad():
             return super().__call__()
 
 
 @contextmanager
 def _no_grad() -> Iterator[None]:
-    """Compute without gradients, and without inference mode, in which fewer programs compile."""
+    """Leave inference mode, in which fewer programs compile, and compute without gradients."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def _cuda_graph_skips() -> int:
-    """Return how often Inductor gave up capturing a CUDA graph, which is no error to it."""
+    """Return how often Inductor captured no CUDA graph, for which it raises no error."""
     from torch._dynamo.utils import counters
 
     return int(counters["inductor"]["cudagraph_skips"])
@@ -230,4 +244,4 @@ CONTENDERS: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     PEER: {"step": EagerSteps, "prefill": EagerPrefill, "image": EagerImages},
     COMPILED_PEER: {"step": CompiledSteps, "image": CompiledImages},
 }
-"""What computes each kind of case, by the peer's name."""
+"""The contender of each peer, by the peer's name and the kind of case."""

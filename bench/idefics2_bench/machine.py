@@ -12,7 +12,7 @@ import torch
 
 from idefics2_bench.timing import measure
 
-# In graphs, larger copies use a slower path
+# Larger copies are slower in CUDA graphs
 _COPY_BYTES = 1 << 28
 _COPIES = 4
 _MATMUL_SIZE = 8192
@@ -21,7 +21,8 @@ _MATMUL_SIZE = 8192
 def describe(device: str = "cuda") -> dict[str, object]:
     """Return GPU, versions, commit, date, and measured bandwidth (TB/s) and bf16 rate (TFLOP/s).
 
-    On a CPU its name and cores stand for the GPU, and nothing is measured.
+    If ``device`` is a CPU, ``gpu`` is ``None``, the CPU's name, cores and threads are returned, and
+    nothing is measured.
     """
     versions: dict[str, object] = {
         "torch": torch.__version__,
@@ -42,7 +43,7 @@ def describe(device: str = "cuda") -> dict[str, object]:
 
 
 def copy_bandwidth() -> float:
-    """Measure a copy on the device, read and written bytes together, in TB/s."""
+    """Return the bandwidth of a copy on the device in TB/s, with bytes read and written."""
     size = (_COPIES, _COPY_BYTES)
     source = torch.empty(size, dtype=torch.uint8, device="cuda").random_(256)
     target = torch.empty_like(source)
@@ -52,7 +53,7 @@ def copy_bandwidth() -> float:
 
 
 def matmul_rate() -> float:
-    """Measure a large bf16 product of random matrices, in TFLOP/s."""
+    """Return the rate of a large bf16 product of random matrices in TFLOP/s."""
     size = (_MATMUL_SIZE, _MATMUL_SIZE)
     a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     time = measure({"matmul": [lambda: a @ b]})["matmul"]
@@ -85,4 +86,5 @@ def _commit() -> str:
     here = str(Path(__file__).parent)
     commit = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    # Without changes the output of ``git status`` is empty, for which ``_output`` returns "unknown"
     return commit if changed == "unknown" else f"{commit}-changed"

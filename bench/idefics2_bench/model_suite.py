@@ -1,4 +1,4 @@
-"""Shared options of the benchmarks of the whole model."""
+"""Options and helpers that the benchmarks of the whole model share."""
 
 import argparse
 from collections.abc import Iterator
@@ -44,7 +44,8 @@ def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
     add(
         "--quantization",
         choices=("nf4",),
-        help="quantize linear layers; nothing is timed beside it, as the peer would need weights of its own",
+        help="quantize linear layers; nothing is timed beside it, as the peer would need weights "
+        "of its own",
     )
     peer = parser.add_mutually_exclusive_group()
     peer.add_argument(
@@ -59,7 +60,10 @@ def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fill in what is left to defaults: the device, the operations, the peer."""
+    """Set the device, the operations and the peer that ``options`` leave to defaults.
+
+    Options that contradict each other end the program through ``parser.error``.
+    """
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.ops is None:
@@ -74,7 +78,7 @@ def resolve(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
 
 
 def about(options: argparse.Namespace) -> dict[str, object]:
-    """Describe the machine, and the commit as the options have it."""
+    """Return ``machine.describe``, with the commit of ``--commit`` if given."""
     described = machine.describe(options.device)
     return {**described, "commit": options.commit} if options.commit else described
 
@@ -93,7 +97,7 @@ def folder(options: argparse.Namespace) -> Path:
 
 
 def load(options: argparse.Namespace, **settings: Any) -> LLM:
-    """Build the model that the options ask for, images whole."""
+    """Build the model of ``options`` with ``settings`` of ``LLM``, without image splitting."""
     return LLM(
         folder(options),
         load_format="auto" if options.random_weights is None else "dummy",
@@ -108,13 +112,14 @@ def load(options: argparse.Namespace, **settings: Any) -> LLM:
 
 @contextmanager
 def watched_logits(engine: Engine) -> Iterator[list[Tensor]]:
-    """Collect copies of the logits that each step of ``engine`` draws from."""
+    """Yield a list to which each step of ``engine`` appends a copy of its logits (rows, V)."""
     seen: list[Tensor] = []
     run = engine.runner.run
 
     def watch(*arguments: Any) -> Any:
         found = run(*arguments)
-        seen.append(found[0].clone())  # the sampler bars tokens in it
+        # A copy is needed, because the sampler bars tokens in the logits themselves
+        seen.append(found[0].clone())
         return found
 
     with patch.object(engine.runner, "run", watch):
@@ -122,12 +127,12 @@ def watched_logits(engine: Engine) -> Iterator[list[Tensor]]:
 
 
 def case_name(name: str, options: argparse.Namespace) -> str:
-    """Return what a row calls the case ``name``: weights in NF4 make another one of it."""
+    """Return the name of case ``name`` in a row. Quantized weights add a suffix."""
     return f"{name}-{options.quantization}" if options.quantization else name
 
 
 def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
-    """Return what a row says about the model that it is of."""
+    """Return the name and the dtype of the model for a row."""
     weights = options.random_weights or options.model or "demo"
     name = Path(weights).name if Path(weights).is_dir() else str(weights)
     kind = " (random weights)" if options.random_weights is not None else ""
@@ -135,7 +140,7 @@ def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
 
 
 def memory_of(llm: LLM) -> dict[str, float]:
-    """Return the memory of the weights, and on a GPU all that is allocated, buffers included."""
+    """Return the memory of the weights, and on a GPU all allocated memory, in GB (10^9 bytes)."""
     memory = {"weights_GB": llm.model.num_bytes / 1e9}
     if llm.model.device.type == "cuda":
         memory["allocated_GB"] = torch.cuda.memory_allocated(llm.model.device) / 1e9

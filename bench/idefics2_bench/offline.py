@@ -1,14 +1,14 @@
 """Time many requests at once, from JPEG files to text: ``idefics2 bench offline``.
 
-    idefics2 bench offline --requests 16 --shrink 8                             # the demo checkpoint
-    idefics2 bench offline --random-weights tests/data/idefics2-8b --json bench/results/h200-offline.json
+    idefics2 bench offline --requests 16 --shrink 8  # the demo checkpoint
+    idefics2 bench offline --random-weights tests/data/idefics2-8b --json h200-offline.json
 
-Every request gets exactly the tokens it asks for, greedily, and continues after end tokens. The
-engine runs ``LLM.iterate``. transformers generates in batches on the same weights, with prompts
+Decoding is greedy. Every request gets exactly its number of tokens and continues after end tokens.
+The engine runs ``LLM.iterate``. transformers generates in batches on the same weights, with prompts
 padded on the left. Each batch runs as long as its longest answer. Batches are formed in the order
 of arrival, and also sorted by the length of the answers, which a real server does not know. The
-engine's threads prepare the inputs of transformers, whose pixels are equal. That time is included
-and also reported as ``prepare_ms``. Rates count requested tokens only, without padding.
+engine's threads also prepare the inputs of transformers, with the same pixels. That time is
+included and also reported as ``prepare_ms``. Rates count requested tokens only, without padding.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _WARM_UP_SEED = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run as ``argv`` says, the process's own command line if ``None``."""
+    """Run the suite with the arguments ``argv``, or those of the command line; return 0."""
     parser = _parser()
     options = parser.parse_args(argv)
     model_suite.resolve(options, parser)
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.whole_line(rows[0]), flush=True)
     report.write_json(options.json, about, rows)
     model = llm.model
-    del llm  # and with it the KV cache
+    # The KV cache is freed, so that transformers can use its memory
+    del llm
     gc.collect()
     if options.peer is not None:
         peer = transformers_peer.transformers_model(model, config_folder)
@@ -97,7 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_ours(
     llm: LLM, requests: list[OfflineRequest], warm_up: list[OfflineRequest], counts: Counts
 ) -> Row:
-    """Answer ``warm_up``, which raises if logits are not finite, then ``requests``."""
+    """Answer ``warm_up``, then time the answers to ``requests`` and return their figures.
+
+    Raises:
+        Exception: The error of a request that failed, for example for logits that are not finite.
+        RuntimeError: A request did not get its number of tokens.
+    """
     device = llm.model.device
     _answer(llm, warm_up)
     _start_memory(device)
@@ -120,7 +126,10 @@ def run_theirs(
     order: str,
     counts: Counts,
 ) -> Row:
-    """Answer ``requests`` with transformers in batches, in ``order`` arrival or sorted."""
+    """Time transformers' answers to ``requests`` and return their figures.
+
+    Batches have ``batch`` requests. ``order`` is "arrival", or "sorted" by the answers' length.
+    """
     if order == "sorted":
         requests = sorted(requests, key=lambda request: request.max_tokens)
     _start_memory(peer.device)
@@ -131,7 +140,7 @@ def run_theirs(
 
 
 def _answer(llm: LLM, requests: Sequence[OfflineRequest]) -> None:
-    """Answer ``requests``; each must get the tokens it asks for."""
+    """Answer ``requests``; raise if one fails or does not get its number of tokens."""
     rows = [
         (
             request.prompt(),
@@ -152,7 +161,7 @@ def _answer(llm: LLM, requests: Sequence[OfflineRequest]) -> None:
 def _run_batches(
     peer: Any, processor: Processor, requests: Sequence[OfflineRequest], size: int
 ) -> float:
-    """Generate ``size`` requests at a time; return the seconds that reading their images took."""
+    """Generate in batches of ``size``; return the seconds spent on preparing prompts and images."""
     reading = 0.0
     pad_id = processor.tokenizer.pad_id or 0
     for first in range(0, len(requests), size):

@@ -1,6 +1,8 @@
 """Results as a table, as JSON, as a roofline plot, and as the tables of ``docs/kernels``.
 
-PYTHONPATH=kernels python bench/idefics2_bench/report.py      # writes these tables anew, from catalog and results
+    PYTHONPATH=kernels python bench/idefics2_bench/report.py
+
+This command renews the tables of ``docs/kernels`` from the catalog and the recorded results.
 """
 
 import json
@@ -21,24 +23,29 @@ _FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", re.D
 
 
 def line(row: Row) -> str:
-    """Return one row for people who watch."""
+    """Return a kernel's row as a line for the terminal."""
     head = f"{row['kernel']:20} {row['case']:20} {row['impl']:14}"
     if "ms" not in row:
         return f"{head} WRONG: {row['error']:.2f} times the allowed error"
     spread = f"{row['ms_p20'] * 1e3:.1f}-{row['ms_p80'] * 1e3:.1f}"
-    figures = f"{row['ms'] * 1e3:10.1f} us ({spread}) {row['TFLOPs']:7.1f} TFLOP/s {row['GBps']:7.0f} GB/s"
+    figures = (
+        f"{row['ms'] * 1e3:10.1f} us ({spread}) {row['TFLOPs']:7.1f} TFLOP/s "
+        f"{row['GBps']:7.0f} GB/s"
+    )
     beside = f"  {row['speedup']:.2f}x {row['peer']}" if "speedup" in row else ""
     base = f"  {row['base_speedup']:.2f}x base" if "base_speedup" in row else ""
     return f"{head} {figures} {row['roofline']:5.0%}{beside}{base}"
 
 
 def table(about: dict[str, Any], rows: list[Row]) -> str:
-    """Return a Markdown table."""
+    """Return kernels' rows as a Markdown table, below a line about the machine."""
     lines = [
-        f"{about['gpu']}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}; "
+        f"{about['gpu']}, torch {about['torch']}, Triton {about['triton']}, "
+        f"commit {about['commit']}, {about['date']}; "
         f"copy {about['copy_TBps']} TB/s, bf16 product {about['matmul_TFLOPs']} TFLOP/s",
         "",
-        "| kernel | case | implementation | us | TFLOP/s | GB/s | of roofline | best peer | speedup |",
+        "| kernel | case | implementation | us | TFLOP/s | GB/s | of roofline | best peer "
+        "| speedup |",
         "|---|---|---|---:|---:|---:|---:|---|---:|",
     ]
     for row in rows:
@@ -56,7 +63,7 @@ def table(about: dict[str, Any], rows: list[Row]) -> str:
 
 
 def whole_line(row: Row) -> str:
-    """Return one row of the whole model for people who watch."""
+    """Return a row of the whole model as a line for the terminal."""
     head = f"{row['kernel']:8} {row['case']:20} {row['impl']:22}"
     if "error" in row:
         return f"{head} FAILED: {row['error']}"
@@ -68,12 +75,14 @@ def whole_line(row: Row) -> str:
 
 
 def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
-    """Return a Markdown table of the whole model."""
+    """Return rows of the whole model as a Markdown table, below a line about the machine."""
     name = about["gpu"] or about["cpu"]
     lines = [
-        f"{name}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, {about['date']}",
+        f"{name}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, "
+        f"{about['date']}",
         "",
-        "| kernel | case | implementation | model | ms | in a second | peak GB | best peer | speedup |",
+        "| kernel | case | implementation | model | ms | in a second | peak GB | best peer "
+        "| speedup |",
         "|---|---|---|---|---:|---|---:|---|---:|",
     ]
     for row in rows:
@@ -97,10 +106,10 @@ def _rates(row: Row) -> str:
 
 
 def write_json(path: Path | None, about: dict[str, Any], rows: list[Row]) -> None:
-    """Write ``rows``, if there is a ``path``.
+    """Write ``rows`` to ``path``, or nothing if it is ``None``.
 
-    Rows of other cases in the file, from the same machine and commit, stay.
-    To be called whenever there are more: who is interrupted then has what was timed.
+    The file's rows of other cases are kept if GPU, commit, PyTorch and Triton are the same. A suite
+    calls this after each case, so an interrupted run keeps the rows of the cases it has finished.
     """
     if path is None:
         return
@@ -117,7 +126,7 @@ def write_json(path: Path | None, about: dict[str, Any], rows: list[Row]) -> Non
 
 
 def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """Draw every row against the machine's two ceilings; needs matplotlib."""
+    """Draw a roofline plot of the rows that have a peer to ``path``; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -143,7 +152,7 @@ def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
 
 
 def kernel_table(results: list[Row]) -> str:
-    """Return the index's table: every operation with its cases and its best figure."""
+    """Return the index's table: each operation, its number of cases, and its best figure."""
     lines = [
         "| operation | computes | cases | measured |",
         "|---|---|---:|---|",
@@ -167,7 +176,7 @@ def kernel_table(results: list[Row]) -> str:
 
 
 def slower_table(results: list[Row]) -> str:
-    """Return the cases in which ``TRITON`` was slower than its best peer, by 1 % or more."""
+    """Return a table of the ``TRITON`` cases whose speedup over the best peer is below 0.995."""
     lines = [
         "| operation | case | us | best peer, us | x |",
         "|---|---|---:|---|---:|",
@@ -182,13 +191,13 @@ def slower_table(results: list[Row]) -> str:
 
 
 def recorded() -> list[Row]:
-    """Return the rows that the tables show: of one machine."""
+    """Return the recorded rows that the tables of ``docs/kernels`` show, all of one machine."""
     rows: list[Row] = json.loads(_SHOWN.read_text(encoding="utf-8"))["rows"]
     return rows
 
 
 def with_table(index: str) -> str:
-    """Return the text ``index`` with its tables of kernels as catalog and results have them now."""
+    """Return the text ``index`` with its tables renewed from the catalog and the results."""
     results = recorded()
     head, rest = index.split(TABLE_BEGIN)
     _, tail = rest.split(TABLE_END)
@@ -197,7 +206,7 @@ def with_table(index: str) -> str:
 
 
 def figures_table(kernel: str, results: list[Row]) -> str:
-    """Return the figures of an operation: each case and implementation, and its best peer."""
+    """Return an operation's table: each case and implementation, and its best peer."""
     (spec,) = [spec for spec in CATALOG if spec.name == kernel]
     own = [row for row in results if row["kernel"] == kernel and "ms" in row]
     lines = [
@@ -209,14 +218,15 @@ def figures_table(kernel: str, results: list[Row]) -> str:
             continue
         peer = f"{row['peer']}, {row['peer_ms'] * 1e3:.1f}" if "peer" in row else ""
         lines.append(
-            f"| {row['case']} | {row['impl']} | {row['ms'] * 1e3:.1f} | {row['TFLOPs']:.3g} | {row['GBps']:.0f} | "
-            f"{1e3 * row['TFLOPs'] / row['GBps']:.3g} | {row['roofline']:.0%} | {peer} |"
+            f"| {row['case']} | {row['impl']} | {row['ms'] * 1e3:.1f} | {row['TFLOPs']:.3g} "
+            f"| {row['GBps']:.0f} | {1e3 * row['TFLOPs'] / row['GBps']:.3g} "
+            f"| {row['roofline']:.0%} | {peer} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def with_figures(page: str) -> str:
-    """Return the text ``page`` with the figures of each operation as results have them now."""
+    """Return the text ``page`` with its tables of figures renewed from the results."""
     results = recorded()
     return _FIGURES.sub(lambda m: f"{m[1]}{figures_table(m[2], results)}{m[3]}", page)
 

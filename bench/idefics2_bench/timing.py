@@ -1,7 +1,8 @@
-"""Time calls on a GPU: CUDA graphs over rotated inputs, implementations interleaved, medians.
+"""Time calls: kernels in CUDA graphs over rotated inputs, and other calls as they are.
 
 A graph contains many calls, each on different inputs, so no call finds its data in the L2 cache and
 launch gaps do not count. Implementations alternate, so a drift of the clock affects all equally.
+Times are medians.
 """
 
 import gc
@@ -17,24 +18,28 @@ Call = Callable[[], object]
 
 _REPLAYS = 25
 _WARM_UP_SECONDS = 0.05
-_LONGEST_SECONDS = 0.6  # an implementation is replayed no longer, and five times at least
+# Most seconds of an implementation's replays, of which there are at least five
+_LONGEST_SECONDS = 0.6
 
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds of one call."""
+    """Time of one call in milliseconds: the median, and the 20th and 80th percentiles."""
 
-    ms: float  # median
+    ms: float
     ms_p20: float
     ms_p80: float
 
     def shared_by(self, calls: int) -> "Time":
-        """Return the time of one of ``calls`` that were timed together."""
+        """Return the time of one call if ``calls`` calls were timed together."""
         return Time(self.ms / calls, self.ms_p20 / calls, self.ms_p80 / calls)
 
 
 def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
-    """Time each implementation's calls, which do the same on different inputs."""
+    """Time each implementation's calls in a CUDA graph; return the time of one call.
+
+    An implementation's calls must do the same on different inputs.
+    """
     graphs = {name: _captured(own) for name, own in calls.items()}
     replays = {name: _replays(graph) for name, graph in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -48,9 +53,10 @@ def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
 def alternate(
     calls: Mapping[str, Call], rounds: int, warm_up: int, device: torch.device
 ) -> dict[str, Time]:
-    """Time calls that launch as they are, in turns, from idle to idle device.
+    """Time calls in turns, each from an idle device to an idle device, without CUDA graphs.
 
-    Garbage is collected between calls and not in them: whose call it falls into is luck otherwise, and it takes long.
+    Each is timed ``rounds`` times, after ``warm_up`` rounds without timing. Garbage is collected
+    between the calls. Collection takes long and would otherwise happen in one call or another.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with _without_collection():
@@ -82,13 +88,13 @@ def _without_collection() -> Iterator[None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what ``device`` was given to do."""
+    """Wait until ``device`` is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def num_copies(bytes_each: int) -> int:
-    """Return how many sets of inputs of this size push each other out of the L2 cache."""
+    """Return how many sets of inputs have three times the size of the L2 cache, at most 64."""
     cache: int = torch.cuda.get_device_properties().L2_cache_size
     return max(1, min(64, -(-3 * cache // max(1, bytes_each))))
 
@@ -97,7 +103,8 @@ def _captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:2]:  # compiles, and sets up libraries
+        # The first calls compile kernels and initialize libraries
+        for call in calls[:2]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -108,7 +115,7 @@ def _captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
 
 
 def _replays(graph: torch.cuda.CUDAGraph) -> int:
-    """Warm up; return how often to replay."""
+    """Warm up and return the number of replays to time."""
     each = max(1e-3, _milliseconds(graph))
     for _ in range(max(1, int(1e3 * _WARM_UP_SECONDS / each))):
         graph.replay()
@@ -125,7 +132,7 @@ def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def summary(samples: list[float]) -> Time:
-    """Return the median and the spread of ``samples`` in milliseconds."""
+    """Return the median and the percentiles of ``samples`` in milliseconds."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Time(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])

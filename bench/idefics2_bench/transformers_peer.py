@@ -20,19 +20,25 @@ from idefics2_engine.prompts.processor import ProcessedPrompt
 
 
 def is_installed() -> bool:
-    """Say whether there is a transformers to compare with."""
+    """Return whether transformers is installed."""
     return find_spec("transformers") is not None
 
 
 def transformers_model(model: Idefics2, folder: Path) -> Any:
-    """Build transformers' model of ``folder``'s config around the parameters of ``model``."""
+    """Build transformers' model of ``folder``'s config on the parameters of ``model``.
+
+    Raises:
+        RuntimeError: transformers' model has tensors that ``model`` lacks.
+    """
     import transformers
 
-    library: Any = transformers  # its classes are typed in part
+    # transformers is only partly typed
+    library: Any = transformers
 
     values = read_json(folder / "config.json")
     perceiver = values.get("perceiver_config") or {}
-    eps = model.config.perceiver.rms_norm_eps  # its own default is not what was trained
+    # transformers' default differs from the value that the checkpoint was trained with
+    eps = model.config.perceiver.rms_norm_eps
     config = library.Idefics2Config(
         **{**values, "perceiver_config": {**perceiver, "rms_norm_eps": eps}}
     )
@@ -59,7 +65,7 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
 def padded_images(
     rows: Sequence[Sequence[Tile]], config: ImageConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Pad as transformers does: pixels (B, N, 3, H, W) and their mask (B, N, H, W)."""
+    """Return ``rows`` padded as by transformers: pixels (B, N, 3, H, W) and mask (B, N, H, W)."""
     sizes = [tile.pixels.shape[:2] for row in rows for tile in row]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     shape = len(rows), max(map(len, rows))
@@ -96,14 +102,19 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
 ) -> Tensor:
-    """Continue ``prompts`` greedily, also beyond end tokens: (B, ``max_new_tokens``)."""
+    """Continue ``prompts`` greedily, also after end tokens; return ids (B, ``max_new_tokens``).
+
+    Raises:
+        RuntimeError: transformers generated another number of tokens.
+    """
     import transformers
 
     library: Any = transformers
     greedy = library.GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None, pad_token_id=pad_id
     )
-    peer.generation_config = greedy  # its own would bring an end token in
+    # The model's own config would add an end token to ``greedy``
+    peer.generation_config = greedy
     inputs = left_padded(prompts, pad_id, peer.device)
     if any(prompt.tiles for prompt in prompts):
         tiles = [prompt.tiles for prompt in prompts]

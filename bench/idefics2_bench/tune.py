@@ -1,10 +1,12 @@
-"""Sweep one kernel's launch options and print the best.
+r"""Sweep one kernel's launch options and print the best.
 
-    python bench/idefics2_bench/tune.py flash_attention text-causal-16k BLOCK_M=64,128 BLOCK_N=64,128 num_warps=4,8 num_stages=2,3
-    python bench/idefics2_bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 --module attention.flash_attention_hopper
+    python bench/idefics2_bench/tune.py flash_attention text-causal-16k \
+        BLOCK_M=64,128 BLOCK_N=64,128 num_warps=4,8 num_stages=2,3
+    python bench/idefics2_bench/tune.py flash_attention vision-1225 BUFFERS=2,3 IN_TURN=0,1 \
+        --module attention.flash_attention_hopper
 
-Every combination replaces what the module's ``launch_config`` returns. Wrong ones and those that do not compile
-are named and left out. Needs a CUDA device.
+Each combination replaces the same options in the result of the module's ``launch_config``.
+Combinations that fail or give a wrong result are printed and not timed. A CUDA device is required.
 """
 
 import argparse
@@ -21,7 +23,11 @@ from idefics2_kernels.catalog.criterion import case_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sweep as ``argv`` says, the process's own command line if ``None``."""
+    """Sweep with the arguments ``argv``, or those of the command line.
+
+    Returns:
+        The exit code: 1 if no combination could be timed, else 0.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{text}: wrong, {wrong:.2f} times the allowed error", flush=True)
                 continue
             ms = measure({"": [_bound(spec, implementation, one) for one in sets]})[""].ms
-        except (
-            Exception
-        ) as problem:  # out of registers, shared memory, or the compiler's own failure
+        # A combination may need too many registers or too much shared memory, or fail to compile
+        except Exception as problem:
             print(f"{text}: {type(problem).__name__}: {str(problem)[:100]}", flush=True)
             continue
         timed.append((ms, text))
@@ -72,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     ms, text = min(timed)
     print(
-        f"\n# {case.name} on {torch.cuda.get_device_name()}: {ms * 1e3:.1f} us\nreturn LaunchConfig({text})"
+        f"\n# {case.name} on {torch.cuda.get_device_name()}: {ms * 1e3:.1f} us\n"
+        f"return LaunchConfig({text})"
     )
     return 0
 

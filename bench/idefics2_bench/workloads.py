@@ -1,7 +1,8 @@
 """The workloads of the whole model: seeded requests, prompts and images, and their counts.
 
-``offline-256`` is 256 requests without splitting: 1 image in 7 of 8 requests, else 2; sizes drawn evenly from ``SIZES``;
-16 to 256 text tokens, evenly; 16, 32, 64, 128 or 256 new tokens, evenly. Images are JPEG files in memory.
+``offline-256`` is 256 requests whose images are not split. Seven of eight requests have one image,
+the others two. Images are JPEG files in memory. Their sizes are drawn uniformly from ``SIZES``, the
+number of text tokens from 16 to 256, and the number of new tokens from 16, 32, 64, 128 and 256.
 """
 
 import io
@@ -28,15 +29,15 @@ SIZES = (
     (980, 980),
     (427, 640),
 )
-"""Height and width of images, in pixels."""
+"""Sizes of images, (height, width) in pixels."""
 
-# A request's text has at least and at most so many tokens
+# Fewest and most text tokens of a request
 TEXT_TOKENS = (16, 256)
 NEW_TOKENS = (16, 32, 64, 128, 256)
 OFFLINE_REQUESTS = 256
-# Sequences have so many tokens before the first timed step
+# Prompt tokens of a sequence in decode cases without ``-s``
 DECODE_CONTEXT = 200
-# So many decode steps are timed together
+# Decode steps that are timed together
 STEPS_IN_A_ROW = 8
 LATENCY_CASES = (
     "decode-b1",
@@ -52,36 +53,38 @@ LATENCY_CASES = (
 _DECODE = re.compile(r"decode-b([1-9]\d*)(?:-s([1-9]\d*))?")
 _IMAGE = re.compile(r"image-(?:(mixed)|([1-9]\d*)(?:x([1-9]\d*))?)-b([1-9]\d*)")
 _PREFILL = re.compile(r"prefill-([1-9]\d*)")
-# With noise of this amplitude, of 255, images compress about as well as photographs
+# With noise of this amplitude (of 255) images compress about as well as photographs
 _NOISE = 6
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much there is of everything; an image is one file, and one tile without splitting."""
+    """The amount of work. An image is one file, and one tile because images are not split."""
 
     images: int = 0
     patches: int = 0
     image_tokens: int = 0
-    text_tokens: int = 0  # of prompts, all that are no image tokens
+    # Tokens of prompts that are not image tokens
+    text_tokens: int = 0
     new_tokens: int = 0
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """Return each count that is not zero by the second, as ``images_per_s`` and so on."""
+        """Return the nonzero counts per second, as ``images_per_s`` and so on."""
         return {f"{name}_per_s": n / seconds for name, n in asdict(self).items() if n}
 
 
 @dataclass(frozen=True)
 class OfflineRequest:
-    """A prompt with its images, and how many tokens are wanted."""
+    """A prompt with its images as JPEG files, and the number of tokens to generate."""
 
-    prompt_token_ids: list[int]  # image slots written out
-    sizes: tuple[tuple[int, int], ...]  # height and width of each image
-    images: tuple[bytes, ...]  # JPEG files
+    # All image tokens of each image are included
+    prompt_token_ids: list[int]
+    sizes: tuple[tuple[int, int], ...]  # (height, width) in pixels
+    images: tuple[bytes, ...]
     max_tokens: int
 
     def prompt(self) -> dict[str, Any]:
-        """Return what ``LLM.iterate`` takes."""
+        """Return the prompt as a row of ``LLM.iterate``."""
         return {
             "prompt_token_ids": self.prompt_token_ids,
             "multi_modal_data": {"image": list(self.images)},
@@ -90,23 +93,24 @@ class OfflineRequest:
 
 @dataclass(frozen=True)
 class LatencyCase:
-    """One thing to time, of ``kernel`` step, image or prefill."""
+    """A case to time, whose ``kernel`` is "step", "image" or "prefill"."""
 
     kernel: str
     name: str
     batch: int = 1
-    length: int = 0  # tokens: context of a step, or prompt
-    sizes: tuple[tuple[int, int], ...] = ()  # of images
+    # Prompt tokens of each sequence
+    length: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()  # (height, width) in pixels
 
 
 def latency_case(name: str) -> LatencyCase:
-    """Return the case that ``name`` means.
+    """Return the case called ``name``.
 
-    Names are like ``decode-b32``, ``decode-b2-s64``, ``image-980-b8``, ``image-378x504-b16``, ``image-mixed-b16`` and
-    ``prefill-4096``.
+    Names have the forms ``decode-b32``, ``decode-b2-s64``, ``image-980-b8``, ``image-378x504-b16``,
+    ``image-mixed-b16`` and ``prefill-4096``, with any positive numbers.
 
     Raises:
-        ValueError: It is none of these, with other numbers.
+        ValueError: ``name`` has none of these forms.
     """
     if found := _DECODE.fullmatch(name):
         return LatencyCase("step", name, int(found[1]), int(found[2] or DECODE_CONTEXT))
@@ -125,7 +129,7 @@ def latency_case(name: str) -> LatencyCase:
 def offline_requests(
     processor: Processor, count: int = OFFLINE_REQUESTS, seed: int = 0, shrink: int = 1
 ) -> list[OfflineRequest]:
-    """Draw ``count`` requests; ``shrink`` divides their text and new tokens."""
+    """Draw ``count`` requests. Their numbers of text and new tokens are divided by ``shrink``."""
     random = np.random.default_rng(seed)
     noise = random.integers(-_NOISE, _NOISE + 1, (*np.max(SIZES, axis=0), 3), dtype=np.int16)
     requests = []
@@ -147,12 +151,12 @@ def offline_requests(
 
 
 def offline_name(count: int, shrink: int) -> str:
-    """Name the workload that ``offline_requests`` draws with its first seed."""
+    """Return the name of the workload that ``offline_requests`` draws with its default seed."""
     return f"offline-{count}" + (f"-shrink{shrink}" if shrink > 1 else "")
 
 
 def offline_counts(requests: Sequence[OfflineRequest], processor: Processor) -> Counts:
-    """Count what is in ``requests``, without opening an image; none may be split."""
+    """Count the work of ``requests`` without opening an image. No image may be split."""
     prompts = [request.prompt_token_ids for request in requests]
     image_tokens = sum(ids.count(processor.tokenizer.image_id) for ids in prompts)
     sizes = [size for request in requests for size in request.sizes]
@@ -166,13 +170,13 @@ def offline_counts(requests: Sequence[OfflineRequest], processor: Processor) -> 
 
 
 def text_tokens(tokenizer: Tokenizer, count: int, random: np.random.Generator) -> list[int]:
-    """Draw ids that are no control tokens."""
+    """Draw ``count`` token ids that are not control tokens."""
     ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.control_ids))
     return [int(id) for id in random.choice(ordinary, count)]
 
 
 def tiles(case: LatencyCase, patch_size: int, grid_side: int, seed: int = 0) -> list[Tile]:
-    """Draw the pixels of the images of ``case``."""
+    """Draw the images of ``case`` as tiles of random pixels."""
     random = np.random.default_rng(seed)
     return [
         Tile(random.integers(0, 256, (*size, 3), dtype=np.uint8), patch_size, grid_side)
@@ -181,7 +185,7 @@ def tiles(case: LatencyCase, patch_size: int, grid_side: int, seed: int = 0) -> 
 
 
 def _opening(processor: Processor, num_images: int) -> list[int]:
-    """Return the start of a text and the placeholders of its images."""
+    """Return the tokens before a text: the bos token, if any, and its images' tokens."""
     tokenizer = processor.tokenizer
     fake, image = tokenizer.fake_image_id, [tokenizer.image_id] * processor.image_seq_len
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -197,7 +201,7 @@ def _num_patches(height: int, width: int, processor: Processor) -> int:
 def _jpeg(
     size: tuple[int, int], noise: npt.NDArray[np.int16], random: np.random.Generator
 ) -> bytes:
-    """Return an image of smooth colors with a little noise as a file."""
+    """Return an image of smooth colors with a little noise as a JPEG file."""
     height, width = size
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))

@@ -25,7 +25,7 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """Conversations as ids; ``answers`` marks the assistant's tokens, with their end token."""
+    """Conversations as ids. ``answers`` is true for the assistant's tokens and their end token."""
 
     ids: npt.NDArray[np.int16]  # (..., tokens)
     answers: npt.NDArray[np.bool_]  # (..., tokens)
@@ -74,7 +74,7 @@ class Preparer:
         """Expand each image token to the tokens of one tile, or of five with their separators.
 
         Args:
-            tokens: One conversation (tokens,), or several (N, tokens) with the same number of images.
+            tokens: One conversation (tokens,), or several (N, tokens) with equally many images.
             split: Whether the images are split.
         """
         slots = self._slots[split]
@@ -93,12 +93,12 @@ class Preparer:
 
 
 def messages(conversation: Conversation, answers: list[str] | None = None) -> list[dict[str, Any]]:
-    """Return a conversation as chat messages, with bare image parts in the first.
+    """Return a conversation as chat messages, whose first has an image part for each image.
 
     Args:
-        conversation: Whose questions are asked.
-        answers: What was answered so far, as many as there are earlier turns: the messages end with
-            the next question. The whole conversation with its own answers if ``None``.
+        conversation: The conversation, with its questions and right answers.
+        answers: The answers to the first turns. The messages end with the next question. If
+            ``None``, all turns are returned with their right answers.
     """
     turns = conversation.turns
     if answers is not None:

@@ -48,7 +48,7 @@ def training_jobs(seed: int, number: int, examples: int) -> list[Job]:
 
 
 def progress_jobs(per_kind: int) -> list[Job]:
-    """Return jobs for ``per_kind`` questions of every kind, to watch training by.
+    """Return jobs that draw ``per_kind`` questions of every kind, for tests during training.
 
     The final evaluation draws other questions.
     """
@@ -81,7 +81,7 @@ class DataWorkers:
     """
 
     def __init__(self, folder: Path, count: int) -> None:
-        """Start ``count`` processes for the checkpoint in ``folder``; 0 works in this process."""
+        """Start ``count`` processes for the checkpoint in ``folder``; with 0 this process works."""
         preparer = Preparer(folder)
         tiles = preparer.image_config.tiles_per_image
         scene = tiles * preparer.image_config.longest_edge**2 * 3
@@ -98,12 +98,12 @@ class DataWorkers:
             self._pool = fork.Pool(count, _start, (self._worker,))
 
     def chunks(self, jobs: Iterable[Job]) -> Iterator[tuple[Chunk, Bytes]]:
-        """Do ``jobs``; yield what each gives, in order, with the room that its pixels lie in.
+        """Do ``jobs`` and yield their chunks in order, each with the room that holds its pixels.
 
-        The room may be read until the next one is asked for. One caller at a time.
+        A room may be read until the next chunk is requested. Only one caller at a time is allowed.
 
         Raises:
-            multiprocessing.TimeoutError: A worker did not answer for minutes.
+            multiprocessing.TimeoutError: A chunk was not done after five minutes of waiting.
             RuntimeError: ``stop`` was called.
         """
         if self._pool is None:

@@ -12,14 +12,29 @@ AT = (
 ASKED_AT = (
     ("at the top left", "in the top left corner", "in the upper left corner", "in the top left"),
     ("at the top", "at the top of the image", "in the top middle"),
-    ("at the top right", "in the top right corner", "in the upper right corner", "in the top right"),
+    (
+        "at the top right",
+        "in the top right corner",
+        "in the upper right corner",
+        "in the top right",
+    ),
     ("on the left", "on the left side", "at the left"),
     ("in the middle", "in the center", "in the middle of the image", "in the center of the image"),
     ("on the right", "on the right side", "at the right"),
-    ("at the bottom left", "in the bottom left corner", "in the lower left corner", "in the bottom left"),
+    (
+        "at the bottom left",
+        "in the bottom left corner",
+        "in the lower left corner",
+        "in the bottom left",
+    ),
     ("at the bottom", "at the bottom of the image", "in the bottom middle"),
-    ("at the bottom right", "in the bottom right corner", "in the lower right corner", "in the bottom right"),
-)  # fmt: skip
+    (
+        "at the bottom right",
+        "in the bottom right corner",
+        "in the lower right corner",
+        "in the bottom right",
+    ),
+)
 
 HOW_MANY = (
     "How many {} are there?",

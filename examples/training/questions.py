@@ -58,7 +58,7 @@ class Conversation:
     kind: str
     turns: tuple[Turn, ...]
     num_images: int = 1
-    # Puts the images after the first question instead
+    # Whether the images follow the first turn's text instead
     text_first: bool = False
 
 

@@ -31,7 +31,7 @@ class Rounds:
         self._coming: tuple[int, Future[DataSet]] | None = None
 
     def at(self, step: int) -> DataSet:
-        """Return the round of ``step``, waiting until it is made; drop it after its last step."""
+        """Return the round of ``step``, waiting until it is made, and drop the round before it."""
         number = step // self._steps
         if number != self._number or self._current is None:
             began = time.monotonic()

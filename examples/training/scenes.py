@@ -59,8 +59,10 @@ _SMOOTHING = 2
 class Item:
     """One item of a scene. Sizes and offsets are in units of a cell's shorter side."""
 
-    kind: str  # "shape", "number" or "word"
-    text: str  # the shape's name, the digits or the letters
+    # "shape", "number" or "word"
+    kind: str
+    # The shape's name, the digits or the letters
+    text: str
     color: str
     cell: int
     # A shape's diameter, or a text's greatest width
@@ -138,9 +140,9 @@ def random_scene(
     """Draw a scene of ``size`` (width, height).
 
     Args:
-        rng: The only source of chance.
-        size: Pixels, both even.
-        max_shapes: Most shapes without a text; with one it is four at most.
+        rng: The only source of randomness.
+        size: Width and height in pixels, both even.
+        max_shapes: The most shapes. A scene that prints a text has at most four.
         with_text: The share of scenes that print a number, a word or both.
         invented: The share of words that are not from ``WORDS``.
     """

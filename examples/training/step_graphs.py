@@ -48,7 +48,7 @@ class StepGraphs:
         for held, given in zip(captured.batch.inputs, batch.inputs, strict=True):
             held.copy_(given)
         captured.graph.replay()
-        # The loss is copied, because its memory is scratch of another graph
+        # The loss is copied, because another graph may overwrite its memory
         return captured.loss.clone()
 
     def _capture(self, batch: Batch) -> _Captured:

@@ -83,9 +83,9 @@ def _run(options: argparse.Namespace, workers: DataWorkers, started: float) -> N
     try:
         first = rounds.at(trainer.step)
         log(
-            f"{options.round_steps} steps have {first.num_scenes} scenes, {first.num_conversations // 2} "
-            f"conversations in {len(first.groups)} groups, {first.num_bytes / 1e9:.2f} GB of pixels, "
-            f"made in {rounds.waited:.1f} s"
+            f"{options.round_steps} steps have {first.num_scenes} scenes, "
+            f"{first.num_conversations // 2} conversations in {len(first.groups)} groups, "
+            f"{first.num_bytes / 1e9:.2f} GB of pixels, made in {rounds.waited:.1f} s"
         )
         del first
         deadline = started + 60 * options.minutes - _RESERVE_SECONDS
@@ -132,7 +132,7 @@ def _shown(exact: dict[str, float]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parse the command line."""
+    """Return the parser of the command line."""
     built = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

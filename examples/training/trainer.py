@@ -167,8 +167,8 @@ class Trainer:
     def exact_match(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the share of conversations of each kind with every answer token right.
 
-        Every answer token is the most likely one, given the right tokens before it, exactly if
-        greedy decoding gives that answer.
+        A token is right if it is the most likely one after the right tokens before it. All tokens
+        are right exactly if greedy decoding gives the answer.
         """
         right: dict[str, list[bool]] = {}
         for batch in batches:
@@ -227,7 +227,7 @@ def image_features(model: Idefics2, batch: Batch) -> Tensor:
 def _encoded(model: Idefics2, tiles: EqualTiles) -> Tensor:
     """Encode N x K tiles of one grid: (N, K, latents, hidden).
 
-    As ``Idefics2.image_features``, with the patches of all of them cut at once.
+    It computes the same as ``Idefics2.image_features``, but cuts the patches of all tiles at once.
     """
     rows, columns = tiles.grid
     side = model.config.vision.patch_size

@@ -56,7 +56,7 @@ class Batch:
     kinds: npt.NDArray[np.int8]  # (B,) on the host
     text: TextBatch
     labels: Tensor  # (B * length,) int64
-    # In this order they are the tiles of each image
+    # Concatenated in this order they are the tiles of each image
     tiles: list[EqualTiles]
 
     @property

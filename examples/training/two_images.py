@@ -111,7 +111,10 @@ def difference(first: Scene, second: Scene) -> str | None:
     other_background = first.background != second.background
     if not gone and not come:
         if other_background:
-            return f"The background is {first.background} in the first image and {second.background} in the second."
+            return (
+                f"The background is {first.background} in the first image "
+                f"and {second.background} in the second."
+            )
         return "The two images are the same."
     if not other_background and len(gone) <= 1 and len(come) <= 1:
         one = _one_change(gone[0] if gone else None, come[0] if come else None, first, second)

@@ -1,4 +1,4 @@
-"""Every kernel compiles and fits on the GPUs that it is meant for; no GPU is needed."""
+"""Tests that every kernel compiles for its GPUs and fits on them. No GPU is needed."""
 
 import json
 import os
@@ -10,10 +10,10 @@ import pytest
 from idefics2_kernels.nf4 import nf4_gemv_hopper
 from paths import TESTS
 
-# Bytes of shared memory that a thread block may use
+# Bytes of shared memory that a thread block may use, by architecture
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-# The tensor core instructions of Hopper that each head dim must use. 72 is 64 + 16 columns, 96 is
-# 64 + 32.
+# The shapes of the tensor core instructions that a case must use on Hopper. A head dim of 72 is
+# computed as 64 + 16 columns, a head dim of 96 as 64 + 32.
 WGMMA = {
     "flash_attention-plain-text-causal-16k": ["64x128x16"],
     "flash_attention-plain-vision-4900": ["64x16x16", "64x64x16"],
@@ -39,15 +39,17 @@ DEPENDENT = {
     "_silu_mul_kernel",
     "_split_k_kernel",
 }
-# On Hopper these are codes and x for three stages, and x once more. A decoded tile of the weight
-# would take another 32 KB.
+# Bytes of shared memory on Hopper: 19 KB for each of two buffers (codes 8, x 8, nested absmax,
+# offset and nested code 1 each), and 8 KB for x as the product's operand. A decoded tile of the
+# weight would take another 32 KB.
 NF4_SHARED_MEMORY = {"nf4_matmul-plain-28672x4096-m1": 47104}
-# The size of NF4's table, which is at the start of shared memory. Nothing else may begin before
-# its end.
+# Bytes of NF4's table. It is at the start of shared memory in the kernels for few and many rows,
+# whose first access at another constant offset must be at the table's end. The kernel for one row
+# must have no such access before the end of its ``MEMORY``.
 NF4_TABLE = 64 * 1024
-# The number of waits for tensor cores on Hopper: one for each of two steps, in each of two
-# warpgroups. If ptxas runs short of registers, it adds a wait after every product, and its warning
-# is shown nowhere.
+# The number of instructions in the machine code that wait for Hopper's tensor cores. The kernel's
+# loop has two steps with a wait each, and each of two warpgroups has its own copy of the loop. If
+# ptxas runs short of registers, it adds waits between the products. Triton hides its warning.
 NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x4096-m256": 4}
 
 
@@ -55,7 +57,7 @@ NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x409
 def test_model_shapes_compile_and_fit(arch: int) -> None:
     # A separate process is needed, because the import of a kernel decides whether Triton interprets
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # The oldest supported version is in an environment of its own
+    # COMPILE_PYTHON may name the Python of an environment with another version of Triton
     python = os.environ.get("COMPILE_PYTHON", sys.executable)
     script = TESTS / "tools" / "compile_catalog.py"
     done = subprocess.run(

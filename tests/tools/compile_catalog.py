@@ -62,10 +62,10 @@ def _digest(sass: str) -> str:
     return hashlib.sha256(re.sub(r"\(\S*@\S*\)", "()", "\n".join(lines)).encode()).hexdigest()
 
 
-# The loads that must come after the wait, for kernels that load something before it. NF4's kernels
-# load the weight before the wait. They load x by copies to shared memory, or with a hint to keep it
-# in the L1 cache. Other kernels read before the wait, past the L1 cache, the values that decide
-# what to prefetch.
+# Patterns of the loads that must follow the wait, for kernels that also load before it. NF4's
+# kernels load the weight before it, with ordinary loads. They load x with copies to shared memory
+# (LDGSTS) or with a hint to keep it in the L1 cache (EL). The other kernels load the values that
+# decide what to prefetch before it. Those loads bypass the L1 cache (STRONG).
 _NOT_A_LOOK = r"LDG(?!\S*\.STRONG)|LDGSTS"
 _LOADS = {
     "_few_rows_hopper_kernel": "LDGSTS",
@@ -77,7 +77,10 @@ _LOADS = {
 
 
 def _waits_first(kernel: str, sass: str) -> bool:
-    """Return whether programs wait for the previous kernel before they access dependent memory."""
+    """Return whether the wait for the previous kernel (ACQBULK) comes first in the machine code.
+
+    It must precede the loads of ``_LOADS``, or all loads of other kernels, and all writes.
+    """
     loads = _LOADS.get(kernel, "LDG|LDGSTS")
     found = re.search(rf"\b(?:ACQBULK|{loads}|UTMALDG|STG|ATOMG|REDG?)\b", sass)
     return found is not None and found[0] == "ACQBULK"
@@ -86,7 +89,7 @@ def _waits_first(kernel: str, sass: str) -> bool:
 def main(arch: int) -> None:
     """Compile for ``sm_<arch>``."""
     driver.set_active(_AbsentGPU(arch))
-    # Tensors may be on the CPU
+    # With this setting the wrappers accept tensors that are not on a CUDA device
     checks.INTERPRETED = True
     launch = JITFunction.run
     seen: set[str] = set()
@@ -110,6 +113,8 @@ def main(arch: int) -> None:
                 "waits": sass.count("WARPGROUP.DEPBAR"),
                 "wgmma": sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass))),
             }
+            # The kernel addresses the start of shared memory in assembly, where NF4's table may be.
+            # The first access at a constant offset after the start is reported.
             if "mov.u32 $0, global_smem" in compiled.asm["llir"]:
                 offsets = re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"])
                 report["behind_table"] = min(map(int, offsets), default=compiled.metadata.shared)

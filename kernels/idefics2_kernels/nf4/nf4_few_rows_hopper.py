@@ -49,7 +49,7 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 BLOCK_K = 256
 # Bytes of shared memory for x, in addition to the table.
 X_MEMORY = 128 * 1024
-# Bytes of shared memory of which only one program fits on an SM.
+# A program with so many bytes of shared memory shares its SM with no other such program.
 ALONE = 116 * 1024
 MAX_M = 64
 # With at least this many rows of the weight, it is worth reading all of x in every program.
@@ -88,9 +88,9 @@ class LaunchConfig:
     def pages(self) -> int:
         """The number of pages of shared memory: the table, nested codes, and x.
 
-        There are at least so many that a program of the next kernel does not fit on the same SM.
-        Otherwise some SMs would get two programs of a launch and others none, and the launch would
-        take twice as long.
+        They have at least ``ALONE`` bytes, so two programs do not fit on one SM. Otherwise some
+        SMs would get two programs of a launch and others none, and the launch would take twice as
+        long.
         """
         x = self.BUFFERS * self.TURNS * self.WARPS_K * self.X_ROWS * 2 * BLOCK_K
         return -(-max(MEMORY + PAGE + x, ALONE) // PAGE)
@@ -129,13 +129,15 @@ def launch_config(M: int, N: int, K: int) -> LaunchConfig:
     def program_rows(ROWS: int) -> int:
         return -(-N // (ROWS * H100_SMS)) * ROWS
 
-    # With 32 rows per warp, x is read half as often, but there are half as many warps along N. It
-    # is used only if there are still eight. Measured on an H100 with 16 rows of x: 28672 x 4096
-    # takes 38 us, 4096 x 14336 takes 27 us and 6144 x 4096 takes 13 us. The other choice takes 49,
-    # 38 and 16 us. Loading three turns ahead, or 16 warps, was never faster.
+    # A warp with 32 rows of the weight reads x half as often per row as one with 16, but a program
+    # has only half as many groups of rows for its warps. 32 rows are chosen only if there are at
+    # least five groups, so that ``WARPS_N`` is 8. Measured on an H100 with 16 rows of x: 28672 x
+    # 4096 (32 rows) takes 38 us, 4096 x 14336 (16 rows) 27 us and 6144 x 4096 (16 rows) 13 us. With
+    # the other number of rows they take 49, 38 and 16 us. Loading three turns ahead, or 16 warps,
+    # was never faster.
     ROWS = 32 if program_rows(32) > 128 else 16
     WARPS_N = min(triton.next_power_of_2(program_rows(ROWS) // ROWS), 8)
-    # A buffer must hold x for at least one turn.
+    # The most warps along K for which one of two buffers holds x for at least one turn.
     most = X_MEMORY // 2 // (2 * _x_rows(M) * BLOCK_K)
     return complete_config(M, K, ROWS, WARPS_N, min(8 // WARPS_N, most))
 
@@ -407,8 +409,9 @@ def _few_rows_hopper_kernel(
     rounds = gl.cdiv(groups, WARPS_N)
     chunks = gl.cdiv(turns, TURNS)
 
-    # The largest allocation is placed first. The table is its beginning, so the table's address is
-    # the start of shared memory.
+    # Triton places the largest allocation at the start of shared memory. This one begins with the
+    # table, so the table's address is ``global_smem``. The compiler does not see that assembly
+    # reads the table, so the allocation is kept alive to the end.
     smem = gl.allocate_shared_memory(
         gl.float32,
         [PAGES, PAGE_BYTES // 4],
@@ -458,7 +461,7 @@ def _few_rows_hopper_kernel(
     smem.index(TABLE_BYTES // PAGE_BYTES).store(nested_code)
     if BUFFERS == 1:
         async_copy.wait_group(0)
-    # The assembly returns the address after the barrier, so no look-up can be moved before it.
+    # The assembly returns the address after the barrier, so no look-up can move before the barrier.
     table = gl.inline_asm_elementwise(
         "bar.sync 0; mov.u32 $0, global_smem;", "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )

@@ -48,10 +48,10 @@ COLUMNS = 2048
 MAX_WARPS = 16
 # Rounds whose codes are loaded or prefetched before the previous kernel ends.
 PREFETCHED = gl.constexpr(4)
-# Bytes of shared memory. The sums of warps and the nested codes come first. The table follows at a
-# multiple of 64 KB, so that an address in it consists of two bytes of the base, a byte of codes and
-# a lane's place. The total is so large that a program of the next kernel does not fit on the same
-# SM. Otherwise some SMs would get two programs of a launch and others none.
+# Bytes of shared memory: the nested codes, the sums of warps, and the table. The table's address is
+# a multiple of 64 KB, so that an address in it consists of two bytes of the base, a byte of codes
+# and a lane's place. The total is so large that two programs do not fit on one SM. Otherwise some
+# SMs would get two programs of a launch and others none.
 MEMORY = 128 * 1024
 NESTED_MEMORY = 1024
 PARTS_MEMORY = 62 * 1024
@@ -297,7 +297,7 @@ def _gemv_kernel(
         _right(x_ptr, 1, steps, WARPS_K, X, PRODUCT),
     )
     smem.index(0).store(code)
-    # The assembly returns the address after the barrier, so no read can be moved before it.
+    # The assembly returns the address after the barrier, so no read can move before the barrier.
     table = gl.inline_asm_elementwise(
         "bar.sync 0; " + _TABLE, "=r,r", [steps], gl.int32, is_pure=False, pack=1
     )

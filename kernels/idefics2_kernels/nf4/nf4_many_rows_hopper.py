@@ -276,8 +276,8 @@ def _load_absmax(absmax, smem, barriers, tiles, steps, sizes, GROUP_M: gl.conste
         parts1 = _load_parts(absmax, blocks1, mask1)
         for k in range(steps):
             value0, value1 = _absmax(absmax, parts0, mask0), _absmax(absmax, parts1, mask1)
-            # The next step's parts are loaded during the wait for a stage. The last step loads its
-            # own parts again.
+            # The next step's parts are loaded during the wait for a stage. After the last block of
+            # a row its parts are loaded again.
             after = gl.minimum(k + 1, blocks - 1)
             parts0 = _load_parts(absmax, blocks0 + after, mask0)
             parts1 = _load_parts(absmax, blocks1 + after, mask1)
@@ -439,8 +439,9 @@ def _many_rows_kernel(
 ):
     CODES: gl.constexpr = STAGES * CONSUMERS
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # The largest allocation is placed first. The table is its beginning, so the table's address is
-    # the start of shared memory.
+    # Triton places the largest allocation at the start of shared memory. This one begins with the
+    # table, so the table's address is ``global_smem``. The compiler does not see that assembly
+    # reads the table, so the allocation is kept alive to the end.
     TABLE_PAGES: gl.constexpr = TABLE_BYTES // PAGE_BYTES
     X_PAGES: gl.constexpr = STAGES * BLOCK_M * BLOCK * 2 // PAGE_BYTES
     pages = gl.allocate_shared_memory(gl.float32, [TABLE_PAGES + X_PAGES, PAGE_BYTES // 4], PLAIN)

@@ -22,8 +22,8 @@ from idefics2_kernels.nf4.nf4_weight import NF4Weight
 BLOCK = tl.constexpr(tables.BLOCK)
 NESTED_BLOCK = tl.constexpr(tables.NESTED_BLOCK)
 LAST_BIN = tl.constexpr(float(tables.BINS - 1))
-# The reciprocal of a smaller absmax would overflow. The number is below the normal fp32 range, so
-# Triton would take a plain constant for a float64.
+# The least divisor, as in bitsandbytes. Its reciprocal is finite. The number is below the normal
+# fp32 range, so Triton would make a plain constant a float64.
 SMALLEST = tl.constexpr(1e-38)
 # The shift from blocks to nested blocks. A division would also test the sign.
 NESTED_SHIFT = tl.constexpr(tables.NESTED_BLOCK.bit_length() - 1)
