@@ -4,7 +4,7 @@ The kernels leave the rows of padding undefined. Here these rows are NaN, so a t
 reach no result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,8 +45,10 @@ def _flash_attention(
     count = int(cu_seqlens[-1])
     if not count:
         return torch.full_like(q, torch.nan)
-    real = (tensor[:count] for tensor in (q, k, v))
-    return _padded(REFERENCE.flash_attention(*real, cu_seqlens, max_seqlen, **options), len(q))
+    out = REFERENCE.flash_attention(
+        q[:count], k[:count], v[:count], cu_seqlens, max_seqlen, **options
+    )
+    return _padded(out, len(q))
 
 
 def _paged_attention(q: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -55,10 +57,20 @@ def _paged_attention(q: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return _padded(REFERENCE.paged_attention(q[:count], *arguments, **options), len(q))
 
 
-def _patches(pixels: Tensor, cu_seqlens: Tensor, widths: Tensor, size: int, *rest: Any) -> Tensor:
-    values = REFERENCE.patches(pixels, cu_seqlens, widths, size, *rest)
-    mean = rest[1]
-    return _padded(values, len(pixels) // (size**2 * len(mean)))
+def _patches(
+    pixels: Tensor,
+    cu_seqlens: Tensor,
+    widths: Tensor,
+    patch_size: int,
+    rescale_factor: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    values = REFERENCE.patches(
+        pixels, cu_seqlens, widths, patch_size, rescale_factor, mean, std, dtype
+    )
+    return _padded(values, len(pixels) // (patch_size**2 * len(mean)))
 
 
 PADDED_REFERENCE = replace(
