@@ -78,16 +78,18 @@ class TextGraphs:
         def empty(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             return torch.empty((rows, columns), device=model.device, dtype=dtype)
 
-        most = max(packed_length(padded(NOTHING, shape).arrays()) for shape in shapes)
-        self._inputs = empty(1, most, torch.int32)[0]
+        length = max(packed_length(padded(NOTHING, shape).arrays()) for shape in shapes)
+        self._inputs = empty(1, length, torch.int32)[0]
         self._logits = empty(self.decode_sizes[-1], text.padded_vocab_size, model.dtype)
         self.hidden = empty(self.token_sizes[-1], text.hidden_size, model.dtype)
         """(tokens, hidden) of the last step that was not a decode step."""
+        most, least = self.token_sizes[-1], self.token_sizes[0]
         begin = time.perf_counter()
         # The largest graph is captured first, and the others reuse its memory
         self._captured = {
             (shape.tokens, shape.has_images): pool.capture(
-                self._forward(shape), warm_up=not shape.has_images or shape is shapes[-1]
+                self._forward(shape),
+                warm_up=not shape.has_images or shape.tokens in (most, least),
             )
             for shape in sorted(shapes, key=lambda shape: -shape.tokens)
         }
