@@ -29,16 +29,16 @@ class GraphPool:
 
         Args:
             forward: Launches kernels on fixed tensors, without waiting for the device.
-            warm_up: Whether to run it once before. Kernels must not be compiled, and libraries must
-                not be initialized, during the capture.
+            warm_up: Whether to run it once before, which initializes libraries and the kernels'
+                counters. The largest forward pass of a kind needs it.
         """
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             if warm_up:
                 forward()
-            # Other threads may allocate memory meanwhile
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            # Kernels may be compiled and loaded during a capture, and other threads may allocate
+            graph.capture_begin(self._pool, capture_error_mode="relaxed")
             try:
                 forward()
             finally:

@@ -25,7 +25,7 @@ MAX_PATCHES = 16384
 MAX_IMAGES = 32
 """Most images of a graph."""
 # Half of a step is padded on average
-_PATCH_STEPS = [(4096, 128), (8192, 256), (MAX_PATCHES, 512)]
+_PATCH_STEPS = [(2048, 128), (8192, 256), (MAX_PATCHES, 512)]
 _IMAGE_STEPS = [(4, 1), (8, 2), (MAX_IMAGES, 4)]
 
 Encode = tuple[Tile, int]
@@ -81,11 +81,11 @@ class ImageGraphs:
         begin = time.perf_counter()
         # The largest graph is captured first, and the others reuse its memory
         self._towers = {
-            size: pool.capture(self._tower(size), warm_up=size in (most, self.patch_sizes[0]))
+            size: pool.capture(self._tower(size), warm_up=size == most)
             for size in reversed(self.patch_sizes)
         }
         self._perceivers = {
-            size: pool.capture(self._perceiver(size), warm_up=True)
+            size: pool.capture(self._perceiver(size), warm_up=size == self.image_sizes[-1])
             for size in reversed(self.image_sizes)
         }
         _logger.info(

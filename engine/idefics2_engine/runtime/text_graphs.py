@@ -31,10 +31,10 @@ MAX_SEQUENCES = 512
 """Most sequences of a graph."""
 MAX_TOKENS = 8192
 """Most tokens of a graph. For larger steps, launches take the host less time than the device."""
-# Up to 64 rows, the time of a product is that of reading its weight, whatever the number of rows
-_DECODE_STEPS = [(1, 1), (2, 1), (4, 2), (64, 4), (MAX_SEQUENCES, 16)]
-# Products compute tiles of 128 tokens. Half of a step is padded on average
-_TOKEN_STEPS = [(1024, 64), (4096, 128), (MAX_TOKENS, 256)]
+# The time of a decode step is mostly that of reading the weights, whatever the number of rows
+_DECODE_STEPS = [(1, 1), (2, 1), (4, 2), (64, 8), (MAX_SEQUENCES, 16)]
+# Half of a step is padded on average
+_TOKEN_STEPS = [(1024, 64), (2048, 128), (4096, 256), (MAX_TOKENS, 512)]
 
 
 class TextGraphs:
@@ -83,13 +83,13 @@ class TextGraphs:
         self._logits = empty(self.decode_sizes[-1], text.padded_vocab_size, model.dtype)
         self.hidden = empty(self.token_sizes[-1], text.hidden_size, model.dtype)
         """(tokens, hidden) of the last step that was not a decode step."""
-        most, least = self.token_sizes[-1], self.token_sizes[0]
+        most, largest = self.token_sizes[-1], self.decode_sizes[-1]
         begin = time.perf_counter()
         # The largest graph is captured first, and the others reuse its memory
         self._captured = {
             (shape.tokens, shape.has_images): pool.capture(
                 self._forward(shape),
-                warm_up=not shape.has_images or shape.tokens in (most, least),
+                warm_up=shape.tokens in (most, largest),
             )
             for shape in sorted(shapes, key=lambda shape: -shape.tokens)
         }

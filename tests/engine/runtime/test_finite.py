@@ -17,6 +17,7 @@ from idefics2_engine.errors import RequestFailedError
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.model.text import rotary_table
 from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from oracle import random_image
@@ -170,7 +171,8 @@ def test_float16_overflows(make: Make, part: str) -> None:
 def test_pixels_divided_by_almost_nothing(make: Make) -> None:
     llm = make()
     runner = llm.engine.runner
-    runner.image_config = replace(runner.image_config, std=(1e-46,) * 3)
+    image_config = replace(runner.image_config, std=(1e-46,) * 3)
+    llm.engine.runner = Runner(llm.model, runner.kv_cache, image_config, llm.engine.config)
     with_picture, words = llm.generate([prompt(1, 900, picture=PICTURE), prompt(1, 900)], GREEDY)
     assert_failed(with_picture)
     assert_equal(words, make().generate([prompt(1, 900)], GREEDY)[0])

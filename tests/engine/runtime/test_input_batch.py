@@ -82,7 +82,7 @@ def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
 
 @pytest.mark.parametrize(
     ("most", "sizes"),
-    [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (17, [1, 2, 4, 8, 12, 16, 20])],
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (17, [1, 2, 4, 8, 16, 24])],
 )
 def test_sizes_of_decode_graphs(most: int, sizes: list[int]) -> None:
     assert decode_sizes(most) == sizes
