@@ -60,7 +60,7 @@ def sizes_up_to(most: int, steps: Sequence[tuple[int, int]]) -> list[int]:
     sizes: list[int] = []
     for limit, step in steps:
         begin = sizes[-1] if sizes else 0
-        sizes += range(begin + step, limit + 1, step)
+        sizes += range(begin // step * step + step, limit + 1, step)
     return sizes[: bisect_left(sizes, most) + 1]
 
 
