@@ -109,9 +109,12 @@ class ImageGraphs:
         joined = torch.empty(sum(map(len, pixels)), dtype=torch.uint8, pin_memory=on_gpu)
         np.concatenate(pixels, out=joined.numpy())
         self._pixels[: len(joined)].copy_(joined, non_blocking=True)
-        positions = np.concatenate([tile.position_ids() for tile in tiles]).astype(np.int32)
-        to_device([*self._sizes(batch), positions], self.model.device, self._inputs)
+        positions = np.concatenate([tile.position_ids() for tile in tiles])
         size = next_size(self.patch_sizes, len(positions))
+        # Padding patches need a valid position too
+        padded = np.zeros(size, np.int32)
+        padded[: len(positions)] = positions
+        to_device([*self._sizes(batch), padded], self.model.device, self._inputs)
         self.num_padded_patches += size - len(positions)
         self._towers[size].replay()
         self._perceivers[next_size(self.image_sizes, len(tiles))].replay()
