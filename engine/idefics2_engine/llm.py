@@ -134,7 +134,7 @@ class LLM:
 
         def build_engine() -> Engine:
             if on.type == "cuda":
-                torch.cuda.set_device(on)
+                torch.cuda.set_device(self.model.device)
             return Engine(
                 self.model,
                 self.processor.tokenizer,
