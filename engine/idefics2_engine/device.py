@@ -69,21 +69,34 @@ def to_device(
     Args:
         arrays: The arrays.
         device: The device.
-        into: Storage of the views of an earlier call with arrays of the same lengths, to reuse.
+        into: Memory on the device to copy to, with room for ``packed_length`` elements. Arrays of the
+            same lengths have the same places in it.
 
     Returns:
         A view on the device for each array.
     """
-    starts = [0, *np.cumsum([-(-len(array) // _ALIGNMENT) * _ALIGNMENT for array in arrays])]
+    starts = _starts(arrays)
     dtype = torch.from_numpy(arrays[0]).dtype
-    joined = torch.empty(int(starts[-1]), dtype=dtype, pin_memory=device.type == "cuda")
+    joined = torch.empty(starts[-1], dtype=dtype, pin_memory=device.type == "cuda")
     for start, array in zip(starts, arrays, strict=False):
         joined[start : start + len(array)] = torch.from_numpy(array)
     if into is None:
         there = joined.to(device, non_blocking=True)
     else:
-        there = into.copy_(joined, non_blocking=True)
+        there = into[: len(joined)].copy_(joined, non_blocking=True)
     return [there[start : start + len(a)] for start, a in zip(starts, arrays, strict=False)]
+
+
+def packed_length(arrays: Sequence[np.ndarray]) -> int:
+    """Return the elements that ``to_device`` needs for ``arrays``, each aligned to 16 bytes."""
+    return _starts(arrays)[-1]
+
+
+def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
+    starts = [0]
+    for array in arrays:
+        starts.append(starts[-1] - (-len(array) // _ALIGNMENT) * _ALIGNMENT)
+    return starts
 
 
 class ToHost:

@@ -4,6 +4,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -130,14 +131,23 @@ class LLM:
         self.config = self.model.config
         self.engine_config = fit_kv_cache(options, sizes, self.model)
         generation = generation_config(folder, self.processor.tokenizer)
-        self.engine = Engine(
-            self.model,
-            self.processor.tokenizer,
-            self.processor.image_config,
-            generation,
-            self.engine_config,
-            min_p_first=options.sampling_order == "vllm",
-        )
+
+        def build_engine() -> Engine:
+            if on.type == "cuda":
+                torch.cuda.set_device(self.model.device)
+            return Engine(
+                self.model,
+                self.processor.tokenizer,
+                self.processor.image_config,
+                generation,
+                self.engine_config,
+                min_p_first=options.sampling_order == "vllm",
+            )
+
+        # The default device of this thread is a mode that intercepts each call of PyTorch. It would
+        # add a third to the time of capturing graphs
+        with ThreadPoolExecutor(1, "idefics2-build") as builder:
+            self.engine = builder.submit(build_engine).result()
         self.request_builder = RequestBuilder(
             self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )

@@ -96,7 +96,9 @@ class PagedView(_Movable):
 class TextBatch(_Movable):
     """B sequences packed into T tokens, with or without a KV cache.
 
-    ``logits_indices`` are the tokens that get logits; all of them if ``None``.
+    ``logits_indices`` are the tokens that get logits; all of them if ``None``. ``feature_rows`` are
+    the rows of the image features for image tokens and -1 for other tokens. If ``None``, the image
+    tokens take the features in order.
     """
 
     input_ids: Tensor  # (T,) int32 or int64
@@ -105,6 +107,7 @@ class TextBatch(_Movable):
     max_seqlen: int
     logits_indices: Tensor | None = None
     paged: PagedView | None = None
+    feature_rows: Tensor | None = None  # (T,) int32
 
     @classmethod
     def from_ids(cls, sequences: Sequence[Sequence[int]]) -> "TextBatch":

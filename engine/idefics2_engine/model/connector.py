@@ -28,20 +28,23 @@ class PerceiverAttention(nn.Module):
         self.ops = ops
 
     def forward(
-        self, latents: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self, latents: Tensor, keys_values: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> Tensor:
-        """Update ``latents`` (N, L, hidden) from ``context`` (P, hidden) by ``cu_seqlens``."""
+        """Update ``latents`` (N, L, hidden) from patches by ``cu_seqlens``.
+
+        ``keys_values`` (P, 2 * H_KV * D) is ``kv_proj`` of the normalized patches.
+        """
         q = self.q_proj(latents).unflatten(-1, (-1, self.head_dim))
-        k_latents, v_latents = self._keys_and_values(latents)
-        k_context, v_context = self._keys_and_values(context)
+        k_latents, v_latents = self._split(self.kv_proj(latents))
+        k_context, v_context = self._split(keys_values)
         out = self.ops.perceiver_attention(
             q, k_context, v_context, k_latents, v_latents, cu_seqlens, max_seqlen
         )
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
 
-    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.kv_proj(x).unflatten(-1, (2, -1, self.head_dim)).unbind(-3)
+    def _split(self, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = keys_values.unflatten(-1, (2, -1, self.head_dim)).unbind(-3)
         return k, v
 
 
@@ -57,11 +60,16 @@ class PerceiverLayer(nn.Module):
         self.mlp_norm = RMSNorm(hidden, eps, ops)
         self.mlp = GatedMLP(hidden, config.intermediate_size, hidden, ops)
 
+    def keys_values(self, context: Tensor) -> Tensor:
+        """Map ``context`` (P, hidden) to the keys and values that latents attend to."""
+        projected: Tensor = self.attention.kv_proj(self.context_norm(context))
+        return projected
+
     def forward(
-        self, x: Tensor, residual: Tensor, context: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self, x: Tensor, residual: Tensor, keys_values: Tensor, cu_seqlens: Tensor, max_seqlen: int
     ) -> tuple[Tensor, Tensor]:
         """Map ``x`` (N, L, hidden), the norm of ``residual``, to a branch and its residual."""
-        x = self.attention(x, self.context_norm(context), cu_seqlens, max_seqlen)
+        x = self.attention(x, keys_values, cu_seqlens, max_seqlen)
         x, residual = self.mlp_norm.add(x, residual)
         return self.mlp(x), residual
 
@@ -75,14 +83,22 @@ class Perceiver(nn.Module):
         self.layers = nn.ModuleList(PerceiverLayer(config, ops) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(self, context: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Resample ``context`` (P, hidden) of N images to (N, L, hidden)."""
+    def keys_values(self, context: Tensor) -> list[Tensor]:
+        """Map ``context`` (P, hidden) to the keys and values of each layer, (P, 2 * H_KV * D).
+
+        They do not depend on the latents.
+        """
+        layers = cast(Sequence[PerceiverLayer], self.layers)
+        return [layer.keys_values(context) for layer in layers]
+
+    def forward(self, keys_values: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Resample the patches of N images to (N, L, hidden), from their ``keys_values``."""
         residual = self.latents.expand(cu_seqlens.shape[0] - 1, -1, -1)
         layers = cast(Sequence[PerceiverLayer], self.layers)
         next_norms = [*(layer.latents_norm for layer in layers[1:]), self.norm]
         x: Tensor = layers[0].latents_norm(residual)
-        for layer, next_norm in zip(layers, next_norms, strict=True):
-            branch, residual = layer(x, residual, context, cu_seqlens, max_seqlen)
+        for layer, next_norm, own in zip(layers, next_norms, keys_values, strict=True):
+            branch, residual = layer(x, residual, own, cu_seqlens, max_seqlen)
             x, residual = next_norm.add(branch, residual)
         return x
 
@@ -98,7 +114,11 @@ class Connector(nn.Module):
         )
         self.perceiver = Perceiver(config.perceiver, ops)
 
+    def keys_values(self, features: Tensor) -> list[Tensor]:
+        """Map ``features`` (P, vision hidden) to the keys and values of the perceiver's layers."""
+        return self.perceiver.keys_values(self.projection(features))
+
     def forward(self, features: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Map ``features`` (P, vision hidden) of N images to (N, latents, text hidden)."""
-        out: Tensor = self.perceiver(self.projection(features), cu_seqlens, max_seqlen)
+        out: Tensor = self.perceiver(self.keys_values(features), cu_seqlens, max_seqlen)
         return out

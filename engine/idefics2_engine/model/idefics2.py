@@ -123,26 +123,57 @@ class Idefics2(nn.Module):
                 assertion, like an invalid token id. With a KV cache there are no checks, because
                 the engine has checked the requests.
         """
-        if batch.paged is None:
-            self._check(batch, image_features)
-        hidden = self.text(self.embed(batch.input_ids, image_features), batch, kv_cache)
+        hidden = self.hidden_states(batch, image_features, kv_cache)
         if batch.logits_indices is not None:
             hidden = hidden[batch.logits_indices]
+        return self.logits(hidden)
+
+    def hidden_states(
+        self,
+        batch: TextBatch,
+        image_features: Tensor | None = None,
+        kv_cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Return the normalized hidden states (T, hidden) of every token of ``batch``.
+
+        Raises as ``forward``.
+        """
+        if batch.paged is None:
+            self._check(batch, image_features)
+        embeds = self.embed(batch.input_ids, image_features, batch.feature_rows)
+        hidden: Tensor = self.text(embeds, batch, kv_cache)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (rows, hidden) to logits (rows, vocabulary)."""
         logits = self.ops.linear(hidden, self.lm_head)
         return logits[:, : self.config.text.vocab_size]
 
-    def embed(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
-        """Embed ``input_ids`` (T,), with ``image_features`` at the image tokens: (T, hidden)."""
+    def embed(
+        self,
+        input_ids: Tensor,
+        image_features: Tensor | None = None,
+        feature_rows: Tensor | None = None,
+    ) -> Tensor:
+        """Embed ``input_ids`` (T,), with ``image_features`` at the image tokens: (T, hidden).
+
+        ``feature_rows`` (T,) is the row of ``image_features`` (..., hidden) for each token, or -1
+        for a token with an embedding of its own. If ``None``, the image tokens take the features in
+        order.
+        """
         # The padding rows are cut off, so that ids beyond the vocabulary are errors
         tokens = self.text.embedding[: self.config.text.vocab_size]
         embeds = nn.functional.embedding(input_ids, tokens)
         if image_features is None:
             return embeds
-        is_image = input_ids == self.config.image_token_id
-        # Each image token looks up its row, as masked_scatter's backward would wait for the device
-        rows = (is_image.cumsum(0) - 1).clamp(min=0)
+        if feature_rows is None:
+            is_image = input_ids == self.config.image_token_id
+            # Each image token looks up its row, as masked_scatter's backward would wait for the
+            # device
+            feature_rows = torch.where(is_image, is_image.cumsum(0) - 1, -1)
         features = image_features.flatten(0, -2).to(embeds.dtype)
-        return torch.where(is_image[:, None], nn.functional.embedding(rows, features), embeds)
+        looked_up = nn.functional.embedding(feature_rows.clamp(min=0), features)
+        return torch.where(feature_rows[:, None] >= 0, looked_up, embeds)
 
     def _check(self, batch: TextBatch, image_features: Tensor | None) -> None:
         positions = self.config.text.max_positions

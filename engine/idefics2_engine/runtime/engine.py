@@ -75,14 +75,7 @@ class Engine:
         kv_cache = KVCache(
             model.config.text, config.num_pages, config.page_size, model.device, model.dtype
         )
-        self.runner = Runner(
-            model,
-            kv_cache,
-            image_config,
-            config.max_cached_images,
-            config.max_num_seqs,
-            self.scheduler.pages.pages_for(config.max_model_len) if config.cuda_graphs else None,
-        )
+        self.runner = Runner(model, kv_cache, image_config, config)
         self.stats = EngineStats()
         self.sampler = Sampler(
             model.ops,

@@ -28,8 +28,10 @@ class PackedStep:
         cu_seqlens: (B + 1,) first token of each chunk, then T.
         context_lens: (B,) tokens of each sequence, this step's included.
         block_table: (B, W) pages of each sequence.
-        logits_indices: Tokens whose logits are needed.
-        image_rows: Row of the encoder cache for each image token, in order.
+        sampled: Tokens whose logits choose the next token, one for each chunk that samples.
+        scored: Prompt tokens whose logits score the following token.
+        feature_rows: (T,) row of the encoder cache for an image token, -1 for other tokens. Empty
+            if no chunk has an image.
         max_seqlen: Tokens of the longest chunk.
         is_decode: Whether every chunk is one text token that draws the next one.
     """
@@ -40,13 +42,14 @@ class PackedStep:
     cu_seqlens: Ints
     context_lens: Ints
     block_table: Ints
-    logits_indices: Ints
-    image_rows: Ints
+    sampled: Ints
+    scored: Ints
+    feature_rows: Ints
     max_seqlen: int
     is_decode: bool
 
     def arrays(self) -> list[Ints]:
-        """Return all arrays, flat, in the order in which ``text_batch`` expects their copies."""
+        """Return the arrays of a forward pass, flat, in the order that ``text_batch`` expects."""
         return [
             self.input_ids,
             self.positions,
@@ -54,9 +57,28 @@ class PackedStep:
             self.cu_seqlens,
             self.context_lens,
             self.block_table.ravel(),
-            self.logits_indices,
-            self.image_rows,
+            self.sampled,
+            self.feature_rows,
         ]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Sizes to which a step is padded.
+
+    Attributes:
+        tokens: Tokens.
+        sequences: Chunks.
+        width: Pages of a sequence.
+        rows: Tokens that sample. 0 if every token does.
+        has_images: Whether tokens may be image tokens.
+    """
+
+    tokens: int
+    sequences: int
+    width: int
+    rows: int = 0
+    has_images: bool = False
 
 
 def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents: int) -> PackedStep:
@@ -83,8 +105,9 @@ def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents:
         cu_seqlens=cu_seqlens,
         context_lens=begins + lengths,
         block_table=tables,
-        logits_indices=_wanted(chunks, cu_seqlens),
-        image_rows=_image_rows(chunks, num_latents),
+        sampled=(cu_seqlens[1:] - 1)[[chunk.samples for chunk in chunks]],
+        scored=_scored(chunks, cu_seqlens),
+        feature_rows=_feature_rows(chunks, cu_seqlens, num_latents),
         max_seqlen=int(lengths.max()),
         is_decode=all(
             chunk.samples and chunk.end - chunk.begin == 1 and not chunk.scores and not chunk.images
@@ -101,36 +124,43 @@ NOTHING = PackedStep(
     cu_seqlens=np.zeros(1, np.int32),
     context_lens=_NONE,
     block_table=_NONE.reshape(0, 0),
-    logits_indices=_NONE,
-    image_rows=_NONE,
+    sampled=_NONE,
+    scored=_NONE,
+    feature_rows=_NONE,
     max_seqlen=1,
     is_decode=True,
 )
 """A step without chunks, for ``padded``."""
 
 
-def padded(packed: PackedStep, size: int, width: int) -> PackedStep:
-    """Return ``packed`` padded to ``size`` decoding sequences with ``width`` pages each.
+def padded(packed: PackedStep, shape: StepShape) -> PackedStep:
+    """Return ``packed`` padded to ``shape``, which it must fit.
 
-    Padding sequences have no query, so kernels neither read nor write for them.
+    Padding tokens belong to no sequence and have no slot, and padding sequences have no query, so
+    kernels neither read nor write the KV cache for them.
     """
-    count = len(packed.input_ids)
-    table = np.zeros((size, width), np.int32)
-    table[:count, : packed.block_table.shape[1]] = packed.block_table
-
-    def filled(array: Ints, length: int, value: int) -> Ints:
-        return np.pad(array, (0, length - len(array)), constant_values=value)
-
+    count, sequences = len(packed.input_ids), len(packed.context_lens)
+    table = np.zeros((shape.sequences, shape.width), np.int32)
+    table[:sequences, : packed.block_table.shape[1]] = packed.block_table
     return replace(
         packed,
-        input_ids=filled(packed.input_ids, size, 0),
-        positions=filled(packed.positions, size, 0),
-        slots=filled(packed.slots, size, -1),
-        cu_seqlens=filled(packed.cu_seqlens, size + 1, count),
-        context_lens=filled(packed.context_lens, size, 0),
+        input_ids=_filled(packed.input_ids, shape.tokens, 0),
+        positions=_filled(packed.positions, shape.tokens, 0),
+        slots=_filled(packed.slots, shape.tokens, -1),
+        cu_seqlens=_filled(packed.cu_seqlens, shape.sequences + 1, count),
+        context_lens=_filled(packed.context_lens, shape.sequences, 0),
         block_table=table,
-        logits_indices=_NONE,
+        sampled=_filled(packed.sampled, shape.rows, 0) if shape.rows else _NONE,
+        feature_rows=(
+            _filled(packed.feature_rows, shape.tokens, -1) if shape.has_images else _NONE
+        ),
     )
+
+
+def _filled(array: Ints, length: int, value: int) -> Ints:
+    out = np.full(length, value, np.int32)
+    out[: len(array)] = array
+    return out
 
 
 def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
@@ -139,29 +169,26 @@ def resolve_pending_tokens(input_ids: Tensor, last_tokens: Tensor) -> Tensor:
     return torch.where(input_ids < 0, last_tokens[rows], input_ids)
 
 
-def text_batch(
-    copies: list[Tensor], input_ids: Tensor, packed: PackedStep, *, every_row: bool = False
-) -> TextBatch:
+def text_batch(copies: list[Tensor], input_ids: Tensor, packed: PackedStep) -> TextBatch:
     """Build a batch from the device's copies of ``packed.arrays()``.
 
     Args:
         copies: The copies, in the same order.
         input_ids: (T,) resolved token ids.
         packed: The step on the host.
-        every_row: Whether all tokens get logits.
     """
-    _, positions, slots, cu_seqlens, context_lens, block_table, logits_indices, _ = copies
+    _, positions, slots, cu_seqlens, context_lens, block_table, _, feature_rows = copies
     return TextBatch(
         input_ids=input_ids,
         positions=positions,
         cu_seqlens=cu_seqlens,
         max_seqlen=packed.max_seqlen,
-        logits_indices=None if every_row else logits_indices,
         paged=PagedView(
             slots=slots,
             block_table=block_table.view(packed.block_table.shape),
             context_lens=context_lens,
         ),
+        feature_rows=feature_rows if len(feature_rows) else None,
     )
 
 
@@ -172,21 +199,24 @@ def _tokens(chunk: Chunk, drawn: Mapping[Sequence, int]) -> list[int]:
     return known
 
 
-def _wanted(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
-    """Return the tokens whose logits are needed: scored prompt tokens and sampling tokens."""
-    wanted = [
-        place - chunk.begin + offset
-        for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)
-        for place in (*chunk.scores, *([chunk.end - 1] if chunk.samples else []))
-    ]
-    return np.array(wanted, np.int32)
-
-
-def _image_rows(chunks: list[Chunk], num_latents: int) -> Ints:
+def _scored(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
     rows = [
-        np.arange(max(item.begin, chunk.begin), min(item.end, chunk.end), dtype=np.int32)
-        + (entry * num_latents - item.begin)
-        for chunk in chunks
-        for item, entry in chunk.images
+        np.arange(chunk.scores.start, chunk.scores.stop, dtype=np.int32) - chunk.begin + offset
+        for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)
+        if chunk.scores
     ]
-    return np.concatenate([*rows, _NONE]).astype(np.int32)
+    return np.concatenate([*rows, _NONE])
+
+
+def _feature_rows(chunks: list[Chunk], cu_seqlens: Ints, num_latents: int) -> Ints:
+    if not any(chunk.images for chunk in chunks):
+        return _NONE
+    rows = np.full(cu_seqlens[-1], -1, np.int32)
+    for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False):
+        for item, entry in chunk.images:
+            begin, end = max(item.begin, chunk.begin), min(item.end, chunk.end)
+            first = begin - chunk.begin + offset
+            rows[first : first + end - begin] = np.arange(
+                entry * num_latents + begin - item.begin, entry * num_latents + end - item.begin
+            )
+    return rows

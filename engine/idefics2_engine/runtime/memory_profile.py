@@ -9,6 +9,7 @@ from idefics2_engine.model.batch import ImageBatch, TextBatch, cumulative
 from idefics2_engine.model.config import TextConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.config import EngineConfig
+from idefics2_engine.runtime.image_graphs import max_graph_patches
 
 _logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -
     except torch.OutOfMemoryError:
         raise ConfigError(
             f"max_num_batched_tokens {config.max_num_batched_tokens}: a step of so many tokens, or of "
-            f"{config.max_patches} patches, must fit beside the weights, but ran out of memory"
+            f"{max_patches(model, config)} patches, must fit beside the weights, but ran out of memory"
         ) from None
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
@@ -62,10 +63,17 @@ def _peak_bytes(model: Idefics2, config: EngineConfig) -> int:
     torch.cuda.synchronize(model.device)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    model.image_features(_images(model, config.max_patches))
+    model.image_features(_images(model, max_patches(model, config)))
     model(_text(model, config))
     torch.cuda.synchronize(model.device)
     return torch.cuda.max_memory_allocated(model.device) - before
+
+
+def max_patches(model: Idefics2, config: EngineConfig) -> int:
+    """Return the most patches that are encoded at once."""
+    if config.cuda_graphs:
+        return max_graph_patches(config.max_patches, model.config.vision.grid)
+    return config.max_patches
 
 
 def _images(model: Idefics2, num_patches: int) -> ImageBatch:

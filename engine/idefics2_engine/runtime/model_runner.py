@@ -10,9 +10,12 @@ from idefics2_engine.device import to_device
 from idefics2_engine.images.tiling import ImageConfig, Tile
 from idefics2_engine.model.batch import ImageBatch
 from idefics2_engine.model.idefics2 import Idefics2
-from idefics2_engine.runtime.cuda_graphs import DecodeGraphs
+from idefics2_engine.runtime.config import EngineConfig
+from idefics2_engine.runtime.cuda_graphs import GraphPool
+from idefics2_engine.runtime.image_graphs import ImageGraphs
 from idefics2_engine.runtime.input_batch import PackedStep, pack, resolve_pending_tokens, text_batch
 from idefics2_engine.runtime.kv_cache import KVCache
+from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.scheduling.scheduler import Step
 from idefics2_engine.scheduling.sequence import Request, Sequence
 
@@ -24,29 +27,36 @@ class Runner:
         model: The model.
         kv_cache: KV cache on the model's device.
         image_config: Normalization of pixels.
-        num_images: Entries of the encoder cache, each with the embeddings of a tile.
-        max_num_seqs: Most sequences that draw a token in a step.
-        max_pages: Most pages of a sequence, for CUDA graphs of decode steps. None for no graphs.
+        config: Sizes of the runtime.
     """
 
     def __init__(
-        self,
-        model: Idefics2,
-        kv_cache: KVCache,
-        image_config: ImageConfig,
-        num_images: int,
-        max_num_seqs: int,
-        max_pages: int | None,
+        self, model: Idefics2, kv_cache: KVCache, image_config: ImageConfig, config: EngineConfig
     ) -> None:
         self.model = model
         self.image_config = image_config
         self.kv_cache = kv_cache
-        shape = (num_images, model.config.perceiver.num_latents, model.config.text.hidden_size)
+        latents, hidden = model.config.perceiver.num_latents, model.config.text.hidden_size
+        # The graphs write the embeddings of padding images to the last entry
+        shape = (config.max_cached_images + config.cuda_graphs, latents, hidden)
         self.image_features = torch.empty(shape, device=model.device, dtype=model.dtype)
-        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=model.device)
-        self._graphs = None
-        if max_pages is not None:
-            self._graphs = DecodeGraphs(model, kv_cache, self._last_tokens, max_pages)
+        self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=model.device)
+        self._text_graphs: TextGraphs | None = None
+        self._image_graphs: ImageGraphs | None = None
+        if config.cuda_graphs:
+            pool = GraphPool()
+            self._image_graphs = ImageGraphs(
+                model, image_config, self.image_features, config.max_patches, pool
+            )
+            self._text_graphs = TextGraphs(
+                model,
+                kv_cache,
+                self.image_features,
+                self._last_tokens,
+                -(-config.max_model_len // config.page_size),
+                config.max_num_batched_tokens,
+                pool,
+            )
 
     @torch.inference_mode()
     def run(
@@ -64,44 +74,44 @@ class Runner:
             positions.
         """
         if step.encodes:
-            self._encode(step.encodes)
+            self.encode(step.encodes)
         if step.copies:
             self.kv_cache.copy(step.copies)
         packed = pack(step, drawn, self.kv_cache.page_size, self.image_features.shape[1])
-        if self._graphs is not None and self._graphs.can_run(packed):
-            return self._graphs.run(packed), []
-        logits = self._forward(packed)
-        scored = [len(chunk.scores) for chunk in step.chunks]
-        if not any(scored):
+        graphs = self._text_graphs
+        if graphs is not None and graphs.can_run(packed):
+            logits, hidden = graphs.run(packed), graphs.hidden
+        else:
+            logits, hidden = self._forward(packed)
+        if not len(packed.scored):
             return logits, []
-        ends = np.cumsum([count + c.samples for count, c in zip(scored, step.chunks, strict=True)])
-        prompts, samples = [], []
-        for chunk, count, end in zip(step.chunks, scored, ends.tolist(), strict=True):
-            if count:
-                first = end - chunk.samples - count
-                prompts.append((chunk.sequence.request, logits[first : first + count]))
-            if chunk.samples:
-                samples.append(end - 1)
-        (rows,) = to_device([np.array(samples, np.int64)], logits.device)
-        return logits[rows], prompts
+        (places,) = to_device([packed.scored], logits.device)
+        scoring = [chunk for chunk in step.chunks if chunk.scores]
+        parts = self.model.logits(hidden[places]).split([len(chunk.scores) for chunk in scoring])
+        requests = [chunk.sequence.request for chunk in scoring]
+        return logits, list(zip(requests, parts, strict=True))
 
     def store_last_tokens(self, token_ids: Tensor) -> None:
         """Store the tokens (B,) of a step for the next step."""
         self._last_tokens[: len(token_ids)] = token_ids
 
-    def _forward(self, packed: PackedStep) -> Tensor:
+    def _forward(self, packed: PackedStep) -> tuple[Tensor, Tensor]:
+        """Return the logits of the tokens that sample, and the hidden states of all tokens."""
         copies = to_device(packed.arrays(), self.model.device)
-        input_ids, image_rows = copies[0], copies[-1]
+        input_ids, sampled = copies[0], copies[-2]
         if (packed.input_ids < 0).any():
             input_ids = resolve_pending_tokens(input_ids, self._last_tokens)
-        features = None
-        if len(image_rows):
-            features = self.image_features.flatten(0, 1)[image_rows]
         batch = text_batch(copies, input_ids, packed)
-        logits: Tensor = self.model(batch, features, self.kv_cache.layers)
-        return logits
+        features = None if batch.feature_rows is None else self.image_features
+        hidden = self.model.hidden_states(batch, features, self.kv_cache.layers)
+        return self.model.logits(hidden[sampled]), hidden
 
-    def _encode(self, encodes: list[tuple[Tile, int]]) -> None:
+    @torch.inference_mode()
+    def encode(self, encodes: list[tuple[Tile, int]]) -> None:
+        """Encode tiles into their entries of ``image_features``."""
+        if self._image_graphs is not None:
+            self._image_graphs.run(encodes)
+            return
         tiles, entries = zip(*encodes, strict=True)
         device = self.model.device
         images = ImageBatch.from_tiles(tiles, self.image_config).to(device)

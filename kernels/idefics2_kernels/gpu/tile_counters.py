@@ -25,8 +25,8 @@ from torch import Tensor
 MAX_TILES = 1024
 # Counters of a buffer for graphs, 4 MB.
 GRAPH_COUNTERS = 2**20
-# A buffer with fewer counters left is replaced. One graph uses fewer than this.
-_LOW = 2**18
+# A buffer with fewer counters left is replaced. All graphs of an engine use fewer than this.
+_LOW = 2**19
 
 
 @triton.jit

@@ -20,7 +20,6 @@ import torch
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import RequestFailedError
-from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.sampling.sampler import Drawn, Sampler
@@ -138,7 +137,7 @@ class Interrupt(BaseException):
 @pytest.mark.parametrize(
     ("owner", "name", "at"),
     [
-        (Idefics2, "image_features", 1),
+        (Runner, "encode", 1),
         (Runner, "run", 2),
         (Runner, "store_last_tokens", 1),
         (Sampler, "draw", 2),

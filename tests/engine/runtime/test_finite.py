@@ -14,8 +14,10 @@ import torch
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.images.tiling import Tile
 from idefics2_engine.model.text import rotary_table
 from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from oracle import random_image
@@ -169,7 +171,8 @@ def test_float16_overflows(make: Make, part: str) -> None:
 def test_pixels_divided_by_almost_nothing(make: Make) -> None:
     llm = make()
     runner = llm.engine.runner
-    runner.image_config = replace(runner.image_config, std=(1e-46,) * 3)
+    image_config = replace(runner.image_config, std=(1e-46,) * 3)
+    llm.engine.runner = Runner(llm.model, runner.kv_cache, image_config, llm.engine.config)
     with_picture, words = llm.generate([prompt(1, 900, picture=PICTURE), prompt(1, 900)], GREEDY)
     assert_failed(with_picture)
     assert_equal(words, make().generate([prompt(1, 900)], GREEDY)[0])
@@ -194,11 +197,17 @@ def test_nothing_of_a_failed_request_is_found_again(
     asked[0]["prompt_token_ids"] += range(600, 686)
     clean = make().generate(asked, GREEDY)
     llm = make()
-    encode = llm.model.image_features
-    monkeypatch.setattr(llm.model, "image_features", lambda images: encode(images) * math.nan)
+    runner = llm.engine.runner
+    encode = runner.encode
+
+    def encode_nan(encodes: list[tuple[Tile, int]]) -> None:
+        encode(encodes)
+        runner.image_features[[entry for _, entry in encodes]] = math.nan
+
+    monkeypatch.setattr(runner, "encode", encode_nan)
     for output in llm.generate(asked, first):
         assert_failed(output)
-    monkeypatch.setattr(llm.model, "image_features", encode)
+    monkeypatch.setattr(runner, "encode", encode)
     for cached in (0, 192):
         outputs = llm.generate(asked, GREEDY)
         assert outputs[0].num_cached_tokens == cached

@@ -2,20 +2,24 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from guarded import guarded_allocations
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.device import to_device
-from idefics2_engine.runtime.cuda_graphs import MAX_SIZE, graph_sizes
+from idefics2_engine.images.tiling import Tile
+from idefics2_engine.runtime.image_graphs import batches, patch_sizes
 from idefics2_engine.runtime.input_batch import (
     NOTHING,
+    StepShape,
     pack,
     padded,
     resolve_pending_tokens,
     text_batch,
 )
+from idefics2_engine.runtime.text_graphs import MAX_SEQUENCES, MAX_TOKENS, decode_sizes, token_sizes
 from idefics2_kernels import TRITON
 
 
@@ -48,15 +52,14 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
     assert packed.is_decode
     before = [[tensor.clone() for tensor in layer] for layer in layers]
     found = []
-    for step in (packed, padded(packed, 5, 4)):
+    for step in (packed, padded(packed, StepShape(5, 5, 4))):
         for layer, old in zip(layers, before, strict=True):
             for tensor, value in zip(layer, old, strict=True):
                 tensor.copy_(value)
         copies = to_device(step.arrays(), torch.device("cpu"))
         # Rows of padding are NaN
         with torch.inference_mode(), guarded_allocations():
-            batch = text_batch(copies, copies[0], step, every_row=True)
-            logits = llm.model(batch, None, layers)[:2]
+            logits = llm.model(text_batch(copies, copies[0], step), None, layers)[:2]
         found.append([logits, *(tensor.clone() for layer in layers for tensor in layer)])
     for plain, wide in zip(*found, strict=True):
         torch.testing.assert_close(wide, plain, equal_nan=True)
@@ -65,7 +68,7 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
 
 
 def test_a_step_without_chunks_is_all_padding() -> None:
-    step = padded(NOTHING, 3, 2)
+    step = padded(NOTHING, StepShape(3, 3, 2))
     assert step.slots.tolist() == [-1] * 3
     assert step.cu_seqlens.tolist() == [0] * 4
     assert step.block_table.shape == (3, 2)
@@ -81,10 +84,26 @@ def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
     ("most", "sizes"),
     [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (17, [1, 2, 4, 8, 16, 24])],
 )
-def test_sizes_of_graphs(most: int, sizes: list[int]) -> None:
-    assert graph_sizes(most) == sizes
+def test_sizes_of_decode_graphs(most: int, sizes: list[int]) -> None:
+    assert decode_sizes(most) == sizes
 
 
-def test_no_graph_is_larger_than_there_is_use_for() -> None:
-    assert graph_sizes(10**6) == graph_sizes(MAX_SIZE)
-    assert graph_sizes(MAX_SIZE)[-1] == MAX_SIZE
+def test_no_decode_graph_is_larger_than_there_is_use_for() -> None:
+    assert decode_sizes(10**6) == decode_sizes(MAX_SEQUENCES)
+    assert decode_sizes(MAX_SEQUENCES)[-1] == MAX_SEQUENCES
+
+
+@pytest.mark.parametrize("most", [1, 64, 65, 1024, 1025, 4096, 5000, 8192, 10**5])
+def test_every_step_fits_a_graph(most: int) -> None:
+    for sizes, needed in ((token_sizes(most), min(most, MAX_TOKENS)), (patch_sizes(most), most)):
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] >= needed
+        assert len(sizes) < 2 or sizes[-2] < needed
+
+
+def test_images_are_divided_into_batches_that_fit() -> None:
+    tiles = [Tile(np.zeros((14 * side, 14, 3), np.uint8), 14, 70) for side in (3, 4, 5, 9, 1, 1, 1)]
+    encodes = [(tile, entry) for entry, tile in enumerate(tiles)]
+    parts = list(batches(encodes, 8, 2))
+    assert [[entry for _, entry in part] for part in parts] == [[0, 1], [2], [3], [4, 5], [6]]
+    assert list(batches([], 8, 2)) == []

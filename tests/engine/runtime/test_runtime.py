@@ -6,7 +6,7 @@ Tests vary batches, chunks, preemption, prefix caching, windows and the number o
 import gc
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from graph_stand_in import PADDED_REFERENCE, StandInPool
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import RequestFailedError
@@ -37,20 +38,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("cpu", False), id="cpu"),
-        pytest.param(("cpu", True), id="ahead"),
-        pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu),
+        pytest.param(("cpu", False, False), id="cpu"),
+        pytest.param(("cpu", True, False), id="ahead"),
+        pytest.param(("cpu", True, True), id="graphs"),
+        pytest.param(("cuda", True, True), id="kernels", marks=pytest.mark.gpu),
     ],
 )
-def llm(folder: Path, request: pytest.FixtureRequest) -> LLM:
+def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     """Load the model in fp32.
 
-    On a CPU it uses the reference's operations, on a GPU kernels and graphs.
+    On a CPU it uses the reference's operations, on a GPU kernels and graphs. "graphs" pads steps
+    like graphs on the CPU.
     """
-    device, run_ahead = request.param
-    llm = LLM(folder, device=device, dtype="float32", max_model_len=200, kv_cache_tokens=208)
-    llm.engine_config = replace(llm.engine_config, run_ahead=run_ahead)
-    return llm
+    device, run_ahead, has_graphs = request.param
+    llm = LLM(
+        folder,
+        device=device,
+        dtype="float32",
+        max_model_len=200,
+        kv_cache_tokens=208,
+        ops=PADDED_REFERENCE if device == "cpu" else None,
+    )
+    llm.engine_config = replace(llm.engine_config, run_ahead=run_ahead, cuda_graphs=has_graphs)
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.setattr("idefics2_engine.runtime.model_runner.GraphPool", StandInPool)
+        yield llm
 
 
 @pytest.fixture(scope="module")
@@ -279,13 +292,13 @@ def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
 def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
     engine = make_engine(llm, max_num_batched_tokens=16, cuda_graphs=False)
     sizes = []
-    forward = llm.model.forward
+    forward = llm.model.hidden_states
 
     def record(batch: Any, *args: Any) -> torch.Tensor:
         sizes.append(len(batch.input_ids))
         return forward(batch, *args)
 
-    monkeypatch.setattr(llm.model, "forward", record)
+    monkeypatch.setattr(llm.model, "hidden_states", record)
     answers(engine, make_requests(llm))
     assert max(sizes) == 16
 
@@ -298,7 +311,7 @@ def failing(
     Return the sizes of all batches.
     """
     sizes = []
-    forward = engine.runner.model.forward
+    forward = engine.runner.model.hidden_states
 
     def raise_or_run(batch: Any, *args: Any) -> torch.Tensor:
         sizes.append(len(batch.input_ids))
@@ -306,7 +319,7 @@ def failing(
             raise error
         return forward(batch, *args)
 
-    monkeypatch.setattr(engine.runner.model, "forward", raise_or_run)
+    monkeypatch.setattr(engine.runner.model, "hidden_states", raise_or_run)
     return sizes
 
 
@@ -387,23 +400,23 @@ def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm)
-    encode = llm.model.image_features
+    encode = engine.runner.encode
     calls = []
 
-    def fail_once(images: Any) -> torch.Tensor:
+    def fail_once(encodes: Any) -> None:
         calls.append(1)
         if len(calls) == 1:
             raise RuntimeError("broken")
-        return encode(images)
+        encode(encodes)
 
-    monkeypatch.setattr(llm.model, "image_features", fail_once)
+    monkeypatch.setattr(engine.runner, "encode", fail_once)
     requests = make_requests(llm)
     assert answers(engine, requests) == expected
     assert not any(request.error for request in requests)
 
 
 on_a_gpu = pytest.mark.parametrize(
-    "llm", [pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu)], indirect=True
+    "llm", [pytest.param(("cuda", True, True), id="kernels", marks=pytest.mark.gpu)], indirect=True
 )
 
 
