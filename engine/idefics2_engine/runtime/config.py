@@ -20,7 +20,7 @@ class EngineConfig:
         max_cached_images: Images and sub-images whose embeddings are kept.
         prefix_caching: Whether prompts with a common prefix share its KV cache.
         page_size: Tokens of a page.
-        cuda_graphs: Whether decode steps are captured and replayed.
+        cuda_graphs: Whether steps are captured as CUDA graphs and replayed.
         run_ahead: Whether a step is launched before the previous step's tokens are read.
     """
 

@@ -5,23 +5,31 @@ than running them takes the device. Replaying a graph is a single launch. A grap
 and reads its inputs from fixed addresses, so a step is padded to the next captured size.
 """
 
+import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+_logger = logging.getLogger(__name__)
+
 
 class GraphPool:
-    """Captures graphs that share one memory pool, because they never run at the same time.
+    """Captures graphs on ``device`` that share one memory pool: they never run at the same time.
 
     Results that outlive a replay must be copied to tensors that were allocated outside a capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.num_graphs = 0
         self._pool: Any = None
-        self._stream = torch.cuda.Stream()
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._begin = time.perf_counter()
+        torch.cuda.empty_cache()
+        self._free = torch.cuda.mem_get_info(device)[0]
 
     @torch.inference_mode()
     def capture(self, forward: Callable[[], None], *, warm_up: bool) -> torch.cuda.CUDAGraph:
@@ -47,6 +55,16 @@ class GraphPool:
         self._pool = graph.pool()
         self.num_graphs += 1
         return graph
+
+    def finish(self) -> None:
+        """Free the memory of the runs before captures, and log what the graphs took."""
+        torch.cuda.empty_cache()
+        _logger.info(
+            "captured %d CUDA graphs in %.1f s, %.2f GB",
+            self.num_graphs,
+            time.perf_counter() - self._begin,
+            (self._free - torch.cuda.mem_get_info(self._device)[0]) / 1e9,
+        )
 
 
 def sizes_up_to(most: int, steps: Sequence[tuple[int, int]]) -> list[int]:

@@ -6,8 +6,6 @@ which stores the embeddings in the encoder cache. The two parts are separate, be
 each pair of sizes would be too many.
 """
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,7 +17,6 @@ from idefics2_engine.images.tiling import ImageConfig, Tile
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.cuda_graphs import GraphPool, next_size, sizes_up_to
 
-_logger = logging.getLogger(__name__)
 MAX_PATCHES = 16384
 """Most patches of a graph. Larger batches of images gain nothing and need more memory."""
 MAX_IMAGES = 32
@@ -78,7 +75,6 @@ class ImageGraphs:
             )
             for _ in range(perceiver.num_layers)
         ]
-        begin = time.perf_counter()
         # The largest graph is captured first, and the others reuse its memory
         self._towers = {
             size: pool.capture(self._tower(size), warm_up=size == most)
@@ -88,14 +84,6 @@ class ImageGraphs:
             size: pool.capture(self._perceiver(size), warm_up=size == self.image_sizes[-1])
             for size in reversed(self.image_sizes)
         }
-        _logger.info(
-            "captured %d CUDA graphs of the vision tower and the perceiver, for up to %d patches or "
-            "%d images, in %.1f s",
-            len(self._towers) + len(self._perceivers),
-            most,
-            self.image_sizes[-1],
-            time.perf_counter() - begin,
-        )
 
     def run(self, encodes: Sequence[Encode]) -> None:
         """Encode tiles into their entries of the encoder cache, a batch at a time."""

@@ -44,7 +44,7 @@ class Runner:
         self._text_graphs: TextGraphs | None = None
         self._image_graphs: ImageGraphs | None = None
         if config.cuda_graphs:
-            pool = GraphPool()
+            pool = GraphPool(model.device)
             self._image_graphs = ImageGraphs(
                 model, image_config, self.image_features, config.max_patches, pool
             )
@@ -57,6 +57,7 @@ class Runner:
                 config.max_num_batched_tokens,
                 pool,
             )
+            pool.finish()
 
     @torch.inference_mode()
     def run(

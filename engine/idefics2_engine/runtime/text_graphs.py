@@ -5,8 +5,6 @@ a graph for each of a few numbers of tokens: its chunks and decoding sequences m
 the tokens in any way, because attention finds its tiles on the device.
 """
 
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,7 +24,6 @@ from idefics2_engine.runtime.input_batch import (
 )
 from idefics2_engine.runtime.kv_cache import KVCache
 
-_logger = logging.getLogger(__name__)
 MAX_SEQUENCES = 512
 """Most sequences of a graph."""
 MAX_TOKENS = 8192
@@ -84,7 +81,6 @@ class TextGraphs:
         self.hidden = empty(self.token_sizes[-1], text.hidden_size, model.dtype)
         """(tokens, hidden) of the last step that was not a decode step."""
         most, largest = self.token_sizes[-1], self.decode_sizes[-1]
-        begin = time.perf_counter()
         # The largest graph is captured first, and the others reuse its memory
         self._captured = {
             (shape.tokens, shape.has_images): pool.capture(
@@ -93,13 +89,6 @@ class TextGraphs:
             )
             for shape in sorted(shapes, key=lambda shape: -shape.tokens)
         }
-        _logger.info(
-            "captured %d CUDA graphs of the text model, for up to %d tokens or %d sequences, in %.1f s",
-            len(shapes),
-            self.token_sizes[-1],
-            self.decode_sizes[-1],
-            time.perf_counter() - begin,
-        )
 
     def can_run(self, packed: PackedStep) -> bool:
         """Return whether ``packed`` fits a graph."""

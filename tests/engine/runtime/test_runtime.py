@@ -80,6 +80,9 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
             "max_num_seqs": 64,
             "kv_cache_tokens": 4096,
             "max_cached_images": 16,
+            # Few graphs
+            "max_num_batched_tokens": 1024,
+            "max_patches": 4900,
             "page_size": PAGE,
             "run_ahead": llm.engine_config.run_ahead,
             "cuda_graphs": llm.engine_config.cuda_graphs,
