@@ -63,7 +63,7 @@ def test_quantization_and_random_weights(tiny: Path, caplog: pytest.LogCaptureFi
     assert f"drew random weights for {tiny}, quantization None, bfloat16 on cpu" in caplog.text
 
 
-def test_an_untied_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untied_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from safetensors.torch import load_file, save_file
 
     write_checkpoint(tmp_path, tied=True)
@@ -87,7 +87,7 @@ def test_checksums(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert f"{tmp_path}: 1 files have their published checksums" in caplog.text
 
 
-def test_steps_are_silent_and_a_cut_off_answer_is_told_once(
+def test_steps_are_silent_and_a_cut_off_answer_warns_once(
     tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = LLM(tiny, device="cpu")
@@ -121,7 +121,7 @@ def test_out_of_memory(
     ]
 
 
-def test_a_step_that_fails(
+def test_step_that_fails(
     tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM(tiny, device="cpu")

@@ -100,7 +100,7 @@ def test_parts_of_all_rows_fit(N: int, K: int) -> None:
     assert rows * nf4_gemv_hopper.row_bytes(config.WARPS_K) <= nf4_gemv_hopper.PARTS_MEMORY
 
 
-def test_what_the_kernel_takes() -> None:
+def test_supported_inputs() -> None:
     weight = nf4_quantize(torch.randn(3, 2048).half())
     x = torch.zeros(4, 2056).half()
     supports = nf4_gemv_hopper.supports
@@ -151,7 +151,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str) -> None:
+def test_mutation_is_noticed(name: str) -> None:
     old, new, case = MUTATIONS[name]
     kernel = load_module(*MODULES, change=(old, new))
     assert is_noticed(lambda inputs: CUTS[case].run(kernel, inputs), CUTS[case].inputs())

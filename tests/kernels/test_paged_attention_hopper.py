@@ -145,7 +145,7 @@ BATCHES: dict[str, Batch] = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_kernel_step_by_step(name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_in_the_emulator(name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = BATCHES[name].inputs()
     assert error(run(kernel, inputs, monkeypatch), inputs) <= 1
 
@@ -187,7 +187,7 @@ def test_any_number_of_programs(
     assert error(run(kernel, inputs, monkeypatch, programs), inputs) <= 1
 
 
-def test_every_unread_slot_may_be_nan(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_slots_are_nan(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that no query sees are NaN in all tests of this file.
 
     This test counts them, so that the NaNs cannot be lost unnoticed.
@@ -218,7 +218,7 @@ def test_every_unread_slot_may_be_nan(kernel: Any, monkeypatch: pytest.MonkeyPat
         ),
     ],
 )
-def test_what_the_kernel_takes(
+def test_supported_inputs(
     change: Callable[[Tensor, Tensor], dict[str, Tensor] | None], left: int, wanted: bool
 ) -> None:
     q, k = torch.zeros(5, 2, 72).half(), torch.zeros(4, 1, 64, 72).half()
@@ -226,7 +226,7 @@ def test_what_the_kernel_takes(
     assert paged_attention_hopper.supports(**call, left=left) is wanted
 
 
-def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_agrees_with_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(SPEC.only["plain"](case) for case in SPEC.cases), "interpreted"
     monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [c for c in SPEC.cases if sum(c.dims["queries"]) > 0 and sum(c.dims["contexts"]) < 2000]
@@ -248,7 +248,7 @@ def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch
     assert not all(takes)
 
 
-def test_tiles_are_taken_once_and_the_counters_given_back(
+def test_tiles_are_taken_once_and_counters_are_reset(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programs run one after another, so the first one takes every tile that is not dealt out."""
@@ -338,7 +338,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, batch = MUTATIONS[name]
     monkeypatch.setattr(barriers, "PATIENCE", 1.0)
     kernel, inputs = load_module(*MODULES, change=(old, new)), BATCHES[batch].inputs()

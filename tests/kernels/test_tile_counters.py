@@ -42,7 +42,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])
-def test_one_program_of_a_tile_sees_the_parts_of_all(parts: int, device: torch.device) -> None:
+def test_one_program_of_a_tile_sees_all_parts(parts: int, device: torch.device) -> None:
     tiles, N = 5, 100
     x = torch.randint(-1000, 1000, (tiles, parts, N), dtype=torch.int32, device=device)
     out, seen, last = x.new_empty(tiles), x.new_empty(tiles, parts), x.new_zeros(tiles)
@@ -98,7 +98,7 @@ def _record(call: Callable[[], Tensor], times: int) -> tuple[torch.cuda.CUDAGrap
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernel", "case_name"), SHARED)
-def test_a_graph_gives_the_same_bits_each_time(
+def test_graph_gives_the_same_bits_each_time(
     kernel: str, case_name: str, device: torch.device
 ) -> None:
     call = _call(kernel, case_name, device)

@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestNames:
-    def test_a_folder_goes_before_the_hub(
+    def test_folder_takes_precedence_over_the_hub(
         self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         put(cache, "org/name", MODEL)
@@ -55,19 +55,19 @@ class TestNames:
             "org/name\0", "org@main/name", "https://huggingface.co/org/name", "o" * 200 + "/name", "o" * 5000, "~nosuchuser/x",
         ],
     )  # fmt: skip
-    def test_neither_folder_nor_id(self, name: str, cache: Path) -> None:
+    def test_other_names_are_refused(self, name: str, cache: Path) -> None:
         assert not is_hub_id(name)
         with pytest.raises(ConfigError, match="model must be a folder or a hub id such as"):
             find_model(name)
         with pytest.raises(ConfigError, match="adapter must be a folder or a hub id such as"):
             find_adapter(name)
 
-    def test_a_path_is_never_an_id(self, cache: Path) -> None:
+    def test_path_is_never_a_hub_id(self, cache: Path) -> None:
         put(cache, "org/name", MODEL)
         with pytest.raises(ConfigError, match="must be a folder or a hub id"):
             find_model(Path("org/name"))
 
-    def test_revisions_that_make_no_sense(self, cache: Path, tmp_path: Path) -> None:
+    def test_invalid_revisions_are_refused(self, cache: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="revision is for models on the hub, got 'main'"):
             find_model(tmp_path, "main")
         with pytest.raises(ConfigError, match="the one that model names, 'v1', got 'v2'"):
@@ -81,7 +81,7 @@ class TestNames:
 
 
 class TestCache:
-    def test_found_without_a_network(self, cache: Path) -> None:
+    def test_cached_model_is_found_without_a_network(self, cache: Path) -> None:
         main = put(cache, "org/name", MODEL)
         put(cache, "org/name", {}, ref="refs/pr/7")
         for name, revision in (
@@ -94,7 +94,7 @@ class TestCache:
         ):
             assert find_model(name, revision) == main
 
-    def test_nothing_newer_is_looked_for(
+    def test_cached_model_is_found_without_asking_the_hub(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         main = put(cache, "org/name", MODEL)
@@ -102,7 +102,7 @@ class TestCache:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
         assert find_model("org/name") == main
 
-    def test_not_there(self, cache: Path) -> None:
+    def test_absent_model_is_an_error(self, cache: Path) -> None:
         put(cache, "org/name", MODEL)
         for name in ("org/other", "org/name@v2", f"org/name@{'f' * 40}"):
             with pytest.raises(ConfigError) as caught:
@@ -112,14 +112,14 @@ class TestCache:
             )
 
     @pytest.mark.parametrize("name", MODEL)
-    def test_not_whole(self, name: str, cache: Path) -> None:
+    def test_incomplete_model_is_an_error(self, name: str, cache: Path) -> None:
         snapshot = put(cache, "org/name", {k: v for k, v in MODEL.items() if k != name})
         with pytest.raises(ConfigError) as caught:
             find_model("org/name")
         assert f"model org/name is not whole in the cache: {snapshot}" in str(caught.value)
         assert name in str(caught.value)
 
-    def test_a_shard_short(self, cache: Path) -> None:
+    def test_missing_shard_is_an_error(self, cache: Path) -> None:
         weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
         files = dict.fromkeys(NEEDED, b"{}") | {
             "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
@@ -131,7 +131,7 @@ class TestCache:
         put(cache, "org/name", {"model-2.safetensors": b"2"})
         assert find_model("org/name") == snapshot
 
-    def test_a_blob_that_is_gone(self, cache: Path) -> None:
+    def test_missing_blob_is_an_error(self, cache: Path) -> None:
         snapshot = put(cache, "org/name", MODEL)
         (snapshot / "model.safetensors").resolve().unlink()
         with pytest.raises(ConfigError, match="is not whole in the cache"):
@@ -144,7 +144,7 @@ class TestCache:
         with pytest.raises(ConfigError, match=r"lacks adapter_model\.safetensors"):
             find_adapter("org/half")
 
-    def test_settings_of_images_inside_the_processor_s(self, cache: Path) -> None:
+    def test_image_settings_may_be_inside_the_processors(self, cache: Path) -> None:
         nested = {"processor_config.json": b'{"image_processor": {}}'}
         files = {name: content for name, content in MODEL.items() if "preprocessor" not in name}
         snapshot = put(cache, "org/name", files | nested)
@@ -153,7 +153,7 @@ class TestCache:
         with pytest.raises(ConfigError, match=r"not whole in the cache: .*/preprocessor_config"):
             find_model("org/other")
 
-    def test_an_adapter_as_the_model_and_a_model_as_the_adapter(self, cache: Path) -> None:
+    def test_adapter_and_model_are_not_interchangeable(self, cache: Path) -> None:
         put(cache, "org/lora", ADAPTER)
         put(cache, "org/name", MODEL)
         with pytest.raises(ConfigError, match=r"^model org/lora@main: is an adapter, not a model:"):
@@ -162,7 +162,7 @@ class TestCache:
             find_adapter("org/name")
 
     @pytest.mark.parametrize("whole", [False, True])
-    def test_a_cache_that_has_the_adapter_alone_says_nothing_about_the_model(
+    def test_hub_is_asked_if_the_cache_has_only_the_adapter(
         self, whole: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The hub is asked before an error is raised.
@@ -185,7 +185,7 @@ class TestCache:
             with pytest.raises(ConfigError, match=r"^model org/both: is an adapter, not a model:"):
                 find_model("org/both")
 
-    def test_a_model_from_the_cache_answers(self, cache: Path, tmp_path: Path) -> None:
+    def test_model_from_the_cache_answers(self, cache: Path, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "tiny", max_shard_size="1MB")
         files = {file.name: file.read_bytes() for file in (tmp_path / "tiny").iterdir()}
         snapshot = put(cache, "org/tiny", files)
@@ -201,7 +201,9 @@ class TestCache:
             LLM("org/tiny", device="cpu", verify=True)
 
 
-def test_without_the_extra(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_extra_is_an_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert find_model(tmp_path) == tmp_path
     with pytest.raises(ConfigError, match=r"pip install 'idefics2-engine\[hub\]'"):
@@ -218,7 +220,7 @@ class TestErrors:
             (RuntimeError("first\nsecond"), "RuntimeError: first"),
         ],
     )
-    def test_others(
+    def test_other_client_errors_are_one_line(
         self, error: Exception, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*args: Any, local_files_only: bool = False, **options: Any) -> str:
@@ -230,11 +232,11 @@ class TestErrors:
             find_model("org/name")
         assert str(caught.value) == f"model org/name: it cannot be had from the hub: {message}"
 
-    def test_names_that_only_the_client_refuses(self, cache: Path) -> None:
+    def test_names_refused_by_the_client_are_errors(self, cache: Path) -> None:
         with pytest.raises(ConfigError, match=r"model org/na--me: .*HFValidationError"):
             find_model("org/na--me")
 
-    def test_a_repository_without_the_files(
+    def test_repository_without_the_files_is_an_error(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: dict[str, Any] = {}
@@ -376,7 +378,7 @@ def test_download(hub: str, tmp_path: Path) -> None:
     assert (snapshot / "tokenizer.json").exists()
 
 
-def test_refusals(hub: str, tmp_path: Path) -> None:
+def test_refusals_of_the_hub_are_errors(hub: str, tmp_path: Path) -> None:
     wanted = {
         "org/gated": "access to it must be granted: accept its terms on its page on the hub",
         "org/secret": "access to it must be granted: accept its terms on its page on the hub",
@@ -390,6 +392,6 @@ def test_refusals(hub: str, tmp_path: Path) -> None:
         assert line.startswith(f"error: model {name}: {why}")
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_unreachable_hub_is_an_error(tmp_path: Path) -> None:
     said = find_in_a_process(["org/name"], tmp_path, HF_ENDPOINT="http://127.0.0.1:1")
     assert said == ["error: model org/name: it is not in the cache, and the hub cannot be reached"]

@@ -102,7 +102,7 @@ def corpus() -> dict[str, Callable[[], bytes | Image.Image]]:
 CORPUS = corpus()
 
 
-def test_the_corpus_is_large_enough() -> None:
+def test_corpus_is_large_enough() -> None:
     assert len(CORPUS) >= 60
 
 
@@ -133,7 +133,7 @@ def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
         np.testing.assert_array_equal(normalize(tile, config), values[:, :height, :width])
 
 
-def test_the_one_mode_that_transformers_cannot_read() -> None:
+def test_premultiplied_mode_la_is_read() -> None:
     image = noise(6, 5, "La")
     with pytest.raises(ValueError, match="conversion"):
         transformers_load_image(image)
@@ -158,7 +158,7 @@ def test_correct_shows_alpha_on_white(mode: str) -> None:
         np.testing.assert_array_equal(pixels(image, CORRECT), whole)
 
 
-def test_correct_shows_the_transparent_colour_of_a_palette_white() -> None:
+def test_correct_shows_the_transparent_palette_color_as_white() -> None:
     data = transparent_palette()
     clear = np.array(opened(data)) == 3
     assert clear.any()
@@ -192,7 +192,7 @@ def test_correct_scales_floats_and_refuses_others() -> None:
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
-def test_correct_scales_a_part_at_a_time(mode: str) -> None:
+def test_correct_scales_in_parts(mode: str) -> None:
     image = noise(900, 700, mode)
     tracemalloc.start()
     try:
@@ -205,7 +205,7 @@ def test_correct_scales_a_part_at_a_time(mode: str) -> None:
     assert peak / (900 * 700) + of_pillow <= 16
 
 
-def test_correct_honours_the_transparent_grey_of_16_bits() -> None:
+def test_correct_respects_the_transparent_gray_of_16_bits() -> None:
     image = Image.fromarray(np.array([[0, 257, 514]], np.uint16))
     image.info["transparency"] = 257
     assert pixels(image, CORRECT)[0, :, 0].tolist() == [0, 255, 2]
@@ -229,7 +229,7 @@ def test_every_rotation_is_undone(kind: str, config: MediaConfig) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WebP", "PNG", "TIFF"])
-def test_more_frames(kind: str) -> None:
+def test_policies_on_several_frames(kind: str) -> None:
     data = frames(kind)
     first = as_transformers(data)
     np.testing.assert_array_equal(pixels(data, PARITY), first)
@@ -239,18 +239,18 @@ def test_more_frames(kind: str) -> None:
         load_image(data, STRICT)
 
 
-def test_a_warning_that_is_an_error_stays_what_it_is() -> None:
+def test_warning_turned_into_an_error_keeps_its_class() -> None:
     # The suite turns warnings into errors
     with pytest.raises(ImageWarning):
         load_image(frames("GIF"), CORRECT)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_strict_takes_plain_files_as_they_are(kind: str) -> None:
+def test_strict_accepts_plain_files(kind: str) -> None:
     data = file(noise(30, 20), kind)
     np.testing.assert_array_equal(pixels(data, STRICT), as_transformers(data))
-    grey = file(noise(30, 20, "L"), kind)
-    np.testing.assert_array_equal(pixels(grey, STRICT), as_transformers(grey))
+    gray = file(noise(30, 20, "L"), kind)
+    np.testing.assert_array_equal(pixels(gray, STRICT), as_transformers(gray))
 
 
 @pytest.mark.parametrize(
@@ -271,12 +271,12 @@ def test_strict_takes_plain_files_as_they_are(kind: str) -> None:
         *((file(noise(64, 64), kind)[:-12], f"a {kind} cut off") for kind in ("JPEG", "PNG")),
     ],
 )
-def test_strict_refuses_what_leaves_a_choice(source: ImageSource, doubt: str) -> None:
+def test_strict_refuses_ambiguous_images(source: ImageSource, doubt: str) -> None:
     with pytest.raises(ImageError, match=f"image_policy='strict' refuses {doubt}"):
         load_image(source, STRICT)
 
 
-def test_strict_sees_a_flipped_bit_of_a_png() -> None:
+def test_strict_finds_a_flipped_bit_in_a_png() -> None:
     data = bytearray(file(noise(16, 16), "PNG"))
     # The flipped bit is in or near the pixels' checksum, which a decoder does not check
     data[-20] ^= 1
@@ -284,7 +284,7 @@ def test_strict_sees_a_flipped_bit_of_a_png() -> None:
         load_image(bytes(data), STRICT)
 
 
-def test_images_are_left_as_they_are() -> None:
+def test_source_images_are_not_changed() -> None:
     image = opened(oriented(noise(8, 4), "PNG", 6))
     load_image(image, CORRECT)
     assert image.size == (8, 4)
@@ -295,7 +295,7 @@ def test_images_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("kind", ["WebP", "PNG", "GIF", "TIFF"])
-def test_what_was_read_once_is_plain(kind: str) -> None:
+def test_loaded_image_is_plain_and_loads_unchanged(kind: str) -> None:
     with pytest.warns(ImageWarning):
         image = load_image(frames(kind), CORRECT)
     assert type(image) is Image.Image
@@ -308,6 +308,6 @@ def test_what_was_read_once_is_plain(kind: str) -> None:
         assert load_image(image, config) is image
 
 
-def test_an_unknown_policy_is_an_error() -> None:
+def test_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be one of 'parity', 'correct', 'strict', got 'x'"):
         ImagePolicy.named("x")

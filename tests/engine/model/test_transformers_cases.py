@@ -189,7 +189,7 @@ def test_wrong_image_counts(texts: list[str], images: list[Any], message: str, s
 
 @SPLIT
 @pytest.mark.parametrize("images", [[[], [TWO]], [TWO]], ids=["nested", "flat"])
-def test_a_text_without_images_beside_one_with(images: list[Any], split: bool) -> None:
+def test_batch_may_mix_texts_with_and_without_images(images: list[Any], split: bool) -> None:
     """Differ from two calls of that test whose counts are right, where transformers once raised.
 
     In a batch a row without images is valid and has no tile in its mask. transformers 5 agrees.
@@ -386,13 +386,13 @@ def test_image_processor_properties(tmp_path: Path) -> None:
     assert (got.resample, got.rescale_factor) == (wanted.resample, wanted.rescale_factor)
 
 
-def test_the_image_processor_by_a_saved_file(tmp_path: Path) -> None:
+def test_saved_image_processor_is_loaded(tmp_path: Path) -> None:
     """Mirror ``test_image_processor_from_and_save_pretrained``: transformers' files can be read."""
     theirs(True).image_processor.save_pretrained(tmp_path)
     assert ImageConfig.load(tmp_path) == ours(True).image_config
 
 
-def test_two_sides_have_other_positions() -> None:
+def test_positions_differ_from_transformers_on_two_sides() -> None:
     """Compare the trained positions of every side with transformers'.
 
     They differ for sides of 49 patches (an A4 page) and 58. Up to 4.54 transformers had the rule of
@@ -414,7 +414,7 @@ def test_two_sides_have_other_positions() -> None:
     assert differ == [49, 49, 58, 58]
 
 
-def test_no_image_at_all() -> None:
+def test_values_that_are_not_images_are_refused() -> None:
     """Mirror the checks of ``make_nested_list_of_images``.
 
     A value that is not an image is an error, not a crash.

@@ -229,7 +229,7 @@ def test_logits(name: str, dtype: torch.dtype, paged: bool, device: torch.device
     assert worst <= 1, f"{worst:.2f} times the allowed error"
 
 
-def test_a_model_on_the_kernels_is_not_trained_in_part(device: torch.device) -> None:
+def test_kernel_model_refuses_partial_training(device: torch.device) -> None:
     case = next(c for c in CASES if c.name == "no-image")
     config = ModelConfig.from_dict(case.config().to_dict())
     model = random_model(config, TRITON, device, torch.float32)
@@ -241,7 +241,7 @@ def test_a_model_on_the_kernels_is_not_trained_in_part(device: torch.device) -> 
 
 
 @pytest.mark.gpu
-def test_the_demo_says_the_same_tokens_on_the_kernels() -> None:
+def test_demo_gives_the_same_tokens_on_the_kernels() -> None:
     chats = first_questions()
     params = SamplingParams(temperature=0.0, max_tokens=64)
     answers = [

@@ -92,14 +92,14 @@ ALL = pytest.mark.parametrize("kind", ["8b", "lower", "legacy", "byte level"])
 
 
 @ALL
-def test_raw_prompts_have_transformers_ids(kind: str) -> None:
+def test_ids_of_raw_prompts_equal_transformers(kind: str) -> None:
     for text in texts(compared(kind), 1000):
         wanted = theirs(kind)(text, add_special_tokens=False)["input_ids"]
         assert ours(kind).encode(text, add_bos=False) == wanted, text
 
 
 @ALL
-def test_conversations_have_transformers_ids(kind: str) -> None:
+def test_ids_of_conversations_equal_transformers(kind: str) -> None:
     rng = random.Random(1)
     typed = texts(PLAIN, 400)
     for text in typed:

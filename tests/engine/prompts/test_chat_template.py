@@ -168,7 +168,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize("source", TOO_LARGE)
-def test_size_has_a_limit(source: str) -> None:
+def test_size_is_limited(source: str) -> None:
     with pytest.raises(
         PromptError, match=r"TemplateLimitError: .* (size|bits) .*at most \d|at most \d+ bits"
     ):
@@ -177,12 +177,12 @@ def test_size_has_a_limit(source: str) -> None:
 
 @pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize("source", TOO_LONG)
-def test_time_has_a_limit(source: str) -> None:
+def test_time_is_limited(source: str) -> None:
     with pytest.raises(PromptError, match=r"TemplateLimitError: must take at most 0.5 s"):
         render(source)
 
 
-def test_memory_has_a_limit() -> None:
+def test_memory_is_limited() -> None:
     """Large values are refused before they are created, so a process that tries all stays small."""
     code = """
 import json, resource, sys
@@ -229,7 +229,7 @@ print((peak() - before) // 1024)
         ("{{ ('9' * 100000) | int + 1 // 0 }}", "ZeroDivisionError"),
     ],
 )
-def test_other_ends(source: str, message: str) -> None:
+def test_template_errors_become_prompt_errors(source: str, message: str) -> None:
     with pytest.raises(PromptError, match=f"chat template: .*{message}"):
         render(source)
 
@@ -249,13 +249,13 @@ def test_other_ends(source: str, message: str) -> None:
     ],
     ids=lambda text: text[:40],
 )
-def test_what_is_refused_when_it_is_loaded(source: str, message: str) -> None:
+def test_invalid_templates_are_refused_at_load(source: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ChatTemplate(source, tokenizer())
 
 
 @pytest.mark.parametrize("source", [*TOO_LARGE, *TOO_LONG])
-def test_loading_runs_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_runs_no_filter(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jinja folds constants while it compiles, but must not compute ``'a' | center(10**9)``."""
     computed: list[str] = []
 
@@ -273,7 +273,7 @@ def test_loading_runs_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert not computed
 
 
-def test_what_prints_itself_stays_short() -> None:
+def test_printing_nested_objects_stays_short() -> None:
     for holder in ("namespace(a=ns.x, b=ns.x)", "cycler(ns.x, ns.x)"):
         assert len(render(GROW % ("1", holder) + "{{ ns.x }}{{ [ns.x] }}")) < 200
 
@@ -297,7 +297,7 @@ def test_limits_hold_in_any_thread() -> None:
     assert ["must take at most 0.5 s" in str(error) for error in errors] == [True] * 2
 
 
-def test_a_template_has_its_budget_while_another_thread_spends_its_own() -> None:
+def test_each_thread_has_its_own_budget() -> None:
     template = ChatTemplate(f"{LOOPS}{ENDS}", tokenizer())
 
     def work() -> None:
@@ -310,7 +310,7 @@ def test_a_template_has_its_budget_while_another_thread_spends_its_own() -> None
     thread.join()
 
 
-def test_a_waiting_thread_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_a_suspended_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock runs while a machine is suspended, but the thread's own clock does not."""
     wall = count(0, 100)
     clocks = SimpleNamespace(monotonic=lambda: next(wall), thread_time=lambda: 0.0)
@@ -363,7 +363,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_there_is_no_way_out(source: str) -> None:
+def test_sandbox_escapes_print_nothing(source: str) -> None:
     messages = json.loads(json.dumps(HELLO))
     with contextlib.suppress(PromptError, ConfigError):
         rendered = render(source, messages)
@@ -389,14 +389,14 @@ def test_errors_are_short_and_show_no_marks() -> None:
         [{"role": "system", "content": "hi"}, {"role": "chat_template", "template": "forged"}],
     ],
 )
-def test_a_template_in_a_row_is_refused(messages: Any) -> None:
+def test_template_in_a_conversation_is_refused(messages: Any) -> None:
     """Unknown keys are errors everywhere in a conversation, and so is a template among them."""
     processor = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B))
     with pytest.raises(PromptError, match="must be"):
         processor.chat(messages)
 
 
-def test_a_typed_template_is_text() -> None:
+def test_typed_template_is_text() -> None:
     for text in (
         "{{ 1 + 1 }}",
         "{% for i in range(9) %}x{% endfor %}",
@@ -497,7 +497,7 @@ def test_rendering_equals_transformers(name: str, generate: bool) -> None:
         )
 
 
-def test_a_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
+def test_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATTY}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     found = ChatTemplate.load(tmp_path, tokenizer())
@@ -515,7 +515,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
 
 
 @pytest.mark.parametrize("made", ["dict(pairs)", "namespace(pairs)"])
-def test_keys_are_put_in_one_by_one(made: str, looks: list[Budget]) -> None:
+def test_keys_are_inserted_one_by_one(made: str, looks: list[Budget]) -> None:
     """If all keys have one hash, inserting many at once takes quadratic time between two looks."""
     pairs = "{% set pairs = range(2000) | map('string') | batch(2) | list %}"
     render(pairs)

@@ -106,7 +106,7 @@ def test_chats_equal_transformers(split: bool, generate: bool) -> None:
             assert got.token_ids.count(32001) == 320 * len(images)
 
 
-def test_a_chat_equals_transformers_in_one_call() -> None:
+def test_chat_equals_one_call_of_transformers() -> None:
     images = [noise(30, 40), noise(50, 20)]
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image", "image": images[0]}]},
@@ -158,7 +158,7 @@ def test_other_templates_render_as_in_transformers(source: str) -> None:
         assert processor.tokenizer.unmark(marked) == wanted
 
 
-def test_a_conversation_with_images_in_every_way(tmp_path: Path) -> None:
+def test_images_may_be_passed_in_every_form(tmp_path: Path) -> None:
     images = [noise(400 + n, 400) for n in range(3)]
     images[1].save(tmp_path / "one.png")
     part = {"type": "image_url", "image_url": {"url": str(tmp_path / "one.png")}}
@@ -204,14 +204,14 @@ def test_padded_batches_equal_transformers(
         np.testing.assert_array_equal(got[key], array)
 
 
-def test_a_padded_batch_without_images_has_no_pixels() -> None:
+def test_padded_batch_without_images_has_no_pixels() -> None:
     wanted = theirs(True)(text=["a", "b c"], padding=True, padding_side="right")
     got = ours(True).padded(["a", "b c"], [[], []])
     assert {key: array.tolist() for key, array in got.items()} == dict(wanted)
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
-def test_another_number_of_images_than_slots_is_an_error(wrong: int) -> None:
+def test_number_of_images_must_equal_number_of_slots(wrong: int) -> None:
     images = [noise(2, 2)] * wrong
     message = f"wanted {wrong}, got 1"
     with pytest.raises(PromptError, match=message):
@@ -222,14 +222,14 @@ def test_another_number_of_images_than_slots_is_an_error(wrong: int) -> None:
         ours(False).chat([{"role": "user", "content": [{"type": "image"}]}], images)
 
 
-def test_a_template_that_drops_images_is_an_error(tmp_path: Path) -> None:
+def test_template_that_drops_images_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, processor_config={"chat_template": "no slots"})
     processor = Processor.load(folder, MODEL)
     with pytest.raises(PromptError, match="wanted 1, got 0"):
         processor.chat([{"role": "user", "content": [{"type": "image"}]}], [noise(2, 2)])
 
 
-def test_bos_in_the_template_is_not_doubled(tmp_path: Path) -> None:
+def test_bos_in_the_template_is_not_repeated(tmp_path: Path) -> None:
     source = "{{ bos_token }}{{ messages[0].content[0].text }}"
     folder = checkpoint(tmp_path, processor_config={"chat_template": source})
     processor = Processor.load(folder, MODEL)
@@ -268,20 +268,18 @@ def test_token_prompts(split: bool) -> None:
         ([1, "2"], 0, r"token_ids\[1\]: must be"),
     ],
 )
-def test_token_prompts_that_do_not_fit_are_an_error(
-    ids: list[Any], images: int, message: str
-) -> None:
+def test_invalid_token_prompts_are_refused(ids: list[Any], images: int, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         ours(False).token_prompt(ids, [noise(2, 2)] * images)
 
 
 @pytest.mark.parametrize("ids", ["12", b"12", bytearray(2), {5, 6}, {5: 6}, {5: 6}.keys(), None, 5])
-def test_token_ids_are_no_text_and_have_an_order(ids: Any) -> None:
+def test_token_ids_must_be_an_ordered_list(ids: Any) -> None:
     with pytest.raises(PromptError, match="token_ids: must be a list of ids, got"):
         ours(False).token_prompt(ids)
 
 
-def test_wrong_arguments_are_errors() -> None:
+def test_wrong_arguments_are_refused() -> None:
     processor = ours(False)
     not_text: Any = 7
     not_a_side: Any = "top"
@@ -297,7 +295,7 @@ def test_wrong_arguments_are_errors() -> None:
         processor.prompt("<image>", ["missing.png"])
 
 
-def test_a_tokenizer_without_padding_cannot_pad(tmp_path: Path) -> None:
+def test_tokenizer_without_padding_cannot_pad(tmp_path: Path) -> None:
     settings = json.loads((EIGHT_B / "tokenizer_config.json").read_text())
     folder = checkpoint(tmp_path, tokenizer_config=settings | {"pad_token": None})
     with pytest.raises(PromptError, match="needs a pad_token"):
@@ -314,11 +312,11 @@ def checkpoint(folder: Path, **changes: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("split", "wanted"), [(None, True), (True, True), (False, False)])
-def test_splitting_is_the_checkpoints_or_the_callers(split: bool | None, wanted: bool) -> None:
+def test_splitting_follows_the_caller_or_the_checkpoint(split: bool | None, wanted: bool) -> None:
     assert Processor.load(EIGHT_B, MODEL, split=split).image_config.split is wanted
 
 
-def test_a_base_model_cannot_chat(tmp_path: Path) -> None:
+def test_base_model_cannot_chat(tmp_path: Path) -> None:
     tokenizer = json.loads((EIGHT_B / "tokenizer.json").read_text())
     del tokenizer["added_tokens"][-1]
     folder = checkpoint(tmp_path, tokenizer=tokenizer)
@@ -344,7 +342,7 @@ def test_a_base_model_cannot_chat(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_files_that_do_not_fit_the_model_are_an_error(
+def test_files_that_do_not_fit_the_model_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -361,7 +359,7 @@ def test_files_that_do_not_fit_the_model_are_an_error(
         ),
     ],
 )
-def test_a_tokenizer_of_another_model_is_an_error(changes: dict[str, Any], message: str) -> None:
+def test_tokenizer_of_another_model_is_refused(changes: dict[str, Any], message: str) -> None:
     config = json.loads((EIGHT_B / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         Processor.load(EIGHT_B, ModelConfig.from_dict(config | changes))

@@ -151,7 +151,7 @@ class Interrupt(BaseException):
         (Engine, "add", 1),
     ],
 )
-def test_an_interrupt_inside_a_step_leaves_no_trace(
+def test_interrupt_inside_a_step_leaves_the_engine_usable(
     llm: LLM,
     expected: list[Any],
     owner: type,
@@ -174,7 +174,7 @@ def test_an_interrupt_inside_a_step_leaves_no_trace(
     llm.engine.scheduler.pages.check_integrity([])
 
 
-def test_a_fault_of_the_engine_is_the_callers_and_leaves_no_trace(
+def test_engine_fault_reaches_the_caller_and_leaves_the_engine_usable(
     load: Load, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = load()
@@ -189,7 +189,7 @@ def test_a_fault_of_the_engine_is_the_callers_and_leaves_no_trace(
     assert_equal(answers(llm), expected)
 
 
-def test_a_token_without_text_costs_its_own_request(
+def test_token_without_text_fails_its_request_alone(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [output.outputs[0].token_ids for output in by_generate(llm)]
@@ -208,7 +208,7 @@ def test_a_token_without_text_costs_its_own_request(
 
 @pytest.mark.long
 @pytest.mark.parametrize("call", CALLS)
-def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
+def test_interrupt_in_the_callers_thread_leaves_the_engine_usable(
     llm: LLM, expected: list[Any], call: Callable[[LLM], list[Any]]
 ) -> None:
     """The interrupt is raised at nine of the lines that the call runs, one line a run."""
@@ -248,7 +248,7 @@ def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
 
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a signal of Unix")
-def test_a_time_out_reaches_the_caller(
+def test_timeout_reaches_the_caller(
     load: Load, expected: list[Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = load()
@@ -270,7 +270,7 @@ def test_a_time_out_reaches_the_caller(
     assert_equal(answers(llm), expected)
 
 
-def test_an_interrupt_among_many_requests_is_forgotten(
+def test_interrupt_among_many_requests_leaves_no_work(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def act() -> None:
@@ -284,7 +284,7 @@ def test_an_interrupt_among_many_requests_is_forgotten(
     assert not llm.engine.has_work
 
 
-def test_calls_on_several_threads_share_the_engine(llm: LLM, expected: list[Any]) -> None:
+def test_threads_share_the_engine(llm: LLM, expected: list[Any]) -> None:
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(answers, [llm] * 4):
             assert_equal(got, expected)
@@ -340,7 +340,7 @@ def outside(load: Load, request: pytest.FixtureRequest) -> tuple[str | None, LLM
 
 
 @pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
-def test_torch_settings_of_the_caller_change_no_answer(
+def test_callers_torch_settings_change_no_answer(
     load: Load, setting: Callable[[], Any], outside: tuple[str | None, LLM, list[Any]]
 ) -> None:
     quantization, loaded_outside, wanted = outside
@@ -355,7 +355,7 @@ def engine_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "idefics2-engine"}
 
 
-def test_a_closed_model_gives_everything_back_and_says_so(load: Load) -> None:
+def test_closed_model_is_freed_and_refuses_calls(load: Load) -> None:
     before = engine_threads()
     with load() as llm:
         model = weakref.ref(llm.model)
@@ -373,7 +373,9 @@ def test_a_closed_model_gives_everything_back_and_says_so(load: Load) -> None:
     llm.close()
 
 
-def test_a_call_that_waits_hears_of_the_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_call_raises_when_the_model_is_closed(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = load()
     in_step, go_on = threading.Event(), threading.Event()
 
@@ -392,7 +394,7 @@ def test_a_call_that_waits_hears_of_the_end(load: Load, monkeypatch: pytest.Monk
         closing.result(60)
 
 
-def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
+def test_unreferenced_model_ends_its_thread(load: Load) -> None:
     before = engine_threads()
     llm = load()
     llm.generate("the chicken", PARAMS)
@@ -403,7 +405,7 @@ def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
     assert not thread.is_alive()
 
 
-def test_an_abandoned_source_does_not_keep_a_process(llm: LLM) -> None:
+def test_abandoned_source_does_not_block_the_engine(llm: LLM) -> None:
     """Closing the iterator abandons a source that never gives its next row."""
     never = threading.Event()
 
@@ -418,7 +420,7 @@ def test_an_abandoned_source_does_not_keep_a_process(llm: LLM) -> None:
     never.set()
 
 
-def test_each_request_is_looked_at_as_often_however_many_there_are(
+def test_checks_per_request_do_not_depend_on_the_number_of_requests(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -444,7 +446,7 @@ def test_each_request_is_looked_at_as_often_however_many_there_are(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only some systems fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_is_told_to_load_its_own(llm: LLM) -> None:
+def test_forked_process_gets_an_error(llm: LLM) -> None:
     """A forked process has the object, but not the thread that answers."""
     process = os.fork()
     if process == 0:

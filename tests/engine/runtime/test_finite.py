@@ -100,7 +100,7 @@ def mixed() -> tuple[list[Any], list[SamplingParams], list[bool]]:
     return prompts, params, [i in (1, 4, 6, 7) for i in range(len(prompts))]
 
 
-def test_a_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
+def test_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
     llm = make()
     prompts, params, poisoned = mixed
     clean = llm.generate(prompts, params)
@@ -121,7 +121,7 @@ def test_a_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
         assert not llm.engine.has_work
 
 
-def test_a_request_may_fail_after_some_tokens(make: Make) -> None:
+def test_request_may_fail_after_some_tokens(make: Make) -> None:
     """The second step draws the token that gives NaN, so the third has no token."""
     llm = make()
     with torch.no_grad():
@@ -138,7 +138,9 @@ def test_a_request_may_fail_after_some_tokens(make: Make) -> None:
 
 @pytest.mark.parametrize("weight", ["head", "text", "vision"])
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_one_weight_of_nan(make: Make, params: SamplingParams, weight: str) -> None:
+def test_nan_in_one_weight_fails_the_requests_that_use_it(
+    make: Make, params: SamplingParams, weight: str
+) -> None:
     llm = make()
     words = llm.generate([prompt(1, 800)], params)[0]
     name = {
@@ -157,7 +159,7 @@ def test_one_weight_of_nan(make: Make, params: SamplingParams, weight: str) -> N
 
 
 @pytest.mark.parametrize("part", ["text", "vision"])
-def test_float16_overflows(make: Make, part: str) -> None:
+def test_float16_overflow_fails_requests(make: Make, part: str) -> None:
     llm = make(dtype="float16")
     with torch.no_grad():
         llm.model.get_parameter(f"{part}.layers.0.mlp_norm.weight").mul_(6e4)
@@ -166,7 +168,7 @@ def test_float16_overflows(make: Make, part: str) -> None:
     assert (words.error is None) == (part == "vision")
 
 
-def test_pixels_divided_by_almost_nothing(make: Make) -> None:
+def test_infinite_pixels_fail_their_request_alone(make: Make) -> None:
     llm = make()
     runner = llm.engine.runner
     runner.image_config = replace(runner.image_config, std=(1e-46,) * 3)
@@ -175,7 +177,7 @@ def test_pixels_divided_by_almost_nothing(make: Make) -> None:
     assert_equal(words, make().generate([prompt(1, 900)], GREEDY)[0])
 
 
-def test_angles_that_are_no_numbers(make: Make) -> None:
+def test_nan_angles_fail_every_request(make: Make) -> None:
     llm = make()
     text = llm.model.text
     with torch.inference_mode():
@@ -185,7 +187,7 @@ def test_angles_that_are_no_numbers(make: Make) -> None:
 
 
 @pytest.mark.parametrize("first", [GREEDY, replace(DRAWN, n=3)], ids=["greedy", "drawn"])
-def test_nothing_of_a_failed_request_is_found_again(
+def test_failed_request_leaves_nothing_in_the_caches(
     make: Make, first: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The encoder gives NaN once; neither its features nor their keys may be in a later answer."""
@@ -207,7 +209,7 @@ def test_nothing_of_a_failed_request_is_found_again(
     llm.engine.scheduler.check_integrity()
 
 
-def test_prompts_are_not_scored_by_nan(make: Make) -> None:
+def test_nan_logits_fail_prompt_scoring(make: Make) -> None:
     llm = make()
     asked = [prompt(1, 800, 801), prompt(1, POISON, 801), prompt(*WORDS, 5)]
     params = replace(GREEDY, prompt_logprobs=2)
@@ -222,7 +224,7 @@ def test_prompts_are_not_scored_by_nan(make: Make) -> None:
     llm.engine.scheduler.check_integrity()
 
 
-def test_nothing_left_to_choose_is_no_token(make: Make) -> None:
+def test_infinite_logit_fails_its_request(make: Make) -> None:
     llm = make()
     with torch.no_grad():
         # Logits are then infinity or minus infinity
@@ -231,7 +233,7 @@ def test_nothing_left_to_choose_is_no_token(make: Make) -> None:
     assert isinstance(got.error, RequestFailedError)
 
 
-def test_names_of_pages_are_forgotten_and_pages_are_kept() -> None:
+def test_forgetting_page_names_keeps_the_pages() -> None:
     pages = PageAllocator(4, 16)
     held, idle = pages.allocate(2), pages.allocate(1)
     for page, name in zip([*held, *idle], (b"a", b"b", b"c"), strict=True):
@@ -244,7 +246,7 @@ def test_names_of_pages_are_forgotten_and_pages_are_kept() -> None:
     assert pages.allocate(1) == idle, "nameless pages are taken first"
 
 
-def test_pictures_that_somebody_holds_are_not_forgotten() -> None:
+def test_held_images_are_not_forgotten() -> None:
     cache = EncoderCache(3)
     for content in (b"held", b"idle", b"other"):
         cache.hold(content)

@@ -64,14 +64,14 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
     assert written.flatten(2).any(-1).any(1).sum() == 2, "a slot in a page of each sequence"
 
 
-def test_a_step_without_chunks_is_all_padding() -> None:
+def test_step_without_chunks_is_all_padding() -> None:
     step = padded(NOTHING, 3, 2)
     assert step.slots.tolist() == [-1] * 3
     assert step.cu_seqlens.tolist() == [0] * 4
     assert step.block_table.shape == (3, 2)
 
 
-def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
+def test_pending_tokens_are_read_from_the_last_step() -> None:
     last_tokens = torch.tensor([7, 8, 9], dtype=torch.int32)
     input_ids = torch.tensor([4, -1, -3, 0], dtype=torch.int32)
     assert resolve_pending_tokens(input_ids, last_tokens).tolist() == [4, 7, 9, 0]
@@ -81,10 +81,10 @@ def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
     ("most", "sizes"),
     [(1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (17, [1, 2, 4, 8, 16, 24])],
 )
-def test_sizes_of_graphs(most: int, sizes: list[int]) -> None:
+def test_graph_sizes(most: int, sizes: list[int]) -> None:
     assert graph_sizes(most) == sizes
 
 
-def test_no_graph_is_larger_than_there_is_use_for() -> None:
+def test_graph_sizes_are_bounded() -> None:
     assert graph_sizes(10**6) == graph_sizes(MAX_SIZE)
     assert graph_sizes(MAX_SIZE)[-1] == MAX_SIZE

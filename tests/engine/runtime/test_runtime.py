@@ -186,7 +186,7 @@ def expected(llm: LLM) -> list[list[list[int]]]:
     ],
     ids=str,
 )
-def test_the_way_the_work_is_cut_changes_no_token(
+def test_tokens_do_not_depend_on_the_division_of_work(
     llm: LLM,
     expected: list[list[list[int]]],
     one_by_one: tuple[torch.Tensor, torch.Tensor],
@@ -198,7 +198,7 @@ def test_the_way_the_work_is_cut_changes_no_token(
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_preempted_every_seven_steps(
+def test_preemption_every_seven_steps_changes_no_token(
     llm: LLM,
     expected: list[list[list[int]]],
     one_by_one: tuple[torch.Tensor, torch.Tensor],
@@ -216,7 +216,7 @@ def test_preempted_every_seven_steps(
     assert_scores(requests, one_by_one)
 
 
-def test_known_prefixes(
+def test_cached_prefixes_change_no_token(
     llm: LLM, expected: list[list[list[int]]], one_by_one: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     engine = make_engine(llm)
@@ -230,7 +230,7 @@ def test_known_prefixes(
         assert cached == whole or times == 0
 
 
-def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
+def test_unneeded_pages_are_not_written(llm: LLM) -> None:
     engine = make_engine(llm, kv_cache_tokens=4096)
     requests = make_requests(llm)[:2]
     answers(engine, requests)
@@ -241,9 +241,7 @@ def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
             assert 0 < touched.sum() <= used
 
 
-def test_a_cancelled_request_leaves_the_others_as_they_were(
-    llm: LLM, expected: list[list[list[int]]]
-) -> None:
+def test_canceled_request_does_not_change_others(llm: LLM, expected: list[list[list[int]]]) -> None:
     engine = make_engine(llm, max_num_batched_tokens=30)
     requests = make_requests(llm)
 
@@ -257,7 +255,7 @@ def test_a_cancelled_request_leaves_the_others_as_they_were(
         assert mine == wanted or index in (1, 5)
 
 
-def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
+def test_finished_requests_leave_no_objects(llm: LLM) -> None:
     engine = make_engine(llm, max_num_seqs=100)
 
     def serve(count: int) -> None:
@@ -276,7 +274,7 @@ def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
     assert len(gc.get_objects()) - before < 100
 
 
-def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
+def test_step_computes_at_most_its_budget(llm: LLM, monkeypatch: Any) -> None:
     engine = make_engine(llm, max_num_batched_tokens=16, cuda_graphs=False)
     sizes = []
     forward = llm.model.forward
@@ -311,7 +309,7 @@ def failing(
 
 
 @pytest.mark.parametrize("poisoned", [0, 7, 13])
-def test_a_request_that_cannot_be_run_fails_alone(
+def test_request_that_cannot_be_run_fails_alone(
     llm: LLM, expected: list[list[list[int]]], poisoned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, max_num_batched_tokens=64, cuda_graphs=False)
@@ -330,7 +328,7 @@ def test_a_request_that_cannot_be_run_fails_alone(
     assert engine.scheduler.max_num_seqs == 64
 
 
-def test_out_of_memory_makes_steps_smaller(
+def test_out_of_memory_reduces_the_step_size(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, cuda_graphs=False)
@@ -342,7 +340,7 @@ def test_out_of_memory_makes_steps_smaller(
     assert engine.scheduler.max_num_batched_tokens == 32
 
 
-def test_what_never_fits_into_memory_fails_alone(
+def test_request_that_exceeds_memory_fails_alone(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, cuda_graphs=False)
@@ -365,7 +363,7 @@ def test_what_never_fits_into_memory_fails_alone(
 
 
 @pytest.mark.parametrize("failing_step", [1, 3, 6])
-def test_tokens_that_cannot_be_read_once_are_drawn_again(
+def test_unreadable_tokens_are_drawn_again(
     llm: LLM, expected: list[list[list[int]]], failing_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, choices, calls = make_engine(llm), Drawn.choices, []
@@ -383,7 +381,7 @@ def test_tokens_that_cannot_be_read_once_are_drawn_again(
     assert len(calls) > failing_step
 
 
-def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
+def test_failed_encoder_leaves_no_wrong_features(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm)
@@ -421,7 +419,9 @@ def test_memory_does_not_grow(llm: LLM) -> None:
 
 
 @on_a_gpu
-def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_reading_tokens_waits_for_the_device(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, choices = make_engine(llm), Drawn.choices
 
     def may_wait(self: Drawn) -> Any:
