@@ -48,7 +48,7 @@ def spelled_out(name: str) -> Iterator[str]:
     yield from ("".join(word.strip() for word in words) for words in product(*parts))
 
 
-def is_there(name: str) -> bool:
+def name_exists(name: str) -> bool:
     """Return whether a module, a file or a folder of this name exists.
 
     A file name without a folder may be anywhere.
@@ -66,7 +66,7 @@ def missing_modules(page: Path) -> list[str]:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     looks = re.compile(r"[\w./]+\.py|\w[\w./]*/|idefics2_(engine|kernels|bench)(\.\w+)*")
     names = [name for code in re.findall(r"`([^`\n]+)`", text) for name in spelled_out(code)]
-    return [name for name in names if looks.fullmatch(name) and not is_there(name)]
+    return [name for name in names if looks.fullmatch(name) and not name_exists(name)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

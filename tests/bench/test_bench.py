@@ -23,8 +23,8 @@ ABOUT = {
 }
 
 
-def told(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
-    """Call everything once; return 1 us for the kernels and 2 us for each peer."""
+def fake_measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
+    """Make every call once; report 1 us for the kernels and 2 us for each peer."""
     for own in calls.values():
         for call in own:
             call()
@@ -45,7 +45,7 @@ def small_case(name: str) -> tuple[KernelSpec, Case]:
 def test_case_is_checked_and_timed_beside_its_peers(
     name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(kernels, "measure", told)
+    monkeypatch.setattr(kernels, "measure", fake_measure)
     spec, case = small_case(name)
     found = kernels.bench_case(spec, ["triton"], case, ABOUT, device, copies=2)
     ours = found[0]
@@ -63,7 +63,7 @@ def test_case_is_checked_and_timed_beside_its_peers(
 
 
 def test_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setattr(kernels, "measure", told)
+    monkeypatch.setattr(kernels, "measure", fake_measure)
     spec, case = small_case("rms_norm")
     right = spec.implementations["triton"]
     broken = KernelSpec(

@@ -41,7 +41,7 @@ def bare(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command changes both
+    # The command changes sys.argv and sys.path
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
 

@@ -18,20 +18,20 @@ EOS, END_OF_UTTERANCE, FAKE = 2, 32002, 32000
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def checkpoint_and_oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Return a checkpoint whose window is shorter than its prompts, and transformers' model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return folder, write_checkpoint(folder, window=24)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(written: tuple[Path, Any]) -> Path:
-    return written[0]
+def checkpoint(checkpoint_and_oracle: tuple[Path, Any]) -> Path:
+    return checkpoint_and_oracle[0]
 
 
 @pytest.fixture(scope="module")
-def oracle(written: tuple[Path, Any]) -> Any:
-    return written[1]
+def oracle(checkpoint_and_oracle: tuple[Path, Any]) -> Any:
+    return checkpoint_and_oracle[1]
 
 
 WORDS = [
@@ -88,7 +88,7 @@ def oracle_generate(llm: LLM, oracle: Any, prompts: list[dict[str, Any]], **opti
     return out[:, tensors["input_ids"].shape[1] :].tolist()
 
 
-def ours(llm: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[list[int]]:
+def greedy_tokens(llm: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[list[int]]:
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, **options))
     return [output.outputs[0].token_ids for output in outputs]
 
@@ -110,7 +110,7 @@ def test_greedy_tokens_equal_transformers(
 ) -> None:
     prompts = make_prompts()
     expected = oracle_generate(llm, oracle, prompts, max_new_tokens=24, **their_options)
-    got = ours(llm, prompts, max_tokens=24, **our_options)
+    got = greedy_tokens(llm, prompts, max_tokens=24, **our_options)
     for want, have in zip(expected, got, strict=True):
         ends = [i for i, token in enumerate(want) if token in (EOS, END_OF_UTTERANCE)]
         assert have == want[: ends[0] + 1 if ends else len(want)]
@@ -119,21 +119,21 @@ def test_greedy_tokens_equal_transformers(
 
 def test_barred_tokens_are_not_chosen_if_most_likely(checkpoint: Path, llm: LLM) -> None:
     prompt = make_prompts()[7]
-    token = ours(llm, [prompt], max_tokens=1)[0][0]
+    token = greedy_tokens(llm, [prompt], max_tokens=1)[0][0]
     generation = json.loads((checkpoint / "generation_config.json").read_text())
     barred = LLM(checkpoint, device="cpu", max_num_seqs=1)
     barred.engine.sampler.bad_words_ids = [*generation["bad_words_ids"], [token]]
-    second = ours(barred, [prompt], max_tokens=1)[0][0]
+    second = greedy_tokens(barred, [prompt], max_tokens=1)[0][0]
     assert second != token
     barred.engine.sampler.bad_words_ids.append([token, second])
-    assert second in ours(barred, [prompt], max_tokens=2)[0]
+    assert second in greedy_tokens(barred, [prompt], max_tokens=2)[0]
 
 
 def test_batch_equals_single(checkpoint: Path, llm: LLM) -> None:
     prompts = make_prompts()
     narrow = LLM(checkpoint, device="cpu", max_num_seqs=3, max_model_len=80, kv_cache_tokens=192)
-    assert ours(narrow, prompts, max_tokens=8) == ours(llm, prompts, max_tokens=8)
-    assert [ours(llm, [prompt], max_tokens=8)[0] for prompt in prompts] == ours(
+    assert greedy_tokens(narrow, prompts, max_tokens=8) == greedy_tokens(llm, prompts, max_tokens=8)
+    assert [greedy_tokens(llm, [prompt], max_tokens=8)[0] for prompt in prompts] == greedy_tokens(
         llm, prompts, max_tokens=8
     )
     narrow.engine.scheduler.pages.check_integrity([])
@@ -162,7 +162,7 @@ def test_n_answers_differ_and_the_first_equals_a_single_one(llm: LLM) -> None:
 
 def test_filters_keep_the_most_likely_token(llm: LLM) -> None:
     prompts = make_prompts()[:6]
-    greedy = ours(llm, prompts, max_tokens=6)
+    greedy = greedy_tokens(llm, prompts, max_tokens=6)
     for params in (
         SamplingParams(top_k=1, max_tokens=6),
         SamplingParams(top_p=1e-6, max_tokens=6),
@@ -368,7 +368,7 @@ def test_other_sampling_params_are_refused(llm: LLM, params: Any) -> None:
 def test_smallest_temperature_and_top_p_are_greedy(llm: LLM) -> None:
     """In fp32 both values are 0, and logits cannot be divided by 0."""
     prompts = make_prompts()[:4]
-    greedy = ours(llm, prompts, max_tokens=4)
+    greedy = greedy_tokens(llm, prompts, max_tokens=4)
     for params in (
         SamplingParams(temperature=5e-324, max_tokens=4),
         SamplingParams(top_p=5e-324, max_tokens=4),

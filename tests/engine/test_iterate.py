@@ -362,14 +362,14 @@ def test_errors_name_the_callers_argument(llm: LLM) -> None:
 
 
 def test_images_may_be_passed_beside_a_conversation(llm: LLM) -> None:
-    def shown(image: Any) -> dict[str, Any]:
+    def user_message(image: Any) -> dict[str, Any]:
         part = {"type": "image"} if image is None else {"type": "image", "image": image}
         return {"role": "user", "content": [part, {"type": "text", "text": "what is left"}]}
 
     pictures = [random_image(60, 90, seed=i) for i in range(2)]
-    wanted = [llm.chat([shown(picture)], GREEDY)[0].outputs for picture in pictures]
-    assert llm.chat([shown(None)], GREEDY, images=pictures[:1])[0].outputs == wanted[0]
-    both = llm.chat([[shown(None)]] * 2, GREEDY, images=[[picture] for picture in pictures])
+    wanted = [llm.chat([user_message(picture)], GREEDY)[0].outputs for picture in pictures]
+    assert llm.chat([user_message(None)], GREEDY, images=pictures[:1])[0].outputs == wanted[0]
+    both = llm.chat([[user_message(None)]] * 2, GREEDY, images=[[picture] for picture in pictures])
     assert [output.outputs for output in both] == wanted
     with pytest.raises(PromptError, match="a list for each of the 2 conversations, got 1"):
-        llm.chat([[shown(None)]] * 2, GREEDY, images=[pictures])
+        llm.chat([[user_message(None)]] * 2, GREEDY, images=[pictures])

@@ -113,7 +113,7 @@ def test_tables_cover_every_parameter() -> None:
     assert BAD.keys() == GOOD.keys() == names
 
 
-def shown(value: Any) -> str:
+def expected_text(value: Any) -> str:
     """Return the beginning of the text that an error must have for ``value``."""
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
         # The error names an element of a list, or the whole list
@@ -133,14 +133,14 @@ def shown(value: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=lambda x: shown(x)
+    ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=lambda x: expected_text(x)
 )
 def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(SamplingError, match=rf"^{name} must "):
         SamplingParams(**{name: value})
     with pytest.raises(SamplingError, match=rf"^{name} must .* got ") as caught:
         SamplingParams.from_dict({name: value})
-    assert shown(value) in str(caught.value)
+    assert expected_text(value) in str(caught.value)
     assert len(str(caught.value)) < 300
 
 

@@ -162,7 +162,7 @@ def test_supported_inputs() -> None:
     assert not supports(x.flatten()[: 16 * 260].view(16, 260)[:, :256], weight), "rows not aligned"
 
 
-# Changes of the source, and the case that must notice each
+# Changes to the source, each with the case that must detect it
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "few-rows"),
     "a byte for its neighbor": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),

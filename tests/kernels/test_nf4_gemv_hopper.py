@@ -46,7 +46,7 @@ class Cut(Product):
 
 @pytest.mark.parametrize(("dtype", "double_quant"), [*product(DTYPES, (True, False))])
 def test_every_weight_bit_for_bit(dtype: torch.dtype, double_quant: bool, kernel: Any) -> None:
-    """A one at a column returns the weights of that column.
+    """A row of x with a single one returns the weights of that column.
 
     The weights have all codes in both nibbles, and absmaxes across the range of the dtype.
     """
@@ -112,7 +112,7 @@ def test_supported_inputs() -> None:
     assert not supports(x[:1, :1024], nf4_quantize(torch.randn(3, 1024).half()))
 
 
-# Changes of the source, and the case that must notice each
+# Changes to the source, each with the case that must detect it
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "square"),
     "the lane's place is left out": ("% PLACES * 8", "% PLACES * 0 + 1", "square"),

@@ -215,7 +215,7 @@ def test_output_rows_use_the_remaining_memory(block_m: int, stages: int, out_row
     assert config.out_rows == out_rows
 
 
-# Changes of the source, each of which must be noticed
+# Changes to the source, each of which must be detected
 MUTATIONS: dict[str, tuple[str, str]] = {
     "the low nibble first": ("* 16, high, low],", "* 16, low, high],"),
     "the second value first": ("${i}, g, f;", "${i}, f, g;"),

@@ -1,4 +1,4 @@
-"""The paged attention kernel in Gluon on a CPU: which pages it reads, and that no others matter."""
+"""The paged attention kernel in Gluon on a CPU: it reads only the slots that a query sees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -76,7 +76,7 @@ def run(
 ) -> Tensor:
     """Run the kernel with a few programs, so that each has several tiles.
 
-    It uses counters of its own.
+    Without ``counters`` the call has new ones.
     """
     own = torch.zeros(2, dtype=torch.int32) if counters is None else counters
     config = kernel.launch_config
@@ -251,7 +251,7 @@ def test_catalog_agrees_with_supported_inputs(monkeypatch: pytest.MonkeyPatch) -
 def test_tiles_are_taken_once_and_counters_are_reset(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Programs run one after another, so the first one takes every tile that is not dealt out."""
+    """Programs run one after another, so the first takes every tile not assigned in advance."""
     inputs = BATCHES["groups-of-4"].inputs()
     taken: list[int] = []
     take = kernel.take_tile
@@ -270,7 +270,7 @@ def test_tiles_are_taken_once_and_counters_are_reset(
     assert not counters.any()
 
 
-# Changes of the source, and the batch that must notice each
+# Changes to the source, each with the batch that must detect it
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "slots without a key are read": ("gl.minimum(end_n - key, PAGE)", "PAGE", "one-over"),
     "one key too few": ("last_m + 1\n", "last_m\n", "lengths"),

@@ -43,7 +43,7 @@ def sdpa(
 
 
 def mask_of(S: int, T: int, causal: bool, window: int | None) -> Tensor:
-    """Compute the same in a loop, independently of other formulas."""
+    """Return the attention mask (S, T) of the last S of T positions, computed in a loop."""
     mask = torch.zeros(S, T, dtype=torch.bool)
     for i in range(S):
         for j in range(T):

@@ -334,7 +334,7 @@ class TestNames:
 
 
 class TestKind:
-    """An adapter given as the model, or a model as the adapter, is an error that says so."""
+    """Tests that the error names an adapter given as the model, or a model as the adapter."""
 
     @pytest.fixture
     def lora(self, tmp_path: Path) -> Path:

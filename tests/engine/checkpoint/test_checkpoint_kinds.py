@@ -16,12 +16,12 @@ from oracle import random_image
 from tiny_checkpoint import edit_json, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-# These are never generated, whatever the checkpoint says
+# The engine never generates these tokens, for any checkpoint
 BARRED = torch.tensor([32000, 32001])
 
 
 def answer(folder: Path, oracle: Any, **settings: Any) -> LLM:
-    """Compare greedy tokens with transformers' and return the engine."""
+    """Load ``folder``, check that its greedy tokens are transformers', and return the engine."""
     llm = LLM(folder, device="cpu", dtype="float32", **settings)
     (output,) = llm.generate("The chicken sits on", GREEDY)
     ids = torch.tensor([output.prompt_token_ids])

@@ -1,4 +1,4 @@
-"""Names of tensors and the tied head: the result of transformers, or an error."""
+"""Tensor names and the tied head: transformers' result, or an error."""
 
 import json
 from functools import cache
@@ -63,8 +63,8 @@ def write(
     return folder
 
 
-def theirs(folder: Path) -> tuple[Any, set[str]]:
-    """Load ``folder`` in transformers; return the model and the names of randomly drawn tensors."""
+def load_in_transformers(folder: Path) -> tuple[Any, set[str]]:
+    """Load ``folder`` in transformers; return the model and the names of its missing tensors."""
     model: Any
     from_pretrained: Any = Idefics2ForConditionalGeneration.from_pretrained
     model, info = from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
@@ -72,7 +72,7 @@ def theirs(folder: Path) -> tuple[Any, set[str]]:
 
 
 def assert_same_logits(folder: Path) -> None:
-    oracle, missing = theirs(folder)
+    oracle, missing = load_in_transformers(folder)
     assert not missing
     with torch.no_grad():
         wanted = oracle(**inputs()).logits
@@ -120,7 +120,7 @@ def test_head_is_loaded_as_in_transformers(
     top: bool | None, text: bool | None, which: str, pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
     folder = write(tmp_path, present(pristine, which), top, text)
-    oracle, missing = theirs(folder)
+    oracle, missing = load_in_transformers(folder)
     # transformers draws these at random
     if missing:
         with pytest.raises(CheckpointError, match="tensors are missing") as caught:
@@ -167,13 +167,13 @@ def test_head_in_another_shard_is_loaded(pristine: dict[str, Tensor], tmp_path: 
 def test_saved_config_records_whether_the_head_is_tied(
     pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """A release of transformers that ties without comparing the tensors then keeps both as well."""
+    """Releases of transformers that tie without comparing the tensors then keep both as well."""
     source = write(tmp_path / "in", pristine, top=True)
     save_checkpoint(load_checkpoint(source), tmp_path / "out", config_from=source)
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     )
-    oracle, missing = theirs(tmp_path / "out")
+    oracle, missing = load_in_transformers(tmp_path / "out")
     assert not missing
     assert torch.equal(oracle.lm_head.weight, pristine[HEAD])
     assert_same_logits(tmp_path / "out")

@@ -48,7 +48,7 @@ def train(folder: Path, case: Any = CASES[0], **settings: Any) -> None:
         model.save_pretrained(str(folder))
 
 
-def theirs(adapter: Path, merged: bool = True) -> Any:
+def load_in_peft(adapter: Path, merged: bool = True) -> Any:
     """Return PEFT's model with ``adapter``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -117,7 +117,7 @@ def test_weights_equal_pefts_bit_for_bit(kind: str, base: Path, tmp_path: Path) 
     model = load_checkpoint(base, adapter=tmp_path / "adapter")
     save_checkpoint(model, tmp_path / "merged")
     ours = load_file(tmp_path / "merged" / "model.safetensors")
-    wanted = theirs(tmp_path / "adapter").state_dict()
+    wanted = load_in_peft(tmp_path / "adapter").state_dict()
     untouched = load_file(base / "model.safetensors")
     changed = 0
     for name, tensor in ours.items():
@@ -132,7 +132,7 @@ def test_logits_equal_those_of_the_unmerged_adapter(base: Path, tmp_path: Path) 
     tiles, ids = case.make_tiles(), case.token_ids()
     values, mask = padded_pixels(tiles)
     expected = (
-        theirs(tmp_path, merged=False)
+        load_in_peft(tmp_path, merged=False)
         .eval()(input_ids=torch.tensor(ids), pixel_values=values, pixel_attention_mask=mask)
         .logits[0]
     )
@@ -318,7 +318,7 @@ class TestWeights:
         model = load_checkpoint(base, adapter=adapter)
         name = "model.text_model.layers.0.self_attn.q_proj.weight"
         qkv: Any = dict(model.named_parameters())["text.layers.0.attention.qkv_proj.weight"]
-        assert torch.equal(qkv[:64], theirs(adapter).state_dict()[name])
+        assert torch.equal(qkv[:64], load_in_peft(adapter).state_dict()[name])
 
     def test_module_as_weight_and_pair_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, weight=torch.zeros(64, 64))
@@ -366,7 +366,7 @@ class TestWeights:
         del tensors["base_model.model.model.connector.perceiver_resampler.latents"]
         save_file(tensors, file)
         with pytest.raises(KeyError, match="latents"):
-            theirs(tmp_path)
+            load_in_peft(tmp_path)
         said = self.refusal(base, tmp_path)
         assert "must hold 'model.connector.perceiver_resampler.latents', which is in" in said
 
@@ -376,11 +376,11 @@ class TestWeights:
         met: list[str] = []
         fits = NamePattern.fits
 
-        def noted(pattern: NamePattern, name: str) -> bool:
+        def recording_fits(pattern: NamePattern, name: str) -> bool:
             met.append(name)
             return fits(pattern, name)
 
-        monkeypatch.setattr(NamePattern, "fits", noted)
+        monkeypatch.setattr(NamePattern, "fits", recording_fits)
         edit(adapter, alpha_pattern={".*.*b": 3}, rank_pattern={".*.*b": 3})
         load_checkpoint(base, adapter=adapter)
         own = {name.removesuffix(".weight") for name in load_file(base / "model.safetensors")}

@@ -111,7 +111,7 @@ def whole_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def transformers_checkpoint(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint that transformers and bitsandbytes make of ``dense``."""
     folder = tmp_path_factory.mktemp("theirs")
     quantized_oracle(dense, torch.bfloat16).save_pretrained(folder)
@@ -119,9 +119,9 @@ def theirs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(theirs: Path, tmp_path: Path) -> Path:
-    """Return a copy of ``theirs``, which a test may damage."""
-    return Path(shutil.copytree(theirs, tmp_path / "copy"))
+def copy(transformers_checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a copy of ``transformers_checkpoint``, which a test may damage."""
+    return Path(shutil.copytree(transformers_checkpoint, tmp_path / "copy"))
 
 
 class TestFiles:
@@ -474,8 +474,8 @@ class TestLoading:
             assert all(map(torch.equal, models[0], again))
         assert len({tuple(codes.tolist()) for codes in models[0]}) == len(models[0])
 
-    def test_casting_the_model_keeps_nf4_dtypes(self, theirs: Path) -> None:
-        model = load_checkpoint(theirs, dtype=torch.bfloat16)
+    def test_casting_the_model_keeps_nf4_dtypes(self, transformers_checkpoint: Path) -> None:
+        model = load_checkpoint(transformers_checkpoint, dtype=torch.bfloat16)
         layer: Any = model.get_submodule("text.layers.0.attention.o_proj")
         before = layer.weight
         model.double()
@@ -552,19 +552,21 @@ class TestRefused:
             ModelConfig.from_dict(config)
 
     def test_quantized_checkpoint_is_not_quantized_again(
-        self, theirs: Path, tmp_path: Path
+        self, transformers_checkpoint: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(ConfigError, match="is quantized already: load it without quantization"):
-            load_checkpoint(theirs, quantization=NF4)
+            load_checkpoint(transformers_checkpoint, quantization=NF4)
         adapter = make_adapter(tmp_path / "adapter")
         with pytest.raises(ConfigError, match="an adapter must be merged before that"):
-            load_checkpoint(theirs, adapter=adapter)
+            load_checkpoint(transformers_checkpoint, adapter=adapter)
         with pytest.raises(ConfigError, match="quantization_config must be absent"):
-            build_model(ModelConfig.load(theirs))
+            build_model(ModelConfig.load(transformers_checkpoint))
         with pytest.raises(ConfigError, match=r"dtype must be .* got torch.float64"):
-            load_checkpoint(theirs, dtype=torch.float64)
+            load_checkpoint(transformers_checkpoint, dtype=torch.float64)
         with pytest.raises(ValueError, match=r"dtype must be .* got torch.float64"):
-            save_checkpoint(load_checkpoint(theirs), tmp_path / "new", torch.float64)
+            save_checkpoint(
+                load_checkpoint(transformers_checkpoint), tmp_path / "new", torch.float64
+            )
         assert not (tmp_path / "new").exists()
 
     def test_contradicting_config_and_tensors_are_refused(

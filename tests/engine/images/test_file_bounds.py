@@ -400,12 +400,12 @@ def test_wide_row_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     plain = BoundedFile.read
 
-    def noted(self: BoundedFile, size: int | None = -1) -> bytes:
+    def recording_read(self: BoundedFile, size: int | None = -1) -> bytes:
         data = plain(self, size)
         sizes.append(len(data))
         return data
 
-    monkeypatch.setattr(BoundedFile, "read", noted)
+    monkeypatch.setattr(BoundedFile, "read", recording_read)
     for data in (
         b"P5 4000000 1 255\n" + bytes(4_000_000),
         file(Image.new("L", (4_000_000, 1)), "BMP"),
@@ -426,11 +426,11 @@ def test_transparent_image_is_blended_in_parts(mode: str, monkeypatch: pytest.Mo
     sizes = []
     composite = Image.alpha_composite
 
-    def noted(under: Image.Image, over: Image.Image) -> Image.Image:
+    def recording_composite(under: Image.Image, over: Image.Image) -> Image.Image:
         sizes.append(over.width * over.height)
         return composite(under, over)
 
-    monkeypatch.setattr(Image, "alpha_composite", noted)
+    monkeypatch.setattr(Image, "alpha_composite", recording_composite)
     for part in (30, 100, 1000):
         sizes.clear()
         monkeypatch.setattr(image_policy, "PART_PIXELS", part)

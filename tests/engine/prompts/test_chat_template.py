@@ -259,7 +259,7 @@ def test_loading_runs_no_filter(source: str, monkeypatch: pytest.MonkeyPatch) ->
     """Jinja folds constants while it compiles, but must not compute ``'a' | center(10**9)``."""
     computed: list[str] = []
 
-    def noted(name: str, compute: Any) -> Any:
+    def record_calls(name: str, compute: Any) -> Any:
         @wraps(compute)
         def note(*args: Any, **kwargs: Any) -> Any:
             computed.append(name)
@@ -268,7 +268,7 @@ def test_loading_runs_no_filter(source: str, monkeypatch: pytest.MonkeyPatch) ->
         return note
 
     for name, compute in DEFAULT_FILTERS.items():
-        monkeypatch.setitem(DEFAULT_FILTERS, name, noted(name, compute))
+        monkeypatch.setitem(DEFAULT_FILTERS, name, record_calls(name, compute))
     ChatTemplate(source, tokenizer())
     assert not computed
 
@@ -479,7 +479,7 @@ def special_tokens() -> dict[str, Any]:
     return dict(LlamaTokenizer.from_pretrained(EIGHT_B).special_tokens_map)
 
 
-def theirs(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
+def render_with_transformers(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
     rendered: Any = render_jinja_template(
         [messages], chat_template=source, add_generation_prompt=generate, **special_tokens()
     )
@@ -492,7 +492,7 @@ def test_rendering_equals_transformers(name: str, generate: bool) -> None:
     for messages in conversations():
         # A template that searches typed text for "<" would find marks behind it. None of these
         # does.
-        assert render(HUB_STYLE[name], messages, generate) == theirs(
+        assert render(HUB_STYLE[name], messages, generate) == render_with_transformers(
             HUB_STYLE[name], messages, generate
         )
 
@@ -503,7 +503,9 @@ def test_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
     found = ChatTemplate.load(tmp_path, tokenizer())
     assert found is not None
     for messages in conversations():
-        assert tokenizer().unmark(found.render(messages, False)) == theirs(CHATTY, messages, False)
+        assert tokenizer().unmark(found.render(messages, False)) == render_with_transformers(
+            CHATTY, messages, False
+        )
 
 
 @pytest.fixture

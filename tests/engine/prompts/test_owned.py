@@ -42,7 +42,7 @@ def finished(draft: PromptDraft) -> list[npt.NDArray[np.uint8]]:
     return pixels(processor().finish([draft])[0])
 
 
-def wanted(image: Image.Image) -> npt.NDArray[np.uint8]:
+def expected_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     (only,) = finished(processor().draft_prompt("<image>", [image.copy()]))
     return only
 
@@ -119,7 +119,7 @@ def test_owned_draft_does_not_see_the_callers_changes(kind: str) -> None:
     messages[0]["content"][0]["image"] = None  # type: ignore[index]
     for draft in drafts:
         (got,) = finished(draft)
-        np.testing.assert_array_equal(got, wanted(IMAGE))
+        np.testing.assert_array_equal(got, expected_pixels(IMAGE))
 
 
 def test_messages_and_token_ids_may_be_reused() -> None:
@@ -147,7 +147,7 @@ def test_frames_of_one_file_are_read_separately(kind: str) -> None:
     for number in range(3):
         animated.seek(number)
         drafts.append(processor().draft_prompt("<image>", [animated]).owned())
-        expected.append(wanted(animated))
+        expected.append(expected_pixels(animated))
     got = [finished(draft)[0] for draft in drafts]
     assert len({one.tobytes() for one in got}) == 3
     for one, other in zip(got, expected, strict=True):
@@ -164,7 +164,7 @@ def test_paths_and_bytes_are_not_decoded_when_owned(
         draft = processor().draft_prompt("<image>" * 3, sources).owned()
     assert all(one is own for one, own in zip(sources, draft.images, strict=True))
     for got in finished(draft):
-        np.testing.assert_array_equal(got, wanted(IMAGE))
+        np.testing.assert_array_equal(got, expected_pixels(IMAGE))
 
 
 def test_repeated_object_is_owned_once() -> None:

@@ -34,12 +34,12 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @cache
-def ours(split: bool) -> Processor:
+def engine_processor(split: bool) -> Processor:
     return Processor.load(EIGHT_B, MODEL, split=split)
 
 
 @cache
-def theirs(split: bool) -> Any:
+def transformers_processor(split: bool) -> Any:
     settings = json.loads((EIGHT_B / "preprocessor_config.json").read_text())
     for key in ("processor_class", "image_processor_type"):
         del settings[key]
@@ -84,8 +84,8 @@ def test_ids_of_raw_prompts_equal_transformers(split: bool) -> None:
     assert len(set(prompts)) >= 50
     dot = noise(2, 2)
     for text in prompts:
-        wanted = theirs(split)(text=text)["input_ids"][0]
-        got = ours(split).prompt(text, [dot] * text.count("<image>"))
+        wanted = transformers_processor(split)(text=text)["input_ids"][0]
+        got = engine_processor(split).prompt(text, [dot] * text.count("<image>"))
         assert got.token_ids == wanted, text
         assert got.prompt == text
         assert len(got.tiles) == text.count("<image>") * (5 if split else 1)
@@ -96,10 +96,12 @@ def test_ids_of_raw_prompts_equal_transformers(split: bool) -> None:
 def test_chats_equal_transformers(split: bool, generate: bool) -> None:
     dot = noise(2, 2)
     for messages in conversations():
-        rendered = theirs(split).apply_chat_template(messages, add_generation_prompt=generate)
-        wanted = theirs(split)(text=rendered)["input_ids"][0]
+        rendered = transformers_processor(split).apply_chat_template(
+            messages, add_generation_prompt=generate
+        )
+        wanted = transformers_processor(split)(text=rendered)["input_ids"][0]
         images = [dot] * rendered.count("<image>")
-        got = ours(split).chat(messages, images, add_generation_prompt=generate)
+        got = engine_processor(split).chat(messages, images, add_generation_prompt=generate)
         assert got.prompt == rendered
         assert got.token_ids == wanted, rendered
         if split:
@@ -120,14 +122,16 @@ def test_chat_equals_one_call_of_transformers() -> None:
             ],
         },
     ]
-    wanted = theirs(True).apply_chat_template(
+    wanted = transformers_processor(True).apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    got = ours(True).chat(messages)
+    got = engine_processor(True).chat(messages)
     assert got.token_ids == wanted["input_ids"][0]
     assert len(got.tiles) == 10
     # The tiles equal those of single images, in the order of the placeholders
-    own = [tile for image in images for tile in ours(True).prompt("<image>", [image]).tiles]
+    own = [
+        tile for image in images for tile in engine_processor(True).prompt("<image>", [image]).tiles
+    ]
     for tile, alone in zip(got.tiles, own, strict=True):
         np.testing.assert_array_equal(tile.pixels, alone.pixels)
 
@@ -151,9 +155,9 @@ def test_chat_equals_one_call_of_transformers() -> None:
     ],
 )
 def test_other_templates_render_as_in_transformers(source: str) -> None:
-    processor = ours(False)
+    processor = engine_processor(False)
     for messages in conversations()[:30]:
-        wanted = theirs(False).apply_chat_template(messages, chat_template=source)
+        wanted = transformers_processor(False).apply_chat_template(messages, chat_template=source)
         marked = ChatTemplate(source, processor.tokenizer).render(messages, False)
         assert processor.tokenizer.unmark(marked) == wanted
 
@@ -163,7 +167,7 @@ def test_images_may_be_passed_in_every_form(tmp_path: Path) -> None:
     images[1].save(tmp_path / "one.png")
     part = {"type": "image_url", "image_url": {"url": str(tmp_path / "one.png")}}
     content = [{"type": "image"}, part, {"type": "image", "image": images[2]}]
-    got = ours(False).chat([{"role": "user", "content": content}], [images[0]])
+    got = engine_processor(False).chat([{"role": "user", "content": content}], [images[0]])
     assert got.prompt == "User:<image><image><image><end_of_utterance>\nAssistant:"
     for tile, image in zip(got.tiles, images, strict=True):
         np.testing.assert_array_equal(tile.pixels, np.array(image))
@@ -172,9 +176,9 @@ def test_images_may_be_passed_in_every_form(tmp_path: Path) -> None:
 def test_typed_control_tokens_do_not_count_as_slots() -> None:
     text = "<image></s><fake_token_around_image><end_of_utterance>"
     content = [{"type": "text", "text": text}, {"type": "image"}]
-    got = ours(False).chat([{"role": "user", "content": content}], [noise(2, 2)])
+    got = engine_processor(False).chat([{"role": "user", "content": content}], [noise(2, 2)])
     assert got.prompt == f"User: {text}<image><end_of_utterance>\nAssistant:"
-    special = [id for id in got.token_ids if id in ours(False).tokenizer.control_ids]
+    special = [id for id in got.token_ids if id in engine_processor(False).tokenizer.control_ids]
     assert special == [1, 32000, *[32001] * 64, 32000, 32002]
 
 
@@ -194,10 +198,10 @@ def test_padded_batches_equal_transformers(
 ) -> None:
     texts = [text for text, _ in BATCHES[name]]
     images: list[list[Image.Image]] = [[noise(*size) for size in own] for _, own in BATCHES[name]]
-    wanted = theirs(split)(
+    wanted = transformers_processor(split)(
         text=texts, images=images, padding=True, padding_side=side, return_tensors="np"
     )
-    got = ours(split).padded(texts, images, side)
+    got = engine_processor(split).padded(texts, images, side)
     assert got.keys() == wanted.keys()
     for key, array in wanted.items():
         assert got[key].dtype == array.dtype
@@ -205,8 +209,8 @@ def test_padded_batches_equal_transformers(
 
 
 def test_padded_batch_without_images_has_no_pixels() -> None:
-    wanted = theirs(True)(text=["a", "b c"], padding=True, padding_side="right")
-    got = ours(True).padded(["a", "b c"], [[], []])
+    wanted = transformers_processor(True)(text=["a", "b c"], padding=True, padding_side="right")
+    got = engine_processor(True).padded(["a", "b c"], [[], []])
     assert {key: array.tolist() for key, array in got.items()} == dict(wanted)
 
 
@@ -215,11 +219,11 @@ def test_number_of_images_must_equal_number_of_slots(wrong: int) -> None:
     images = [noise(2, 2)] * wrong
     message = f"wanted {wrong}, got 1"
     with pytest.raises(PromptError, match=message):
-        ours(False).prompt("<image>", images)
+        engine_processor(False).prompt("<image>", images)
     with pytest.raises(PromptError, match=message):
-        ours(False).padded(["<image>"], [images])
+        engine_processor(False).padded(["<image>"], [images])
     with pytest.raises(PromptError, match=message):
-        ours(False).chat([{"role": "user", "content": [{"type": "image"}]}], images)
+        engine_processor(False).chat([{"role": "user", "content": [{"type": "image"}]}], images)
 
 
 def test_template_that_drops_images_is_refused(tmp_path: Path) -> None:
@@ -246,7 +250,7 @@ def test_bos_in_the_template_is_not_repeated(tmp_path: Path) -> None:
 
 @SPLIT
 def test_token_prompts(split: bool) -> None:
-    processor = ours(split)
+    processor = engine_processor(split)
     images = [noise(2, 2), noise(500, 400)]
     for text in ("<image>a<image>b", "<image><image>", "x <image> <image>"):
         raw = processor.prompt(text, images)
@@ -270,17 +274,17 @@ def test_token_prompts(split: bool) -> None:
 )
 def test_invalid_token_prompts_are_refused(ids: list[Any], images: int, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        ours(False).token_prompt(ids, [noise(2, 2)] * images)
+        engine_processor(False).token_prompt(ids, [noise(2, 2)] * images)
 
 
 @pytest.mark.parametrize("ids", ["12", b"12", bytearray(2), {5, 6}, {5: 6}, {5: 6}.keys(), None, 5])
 def test_token_ids_must_be_an_ordered_list(ids: Any) -> None:
     with pytest.raises(PromptError, match="token_ids: must be a list of ids, got"):
-        ours(False).token_prompt(ids)
+        engine_processor(False).token_prompt(ids)
 
 
 def test_wrong_arguments_are_refused() -> None:
-    processor = ours(False)
+    processor = engine_processor(False)
     not_text: Any = 7
     not_a_side: Any = "top"
     with pytest.raises(PromptError, match="text: must be a string, got int"):

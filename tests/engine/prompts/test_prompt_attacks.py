@@ -287,11 +287,11 @@ def test_megabyte_of_typed_tokens_stays_text(name: str, monkeypatch: pytest.Monk
     given: list[int] = []
     encode = TokenLibrary.encode
 
-    def noted(library: TokenLibrary, text: str) -> list[int]:
+    def recording_encode(library: TokenLibrary, text: str) -> list[int]:
         given.append(len(text))
         return encode(library, text)
 
-    monkeypatch.setattr(TokenLibrary, "encode", noted)
+    monkeypatch.setattr(TokenLibrary, "encode", recording_encode)
     ids = processor().chat([{"role": "user", "content": text}]).token_ids
     assert len(given) == 1
     assert given[0] < 3 * len(text) + 100

@@ -38,7 +38,7 @@ Load = Callable[..., LLM]
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def load(request: pytest.FixtureRequest, checkpoint: Path, one_tokenizer: None) -> Load:
-    """Load a tiny checkpoint, with settings besides those of all tests."""
+    """Return a function that loads a tiny checkpoint; its arguments extend the common settings."""
     settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
     return partial(LLM, checkpoint, **settings, kv_cache_tokens=4096, max_num_seqs=16)
 
@@ -84,7 +84,7 @@ CALLS = [by_generate, by_chat, by_iterate, by_stream]
 
 
 def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int], list[float]]]:
-    """Return tokens and log probabilities of the answers to ``calls``, or to all kinds of calls."""
+    """Return tokens and log probabilities of the answers to ``calls``, by default ``CALLS``."""
     return [
         (
             answer.token_ids,
@@ -99,7 +99,7 @@ def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int
 def assert_equal(got: list[Any], wanted: list[Any]) -> None:
     """Compare tokens exactly and log probabilities approximately.
 
-    Sums round differently if the batch has another order.
+    The rounding of sums depends on the order of the batch.
     """
     assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted]
     for (_, mine), (_, theirs) in zip(got, wanted, strict=True):
@@ -114,9 +114,9 @@ def expected(load: Load) -> list[Any]:
 def raise_once(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, at: int, act: Callable[[], None]
 ) -> list[int]:
-    """Run ``act`` before the call number ``at`` of a method.
+    """Run ``act`` before call number ``at`` of the method ``name`` of ``owner``.
 
-    Return a list that grows with each call.
+    Return a list with one element for each call so far.
     """
     calls: list[int] = []
     method = getattr(owner, name)
@@ -159,7 +159,10 @@ def test_interrupt_inside_a_step_leaves_the_engine_usable(
     at: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The caches are empty, so that each call computes everything that the interrupt cuts off."""
+    """Interrupt each kind of call inside each part of a step.
+
+    The caches are emptied before each call, so that every call reaches the interrupted method.
+    """
     for call, error in zip(CALLS, itertools.cycle([KeyboardInterrupt, Interrupt]), strict=False):
 
         def act(error: type[BaseException] = error) -> None:
@@ -211,7 +214,7 @@ def test_token_without_text_fails_its_request_alone(
 def test_interrupt_in_the_callers_thread_leaves_the_engine_usable(
     llm: LLM, expected: list[Any], call: Callable[[LLM], list[Any]]
 ) -> None:
-    """The interrupt is raised at nine of the lines that the call runs, one line a run."""
+    """Interrupt the call at one of about nine lines, in one run for each line."""
 
     def run_until(line: int) -> int:
         count = 0
@@ -291,7 +294,7 @@ def test_threads_share_the_engine(llm: LLM, expected: list[Any]) -> None:
 
 
 def test_calls_may_be_nested(llm: LLM) -> None:
-    """While a stream and two iterators are open, in turns, other calls answer as if alone."""
+    """Calls give their usual answers while a stream and two iterators are open."""
     wanted = [output.outputs[0].token_ids for output in by_generate(llm)]
     one, other = (llm.iterate(rows(), PARAMS, in_flight=1) for _ in range(2))
     stream = llm.stream(rows()[1], PARAMS)
@@ -332,7 +335,7 @@ class _DefaultDevice:
 
 @pytest.fixture(scope="module", params=[None, "nf4"])
 def outside(load: Load, request: pytest.FixtureRequest) -> tuple[str | None, LLM, list[Any]]:
-    """Return a quantization, a model loaded with it under torch's own settings, and its answers."""
+    """Return a quantization, a model loaded with it under torch's defaults, and its answers."""
     if request.param is not None and load().model.device.type == "cuda":
         pytest.skip("in 16 bit, which NF4 needs there, the order of sums may change a token")
     llm = load(quantization=request.param)
@@ -406,7 +409,7 @@ def test_unreferenced_model_ends_its_thread(load: Load) -> None:
 
 
 def test_abandoned_source_does_not_block_the_engine(llm: LLM) -> None:
-    """Closing the iterator abandons a source that never gives its next row."""
+    """The source never yields its next row, so closing the iterator abandons it."""
     never = threading.Event()
 
     def source() -> Iterator[str]:
@@ -447,7 +450,7 @@ def test_checks_per_request_do_not_depend_on_the_number_of_requests(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only some systems fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_forked_process_gets_an_error(llm: LLM) -> None:
-    """A forked process has the object, but not the thread that answers."""
+    """A forked process has the ``LLM`` object but not the engine's thread."""
     process = os.fork()
     if process == 0:
         try:

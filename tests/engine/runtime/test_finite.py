@@ -1,6 +1,6 @@
 """A request whose logits are not finite fails alone.
 
-Nothing that was computed for it reaches another request.
+Its keys, values and image features are not reused by other requests.
 """
 
 import math
@@ -24,7 +24,7 @@ from oracle import random_image
 POISON = 4321
 PICTURE, OTHER = random_image(90, 60, seed=1), random_image(60, 90, seed=2)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1)
-# Neither the poisoned token nor an end token before the sixth token is drawn
+# The poisoned token is never drawn, and no end token is drawn before the sixth token
 DRAWN = SamplingParams(seed=5, max_tokens=6, min_tokens=6, logit_bias={POISON: -100.0})
 # The words fill more than a page of 64 tokens
 WORDS = [1, *range(500, 600)]
@@ -41,7 +41,7 @@ Make = Callable[..., LLM]
     ]
 )
 def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) -> Make:
-    """Load the checkpoint, to run step by step or ahead."""
+    """Return a function that loads the checkpoint, with or without run-ahead."""
     device, run_ahead = request.param
 
     def load(dtype: str = "float32") -> LLM:
@@ -53,7 +53,7 @@ def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) 
 
 
 def prompt(*ids: int, picture: Any = None) -> dict[str, Any]:
-    """Build a prompt of token ids with the picture last."""
+    """Build a prompt of token ids that ends with the slots of ``picture``, if given."""
     if picture is None:
         return {"prompt_token_ids": [*ids]}
     slots = [32000, *[32001] * 4, 32000]
@@ -68,7 +68,7 @@ def assert_failed(output: RequestOutput, got: str = "nan") -> None:
 
 
 def assert_equal(got: RequestOutput, wanted: RequestOutput) -> None:
-    """Compare tokens exactly, and log probabilities up to the rounding of another batch."""
+    """Compare tokens exactly and log probabilities up to the rounding of different batches."""
     assert got.error is None
     for mine, theirs in zip(got.outputs, wanted.outputs, strict=True):
         assert mine.token_ids == theirs.token_ids
@@ -84,7 +84,7 @@ def scores(output: RequestOutput) -> list[float]:
 
 @pytest.fixture
 def mixed() -> tuple[list[Any], list[SamplingParams], list[bool]]:
-    """Return prompts, parameters, and the numbers of those with the poisoned token."""
+    """Return prompts, parameters, and whether each prompt has the poisoned token."""
     prompts = [
         prompt(*WORDS),
         prompt(*WORDS, POISON, 700, 701),
@@ -122,7 +122,7 @@ def test_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
 
 
 def test_request_may_fail_after_some_tokens(make: Make) -> None:
-    """The second step draws the token that gives NaN, so the third has no token."""
+    """The first token of the answer is the poisoned one, so no second token can be drawn."""
     llm = make()
     with torch.no_grad():
         llm.model.text.embedding[POISON] = math.nan
@@ -190,9 +190,9 @@ def test_nan_angles_fail_every_request(make: Make) -> None:
 def test_failed_request_leaves_nothing_in_the_caches(
     make: Make, first: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The encoder gives NaN once; neither its features nor their keys may be in a later answer."""
+    """The encoder returns NaN once. Later answers must use neither its features nor their keys."""
     asked = [prompt(*WORDS, picture=PICTURE), prompt(1, picture=OTHER)]
-    # These fill whole pages after the picture
+    # These tokens fill whole pages after the image
     asked[0]["prompt_token_ids"] += range(600, 686)
     clean = make().generate(asked, GREEDY)
     llm = make()

@@ -1,4 +1,4 @@
-"""A decode step padded to a graph's size, without a GPU: padding is neither read nor written."""
+"""Decode steps padded to the size of a graph, without a GPU. Padding is not read or written."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
             for tensor, value in zip(layer, old, strict=True):
                 tensor.copy_(value)
         copies = to_device(step.arrays(), torch.device("cpu"))
-        # Rows of padding are NaN
+        # This fills rows of padding with NaN
         with torch.inference_mode(), guarded_allocations():
             batch = text_batch(copies, copies[0], step, every_row=True)
             logits = llm.model(batch, None, layers)[:2]

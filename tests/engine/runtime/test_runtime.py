@@ -1,4 +1,4 @@
-"""The same tokens, however the work is divided.
+"""The runtime gives the same tokens however it divides the work.
 
 Tests vary batches, chunks, preemption, prefix caching, windows and the number of slots.
 """
@@ -91,7 +91,7 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
 def make_requests(llm: LLM) -> list[Request]:
     """Build requests of unequal length.
 
-    They are greedy and sampled, with several answers, repeated pictures and common prefixes.
+    They mix greedy and sampled requests, several answers, repeated images and common prefixes.
     """
     requests = []
     pictures = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(4)]
@@ -118,7 +118,7 @@ def make_requests(llm: LLM) -> list[Request]:
 def answers(
     engine: Engine, requests: list[Request], between: Callable[[int], None] = lambda _: None
 ) -> list[list[list[int]]]:
-    """Run ``requests`` to their ends, with ``between`` before each step; return their tokens."""
+    """Run ``requests`` to completion, with ``between`` before each step; return their tokens."""
     for request in requests:
         engine.add(request)
     steps = 0
@@ -144,7 +144,7 @@ def log_probabilities(requests: list[Request]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log probabilities of requests that run one after another, in fp32 and in float64."""
+    """Return the log probabilities of requests run one after another, in fp32 and in float64."""
     found = []
     for model in (llm, exact):
         requests = make_requests(model)
@@ -155,7 +155,7 @@ def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Apply the criterion to log probabilities."""
+    """Check log probabilities: their error may be twice that of requests run one after another."""
     single, exact = one_by_one
     eps = torch.finfo(torch.float32).eps
     allowed = 2 * ((single - exact).abs().max() + eps * exact.abs().max())
@@ -164,7 +164,7 @@ def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch
 
 @pytest.fixture(scope="module")
 def expected(llm: LLM) -> list[list[list[int]]]:
-    """Return the answers of requests that run one after another, each with an empty cache."""
+    """Return the answers of requests run one after another, each with an empty cache."""
     return [answers(make_engine(llm), [request])[0] for request in make_requests(llm)]
 
 
@@ -291,7 +291,7 @@ def test_step_computes_at_most_its_budget(llm: LLM, monkeypatch: Any) -> None:
 def failing(
     engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
 ) -> list[int]:
-    """Let the model raise ``error`` on batches that ``fails`` selects.
+    """Make the model raise ``error`` on batches that ``fails`` selects.
 
     Return the sizes of all batches.
     """
@@ -458,9 +458,9 @@ def test_only_reading_tokens_waits_for_the_device(
     ],
 )
 def test_half_precision(device: str, dtype: torch.dtype) -> None:
-    """Log probabilities satisfy the criterion.
+    """Compare the error in half precision with the error of one pass, by the criterion.
 
-    If two tokens differ by more than it allows, the better one is chosen.
+    Where the two best tokens differ by more than twice the allowed error, the better is chosen.
     """
     questions = json.loads((DEMO_IMAGES / "questions.json").read_text())[:6]
     ours, same, exact = (
@@ -469,8 +469,10 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
     )
     cut = {"max_model_len": 400, "max_num_batched_tokens": 50}
 
-    def asked(llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None) -> Any:
-        """Build requests of the questions, with ``behind`` after them."""
+    def build_requests(
+        llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None
+    ) -> Any:
+        """Build a request for each question, with its tokens of ``behind`` appended."""
         requests = []
         for index, one in enumerate(questions):
             images = [str(DEMO_IMAGES / name) for name in one["images"]]
@@ -485,7 +487,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
 
     def scores(llm: LLM, texts: list[list[int]], sizes: dict[str, Any]) -> list[torch.Tensor]:
         """Return the log probabilities (positions, vocabulary) of the given answers."""
-        requests = asked(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
+        requests = build_requests(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
         answers(make_engine(llm, **sizes), requests)
         assert not any(request.error for request in requests)
         return [
@@ -495,7 +497,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
             for r, text in zip(requests, texts, strict=True)
         ]
 
-    greedy = asked(ours, SamplingParams(temperature=0.0, max_tokens=20))
+    greedy = build_requests(ours, SamplingParams(temperature=0.0, max_tokens=20))
     texts = [answer[0] for answer in answers(make_engine(ours, **cut), greedy)]
     mine = torch.cat(scores(ours, texts, cut))
     reference, truth = (
