@@ -205,7 +205,7 @@ def draw(logits: Tensor, n: int, **options: Any) -> Tensor:
     )
 
 
-def kept(
+def expected_distribution(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -239,7 +239,7 @@ def assert_distributed(tokens: Tensor, want: Tensor) -> None:
 
 def test_few_draws_have_the_expected_distribution(device: torch.device) -> None:
     logits = torch.tensor([1.0, 0.0, 2.0, -math.inf, 1.5], device=device)
-    assert_distributed(draw(logits, 200, top_k=3), kept(logits, top_k=3))
+    assert_distributed(draw(logits, 200, top_k=3), expected_distribution(logits, top_k=3))
 
 
 @pytest.mark.gpu
@@ -263,7 +263,7 @@ def test_many_draws_have_the_expected_distribution(
     logits = torch.full((V,), -30.0, device=device)
     logits[torch.randperm(V, device=device)[:40]] = 2 * torch.randn(40, device=device)
     tokens = draw(logits, 20_000, min_p_first=False, **options)
-    want = kept(logits, **options)
+    want = expected_distribution(logits, **options)
     # The test covers tokens that are likely to be drawn
     want[want * 20_000 < 1e-3] = 0
     assert_distributed(tokens, want / want.sum())

@@ -217,7 +217,7 @@ def test_head_saved_beside_a_tied_embedding_is_ignored(tmp_path: Path) -> None:
     assert model.lm_head is model.text.embedding
 
 
-def damaged(folder: Path, change: str) -> None:
+def damage(folder: Path, change: str) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     name = "model.text_model.layers.0.self_attn.k_proj.weight"
@@ -247,7 +247,7 @@ def damaged(folder: Path, change: str) -> None:
 )
 def test_tensors_that_do_not_fit_are_refused(change: str, message: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
-    damaged(tmp_path, change)
+    damage(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path)
 

@@ -102,8 +102,8 @@ OBSTACLES: dict[Callable[[Path], None], str] = {
 obstacles = pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda make: make.__name__)
 
 
-def put(obstacle: Callable[[Path], None], path: Path) -> str:
-    """Put ``obstacle`` at the path ``path``; return the expected beginning of its error."""
+def create_obstacle(obstacle: Callable[[Path], None], path: Path) -> str:
+    """Create ``obstacle`` at ``path``; return the expected beginning of its error."""
     path.unlink(missing_ok=True)
     obstacle(path)
     return f"{path}: {OBSTACLES[obstacle]}"
@@ -127,7 +127,7 @@ def refusal(call: Callable[[], object]) -> str:
 def test_obstacles_in_model_files_are_named(
     name: str, obstacle: Callable[[Path], None], demo: Path
 ) -> None:
-    begin = put(obstacle, demo / name)
+    begin = create_obstacle(obstacle, demo / name)
     assert refusal(lambda: LLM(demo, device="cpu")).startswith(begin)
 
 
@@ -139,7 +139,7 @@ def test_obstacles_in_shards_are_named(
     (demo / "model.safetensors").unlink()
     index = demo / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    begin = put(obstacle, demo / name)
+    begin = create_obstacle(obstacle, demo / name)
     said = refusal(lambda: load_checkpoint(demo))
     is_missing = name.startswith("model-1") and not os.path.exists(demo / name)
     assert said.startswith(
@@ -154,7 +154,7 @@ def test_obstacles_in_adapter_files_are_named(
 ) -> None:
     values = {"peft_type": "LORA", "r": 4}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
-    begin = put(obstacle, tmp_path / name)
+    begin = create_obstacle(obstacle, tmp_path / name)
     assert refusal(lambda: load_checkpoint(DEMO, adapter=tmp_path)).startswith(begin)
 
 
@@ -172,7 +172,7 @@ def test_obstacles_in_verified_files_are_named(
     names = ("config.json", "model.safetensors", "chat_template.jinja")
     (demo / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
     (demo / name).parent.mkdir(parents=True, exist_ok=True)
-    begin = put(obstacle, demo / name)
+    begin = create_obstacle(obstacle, demo / name)
     said = refusal(lambda: verify_files(demo, [demo / "model.safetensors"]))
     assert said.startswith(begin)
 
@@ -184,7 +184,7 @@ def test_failed_copy_changes_no_file(obstacle: Callable[[Path], None], demo: Pat
     target = demo.with_name("out")
     save_checkpoint(model, target, config_from=demo)
     before = {file.name: file.stat() for file in target.iterdir()}
-    begin = put(obstacle, demo / "notes.json")
+    begin = create_obstacle(obstacle, demo / "notes.json")
     said = refusal(lambda: save_checkpoint(model, target, config_from=demo))
     assert said.startswith(begin)
     assert {file.name: file.stat() for file in target.iterdir()} == before

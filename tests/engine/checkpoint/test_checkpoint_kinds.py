@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 BARRED = torch.tensor([32000, 32001])
 
 
-def answer(folder: Path, oracle: Any, **settings: Any) -> LLM:
+def check_answers(folder: Path, oracle: Any, **settings: Any) -> LLM:
     """Load ``folder``, check that its greedy tokens are transformers', and return the engine."""
     llm = LLM(folder, device="cpu", dtype="float32", **settings)
     (output,) = llm.generate("The chicken sits on", GREEDY)
@@ -49,7 +49,7 @@ def test_chat_models_answer(kind: str, tmp_path: Path) -> None:
         edit_json(tmp_path / "processor_config.json", chat_template=None)
         edit_json(tmp_path / "tokenizer_config.json", chat_template=template)
         edit_json(tmp_path / "preprocessor_config.json", do_image_splitting=True)
-    llm = answer(tmp_path, oracle)
+    llm = check_answers(tmp_path, oracle)
     (output,) = llm.chat(QUESTION, GREEDY)
     wanted = {"8b": "User: What?<end_of_utterance>\nAssistant:", "chatty": "user: What?A:"}
     assert output.prompt == wanted[kind]
@@ -58,7 +58,7 @@ def test_chat_models_answer(kind: str, tmp_path: Path) -> None:
 
 def test_base_model_completes_and_refuses_chat(tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path, vocab_size=32002, chat=False)
-    llm = answer(tmp_path, oracle)
+    llm = check_answers(tmp_path, oracle)
     assert llm.config.text.vocab_size == 32002
     assert llm.processor.template is None
     assert not llm.processor.image_config.split
@@ -73,11 +73,11 @@ def test_base_model_accepts_the_chat_models_settings(tmp_path: Path) -> None:
         eos_token_id=[2, 32002],
         bad_words_ids=[[32000], [32001], [32002], [5, 40000]],
     )
-    answer(tmp_path, oracle)
+    check_answers(tmp_path, oracle)
 
 
 def test_padded_vocabulary(tmp_path: Path) -> None:
-    answer(tmp_path, write_checkpoint(tmp_path, vocab_size=32064))
+    check_answers(tmp_path, write_checkpoint(tmp_path, vocab_size=32064))
 
 
 def test_grown_vocabulary(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_grown_vocabulary(tmp_path: Path) -> None:
     with torch.no_grad():
         oracle.resize_token_embeddings(32010, mean_resizing=False)
     oracle.save_pretrained(tmp_path)
-    llm = answer(tmp_path, oracle)
+    llm = check_answers(tmp_path, oracle)
     assert llm.config.text.vocab_size == 32010
 
 
@@ -104,7 +104,7 @@ def test_config_that_does_not_match_the_weights_is_refused(tmp_path: Path) -> No
 
 
 def test_tied_head(tmp_path: Path) -> None:
-    llm = answer(tmp_path, write_checkpoint(tmp_path, tied=True))
+    llm = check_answers(tmp_path, write_checkpoint(tmp_path, tied=True))
     assert llm.model.lm_head is llm.model.text.embedding
 
 
@@ -121,7 +121,7 @@ def test_adapter_gives_pefts_answers(tmp_path: Path) -> None:
                 if parameter.requires_grad:
                     parameter.normal_(std=0.3)
         trained.save_pretrained(str(tmp_path / "lora"))
-    llm = answer(tmp_path / "base", trained, adapter=tmp_path / "lora", check_finite=True)
+    llm = check_answers(tmp_path / "base", trained, adapter=tmp_path / "lora", check_finite=True)
     changed = llm.generate("The chicken sits on", GREEDY)[0]
     assert changed.outputs[0].token_ids != plain.outputs[0].token_ids
 

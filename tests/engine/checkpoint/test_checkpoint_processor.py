@@ -12,7 +12,7 @@ import pytest
 import transformers
 from huggingface_hub import constants
 
-from hub_cache import put
+from hub_cache import write_snapshot
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.writer import save_checkpoint
@@ -141,7 +141,7 @@ def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    put(tmp_path / "hub", "org/nested", files)
+    write_snapshot(tmp_path / "hub", "org/nested", files)
     plain, adapted = answer(flat), answer(flat, adapter=lora)
     assert plain != adapted
     assert answer(folder) == answer("org/nested") == plain

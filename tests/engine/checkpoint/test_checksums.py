@@ -32,7 +32,7 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def note(folder: Path, name: str, *lines: str) -> None:
+def write_download_record(folder: Path, name: str, *lines: str) -> None:
     """Write the files that ``hf download --local-dir`` leaves."""
     notes = folder / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,8 @@ def test_checksums_of_the_hub_cache(folder: Path) -> None:
 
 
 def test_checksums_recorded_by_the_client(folder: Path) -> None:
-    note(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
-    note(folder, "config.json", "c" * 40, CONFIG_SHA1, "1712656091.1")
+    write_download_record(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
+    write_download_record(folder, "config.json", "c" * 40, CONFIG_SHA1, "1712656091.1")
     check(folder)
     (folder / "config.json").write_bytes(b"{}")
     said = refusal(folder)
@@ -97,7 +97,7 @@ def test_checksums_recorded_by_the_client(folder: Path) -> None:
 
 
 def test_all_sources_must_agree(folder: Path) -> None:
-    note(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
+    write_download_record(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
     (folder / "SHA256SUMS").write_text(f"{OTHER}  model.safetensors\n")
     assert f"checksum must be {OTHER} (SHA256SUMS), got {SHA256}" in refusal(folder)
     (folder / "SHA256SUMS").write_text(f"{SHA256}  model.safetensors\n{OTHER}  model.safetensors\n")
@@ -106,7 +106,7 @@ def test_all_sources_must_agree(folder: Path) -> None:
 
 @pytest.mark.parametrize("digest", ["", "etag", '"abc"', "f" * 32, "g" * 64])
 def test_missing_checksum_is_an_error(digest: str, folder: Path) -> None:
-    note(folder, "model.safetensors", "c" * 40, digest)
+    write_download_record(folder, "model.safetensors", "c" * 40, digest)
     # This checksum is of another file
     (folder / "SHA256SUMS").write_text(f"{SHA256}  onnx/model.safetensors\n")
     (folder / "elsewhere" / "blobs").mkdir(parents=True)

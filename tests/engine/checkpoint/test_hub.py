@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from hub_cache import COMMIT, git_sha1, put, sha256
+from hub_cache import COMMIT, git_sha1, sha256, write_snapshot
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.checksums import verify_files
 from idefics2_engine.checkpoint.hub import find_adapter, find_model, is_hub_id
@@ -39,7 +39,7 @@ class TestNames:
     def test_folder_takes_precedence_over_the_hub(
         self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        put(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/name", MODEL)
         (tmp_path / "org" / "name").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
         assert find_model("org/name") == Path("org/name")
@@ -63,7 +63,7 @@ class TestNames:
             find_adapter(name)
 
     def test_path_is_never_a_hub_id(self, cache: Path) -> None:
-        put(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/name", MODEL)
         with pytest.raises(ConfigError, match="must be a folder or a hub id"):
             find_model(Path("org/name"))
 
@@ -82,8 +82,8 @@ class TestNames:
 
 class TestCache:
     def test_cached_model_is_found_without_a_network(self, cache: Path) -> None:
-        main = put(cache, "org/name", MODEL)
-        put(cache, "org/name", {}, ref="refs/pr/7")
+        main = write_snapshot(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/name", {}, ref="refs/pr/7")
         for name, revision in (
             ("org/name", None),
             ("org/name", "main"),
@@ -97,13 +97,13 @@ class TestCache:
     def test_cached_model_is_found_without_asking_the_hub(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        main = put(cache, "org/name", MODEL)
+        main = write_snapshot(cache, "org/name", MODEL)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
         assert find_model("org/name") == main
 
     def test_absent_model_is_an_error(self, cache: Path) -> None:
-        put(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/name", MODEL)
         for name in ("org/other", "org/name@v2", f"org/name@{'f' * 40}"):
             with pytest.raises(ConfigError) as caught:
                 find_model(name)
@@ -113,7 +113,7 @@ class TestCache:
 
     @pytest.mark.parametrize("name", MODEL)
     def test_incomplete_model_is_an_error(self, name: str, cache: Path) -> None:
-        snapshot = put(cache, "org/name", {k: v for k, v in MODEL.items() if k != name})
+        snapshot = write_snapshot(cache, "org/name", {k: v for k, v in MODEL.items() if k != name})
         with pytest.raises(ConfigError) as caught:
             find_model("org/name")
         assert f"model org/name is not whole in the cache: {snapshot}" in str(caught.value)
@@ -125,37 +125,39 @@ class TestCache:
             "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
             "model-1.safetensors": b"",
         }
-        snapshot = put(cache, "org/name", files)
+        snapshot = write_snapshot(cache, "org/name", files)
         with pytest.raises(ConfigError, match=r"1 of 2 weight files are missing: model-2"):
             find_model("org/name")
-        put(cache, "org/name", {"model-2.safetensors": b"2"})
+        write_snapshot(cache, "org/name", {"model-2.safetensors": b"2"})
         assert find_model("org/name") == snapshot
 
     def test_missing_blob_is_an_error(self, cache: Path) -> None:
-        snapshot = put(cache, "org/name", MODEL)
+        snapshot = write_snapshot(cache, "org/name", MODEL)
         (snapshot / "model.safetensors").resolve().unlink()
         with pytest.raises(ConfigError, match="is not whole in the cache"):
             find_model("org/name")
 
     def test_adapters(self, cache: Path) -> None:
-        snapshot = put(cache, "org/lora", ADAPTER)
+        snapshot = write_snapshot(cache, "org/lora", ADAPTER)
         assert find_adapter("org/lora") == find_adapter("org/lora@main") == snapshot
-        put(cache, "org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
+        write_snapshot(cache, "org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
         with pytest.raises(ConfigError, match=r"lacks adapter_model\.safetensors"):
             find_adapter("org/half")
 
     def test_image_settings_may_be_inside_the_processors(self, cache: Path) -> None:
         nested = {"processor_config.json": b'{"image_processor": {}}'}
         files = {name: content for name, content in MODEL.items() if "preprocessor" not in name}
-        snapshot = put(cache, "org/name", files | nested)
+        snapshot = write_snapshot(cache, "org/name", files | nested)
         assert find_model("org/name") == snapshot
-        put(cache, "org/other", files | {"processor_config.json": b'{"image_seq_len": 64}'})
+        write_snapshot(
+            cache, "org/other", files | {"processor_config.json": b'{"image_seq_len": 64}'}
+        )
         with pytest.raises(ConfigError, match=r"not whole in the cache: .*/preprocessor_config"):
             find_model("org/other")
 
     def test_adapter_and_model_are_not_interchangeable(self, cache: Path) -> None:
-        put(cache, "org/lora", ADAPTER)
-        put(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/lora", ADAPTER)
+        write_snapshot(cache, "org/name", MODEL)
         with pytest.raises(ConfigError, match=r"^model org/lora@main: is an adapter, not a model:"):
             find_model("org/lora@main")
         with pytest.raises(ConfigError, match=r"^adapter org/name: is a model, not an adapter:"):
@@ -169,12 +171,12 @@ class TestCache:
 
         ``find_adapter`` downloads only the adapter of a repository that has both.
         """
-        put(cache, "org/both", ADAPTER)
+        write_snapshot(cache, "org/both", ADAPTER)
         snapshot = cache / "models--org--both" / "snapshots" / COMMIT
 
         def download(repo: str, local_files_only: bool = False, **options: Any) -> str:
             if whole and not local_files_only:
-                put(cache, repo, MODEL)
+                write_snapshot(cache, repo, MODEL)
             return str(snapshot)
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -188,7 +190,7 @@ class TestCache:
     def test_model_from_the_cache_answers(self, cache: Path, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "tiny", max_shard_size="1MB")
         files = {file.name: file.read_bytes() for file in (tmp_path / "tiny").iterdir()}
-        snapshot = put(cache, "org/tiny", files)
+        snapshot = write_snapshot(cache, "org/tiny", files)
         llm = LLM("org/tiny@main", device="cpu", verify=True)
         assert len(llm.generate("Hello", SamplingParams(max_tokens=3))[0].outputs[0].token_ids) > 0
         shard = sorted(snapshot.glob("model-*"))[0]
@@ -245,7 +247,7 @@ class TestErrors:
             if local_files_only:
                 raise FileNotFoundError
             asked.update(options, repo=repo)
-            return str(put(cache, repo, dict.fromkeys(NEEDED, b"{}")))
+            return str(write_snapshot(cache, repo, dict.fromkeys(NEEDED, b"{}")))
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -51,7 +51,7 @@ def samples() -> dict[str, bytes]:
     }
 
 
-def attempt(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
+def try_decode(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
     """Decode, or return None if refused; any error but a plain ImageError fails the test."""
     refused, image = None, None
     try:
@@ -72,12 +72,12 @@ def attempt(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
 @pytest.mark.parametrize("name", samples())
 def test_cut_files_are_read_or_refused(name: str) -> None:
     whole = samples()[name]
-    picture = attempt(whole)
+    picture = try_decode(whole)
     assert picture is not None
     for twentieths in range(20):
         cut = whole[: len(whole) * twentieths // 20]
         for policy in ImagePolicy:
-            got = attempt(cut, policy)
+            got = try_decode(cut, policy)
             # The first frame may be complete, or the cut bytes may be padding
             if got is not None:
                 assert name.startswith("animated") or twentieths > 10
@@ -101,7 +101,7 @@ def test_flipped_bytes_are_read_or_refused() -> None:
     outcomes = {True: 0, False: 0}
     for _, data in flips():
         for policy in (PARITY, CORRECT):
-            outcomes[attempt(data, policy) is not None] += 1
+            outcomes[try_decode(data, policy) is not None] += 1
     # Both outcomes must occur, or the flips test nothing
     assert min(outcomes.values()) > 100
 
@@ -115,7 +115,7 @@ def test_flipped_bytes_give_transformers_result() -> None:
         with contextlib.suppress(Exception):
             loaded = transformers_load_image(Image.open(io.BytesIO(data)))
             wanted = theirs.convert_to_rgb(loaded)
-        got = attempt(data)
+        got = try_decode(data)
         assert (got is None) == (wanted is None), name
         if got is not None:
             np.testing.assert_array_equal(np.array(got), wanted, name)
@@ -123,14 +123,14 @@ def test_flipped_bytes_give_transformers_result() -> None:
 
 def test_strict_accepts_no_more_than_parity() -> None:
     for _, data in flips():
-        if attempt(data, STRICT) is not None:
-            assert attempt(data, PARITY) is not None
+        if try_decode(data, STRICT) is not None:
+            assert try_decode(data, PARITY) is not None
 
 
 def test_random_bytes_after_every_beginning_are_read_or_refused() -> None:
     rng = random.Random(1)
     for beginning in (*(data[:n] for data in samples().values() for n in (2, 4, 12, 26)), b""):
-        attempt(beginning + rng.randbytes(300))
+        try_decode(beginning + rng.randbytes(300))
 
 
 @cache
@@ -203,7 +203,7 @@ def test_pixel_limit_applies_to_every_format() -> None:
     alpha = noise(37, 23, "RGBA")
     more = {"VP8X": file(alpha, "WebP"), "lossless alpha": file(alpha, "WebP", lossless=True)}
     for name, data in (samples() | more).items():
-        picture = attempt(data)
+        picture = try_decode(data)
         assert picture is not None
         width, height = picture.size
         with pytest.raises(ImageError, match=f"a: must have at most .* got {width} x {height}$"):

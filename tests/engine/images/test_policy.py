@@ -45,7 +45,7 @@ def opened(source: bytes | Image.Image) -> Any:
     return Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
 
 
-def as_transformers(source: bytes | Image.Image) -> Any:
+def load_with_transformers(source: bytes | Image.Image) -> Any:
     """Return the image that ``Idefics2Processor`` makes before it splits and resizes."""
     theirs: Any = Idefics2ImageProcessorPil()
     return theirs.convert_to_rgb(transformers_load_image(opened(source)))
@@ -164,7 +164,7 @@ def test_correct_shows_the_transparent_palette_color_as_white() -> None:
     assert clear.any()
     got = pixels(data, CORRECT)
     assert (got[clear] == 255).all()
-    np.testing.assert_array_equal(got[~clear], as_transformers(data)[~clear])
+    np.testing.assert_array_equal(got[~clear], load_with_transformers(data)[~clear])
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L", "I;16N"])
@@ -176,7 +176,7 @@ def test_correct_scales_16_bits(mode: str) -> None:
     for channel in range(3):
         np.testing.assert_array_equal(pixels(image, CORRECT)[:, :, channel], wanted)
     # A mostly white result is the reason for the other policy
-    assert (as_transformers(image) == 255).mean() > 0.9
+    assert (load_with_transformers(image) == 255).mean() > 0.9
 
 
 def test_correct_scales_floats_and_refuses_others() -> None:
@@ -231,7 +231,7 @@ def test_every_rotation_is_undone(kind: str, config: MediaConfig) -> None:
 @pytest.mark.parametrize("kind", ["GIF", "WebP", "PNG", "TIFF"])
 def test_policies_on_several_frames(kind: str) -> None:
     data = frames(kind)
-    first = as_transformers(data)
+    first = load_with_transformers(data)
     np.testing.assert_array_equal(pixels(data, PARITY), first)
     with pytest.warns(ImageWarning, match="image bytes: has several frames or pages"):
         np.testing.assert_array_equal(pixels(data, CORRECT), first)
@@ -248,9 +248,9 @@ def test_warning_turned_into_an_error_keeps_its_class() -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_strict_accepts_plain_files(kind: str) -> None:
     data = file(noise(30, 20), kind)
-    np.testing.assert_array_equal(pixels(data, STRICT), as_transformers(data))
+    np.testing.assert_array_equal(pixels(data, STRICT), load_with_transformers(data))
     gray = file(noise(30, 20, "L"), kind)
-    np.testing.assert_array_equal(pixels(gray, STRICT), as_transformers(gray))
+    np.testing.assert_array_equal(pixels(gray, STRICT), load_with_transformers(gray))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def random_model(
     return model.to(torch.bfloat16).to(dtype)
 
 
-def recorded(model: Idefics2) -> dict[str, Tensor]:
+def record_stages(model: Idefics2) -> dict[str, Tensor]:
     """Record the outputs of vision layers, connector and text layers."""
     stages: dict[str, Tensor] = {}
 
@@ -92,7 +92,7 @@ def paged_view(lengths: list[int], cached: list[int], pages: list[list[int]]) ->
 
 def run(model: Idefics2, case: TinyCase, device: torch.device, paged: bool) -> dict[str, Tensor]:
     """Return every stage and the logits; with ``paged`` in two chunks and two single tokens."""
-    stages = recorded(model)
+    stages = record_stages(model)
     images = image_batch(case.make_tiles())
     with torch.no_grad():
         features = None if images is None else model.image_features(images.to(device))
@@ -274,7 +274,7 @@ def eight_b_stages(
     model = Idefics2(ModelConfig.load(EIGHT_B), ops, "cuda", torch.bfloat16)
     model.init_weights(0)
     model = model.to(dtype)
-    stages = recorded(model)
+    stages = record_stages(model)
     images, text = batch
     with torch.inference_mode():
         stages["logits"] = model(text, model.image_features(images))

@@ -288,7 +288,7 @@ def test_step_computes_at_most_its_budget(llm: LLM, monkeypatch: Any) -> None:
     assert max(sizes) == 16
 
 
-def failing(
+def fail_batches(
     engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
 ) -> list[int]:
     """Make the model raise ``error`` on batches that ``fails`` selects.
@@ -316,7 +316,9 @@ def test_request_that_cannot_be_run_fails_alone(
     requests = make_requests(llm)
     poison = 9999
     requests[poisoned].prompt_token_ids[-1] = poison
-    failing(engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken"))
+    fail_batches(
+        engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken")
+    )
     got = answers(engine, requests)
     assert got[:poisoned] == expected[:poisoned]
     assert got[poisoned + 1 :] == expected[poisoned + 1 :]
@@ -332,7 +334,7 @@ def test_out_of_memory_reduces_the_step_size(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, cuda_graphs=False)
-    sizes = failing(
+    sizes = fail_batches(
         engine, monkeypatch, lambda batch: len(batch.input_ids) > 40, torch.OutOfMemoryError()
     )
     assert answers(engine, make_requests(llm)) == expected
@@ -355,7 +357,7 @@ def test_request_that_exceeds_memory_fails_alone(
     def is_long(batch: Any) -> bool:
         return bool((batch.paged.context_lens > fits).any())
 
-    failing(engine, monkeypatch, is_long, torch.OutOfMemoryError())
+    fail_batches(engine, monkeypatch, is_long, torch.OutOfMemoryError())
     got = answers(engine, requests)
     for request, mine, wanted in zip(requests, got, expected, strict=True):
         assert mine == wanted or request is longest

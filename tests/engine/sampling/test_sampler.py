@@ -74,7 +74,7 @@ def make_sampler(words: list[list[int]] = CONFIG_WORDS, **options: Any) -> Sampl
     return Sampler(options.pop("ops", REFERENCE), words, IMAGE, lambda i: f"<{i}>", **options)
 
 
-def edited(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def edit_logits(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Return the logits that ``sampler`` passes to the draw."""
     seen: list[Tensor] = []
 
@@ -248,7 +248,7 @@ def test_each_parameter_alone_changes_the_logits_as_documented(fixed: dict[str, 
     logits, sequences = random_batch(rng, 16)
     for sequence in sequences:
         sequence.request.params = SamplingParams(max_tokens=None, **fixed)
-    got = edited(make_sampler(), logits, sequences)
+    got = edit_logits(make_sampler(), logits, sequences)
     wanted = torch.tensor(
         np.array([slow_edit(r, s, CONFIG_WORDS) for r, s in zip(logits, sequences, strict=True)])
     )
@@ -267,7 +267,7 @@ def test_histories_follow_growing_answers() -> None:
             sequences = sequences[3:] + random_batch(rng, 3, presence_penalty=1.0)[1]
         rows = torch.randn(len(sequences), V)
         assert torch.equal(
-            edited(sampler, rows, sequences), edited(make_sampler(), rows, sequences)
+            edit_logits(sampler, rows, sequences), edit_logits(make_sampler(), rows, sequences)
         )
         for sequence, choice in zip(
             sequences, sampler.sample(rows.clone(), sequences), strict=True
@@ -297,7 +297,7 @@ def test_edits_equal_transformers() -> None:
             make_sequence(prompt, answer, params)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        got = edited(make_sampler(words), logits, sequences)
+        got = edit_logits(make_sampler(words), logits, sequences)
         for row, sequence, have in zip(logits, sequences, got, strict=True):
             processors = LogitsProcessorList(
                 [
@@ -614,7 +614,7 @@ def test_greedy_rows_copy_no_logits() -> None:
 def test_ids_beyond_the_vocabulary_are_ignored() -> None:
     logits = torch.zeros(1, 7)
     sequence = make_sequence([1], [], SamplingParams(min_tokens=1, stop_token_ids=[40]))
-    got = edited(make_sampler([[60], [3]]), logits, [sequence])
+    got = edit_logits(make_sampler([[60], [3]]), logits, [sequence])
     assert (got == NEVER).nonzero().tolist() == [[0, EOS], [0, 3]]
 
 

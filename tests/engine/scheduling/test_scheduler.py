@@ -444,7 +444,7 @@ def test_unnamed_pages_are_allocated_before_named_ones() -> None:
     assert pages.find([b"first"]) == []
 
 
-def counted(run: Callable[[], None]) -> int:
+def count_calls(run: Callable[[], None]) -> int:
     """Return the number of Python and C calls in ``run``, and of comparisons of sequences."""
     calls = 0
 
@@ -487,5 +487,5 @@ def test_work_of_a_step_does_not_depend_on_the_queue_length(
             for request in requests[500:900]:
                 scheduler.cancel(request.sequences)
 
-        work.append((counted(serve), counted(cancel_some)))
+        work.append((count_calls(serve), count_calls(cancel_some)))
     assert work[0] == work[1]
