@@ -116,7 +116,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
         monkeypatch.setattr(latency_peers, options, {"backend": backend})
 
 
-def test_compiled_peer(
+def test_compiled_peer_is_timed_beside_the_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Inductor would take a minute to compile the same computation

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(DEMO)
 
 
-def test_tokenizer_has_few_pieces_in_the_usual_places(tokenizer: Tokenizer) -> None:
+def test_tokenizer_has_few_pieces_with_the_usual_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size <= 1000
     assert tokenizer.encode("<unk><s></s>", add_bos=False) == [0, 1, 2]
     assert tokenizer.encode("<0x41>", add_bos=False) != [3 + 0x41]

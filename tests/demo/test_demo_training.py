@@ -339,7 +339,7 @@ def test_training_starts_at_unit_scale(data: DataSet) -> None:
     assert all(scale < 0.5 for scale in scales.values()), scales
 
 
-def test_exported_checkpoint_loads_as_it_was(data: DataSet, tmp_path: Path) -> None:
+def test_exported_checkpoint_loads_unchanged(data: DataSet, tmp_path: Path) -> None:
     trainer = new_trainer("--steps", "1")
     trainer.export(DEMO, tmp_path)
     loaded = load_checkpoint(tmp_path, TRAINING, dtype=torch.bfloat16)

@@ -412,7 +412,7 @@ def test_other_conversations_are_refused(llm: LLM, messages: Any) -> None:
         llm.chat(messages)
 
 
-def test_devices(checkpoint: Path) -> None:
+def test_invalid_devices_are_refused(checkpoint: Path) -> None:
     for device in ("meta", "mps", "tpu", f"cuda:{torch.cuda.device_count()}"):
         with pytest.raises(ConfigError, match="device"):
             LLM(checkpoint, device=device)

@@ -113,7 +113,7 @@ def test_graph_gives_the_same_bits_each_time(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernel", "case_name"), SHARED)
-def test_graphs_run_beside_each_other(kernel: str, case_name: str, device: torch.device) -> None:
+def test_graphs_may_run_concurrently(kernel: str, case_name: str, device: torch.device) -> None:
     call = _call(kernel, case_name, device)
     expected = call()
     recorded = [_record(call, 20) for _ in range(2)]

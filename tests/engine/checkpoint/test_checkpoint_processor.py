@@ -121,7 +121,9 @@ def answer(model: Path | str, **options: Any) -> list[int]:
     return [*llm.generate(prompt, GREEDY)[0].outputs[0].token_ids]
 
 
-def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_the_same_for_folder_hub_and_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, flat, lora = tmp_path / "nested", tmp_path / "flat", tmp_path / "lora"
     oracle = write_checkpoint(folder)
     save_by_transformers(folder)

@@ -137,7 +137,7 @@ class TestCache:
         with pytest.raises(ConfigError, match="is not whole in the cache"):
             find_model("org/name")
 
-    def test_adapters(self, cache: Path) -> None:
+    def test_adapters_are_found(self, cache: Path) -> None:
         snapshot = write_snapshot(cache, "org/lora", ADAPTER)
         assert find_adapter("org/lora") == find_adapter("org/lora@main") == snapshot
         write_snapshot(cache, "org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})

@@ -146,7 +146,7 @@ class TestHelp:
         assert (result.returncode, result.stderr) == (0, "")
         assert "usage: idefics2" in result.stdout
 
-    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_version_is_printed(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert exit_code(["--version"]) == 0
         assert capsys.readouterr().out == f"idefics2-engine {idefics2_engine.__version__}\n"
 
@@ -251,7 +251,9 @@ class TestGenerate:
         assert main(["generate", "--stream", "--prompt", "Why?"]) == 0
         assert capsys.readouterr().out == f"{ANSWER}\n"
 
-    def test_json(self, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_json_holds_answer_and_counts(
+        self, picture: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["generate", "--json", "--image", picture, "--prompt", "Why?"]) == 0
         out = capsys.readouterr().out
         assert out.count("\n") == 1
@@ -293,7 +295,7 @@ class TestGenerate:
         assert result["quantization"] == "nf4"
         assert (result["device"], result["dtype"]) == ("cuda:1", "float16")
 
-    def test_raw(self, picture: str) -> None:
+    def test_raw_passes_the_prompt_unchanged(self, picture: str) -> None:
         assert main(["generate", "--raw", "--image", picture, "--prompt", "<image>In"]) == 0
         ((prompt, _),) = FakeLLM.asked
         assert prompt["prompt"] == "<image>In"
@@ -535,7 +537,7 @@ class TestChatOverAPipe:
         assert texts(FakeLLM.asked[0][0]) == [("user", "é?")]
 
     @pytest.mark.parametrize("stream", [None, "closed"])
-    def test_without_standard_input(
+    def test_missing_standard_input_is_an_error(
         self,
         stream: str | None,
         monkeypatch: pytest.MonkeyPatch,
@@ -549,14 +551,14 @@ class TestChatOverAPipe:
         assert main(["chat", "--image", "-"]) == 2
         assert "standard input is the conversation's" in capsys.readouterr().err
 
-    def test_images_of_the_command_line_go_with_the_first_message(
+    def test_images_of_the_command_line_belong_to_the_first_message(
         self, picture: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         type_lines(monkeypatch, "What?")
         assert main(["chat", "--image", picture]) == 0
         assert texts(FakeLLM.asked[0][0]) == [("user", "<image>What?")]
 
-    def test_quit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_quit_ends_the_chat(self, monkeypatch: pytest.MonkeyPatch) -> None:
         type_lines(monkeypatch, "What?", "/quit", "Where?")
         assert main(["chat"]) == 0
         assert len(FakeLLM.asked) == 1
@@ -755,7 +757,7 @@ class TestStreams:
         assert json.loads(printed[2])["text"] == "é🦩"
 
     @pytest.mark.parametrize("form", [[], ["--json"], ["--stream"]])
-    def test_answer_without_standard_output(
+    def test_missing_standard_output_is_an_error(
         self, form: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(sys, "stdout", None)

@@ -406,7 +406,7 @@ def test_slow_resolver_ends_at_the_time_limit(server: Server) -> None:
         (b"", "does not speak HTTP"),
     ],
 )
-def test_broken_answers(response: bytes, message: str, server: Server) -> None:
+def test_broken_answers_are_fetch_errors(response: bytes, message: str, server: Server) -> None:
     server.paths["/a"] = response
     with pytest.raises(MediaFetchError, match=f"http://pictures.example/a: .*{message}") as caught:
         fetch(f"{URL}/a", rules(server))

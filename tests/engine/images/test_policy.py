@@ -110,7 +110,7 @@ def test_corpus_is_large_enough() -> None:
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning:PIL")
 @SPLIT
 @pytest.mark.parametrize("name", CORPUS)
-def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
+def test_parity_equals_transformers_bit_for_bit(name: str, split: bool) -> None:
     source = CORPUS[name]()
     settings = json.loads((EIGHT_B / "preprocessor_config.json").read_text())
     config = ImageConfig.load(EIGHT_B)

@@ -145,9 +145,9 @@ TOO_LONG = [
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, tick: float) -> None:
-    """Advance time by ``tick`` seconds at each look at the clock, and never otherwise.
+    """Advance time by ``tick`` seconds at each reading of the clock, and never otherwise.
 
-    Time is thereby counted in looks.
+    Time is thereby counted in readings.
     """
     seconds = count(0, tick)
     clocks = SimpleNamespace(monotonic=lambda: next(seconds), thread_time=lambda: next(seconds))
@@ -162,7 +162,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow about 50 looks at the clock, so that long operations must look repeatedly."""
+    """Allow about 50 readings of the clock, so long operations must read it repeatedly."""
     set_clock(monkeypatch, 0.01)
 
 
@@ -509,26 +509,26 @@ def test_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
-    """Return a list that grows with each look at the clock."""
+def clock_reads(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
+    """Return a list that grows with each reading of the clock."""
     seen: list[Budget] = []
     monkeypatch.setattr(Budget, "look", lambda budget: seen.append(budget))
     return seen
 
 
 @pytest.mark.parametrize("made", ["dict(pairs)", "namespace(pairs)"])
-def test_keys_are_inserted_one_by_one(made: str, looks: list[Budget]) -> None:
-    """If all keys have one hash, inserting many at once takes quadratic time between two looks."""
+def test_keys_are_inserted_one_by_one(made: str, clock_reads: list[Budget]) -> None:
+    """With equal hashes, inserting all keys at once takes quadratic time between two clock reads."""
     pairs = "{% set pairs = range(2000) | map('string') | batch(2) | list %}"
     render(pairs)
-    before = len(looks)
-    looks.clear()
+    before = len(clock_reads)
+    clock_reads.clear()
     render(f"{pairs}{{% set made = {made} %}}")
-    assert len(looks) - before >= 1000
+    assert len(clock_reads) - before >= 1000
 
 
-def test_work_grows_with_the_conversation(looks: list[Budget]) -> None:
-    """Each operation looks at the clock, so every message needs the same number of looks."""
+def test_work_grows_with_the_conversation(clock_reads: list[Budget]) -> None:
+    """Each operation reads the clock, so every message needs the same number of readings."""
     question = {"type": "text", "text": "What is in this image, and where is the star?"}
     turns = [
         {"role": "user", "content": [{"type": "image"}, question]},
@@ -538,9 +538,9 @@ def test_work_grows_with_the_conversation(looks: list[Budget]) -> None:
         template = ChatTemplate(source, tokenizer())
         taken = []
         for times in (1, 2, 200):
-            looks.clear()
+            clock_reads.clear()
             template.render(turns * times, True)
-            taken.append(len(looks))
+            taken.append(len(clock_reads))
         one, two, many = taken
         assert many == one + 199 * (two - one)
         assert 0 < two - one < 100
