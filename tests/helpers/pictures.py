@@ -1,4 +1,4 @@
-"""Small pictures in every mode and files in every format, drawn when they are needed."""
+"""Small images in every mode and files in every format, drawn when they are needed."""
 
 import io
 import zlib

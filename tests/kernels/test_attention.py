@@ -199,10 +199,7 @@ def integers(device: torch.device, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("D", [72, 96, 128])
 def test_equal_scores_give_an_exact_mean(D: int, device: torch.device) -> None:
-    """Equal scores give the exact mean of the values.
-
-    Every weight is exactly 1, the sums are small integers, and the divisor is a power of two.
-    """
+    """Every weight is exactly 1, sums are small integers, and the divisor is a power of two."""
     T = 128
     q, k = torch.zeros(T, 2, D, dtype=torch.bfloat16, device=device), integers(device, T, 1, D)
     v, cu_seqlens = integers(device, T, 1, D), cumulative(device, T)
@@ -245,10 +242,9 @@ def test_interpreter_sums_exactly_in_fp32(device: torch.device) -> None:
 
 
 def test_padded_query_gives_zeros_and_changes_no_other(device: torch.device) -> None:
-    """A padded query gives zeros and does not change other sequences.
+    """A graph's batch is padded with sequences of one query and no key.
 
-    A graph's batch is padded with sequences of one query and no key, whose block table is
-    undefined.
+    Their block table is undefined.
     """
     call = paged_call(device) | {"cu_seqlens": cumulative(device, 1, 1, 0), "max_seqlen": 1}
     call["q"] = call["q"][:2]

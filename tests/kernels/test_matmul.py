@@ -95,10 +95,7 @@ def test_product_dequantizes_bit_for_bit(
 
 @pytest.mark.parametrize("selector", [0x3210, 0x7654, 0x4051, 0x6273, 0xD9C8, 0xFBEA, 0x70F0])
 def test_permute_equals_the_ptx_instruction(selector: int, device: torch.device) -> None:
-    """The instruction permutes bytes as PTX defines.
-
-    In the interpreter this tests the emulation of the instruction.
-    """
+    """In the interpreter this tests the emulation of the instruction."""
     words = torch.randint(-(2**31), 2**31, (2, 64), dtype=torch.int32, device=device)
     out = torch.empty_like(words[0])
     _permute_kernel[(1,)](words[0], words[1], out, selector)

@@ -171,7 +171,7 @@ def test_nested_codes_equal_bitsandbytes_at_every_edge() -> None:
 
 
 def test_rows_of_whole_blocks_equal_bitsandbytes_without_flattening() -> None:
-    """bitsandbytes' own results for the text model's weights, called as users do, are the same."""
+    """bitsandbytes, called as its users call it, gives the same values for rows of whole blocks."""
     weight = torch.randn(48, 256, dtype=torch.bfloat16)
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(nf4_dequantize(nf4_quantize(weight)), bnb.dequantize_4bit(codes, state))

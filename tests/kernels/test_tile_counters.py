@@ -80,7 +80,7 @@ def test_graphs_share_no_counter() -> None:
 
 
 def _call(kernel: str, case_name: str, device: torch.device) -> Callable[[], Tensor]:
-    """Return a call of the catalog that is right if it is launched alone."""
+    """Return a call of a catalog case whose result is checked once, when it is launched alone."""
     spec, implementation, case = next(
         row for row in rows("model") if (row[0].name, row[2].name) == (kernel, case_name)
     )

@@ -195,7 +195,7 @@ def test_arrays_use_at_most_16_bytes_a_pixel(dtype: str, shape: str, policy: Ima
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Bytes a pixel of the picture itself, which tracemalloc does not see
+    # Bytes a pixel of the image itself, which tracemalloc does not see
     of_pillow = 4
     assert peak / (MEASURED[0] * MEASURED[1]) + of_pillow <= 16
 

@@ -52,7 +52,7 @@ def load_with_transformers(source: bytes | Image.Image) -> Any:
 
 
 def corpus() -> dict[str, Callable[[], bytes | Image.Image]]:
-    """Return over sixty pictures: every mode, every format in each of its modes, and odd cases."""
+    """Return over sixty images: every mode, every format in each of its modes, and odd cases."""
     made: dict[str, Callable[[], bytes | Image.Image]] = {
         f"Pillow {mode}": lambda mode=mode, n=n: noise(11 + 30 * n, 397 - 17 * n, mode)  # type: ignore[misc]
         for n, mode in enumerate(MODES)
@@ -200,7 +200,7 @@ def test_correct_scales_in_parts(mode: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Bytes a pixel of the gray picture and of the one in RGB
+    # Bytes a pixel of the gray image and of the RGB image
     of_pillow = 1 + 4
     assert peak / (900 * 700) + of_pillow <= 16
 

@@ -49,7 +49,7 @@ class OnlyRead:
 
 
 def at_the_end(data: bytes) -> io.BytesIO:
-    """Return a buffer at its end, as after writing a picture to it."""
+    """Return a buffer at its end, as after writing an image to it."""
     buffer = io.BytesIO()
     buffer.write(data)
     return buffer

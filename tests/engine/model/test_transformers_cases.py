@@ -372,7 +372,7 @@ def test_call(kind: str, split: bool) -> None:
 def test_call_numpy_4_channels(split: bool) -> None:
     """Differ from ``test_call_numpy_4_channels``, where four channels reach a model of three.
 
-    Here there are always three: the colors of a picture with alpha, as in transformers'
+    Here there are always three: the colors of an image with alpha, as in transformers'
     ``load_image``.
     """
     arrays = batch(3)

@@ -1,7 +1,7 @@
 """Pages, images and scheduling on the host alone, with full accounting after every step.
 
 ``Machine`` simulates the model. It writes into each slot of the cache the inputs of the token
-there, its whole prefix and the pictures in it, and reads back everything that the token's query
+there, its whole prefix and the images in it, and reads back everything that the token's query
 would see. A page that is lost, shared too far, copied too late or freed too early gives a wrong
 value.
 """
@@ -190,7 +190,7 @@ PICTURES = [Picture(bytes([i]), 10 * (1 + i % 4)) for i in range(6)]
 
 
 def draw_request(rng: random.Random, longest: int) -> Request:
-    """Draw a prompt that may share a prefix with others, with pictures and several answers."""
+    """Draw a request that may have images, several answers and a prefix shared with others."""
     token_ids: list[int] = []
     pictures: list[Picture] = []
     common = rng.random() < 0.6
@@ -403,7 +403,7 @@ def test_image_is_encoded_once_and_cached() -> None:
     for picture in (PICTURES[0], PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[2], PICTURES[1]):
         machine.add(make_request([7, *[IMAGE] * LATENTS, 7], 1, (picture,)))
         encoded.append([tile for tile, _ in machine.step().encodes])
-    # The third picture replaces the least recently used one
+    # The third image replaces the least recently used one
     assert encoded == [[PICTURES[0]], [], [PICTURES[1]], [], [PICTURES[2]], [PICTURES[1]]]
 
 
@@ -411,7 +411,7 @@ def test_patches_of_a_step_are_bounded() -> None:
     scheduler = make_scheduler(num_pages=40, tokens=100, patches=30)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     prompt = ([7] + [IMAGE] * LATENTS) * 3 + [7]
-    # The pictures have 10, 20 and 40 patches
+    # The images have 10, 20 and 40 patches
     machine.add(make_request(prompt, 1, (PICTURES[0], PICTURES[1], PICTURES[3])))
     spans = []
     while scheduler.has_work:
