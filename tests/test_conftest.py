@@ -38,7 +38,7 @@ def collect(missing: list[str], *files: str) -> str:
     return done.stdout
 
 
-def test_a_module_whose_extra_is_missing_is_skipped_with_the_reason() -> None:
+def test_module_without_its_extra_is_skipped_with_the_reason() -> None:
     said = collect(
         ["bitsandbytes"], "kernels/test_nf4.py", "engine/checkpoint/test_quantization.py"
     )
@@ -47,12 +47,12 @@ def test_a_module_whose_extra_is_missing_is_skipped_with_the_reason() -> None:
     assert "error" not in said
 
 
-def test_a_module_that_misses_anything_else_is_an_error() -> None:
+def test_module_without_another_import_is_an_error() -> None:
     assert "No module named 'guarded'" in collect(["guarded"], "kernels/test_parity.py")
 
 
 @pytest.mark.parametrize(("told", "wanted"), [(None, SMALL_MODEL_THREADS), ("2", 2)])
-def test_the_suite_takes_one_thread_unless_it_is_told(told: str | None, wanted: int) -> None:
+def test_suite_uses_one_thread_by_default(told: str | None, wanted: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": told} if told else {}
     code = f"import sys; sys.path.insert(0, {str(TESTS)!r}); import conftest, torch; print(torch.get_num_threads())"

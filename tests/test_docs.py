@@ -48,7 +48,7 @@ def spelled_out(name: str) -> Iterator[str]:
     yield from ("".join(word.strip() for word in words) for words in product(*parts))
 
 
-def is_there(name: str) -> bool:
+def name_exists(name: str) -> bool:
     """Return whether a module, a file or a folder of this name exists.
 
     A file name without a folder may be anywhere.
@@ -66,7 +66,7 @@ def missing_modules(page: Path) -> list[str]:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     looks = re.compile(r"[\w./]+\.py|\w[\w./]*/|idefics2_(engine|kernels|bench)(\.\w+)*")
     names = [name for code in re.findall(r"`([^`\n]+)`", text) for name in spelled_out(code)]
-    return [name for name in names if looks.fullmatch(name) and not is_there(name)]
+    return [name for name in names if looks.fullmatch(name) and not name_exists(name)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -77,16 +77,16 @@ def test_prose_is_wrapped(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files_and_headings(page: Path) -> None:
+def test_links_point_to_files_and_headings(page: Path) -> None:
     assert broken_links(page) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_modules_that_pages_name_exist(page: Path) -> None:
+def test_modules_named_on_pages_exist(page: Path) -> None:
     assert missing_modules(page) == []
 
 
-def test_a_module_that_is_missing_is_found(tmp_path: Path) -> None:
+def test_missing_modules_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "`llm.py` `lmm.py` `model/{config, confit}.py` `scheduling/` `schedule/` `llm.stats`\n"
@@ -101,7 +101,7 @@ def test_a_module_that_is_missing_is_found(tmp_path: Path) -> None:
     ]
 
 
-def test_a_broken_link_is_found(tmp_path: Path) -> None:
+def test_broken_links_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "# One `name`, twice\n[a](page.md) [b](#one-name-twice) [c](page.md#two) [d](no.md) [e](https://x.y)\n"
@@ -112,7 +112,7 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "page", sorted((ROOT / "docs/design").glob("*.md")), ids=lambda page: page.stem
 )
-def test_a_chapter_opens_plainly_and_ends_with_what_was_tried(page: Path) -> None:
+def test_chapter_opens_with_five_sentences_and_ends_with_what_was_tried(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     opening = " ".join(text.split("\n\n")[1].split())
     assert len(re.findall(r"[.!?](?: |$)", opening)) == 5

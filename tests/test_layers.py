@@ -128,14 +128,14 @@ def upward(package: str, order: str) -> list[str]:
 @pytest.mark.parametrize(
     ("package", "order"), [("idefics2_engine", ENGINE), ("idefics2_kernels", KERNELS)]
 )
-def test_imports_go_down(package: str, order: str) -> None:
+def test_imports_point_downward(package: str, order: str) -> None:
     assert upward(package, order) == []
 
 
 @pytest.mark.parametrize(
     ("package", "order"), [("idefics2_engine", ENGINE), ("idefics2_kernels", KERNELS)]
 )
-def test_every_module_has_its_layer(package: str, order: str) -> None:
+def test_every_module_has_a_layer(package: str, order: str) -> None:
     names = {
         path.stem
         for path in PACKAGES[package].iterdir()
@@ -144,26 +144,26 @@ def test_every_module_has_its_layer(package: str, order: str) -> None:
     assert names - {"__init__"} == set(order.split()) - {"idefics2_bench"}
 
 
-def test_an_import_upward_is_found() -> None:
+def test_upward_import_is_found() -> None:
     turned = "\n".join(reversed(KERNELS.split("\n")))
     assert any(
         "imports idefics2_kernels.gpu" in wrong for wrong in upward("idefics2_kernels", turned)
     )
 
 
-def test_kernels_do_not_know_the_engine() -> None:
+def test_kernels_import_neither_engine_nor_bench() -> None:
     for file in PACKAGES["idefics2_kernels"].rglob("*.py"):
         assert not [
             name for name in imports(file) if name.startswith(("idefics2_engine", "idefics2_bench"))
         ], file
 
 
-def test_the_reference_imports_no_triton() -> None:
+def test_reference_does_not_import_triton() -> None:
     for file in (PACKAGES["idefics2_kernels"] / "reference").rglob("*.py"):
         assert "triton" not in [name.partition(".")[0] for name in imports(file)], file
 
 
-def test_import_roots_are_no_packages() -> None:
+def test_import_roots_are_not_packages() -> None:
     # With an __init__.py, `engine` and `kernels` would be packages if the checkout is on the path,
     # and `kernels` would hide Hugging Face's package of that name from transformers.
     for root in ("engine", "kernels", "bench", "tests/engine", "tests/kernels"):
@@ -180,12 +180,12 @@ def no_torch_modules() -> list[str]:
     return NO_TORCH + whole
 
 
-def test_the_modules_without_torch_exist() -> None:
+def test_modules_without_torch_exist() -> None:
     for name in no_torch_modules():
         assert importlib.util.find_spec(name) is not None, name
 
 
-def test_these_modules_import_no_torch() -> None:
+def test_modules_without_torch_do_not_import_it() -> None:
     """One process imports the modules in turn and reports after which one torch is loaded."""
     check = (
         "import importlib, sys\n"

@@ -51,7 +51,7 @@ def test_wheel(tmp_path: Path) -> None:
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
 
 
-def test_the_kernels_pages_have_the_tables_of_catalog_and_results() -> None:
+def test_kernel_pages_have_the_current_tables() -> None:
     pages = report.renewed_pages()
     assert set(pages) == set((ROOT / "docs/kernels").glob("*.md"))
     for path, renewed in pages.items():
@@ -72,7 +72,7 @@ def test_every_operation_has_a_page_with_its_figures(name: str) -> None:
     assert f"\n| [`{name}`]({name}.md) |" in index
 
 
-def test_version_is_in_one_place() -> None:
+def test_version_is_defined_in_one_place() -> None:
     assert "version" not in PROJECT["project"]
     assert PROJECT["tool"]["hatch"]["version"]["path"] == "engine/idefics2_engine/__init__.py"
 
@@ -110,7 +110,7 @@ class TestConstraints:
                 if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in extras)
             ]
 
-    def test_complete(self) -> None:
+    def test_every_requirement_is_pinned(self) -> None:
         pinned_by_torch = ("nvidia-", "cuda-")
         for requirement in self.requirements():
             name = canonicalize_name(requirement.name)
@@ -123,6 +123,6 @@ class TestConstraints:
         # torch 2.13.0 requires this version
         assert self.PINS["triton"] == "3.7.1"
 
-    def test_no_local_versions(self) -> None:
+    def test_pins_have_no_local_versions(self) -> None:
         # 2.13.0+cpu is on PyTorch's own index only
         assert all(re.fullmatch(r"[0-9.]+", version) for version in self.PINS.values())

@@ -72,12 +72,12 @@ def all_private_names() -> frozenset[str]:
 
 
 @pytest.mark.parametrize("root", CHECKED)
-def test_no_private_name_of_another_module_is_used(root: str) -> None:
+def test_modules_use_no_private_name_of_another_module(root: str) -> None:
     uses = [use for file in files(root) for use in foreign_uses(file, all_private_names())]
     assert uses == []
 
 
-def test_a_private_name_is_found(tmp_path: Path) -> None:
+def test_foreign_uses_finds_every_form_of_private_name(tmp_path: Path) -> None:
     file = tmp_path / "test_it.py"
     file.write_text(
         "from module import _function, public\n"

@@ -23,8 +23,8 @@ ABOUT = {
 }
 
 
-def told(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
-    """Call everything once; return 1 us for the kernels and 2 us for each peer."""
+def fake_measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
+    """Make every call once; report 1 us for the kernels and 2 us for each peer."""
     for own in calls.values():
         for call in own:
             call()
@@ -42,10 +42,10 @@ def small_case(name: str) -> tuple[KernelSpec, Case]:
 # bitsandbytes warns that it uses a slower path
 @pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")
 @pytest.mark.parametrize("name", [spec.name for spec in CATALOG])
-def test_a_case_is_checked_and_timed_beside_its_peers(
+def test_case_is_checked_and_timed_beside_its_peers(
     name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    monkeypatch.setattr(kernels, "measure", told)
+    monkeypatch.setattr(kernels, "measure", fake_measure)
     spec, case = small_case(name)
     found = kernels.bench_case(spec, ["triton"], case, ABOUT, device, copies=2)
     ours = found[0]
@@ -62,8 +62,8 @@ def test_a_case_is_checked_and_timed_beside_its_peers(
         assert "speedup" not in peer
 
 
-def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setattr(kernels, "measure", told)
+def test_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(kernels, "measure", fake_measure)
     spec, case = small_case("rms_norm")
     right = spec.implementations["triton"]
     broken = KernelSpec(
@@ -79,7 +79,7 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch, device: to
     assert "| wrong |" in report.table(ABOUT, found)
 
 
-def test_results_are_kept_by_case_and_machine(tmp_path: Path) -> None:
+def test_results_are_stored_by_case_and_machine(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     one = {"kernel": "k", "case": "a", "impl": "triton", "ms": 1.0}
     other = {"kernel": "k", "case": "b", "impl": "triton", "ms": 2.0}
@@ -92,7 +92,7 @@ def test_results_are_kept_by_case_and_machine(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["rows"] == [one]
 
 
-def test_a_case_slower_than_its_peer_is_listed() -> None:
+def test_case_slower_than_its_peer_is_listed() -> None:
     timed = {"kernel": "linear", "impl": "triton", "ms": 0.1, "peer": "cublas", "peer_ms": 0.098}
     rows: list[report.Row] = [
         {**timed, "case": "slower", "speedup": 0.98},
@@ -106,7 +106,7 @@ def test_a_case_slower_than_its_peer_is_listed() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
+def test_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"roofline{suffix}"
     row = {"kernel": "k", "case": "a", "TFLOPs": 100.0, "GBps": 500.0, "peer": "p"}
@@ -115,11 +115,11 @@ def test_the_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
     assert (b"PNG" in start) if suffix == ".png" else (b"<?xml" in start)
 
 
-def test_spread_is_in_percentiles() -> None:
+def test_spread_is_given_in_percentiles() -> None:
     assert summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Time(3.5, 2.0, 5.0)
 
 
-def test_no_garbage_is_collected_while_calls_are_timed() -> None:
+def test_garbage_collection_is_off_during_timing() -> None:
     seen: list[bool] = []
     alternate({"call": lambda: seen.append(gc.isenabled())}, 2, 1, torch.device("cpu"))
     assert seen == [False] * 3

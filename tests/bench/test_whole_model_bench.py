@@ -41,7 +41,7 @@ def bare(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command changes both
+    # The command changes sys.argv and sys.path
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -82,7 +82,7 @@ def test_latency(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "| step | decode-b3-s20 | reference |" in printed
 
 
-def test_what_was_timed_before_an_interruption_is_kept(
+def test_rows_timed_before_an_interrupt_are_saved(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     time_case = latency.bench_case
@@ -116,7 +116,7 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
         monkeypatch.setattr(latency_peers, options, {"backend": backend})
 
 
-def test_the_compiled_peer(
+def test_compiled_peer_is_timed_beside_the_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Inductor would take a minute to compile the same computation
@@ -143,7 +143,7 @@ def test_the_compiled_peer(
     assert "decode-b2-s60: transformers is being compiled" in capsys.readouterr().err
 
 
-def test_the_fastest_peer_is_quoted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_peer_is_quoted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The eager images replace the compiled ones, so nothing is compiled
     fake = {"image": latency_peers.EagerImages}
     contenders = {**latency_peers.CONTENDERS, latency_peers.COMPILED_PEER: fake}
@@ -165,7 +165,7 @@ def test_the_fastest_peer_is_quoted(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     assert (ours["peer"], ours["peer_ms"], ours["speedup"]) == ("transformers", 0.5, 0.5)
 
 
-def test_a_peer_that_does_not_compile_ends_nothing(
+def test_peer_that_fails_to_compile_does_not_end_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_graph: object) -> None:
@@ -224,7 +224,7 @@ def test_weights_in_nf4(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert dense.num_bytes > packed.num_bytes > sum(p.nbytes for p in packed.parameters())
 
 
-def test_cases_that_do_not_fit(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cases_beyond_the_model_are_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for case, wanted in (
         ("prefill-512", "513 positions for it, got 512"),
         ("image-980-b1", "at most 112 pixels a side, got 980"),
@@ -235,7 +235,7 @@ def test_cases_that_do_not_fit(tiny: Path, capsys: pytest.CaptureFixture[str]) -
         assert wanted in capsys.readouterr().err
 
 
-def test_a_model_of_nan_gets_no_time(
+def test_model_with_nan_has_no_time(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -287,7 +287,7 @@ def test_offline(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_transformers_runs_on_our_weights(tied: bool, tmp_path: Path) -> None:
+def test_transformers_runs_on_the_engines_weights(tied: bool, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tied=tied)
     ours = load_checkpoint(tmp_path)
     theirs = transformers_model(ours, tmp_path)
@@ -301,7 +301,7 @@ def test_transformers_runs_on_our_weights(tied: bool, tmp_path: Path) -> None:
     assert {parameter.device.type for parameter in own.values()} == {"cpu"}
 
 
-def test_random_weights_need_no_files_of_weights(bare: Path) -> None:
+def test_random_weights_need_no_weight_files(bare: Path) -> None:
     prompt = {"prompt_token_ids": [1, 5, 9]}
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     answers = [
@@ -314,7 +314,7 @@ def test_random_weights_need_no_files_of_weights(bare: Path) -> None:
         LLM(bare, load_format="dummy", verify=True)
 
 
-def test_a_cpu_is_described_without_measuring() -> None:
+def test_cpu_is_described_without_measuring() -> None:
     about = machine.describe("cpu")
     assert about["gpu"] is None
     assert about["threads"] == torch.get_num_threads()

@@ -53,7 +53,9 @@ def test_requests_are_drawn_as_documented(
     assert min(sizes.values()) > 20
 
 
-def test_prompts_and_files_are_whole(processor: Processor, requests: list[OfflineRequest]) -> None:
+def test_prompts_and_image_files_match_their_request(
+    processor: Processor, requests: list[OfflineRequest]
+) -> None:
     for request in requests[:16]:
         draft = processor.draft_token_prompt(request.prompt_token_ids, request.images)
         assert draft.prompt.count("<image>") == len(request.images)
@@ -66,7 +68,7 @@ def test_prompts_and_files_are_whole(processor: Processor, requests: list[Offlin
     assert len(set(files)) == len(files) == 288
 
 
-def test_counts_are_what_the_processor_makes(
+def test_counts_equal_the_processors_output(
     processor: Processor, requests: list[OfflineRequest]
 ) -> None:
     some = requests[:16]
@@ -83,7 +85,7 @@ def test_counts_are_what_the_processor_makes(
     }
 
 
-def test_a_seed_fixes_everything(processor: Processor, requests: list[OfflineRequest]) -> None:
+def test_seed_determines_requests(processor: Processor, requests: list[OfflineRequest]) -> None:
     assert offline_requests(processor, 10) == requests[:10]
     assert offline_requests(processor, 10, seed=1) != requests[:10]
 
@@ -95,7 +97,7 @@ def test_shrinking_divides_the_tokens(processor: Processor, requests: list[Offli
     assert {sum(id not in control for id in r.prompt_token_ids) for r in small} <= set(range(1, 17))
 
 
-def test_latency_cases_by_name() -> None:
+def test_latency_cases_are_parsed_from_names() -> None:
     cases = [latency_case(name) for name in LATENCY_CASES]
     assert [(case.kernel, case.batch, case.length) for case in cases] == [
         ("step", 1, 200),

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(DEMO)
 
 
-def test_tokenizer_has_few_pieces_in_the_usual_places(tokenizer: Tokenizer) -> None:
+def test_tokenizer_has_few_pieces_with_the_usual_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size <= 1000
     assert tokenizer.encode("<unk><s></s>", add_bos=False) == [0, 1, 2]
     assert tokenizer.encode("<0x41>", add_bos=False) != [3 + 0x41]
@@ -76,12 +76,12 @@ def test_demo_folder_is_a_small_checkpoint() -> None:
     assert sum(file.stat().st_size for file in files) <= 16_000_000
 
 
-def test_the_tokenizer_is_what_its_script_makes() -> None:
+def test_tokenizer_equals_its_scripts_output() -> None:
     tokenizer = build_tokenizer.trained_tokenizer()
     assert tokenizer == json.loads((DEMO / "tokenizer.json").read_text())
     settings = json.loads((DEMO / "tokenizer_config.json").read_text())
     assert build_tokenizer.tokenizer_config(tokenizer) == settings
 
 
-def test_the_demo_folder_passes_its_checksums() -> None:
+def test_demo_folder_passes_its_checksums() -> None:
     verify_files(DEMO, [DEMO / "model.safetensors"])

@@ -32,7 +32,7 @@ PLACE_WORDS = {
 }  # fmt: skip
 
 
-def test_a_scene_follows_from_its_seed() -> None:
+def test_scene_follows_from_its_seed() -> None:
     one, other = (example("some seed") for _ in range(2))
     assert one == other
     assert one != example("another seed")
@@ -41,7 +41,7 @@ def test_a_scene_follows_from_its_seed() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(drawn, again, strict=True))
 
 
-def test_items_lie_in_their_cells_and_show() -> None:
+def test_items_are_visible_in_their_cells() -> None:
     rng = random.Random("visible")
     for _ in range(60):
         scene = random_scene(rng, random_size(rng))
@@ -264,7 +264,7 @@ def described(scene: Scene) -> set[tuple[int, str, str]]:
     return {(item.cell, thing_at(scene, item.cell), item.color) for item in scene.items}
 
 
-def test_differences_are_told_completely() -> None:
+def test_difference_answers_are_complete() -> None:
     seen = set()
     for place in range(400):
         (first, second), conversation = question_of_kind("difference", f"test {place}")
@@ -367,7 +367,7 @@ def test_sample_questions_have_right_answers() -> None:
     assert described(after) - described(before) == {(6, "a red diamond", "red")}
 
 
-def test_the_demo_checkpoint_answers_the_sample_questions() -> None:
+def test_demo_checkpoint_answers_the_sample_questions() -> None:
     llm = LLM(device="cpu")
     entries = json.loads((EXAMPLES / "images" / "questions.json").read_text())
     for turns in (1, 2):
@@ -384,7 +384,7 @@ def test_the_demo_checkpoint_answers_the_sample_questions() -> None:
             assert answers == [answer for _, answer in conversation.turns], conversation
 
 
-def test_evaluation_asks_the_second_question_after_the_models_own_answer() -> None:
+def test_second_question_follows_the_models_own_answer() -> None:
     asked = [question_of_kind("two_turn", f"ask {place}") for place in range(3)]
 
     class Echo:
@@ -403,7 +403,7 @@ def test_evaluation_asks_the_second_question_after_the_models_own_answer() -> No
     assert ask(Echo(), asked) == [["1", "3"]] * 3  # type: ignore[arg-type]
 
 
-def test_card_gets_its_table(tmp_path: Path) -> None:
+def test_model_card_has_the_table(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_text(f"before\n{CARD_BEGIN}old\n{CARD_END}\nafter\n")
     write_card(card, {"count": 0.5, "where": 1.0}, 0.75)

@@ -35,7 +35,7 @@ from training_ops import TRAINING
 DEMO = EXAMPLES / "demo"
 
 
-def test_training_ids_are_those_of_the_chat() -> None:
+def test_training_ids_equal_chat_ids() -> None:
     preparer = Preparer(DEMO)
     asked = [question_of_kind(kind, f"ids {kind}")[1] for kind in ("word", "two_turn", *PAIR_KINDS)]
     asked += [c for place in range(8) for c in example(f"ids {place}").conversations]
@@ -80,7 +80,7 @@ def new_trainer(*arguments: str) -> Trainer:
     return Trainer.new(options, torch.device("cpu"))
 
 
-def test_training_batches_are_what_the_processor_gives() -> None:
+def test_training_batches_equal_the_processors() -> None:
     model = Idefics2(ModelConfig.load(DEMO), REFERENCE)
     init_for_training(model, seed=0)
     preparer = Preparer(DEMO)
@@ -109,7 +109,7 @@ def test_training_batches_are_what_the_processor_gives() -> None:
                 torch.testing.assert_close(full, model.loss(plain, labels, theirs))
 
 
-def test_rounds_do_not_depend_on_how_they_are_made() -> None:
+def test_rounds_do_not_depend_on_worker_processes() -> None:
     one = make_round(3)
     with closing(DataWorkers(DEMO, 2)) as workers:
         other = make_round(3, workers)
@@ -127,7 +127,7 @@ def test_rounds_do_not_depend_on_how_they_are_made() -> None:
     assert not sums & other_sums
 
 
-def test_a_small_round_spans_chunks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_round_spans_chunks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_round(0)
     monkeypatch.setattr("data_workers._CHUNK", 1)
     cut = make_round(0)
@@ -157,7 +157,7 @@ def test_each_step_has_its_round() -> None:
 
 
 @pytest.mark.gpu
-def test_rounds_are_whole_on_a_gpu_while_steps_are_queued() -> None:
+def test_rounds_are_complete_on_a_gpu_while_steps_are_queued() -> None:
     device = torch.device("cuda")
     wanted = [
         [p.long().sum().item() for p in make_round(number).pixels.values()] for number in range(4)
@@ -187,7 +187,7 @@ def test_loss_falls(data: DataSet) -> None:
     assert trainer.finished
 
 
-def test_muon_takes_the_steps_of_pytorchs_own() -> None:
+def test_muon_equals_pytorchs() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 40), (40, 24), (24, 40)]
     starts = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -211,7 +211,7 @@ def test_muon_takes_the_steps_of_pytorchs_own() -> None:
         assert (one - other).norm() < 0.02 * moved
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(data: DataSet) -> None:
+def test_gradients_that_are_not_finite_are_zeroed(data: DataSet) -> None:
     trainer = new_trainer("--steps", "6")
     with torch.no_grad():
         trainer.masters[0].grad[0] = torch.nan  # type: ignore[index]
@@ -225,7 +225,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(data: DataSet) -> None:
     assert abs(np.linalg.norm(norms) - 1.0) < 1e-3
 
 
-def test_images_are_whole_first() -> None:
+def test_early_steps_use_unsplit_images() -> None:
     trainer = new_trainer("--steps", "100")
     chosen = []
     for trainer.step in range(100):
@@ -235,7 +235,7 @@ def test_images_are_whole_first() -> None:
     assert chosen[40:].count((16, False)) == 8
 
 
-def test_a_broken_run_goes_on_from_its_last_state(
+def test_interrupted_run_continues_from_its_last_state(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: str, *arguments: str) -> None:
@@ -274,7 +274,7 @@ def test_a_broken_run_goes_on_from_its_last_state(
     assert weights[0] == weights[1]
 
 
-def test_training_operations_compute_what_the_reference_does(data: DataSet) -> None:
+def test_training_operations_equal_the_reference(data: DataSet) -> None:
     results = []
     for ops in (REFERENCE, TRAINING):
         model = Idefics2(ModelConfig.load(DEMO), ops)
@@ -301,7 +301,7 @@ def test_training_operations_compute_what_the_reference_does(data: DataSet) -> N
         assert gradient.norm() > 0, name
 
 
-def test_equal_lengths_are_demanded() -> None:
+def test_unequal_lengths_are_refused() -> None:
     q = torch.ones(5, 2, 4)
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match="equal length 3, got 5"):
@@ -339,7 +339,7 @@ def test_training_starts_at_unit_scale(data: DataSet) -> None:
     assert all(scale < 0.5 for scale in scales.values()), scales
 
 
-def test_exported_checkpoint_loads_as_it_was(data: DataSet, tmp_path: Path) -> None:
+def test_exported_checkpoint_loads_unchanged(data: DataSet, tmp_path: Path) -> None:
     trainer = new_trainer("--steps", "1")
     trainer.export(DEMO, tmp_path)
     loaded = load_checkpoint(tmp_path, TRAINING, dtype=torch.bfloat16)

@@ -37,7 +37,7 @@ def ask(model: str | Path, question: str) -> str:
     return output.outputs[0].text
 
 
-def test_batch_jsonl_answers_each_line_or_says_why_not(
+def test_batch_jsonl_writes_an_answer_or_error_for_each_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [
@@ -76,9 +76,7 @@ def test_one_kernel_is_near_float64(
     assert 0 < float(printed.split()[-1]) < 1e-5
 
 
-def test_the_training_lines_of_the_docs_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_lines_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (code, *_) = snippets("docs/training.md")
     code = code.replace('"tuned"', repr(str(tmp_path / "tuned")))
@@ -88,7 +86,7 @@ def test_the_training_lines_of_the_docs_run(
     assert ask(tmp_path / "tuned", "What color is the heart?") != ""
 
 
-def test_the_jsonl_loop_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jsonl_loop_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = [code for code in snippets("docs/offline.md") if "jsonl" in code]
     assert sum(map(bool, code.splitlines())) <= 12
     monkeypatch.chdir(tmp_path)

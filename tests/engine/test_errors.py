@@ -25,13 +25,13 @@ def table() -> dict[str, tuple[str, str, str]]:
     return {name: (code, when, exit_code) for name, code, when, exit_code in rows}
 
 
-def test_the_table_lists_every_class_with_its_code() -> None:
+def test_table_lists_every_class_with_its_code() -> None:
     assert {name: code for name, (code, _, _) in table().items()} == {
         name: value.code for name, value in CLASSES.items()
     }
 
 
-def test_every_class_is_caught_as_one_and_has_a_code_of_its_own() -> None:
+def test_classes_share_a_base_and_have_distinct_codes() -> None:
     classes = [value for value in vars(errors).values() if isinstance(value, type)]
     raised = [value for value in classes if issubclass(value, BaseException)]
     raised = [value for value in raised if not issubclass(value, Warning)]
@@ -44,7 +44,7 @@ def test_every_class_is_caught_as_one_and_has_a_code_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_command_line_ends_as_the_table_says(
+def test_exit_codes_match_the_table(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from idefics2_engine.cli import generate, main
@@ -62,7 +62,7 @@ def test_the_command_line_ends_as_the_table_says(
     assert err == f"idefics2: error: {error}\n"
 
 
-def test_a_prompt_that_is_too_long_says_by_how_much() -> None:
+def test_prompt_too_long_error_holds_length_and_limit() -> None:
     assert issubclass(PromptTooLongError, PromptError)
     error = PromptTooLongError(14, 12)
     reborn: PromptTooLongError = pickle.loads(pickle.dumps(error))

@@ -18,20 +18,20 @@ EOS, END_OF_UTTERANCE, FAKE = 2, 32002, 32000
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def checkpoint_and_oracle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """Return a checkpoint whose window is shorter than its prompts, and transformers' model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return folder, write_checkpoint(folder, window=24)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(written: tuple[Path, Any]) -> Path:
-    return written[0]
+def checkpoint(checkpoint_and_oracle: tuple[Path, Any]) -> Path:
+    return checkpoint_and_oracle[0]
 
 
 @pytest.fixture(scope="module")
-def oracle(written: tuple[Path, Any]) -> Any:
-    return written[1]
+def oracle(checkpoint_and_oracle: tuple[Path, Any]) -> Any:
+    return checkpoint_and_oracle[1]
 
 
 WORDS = [
@@ -88,7 +88,7 @@ def oracle_generate(llm: LLM, oracle: Any, prompts: list[dict[str, Any]], **opti
     return out[:, tensors["input_ids"].shape[1] :].tolist()
 
 
-def ours(llm: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[list[int]]:
+def greedy_tokens(llm: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[list[int]]:
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, **options))
     return [output.outputs[0].token_ids for output in outputs]
 
@@ -102,7 +102,7 @@ def ours(llm: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[list[i
     ],
     ids=["plain", "repetition-penalty", "min-tokens"],
 )
-def test_greedy_tokens_are_transformers(
+def test_greedy_tokens_equal_transformers(
     llm: LLM,
     oracle: Any,
     their_options: dict[str, Any],
@@ -110,36 +110,36 @@ def test_greedy_tokens_are_transformers(
 ) -> None:
     prompts = make_prompts()
     expected = oracle_generate(llm, oracle, prompts, max_new_tokens=24, **their_options)
-    got = ours(llm, prompts, max_tokens=24, **our_options)
+    got = greedy_tokens(llm, prompts, max_tokens=24, **our_options)
     for want, have in zip(expected, got, strict=True):
         ends = [i for i, token in enumerate(want) if token in (EOS, END_OF_UTTERANCE)]
         assert have == want[: ends[0] + 1 if ends else len(want)]
     assert len({tuple(tokens) for tokens in got}) > 10, "the prompts must matter"
 
 
-def test_image_tokens_are_barred_where_they_would_win(checkpoint: Path, llm: LLM) -> None:
+def test_barred_tokens_are_not_chosen_if_most_likely(checkpoint: Path, llm: LLM) -> None:
     prompt = make_prompts()[7]
-    token = ours(llm, [prompt], max_tokens=1)[0][0]
+    token = greedy_tokens(llm, [prompt], max_tokens=1)[0][0]
     generation = json.loads((checkpoint / "generation_config.json").read_text())
     barred = LLM(checkpoint, device="cpu", max_num_seqs=1)
     barred.engine.sampler.bad_words_ids = [*generation["bad_words_ids"], [token]]
-    second = ours(barred, [prompt], max_tokens=1)[0][0]
+    second = greedy_tokens(barred, [prompt], max_tokens=1)[0][0]
     assert second != token
     barred.engine.sampler.bad_words_ids.append([token, second])
-    assert second in ours(barred, [prompt], max_tokens=2)[0]
+    assert second in greedy_tokens(barred, [prompt], max_tokens=2)[0]
 
 
 def test_batch_equals_single(checkpoint: Path, llm: LLM) -> None:
     prompts = make_prompts()
     narrow = LLM(checkpoint, device="cpu", max_num_seqs=3, max_model_len=80, kv_cache_tokens=192)
-    assert ours(narrow, prompts, max_tokens=8) == ours(llm, prompts, max_tokens=8)
-    assert [ours(llm, [prompt], max_tokens=8)[0] for prompt in prompts] == ours(
+    assert greedy_tokens(narrow, prompts, max_tokens=8) == greedy_tokens(llm, prompts, max_tokens=8)
+    assert [greedy_tokens(llm, [prompt], max_tokens=8)[0] for prompt in prompts] == greedy_tokens(
         llm, prompts, max_tokens=8
     )
     narrow.engine.scheduler.pages.check_integrity([])
 
 
-def test_sampling_hangs_on_the_seed_alone(llm: LLM) -> None:
+def test_sampling_depends_only_on_the_seed(llm: LLM) -> None:
     prompts = make_prompts()
     params = [SamplingParams(seed=i, max_tokens=8, top_p=0.95) for i in range(len(prompts))]
 
@@ -151,7 +151,7 @@ def test_sampling_hangs_on_the_seed_alone(llm: LLM) -> None:
     assert together != tokens(prompts, [SamplingParams(seed=99, max_tokens=8)] * len(prompts))
 
 
-def test_n_answers_differ_and_the_first_is_the_only_one(llm: LLM) -> None:
+def test_n_answers_differ_and_the_first_equals_a_single_one(llm: LLM) -> None:
     prompt = make_prompts()[4]
     three = llm.generate(prompt, SamplingParams(seed=3, n=3, max_tokens=12))[0]
     one = llm.generate(prompt, SamplingParams(seed=3, max_tokens=12))[0]
@@ -160,9 +160,9 @@ def test_n_answers_differ_and_the_first_is_the_only_one(llm: LLM) -> None:
     assert len({tuple(answer.token_ids) for answer in three.outputs}) == 3
 
 
-def test_filters_leave_the_most_likely_token(llm: LLM) -> None:
+def test_filters_keep_the_most_likely_token(llm: LLM) -> None:
     prompts = make_prompts()[:6]
-    greedy = ours(llm, prompts, max_tokens=6)
+    greedy = greedy_tokens(llm, prompts, max_tokens=6)
     for params in (
         SamplingParams(top_k=1, max_tokens=6),
         SamplingParams(top_p=1e-6, max_tokens=6),
@@ -258,7 +258,7 @@ def test_chat_and_raw_prompt_agree(llm: LLM) -> None:
     assert [o.outputs[0].text for o in pair] == [chat.outputs[0].text] * 2
 
 
-def test_lengths_end_at_the_models(checkpoint: Path) -> None:
+def test_length_is_bounded_by_the_model(checkpoint: Path) -> None:
     short = LLM(checkpoint, device="cpu", max_model_len=12)
     output = short.generate("a b c", SamplingParams(max_tokens=None, ignore_eos=True))[0]
     assert len(output.prompt_token_ids) + len(output.outputs[0].token_ids) == 12
@@ -279,13 +279,13 @@ def test_lengths_end_at_the_models(checkpoint: Path) -> None:
         (17, "text or a mapping"),
     ],
 )
-def test_malformed_prompts(llm: LLM, prompt: Any, match: str) -> None:
+def test_malformed_prompts_are_refused(llm: LLM, prompt: Any, match: str) -> None:
     with pytest.raises(PromptError, match=match):
         llm.generate([prompt])
     assert not llm.engine.has_work
 
 
-def test_malformed_arguments(checkpoint: Path, llm: LLM, tmp_path: Path) -> None:
+def test_malformed_arguments_are_refused(checkpoint: Path, llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder"):
         LLM(tmp_path / "absent")
     with pytest.raises(ConfigError, match="max_model_len"):
@@ -301,7 +301,7 @@ def test_malformed_arguments(checkpoint: Path, llm: LLM, tmp_path: Path) -> None
         llm.generate(["a", "b"], [SamplingParams()])
 
 
-def test_a_call_beside_an_open_stream_harms_neither(llm: LLM) -> None:
+def test_calls_beside_an_open_stream_do_not_affect_each_other(llm: LLM) -> None:
     prompt = make_prompts()[3]
     params = SamplingParams(temperature=0.0, max_tokens=6)
     whole = llm.generate(prompt, params)[0].outputs[0].text
@@ -312,7 +312,7 @@ def test_a_call_beside_an_open_stream_harms_neither(llm: LLM) -> None:
     assert llm.generate(prompt, params)[0].outputs[0].text == whole
 
 
-def test_a_bare_generation_config_lets_no_image_token_through(
+def test_image_tokens_are_barred_with_a_bare_generation_config(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
@@ -333,14 +333,14 @@ def test_stop_ids_outside_the_vocabulary_are_refused(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def test_every_stop_id_of_the_vocabulary_is_taken(llm: LLM) -> None:
+def test_every_stop_id_of_the_vocabulary_is_accepted(llm: LLM) -> None:
     params = SamplingParams(stop_token_ids=[0, 32002], max_tokens=2, seed=0)
     assert llm.generate("a", params)[0].finished
     with pytest.raises(SamplingError, match="below the vocabulary's 32003, got 32003"):
         llm.generate("a", SamplingParams(stop_token_ids=[0, 32003]))
 
 
-def test_more_tokens_than_there_is_room_for_are_refused(checkpoint: Path) -> None:
+def test_min_tokens_beyond_the_room_are_refused(checkpoint: Path) -> None:
     short = LLM(checkpoint, device="cpu", max_model_len=12)
     prompt = {"prompt_token_ids": [1] * 8}
     four = SamplingParams(max_tokens=None, min_tokens=4)
@@ -356,7 +356,7 @@ def test_more_tokens_than_there_is_room_for_are_refused(checkpoint: Path) -> Non
 @pytest.mark.parametrize(
     "params", [{"temperature": 0}, {}, "", "greedy", 7, [{}, {}], [SamplingParams(), 7]]
 )
-def test_what_is_no_sampling_params(llm: LLM, params: Any) -> None:
+def test_other_sampling_params_are_refused(llm: LLM, params: Any) -> None:
     with pytest.raises(SamplingError, match="sampling_params must be SamplingParams, got "):
         llm.generate(["a", "b"] if isinstance(params, list) else "a", params)
     if not isinstance(params, list):
@@ -365,10 +365,10 @@ def test_what_is_no_sampling_params(llm: LLM, params: Any) -> None:
     assert not llm.engine.has_work
 
 
-def test_the_smallest_temperature_and_top_p_are_the_most_likely_token(llm: LLM) -> None:
+def test_smallest_temperature_and_top_p_are_greedy(llm: LLM) -> None:
     """In fp32 both values are 0, and logits cannot be divided by 0."""
     prompts = make_prompts()[:4]
-    greedy = ours(llm, prompts, max_tokens=4)
+    greedy = greedy_tokens(llm, prompts, max_tokens=4)
     for params in (
         SamplingParams(temperature=5e-324, max_tokens=4),
         SamplingParams(top_p=5e-324, max_tokens=4),
@@ -378,7 +378,7 @@ def test_the_smallest_temperature_and_top_p_are_the_most_likely_token(llm: LLM) 
         assert got == greedy
 
 
-def test_repetition_penalty_on_image_tokens_alone(llm: LLM) -> None:
+def test_repetition_penalty_with_only_image_tokens(llm: LLM) -> None:
     prompt = {
         "prompt_token_ids": [IMAGE] * LATENTS,
         "multi_modal_data": {"image": random_image(60, 60)},
@@ -387,17 +387,17 @@ def test_repetition_penalty_on_image_tokens_alone(llm: LLM) -> None:
     assert len(llm.generate(prompt, params)[0].outputs[0].token_ids) == 2
 
 
-def test_the_default_cache_holds_every_full_sequence(checkpoint: Path) -> None:
+def test_default_cache_holds_every_full_sequence(checkpoint: Path) -> None:
     config = LLM(checkpoint, device="cpu", max_model_len=65, max_num_seqs=8).engine_config
     assert config.num_pages == 8 * 2
 
 
-def test_no_prompts_no_outputs(llm: LLM) -> None:
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
     assert llm.generate([]) == []
     assert llm.chat([]) == []
 
 
-def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
+def test_numpy_numbers_are_accepted(llm: LLM) -> None:
     params = SamplingParams(temperature=np.float32(0.5), seed=np.int64(3), max_tokens=np.int64(2))  # type: ignore[arg-type]
     plain = SamplingParams(temperature=0.5, seed=3, max_tokens=2)
     ids = np.array([1, 330, 13088])
@@ -407,12 +407,12 @@ def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("messages", ["hello", {"role": "user", "content": "x"}])
-def test_what_is_no_conversation(llm: LLM, messages: Any) -> None:
+def test_other_conversations_are_refused(llm: LLM, messages: Any) -> None:
     with pytest.raises(PromptError, match="messages must be a list"):
         llm.chat(messages)
 
 
-def test_devices(checkpoint: Path) -> None:
+def test_invalid_devices_are_refused(checkpoint: Path) -> None:
     for device in ("meta", "mps", "tpu", f"cuda:{torch.cuda.device_count()}"):
         with pytest.raises(ConfigError, match="device"):
             LLM(checkpoint, device=device)

@@ -44,13 +44,13 @@ def tokens(outputs: list[Any]) -> dict[str, list[int]]:
     return {output.request_id: output.outputs[0].token_ids for output in outputs}
 
 
-def test_answers_are_those_of_generate(llm: LLM) -> None:
+def test_answers_equal_those_of_generate(llm: LLM) -> None:
     wanted = llm.generate(prompts(13), GREEDY)
     got = tokens(list(llm.iterate(iter(prompts(13)), GREEDY)))
     assert got == {str(i): output.outputs[0].token_ids for i, output in enumerate(wanted)}
 
 
-def test_outputs_come_as_they_finish(llm: LLM) -> None:
+def test_outputs_are_yielded_as_they_finish(llm: LLM) -> None:
     lengths = [30, 2, 9, 4]
     rows = [
         ("the chicken", SamplingParams(max_tokens=length, min_tokens=length)) for length in lengths
@@ -67,7 +67,7 @@ def test_conversations_and_prompts_may_be_mixed(llm: LLM) -> None:
     }
 
 
-def test_what_is_wrong_with_one_keeps_no_other(llm: LLM) -> None:
+def test_invalid_rows_do_not_affect_others(llm: LLM) -> None:
     good = prompts(3)
     bad: dict[str, tuple[Any, type[Idefics2Error]]] = {
         "1": ({"prompt": "x", "multi_modal_data": {"image": b"no image"}}, PromptError),
@@ -113,7 +113,7 @@ def test_prompts_are_read_lazily(llm: LLM) -> None:
             thread.join()
 
 
-def test_an_error_of_the_source_is_the_callers(llm: LLM) -> None:
+def test_error_of_the_source_reaches_the_caller(llm: LLM) -> None:
     def broken() -> Iterator[str]:
         yield "the chicken"
         raise OSError("disk")
@@ -126,16 +126,16 @@ def test_an_error_of_the_source_is_the_callers(llm: LLM) -> None:
     assert llm.generate("x", GREEDY)
 
 
-def test_in_flight_has_a_bound(llm: LLM) -> None:
+def test_in_flight_must_be_positive(llm: LLM) -> None:
     with pytest.raises(ConfigError, match="in_flight must be an integer of at least 1, got 0"):
         llm.iterate([], in_flight=0)
 
 
-def test_nothing_gives_nothing(llm: LLM) -> None:
+def test_no_prompts_give_no_outputs(llm: LLM) -> None:
     assert list(llm.iterate([])) == []
 
 
-def test_rows_are_read_in_order_and_prepared_a_bounded_number_at_once() -> None:
+def test_rows_are_read_in_order_with_bounded_look_ahead() -> None:
     begun: list[int] = []
     prepared: SimpleQueue[int | None] = SimpleQueue()
     ends: list[tuple[int, BaseException | None]] = []
@@ -167,7 +167,7 @@ def test_rows_are_read_in_order_and_prepared_a_bounded_number_at_once() -> None:
     assert ends == [(9, None)]
 
 
-def test_a_bar_says_how_far_it_is(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_shows_counts_and_speed(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = llm.generate(prompts(5), GREEDY)
     assert capsys.readouterr().err == ""
     shown = llm.generate(prompts(5), GREEDY, progress=True)
@@ -182,7 +182,7 @@ def test_a_bar_says_how_far_it_is(llm: LLM, capsys: pytest.CaptureFixture[str]) 
     assert "3request" in capsys.readouterr().err
 
 
-def test_stats_count_pictures_and_text_apart(llm: LLM) -> None:
+def test_stats_count_tokens_tiles_and_steps(llm: LLM) -> None:
     stats = llm.engine.stats
     before = replace(stats)
     outputs = llm.generate(prompts(4), SamplingParams(max_tokens=3, min_tokens=3))
@@ -222,7 +222,7 @@ class Unreadable(Mapping[str, Any]):
         ({"id": 3, "messages": [MESSAGE]}, "pass a conversation as its list of messages"),
     ],
 )
-def test_a_row_of_another_shape_is_its_own_error(llm: LLM, row: Any, message: str) -> None:
+def test_malformed_row_fails_alone(llm: LLM, row: Any, message: str) -> None:
     outputs = {output.request_id: output for output in llm.iterate(["a", row, "b"], GREEDY)}
     error = outputs["1"].error
     assert isinstance(error, PromptError)
@@ -231,7 +231,7 @@ def test_a_row_of_another_shape_is_its_own_error(llm: LLM, row: Any, message: st
     assert all(outputs[place].error is None for place in "02")
 
 
-def test_a_conversation_may_be_a_tuple(llm: LLM) -> None:
+def test_conversation_may_be_a_tuple(llm: LLM) -> None:
     rows: list[Any] = [(MESSAGE,), ((MESSAGE, MESSAGE), GREEDY), (MESSAGE, MESSAGE)]
     outputs = tokens(list(llm.iterate(rows, GREEDY)))
     assert outputs["0"] == llm.chat([MESSAGE], GREEDY)[0].outputs[0].token_ids
@@ -239,13 +239,13 @@ def test_a_conversation_may_be_a_tuple(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("prompts", ["hi", b"hi", {"prompt": "hi"}, 7, None])
-def test_one_prompt_is_no_iterable_of_prompts(llm: LLM, prompts: Any) -> None:
+def test_one_prompt_is_not_an_iterable_of_prompts(llm: LLM, prompts: Any) -> None:
     with pytest.raises(PromptError, match="prompts must be an iterable of prompts"):
         llm.iterate(prompts)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), MemoryError(), KeyboardInterrupt()])
-def test_whatever_preparing_a_row_raises_is_its_error(
+def test_exception_while_preparing_a_row_fails_that_row(
     llm: LLM, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish = type(llm.processor).finish
@@ -264,7 +264,7 @@ def test_whatever_preparing_a_row_raises_is_its_error(
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), SystemExit(3)])
-def test_a_source_that_fails_loses_nothing_that_it_gave(llm: LLM, error: BaseException) -> None:
+def test_rows_read_before_the_source_fails_are_answered(llm: LLM, error: BaseException) -> None:
     def broken() -> Iterator[str]:
         yield from ["the chicken", "the car", "money"]
         raise error
@@ -276,7 +276,7 @@ def test_a_source_that_fails_loses_nothing_that_it_gave(llm: LLM, error: BaseExc
     assert all(output.outputs[0].token_ids for output in got)
 
 
-def test_the_seed_of_a_row_does_not_depend_on_threads(checkpoint: Path) -> None:
+def test_seed_of_a_row_does_not_depend_on_threads(checkpoint: Path) -> None:
     params = SamplingParams(max_tokens=4, min_tokens=4)
     rows: list[Any] = prompts(12)
     # An invalid row draws a seed as well
@@ -290,7 +290,7 @@ def test_the_seed_of_a_row_does_not_depend_on_threads(checkpoint: Path) -> None:
     assert first == second
 
 
-def test_a_source_may_use_its_objects_again(llm: LLM) -> None:
+def test_source_may_reuse_its_objects(llm: LLM) -> None:
     content: list[dict[str, Any]] = [{"type": "image", "image": None}, {"type": "text", "text": ""}]
     message = {"role": "user", "content": content}
     images = [random_image(60 + i, 90, seed=i) for i in range(24)]
@@ -330,7 +330,7 @@ def test_outputs_share_nothing_with_the_engine(llm: LLM) -> None:
     assert again.prompt_token_ids == whole.prompt_token_ids
 
 
-def test_an_output_is_data(llm: LLM) -> None:
+def test_outputs_convert_to_plain_data(llm: LLM) -> None:
     scored = SamplingParams(
         max_tokens=3, min_tokens=3, logprobs=2, prompt_logprobs=1, allowed_token_ids=[330]
     )
@@ -348,7 +348,7 @@ def test_an_output_is_data(llm: LLM) -> None:
     assert data["outputs"] == []
 
 
-def test_errors_name_what_the_caller_passed(llm: LLM) -> None:
+def test_errors_name_the_callers_argument(llm: LLM) -> None:
     with pytest.raises(PromptError, match=r"^prompts\[1\]: prompt: must have one <image>"):
         llm.generate(["a", "<image>"])
     image = {"type": "image", "image": b"no image"}
@@ -361,15 +361,15 @@ def test_errors_name_what_the_caller_passed(llm: LLM) -> None:
             llm.chat([[MESSAGE], [second]])
 
 
-def test_images_may_come_beside_a_conversation(llm: LLM) -> None:
-    def shown(image: Any) -> dict[str, Any]:
+def test_images_may_be_passed_beside_a_conversation(llm: LLM) -> None:
+    def user_message(image: Any) -> dict[str, Any]:
         part = {"type": "image"} if image is None else {"type": "image", "image": image}
         return {"role": "user", "content": [part, {"type": "text", "text": "what is left"}]}
 
     pictures = [random_image(60, 90, seed=i) for i in range(2)]
-    wanted = [llm.chat([shown(picture)], GREEDY)[0].outputs for picture in pictures]
-    assert llm.chat([shown(None)], GREEDY, images=pictures[:1])[0].outputs == wanted[0]
-    both = llm.chat([[shown(None)]] * 2, GREEDY, images=[[picture] for picture in pictures])
+    wanted = [llm.chat([user_message(picture)], GREEDY)[0].outputs for picture in pictures]
+    assert llm.chat([user_message(None)], GREEDY, images=pictures[:1])[0].outputs == wanted[0]
+    both = llm.chat([[user_message(None)]] * 2, GREEDY, images=[[picture] for picture in pictures])
     assert [output.outputs for output in both] == wanted
     with pytest.raises(PromptError, match="a list for each of the 2 conversations, got 1"):
-        llm.chat([[shown(None)]] * 2, GREEDY, images=[pictures])
+        llm.chat([[user_message(None)]] * 2, GREEDY, images=[pictures])

@@ -69,16 +69,16 @@ GOOD: dict[str, list[tuple[Any, Any]]] = {
 }
 
 
-def test_every_argument_has_a_check_and_bad_values() -> None:
+def test_tables_cover_every_argument() -> None:
     assert [field.name for field in fields(LLMOptions)] == list(DEFAULTS)
     assert BAD.keys() == DEFAULTS.keys()
 
 
-def test_the_options_have_the_same_defaults() -> None:
+def test_options_have_the_defaults_of_llm() -> None:
     assert {field.name: field.default for field in fields(LLMOptions)} == DEFAULTS
 
 
-def test_the_defaults_pass_and_stay_what_they_are() -> None:
+def test_defaults_are_valid_and_unchanged() -> None:
     options = LLMOptions(**DEFAULTS)
     for name, value in DEFAULTS.items():
         assert getattr(options, name) == value
@@ -88,7 +88,7 @@ def test_the_defaults_pass_and_stay_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=short_repr
 )
-def test_a_wrong_type_or_range_is_a_config_error(name: str, value: Any) -> None:
+def test_wrong_type_or_range_is_a_config_error(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} must be .*, got ") as caught:
         LLM(**{"model": "no/such/folder", name: value})
     assert len(str(caught.value)) < 300
@@ -98,13 +98,13 @@ def test_a_wrong_type_or_range_is_a_config_error(name: str, value: Any) -> None:
     ("name", "given", "kept"),
     [(name, *pair) for name, pairs in GOOD.items() for pair in pairs],
 )
-def test_what_is_kept_is_of_python_s_own_types(name: str, given: Any, kept: Any) -> None:
+def test_values_become_python_types(name: str, given: Any, kept: Any) -> None:
     value = getattr(replace(LLMOptions(**DEFAULTS), **{name: given}), name)
     assert value == kept
     assert type(value) is type(kept)
 
 
-def test_a_path_may_be_any_path_like() -> None:
+def test_path_may_be_any_path_like() -> None:
     class Named:
         def __fspath__(self) -> str:
             return "no/such/folder"
@@ -113,7 +113,7 @@ def test_a_path_may_be_any_path_like() -> None:
         LLM(Named())  # type: ignore[arg-type]
 
 
-def test_numbers_of_numpy_run_a_model() -> None:
+def test_numpy_numbers_are_accepted() -> None:
     llm = LLM(
         device="cpu",
         max_num_seqs=np.int64(2),  # type: ignore[arg-type]
@@ -127,11 +127,11 @@ def test_numbers_of_numpy_run_a_model() -> None:
 
 
 @pytest.mark.parametrize("value", [1.5, 0, -1, True, "8", math.nan, None, -HUGE], ids=short_repr)
-def test_at_least_one(value: Any) -> None:
+def test_at_least_one_refuses_other_values(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"^in_flight must be an integer of at least 1, got "):
         at_least_one("in_flight", value)
 
 
-def test_at_least_one_takes_numpy_s() -> None:
+def test_at_least_one_accepts_numpy_integers() -> None:
     assert at_least_one("in_flight", np.int64(3)) == 3  # type: ignore[arg-type]
     assert at_least_one("in_flight", 10**12) == 10**12

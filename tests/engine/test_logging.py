@@ -40,7 +40,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-def test_loading(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_loading_is_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(tiny, device="cpu", kv_cache_tokens=512)
     size = sum(parameter.nbytes for parameter in llm.model.parameters()) / 1e6
     loaded, cache = caplog.records
@@ -55,14 +55,16 @@ def test_loading(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert cache.getMessage().startswith(f"KV cache: 512 tokens in {512 // 64} pages, ")
 
 
-def test_quantization_and_random_weights(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_quantization_and_random_weights_are_logged(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     LLM(tiny, device="cpu", quantization="nf4")
     assert "adapter None, quantization nf4, float32 on cpu" in caplog.text
     LLM(tiny, device="cpu", load_format="dummy", dtype="bfloat16")
     assert f"drew random weights for {tiny}, quantization None, bfloat16 on cpu" in caplog.text
 
 
-def test_an_untied_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_untied_head_logs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from safetensors.torch import load_file, save_file
 
     write_checkpoint(tmp_path, tied=True)
@@ -75,7 +77,9 @@ def test_an_untied_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert warning.startswith(f"{file}: the head differs from the embedding")
 
 
-def test_checksums(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verified_checksums_are_logged(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import hashlib
 
     file = tmp_path / "model.safetensors"
@@ -86,7 +90,7 @@ def test_checksums(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert f"{tmp_path}: 1 files have their published checksums" in caplog.text
 
 
-def test_steps_are_silent_and_a_cut_off_answer_is_told_once(
+def test_steps_are_silent_and_a_cut_off_answer_warns_once(
     tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = LLM(tiny, device="cpu")
@@ -100,7 +104,7 @@ def test_steps_are_silent_and_a_cut_off_answer_is_told_once(
     assert "cut off after 16 tokens, the default of max_tokens" in warning
 
 
-def test_out_of_memory(
+def test_out_of_memory_logs_the_smaller_steps(
     tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM(tiny, device="cpu", max_num_batched_tokens=256)
@@ -120,7 +124,7 @@ def test_out_of_memory(
     ]
 
 
-def test_a_step_that_fails(
+def test_failed_step_logs_a_warning(
     tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM(tiny, device="cpu")
@@ -135,7 +139,7 @@ def test_a_step_that_fails(
     assert "request 1: the model must run on it, got ValueError" in told
 
 
-def test_rows_that_are_refused(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_rows_are_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = LLM(tiny, device="cpu")
     rows: list[Any] = [
         PROMPT,
@@ -149,12 +153,12 @@ def test_rows_that_are_refused(tiny: Path, caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.gpu
-def test_graphs(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_capture_of_graphs_is_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     LLM(tiny, device="cuda", max_num_seqs=9, max_num_batched_tokens=100)
     assert re.search(r"captured \d+ CUDA graphs in \d+\.\d s, -?\d+\.\d\d GB", caplog.text)
 
 
-def test_silent_unless_asked(tiny: Path) -> None:
+def test_nothing_is_printed_without_a_handler(tiny: Path) -> None:
     """Without any handler, Python itself would print a logger's warnings."""
     code = (
         "import sys; from idefics2_engine import LLM, SamplingParams\n"
@@ -178,7 +182,7 @@ class TestCommandLine:
         ],
         ids=lambda value: " ".join(value) or "nothing",
     )
-    def test_generate(
+    def test_generate_prints_logs_of_the_chosen_level(
         self,
         tiny: Path,
         options: list[str],
@@ -196,7 +200,7 @@ class TestCommandLine:
         assert all(text in printed.err for text in wanted)
         assert not any(text in printed.err for text in unwanted)
 
-    def test_chat_and_quantize(
+    def test_chat_and_quantize_print_logs(
         self,
         tiny: Path,
         tmp_path: Path,
@@ -213,7 +217,9 @@ class TestCommandLine:
         assert "quantization nf4, bfloat16 on cpu" in capsys.readouterr().err
 
     @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
-    def test_bench(self, tiny: Path, is_before: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_bench_prints_logs(
+        self, tiny: Path, is_before: bool, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         suite = ["latency", "--model", str(tiny), "--device", "cpu", "--no-peer"]
         case = ["--case", "prefill-20", "--steps", "1", "--commit", "abc"]
         options = ["-v", *suite, *case] if is_before else [*suite, "-v", *case]
@@ -222,7 +228,7 @@ class TestCommandLine:
         assert "INFO idefics2_engine.checkpoint.loader: loaded" in printed.err
         assert "prefill-20" in printed.out
 
-    def test_levels_and_one_of_both(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_invalid_log_options_are_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         for options in (["--log-level", "loud"], ["-v", "--log-level", "info"]):
             assert main(["generate", "--prompt", "a", *options]) == 2
             assert "--log-level" in capsys.readouterr().err

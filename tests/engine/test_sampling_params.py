@@ -108,12 +108,12 @@ GOOD: dict[str, list[Any]] = {
 }
 
 
-def test_every_parameter_has_good_and_bad_values() -> None:
+def test_tables_cover_every_parameter() -> None:
     names = {field.name for field in fields(SamplingParams)}
     assert BAD.keys() == GOOD.keys() == names
 
 
-def shown(value: Any) -> str:
+def expected_text(value: Any) -> str:
     """Return the beginning of the text that an error must have for ``value``."""
     if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list):
         # The error names an element of a list, or the whole list
@@ -133,21 +133,21 @@ def shown(value: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=lambda x: shown(x)
+    ("name", "value"), [(n, v) for n, vs in BAD.items() for v in vs], ids=lambda x: expected_text(x)
 )
-def test_out_of_range(name: str, value: Any) -> None:
+def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(SamplingError, match=rf"^{name} must "):
         SamplingParams(**{name: value})
     with pytest.raises(SamplingError, match=rf"^{name} must .* got ") as caught:
         SamplingParams.from_dict({name: value})
-    assert shown(value) in str(caught.value)
+    assert expected_text(value) in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [(n, v) for n, vs in GOOD.items() for v in vs], ids=lambda x: repr(x)
 )
-def test_in_range(name: str, value: Any) -> None:
+def test_values_in_range_are_kept(name: str, value: Any) -> None:
     params = SamplingParams(**{name: value})
     assert params == SamplingParams.from_dict({name: value})
     kept = getattr(params, name)
@@ -184,13 +184,13 @@ def test_in_range(name: str, value: Any) -> None:
         ({"logit_bias": {7: 101}}, "logit_bias must be a mapping from token ids to numbers in [-100, 100], got 101 for 7"),
     ],
 )  # fmt: skip
-def test_an_error_tells_the_type_from_the_elements(values: dict[str, Any], message: str) -> None:
+def test_error_distinguishes_type_and_elements(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SamplingError) as caught:
         SamplingParams(**values)
     assert str(caught.value).startswith(message)
 
 
-def test_a_bias_out_of_json_has_text_for_keys() -> None:
+def test_bias_may_have_text_keys_as_in_json() -> None:
     bias: Any = {"7": 1, 8: 3}
     assert SamplingParams(logit_bias=bias).logit_bias == {7: 1.0, 8: 3.0}
     bias = {"7": 1, "007": 2}
@@ -200,7 +200,7 @@ def test_a_bias_out_of_json_has_text_for_keys() -> None:
         SamplingParams(logit_bias=bias)
 
 
-def test_parameters_can_be_hashed_and_keep_a_bias_of_their_own() -> None:
+def test_parameters_are_hashable_and_copy_the_bias() -> None:
     bias = {7: 1.0}
     params = SamplingParams(logit_bias=bias)
     bias[7] = 2.0
@@ -221,12 +221,12 @@ def test_parameters_can_be_hashed_and_keep_a_bias_of_their_own() -> None:
         ),
     ],
 )
-def test_what_a_vocabulary_does_not_have(values: dict[str, Any], message: str) -> None:
+def test_ids_beyond_the_vocabulary_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(SamplingError, match=message):
         SamplingParams(**values).check_vocabulary(10)
 
 
-def test_the_whole_vocabulary_may_be_named() -> None:
+def test_whole_vocabulary_may_be_named() -> None:
     everything = list(range(10))
     SamplingParams(
         stop_token_ids=everything,
@@ -237,7 +237,7 @@ def test_the_whole_vocabulary_may_be_named() -> None:
     ).check_vocabulary(10)
 
 
-def test_min_tokens_above_max_tokens() -> None:
+def test_min_tokens_above_max_tokens_are_refused() -> None:
     with pytest.raises(SamplingError, match="min_tokens must be at most max_tokens 4, got 5"):
         SamplingParams(min_tokens=5, max_tokens=4)
     with pytest.raises(
@@ -248,7 +248,7 @@ def test_min_tokens_above_max_tokens() -> None:
     SamplingParams(min_tokens=5, max_tokens=5)
 
 
-def test_unknown_names_are_no_silent_options() -> None:
+def test_unknown_keyword_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="best_of"):
         SamplingParams(best_of=2)  # type: ignore[call-arg]
 
@@ -266,13 +266,13 @@ def test_unknown_names_are_no_silent_options() -> None:
         (None, "sampling parameters must be a dict, got None"),
     ],
 )  # fmt: skip
-def test_unknown_names_in_a_dict_are_bad_input(values: Any, message: str) -> None:
+def test_unknown_names_in_a_dict_are_refused(values: Any, message: str) -> None:
     with pytest.raises(SamplingError, match=message) as caught:
         SamplingParams.from_dict(values)
     assert len(str(caught.value)) < 500
 
 
-def test_a_dict_is_the_same_as_keywords() -> None:
+def test_dict_equals_keywords() -> None:
     values: dict[str, Any] = {"temperature": 0.5, "stop": ["a"], "seed": 3, "max_tokens": None}
     assert SamplingParams.from_dict(values) == SamplingParams(**values)
     assert SamplingParams.from_dict({}) == SamplingParams()

@@ -42,7 +42,7 @@ for _ in range(100_000):
     ],
     ids=short_repr,
 )
-def test_shown(value: Any, wanted: str) -> None:
+def test_short_repr_of_values(value: Any, wanted: str) -> None:
     got = short_repr(value)
     assert got.startswith(wanted)
     assert len(got) <= 80
@@ -52,7 +52,7 @@ def test_shown(value: Any, wanted: str) -> None:
 @pytest.mark.parametrize(
     "value", [HUGE, DEEP, {"type": HUGE}, {"type": "image", "image": None}], ids=short_repr
 )
-def test_messages_with_any_value_are_an_error_of_ours(value: Any) -> None:
+def test_any_invalid_message_is_a_prompt_error(value: Any) -> None:
     for messages in (value, [value], [{"role": value, "content": "a"}]):
         with pytest.raises(PromptError):
             read_messages(messages)

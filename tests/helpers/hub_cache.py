@@ -14,7 +14,7 @@ def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def put(cache: Path, repo: str, files: dict[str, bytes], ref: str = "main") -> Path:
+def write_snapshot(cache: Path, repo: str, files: dict[str, bytes], ref: str = "main") -> Path:
     """Write ``files`` as the hub's client does and return the folder of the snapshot."""
     storage = cache / f"models--{repo.replace('/', '--')}"
     snapshot = storage / "snapshots" / COMMIT

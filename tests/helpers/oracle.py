@@ -164,7 +164,7 @@ def save_oracle(model: Any, folder: Path) -> Path:
 
 
 def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Make a smooth random RGB picture."""
+    """Make a smooth random RGB image."""
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (5, 7, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Small pictures in every mode and files in every format, drawn when they are needed."""
+"""Small images in every mode and files in every format, drawn when they are needed."""
 
 import io
 import zlib
@@ -26,12 +26,12 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
         return Image.frombytes(mode, size, rng.bytes(width * height * 2))
     if mode == "LAB":
         return Image.frombytes(mode, size, rng.bytes(width * height * 3))
-    colours = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
+    colors = Image.fromarray(rng.integers(0, 256, (height, width, 4), dtype=np.uint8))
     if mode == "La":
-        return colours.convert("LA").convert("La")
+        return colors.convert("LA").convert("La")
     if mode in ("RGBA", "LA", "PA", "RGBa"):
-        return colours.convert(mode)
-    return colours.convert("RGB").convert(mode)
+        return colors.convert(mode)
+    return colors.convert("RGB").convert(mode)
 
 
 def file(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -109,7 +109,7 @@ BAD_VALUES: list[tuple[str, str, Change, str]] = [
 
 
 @pytest.mark.parametrize(("kernel", "name", "change", "message"), BAD_VALUES)
-def test_a_bad_value_is_named(
+def test_wrong_value_is_named(
     kernel: str, name: str, change: Change, message: str, device: torch.device
 ) -> None:
     operation, make = CALLS[kernel]
@@ -139,7 +139,7 @@ def test_a_bad_value_is_named(
         ("perceiver", "cu_seqlens", torch.int64),
     ],
 )
-def test_a_bad_dtype_is_named(
+def test_wrong_dtype_is_named(
     kernel: str, name: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     operation, make = CALLS[kernel]
@@ -149,7 +149,7 @@ def test_a_bad_dtype_is_named(
 
 
 @pytest.mark.parametrize("kernel", CALLS)
-def test_a_head_dim_over_256_is_refused(kernel: str, device: torch.device) -> None:
+def test_head_dim_over_256_is_refused(kernel: str, device: torch.device) -> None:
     operation, make = CALLS[kernel]
     call = {
         name: value.repeat_interleave(17, -1)
@@ -162,7 +162,7 @@ def test_a_head_dim_over_256_is_refused(kernel: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("P", [8, 48])
-def test_a_page_must_be_a_tile(P: int, device: torch.device) -> None:
+def test_page_must_be_a_tile(P: int, device: torch.device) -> None:
     call = paged_call(device)
     caches = {name: torch.zeros(3, 2, P, 16, device=device) for name in ("k_cache", "v_cache")}
     with pytest.raises(ValueError, match=f"k_cache must have pages .* got {P}"):
@@ -185,7 +185,7 @@ def test_head_parts_cover_the_head(D: int, parts: tuple[int, int]) -> None:
     assert all(sum(head_parts(d)) >= d for d in range(1, 257))
 
 
-def test_alignment_is_that_of_every_row() -> None:
+def test_alignment_is_common_to_all_rows() -> None:
     x = torch.zeros(4, 2, 72, dtype=torch.float16)
     assert alignment(x, x[:, 1:]) == 8
     assert alignment(x, x.flatten()[1:144].view(1, 1, -1)) == 1
@@ -199,10 +199,7 @@ def integers(device: torch.device, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("D", [72, 96, 128])
 def test_equal_scores_give_an_exact_mean(D: int, device: torch.device) -> None:
-    """Equal scores give the exact mean of the values.
-
-    Every weight is exactly 1, the sums are small integers, and the divisor is a power of two.
-    """
+    """Every weight is exactly 1, sums are small integers, and the divisor is a power of two."""
     T = 128
     q, k = torch.zeros(T, 2, D, dtype=torch.bfloat16, device=device), integers(device, T, 1, D)
     v, cu_seqlens = integers(device, T, 1, D), cumulative(device, T)
@@ -237,18 +234,17 @@ def assert_truncated(actual: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(actual, expected, rtol=2**-7, atol=0.0)
 
 
-def test_the_interpreter_sums_exactly_in_fp32(device: torch.device) -> None:
+def test_interpreter_sums_exactly_in_fp32(device: torch.device) -> None:
     v = integers(device, 128, 1, 72).float()
     q = torch.zeros(128, 1, 72, device=device)
     out = flash_attention(q, v, v, cumulative(device, 128), 128, causal=False)
     assert torch.equal(out, v.mean(0, keepdim=True).expand_as(out))
 
 
-def test_a_padded_query_gives_zeros_and_disturbs_nobody(device: torch.device) -> None:
-    """A padded query gives zeros and does not change other sequences.
+def test_padded_query_gives_zeros_and_changes_no_other(device: torch.device) -> None:
+    """A graph's batch is padded with sequences of one query and no key.
 
-    A graph's batch is padded with sequences of one query and no key, whose block table is
-    undefined.
+    Their block table is undefined.
     """
     call = paged_call(device) | {"cu_seqlens": cumulative(device, 1, 1, 0), "max_seqlen": 1}
     call["q"] = call["q"][:2]
@@ -261,7 +257,7 @@ def test_a_padded_query_gives_zeros_and_disturbs_nobody(device: torch.device) ->
 
 
 @pytest.mark.parametrize("programs", [1, 3, 12, 1000])
-def test_sharing_keys_of_a_sequence_changes_nothing(
+def test_dividing_keys_of_a_sequence_changes_nothing(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_module, "PROGRAMS", programs)
@@ -281,7 +277,7 @@ def test_sharing_keys_of_a_sequence_changes_nothing(
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_sharing_keys_changes_nothing(
+def test_dividing_perceiver_keys_changes_nothing(
     programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(perceiver_module, "PROGRAMS", programs)
@@ -303,7 +299,7 @@ def test_sharing_keys_changes_nothing(
     [c for s in CATALOG if s.name == "flash_attention" for c in s.cases if c.where == "any"],
     ids=lambda case: case.name,
 )
-def test_rows_of_the_reference_are_its_rows(case: Case, device: torch.device) -> None:
+def test_reference_of_chosen_rows_equals_the_reference(case: Case, device: torch.device) -> None:
     spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
     inputs = spec.make_inputs(case, device)
     rows = torch.arange(0, inputs["q"].shape[0], 3, device=device)

@@ -10,7 +10,7 @@ from idefics2_kernels.gpu import dependent_launch
 LAYERS = 8
 
 
-def test_the_interpreter_knows_no_dependent_launch(device: torch.device) -> None:
+def test_interpreter_has_no_dependent_launch(device: torch.device) -> None:
     if device.type == "cpu":
         assert dependent_launch.dependent_options() == {"IS_DEPENDENT": False}
 
@@ -26,7 +26,7 @@ def _blocks(x: Tensor, weights: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("M", [1, 16])
-def test_a_chain_of_kernels_gives_the_same_bits(
+def test_chain_of_kernels_gives_the_same_bits(
     M: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(M, 1024, device=device).bfloat16()

@@ -45,7 +45,7 @@ OPTIONS: list[dict[str, int]] = [
 
 
 @pytest.mark.parametrize(("case", "options"), [*product(CASES, OPTIONS)])
-def test_the_kernel_step_by_step(
+def test_kernel_in_the_emulator(
     case: dict[str, Any],
     options: dict[str, int],
     kernel: Any,
@@ -78,7 +78,7 @@ def test_the_kernel_step_by_step(
     assert worst_error(out, same, exact) <= 1
 
 
-def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_agrees_with_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
     assert not any(spec.only["plain"](case) for case in spec.cases), "interpreted"
     monkeypatch.setattr(catalog, "on_hopper", lambda: True)

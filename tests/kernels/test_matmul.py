@@ -79,7 +79,7 @@ def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("K", [64, 192, 37, 256, 512])
-def test_the_product_dequantises_bit_for_bit(
+def test_product_dequantizes_bit_for_bit(
     K: int, dtype: torch.dtype, double_quant: bool, device: torch.device
 ) -> None:
     """Rows of the identity return the weights one by one."""
@@ -94,11 +94,8 @@ def test_the_product_dequantises_bit_for_bit(
 
 
 @pytest.mark.parametrize("selector", [0x3210, 0x7654, 0x4051, 0x6273, 0xD9C8, 0xFBEA, 0x70F0])
-def test_bytes_are_permuted_as_the_instruction_does(selector: int, device: torch.device) -> None:
-    """The instruction permutes bytes as PTX defines.
-
-    In the interpreter this tests the emulation of the instruction.
-    """
+def test_permute_equals_the_ptx_instruction(selector: int, device: torch.device) -> None:
+    """In the interpreter this tests the emulation of the instruction."""
     words = torch.randint(-(2**31), 2**31, (2, 64), dtype=torch.int32, device=device)
     out = torch.empty_like(words[0])
     _permute_kernel[(1,)](words[0], words[1], out, selector)
@@ -125,7 +122,7 @@ INVARIANT: list[tuple[Callable[..., Tensor], int]] = [(linear.tiled, 130), (line
 @pytest.mark.usefixtures("rows_apart")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("product", "M"), INVARIANT)
-def test_a_row_does_not_depend_on_the_rows_beside_it(
+def test_row_does_not_depend_on_other_rows(
     product: Callable[..., Tensor], M: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     x, weight, bias = (
@@ -146,7 +143,7 @@ def test_many_rows_go_to_cublas(device: torch.device) -> None:
     assert torch.equal(linear.linear(x[:16], weight), linear.split_k(x[:16], weight))
 
 
-def test_many_rows_are_multiplied_by_the_dequantised_weight(device: torch.device) -> None:
+def test_many_rows_are_multiplied_by_the_dequantized_weight(device: torch.device) -> None:
     x, weight = torch.randn(129, 64, device=device), torch.randn(20, 64, device=device)
     quantized = nf4_quantize(weight)
     expected = torch.nn.functional.linear(x, nf4_dequantize(quantized))
@@ -155,7 +152,7 @@ def test_many_rows_are_multiplied_by_the_dequantised_weight(device: torch.device
 
 @pytest.mark.parametrize("K", [0, 1, 63, 64, 1000, 1088, 4096, 4304, 14336, 14337])
 @pytest.mark.parametrize("N", [1, 64, 4096, 6144, 28672, 32003])
-def test_splits_cover_k_and_none_is_empty(N: int, K: int) -> None:
+def test_splits_cover_k_without_empty_ones(N: int, K: int) -> None:
     for block_k, programs in ((64, 264), (128, 264), (128, 528)):
         part = k_per_split(-(-N // 64), K, block_k, programs)
         splits = max(-(-K // part), 1)
@@ -179,7 +176,7 @@ def test_leading_axes_are_kept(shape: tuple[int, ...], device: torch.device) -> 
 @pytest.mark.usefixtures("rows_apart")
 @pytest.mark.parametrize("M", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_row_of_few_does_not_depend_on_the_rows_beside_it(
+def test_row_of_few_rows_does_not_depend_on_other_rows(
     dtype: torch.dtype, M: int, device: torch.device
 ) -> None:
     x = torch.randn(M, 2048, device=device).to(dtype)
@@ -190,7 +187,7 @@ def test_a_row_of_few_does_not_depend_on_the_rows_beside_it(
         assert torch.equal(nf4_matmul.few_rows(x[first:], weight), whole[first:])
 
 
-def test_codes_that_begin_inside_a_word_take_the_other_kernel(device: torch.device) -> None:
+def test_unaligned_codes_use_the_other_kernel(device: torch.device) -> None:
     x = torch.randn(3, 256, device=device).bfloat16()
     weight = nf4_quantize(torch.randn(5, 256, device=device).bfloat16())
     moved = torch.cat([weight.codes[:1], weight.codes])[1:]
@@ -201,13 +198,13 @@ def test_codes_that_begin_inside_a_word_take_the_other_kernel(device: torch.devi
         nf4_matmul.few_rows(x, shifted)
 
 
-def test_no_rows_with_splits_to_add(device: torch.device) -> None:
+def test_split_products_accept_no_rows(device: torch.device) -> None:
     x, weight = torch.randn(0, 2048, device=device), torch.randn(9, 2048, device=device)
     assert linear.split_k(x, weight).shape == (0, 9)
     assert nf4_matmul.fused(x, nf4_quantize(weight)).shape == (0, 9)
 
 
-def test_no_columns_to_multiply_leave_the_bias(device: torch.device) -> None:
+def test_k_of_zero_gives_the_bias(device: torch.device) -> None:
     x, weight = torch.randn(3, 0, device=device), torch.randn(5, 0, device=device)
     bias = torch.randn(5, device=device)
     for ours in (linear.split_k, linear.tiled):
@@ -234,7 +231,7 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_arguments_that_do_not_fit_are_refused(name: str, device: torch.device) -> None:
+def test_wrong_arguments_are_refused(name: str, device: torch.device) -> None:
     changes, error, message = BAD[name]
     inputs: dict[str, Any] = {"x": torch.zeros(2, 64), "weight": torch.zeros(5, 64), "bias": None}
     inputs = {
@@ -251,7 +248,7 @@ def test_arguments_that_do_not_fit_are_refused(name: str, device: torch.device) 
             ours(**inputs)
 
 
-def test_weights_that_do_not_fit_are_refused(device: torch.device) -> None:
+def test_wrong_weights_are_refused(device: torch.device) -> None:
     x = torch.zeros(2, 64, device=device)
     with pytest.raises(ValueError, match="weight must have a contiguous last axis"):
         linear.linear(x, torch.zeros(64, 5, device=device).t())
@@ -265,7 +262,7 @@ def test_weights_that_do_not_fit_are_refused(device: torch.device) -> None:
         nf4.nf4_quantize(torch.zeros(64, dtype=torch.int32, device=device))
 
 
-def test_without_interpreter_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_is_refused_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("idefics2_kernels.gpu.checks.INTERPRETED", False)
     weight = nf4_quantize(torch.zeros(5, 64))
     calls: dict[str, Callable[[], object]] = {

@@ -12,7 +12,7 @@ from mutants import PACKAGE, Mutation, mutations
 
 
 @pytest.mark.parametrize("mutation", mutations(), ids=lambda one: f"{one.file}-{one.name}")
-def test_applies(mutation: Mutation, tmp_path: Path) -> None:
+def test_mutation_applies(mutation: Mutation, tmp_path: Path) -> None:
     file = f"{mutation.file}.py"
     (tmp_path / file).parent.mkdir(exist_ok=True)
     shutil.copy(PACKAGE / file, tmp_path / file)

@@ -152,7 +152,7 @@ def test_hard_values_equal_bitsandbytes(
         assert_equals_bitsandbytes(*kernels, weight, double_quant, device)
 
 
-def test_nested_codes_equal_at_every_edge_of_a_bin() -> None:
+def test_nested_codes_equal_bitsandbytes_at_every_edge() -> None:
     """Test the 40 neighboring numbers on either side of every edge between two nested codes."""
     bins = dynamic_bins(CPU).long()
     edges = ((bins.diff().nonzero()[:, 0].double() + 0.5) / 65535 * 2 - 1).float()
@@ -170,8 +170,8 @@ def test_nested_codes_equal_at_every_edge_of_a_bin() -> None:
     assert torch.equal(ours, codes)
 
 
-def test_rows_of_whole_blocks_need_no_flattening() -> None:
-    """bitsandbytes' own results for the text model's weights, called as users do, are the same."""
+def test_rows_of_whole_blocks_equal_bitsandbytes_without_flattening() -> None:
+    """bitsandbytes, called as its users call it, gives the same values for rows of whole blocks."""
     weight = torch.randn(48, 256, dtype=torch.bfloat16)
     codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert torch.equal(nf4_dequantize(nf4_quantize(weight)), bnb.dequantize_4bit(codes, state))
@@ -189,14 +189,14 @@ def test_strides_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_an_empty_weight_comes_back(double_quant: bool, device: torch.device) -> None:
+def test_empty_weight_keeps_its_shape(double_quant: bool, device: torch.device) -> None:
     weight = torch.zeros(0, 64, device=device)
     for ops in (reference_nf4, TRITON):
         quantized = ops.nf4_quantize(weight, double_quant=double_quant)
         assert ops.nf4_dequantize(quantized).shape == (0, 64)
 
 
-def test_float64_goes_through_the_product_unrounded() -> None:
+def test_product_does_not_round_float64() -> None:
     weight = nf4_quantize(torch.randn(5, 64, dtype=torch.bfloat16))
     x = torch.randn(3, 64, dtype=torch.float64)
     exact = nf4_matmul(x, weight)
@@ -232,7 +232,7 @@ def test_parts_that_do_not_fit_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_stacked_weights_are_those_they_were_stacked_from(double_quant: bool) -> None:
+def test_stacked_weights_equal_their_parts(double_quant: bool) -> None:
     parts = [nf4_quantize(torch.randn(n, 64) * n, double_quant=double_quant) for n in (256, 512, 3)]
     assert can_stack(parts)
     whole = stack(parts)
@@ -245,7 +245,7 @@ def test_stacked_weights_are_those_they_were_stacked_from(double_quant: bool) ->
             assert torch.equal(again.tensors[name], tensor), name
 
 
-def test_what_cannot_be_stacked() -> None:
+def test_weights_that_cannot_be_stacked() -> None:
     whole, plain = (nf4_quantize(torch.randn(256, 64), double_quant=d) for d in (True, False))
     part = nf4_quantize(torch.randn(255, 64))
     other = dataclasses.replace(whole, nested_code=torch.linspace(-1, 1, 256))

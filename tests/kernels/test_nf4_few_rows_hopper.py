@@ -112,20 +112,24 @@ CUTS: dict[str, Cut] = {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_the_kernel_step_by_step(name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_equals_the_exact_product(
+    name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = CUTS[name].inputs()
     assert torch.equal(CUTS[name].run(kernel, inputs, monkeypatch), expected(**inputs))
 
 
 @pytest.mark.parametrize("M", [1, 2, 8, 9, 16, 17, 32, 33, 64])
-def test_any_number_of_rows(M: int, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_product_of_any_number_of_rows(
+    M: int, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for K in (256, 1024):
         cut = Cut(M, 50, K)
         inputs = cut.inputs()
         assert torch.equal(cut.run(kernel, inputs, monkeypatch), expected(**inputs))
 
 
-def test_no_rows_and_no_weight(kernel: Any) -> None:
+def test_no_rows_give_an_empty_product(kernel: Any) -> None:
     weight = nf4_quantize(torch.randn(5, 256).bfloat16())
     assert kernel.multiply(torch.zeros(0, 256).bfloat16(), weight, None).shape == (0, 5)
 
@@ -133,7 +137,7 @@ def test_no_rows_and_no_weight(kernel: Any) -> None:
 @pytest.mark.parametrize("K", [256, 1024, 4096, 11008, 14336, 65536])
 @pytest.mark.parametrize("N", [1, 17, 4096, 6144, 28672, 32064, 100_000])
 @pytest.mark.parametrize("M", [1, 2, 16, 17, 64])
-def test_every_cut_fits(M: int, N: int, K: int) -> None:
+def test_every_cut_fits_in_memory(M: int, N: int, K: int) -> None:
     config = nf4_few_rows_hopper.launch_config(M, N, K)
     assert config.num_warps in (1, 2, 4, 8, 16)
     assert max(M, 8) <= config.BLOCK_M
@@ -146,7 +150,7 @@ def test_every_cut_fits(M: int, N: int, K: int) -> None:
     assert config.BUFFERS == 2 or config.TURNS * config.WARPS_K * 256 >= K
 
 
-def test_what_the_kernel_takes() -> None:
+def test_supported_inputs() -> None:
     weight = nf4_quantize(torch.randn(3, 256).half())
     x = torch.zeros(70, 264).half()
     supports = nf4_few_rows_hopper.supports
@@ -158,7 +162,7 @@ def test_what_the_kernel_takes() -> None:
     assert not supports(x.flatten()[: 16 * 260].view(16, 260)[:, :256], weight), "rows not aligned"
 
 
-# Changes of the source, and the case that must notice each
+# Changes to the source, each with the case that must detect it
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "few-rows"),
     "a byte for its neighbor": ("0x76{i}4", "0x76{i ^ 1}4", "few-rows"),
@@ -222,7 +226,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, case = MUTATIONS[name]
     kernel = load_module(*MODULES, change=(old, new))
     assert is_noticed(

@@ -46,7 +46,7 @@ class Cut(Product):
 
 @pytest.mark.parametrize(("dtype", "double_quant"), [*product(DTYPES, (True, False))])
 def test_every_weight_bit_for_bit(dtype: torch.dtype, double_quant: bool, kernel: Any) -> None:
-    """A one at a column returns the weights of that column.
+    """A row of x with a single one returns the weights of that column.
 
     The weights have all codes in both nibbles, and absmaxes across the range of the dtype.
     """
@@ -100,7 +100,7 @@ def test_parts_of_all_rows_fit(N: int, K: int) -> None:
     assert rows * nf4_gemv_hopper.row_bytes(config.WARPS_K) <= nf4_gemv_hopper.PARTS_MEMORY
 
 
-def test_what_the_kernel_takes() -> None:
+def test_supported_inputs() -> None:
     weight = nf4_quantize(torch.randn(3, 2048).half())
     x = torch.zeros(4, 2056).half()
     supports = nf4_gemv_hopper.supports
@@ -112,7 +112,7 @@ def test_what_the_kernel_takes() -> None:
     assert not supports(x[:1, :1024], nf4_quantize(torch.randn(3, 1024).half()))
 
 
-# Changes of the source, and the case that must notice each
+# Changes to the source, each with the case that must detect it
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "low nibble first": ("* 16, high, low],", "* 16, low, high],", "square"),
     "the lane's place is left out": ("% PLACES * 8", "% PLACES * 0 + 1", "square"),
@@ -151,7 +151,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str) -> None:
+def test_mutation_is_noticed(name: str) -> None:
     old, new, case = MUTATIONS[name]
     kernel = load_module(*MODULES, change=(old, new))
     assert is_noticed(lambda inputs: CUTS[case].run(kernel, inputs), CUTS[case].inputs())

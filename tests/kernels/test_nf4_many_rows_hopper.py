@@ -63,7 +63,9 @@ def padded(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_it_dequantises_bit_for_bit(double_quant: bool, dtype: torch.dtype, kernel: Any) -> None:
+def test_kernel_dequantizes_bit_for_bit(
+    double_quant: bool, dtype: torch.dtype, kernel: Any
+) -> None:
     """Rows of the identity return the weights, with a block of zeros and a tiny one among them."""
     dense = torch.randn(200, 320).to(dtype)
     dense[5, 64:128] = 0
@@ -121,7 +123,7 @@ def test_sums_are_fp32(dtype: torch.dtype, double_quant: bool, kernel: Any) -> N
 
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize("group_m", [1, 3, 8])
-def test_any_number_of_programs_and_order_of_tiles(
+def test_result_does_not_depend_on_programs_and_order_of_tiles(
     group_m: int, programs: int, kernel: Any
 ) -> None:
     x, weight = torch.randint(-2, 3, (600, 128)).bfloat16(), random_weight(300, 128)
@@ -143,12 +145,12 @@ def test_every_tile_is_visited_once(tiles_m: int, tiles_n: int, group_m: int, ke
 
 
 @pytest.mark.parametrize("M", [0, 3])
-def test_nothing_to_multiply(M: int, kernel: Any) -> None:
+def test_empty_products(M: int, kernel: Any) -> None:
     N = 0 if M else 5
     assert run(kernel, torch.zeros(M, 64).half(), random_weight(N, 64, torch.half)).shape == (M, N)
 
 
-def test_what_the_kernel_takes() -> None:
+def test_unsupported_inputs_are_refused() -> None:
     x, weight = torch.zeros(3, 128).half(), random_weight(5, 128, torch.half)
     assert nf4_many_rows_hopper.supports(x, weight)
     for bad_x, bad_weight, error, message in (
@@ -185,7 +187,7 @@ def test_what_the_kernel_takes() -> None:
         (300, 128, 32, True, "dequantized"),
     ],
 )
-def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> None:
+def test_choice_of_the_kernel(M: int, N: int, few: int, many: bool, way: str) -> None:
     assert nf4_matmul.choose(M, N, 132, few=few, many=many) == way
 
 
@@ -201,19 +203,19 @@ def test_which_way_is_taken(M: int, N: int, few: int, many: bool, way: str) -> N
         (2048, 6144, 256),
     ],
 )
-def test_which_tiles_are_taken(M: int, N: int, block_m: int) -> None:
+def test_choice_of_the_tile_size(M: int, N: int, block_m: int) -> None:
     assert block_m == nf4_many_rows_hopper.launch_config(M, N, 132).BLOCK_M
 
 
 @pytest.mark.parametrize(
     ("block_m", "stages", "out_rows"), [(128, 6, 128), (256, 3, 128), (256, 4, 64)]
 )
-def test_the_output_has_what_is_left(block_m: int, stages: int, out_rows: int) -> None:
+def test_output_rows_use_the_remaining_memory(block_m: int, stages: int, out_rows: int) -> None:
     config = nf4_many_rows_hopper.LaunchConfig(BLOCK_M=block_m, STAGES=stages, GROUP_M=8)
     assert config.out_rows == out_rows
 
 
-# Changes of the source, each of which must be noticed
+# Changes to the source, each of which must be detected
 MUTATIONS: dict[str, tuple[str, str]] = {
     "the low nibble first": ("* 16, high, low],", "* 16, low, high],"),
     "the second value first": ("${i}, g, f;", "${i}, f, g;"),
@@ -256,7 +258,7 @@ MUTATIONS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(barriers, "PATIENCE", 1.0)
     kernel = load_module(*MODULES, change=MUTATIONS[name])
     x, bias = torch.randn(270, 320).bfloat16(), 99 * torch.randn(306).bfloat16()

@@ -1,4 +1,4 @@
-"""The paged attention kernel in Gluon on a CPU: which pages it reads, and that no others matter."""
+"""The paged attention kernel in Gluon on a CPU: it reads only the slots that a query sees."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -76,7 +76,7 @@ def run(
 ) -> Tensor:
     """Run the kernel with a few programs, so that each has several tiles.
 
-    It uses counters of its own.
+    Without ``counters`` the call has new ones.
     """
     own = torch.zeros(2, dtype=torch.int32) if counters is None else counters
     config = kernel.launch_config
@@ -145,7 +145,7 @@ BATCHES: dict[str, Batch] = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_kernel_step_by_step(name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_in_the_emulator(name: str, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = BATCHES[name].inputs()
     assert error(run(kernel, inputs, monkeypatch), inputs) <= 1
 
@@ -187,7 +187,7 @@ def test_any_number_of_programs(
     assert error(run(kernel, inputs, monkeypatch, programs), inputs) <= 1
 
 
-def test_every_unread_slot_may_be_nan(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_slots_are_nan(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots that no query sees are NaN in all tests of this file.
 
     This test counts them, so that the NaNs cannot be lost unnoticed.
@@ -218,7 +218,7 @@ def test_every_unread_slot_may_be_nan(kernel: Any, monkeypatch: pytest.MonkeyPat
         ),
     ],
 )
-def test_what_the_kernel_takes(
+def test_supported_inputs(
     change: Callable[[Tensor, Tensor], dict[str, Tensor] | None], left: int, wanted: bool
 ) -> None:
     q, k = torch.zeros(5, 2, 72).half(), torch.zeros(4, 1, 64, 72).half()
@@ -226,7 +226,7 @@ def test_what_the_kernel_takes(
     assert paged_attention_hopper.supports(**call, left=left) is wanted
 
 
-def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catalog_agrees_with_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(SPEC.only["plain"](case) for case in SPEC.cases), "interpreted"
     monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [c for c in SPEC.cases if sum(c.dims["queries"]) > 0 and sum(c.dims["contexts"]) < 2000]
@@ -248,10 +248,10 @@ def test_the_catalog_knows_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch
     assert not all(takes)
 
 
-def test_tiles_are_taken_once_and_the_counters_given_back(
+def test_tiles_are_taken_once_and_counters_are_reset(
     kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Programs run one after another, so the first one takes every tile that is not dealt out."""
+    """Programs run one after another, so the first takes every tile not assigned in advance."""
     inputs = BATCHES["groups-of-4"].inputs()
     taken: list[int] = []
     take = kernel.take_tile
@@ -270,7 +270,7 @@ def test_tiles_are_taken_once_and_the_counters_given_back(
     assert not counters.any()
 
 
-# Changes of the source, and the batch that must notice each
+# Changes to the source, each with the batch that must detect it
 MUTATIONS: dict[str, tuple[str, str, str]] = {
     "slots without a key are read": ("gl.minimum(end_n - key, PAGE)", "PAGE", "one-over"),
     "one key too few": ("last_m + 1\n", "last_m\n", "lengths"),
@@ -338,7 +338,7 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutation_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, batch = MUTATIONS[name]
     monkeypatch.setattr(barriers, "PATIENCE", 1.0)
     kernel, inputs = load_module(*MODULES, change=(old, new)), BATCHES[batch].inputs()

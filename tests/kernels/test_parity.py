@@ -53,17 +53,17 @@ def test_reference_keeps_float64(spec: KernelSpec, device: torch.device) -> None
     assert not all(narrowed), "float64 in must mean float64 throughout"
 
 
-def test_every_operation_has_a_row() -> None:
+def test_catalog_has_every_operation() -> None:
     assert missing() == set()
 
 
 @pytest.mark.parametrize("spec", CATALOG, ids=_ids)
-def test_the_first_implementation_is_what_triton_holds(spec: KernelSpec) -> None:
+def test_first_implementation_is_the_one_in_triton(spec: KernelSpec) -> None:
     assert next(iter(spec.implementations.values())) is getattr(TRITON, spec.name).__wrapped__
 
 
 @pytest.mark.parametrize("spec", CATALOG, ids=_ids)
-def test_there_are_enough_cases(spec: KernelSpec) -> None:
+def test_catalog_has_enough_cases(spec: KernelSpec) -> None:
     many = "attention" in spec.name or spec.name in ("linear", "nf4_matmul")
     assert sum(case.where == "any" for case in spec.cases) >= 12
     assert len(spec.cases) >= (200 if many else 50)

@@ -43,7 +43,7 @@ def sdpa(
 
 
 def mask_of(S: int, T: int, causal: bool, window: int | None) -> Tensor:
-    """Compute the same in a loop, independently of other formulas."""
+    """Return the attention mask (S, T) of the last S of T positions, computed in a loop."""
     mask = torch.zeros(S, T, dtype=torch.bool)
     for i in range(S):
         for j in range(T):
@@ -97,7 +97,7 @@ def test_perceiver_attention(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
 @pytest.mark.parametrize("page_size", [4, 64])
-def test_paged_attention_reads_its_pages_alone(window: int | None, page_size: int) -> None:
+def test_paged_attention_reads_only_its_pages(window: int | None, page_size: int) -> None:
     # The sequences are a decode, a prefill, a chunk and a first token
     context, new = [11, 4, 9, 1], [1, 4, 5, 1]
     widest = max(-(-n // page_size) for n in context)
@@ -144,7 +144,7 @@ def test_rotary() -> None:
         torch.testing.assert_close(got, expected[0].transpose(0, 1))
 
 
-def test_rotary_and_cache_writes_its_slots_alone() -> None:
+def test_rotary_and_cache_writes_only_its_slots() -> None:
     q, k, positions, table = rotary_inputs()
     v = randn(7, H_KV, D)
     caches = [torch.full((5, H_KV, 4, D), math.nan).double() for _ in "kv"]
@@ -298,7 +298,7 @@ def test_sample_has_the_distribution_of_transformers(options: dict[str, Any]) ->
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 1e-9
 
 
-def test_min_p_first_is_another_order() -> None:
+def test_min_p_first_changes_the_result() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, 0.0]).log_softmax(-1)
     kept = {
         order: set(sample(logits, 4000, min_p=0.3, top_p=0.85, min_p_first=order).tolist())
@@ -314,7 +314,7 @@ def test_min_p_first_is_another_order() -> None:
     assert kept == {True: {0}, False: {0, 1}}
 
 
-def test_ties_stay_together_and_barred_tokens_stay_out() -> None:
+def test_ties_are_kept_together_and_barred_tokens_are_not_drawn() -> None:
     logits = torch.tensor([1.0, 1.0, 1.0, -math.inf, 0.0])
     assert set(sample(logits, 3000, top_k=1).tolist()) == {0, 1, 2}
     assert set(sample(logits, 3000, top_p=0.01).tolist()) == {0, 1, 2}
@@ -387,7 +387,7 @@ FLOAT64_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FLOAT64_CALLS)
-def test_float64_goes_through_unrounded(name: str) -> None:
+def test_float64_is_not_rounded(name: str) -> None:
     x = randn(8, 8)
     exact, single = FLOAT64_CALLS[name](x), FLOAT64_CALLS[name](x.float())
     assert exact.dtype is torch.float64
@@ -396,14 +396,14 @@ def test_float64_goes_through_unrounded(name: str) -> None:
     torch.testing.assert_close(single.double(), exact, atol=1e-4, rtol=1e-4)
 
 
-def test_every_operation_is_covered_here_or_above() -> None:
+def test_every_operation_is_tested() -> None:
     names = {field.name for field in dataclasses.fields(Ops)}
     # These are tested in test_nf4
     nf4 = {"nf4_quantize", "nf4_dequantize", "nf4_matmul"}
     assert names == {*FLOAT64_CALLS, "sample", *nf4}
 
 
-def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_refuse_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(ops.triton_kernels()) == {field.name for field in dataclasses.fields(Ops)}
     got: list[Any] = []
 
@@ -428,7 +428,7 @@ def test_no_kernel_stops_a_gradient_in_silence(monkeypatch: pytest.MonkeyPatch) 
         assert got.pop() == ((plain, plain), {"scale": None})
 
 
-def test_an_operation_without_a_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operation_without_a_kernel_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     # This simulates a machine without Triton
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     absent = ops.make_triton_ops()

@@ -15,13 +15,13 @@ def report(address: int, kernel: str = "_kernel", listed: int = 1, errors: int =
     ]
 
 
-def test_bytes_handed_out_are_no_race() -> None:
+def test_hazards_in_handed_out_bytes_are_ignored() -> None:
     assert not hazards(report(100000))
     assert not hazards(report(100007))
     assert not hazards(["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"])
 
 
-def test_all_else_is() -> None:
+def test_other_hazards_are_reported() -> None:
     assert len(hazards(report(100008))) == 1
     assert len(hazards(report(99999))) == 1
     assert len(hazards(report(100000, "_other"))) == 1

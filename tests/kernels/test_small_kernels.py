@@ -124,7 +124,7 @@ WRONG: list[tuple[str, str, Callable[[Tensor], object], type[Exception]]] = [
 
 
 @pytest.mark.parametrize(("name", "argument", "change", "error"), WRONG)
-def test_a_wrong_argument_is_named(
+def test_wrong_argument_is_named(
     name: str,
     argument: str,
     change: Callable[[Tensor], object],
@@ -147,14 +147,14 @@ def test_a_wrong_argument_is_named(
         ("dtype", torch.float64, TypeError),
     ],
 )
-def test_patches_refuses(
+def test_patches_refuses_wrong_arguments(
     argument: str, value: object, error: type[Exception], device: torch.device
 ) -> None:
     with pytest.raises(error, match="must"):
         TRITON.patches(**{**inputs_of("patches", device), argument: value})
 
 
-def test_patches_of_pixels_at_an_odd_address(device: torch.device) -> None:
+def test_patches_accepts_an_odd_address(device: torch.device) -> None:
     inputs = inputs_of("patches", device)
     pixels = inputs["pixels"]
     odd = torch.zeros(pixels.numel() + 1, dtype=torch.uint8, device=device)[1:].copy_(pixels)
@@ -162,7 +162,7 @@ def test_patches_of_pixels_at_an_odd_address(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_inputs_are_left_as_they_were(name: str, device: torch.device) -> None:
+def test_inputs_are_not_changed(name: str, device: torch.device) -> None:
     inputs = inputs_of(name, device)
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     getattr(TRITON, name)(**inputs)
@@ -178,7 +178,7 @@ def _philox_kernel(seed_ptr, index_ptr, out_ptr, N, BLOCK_N: tl.constexpr):  # t
     tl.store(out_ptr + offs_n, philox_uniform(seed, index), mask=offs_n < N)
 
 
-def test_the_random_stream_is_the_references(device: torch.device) -> None:
+def test_random_stream_equals_the_reference(device: torch.device) -> None:
     seed = torch.randint(-(2**63), 2**63 - 1, (1000,), device=device)
     index = torch.randint(0, 2**40, (1000,), device=device)
     seed[:2], index[:2] = 0, torch.tensor([0, 1], device=device)
@@ -205,7 +205,7 @@ def draw(logits: Tensor, n: int, **options: Any) -> Tensor:
     )
 
 
-def kept(
+def expected_distribution(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -237,9 +237,9 @@ def assert_distributed(tokens: Tensor, want: Tensor) -> None:
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 1e-9
 
 
-def test_few_draws_have_the_distribution(device: torch.device) -> None:
+def test_few_draws_have_the_expected_distribution(device: torch.device) -> None:
     logits = torch.tensor([1.0, 0.0, 2.0, -math.inf, 1.5], device=device)
-    assert_distributed(draw(logits, 200, top_k=3), kept(logits, top_k=3))
+    assert_distributed(draw(logits, 200, top_k=3), expected_distribution(logits, top_k=3))
 
 
 @pytest.mark.gpu
@@ -257,13 +257,13 @@ def test_few_draws_have_the_distribution(device: torch.device) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("V", [40, 2000])
-def test_many_draws_have_the_distribution(
+def test_many_draws_have_the_expected_distribution(
     V: int, options: dict[str, Any], device: torch.device
 ) -> None:
     logits = torch.full((V,), -30.0, device=device)
     logits[torch.randperm(V, device=device)[:40]] = 2 * torch.randn(40, device=device)
     tokens = draw(logits, 20_000, min_p_first=False, **options)
-    want = kept(logits, **options)
+    want = expected_distribution(logits, **options)
     # The test covers tokens that are likely to be drawn
     want[want * 20_000 < 1e-3] = 0
     assert_distributed(tokens, want / want.sum())
@@ -271,7 +271,7 @@ def test_many_draws_have_the_distribution(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("V", [50, 32003])
-def test_thousands_of_rows_agree_with_the_reference(V: int, device: torch.device) -> None:
+def test_thousands_of_rows_equal_the_reference(V: int, device: torch.device) -> None:
     B = 4096
     logits = 3 * torch.randn(B, V, device=device)
     columns = {
@@ -289,7 +289,7 @@ def test_thousands_of_rows_agree_with_the_reference(V: int, device: torch.device
         assert (ours != theirs).sum() <= 4
 
 
-def test_many_ways_to_be_greedy(device: torch.device) -> None:
+def test_greedy_options_choose_a_maximum(device: torch.device) -> None:
     logits = torch.tensor([0.5, 3.0, 1e4, 9e3, 1e4], device=device)
     for options in ({"temperature": 0.0}, {"temperature": 1e-30, "top_k": 1}, {"min_p": 1.0}):
         assert set(draw(logits, 8, **options).tolist()) <= {2, 4}

@@ -42,7 +42,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])
-def test_one_program_of_a_tile_sees_the_parts_of_all(parts: int, device: torch.device) -> None:
+def test_one_program_of_a_tile_sees_all_parts(parts: int, device: torch.device) -> None:
     tiles, N = 5, 100
     x = torch.randint(-1000, 1000, (tiles, parts, N), dtype=torch.int32, device=device)
     out, seen, last = x.new_empty(tiles), x.new_empty(tiles, parts), x.new_zeros(tiles)
@@ -80,7 +80,7 @@ def test_graphs_share_no_counter() -> None:
 
 
 def _call(kernel: str, case_name: str, device: torch.device) -> Callable[[], Tensor]:
-    """Return a call of the catalog that is right if it is launched alone."""
+    """Return a call of a catalog case whose result is checked once, when it is launched alone."""
     spec, implementation, case = next(
         row for row in rows("model") if (row[0].name, row[2].name) == (kernel, case_name)
     )
@@ -98,7 +98,7 @@ def _record(call: Callable[[], Tensor], times: int) -> tuple[torch.cuda.CUDAGrap
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernel", "case_name"), SHARED)
-def test_a_graph_gives_the_same_bits_each_time(
+def test_graph_gives_the_same_bits_each_time(
     kernel: str, case_name: str, device: torch.device
 ) -> None:
     call = _call(kernel, case_name, device)
@@ -113,7 +113,7 @@ def test_a_graph_gives_the_same_bits_each_time(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernel", "case_name"), SHARED)
-def test_graphs_run_beside_each_other(kernel: str, case_name: str, device: torch.device) -> None:
+def test_graphs_may_run_concurrently(kernel: str, case_name: str, device: torch.device) -> None:
     call = _call(kernel, case_name, device)
     expected = call()
     recorded = [_record(call, 20) for _ in range(2)]

@@ -30,7 +30,7 @@ def make_checkpoint(folder: Path, case: TinyCase = ONE_IMAGE) -> Any:
     return oracle
 
 
-def test_the_hubs_config_is_the_8b_model() -> None:
+def test_hub_config_describes_the_8b_model() -> None:
     config = ModelConfig.load(EIGHT_B)
     rows = [line.split("\t") for line in (EIGHT_B / "parameters.tsv").read_text().splitlines()[1:]]
     expected = {name: tuple(map(int, shape.split("x"))) for name, shape in rows}
@@ -47,7 +47,7 @@ def test_the_hubs_config_is_the_8b_model() -> None:
     )
 
 
-def test_every_hub_tensor_has_its_own_place_in_the_8b_model() -> None:
+def test_hub_tensors_fill_every_parameter_of_the_8b_model() -> None:
     config = ModelConfig.load(EIGHT_B)
     parameters = dict(Idefics2(config, device="meta").named_parameters())
     filled: dict[str, list[tuple[int, int]]] = {}
@@ -66,7 +66,7 @@ def test_every_hub_tensor_has_its_own_place_in_the_8b_model() -> None:
         assert edges[-1] == wanted, name
 
 
-def test_defaults_are_transformers() -> None:
+def test_defaults_equal_transformers() -> None:
     theirs: Any = Idefics2Config()
     ours = ModelConfig.from_dict({"model_type": "idefics2", "image_token_id": 31999})
     for name, value in (
@@ -115,7 +115,9 @@ def test_defaults_are_transformers() -> None:
         ("perceiver_config", "num_key_value_heads", 3, "multiple of key heads, got 4 and 3"),
     ],
 )
-def test_impossible_configs(section: str | None, key: str, value: object, message: str) -> None:
+def test_impossible_configs_are_refused(
+    section: str | None, key: str, value: object, message: str
+) -> None:
     config = json.loads(ONE_IMAGE.config().to_json_string())
     (config if section is None else config[section])[key] = value
     with pytest.raises(ConfigError) as caught:
@@ -132,14 +134,16 @@ def test_impossible_configs(section: str | None, key: str, value: object, messag
         (b"[1]", "must hold a JSON object, got list"),
     ],
 )
-def test_unreadable_configs(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_unreadable_configs_are_refused(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         ModelConfig.load(tmp_path)
 
 
-def test_rope_theta_in_either_place() -> None:
+def test_rope_theta_is_read_from_either_place() -> None:
     for text in ({"rope_theta": 50.0}, {"rope_parameters": {"rope_theta": 50.0}}):
         config = {"model_type": "idefics2", "image_token_id": 5, "text_config": text}
         assert ModelConfig.from_dict(config).text.rope_theta == 50.0
@@ -158,7 +162,9 @@ def test_generation_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", [ONE_IMAGE, TIED], ids=lambda case: case.name)
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000], ids=["single", "sharded"])
-def test_there_and_back(case: TinyCase, shard_bytes: int, tmp_path: Path) -> None:
+def test_saved_checkpoint_equals_the_original(
+    case: TinyCase, shard_bytes: int, tmp_path: Path
+) -> None:
     theirs = tmp_path / "theirs"
     oracle = build_oracle(case)
     oracle.save_pretrained(theirs, max_shard_size=shard_bytes)
@@ -181,7 +187,7 @@ def test_there_and_back(case: TinyCase, shard_bytes: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_types_convert_once(stored: torch.dtype, tmp_path: Path) -> None:
+def test_dtypes_convert_once(stored: torch.dtype, tmp_path: Path) -> None:
     oracle = make_checkpoint(tmp_path)
     oracle.to(stored).save_pretrained(tmp_path)
     model = load_checkpoint(tmp_path, dtype=torch.bfloat16)
@@ -202,7 +208,7 @@ def test_padding_rows_are_zero_and_never_chosen(tmp_path: Path) -> None:
     assert not model.text.embedding[vocab:].any()
 
 
-def test_a_head_saved_beside_a_tied_embedding_is_passed_over(tmp_path: Path) -> None:
+def test_head_saved_beside_a_tied_embedding_is_ignored(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, TIED)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.text_model.embed_tokens.weight"].clone()
@@ -211,7 +217,7 @@ def test_a_head_saved_beside_a_tied_embedding_is_passed_over(tmp_path: Path) -> 
     assert model.lm_head is model.text.embedding
 
 
-def damaged(folder: Path, change: str) -> None:
+def damage(folder: Path, change: str) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     name = "model.text_model.layers.0.self_attn.k_proj.weight"
@@ -239,14 +245,14 @@ def damaged(folder: Path, change: str) -> None:
         ("type", "k_proj.weight' must be F64, F32, F16, BF16, got I32"),
     ],
 )
-def test_tensors_that_do_not_fit(change: str, message: str, tmp_path: Path) -> None:
+def test_tensors_that_do_not_fit_are_refused(change: str, message: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
-    damaged(tmp_path, change)
+    damage(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path)
 
 
-def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
+def test_missing_or_broken_files_are_refused(tmp_path: Path) -> None:
     oracle = make_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -268,7 +274,7 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
-def test_saving_replaces_what_was_there(tmp_path: Path) -> None:
+def test_saving_replaces_earlier_files(tmp_path: Path) -> None:
     oracle = make_checkpoint(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     model = load_checkpoint(tmp_path)

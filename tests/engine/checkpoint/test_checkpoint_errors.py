@@ -162,7 +162,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_files(kind: str, tmp_path: Path) -> None:
+def test_malformed_files_are_refused(kind: str, tmp_path: Path) -> None:
     content, message = MALFORMED[kind]
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     file = tmp_path / "model.safetensors"
@@ -173,7 +173,7 @@ def test_malformed_files(kind: str, tmp_path: Path) -> None:
     assert len(said) < 500 + len(str(file))
 
 
-def test_headers_that_are_right(tmp_path: Path) -> None:
+def test_valid_headers_are_accepted(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     for header, data in (
         ({"a": entry()}, EIGHT),
@@ -188,7 +188,7 @@ def test_headers_that_are_right(tmp_path: Path) -> None:
         }
 
 
-def test_what_is_accepted_the_library_reads(tmp_path: Path) -> None:
+def test_accepted_files_are_readable_by_the_library(tmp_path: Path) -> None:
     """Flip bytes, cut and extend files.
 
     No other error is raised, and every file that is accepted can be read by the library.
@@ -219,21 +219,21 @@ def test_what_is_accepted_the_library_reads(tmp_path: Path) -> None:
     ("dtype", "kind"),
     [(torch.int32, "I32"), (torch.bool, "BOOL"), (torch.float8_e4m3fn, "F8_E4M3")],
 )
-def test_types_that_are_no_weights(
+def test_other_dtypes_are_refused(
     dtype: torch.dtype, kind: str, folder: Path, pristine: dict[str, torch.Tensor]
 ) -> None:
     save_file(pristine | {KEY_PROJ: pristine[KEY_PROJ].to(dtype)}, folder / "model.safetensors")
     assert f"'{KEY_PROJ}' must be F64, F32, F16, BF16, got {kind}" in refusal(folder)
 
 
-def test_a_truncated_file_says_how_much_is_there(folder: Path) -> None:
+def test_truncated_file_is_refused(folder: Path) -> None:
     file = folder / "model.safetensors"
     whole = file.stat().st_size
     os.truncate(file, whole - 1)
     assert "is cut short: its tensors have" in refusal(folder)
 
 
-def test_a_file_that_changes_while_it_is_read(
+def test_file_that_changes_during_reading_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Cut:
@@ -249,7 +249,7 @@ def test_a_file_that_changes_while_it_is_read(
     assert "cannot be read as safetensors" in refusal(folder)
 
 
-def test_nothing_is_allocated_for_what_does_not_fit(
+def test_nothing_is_allocated_for_tensors_that_do_not_fit(
     folder: Path, pristine: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Calling None would raise
@@ -266,7 +266,7 @@ def test_nothing_is_allocated_for_what_does_not_fit(
 
 
 class TestShards:
-    def test_every_missing_file_is_named_at_once(self, shards: Path) -> None:
+    def test_all_missing_files_are_named(self, shards: Path) -> None:
         gone = sorted(shards.glob("model-*"))[1:3]
         for file in gone:
             file.unlink()
@@ -274,7 +274,7 @@ class TestShards:
         assert "2 of 4 weight files are missing" in said
         assert all(file.name in said for file in gone)
 
-    def test_a_shard_lacks_what_the_index_places_in_it(self, shards: Path) -> None:
+    def test_tensor_missing_from_its_shard_is_an_error(self, shards: Path) -> None:
         index = shards / "model.safetensors.index.json"
         content = json.loads(index.read_text())
         content["weight_map"]["model.extra"] = "model-00002-of-00004.safetensors"
@@ -283,14 +283,14 @@ class TestShards:
         assert said.startswith(str(shards / "model-00002-of-00004.safetensors"))
         assert "lacks tensors that model.safetensors.index.json places in it: model.extra" in said
 
-    def test_a_tensor_in_two_shards(self, shards: Path) -> None:
+    def test_tensor_in_two_shards_is_refused(self, shards: Path) -> None:
         first, second = sorted(shards.glob("model-*"))[:2]
         name = next(iter(load_file(first)))
         save_file(load_file(second) | {name: torch.zeros(1)}, second)
         said = refusal(shards)
         assert f"{name!r} is in two shards: {first.name} and {second.name}" in said
 
-    def test_a_tensor_in_another_shard(self, shards: Path) -> None:
+    def test_tensor_in_the_wrong_shard_is_refused(self, shards: Path) -> None:
         first, second = sorted(shards.glob("model-*"))[:2]
         one, other = load_file(first), load_file(second)
         name = next(iter(one))
@@ -299,7 +299,7 @@ class TestShards:
         save_file(other, second)
         assert f"{second}: holds {name!r}, which" in refusal(shards)
 
-    def test_a_tensor_that_the_index_does_not_name(self, shards: Path) -> None:
+    def test_tensor_missing_from_the_index_is_refused(self, shards: Path) -> None:
         last = sorted(shards.glob("model-*"))[-1]
         save_file(load_file(last) | {"model.extra": torch.zeros(1)}, last)
         assert "holds 'model.extra', which model.safetensors.index.json places in nowhere" in (
@@ -314,24 +314,24 @@ class TestShards:
             7, None, ["model.safetensors"],
         ],
     )  # fmt: skip
-    def test_paths_in_the_index(self, file: object, shards: Path) -> None:
+    def test_paths_in_the_index_are_refused(self, file: object, shards: Path) -> None:
         index = shards / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
         said = refusal(shards)
         assert "'lm_head.weight' must be in a .safetensors file of this folder, got" in said
 
     @pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}])
-    def test_an_index_without_a_map(self, content: object, shards: Path) -> None:
+    def test_index_without_a_map_is_refused(self, content: object, shards: Path) -> None:
         (shards / "model.safetensors.index.json").write_text(json.dumps(content))
         assert "must hold a 'weight_map' object" in refusal(shards)
 
-    def test_an_index_that_names_a_tensor_twice(self, shards: Path) -> None:
+    def test_repeated_name_in_the_index_is_refused(self, shards: Path) -> None:
         index = shards / "model.safetensors.index.json"
         index.write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
         with pytest.raises(ConfigError, match="the key 'a' twice"):
             load_checkpoint(shards)
 
-    def test_links_as_in_the_hub_s_cache_are_followed(self, shards: Path) -> None:
+    def test_links_of_the_hub_cache_are_followed(self, shards: Path) -> None:
         blobs = shards / "blobs"
         snapshot = shards / "snapshots" / "abc"
         blobs.mkdir()
@@ -341,7 +341,7 @@ class TestShards:
             (snapshot / file.name).symlink_to(f"../../blobs/{number}")
         load_checkpoint(snapshot)
 
-    def test_one_file_goes_before_the_index_as_in_transformers(
+    def test_single_file_takes_precedence_over_the_index(
         self, shards: Path, pristine: dict[str, torch.Tensor]
     ) -> None:
         changed = pristine | {"lm_head.weight": pristine["lm_head.weight"] + 1}
@@ -389,7 +389,7 @@ class TestCode:
         assert not (folder / "exploded").exists()
         assert "evil" not in sys.modules
 
-    def test_pipes_are_no_files(self, tmp_path: Path) -> None:
+    def test_pipes_are_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "config.json")
         # Opening a named pipe would wait for a writer
         with pytest.raises(ConfigError, match="must be a file"):
@@ -402,7 +402,7 @@ class TestCode:
 
 class TestFinite:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-    def test_a_value_that_is_no_number(
+    def test_values_that_are_not_finite_are_refused(
         self, value: float, folder: Path, pristine: dict[str, torch.Tensor]
     ) -> None:
         tensors = {name: tensor.clone() for name, tensor in pristine.items()}
@@ -416,7 +416,7 @@ class TestFinite:
             in said
         )
 
-    def test_a_value_that_overflows_the_type(
+    def test_value_that_overflows_the_dtype_is_refused(
         self, folder: Path, pristine: dict[str, torch.Tensor]
     ) -> None:
         tensors = {name: tensor.clone() for name, tensor in pristine.items()}
@@ -453,7 +453,7 @@ class TestConfig:
     )
 
     @pytest.mark.parametrize(("section", "key"), SIZES)
-    def test_sizes(self, section: str, key: str) -> None:
+    def test_invalid_sizes_are_refused(self, section: str, key: str) -> None:
         values: tuple[object, ...] = (
             -1,
             0,
@@ -503,7 +503,7 @@ class TestConfig:
             ),
         ],
     )
-    def test_other_values(self, change: dict[str, Any], message: str) -> None:
+    def test_other_invalid_values_are_refused(self, change: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError) as caught:
             ModelConfig.from_dict({"model_type": "idefics2", "image_token_id": 5} | change)
         assert message in str(caught.value)
@@ -527,28 +527,30 @@ class TestConfig:
             (b"<!DOCTYPE html>", "is not JSON"),
         ],
     )
-    def test_files(self, content: bytes, message: str, tmp_path: Path) -> None:
+    def test_malformed_config_files_are_refused(
+        self, content: bytes, message: str, tmp_path: Path
+    ) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ConfigError) as caught:
             ModelConfig.load(tmp_path)
         assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
         assert message in str(caught.value)
 
-    def test_levels_that_are_few_enough(self, tmp_path: Path) -> None:
+    def test_moderate_nesting_is_accepted(self, tmp_path: Path) -> None:
         deep = (
             b'{"a": ' + b"[" * 63 + b"]" * 63 + b', "model_type": "idefics2", "image_token_id": 5}'
         )
         (tmp_path / "config.json").write_bytes(deep)
         ModelConfig.load(tmp_path)
 
-    def test_a_file_of_gigabytes_is_not_read(self, tmp_path: Path) -> None:
+    def test_huge_file_is_not_read(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
             # The file is sparse, so it uses no space
             file.truncate(10**10)
         with pytest.raises(ConfigError, match="must have at most 67108864 bytes, got 10000000000"):
             ModelConfig.load(tmp_path)
 
-    def test_a_folder_in_its_place(self, tmp_path: Path) -> None:
+    def test_folder_instead_of_the_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").mkdir()
         with pytest.raises(ConfigError, match="must be a file"):
             ModelConfig.load(tmp_path)
@@ -584,7 +586,7 @@ class TestAnything:
         return content
 
     @pytest.mark.parametrize("name", READERS)
-    def test_odd_values(self, name: str, tmp_path: Path) -> None:
+    def test_any_value_gives_a_config_or_config_error(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(json.dumps(self.small_tokenizer()))
         content = json.loads((DEMO / f"{name}.json").read_text())
         content |= {"chat_template": "{{ x }}"} if name == "processor_config" else {}
@@ -608,7 +610,7 @@ class TestAnything:
         assert read > 10
         assert 0 < longest < 1000
 
-    def test_odd_tokenizers(self) -> None:
+    def test_any_value_gives_a_tokenizer_or_config_error(self) -> None:
         content = self.small_tokenizer()
         settings = json.loads((DEMO / "tokenizer_config.json").read_text())
         small = {key: content[key] for key in ("normalizer", "decoder", "post_processor")}

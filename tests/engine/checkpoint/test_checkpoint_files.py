@@ -102,8 +102,8 @@ OBSTACLES: dict[Callable[[Path], None], str] = {
 obstacles = pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda make: make.__name__)
 
 
-def put(obstacle: Callable[[Path], None], path: Path) -> str:
-    """Put ``obstacle`` at the path ``path``; return the expected beginning of its error."""
+def create_obstacle(obstacle: Callable[[Path], None], path: Path) -> str:
+    """Create ``obstacle`` at ``path``; return the expected beginning of its error."""
     path.unlink(missing_ok=True)
     obstacle(path)
     return f"{path}: {OBSTACLES[obstacle]}"
@@ -124,18 +124,22 @@ def refusal(call: Callable[[], object]) -> str:
         "model.safetensors",
     ],
 )  # fmt: skip
-def test_files_of_a_model(name: str, obstacle: Callable[[Path], None], demo: Path) -> None:
-    begin = put(obstacle, demo / name)
+def test_obstacles_in_model_files_are_named(
+    name: str, obstacle: Callable[[Path], None], demo: Path
+) -> None:
+    begin = create_obstacle(obstacle, demo / name)
     assert refusal(lambda: LLM(demo, device="cpu")).startswith(begin)
 
 
 @obstacles
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-1.safetensors"])
-def test_files_of_shards(name: str, obstacle: Callable[[Path], None], demo: Path) -> None:
+def test_obstacles_in_shards_are_named(
+    name: str, obstacle: Callable[[Path], None], demo: Path
+) -> None:
     (demo / "model.safetensors").unlink()
     index = demo / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    begin = put(obstacle, demo / name)
+    begin = create_obstacle(obstacle, demo / name)
     said = refusal(lambda: load_checkpoint(demo))
     is_missing = name.startswith("model-1") and not os.path.exists(demo / name)
     assert said.startswith(
@@ -145,10 +149,12 @@ def test_files_of_shards(name: str, obstacle: Callable[[Path], None], demo: Path
 
 @obstacles
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_files_of_an_adapter(name: str, obstacle: Callable[[Path], None], tmp_path: Path) -> None:
+def test_obstacles_in_adapter_files_are_named(
+    name: str, obstacle: Callable[[Path], None], tmp_path: Path
+) -> None:
     values = {"peft_type": "LORA", "r": 4}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
-    begin = put(obstacle, tmp_path / name)
+    begin = create_obstacle(obstacle, tmp_path / name)
     assert refusal(lambda: load_checkpoint(DEMO, adapter=tmp_path)).startswith(begin)
 
 
@@ -160,23 +166,25 @@ def test_files_of_an_adapter(name: str, obstacle: Callable[[Path], None], tmp_pa
         ".cache/huggingface/download/model.safetensors.metadata",
     ],
 )  # fmt: skip
-def test_files_that_are_verified(name: str, obstacle: Callable[[Path], None], demo: Path) -> None:
+def test_obstacles_in_verified_files_are_named(
+    name: str, obstacle: Callable[[Path], None], demo: Path
+) -> None:
     names = ("config.json", "model.safetensors", "chat_template.jinja")
     (demo / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in names))
     (demo / name).parent.mkdir(parents=True, exist_ok=True)
-    begin = put(obstacle, demo / name)
+    begin = create_obstacle(obstacle, demo / name)
     said = refusal(lambda: verify_files(demo, [demo / "model.safetensors"]))
     assert said.startswith(begin)
 
 
 @obstacles
-def test_files_that_are_copied(obstacle: Callable[[Path], None], demo: Path) -> None:
+def test_failed_copy_changes_no_file(obstacle: Callable[[Path], None], demo: Path) -> None:
     """No file is written or removed before all files to copy have been read."""
     model = load_checkpoint(demo)
     target = demo.with_name("out")
     save_checkpoint(model, target, config_from=demo)
     before = {file.name: file.stat() for file in target.iterdir()}
-    begin = put(obstacle, demo / "notes.json")
+    begin = create_obstacle(obstacle, demo / "notes.json")
     said = refusal(lambda: save_checkpoint(model, target, config_from=demo))
     assert said.startswith(begin)
     assert {file.name: file.stat() for file in target.iterdir()} == before
@@ -190,7 +198,7 @@ def test_files_that_are_copied(obstacle: Callable[[Path], None], demo: Path) -> 
         lambda folder: verify_files(folder, [folder / "model.safetensors"]),
     ],
 )  # fmt: skip
-def test_a_folder_that_is_none(read: Callable[[Path], object], tmp_path: Path) -> None:
+def test_invalid_folder_is_refused(read: Callable[[Path], object], tmp_path: Path) -> None:
     """A file, an impossible name or a long name raises no bare ``OSError`` or ``ValueError``."""
     (tmp_path / "file").touch()
     for name in ("file", "gone", "x" * 300, "a\0b", "\ud800"):
@@ -200,7 +208,7 @@ def test_a_folder_that_is_none(read: Callable[[Path], object], tmp_path: Path) -
             assert refusal(partial(read, tmp_path / name)).isprintable()
 
 
-def test_no_permission(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_errors_are_named(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Permission errors are simulated, because tests may run as root."""
     opened, forbidden = os.open, {"config.json", "model.safetensors", "SHA256SUMS"}
 
@@ -221,7 +229,7 @@ def test_no_permission(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LLM(demo, device="cpu")
 
 
-def test_a_disk_that_fails(tmp_path: Path) -> None:
+def test_read_errors_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{}")
     with (
         pytest.raises(CheckpointError, match=r"a\.json: cannot be read: Input/output error"),
@@ -230,7 +238,7 @@ def test_a_disk_that_fails(tmp_path: Path) -> None:
         raise OSError(5, "Input/output error")
 
 
-def test_a_file_that_grows_is_not_chased(tmp_path: Path) -> None:
+def test_growing_file_is_read_up_to_its_first_size(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"{}")
     with open_file(tmp_path / "a.json") as (file, size):
         with (tmp_path / "a.json").open("ab") as more:
@@ -238,7 +246,7 @@ def test_a_file_that_grows_is_not_chased(tmp_path: Path) -> None:
         assert (file.read(size), size) == (b"{}", 2)
 
 
-def test_text_is_read_as_python_reads_it(tmp_path: Path) -> None:
+def test_text_is_decoded_as_in_python(tmp_path: Path) -> None:
     path = tmp_path / "chat_template.jinja"
     content = "{{ 'é' }}\r\nb\rc\n".encode()
     path.write_bytes(content)
@@ -252,7 +260,7 @@ def test_text_is_read_as_python_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "most"), [("a.json", 1 << 26), ("a.jinja", 1 << 20), ("SHA256SUMS", 1 << 24)]
 )
-def test_each_kind_has_its_size(name: str, most: int, tmp_path: Path) -> None:
+def test_each_kind_of_file_has_a_size_limit(name: str, most: int, tmp_path: Path) -> None:
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, most)
     with open_file(tmp_path / name) as (_, size):
@@ -262,7 +270,7 @@ def test_each_kind_has_its_size(name: str, most: int, tmp_path: Path) -> None:
         read_file(tmp_path / name)
 
 
-def test_a_broken_link_is_there(tmp_path: Path) -> None:
+def test_broken_link_counts_as_present(tmp_path: Path) -> None:
     """An optional file whose link is broken counts as present, so that it is reported."""
     (tmp_path / "link").symlink_to("nowhere")
     assert is_there(tmp_path / "link")
@@ -277,7 +285,7 @@ class TestNames:
             "\x1b[2J.safetensors", "a\nb.safetensors", "\u202e.safetensors", "\x9b.safetensors",
         ],
     )  # fmt: skip
-    def test_in_an_index(self, name: str, tmp_path: Path) -> None:
+    def test_names_in_an_index_are_refused(self, name: str, tmp_path: Path) -> None:
         """The names are too long in bytes but not in characters, not text, or terminal commands."""
         index = tmp_path / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
@@ -288,7 +296,7 @@ class TestNames:
             assert "'lm_head.weight' must be in a .safetensors file of this folder, got" in said
             assert said.isprintable()
 
-    def test_the_longest_that_a_file_can_have(self, tmp_path: Path) -> None:
+    def test_longest_file_name_is_accepted(self, tmp_path: Path) -> None:
         name = "é" * 121 + "x.safetensors"
         assert len(name.encode()) == 255
         index = tmp_path / "model.safetensors.index.json"
@@ -299,7 +307,7 @@ class TestNames:
         with pytest.raises(CheckpointError, match="is empty"):
             find_weights(tmp_path)
 
-    def test_of_files_in_a_folder(self, tmp_path: Path) -> None:
+    def test_names_of_files_in_a_folder_are_escaped(self, tmp_path: Path) -> None:
         folder = tmp_path / "\x1b[31m"
         folder.mkdir()
         (folder / "\x1b[2J.bin").touch()
@@ -326,7 +334,7 @@ class TestNames:
 
 
 class TestKind:
-    """An adapter given as the model, or a model as the adapter, is an error that says so."""
+    """Tests that the error names an adapter given as the model, or a model as the adapter."""
 
     @pytest.fixture
     def lora(self, tmp_path: Path) -> Path:
@@ -337,7 +345,7 @@ class TestKind:
         return folder
 
     @pytest.mark.parametrize("verify", [False, True])
-    def test_an_adapter_as_the_model(self, verify: bool, lora: Path) -> None:
+    def test_adapter_as_the_model_is_refused(self, verify: bool, lora: Path) -> None:
         wanted = re.escape(f"{lora}: is an adapter, not a model: name it with --adapter")
         for call in (
             lambda: LLM(lora, device="cpu", verify=verify),
@@ -348,7 +356,7 @@ class TestKind:
                 call()
 
     @pytest.mark.parametrize("verify", [False, True])
-    def test_a_model_as_the_adapter(self, verify: bool) -> None:
+    def test_model_as_the_adapter_is_refused(self, verify: bool) -> None:
         wanted = re.escape(f"{DEMO}: is a model, not an adapter: name it with --model")
         for call in (
             lambda: LLM(DEMO, device="cpu", adapter=DEMO, verify=verify),
@@ -358,7 +366,7 @@ class TestKind:
             with pytest.raises(ConfigError, match=wanted):
                 call()
 
-    def test_a_folder_of_both(self, lora: Path) -> None:
+    def test_folder_may_hold_both(self, lora: Path) -> None:
         """Trainers save these files beside an adapter."""
         (lora / "config.json").symlink_to(DEMO / "config.json")
         assert find_model(lora) == find_adapter(lora) == lora

@@ -16,12 +16,12 @@ from oracle import random_image
 from tiny_checkpoint import edit_json, write_checkpoint
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-# These are never generated, whatever the checkpoint says
+# The engine never generates these tokens, for any checkpoint
 BARRED = torch.tensor([32000, 32001])
 
 
-def answer(folder: Path, oracle: Any, **settings: Any) -> LLM:
-    """Compare greedy tokens with transformers' and return the engine."""
+def check_answers(folder: Path, oracle: Any, **settings: Any) -> LLM:
+    """Load ``folder``, check that its greedy tokens are transformers', and return the engine."""
     llm = LLM(folder, device="cpu", dtype="float32", **settings)
     (output,) = llm.generate("The chicken sits on", GREEDY)
     ids = torch.tensor([output.prompt_token_ids])
@@ -41,7 +41,7 @@ QUESTION = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
 
 
 @pytest.mark.parametrize("kind", ["8b", "chatty"])
-def test_models_that_chat(kind: str, tmp_path: Path) -> None:
+def test_chat_models_answer(kind: str, tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path)
     # Some copies of this model have the template in the tokenizer's file, with splitting on
     if kind == "chatty":
@@ -49,16 +49,16 @@ def test_models_that_chat(kind: str, tmp_path: Path) -> None:
         edit_json(tmp_path / "processor_config.json", chat_template=None)
         edit_json(tmp_path / "tokenizer_config.json", chat_template=template)
         edit_json(tmp_path / "preprocessor_config.json", do_image_splitting=True)
-    llm = answer(tmp_path, oracle)
+    llm = check_answers(tmp_path, oracle)
     (output,) = llm.chat(QUESTION, GREEDY)
     wanted = {"8b": "User: What?<end_of_utterance>\nAssistant:", "chatty": "user: What?A:"}
     assert output.prompt == wanted[kind]
     assert llm.processor.image_config.split == (kind == "chatty")
 
 
-def test_the_base_model_continues_and_does_not_chat(tmp_path: Path) -> None:
+def test_base_model_completes_and_refuses_chat(tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path, vocab_size=32002, chat=False)
-    llm = answer(tmp_path, oracle)
+    llm = check_answers(tmp_path, oracle)
     assert llm.config.text.vocab_size == 32002
     assert llm.processor.template is None
     assert not llm.processor.image_config.split
@@ -66,36 +66,36 @@ def test_the_base_model_continues_and_does_not_chat(tmp_path: Path) -> None:
         llm.chat(QUESTION)
 
 
-def test_the_base_model_with_the_chat_model_s_settings(tmp_path: Path) -> None:
+def test_base_model_accepts_the_chat_models_settings(tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path, vocab_size=32002, chat=False)
     edit_json(
         tmp_path / "generation_config.json",
         eos_token_id=[2, 32002],
         bad_words_ids=[[32000], [32001], [32002], [5, 40000]],
     )
-    answer(tmp_path, oracle)
+    check_answers(tmp_path, oracle)
 
 
-def test_a_vocabulary_that_was_padded(tmp_path: Path) -> None:
-    answer(tmp_path, write_checkpoint(tmp_path, vocab_size=32064))
+def test_padded_vocabulary(tmp_path: Path) -> None:
+    check_answers(tmp_path, write_checkpoint(tmp_path, vocab_size=32064))
 
 
-def test_a_vocabulary_that_grew(tmp_path: Path) -> None:
+def test_grown_vocabulary(tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path, vocab_size=32003)
     with torch.no_grad():
         oracle.resize_token_embeddings(32010, mean_resizing=False)
     oracle.save_pretrained(tmp_path)
-    llm = answer(tmp_path, oracle)
+    llm = check_answers(tmp_path, oracle)
     assert llm.config.text.vocab_size == 32010
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path: Path) -> None:
+def test_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, vocab_size=32002)
     with pytest.raises(ConfigError, match="must have at most the model's 32002 tokens, got 32003"):
         LLM(tmp_path, device="cpu")
 
 
-def test_a_config_that_was_not_resized_with_the_weights(tmp_path: Path) -> None:
+def test_config_that_does_not_match_the_weights_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, vocab_size=32010)
     text = json.loads((tmp_path / "config.json").read_text())["text_config"]
     edit_json(tmp_path / "config.json", text_config=text | {"vocab_size": 32003})
@@ -103,12 +103,12 @@ def test_a_config_that_was_not_resized_with_the_weights(tmp_path: Path) -> None:
         LLM(tmp_path, device="cpu")
 
 
-def test_a_tied_head(tmp_path: Path) -> None:
-    llm = answer(tmp_path, write_checkpoint(tmp_path, tied=True))
+def test_tied_head(tmp_path: Path) -> None:
+    llm = check_answers(tmp_path, write_checkpoint(tmp_path, tied=True))
     assert llm.model.lm_head is llm.model.text.embedding
 
 
-def test_an_adapter_answers_as_peft_s_model(tmp_path: Path) -> None:
+def test_adapter_gives_pefts_answers(tmp_path: Path) -> None:
     oracle = write_checkpoint(tmp_path / "base")
     plain = LLM(tmp_path / "base", device="cpu").generate("The chicken sits on", GREEDY)[0]
     with warnings.catch_warnings():
@@ -121,12 +121,12 @@ def test_an_adapter_answers_as_peft_s_model(tmp_path: Path) -> None:
                 if parameter.requires_grad:
                     parameter.normal_(std=0.3)
         trained.save_pretrained(str(tmp_path / "lora"))
-    llm = answer(tmp_path / "base", trained, adapter=tmp_path / "lora", check_finite=True)
+    llm = check_answers(tmp_path / "base", trained, adapter=tmp_path / "lora", check_finite=True)
     changed = llm.generate("The chicken sits on", GREEDY)[0]
     assert changed.outputs[0].token_ids != plain.outputs[0].token_ids
 
 
-def test_an_adapter_is_verified_too(tmp_path: Path) -> None:
+def test_adapter_is_verified(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     lora = tmp_path / "lora"
     lora.mkdir()

@@ -1,4 +1,4 @@
-"""Names of tensors and the tied head: the result of transformers, or an error."""
+"""Tensor names and the tied head: transformers' result, or an error."""
 
 import json
 from functools import cache
@@ -63,8 +63,8 @@ def write(
     return folder
 
 
-def theirs(folder: Path) -> tuple[Any, set[str]]:
-    """Load ``folder`` in transformers; return the model and the names of randomly drawn tensors."""
+def load_in_transformers(folder: Path) -> tuple[Any, set[str]]:
+    """Load ``folder`` in transformers; return the model and the names of its missing tensors."""
     model: Any
     from_pretrained: Any = Idefics2ForConditionalGeneration.from_pretrained
     model, info = from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
@@ -72,7 +72,7 @@ def theirs(folder: Path) -> tuple[Any, set[str]]:
 
 
 def assert_same_logits(folder: Path) -> None:
-    oracle, missing = theirs(folder)
+    oracle, missing = load_in_transformers(folder)
     assert not missing
     with torch.no_grad():
         wanted = oracle(**inputs()).logits
@@ -116,11 +116,11 @@ PRESENT = (
 @pytest.mark.parametrize("which", PRESENT)
 @pytest.mark.parametrize("text", FLAGS)
 @pytest.mark.parametrize("top", FLAGS)
-def test_the_head_as_in_transformers(
+def test_head_is_loaded_as_in_transformers(
     top: bool | None, text: bool | None, which: str, pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
     folder = write(tmp_path, present(pristine, which), top, text)
-    oracle, missing = theirs(folder)
+    oracle, missing = load_in_transformers(folder)
     # transformers draws these at random
     if missing:
         with pytest.raises(CheckpointError, match="tensors are missing") as caught:
@@ -137,7 +137,7 @@ def test_the_head_as_in_transformers(
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_head_that_is_tied_in_the_text_config_alone_is_told(
+def test_head_tied_only_in_the_text_config_is_an_error(
     pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
     write(tmp_path, present(pristine, "the embedding"), text=True)
@@ -145,16 +145,14 @@ def test_a_head_that_is_tied_in_the_text_config_alone_is_told(
         load_checkpoint(tmp_path)
 
 
-def test_a_tied_head_of_another_shape_is_refused(
-    pristine: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_tied_head_of_another_shape_is_refused(pristine: dict[str, Tensor], tmp_path: Path) -> None:
     shorter = {HEAD: pristine[EMBEDDING][:-1].clone()}
     write(tmp_path, pristine | shorter, top=True)
     with pytest.raises(CheckpointError, match=r"'lm_head.weight' must have shape \(99, 64\)"):
         load_checkpoint(tmp_path)
 
 
-def test_a_head_in_another_shard(pristine: dict[str, Tensor], tmp_path: Path) -> None:
+def test_head_in_another_shard_is_loaded(pristine: dict[str, Tensor], tmp_path: Path) -> None:
     write(tmp_path, {}, top=True)
     (tmp_path / "model.safetensors").unlink()
     weight_map = dict.fromkeys(pristine, "a.safetensors") | {HEAD: "b.safetensors"}
@@ -166,16 +164,16 @@ def test_a_head_in_another_shard(pristine: dict[str, Tensor], tmp_path: Path) ->
     assert_same_logits(tmp_path)
 
 
-def test_what_is_written_says_whether_the_head_is_the_embedding(
+def test_saved_config_records_whether_the_head_is_tied(
     pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """A release of transformers that ties without comparing the tensors then keeps both as well."""
+    """Releases of transformers that tie without comparing the tensors then keep both as well."""
     source = write(tmp_path / "in", pristine, top=True)
     save_checkpoint(load_checkpoint(source), tmp_path / "out", config_from=source)
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     )
-    oracle, missing = theirs(tmp_path / "out")
+    oracle, missing = load_in_transformers(tmp_path / "out")
     assert not missing
     assert torch.equal(oracle.lm_head.weight, pristine[HEAD])
     assert_same_logits(tmp_path / "out")
@@ -211,7 +209,7 @@ def respelled(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "how", ["without the prefix", "some without the prefix", "prefix twice", "rotary buffers"]
 )
-def test_names_of_other_releases(
+def test_names_of_other_releases_are_accepted(
     how: str, tied: bool, pristine: dict[str, Tensor], tmp_path: Path
 ) -> None:
     """transformers' ``Idefics2Model`` has no head and saves the tied case without the prefix."""
@@ -219,7 +217,7 @@ def test_names_of_other_releases(
     assert_same_logits(write(tmp_path, respelled(tensors, how), top=tied))
 
 
-def test_errors_name_a_tensor_as_its_file_does(pristine: dict[str, Tensor], tmp_path: Path) -> None:
+def test_errors_use_the_files_tensor_names(pristine: dict[str, Tensor], tmp_path: Path) -> None:
     tensors = respelled(pristine, "without the prefix")
     tensors["text_model.norm.weight"] = torch.zeros(3)
     write(tmp_path, tensors)
@@ -239,7 +237,7 @@ def test_two_names_of_one_tensor_are_refused(pristine: dict[str, Tensor], tmp_pa
     "name",
     ["module.lm_head.weight", "model.text_model.inv_freq", "model.vision_model.position_ids"],
 )
-def test_other_names_stay_strangers(name: str, pristine: dict[str, Tensor], tmp_path: Path) -> None:
+def test_unknown_names_are_refused(name: str, pristine: dict[str, Tensor], tmp_path: Path) -> None:
     write(tmp_path, pristine | {name: torch.ones(1)})
     with pytest.raises(CheckpointError, match=f"are not part of this model: {name}"):
         load_checkpoint(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import transformers
 from huggingface_hub import constants
 
-from hub_cache import put
+from hub_cache import write_snapshot
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.writer import save_checkpoint
@@ -49,7 +49,9 @@ AutoProcessor: Any = transformers.AutoProcessor
     [OURS | TYPE, TYPE, {}, None, ABSENT, [], [OURS], "x"],
     ids=["nested", "only a type", "empty", "null", "not nested", "list", "list of one", "text"],
 )
-def test_where_transformers_looks(nested: Any, old: Any, tmp_path: Path) -> None:
+def test_settings_are_read_where_transformers_reads_them(
+    nested: Any, old: Any, tmp_path: Path
+) -> None:
     values = {"image_seq_len": 64, "processor_class": "Idefics2Processor"}
     if nested is not ABSENT:
         values["image_processor"] = nested
@@ -66,7 +68,7 @@ def test_where_transformers_looks(nested: Any, old: Any, tmp_path: Path) -> None
         assert_same_settings(ImageConfig.load(tmp_path), theirs)
 
 
-def test_errors_name_the_file_that_has_them(tmp_path: Path) -> None:
+def test_errors_name_their_file(tmp_path: Path) -> None:
     """Errors that depend on the model are found later, and name the file as well."""
     write_checkpoint(tmp_path)
     path = tmp_path / "processor_config.json"
@@ -95,7 +97,7 @@ def save_by_transformers(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("keep_old", [False, True], ids=["alone", "beside the old file"])
-def test_a_processor_saved_by_transformers_5(keep_old: bool, tmp_path: Path) -> None:
+def test_processor_saved_by_transformers_5_is_read(keep_old: bool, tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     theirs = save_by_transformers(tmp_path)
     if not keep_old:
@@ -119,7 +121,9 @@ def answer(model: Path | str, **options: Any) -> list[int]:
     return [*llm.generate(prompt, GREEDY)[0].outputs[0].token_ids]
 
 
-def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_the_same_for_folder_hub_and_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, flat, lora = tmp_path / "nested", tmp_path / "flat", tmp_path / "lora"
     oracle = write_checkpoint(folder)
     save_by_transformers(folder)
@@ -139,14 +143,14 @@ def test_folder_hub_and_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    put(tmp_path / "hub", "org/nested", files)
+    write_snapshot(tmp_path / "hub", "org/nested", files)
     plain, adapted = answer(flat), answer(flat, adapter=lora)
     assert plain != adapted
     assert answer(folder) == answer("org/nested") == plain
     assert answer(folder, adapter=lora) == answer("org/nested", adapter=lora) == adapted
 
 
-def test_what_is_written_every_release_reads(tmp_path: Path) -> None:
+def test_saved_files_are_readable_by_every_release(tmp_path: Path) -> None:
     """Releases up to 4.46 read the old file only, and fail on settings in the new one."""
     source, target = tmp_path / "in", tmp_path / "out"
     write_checkpoint(source)
@@ -167,7 +171,7 @@ def test_what_is_written_every_release_reads(tmp_path: Path) -> None:
         shutil.rmtree(target)
 
 
-def test_a_folder_over_itself_keeps_its_files(tmp_path: Path) -> None:
+def test_saving_into_the_same_folder_keeps_its_files(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     save_by_transformers(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.json")}

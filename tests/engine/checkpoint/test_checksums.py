@@ -32,7 +32,7 @@ def refusal(folder: Path) -> str:
     return str(caught.value)
 
 
-def note(folder: Path, name: str, *lines: str) -> None:
+def write_download_record(folder: Path, name: str, *lines: str) -> None:
     """Write the files that ``hf download --local-dir`` leaves."""
     notes = folder / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def note(folder: Path, name: str, *lines: str) -> None:
         ("model.safetensors.sha256", f"{SHA256}\n"),
     ],
 )
-def test_sums_files(file: str, content: str, folder: Path) -> None:
+def test_sums_files_are_checked(file: str, content: str, folder: Path) -> None:
     (folder / file).write_text(content)
     check(folder)
     (folder / "model.safetensors").write_bytes(b"weightz")
@@ -58,7 +58,7 @@ def test_sums_files(file: str, content: str, folder: Path) -> None:
     assert refusal(folder) == f"{folder}/{wanted}"
 
 
-def test_sums_as_the_usual_tool_writes_them(folder: Path) -> None:
+def test_output_of_sha256sum_is_accepted(folder: Path) -> None:
     lines = [
         f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n"
         for file in sorted(folder.iterdir())
@@ -71,7 +71,7 @@ def test_sums_as_the_usual_tool_writes_them(folder: Path) -> None:
     assert "model.safetensors" not in said
 
 
-def test_the_hub_s_cache(folder: Path) -> None:
+def test_checksums_of_the_hub_cache(folder: Path) -> None:
     blobs = folder / "blobs"
     blobs.mkdir()
     (folder / "model.safetensors").rename(blobs / SHA256)
@@ -86,9 +86,9 @@ def test_the_hub_s_cache(folder: Path) -> None:
     assert f"config.json: checksum must be {CONFIG_SHA1} (its name in the hub's cache)" in said
 
 
-def test_what_the_client_notes(folder: Path) -> None:
-    note(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
-    note(folder, "config.json", "c" * 40, CONFIG_SHA1, "1712656091.1")
+def test_checksums_recorded_by_the_client(folder: Path) -> None:
+    write_download_record(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
+    write_download_record(folder, "config.json", "c" * 40, CONFIG_SHA1, "1712656091.1")
     check(folder)
     (folder / "config.json").write_bytes(b"{}")
     said = refusal(folder)
@@ -97,7 +97,7 @@ def test_what_the_client_notes(folder: Path) -> None:
 
 
 def test_all_sources_must_agree(folder: Path) -> None:
-    note(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
+    write_download_record(folder, "model.safetensors", "c" * 40, SHA256, "1712656091.1")
     (folder / "SHA256SUMS").write_text(f"{OTHER}  model.safetensors\n")
     assert f"checksum must be {OTHER} (SHA256SUMS), got {SHA256}" in refusal(folder)
     (folder / "SHA256SUMS").write_text(f"{SHA256}  model.safetensors\n{OTHER}  model.safetensors\n")
@@ -105,8 +105,8 @@ def test_all_sources_must_agree(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("digest", ["", "etag", '"abc"', "f" * 32, "g" * 64])
-def test_nothing_to_compare_with_is_an_error(digest: str, folder: Path) -> None:
-    note(folder, "model.safetensors", "c" * 40, digest)
+def test_missing_checksum_is_an_error(digest: str, folder: Path) -> None:
+    write_download_record(folder, "model.safetensors", "c" * 40, digest)
     # This checksum is of another file
     (folder / "SHA256SUMS").write_text(f"{SHA256}  onnx/model.safetensors\n")
     (folder / "elsewhere" / "blobs").mkdir(parents=True)
@@ -125,17 +125,17 @@ def test_nothing_to_compare_with_is_an_error(digest: str, folder: Path) -> None:
         f"\\{SHA256}  model\\nsafetensors",
     ],
 )
-def test_malformed_sums(line: str, folder: Path) -> None:
+def test_malformed_sums_are_refused(line: str, folder: Path) -> None:
     (folder / "SHA256SUMS").write_text(f"# sums\n{line}\n")
     assert f"{folder / 'SHA256SUMS'}: line 2 must be 64 hexadecimal digits" in refusal(folder)
 
 
-def test_sums_that_are_no_text(folder: Path) -> None:
+def test_sums_that_are_not_text_are_refused(folder: Path) -> None:
     (folder / "SHA256SUMS").write_bytes(b"\xff\xfe")
     assert f"{folder / 'SHA256SUMS'}: cannot be read as text" in refusal(folder)
 
 
-def test_a_file_that_is_gone(folder: Path) -> None:
+def test_missing_file_is_an_error(folder: Path) -> None:
     (folder / "SHA256SUMS").write_text(f"{SHA256}  model.safetensors\n")
     (folder / "model.safetensors").unlink()
     assert "model.safetensors: cannot be read: No such file" in refusal(folder)

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from hub_cache import COMMIT, git_sha1, put, sha256
+from hub_cache import COMMIT, git_sha1, sha256, write_snapshot
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.checksums import verify_files
 from idefics2_engine.checkpoint.hub import find_adapter, find_model, is_hub_id
@@ -36,10 +36,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class TestNames:
-    def test_a_folder_goes_before_the_hub(
+    def test_folder_takes_precedence_over_the_hub(
         self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        put(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/name", MODEL)
         (tmp_path / "org" / "name").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
         assert find_model("org/name") == Path("org/name")
@@ -55,19 +55,19 @@ class TestNames:
             "org/name\0", "org@main/name", "https://huggingface.co/org/name", "o" * 200 + "/name", "o" * 5000, "~nosuchuser/x",
         ],
     )  # fmt: skip
-    def test_neither_folder_nor_id(self, name: str, cache: Path) -> None:
+    def test_other_names_are_refused(self, name: str, cache: Path) -> None:
         assert not is_hub_id(name)
         with pytest.raises(ConfigError, match="model must be a folder or a hub id such as"):
             find_model(name)
         with pytest.raises(ConfigError, match="adapter must be a folder or a hub id such as"):
             find_adapter(name)
 
-    def test_a_path_is_never_an_id(self, cache: Path) -> None:
-        put(cache, "org/name", MODEL)
+    def test_path_is_never_a_hub_id(self, cache: Path) -> None:
+        write_snapshot(cache, "org/name", MODEL)
         with pytest.raises(ConfigError, match="must be a folder or a hub id"):
             find_model(Path("org/name"))
 
-    def test_revisions_that_make_no_sense(self, cache: Path, tmp_path: Path) -> None:
+    def test_invalid_revisions_are_refused(self, cache: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="revision is for models on the hub, got 'main'"):
             find_model(tmp_path, "main")
         with pytest.raises(ConfigError, match="the one that model names, 'v1', got 'v2'"):
@@ -81,9 +81,9 @@ class TestNames:
 
 
 class TestCache:
-    def test_found_without_a_network(self, cache: Path) -> None:
-        main = put(cache, "org/name", MODEL)
-        put(cache, "org/name", {}, ref="refs/pr/7")
+    def test_cached_model_is_found_without_a_network(self, cache: Path) -> None:
+        main = write_snapshot(cache, "org/name", MODEL)
+        write_snapshot(cache, "org/name", {}, ref="refs/pr/7")
         for name, revision in (
             ("org/name", None),
             ("org/name", "main"),
@@ -94,16 +94,16 @@ class TestCache:
         ):
             assert find_model(name, revision) == main
 
-    def test_nothing_newer_is_looked_for(
+    def test_cached_model_is_found_without_asking_the_hub(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        main = put(cache, "org/name", MODEL)
+        main = write_snapshot(cache, "org/name", MODEL)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
         assert find_model("org/name") == main
 
-    def test_not_there(self, cache: Path) -> None:
-        put(cache, "org/name", MODEL)
+    def test_absent_model_is_an_error(self, cache: Path) -> None:
+        write_snapshot(cache, "org/name", MODEL)
         for name in ("org/other", "org/name@v2", f"org/name@{'f' * 40}"):
             with pytest.raises(ConfigError) as caught:
                 find_model(name)
@@ -112,69 +112,71 @@ class TestCache:
             )
 
     @pytest.mark.parametrize("name", MODEL)
-    def test_not_whole(self, name: str, cache: Path) -> None:
-        snapshot = put(cache, "org/name", {k: v for k, v in MODEL.items() if k != name})
+    def test_incomplete_model_is_an_error(self, name: str, cache: Path) -> None:
+        snapshot = write_snapshot(cache, "org/name", {k: v for k, v in MODEL.items() if k != name})
         with pytest.raises(ConfigError) as caught:
             find_model("org/name")
         assert f"model org/name is not whole in the cache: {snapshot}" in str(caught.value)
         assert name in str(caught.value)
 
-    def test_a_shard_short(self, cache: Path) -> None:
+    def test_missing_shard_is_an_error(self, cache: Path) -> None:
         weight_map = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
         files = dict.fromkeys(NEEDED, b"{}") | {
             "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
             "model-1.safetensors": b"",
         }
-        snapshot = put(cache, "org/name", files)
+        snapshot = write_snapshot(cache, "org/name", files)
         with pytest.raises(ConfigError, match=r"1 of 2 weight files are missing: model-2"):
             find_model("org/name")
-        put(cache, "org/name", {"model-2.safetensors": b"2"})
+        write_snapshot(cache, "org/name", {"model-2.safetensors": b"2"})
         assert find_model("org/name") == snapshot
 
-    def test_a_blob_that_is_gone(self, cache: Path) -> None:
-        snapshot = put(cache, "org/name", MODEL)
+    def test_missing_blob_is_an_error(self, cache: Path) -> None:
+        snapshot = write_snapshot(cache, "org/name", MODEL)
         (snapshot / "model.safetensors").resolve().unlink()
         with pytest.raises(ConfigError, match="is not whole in the cache"):
             find_model("org/name")
 
-    def test_adapters(self, cache: Path) -> None:
-        snapshot = put(cache, "org/lora", ADAPTER)
+    def test_adapters_are_found(self, cache: Path) -> None:
+        snapshot = write_snapshot(cache, "org/lora", ADAPTER)
         assert find_adapter("org/lora") == find_adapter("org/lora@main") == snapshot
-        put(cache, "org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
+        write_snapshot(cache, "org/half", {"adapter_config.json": b"{}", "adapter_model.bin": b""})
         with pytest.raises(ConfigError, match=r"lacks adapter_model\.safetensors"):
             find_adapter("org/half")
 
-    def test_settings_of_images_inside_the_processor_s(self, cache: Path) -> None:
+    def test_image_settings_may_be_inside_the_processors(self, cache: Path) -> None:
         nested = {"processor_config.json": b'{"image_processor": {}}'}
         files = {name: content for name, content in MODEL.items() if "preprocessor" not in name}
-        snapshot = put(cache, "org/name", files | nested)
+        snapshot = write_snapshot(cache, "org/name", files | nested)
         assert find_model("org/name") == snapshot
-        put(cache, "org/other", files | {"processor_config.json": b'{"image_seq_len": 64}'})
+        write_snapshot(
+            cache, "org/other", files | {"processor_config.json": b'{"image_seq_len": 64}'}
+        )
         with pytest.raises(ConfigError, match=r"not whole in the cache: .*/preprocessor_config"):
             find_model("org/other")
 
-    def test_an_adapter_as_the_model_and_a_model_as_the_adapter(self, cache: Path) -> None:
-        put(cache, "org/lora", ADAPTER)
-        put(cache, "org/name", MODEL)
+    def test_adapter_and_model_are_not_interchangeable(self, cache: Path) -> None:
+        write_snapshot(cache, "org/lora", ADAPTER)
+        write_snapshot(cache, "org/name", MODEL)
         with pytest.raises(ConfigError, match=r"^model org/lora@main: is an adapter, not a model:"):
             find_model("org/lora@main")
         with pytest.raises(ConfigError, match=r"^adapter org/name: is a model, not an adapter:"):
             find_adapter("org/name")
 
     @pytest.mark.parametrize("whole", [False, True])
-    def test_a_cache_that_has_the_adapter_alone_says_nothing_about_the_model(
+    def test_hub_is_asked_if_the_cache_has_only_the_adapter(
         self, whole: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The hub is asked before an error is raised.
 
         ``find_adapter`` downloads only the adapter of a repository that has both.
         """
-        put(cache, "org/both", ADAPTER)
+        write_snapshot(cache, "org/both", ADAPTER)
         snapshot = cache / "models--org--both" / "snapshots" / COMMIT
 
         def download(repo: str, local_files_only: bool = False, **options: Any) -> str:
             if whole and not local_files_only:
-                put(cache, repo, MODEL)
+                write_snapshot(cache, repo, MODEL)
             return str(snapshot)
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -185,10 +187,10 @@ class TestCache:
             with pytest.raises(ConfigError, match=r"^model org/both: is an adapter, not a model:"):
                 find_model("org/both")
 
-    def test_a_model_from_the_cache_answers(self, cache: Path, tmp_path: Path) -> None:
+    def test_model_from_the_cache_answers(self, cache: Path, tmp_path: Path) -> None:
         write_checkpoint(tmp_path / "tiny", max_shard_size="1MB")
         files = {file.name: file.read_bytes() for file in (tmp_path / "tiny").iterdir()}
-        snapshot = put(cache, "org/tiny", files)
+        snapshot = write_snapshot(cache, "org/tiny", files)
         llm = LLM("org/tiny@main", device="cpu", verify=True)
         assert len(llm.generate("Hello", SamplingParams(max_tokens=3))[0].outputs[0].token_ids) > 0
         shard = sorted(snapshot.glob("model-*"))[0]
@@ -201,7 +203,9 @@ class TestCache:
             LLM("org/tiny", device="cpu", verify=True)
 
 
-def test_without_the_extra(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_extra_is_an_error(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert find_model(tmp_path) == tmp_path
     with pytest.raises(ConfigError, match=r"pip install 'idefics2-engine\[hub\]'"):
@@ -218,7 +222,7 @@ class TestErrors:
             (RuntimeError("first\nsecond"), "RuntimeError: first"),
         ],
     )
-    def test_others(
+    def test_other_client_errors_are_one_line(
         self, error: Exception, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def fail(*args: Any, local_files_only: bool = False, **options: Any) -> str:
@@ -230,11 +234,11 @@ class TestErrors:
             find_model("org/name")
         assert str(caught.value) == f"model org/name: it cannot be had from the hub: {message}"
 
-    def test_names_that_only_the_client_refuses(self, cache: Path) -> None:
+    def test_names_refused_by_the_client_are_errors(self, cache: Path) -> None:
         with pytest.raises(ConfigError, match=r"model org/na--me: .*HFValidationError"):
             find_model("org/na--me")
 
-    def test_a_repository_without_the_files(
+    def test_repository_without_the_files_is_an_error(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: dict[str, Any] = {}
@@ -243,7 +247,7 @@ class TestErrors:
             if local_files_only:
                 raise FileNotFoundError
             asked.update(options, repo=repo)
-            return str(put(cache, repo, dict.fromkeys(NEEDED, b"{}")))
+            return str(write_snapshot(cache, repo, dict.fromkeys(NEEDED, b"{}")))
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -376,7 +380,7 @@ def test_download(hub: str, tmp_path: Path) -> None:
     assert (snapshot / "tokenizer.json").exists()
 
 
-def test_refusals(hub: str, tmp_path: Path) -> None:
+def test_refusals_of_the_hub_are_errors(hub: str, tmp_path: Path) -> None:
     wanted = {
         "org/gated": "access to it must be granted: accept its terms on its page on the hub",
         "org/secret": "access to it must be granted: accept its terms on its page on the hub",
@@ -390,6 +394,6 @@ def test_refusals(hub: str, tmp_path: Path) -> None:
         assert line.startswith(f"error: model {name}: {why}")
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_unreachable_hub_is_an_error(tmp_path: Path) -> None:
     said = find_in_a_process(["org/name"], tmp_path, HF_ENDPOINT="http://127.0.0.1:1")
     assert said == ["error: model org/name: it is not in the cache, and the hub cannot be reached"]

@@ -48,7 +48,7 @@ def train(folder: Path, case: Any = CASES[0], **settings: Any) -> None:
         model.save_pretrained(str(folder))
 
 
-def theirs(adapter: Path, merged: bool = True) -> Any:
+def load_in_peft(adapter: Path, merged: bool = True) -> Any:
     """Return PEFT's model with ``adapter``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_peft_s_bit_for_bit(kind: str, base: Path, tmp_path: Path) -> None:
+def test_weights_equal_pefts_bit_for_bit(kind: str, base: Path, tmp_path: Path) -> None:
     train(tmp_path / "adapter", **KINDS[kind])
     if kind == "fan in, fan out":
         # PEFT writes another value for this setting
@@ -117,7 +117,7 @@ def test_weights_are_peft_s_bit_for_bit(kind: str, base: Path, tmp_path: Path) -
     model = load_checkpoint(base, adapter=tmp_path / "adapter")
     save_checkpoint(model, tmp_path / "merged")
     ours = load_file(tmp_path / "merged" / "model.safetensors")
-    wanted = theirs(tmp_path / "adapter").state_dict()
+    wanted = load_in_peft(tmp_path / "adapter").state_dict()
     untouched = load_file(base / "model.safetensors")
     changed = 0
     for name, tensor in ours.items():
@@ -126,13 +126,13 @@ def test_weights_are_peft_s_bit_for_bit(kind: str, base: Path, tmp_path: Path) -
     assert changed == len(Adapter.load(tmp_path / "adapter").changed) > 0
 
 
-def test_logits_are_those_of_the_unmerged_adapter(base: Path, tmp_path: Path) -> None:
+def test_logits_equal_those_of_the_unmerged_adapter(base: Path, tmp_path: Path) -> None:
     train(tmp_path, **KINDS["everything"])
     case = CASES[0]
     tiles, ids = case.make_tiles(), case.token_ids()
     values, mask = padded_pixels(tiles)
     expected = (
-        theirs(tmp_path, merged=False)
+        load_in_peft(tmp_path, merged=False)
         .eval()(input_ids=torch.tensor(ids), pixel_values=values, pixel_attention_mask=mask)
         .logits[0]
     )
@@ -148,7 +148,7 @@ def test_logits_are_those_of_the_unmerged_adapter(base: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_the_sum_is_wide_and_rounded_once(
+def test_sum_is_wide_and_rounded_once(
     stored: torch.dtype, dtype: torch.dtype, base: Path, tmp_path: Path
 ) -> None:
     train(tmp_path / "adapter", r=4, target_modules=["q_proj"])
@@ -222,13 +222,15 @@ class TestConfig:
             ({"alpha_pattern": {f".*x{i}": 3 for i in range(65)}}, "64 of them with * or +"),
         ],
     )
-    def test_refused(self, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    def test_other_adapters_are_refused(
+        self, changes: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
         with pytest.raises(ConfigError) as caught:
             self.load(tmp_path, **changes)
         assert message in str(caught.value)
         assert "adapter_config.json" in str(caught.value) or "_pattern" in str(caught.value)
 
-    def test_what_is_said_about_training_has_no_say(self, tmp_path: Path) -> None:
+    def test_training_settings_are_ignored(self, tmp_path: Path) -> None:
         plain = self.load(tmp_path)
         said = {
             "auto_mapping": {"parent_library": "evil"}, "lora_dropout": 0.5, "inference_mode": True,
@@ -237,7 +239,7 @@ class TestConfig:
         }  # fmt: skip
         assert self.load(tmp_path, **said) == plain
 
-    def test_missing(self, tmp_path: Path) -> None:
+    def test_missing_config_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"adapter_config\.json: cannot be read"):
             AdapterConfig.load(tmp_path)
 
@@ -261,47 +263,49 @@ class TestWeights:
             content[f"{Q_PROJ}.{name.replace('__', '.')}"] = tensor
         save_file({k: t for k, t in content.items() if t is not None}, file)
 
-    def test_half_a_pair(self, base: Path, adapter: Path) -> None:
+    def test_pair_without_a_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, lora_A__weight=None)
         assert f"tensor '{Q_PROJ}.lora_A.weight' is missing" in self.refusal(base, adapter)
 
-    def test_the_other_half(self, base: Path, adapter: Path) -> None:
+    def test_pair_without_b_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, lora_B__weight=None)
         assert f"tensor '{Q_PROJ}.lora_B.weight' is missing" in self.refusal(base, adapter)
 
-    def test_another_rank(self, base: Path, adapter: Path) -> None:
+    def test_other_rank_is_refused(self, base: Path, adapter: Path) -> None:
         edit(adapter, r=8)
         assert "with r = 8 as in adapter_config.json, got (4, 64)" in self.refusal(base, adapter)
 
-    def test_another_model_s(self, base: Path, adapter: Path) -> None:
+    def test_adapter_of_another_model_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, lora_A__weight=torch.zeros(4, 63))
         said = self.refusal(base, adapter)
         assert "q_proj.weight' of shape (64, 64), got (64, 63)" in said
 
-    def test_a_module_that_is_not_there(self, base: Path, adapter: Path) -> None:
+    def test_unknown_module_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, x__lora_A__weight=torch.ones(4, 2), x__lora_B__weight=torch.ones(2, 4))
         assert "q_proj.x.weight', which is not part of this model" in self.refusal(base, adapter)
 
     @pytest.mark.parametrize(
         "name", ["lora_magnitude_vector", "lora_A__default__weight", "lora_B__bias", "hada_w1_a"]
     )
-    def test_tensors_that_are_no_plain_lora(self, name: str, base: Path, adapter: Path) -> None:
+    def test_tensors_beyond_plain_lora_are_refused(
+        self, name: str, base: Path, adapter: Path
+    ) -> None:
         self.change(adapter, **{name: torch.zeros(4)})
         assert "is no part of plain LoRA" in self.refusal(base, adapter)
 
-    def test_a_prefix_that_is_not_peft_s(self, base: Path, adapter: Path) -> None:
+    def test_other_prefix_is_refused(self, base: Path, adapter: Path) -> None:
         file = adapter / "adapter_model.safetensors"
         save_file({name[5:]: tensor for name, tensor in load_file(file).items()}, file)
         assert "must begin with 'base_model.model.'" in self.refusal(base, adapter)
 
-    def test_the_same_tensor_whole_twice(self, base: Path, adapter: Path) -> None:
+    def test_repeated_whole_tensor_is_refused(self, base: Path, adapter: Path) -> None:
         whole = torch.zeros(64, 64)
         self.change(adapter, weight=whole, base_layer__weight=whole.clone())
         assert "q_proj.weight' twice" in self.refusal(base, adapter)
 
     @pytest.mark.parametrize("quantization", [None, Quantization()], ids=["dense", "nf4"])
     @pytest.mark.parametrize("shape", [(1,), (), (64,), (1, 64), (64, 1), (64, 64, 1)], ids=str)
-    def test_a_base_weight_of_another_shape_beside_a_pair(
+    def test_base_weight_of_another_shape_is_refused(
         self, shape: tuple[int, ...], quantization: Any, base: Path, adapter: Path
     ) -> None:
         """The sum would broadcast, and the model's own weight would be lost."""
@@ -309,25 +313,25 @@ class TestWeights:
         said = self.refusal(base, adapter, check_finite=True, quantization=quantization)
         assert f"q_proj.weight' of shape (64, 64), got {shape}" in said
 
-    def test_a_base_weight_beside_a_pair(self, base: Path, adapter: Path) -> None:
+    def test_base_weight_beside_a_pair_is_used_as_in_peft(self, base: Path, adapter: Path) -> None:
         self.change(adapter, base_layer__weight=torch.full((64, 64), 0.5))
         model = load_checkpoint(base, adapter=adapter)
         name = "model.text_model.layers.0.self_attn.q_proj.weight"
         qkv: Any = dict(model.named_parameters())["text.layers.0.attention.qkv_proj.weight"]
-        assert torch.equal(qkv[:64], theirs(adapter).state_dict()[name])
+        assert torch.equal(qkv[:64], load_in_peft(adapter).state_dict()[name])
 
-    def test_a_module_whole_and_by_a_pair(self, base: Path, adapter: Path) -> None:
+    def test_module_as_weight_and_pair_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, weight=torch.zeros(64, 64))
         assert "q_proj.weight' without a pair for its module" in self.refusal(base, adapter)
 
-    def test_a_base_weight_without_a_pair(self, base: Path, adapter: Path) -> None:
+    def test_base_weight_without_a_pair_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(
             adapter,
             base_layer__weight=torch.zeros(64, 64), lora_A__weight=None, lora_B__weight=None,
         )  # fmt: skip
         assert "q_proj.weight' with a pair for its module" in self.refusal(base, adapter)
 
-    def test_two_pairs_for_one_module(self, base: Path, adapter: Path) -> None:
+    def test_two_pairs_for_one_module_are_refused(self, base: Path, adapter: Path) -> None:
         pair = {"lora_embedding_A": torch.ones(4, 64), "lora_embedding_B": torch.ones(64, 4)}
         self.change(adapter, **pair)
         assert "changes 'model.text_model.layers.0.self_attn.q_proj.weight' twice" in self.refusal(
@@ -337,7 +341,7 @@ class TestWeights:
         said = self.refusal(base, adapter)
         assert "must be changed by lora_A.weight, got '.lora_embedding_A'" in said
 
-    def test_a_linear_layer_s_pair_for_the_embedding(self, base: Path, adapter: Path) -> None:
+    def test_linear_pair_for_the_embedding_is_refused(self, base: Path, adapter: Path) -> None:
         rows, columns = 120, 64
         self.change(
             adapter,
@@ -350,11 +354,11 @@ class TestWeights:
         said = self.refusal(base, adapter)
         assert "embed_tokens.weight' must be changed by lora_embedding_A, got '.lora_A" in said
 
-    def test_a_rank_of_nothing(self, base: Path, adapter: Path) -> None:
+    def test_rank_of_zero_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, lora_A__weight=torch.ones(0, 64), lora_B__weight=torch.ones(64, 0))
         assert "with r = 4 as in adapter_config.json, got (0, 64)" in self.refusal(base, adapter)
 
-    def test_a_saved_module_that_is_not_there(self, base: Path, tmp_path: Path) -> None:
+    def test_incomplete_saved_module_is_refused(self, base: Path, tmp_path: Path) -> None:
         """PEFT fails as well; using the model's own connector would give wrong answers."""
         train(tmp_path, r=4, target_modules=["fc1"], modules_to_save=["connector"])
         file = tmp_path / "adapter_model.safetensors"
@@ -362,21 +366,21 @@ class TestWeights:
         del tensors["base_model.model.model.connector.perceiver_resampler.latents"]
         save_file(tensors, file)
         with pytest.raises(KeyError, match="latents"):
-            theirs(tmp_path)
+            load_in_peft(tmp_path)
         said = self.refusal(base, tmp_path)
         assert "must hold 'model.connector.perceiver_resampler.latents', which is in" in said
 
-    def test_only_the_model_s_own_names_meet_patterns(
+    def test_patterns_are_matched_only_with_the_models_names(
         self, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         met: list[str] = []
         fits = NamePattern.fits
 
-        def noted(pattern: NamePattern, name: str) -> bool:
+        def recording_fits(pattern: NamePattern, name: str) -> bool:
             met.append(name)
             return fits(pattern, name)
 
-        monkeypatch.setattr(NamePattern, "fits", noted)
+        monkeypatch.setattr(NamePattern, "fits", recording_fits)
         edit(adapter, alpha_pattern={".*.*b": 3}, rank_pattern={".*.*b": 3})
         load_checkpoint(base, adapter=adapter)
         own = {name.removesuffix(".weight") for name in load_file(base / "model.safetensors")}
@@ -392,47 +396,47 @@ class TestWeights:
         assert "which is not part of this model" in self.refusal(base, adapter)
         assert set(met[before:]) <= own
 
-    def test_types_that_are_no_weights(self, base: Path, adapter: Path) -> None:
+    def test_other_dtypes_are_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, lora_A__weight=torch.zeros(4, 64, dtype=torch.int8))
         assert "must be F64, F32, F16, BF16, got I8" in self.refusal(base, adapter)
 
-    def test_values_that_are_no_numbers(self, base: Path, adapter: Path) -> None:
+    def test_values_that_are_not_finite_are_refused(self, base: Path, adapter: Path) -> None:
         self.change(adapter, lora_A__weight=torch.full((4, 64), math.nan))
         load_checkpoint(base, adapter=adapter)
         said = self.refusal(base, adapter, check_finite=True)
         assert f"'{Q_PROJ}.lora_A.weight' must be finite, got 256 values that are not" in said
 
-    def test_a_sum_that_overflows(self, base: Path, adapter: Path) -> None:
+    def test_sum_that_overflows_is_refused(self, base: Path, adapter: Path) -> None:
         self.change(
             adapter, lora_A__weight=torch.full((4, 64), 3e4), lora_B__weight=torch.ones(64, 4)
         )
         said = self.refusal(base, adapter, check_finite=True, dtype=torch.float16)
         assert "must be finite in torch.float16, got 4096 values that are not" in said
 
-    def test_no_tensors(self, base: Path, adapter: Path) -> None:
+    def test_file_without_tensors_is_refused(self, base: Path, adapter: Path) -> None:
         save_file({}, adapter / "adapter_model.safetensors")
         assert "holds no tensors" in self.refusal(base, adapter)
 
-    def test_no_file(self, base: Path, adapter: Path) -> None:
+    def test_missing_file_is_refused(self, base: Path, adapter: Path) -> None:
         (adapter / "adapter_model.safetensors").unlink()
         assert self.refusal(base, adapter).endswith("holds no adapter_model.safetensors")
 
-    def test_a_pickle(self, base: Path, adapter: Path) -> None:
+    def test_pickle_is_refused(self, base: Path, adapter: Path) -> None:
         (adapter / "adapter_model.safetensors").unlink()
         (adapter / "adapter_model.bin").write_bytes(pickle.dumps({}))
         assert "only pickles (adapter_model.bin), which can run code" in self.refusal(base, adapter)
 
-    def test_a_pointer(self, base: Path, adapter: Path) -> None:
+    def test_git_lfs_pointer_is_refused(self, base: Path, adapter: Path) -> None:
         file = adapter / "adapter_model.safetensors"
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
         assert f"{file}: is a Git LFS pointer" in self.refusal(base, adapter)
 
-    def test_a_convolution(self, base: Path, tmp_path: Path) -> None:
+    def test_adapter_of_a_convolution_is_refused(self, base: Path, tmp_path: Path) -> None:
         train(tmp_path, r=4, target_modules=["patch_embedding"])
         assert "must be (r, in) and (out, r)" in self.refusal(base, tmp_path)
 
     @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-    def test_half_of_a_tied_pair(self, name: str, tmp_path: Path) -> None:
+    def test_half_of_a_tied_pair_is_refused(self, name: str, tmp_path: Path) -> None:
         folder = save_oracle(build_oracle(TIED), tmp_path / "base")
         train(tmp_path / "adapter", TIED, r=4, target_modules=["q_proj"], modules_to_save=[name])
         said = self.refusal(folder, tmp_path / "adapter")

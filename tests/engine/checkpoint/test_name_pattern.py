@@ -26,7 +26,7 @@ patterns = st.builds(
 
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(pattern=patterns, name=st.text("ab._-1", min_size=1, max_size=9))
-def test_it_fits_what_peft_s_fits(pattern: str, name: str) -> None:
+def test_patterns_match_as_in_peft(pattern: str, name: str) -> None:
     fits = re.match(rf"(.*\.)?({pattern})$", name) is not None
     assert NamePattern(pattern, "alpha_pattern").fits(name) == fits
 
@@ -39,7 +39,7 @@ def test_it_fits_what_peft_s_fits(pattern: str, name: str) -> None:
         r".*text_model.*_proj", "layers.1", ".", ".*", "x*", r"\w+", "q.proj", "11.*q_proj",
     ],
 )  # fmt: skip
-def test_modules_are_found_as_peft_finds_them(pattern: str) -> None:
+def test_modules_are_found_as_in_peft(pattern: str) -> None:
     found = get_pattern_key([pattern], MODULE) == pattern
     assert NamePattern(pattern, "rank_pattern").fits(MODULE) == found
 
@@ -56,7 +56,7 @@ class Counted(str):
 
 
 @pytest.mark.parametrize("pattern", [".*.*b", ".*a.*b", r"\w+\w+x", "a*a*b", ".*.+"])
-def test_each_character_is_looked_at_once(pattern: str) -> None:
+def test_each_character_is_read_once(pattern: str) -> None:
     name = Counted("a." * 4000 + "c")
     assert NamePattern(pattern, "alpha_pattern").fits(name) == pattern.endswith(".+")
     assert name.seen == len(name)
@@ -67,6 +67,6 @@ def test_each_character_is_looked_at_once(pattern: str) -> None:
     ["", "^", "$", "*", "+a", "a**", "a*+", "(a+)+", "a|b", "[ab]", "a{9}", "a?", r"\b", r"\1", "a^b", "a$b", "a\\", "é",
      "a*b*c*", "x" * 201, "\n"],
 )  # fmt: skip
-def test_what_else_is_a_pattern_is_refused(pattern: str) -> None:
+def test_other_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(ConfigError, match=r"rank_pattern: keys must be names of modules"):
         NamePattern(pattern, "rank_pattern")

@@ -68,7 +68,7 @@ def make_adapter(folder: Path) -> Path:
     return folder
 
 
-def quantised_oracle(folder: Path, dtype: torch.dtype, **config: Any) -> Any:
+def quantized_oracle(folder: Path, dtype: torch.dtype, **config: Any) -> Any:
     """Let transformers and bitsandbytes quantize the checkpoint in ``folder``."""
     settings: dict[str, Any] = {
         "load_in_4bit": True,
@@ -111,26 +111,26 @@ def whole_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def transformers_checkpoint(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint that transformers and bitsandbytes make of ``dense``."""
     folder = tmp_path_factory.mktemp("theirs")
-    quantised_oracle(dense, torch.bfloat16).save_pretrained(folder)
+    quantized_oracle(dense, torch.bfloat16).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def copy(theirs: Path, tmp_path: Path) -> Path:
-    """Return a copy of ``theirs``, which a test may damage."""
-    return Path(shutil.copytree(theirs, tmp_path / "copy"))
+def copy(transformers_checkpoint: Path, tmp_path: Path) -> Path:
+    """Return a copy of ``transformers_checkpoint``, which a test may damage."""
+    return Path(shutil.copytree(transformers_checkpoint, tmp_path / "copy"))
 
 
 class TestFiles:
     @pytest.mark.parametrize("double_quant", [True, False])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_what_we_quantise_is_theirs_bit_for_bit(
+    def test_quantized_checkpoint_equals_transformers_bit_for_bit(
         self, dtype: torch.dtype, double_quant: bool, dense: Path, tmp_path: Path
     ) -> None:
-        oracle = quantised_oracle(dense, dtype, bnb_4bit_use_double_quant=double_quant)
+        oracle = quantized_oracle(dense, dtype, bnb_4bit_use_double_quant=double_quant)
         oracle.save_pretrained(tmp_path / "theirs")
         chosen = Quantization(double_quant=double_quant)
         model = load_checkpoint(dense, dtype=dtype, quantization=chosen)
@@ -144,9 +144,9 @@ class TestFiles:
         # The other settings concern int8 only
         assert settings == {name: wanted[name] for name in settings}
 
-    def test_a_tied_model(self, tmp_path: Path) -> None:
+    def test_tied_model_is_quantized(self, tmp_path: Path) -> None:
         folder = make_dense(tmp_path / "dense", TIED)
-        quantised_oracle(folder, torch.float32).save_pretrained(tmp_path / "theirs")
+        quantized_oracle(folder, torch.float32).save_pretrained(tmp_path / "theirs")
         model = load_checkpoint(folder, quantization=NF4)
         assert model.lm_head is model.text.embedding
         save_checkpoint(model, tmp_path / "ours", config_from=folder)
@@ -155,10 +155,10 @@ class TestFiles:
 
     @pytest.mark.parametrize("shard_bytes", [10**9, 2000], ids=["single", "sharded"])
     @pytest.mark.parametrize("double_quant", [True, False])
-    def test_theirs_come_through_ours_bit_for_bit(
+    def test_transformers_checkpoint_is_saved_unchanged(
         self, double_quant: bool, shard_bytes: int, dense: Path, tmp_path: Path
     ) -> None:
-        oracle = quantised_oracle(dense, torch.float16, bnb_4bit_use_double_quant=double_quant)
+        oracle = quantized_oracle(dense, torch.float16, bnb_4bit_use_double_quant=double_quant)
         oracle.save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
         # With so many shards, some of them separate the tensors of one weight
         if shard_bytes < 10**9:
@@ -174,7 +174,7 @@ class TestFiles:
         )
         assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
 
-    def test_ours_are_read_by_transformers(self, dense: Path, tmp_path: Path) -> None:
+    def test_saved_checkpoint_is_read_by_transformers(self, dense: Path, tmp_path: Path) -> None:
         model = load_checkpoint(dense, dtype=torch.bfloat16, quantization=NF4)
         save_checkpoint(model, tmp_path / "ours", config_from=dense, max_shard_bytes=9000)
         oracle = Idefics2ForConditionalGeneration.from_pretrained(tmp_path / "ours")
@@ -187,7 +187,9 @@ class TestFiles:
             assert torch.equal(tensor, mine[name]), name
 
     @pytest.mark.parametrize("parts", [("text",), ("connector", "vision")], ids="+".join)
-    def test_parts(self, parts: tuple[str, ...], dense: Path, tmp_path: Path) -> None:
+    def test_only_chosen_parts_are_quantized(
+        self, parts: tuple[str, ...], dense: Path, tmp_path: Path
+    ) -> None:
         model = load_checkpoint(dense, quantization=Quantization(parts))
         save_checkpoint(model, tmp_path, config_from=dense)
         oracle = Idefics2ForConditionalGeneration.from_pretrained(tmp_path)
@@ -203,18 +205,18 @@ class TestFiles:
         for mine, before in zip(again.parameters(), model.parameters(), strict=True):
             assert torch.equal(mine, before)
 
-    def test_modules_that_were_skipped_inside_a_fused_layer(
+    def test_skipped_modules_inside_a_fused_layer_stay_dense(
         self, whole_blocks: Path, tmp_path: Path
     ) -> None:
         """transformers quantizes the head if the user's list of modules to skip leaves it out."""
-        oracle = quantised_oracle(whole_blocks, torch.float32, llm_int8_skip_modules=[Q_PROJ])
+        oracle = quantized_oracle(whole_blocks, torch.float32, llm_int8_skip_modules=[Q_PROJ])
         assert isinstance(oracle.lm_head, Linear4bit)
         oracle.save_pretrained(tmp_path / "theirs")
         model = load_checkpoint(tmp_path / "theirs")
         layer = model.get_submodule("text.layers.1.attention.qkv_proj")
         assert isinstance(layer, SideBySide)
         assert [type(part) for part in layer.layers] == [Linear, NF4Linear, NF4Linear]
-        exact = dequantised(whole_blocks, tmp_path / "theirs", torch.float64)
+        exact = dequantized(whole_blocks, tmp_path / "theirs", torch.float64)
         assert_three_way(model, oracle.train(), exact, WHOLE_BLOCKS)
 
         save_checkpoint(model, tmp_path / "ours", config_from=tmp_path / "theirs")
@@ -226,19 +228,21 @@ class TestFiles:
         for name in wanted.keys() - head:
             assert torch.equal(mine[name], wanted[name]), name
 
-    def test_a_dense_model_is_no_longer_called_quantised(self, copy: Path, tmp_path: Path) -> None:
+    def test_dense_model_is_saved_without_quantization_config(
+        self, copy: Path, tmp_path: Path
+    ) -> None:
         save_checkpoint(
             build_model(ModelConfig.load(DEMO_MODEL)), tmp_path / "new", config_from=copy
         )
         assert "quantization_config" not in json.loads((tmp_path / "new/config.json").read_text())
 
 
-def dequantised(dense: Path, quantised: Path, dtype: torch.dtype) -> Any:
-    """Build transformers' dense model of the weights in ``quantised``.
+def dequantized(dense: Path, quantized: Path, dtype: torch.dtype) -> Any:
+    """Build transformers' dense model of the weights in ``quantized``.
 
     bitsandbytes dequantizes them.
     """
-    tensors = tensors_of(quantised)
+    tensors = tensors_of(quantized)
     oracle: Any = Idefics2ForConditionalGeneration.from_pretrained(dense, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
@@ -278,12 +282,12 @@ def assert_three_way(model: Idefics2, same_dtype: Any, exact: Any, case: TinyCas
 class TestLogits:
     @pytest.mark.parametrize("double_quant", [True, False])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_as_close_to_float64_as_transformers_and_bitsandbytes(
+    def test_logits_are_as_close_to_float64_as_transformers(
         self, dtype: torch.dtype, double_quant: bool, whole_blocks: Path, tmp_path: Path
     ) -> None:
-        oracle = quantised_oracle(whole_blocks, dtype, bnb_4bit_use_double_quant=double_quant)
+        oracle = quantized_oracle(whole_blocks, dtype, bnb_4bit_use_double_quant=double_quant)
         oracle.save_pretrained(tmp_path)
-        exact = dequantised(whole_blocks, tmp_path, torch.float64)
+        exact = dequantized(whole_blocks, tmp_path, torch.float64)
         # bitsandbytes' inference code for AVX-512 rounds absmaxes to bf16, and its code for
         # training does not
         oracle.train()
@@ -295,30 +299,30 @@ class TestLogits:
             assert_three_way(model, oracle, exact, WHOLE_BLOCKS)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_rows_that_begin_inside_blocks(
+    def test_rows_may_begin_inside_blocks(
         self, dtype: torch.dtype, dense: Path, tmp_path: Path
     ) -> None:
-        quantised_oracle(dense, dtype).save_pretrained(tmp_path)
-        same, exact = (dequantised(dense, tmp_path, each) for each in (dtype, torch.float64))
+        quantized_oracle(dense, dtype).save_pretrained(tmp_path)
+        same, exact = (dequantized(dense, tmp_path, each) for each in (dtype, torch.float64))
         assert_three_way(load_checkpoint(tmp_path, dtype=dtype), same, exact, ODD)
 
     @pytest.mark.parametrize("case", ["odd", "whole"])
-    def test_on_the_kernels(
+    def test_logits_on_the_kernels(
         self, case: str, dense: Path, whole_blocks: Path, device: torch.device, tmp_path: Path
     ) -> None:
         folder, tiny = {"odd": (dense, ODD), "whole": (whole_blocks, WHOLE_BLOCKS)}[case]
-        quantised_oracle(folder, torch.float32).save_pretrained(tmp_path)
-        same, exact = (dequantised(folder, tmp_path, d) for d in (torch.float32, torch.float64))
+        quantized_oracle(folder, torch.float32).save_pretrained(tmp_path)
+        same, exact = (dequantized(folder, tmp_path, d) for d in (torch.float32, torch.float64))
         assert_three_way(load_checkpoint(tmp_path, TRITON, device), same, exact, tiny)
 
-    def test_the_bound_can_be_broken(self, whole_blocks: Path, tmp_path: Path) -> None:
+    def test_wrong_offset_exceeds_the_bound(self, whole_blocks: Path, tmp_path: Path) -> None:
         """Another tensor's offset must be noticed.
 
         Fusing the states of parts invites this error.
         """
-        oracle = quantised_oracle(whole_blocks, torch.float32)
+        oracle = quantized_oracle(whole_blocks, torch.float32)
         oracle.save_pretrained(tmp_path)
-        exact = dequantised(whole_blocks, tmp_path, torch.float64)
+        exact = dequantized(whole_blocks, tmp_path, torch.float64)
         model = load_checkpoint(tmp_path)
         layer: Any = model.get_submodule("text.layers.1.attention.qkv_proj")
         q, k, _ = layer.layers
@@ -330,11 +334,11 @@ class TestLogits:
 
 class TestLoading:
     @pytest.mark.parametrize("shard_bytes", [10**9, 2000], ids=["single", "sharded"])
-    def test_the_tensors_of_a_weight_are_read_together(
+    def test_tensors_of_a_weight_are_read_together(
         self, shard_bytes: int, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Other weights are read in between only if a weight's tensors are in two shards."""
-        quantised_oracle(dense, torch.bfloat16).save_pretrained(
+        quantized_oracle(dense, torch.bfloat16).save_pretrained(
             tmp_path, max_shard_size=shard_bytes
         )
         order = list[StoredTensor]()
@@ -350,7 +354,7 @@ class TestLoading:
         assert len(runs) == len(set(runs))
         assert len({t.file for t in order}) == len(list(groupby(t.file for t in order)))
 
-    def test_names_without_the_prefix(self, copy: Path, tmp_path: Path) -> None:
+    def test_names_without_the_prefix_are_accepted(self, copy: Path, tmp_path: Path) -> None:
         """The six tensors of a weight have the same prefix, as transformers reads them."""
         file = copy / "model.safetensors"
         names = {name: name.removeprefix("model.") for name in load_file(file)}
@@ -363,7 +367,7 @@ class TestLoading:
         _, info = from_pretrained(copy, output_loading_info=True)
         assert not info["missing_keys"]
 
-    def test_one_dense_weight_is_there_at_a_time(
+    def test_one_dense_weight_exists_at_a_time(
         self, dense: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         allocate, seen, allocated = Idefics2.allocate, list[weakref.ref[Tensor]](), set[str]()
@@ -386,7 +390,7 @@ class TestLoading:
         patches = {"vision.patch_embedding.weight", "vision.position_embedding"}
         assert allocated == patches | {"connector.perceiver.latents", "text.embedding", "lm_head"}
 
-    def test_weights_of_one_input_become_one(self, tmp_path: Path) -> None:
+    def test_weights_of_one_input_are_fused(self, tmp_path: Path) -> None:
         """If every part is whole nested blocks, one product replaces two.
 
         The parts share one memory, and saved files do not change.
@@ -398,7 +402,7 @@ class TestLoading:
             vision={"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 192},
             text={"intermediate_size": 256},
         )
-        quantised_oracle(make_dense(tmp_path / "dense", case), torch.float32).save_pretrained(
+        quantized_oracle(make_dense(tmp_path / "dense", case), torch.float32).save_pretrained(
             tmp_path / "theirs"
         )
         products: list[NF4Weight] = []
@@ -439,7 +443,7 @@ class TestLoading:
         model.to("meta")
         assert {part.weight.device.type for part in layer.layers} == {"meta"}
 
-    def test_an_adapter_is_merged_first(self, dense: Path, tmp_path: Path) -> None:
+    def test_adapter_is_merged_before_quantization(self, dense: Path, tmp_path: Path) -> None:
         adapter = make_adapter(tmp_path / "adapter")
         merged = load_checkpoint(dense, dtype=torch.bfloat16, adapter=adapter)
         save_checkpoint(merged, tmp_path / "merged", config_from=dense)
@@ -470,8 +474,8 @@ class TestLoading:
             assert all(map(torch.equal, models[0], again))
         assert len({tuple(codes.tolist()) for codes in models[0]}) == len(models[0])
 
-    def test_types_of_nf4_weights_are_left_alone(self, theirs: Path) -> None:
-        model = load_checkpoint(theirs, dtype=torch.bfloat16)
+    def test_casting_the_model_keeps_nf4_dtypes(self, transformers_checkpoint: Path) -> None:
+        model = load_checkpoint(transformers_checkpoint, dtype=torch.bfloat16)
         layer: Any = model.get_submodule("text.layers.0.attention.o_proj")
         before = layer.weight
         model.double()
@@ -481,7 +485,7 @@ class TestLoading:
         assert {part.device.type for part in layer.weight.tensors.values()} == {"meta"}
         assert layer.weight.offset.dtype is torch.float32
 
-    def test_a_layer_without_its_weight(self) -> None:
+    def test_layer_without_its_weight_is_an_error(self) -> None:
         layer = NF4Linear(64, 3, REFERENCE, bias=False)
         with pytest.raises(RuntimeError, match=r"shape \(3, 64\) was not loaded"):
             layer(torch.zeros(1, 64))
@@ -515,7 +519,7 @@ class TestRefused:
             ),
         ],
     )
-    def test_arguments(self, arguments: dict[str, Any], message: str) -> None:
+    def test_invalid_arguments_are_refused(self, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             LLM(device="cpu", **arguments)
 
@@ -538,7 +542,7 @@ class TestRefused:
             ("nf4", "quantization_config must be an object, got 'nf4'"),
         ],
     )  # fmt: skip
-    def test_configs(self, settings: Any, message: str) -> None:
+    def test_invalid_configs_are_refused(self, settings: Any, message: str) -> None:
         if isinstance(settings, dict) and any(
             key.startswith(("bnb_4bit_quant_st", "llm")) for key in settings
         ):
@@ -547,21 +551,25 @@ class TestRefused:
         with pytest.raises(ConfigError, match=message):
             ModelConfig.from_dict(config)
 
-    def test_what_is_quantised_already(self, theirs: Path, tmp_path: Path) -> None:
+    def test_quantized_checkpoint_is_not_quantized_again(
+        self, transformers_checkpoint: Path, tmp_path: Path
+    ) -> None:
         with pytest.raises(ConfigError, match="is quantized already: load it without quantization"):
-            load_checkpoint(theirs, quantization=NF4)
+            load_checkpoint(transformers_checkpoint, quantization=NF4)
         adapter = make_adapter(tmp_path / "adapter")
         with pytest.raises(ConfigError, match="an adapter must be merged before that"):
-            load_checkpoint(theirs, adapter=adapter)
+            load_checkpoint(transformers_checkpoint, adapter=adapter)
         with pytest.raises(ConfigError, match="quantization_config must be absent"):
-            build_model(ModelConfig.load(theirs))
+            build_model(ModelConfig.load(transformers_checkpoint))
         with pytest.raises(ConfigError, match=r"dtype must be .* got torch.float64"):
-            load_checkpoint(theirs, dtype=torch.float64)
+            load_checkpoint(transformers_checkpoint, dtype=torch.float64)
         with pytest.raises(ValueError, match=r"dtype must be .* got torch.float64"):
-            save_checkpoint(load_checkpoint(theirs), tmp_path / "new", torch.float64)
+            save_checkpoint(
+                load_checkpoint(transformers_checkpoint), tmp_path / "new", torch.float64
+            )
         assert not (tmp_path / "new").exists()
 
-    def test_configs_and_files_that_contradict_each_other(
+    def test_contradicting_config_and_tensors_are_refused(
         self, copy: Path, dense: Path, tmp_path: Path
     ) -> None:
         settings = json.loads((copy / "config.json").read_text())["quantization_config"]
@@ -600,7 +608,7 @@ class TestRefused:
             (STATE, lambda t: t[1:].clone(), "bitsandbytes__nf4': .* is not JSON"),
         ],
     )  # fmt: skip
-    def test_damaged_tensors(
+    def test_damaged_tensors_are_refused(
         self, end: str, change: Callable[[Tensor], Tensor] | None, message: str, copy: Path
     ) -> None:
         tensors = tensors_of(copy)
@@ -627,7 +635,9 @@ class TestRefused:
             ({"nested_offset": "0.5"}, "nested_offset must be a number in fp32, got '0.5'"),
         ],
     )  # fmt: skip
-    def test_states(self, change: dict[str, Any], message: str, copy: Path) -> None:
+    def test_invalid_states_are_refused(
+        self, change: dict[str, Any], message: str, copy: Path
+    ) -> None:
         tensors = tensors_of(copy)
         name = f"{Q_PROJ}.weight{STATE}"
         state = json.loads(bytes(tensors[name].tolist())) | change
@@ -636,7 +646,9 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(copy)
 
-    def test_numbers_that_are_not_finite(self, copy: Path, dense: Path, tmp_path: Path) -> None:
+    def test_values_that_are_not_finite_are_refused(
+        self, copy: Path, dense: Path, tmp_path: Path
+    ) -> None:
         tensors = tensors_of(copy)
         tensors[f"{Q_PROJ}.weight.nested_absmax"][0] = torch.inf
         save_file(tensors, copy / "model.safetensors")
@@ -658,14 +670,14 @@ class TestRefused:
 
 
 class TestWholeSystem:
-    def test_the_runtime_computes_what_the_weights_say(self, tmp_path: Path) -> None:
+    def test_runtime_gives_the_tokens_of_equivalent_dense_weights(self, tmp_path: Path) -> None:
         """Single requests, a batch, and the equivalent dense weights give the same tokens."""
         dense = tmp_path / "dense"
         write_checkpoint(dense)
         model = load_checkpoint(dense, quantization=NF4)
         save_checkpoint(model, tmp_path / "nf4", config_from=dense)
         plain = Path(shutil.copytree(dense, tmp_path / "plain"))
-        dequantised(dense, tmp_path / "nf4", torch.float32).save_pretrained(plain)
+        dequantized(dense, tmp_path / "nf4", torch.float32).save_pretrained(plain)
         prompts = ["A picture of", "In this image, we see a", "Once upon a time there was a", "It"]
         params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
@@ -683,7 +695,7 @@ class TestWholeSystem:
         assert answers(together=False, model=tmp_path / "nf4") == wanted
         assert answers(model=tmp_path / "nf4", max_num_batched_tokens=3, max_num_seqs=2) == wanted
 
-    def test_the_runtime_on_the_kernels(self, device: torch.device, tmp_path: Path) -> None:
+    def test_runtime_on_the_kernels(self, device: torch.device, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
 
@@ -713,7 +725,7 @@ class TestWholeSystem:
         out = tmp_path / "nf4"
         assert main(["quantize", str(DEMO_MODEL), str(out), "--device", "cpu"]) == 0
         assert " MB of weights, from 15.0 MB" in capsys.readouterr().out
-        quantised_oracle(DEMO_MODEL, torch.bfloat16).save_pretrained(tmp_path / "theirs")
+        quantized_oracle(DEMO_MODEL, torch.bfloat16).save_pretrained(tmp_path / "theirs")
         assert_same_tensors(out, tmp_path / "theirs")
 
         question = ["generate", "--device", "cpu", "--prompt", "Where is the star?"]

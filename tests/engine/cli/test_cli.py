@@ -131,7 +131,7 @@ def texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 class TestHelp:
     @pytest.mark.parametrize("argv", [[], ["generate"], ["chat"]])
-    def test_loads_nothing_heavy(self, argv: list[str]) -> None:
+    def test_help_imports_only_the_standard_library(self, argv: list[str]) -> None:
         # Modules that a bare interpreter has loaded already are not counted. Only this package and
         # the standard library may be new.
         code = (
@@ -146,7 +146,7 @@ class TestHelp:
         assert (result.returncode, result.stderr) == (0, "")
         assert "usage: idefics2" in result.stdout
 
-    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_version_is_printed(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert exit_code(["--version"]) == 0
         assert capsys.readouterr().out == f"idefics2-engine {idefics2_engine.__version__}\n"
 
@@ -177,7 +177,7 @@ class TestErrors:
             (["chat", "--image", "no/such.png"], "no/such.png"),
         ],
     )
-    def test_bad_input_is_one_line_and_2(
+    def test_invalid_input_prints_one_line_and_exits_with_2(
         self, argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert exit_code(argv) == 2
@@ -201,7 +201,7 @@ class TestErrors:
             ([], {"code": "prompt_too_long"}),
         ],
     )
-    def test_json_is_json_when_it_fails_too(
+    def test_errors_are_json_with_json(
         self,
         argv: list[str],
         error: dict[str, str],
@@ -217,7 +217,9 @@ class TestErrors:
         command = "idefics2 generate" if error["code"] == "bad_input" else "idefics2"
         assert err == f"{command}: error: {result['error']['message']}\n"
 
-    def test_not_an_image(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_file_that_is_not_an_image_is_named(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "text.png").write_text("no pixels")
         argv = ["generate", "--prompt", "x", "--image", str(tmp_path / "text.png")]
         assert exit_code(argv) == 2
@@ -238,18 +240,20 @@ class TestErrors:
 
 
 class TestGenerate:
-    def test_prints_the_answer(self, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_answer_is_printed(self, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["generate", "--image", picture, "--image", picture, "--prompt", "Why?"]) == 0
         assert capsys.readouterr().out == f"{ANSWER}\n"
         ((messages, _),) = FakeLLM.asked
         assert texts(messages) == [("user", "<image><image>Why?")]
         assert messages[0]["content"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
 
-    def test_streams_what_is_new(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_stream_prints_only_new_text(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["generate", "--stream", "--prompt", "Why?"]) == 0
         assert capsys.readouterr().out == f"{ANSWER}\n"
 
-    def test_json(self, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_json_holds_answer_and_counts(
+        self, picture: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert main(["generate", "--json", "--image", picture, "--prompt", "Why?"]) == 0
         out = capsys.readouterr().out
         assert out.count("\n") == 1
@@ -273,7 +277,7 @@ class TestGenerate:
         }
 
     @pytest.mark.parametrize("is_quantized", [False, True])
-    def test_json_says_what_answered(
+    def test_json_names_model_and_device(
         self,
         is_quantized: bool,
         monkeypatch: pytest.MonkeyPatch,
@@ -291,13 +295,13 @@ class TestGenerate:
         assert result["quantization"] == "nf4"
         assert (result["device"], result["dtype"]) == ("cuda:1", "float16")
 
-    def test_raw(self, picture: str) -> None:
+    def test_raw_passes_the_prompt_unchanged(self, picture: str) -> None:
         assert main(["generate", "--raw", "--image", picture, "--prompt", "<image>In"]) == 0
         ((prompt, _),) = FakeLLM.asked
         assert prompt["prompt"] == "<image>In"
         assert [image.size for image in prompt["multi_modal_data"]["image"]] == [(8, 6)]
 
-    def test_greedy_with_the_checkpoint_s_settings_by_default(self) -> None:
+    def test_defaults_are_greedy_with_the_checkpoints_settings(self) -> None:
         assert main(["generate", "--prompt", "x"]) == 0
         settings = {
             "adapter": None,
@@ -317,7 +321,7 @@ class TestGenerate:
         assert main(["generate", "--prompt", "x"]) == 0
         assert FakeLLM.built[1]["seed"] != seed, "drawn answers differ from run to run"
 
-    def test_every_option_arrives(self, tmp_path: Path) -> None:
+    def test_every_option_is_passed_on(self, tmp_path: Path) -> None:
         checks = ["--adapter", "org/lora@main", "--verify", "--check-finite"]
         model = [
             "--model",
@@ -370,7 +374,7 @@ class TestGenerate:
             stop_token_ids=(4, 5),
         )
 
-    def test_a_hub_id_arrives_as_it_is(self) -> None:
+    def test_hub_id_is_passed_unchanged(self) -> None:
         assert main(["generate", "--prompt", "x", "--model", "org/name@v1.0"]) == 0
         assert FakeLLM.built[0] == "org/name@v1.0"
 
@@ -389,7 +393,7 @@ class TestGenerate:
         assert FakeLLM.built[1]["max_num_seqs"] == 2
         assert FakeLLM.asked[1][1] == SamplingParams(temperature=1, max_tokens=256, n=2, logprobs=1)
 
-    def test_the_prompt_or_an_image_from_standard_input(
+    def test_prompt_or_image_may_come_from_standard_input(
         self, picture: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pipe_in(monkeypatch, b"\xef\xbb\xbfWhy\r\n\xc3\xa9?\r\n")
@@ -419,7 +423,7 @@ class TestGenerate:
             (["--prompt", "x", "--json", "--logprobs", "-2"], b"", "logprobs must be an integer"),
         ],
     )
-    def test_what_does_not_go_together(
+    def test_conflicting_arguments_are_refused(
         self,
         argv: list[str],
         data: bytes,
@@ -432,7 +436,7 @@ class TestGenerate:
         assert message in capsys.readouterr().err
         assert FakeLLM.asked == []
 
-    def test_loading_does_not_count_imports(
+    def test_loading_time_excludes_imports(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         clock = [0.0]
@@ -493,7 +497,7 @@ class TestGenerate:
         assert chosen == wanted
 
     @pytest.mark.parametrize("threads", ["0", "-1", "2.5", "many", "\u0661", "10000"])
-    def test_what_is_no_number_of_threads(
+    def test_invalid_numbers_of_threads_are_refused(
         self, threads: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["generate", "--prompt", "x", f"--threads={threads}"]) == 2
@@ -501,7 +505,7 @@ class TestGenerate:
 
 
 class TestChatOverAPipe:
-    def test_prints_the_answers_alone_and_remembers(
+    def test_only_answers_are_printed_and_turns_are_kept(
         self, picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         type_lines(monkeypatch, f"/image {picture}", "What?", "", "Where?", "/reset", " /etc?")
@@ -513,25 +517,27 @@ class TestChatOverAPipe:
         third = [("user", "/etc?")]
         assert [texts(messages) for messages, _ in FakeLLM.asked] == [first, second, third]
 
-    def test_what_is_no_text_ends_it(
+    def test_invalid_utf8_ends_the_chat(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         pipe_in(monkeypatch, b"What?\n\xff\n")
         assert main(["chat"]) == 2
         assert "standard input: must be text in UTF-8" in capsys.readouterr().err
 
-    def test_a_byte_order_mark_and_ends_of_windows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_byte_order_marks_and_windows_line_ends_are_ignored(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pipe_in(monkeypatch, b"\xef\xbb\xbf/reset\r\nWhat?\r\n\xef\xbb\xbf/quit\r\nNo?\r\n")
         assert main(["chat"]) == 0
         assert [texts(messages) for messages, _ in FakeLLM.asked] == [[("user", "What?")]]
 
-    def test_lines_are_in_the_encoding_of_the_stream(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lines_use_the_encoding_of_the_stream(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe_in(monkeypatch, b"\xe9?\n", encoding="latin-1")
         assert main(["chat"]) == 0
         assert texts(FakeLLM.asked[0][0]) == [("user", "é?")]
 
     @pytest.mark.parametrize("stream", [None, "closed"])
-    def test_without_standard_input(
+    def test_missing_standard_input_is_an_error(
         self,
         stream: str | None,
         monkeypatch: pytest.MonkeyPatch,
@@ -545,20 +551,20 @@ class TestChatOverAPipe:
         assert main(["chat", "--image", "-"]) == 2
         assert "standard input is the conversation's" in capsys.readouterr().err
 
-    def test_images_of_the_command_line_go_with_the_first_message(
+    def test_images_of_the_command_line_belong_to_the_first_message(
         self, picture: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         type_lines(monkeypatch, "What?")
         assert main(["chat", "--image", picture]) == 0
         assert texts(FakeLLM.asked[0][0]) == [("user", "<image>What?")]
 
-    def test_quit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_quit_ends_the_chat(self, monkeypatch: pytest.MonkeyPatch) -> None:
         type_lines(monkeypatch, "What?", "/quit", "Where?")
         assert main(["chat"]) == 0
         assert len(FakeLLM.asked) == 1
 
     @pytest.mark.parametrize("line", ["/image no/such.png", "/images a.png"])
-    def test_an_error_ends_it(
+    def test_error_ends_the_chat(
         self, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         type_lines(monkeypatch, line, "What?")
@@ -576,14 +582,16 @@ class TestChatOverAPipe:
 
 
 class TestChatAtATerminal:
-    def test_ctrl_c_stops_the_answer_and_keeps_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ctrl_c_stops_the_answer_and_keeps_its_text(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(FakeLLM, "failure", KeyboardInterrupt())
         sit_at_a_terminal(monkeypatch, "What?", "Where?")
         assert main(["chat"]) == 0
         second = [("user", "What?"), ("assistant", "Two"), ("user", "Where?")]
         assert texts(FakeLLM.asked[1][0]) == second
 
-    def test_ctrl_c_before_the_first_word_leaves_the_question_unasked(
+    def test_ctrl_c_before_the_first_word_drops_the_question(
         self, picture: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         presses = iter([signal.SIGINT])
@@ -598,7 +606,7 @@ class TestChatAtATerminal:
         asked = [texts(messages) for messages, _ in FakeLLM.asked]
         assert asked == [[("user", "<image>What?")], [("user", "<image>Where?")]]
 
-    def test_ctrl_c_at_any_line_ends_no_conversation_and_parts_no_statements(
+    def test_ctrl_c_at_any_line_leaves_the_conversation_consistent(
         self, picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """Press Ctrl-C at each line of chat.py in turn, one conversation a line."""
@@ -655,7 +663,7 @@ class TestChatAtATerminal:
             assert len(last) >= len(whole[-1]) - 2, "one question may go unanswered, no more"
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    def test_ctrl_c_at_the_prompt_and_errors_go_on(
+    def test_chat_continues_after_ctrl_c_at_the_prompt_and_errors(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         sit_at_a_terminal(
@@ -668,7 +676,7 @@ class TestChatAtATerminal:
         assert "/reset" in out
         assert out.rstrip().endswith(ANSWER)
 
-    def test_a_failed_question_is_not_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failed_question_is_not_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeLLM, "failure", PromptError("too long"))
         sit_at_a_terminal(monkeypatch, "What?", "Where?")
         assert main(["chat"]) == 0
@@ -709,10 +717,12 @@ class TestStreams:
             ),
         ],
     )
-    def test_no_traceback(self, line: str, result: tuple[int, str, str]) -> None:
+    def test_broken_streams_print_no_traceback(
+        self, line: str, result: tuple[int, str, str]
+    ) -> None:
         assert self.shell(line) == result
 
-    def test_a_reader_that_left_is_silence_and_the_shell_s_141(self) -> None:
+    def test_closed_pipe_exits_silently_with_141(self) -> None:
         reading, writing = os.pipe()
         os.close(reading)
         with os.fdopen(writing, "w") as pipe:
@@ -720,7 +730,7 @@ class TestStreams:
             done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
         assert (done.returncode, done.stderr) == (141, "")
 
-    def test_no_file_gets_the_number_of_a_closed_stream(self, tmp_path: Path) -> None:
+    def test_files_do_not_reuse_a_closed_streams_number(self, tmp_path: Path) -> None:
         code = (
             "import os, sys; from idefics2_engine.cli import streams\n"
             "os.close(1); os.close(2); streams.occupy_descriptors()\n"
@@ -729,7 +739,7 @@ class TestStreams:
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
     @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-    def test_a_narrow_encoding(
+    def test_narrow_encoding_replaces_characters(
         self,
         encoding: str,
         monkeypatch: pytest.MonkeyPatch,
@@ -747,7 +757,7 @@ class TestStreams:
         assert json.loads(printed[2])["text"] == "é🦩"
 
     @pytest.mark.parametrize("form", [[], ["--json"], ["--stream"]])
-    def test_an_answer_without_standard_output(
+    def test_missing_standard_output_is_an_error(
         self, form: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(sys, "stdout", None)
@@ -756,7 +766,7 @@ class TestStreams:
         monkeypatch.setattr(sys, "stderr", None)
         assert main(["generate", "--prompt", "x", *form]) == 1
 
-    def test_a_broken_pipe_elsewhere_is_not_the_output_s(
+    def test_broken_pipe_elsewhere_keeps_its_traceback(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(FakeLLM, "failure", BrokenPipeError(32, "a socket's"))
@@ -788,11 +798,11 @@ runpy.run_module("idefics2_engine", run_name="__main__", alter_sys=True)
         return done.returncode, done.stdout, done.stderr
 
     @pytest.mark.parametrize("module", ["argparse", "idefics2_engine.cli.chat", "PIL", "torch"])
-    def test_ends_at_once(self, module: str) -> None:
+    def test_ctrl_c_during_imports_exits_with_130(self, module: str) -> None:
         argv = ["generate", "--prompt", "x", "--image", str(DEMO_IMAGES / "shapes.png")]
         assert self.run(argv, module) == (130, "", "idefics2: interrupted\n")
 
-    def test_stays_ignored_behind_nohup(self) -> None:
+    def test_ignored_signal_stays_ignored(self) -> None:
         code, out, err = self.run(["--version"], "argparse", is_ignored=True)
         assert (code, err) == (0, "")
         assert out.startswith("idefics2-engine ")

@@ -38,12 +38,12 @@ NOT_GLOBAL = {
 
 
 @pytest.mark.parametrize("address", GLOBAL)
-def test_global(address: str) -> None:
+def test_global_addresses_are_accepted(address: str) -> None:
     assert is_global(address)
 
 
 @pytest.mark.parametrize("kind", NOT_GLOBAL)
-def test_not_global(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_addresses_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for address in NOT_GLOBAL[kind]:
         assert not is_global(address), address
     # This simulates a Python version without the tables

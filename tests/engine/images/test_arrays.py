@@ -54,7 +54,7 @@ ARRAYS: dict[str, npt.NDArray[Any]] = {
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("kind", ["array", "tensor"])
 @pytest.mark.parametrize("name", ARRAYS)
-def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: bool) -> None:
+def test_parity_equals_the_image_processor_bit_for_bit(name: str, kind: str, split: bool) -> None:
     array = ARRAYS[name]
     if kind == "tensor" and name == "strided":
         # torch has no negative strides
@@ -69,7 +69,7 @@ def test_parity_is_the_image_processor_bit_for_bit(name: str, kind: str, split: 
         np.testing.assert_array_equal(normalize(tile, config), pixels[:, :height, :width])
 
 
-def test_parity_refuses_what_transformers_would_divide_twice() -> None:
+def test_parity_refuses_floats_that_transformers_divides_twice() -> None:
     picture = values(30, 30, 3) / 255
     oracle: Any = Idefics2ImageProcessorPil()
     seen = oracle([[picture]], return_tensors="np").pixel_values
@@ -109,12 +109,12 @@ def test_correct_scales_and_blends() -> None:
 
 
 @pytest.mark.parametrize("policy", EVERY)
-def test_grey_needs_no_channel_axis(policy: ImagePolicy) -> None:
-    grey = values(7, 11).astype(np.uint8)
-    np.testing.assert_array_equal(rgb(grey, policy), np.repeat(grey[:, :, None], 3, axis=2))
+def test_gray_needs_no_channel_axis(policy: ImagePolicy) -> None:
+    gray = values(7, 11).astype(np.uint8)
+    np.testing.assert_array_equal(rgb(gray, policy), np.repeat(gray[:, :, None], 3, axis=2))
 
 
-def test_channels_at_both_ends() -> None:
+def test_ambiguous_channel_axis_follows_the_policy() -> None:
     array = values(3, 50, 3).astype(np.uint8)
     lead, last = array.transpose(1, 2, 0), array
     np.testing.assert_array_equal(rgb(array, PARITY), lead)
@@ -153,7 +153,7 @@ NAN = np.array([[0.0, np.nan]])
         (np.zeros((9, 9, 4), np.uint8), (STRICT,), "refuses transparency"),
     ],
 )
-def test_what_no_rule_covers_is_an_error(
+def test_invalid_arrays_are_refused(
     array: npt.NDArray[Any], policies: tuple[ImagePolicy, ...], message: str
 ) -> None:
     for policy in policies:
@@ -161,7 +161,7 @@ def test_what_no_rule_covers_is_an_error(
             rgb(array, policy)
 
 
-def test_the_budget_holds_for_arrays() -> None:
+def test_pixel_limit_applies_to_arrays() -> None:
     with pytest.raises(ImageError, match="image array: must have at most 99 pixels, got 10 x 10"):
         load_image(np.zeros((10, 10), np.uint8), MediaConfig(max_image_pixels=99))
 
@@ -184,9 +184,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 @pytest.mark.parametrize("policy", [PARITY, CORRECT])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_array_takes_more_than_16_bytes_a_pixel(
-    dtype: str, shape: str, policy: ImagePolicy
-) -> None:
+def test_arrays_use_at_most_16_bytes_a_pixel(dtype: str, shape: str, policy: ImagePolicy) -> None:
     if policy is CORRECT and dtype in ("int32", "int64", "uint64"):
         # transformers refuses this case
         return
@@ -197,7 +195,7 @@ def test_no_array_takes_more_than_16_bytes_a_pixel(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Bytes a pixel of the picture itself, which tracemalloc does not see
+    # Bytes a pixel of the image itself, which tracemalloc does not see
     of_pillow = 4
     assert peak / (MEASURED[0] * MEASURED[1]) + of_pillow <= 16
 
@@ -221,7 +219,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", ["alpha", "alpha, channels first", "one row"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.uint8])
-def test_tensors_are_widened_a_part_at_a_time(dtype: torch.dtype, shape: str) -> None:
+def test_tensors_are_widened_in_parts(dtype: torch.dtype, shape: str) -> None:
     tensor = torch.zeros(SHAPES[shape], dtype=dtype)
     with Largest() as largest:
         load_image(tensor)
@@ -230,7 +228,7 @@ def test_tensors_are_widened_a_part_at_a_time(dtype: torch.dtype, shape: str) ->
 
 
 @pytest.mark.parametrize("shape", [(3, 20_000, 10_000), (20_000, 10_000, 3), (200_000_000, 2)])
-def test_the_size_is_looked_at_before_a_value_is(shape: tuple[int, ...]) -> None:
+def test_size_is_checked_before_values(shape: tuple[int, ...]) -> None:
     tensor = torch.zeros(1, dtype=torch.bfloat16).expand(shape)
     with Largest() as largest, pytest.raises(ImageError, match="image tensor: must have at most"):
         load_image(tensor)
@@ -248,7 +246,7 @@ def test_the_size_is_looked_at_before_a_value_is(shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("policy", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_change_no_pixel(dtype: str, policy: ImagePolicy, monkeypatch: Any) -> None:
+def test_part_size_changes_no_pixel(dtype: str, policy: ImagePolicy, monkeypatch: Any) -> None:
     high = 65536 if dtype == "uint16" and policy is CORRECT else 2 if dtype == "bool" else 256
     for shape in ((37, 41), (37, 41, 3), (3, 41, 37), (41, 37, 4), (1, 1500, 4), (1500, 1, 3)):
         array = values(*shape, high=high).astype(dtype)
@@ -268,7 +266,7 @@ def test_parts_change_no_pixel(dtype: str, policy: ImagePolicy, monkeypatch: Any
             np.testing.assert_array_equal(one, seen[-1])
 
 
-def test_what_is_wrong_with_the_last_part_is_seen() -> None:
+def test_invalid_values_in_the_last_part_are_found() -> None:
     array = values(300, 200, 3).astype(np.float64)
     array[-1, -1, -1] = np.nan
     with pytest.raises(ImageError, match="must be finite"):
@@ -301,7 +299,7 @@ def test_masked_tensors_are_refused() -> None:
             load_image(masked)
 
 
-def test_tensors_without_values_are_errors() -> None:
+def test_tensors_without_values_are_refused() -> None:
     for tensor in (torch.empty(3, 4, 4, device="meta"), torch.ones(4, 4).to_sparse()):
         with pytest.raises(ImageError, match="image tensor: must be a dense tensor with values"):
             load_image(tensor)
@@ -312,7 +310,7 @@ def test_tensors_with_gradients_are_read() -> None:
     assert (rgb(tensor, PARITY) == 255).all()
 
 
-def test_torch_is_not_imported_for_what_is_no_tensor() -> None:
+def test_arrays_do_not_import_torch() -> None:
     script = (
         "import sys, numpy; from idefics2_engine.images.loader import load_image;"
         "load_image(numpy.zeros((3, 4), numpy.uint8)); print('torch' in sys.modules)"

@@ -51,7 +51,7 @@ def samples() -> dict[str, bytes]:
     }
 
 
-def attempt(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
+def try_decode(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
     """Decode, or return None if refused; any error but a plain ImageError fails the test."""
     refused, image = None, None
     try:
@@ -70,14 +70,14 @@ def attempt(data: bytes, policy: ImagePolicy = PARITY) -> Image.Image | None:
 
 
 @pytest.mark.parametrize("name", samples())
-def test_cut_at_every_twentieth(name: str) -> None:
+def test_cut_files_are_read_or_refused(name: str) -> None:
     whole = samples()[name]
-    picture = attempt(whole)
+    picture = try_decode(whole)
     assert picture is not None
     for twentieths in range(20):
         cut = whole[: len(whole) * twentieths // 20]
         for policy in ImagePolicy:
-            got = attempt(cut, policy)
+            got = try_decode(cut, policy)
             # The first frame may be complete, or the cut bytes may be padding
             if got is not None:
                 assert name.startswith("animated") or twentieths > 10
@@ -97,40 +97,40 @@ def flips() -> Iterator[tuple[str, bytes]]:
         yield name, bytes(data)
 
 
-def test_flipped_bytes() -> None:
+def test_flipped_bytes_are_read_or_refused() -> None:
     outcomes = {True: 0, False: 0}
     for _, data in flips():
         for policy in (PARITY, CORRECT):
-            outcomes[attempt(data, policy) is not None] += 1
+            outcomes[try_decode(data, policy) is not None] += 1
     # Both outcomes must occur, or the flips test nothing
     assert min(outcomes.values()) > 100
 
 
 # transformers' reading warns, this package's must not
 @pytest.mark.filterwarnings("ignore:::PIL")
-def test_flipped_bytes_are_read_as_by_transformers_or_refused_by_both() -> None:
+def test_flipped_bytes_give_transformers_result() -> None:
     theirs: Any = Idefics2ImageProcessorPil()
     for name, data in flips():
         wanted = None
         with contextlib.suppress(Exception):
             loaded = transformers_load_image(Image.open(io.BytesIO(data)))
             wanted = theirs.convert_to_rgb(loaded)
-        got = attempt(data)
+        got = try_decode(data)
         assert (got is None) == (wanted is None), name
         if got is not None:
             np.testing.assert_array_equal(np.array(got), wanted, name)
 
 
-def test_strict_takes_no_more_than_parity() -> None:
+def test_strict_accepts_no_more_than_parity() -> None:
     for _, data in flips():
-        if attempt(data, STRICT) is not None:
-            assert attempt(data, PARITY) is not None
+        if try_decode(data, STRICT) is not None:
+            assert try_decode(data, PARITY) is not None
 
 
-def test_random_bytes_behind_every_beginning() -> None:
+def test_random_bytes_after_every_beginning_are_read_or_refused() -> None:
     rng = random.Random(1)
     for beginning in (*(data[:n] for data in samples().values() for n in (2, 4, 12, 26)), b""):
-        attempt(beginning + rng.randbytes(300))
+        try_decode(beginning + rng.randbytes(300))
 
 
 @cache
@@ -163,7 +163,7 @@ def bombs() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", bombs())
-def test_bombs_cost_little(name: str) -> None:
+def test_decompression_bombs_use_little_memory_and_work(name: str) -> None:
     """The process may use 300 MiB beyond its start, and 10,000 calls of functions."""
     script = (
         "import pathlib, resource, sys; from idefics2_engine.images.decoder import decode;"
@@ -190,7 +190,7 @@ def test_bombs_cost_little(name: str) -> None:
         assert "must have at most 89478485 pixels, got" in said
 
 
-def test_the_budget_is_ours_and_pillow_s_stays() -> None:
+def test_pixel_limit_does_not_change_pillows() -> None:
     limit = Image.MAX_IMAGE_PIXELS
     data = file(noise(10, 10), "PNG")
     assert decode(data, PARITY, 100, "a").size == (10, 10)
@@ -199,11 +199,11 @@ def test_the_budget_is_ours_and_pillow_s_stays() -> None:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_the_budget_holds_for_every_kind_of_file() -> None:
+def test_pixel_limit_applies_to_every_format() -> None:
     alpha = noise(37, 23, "RGBA")
     more = {"VP8X": file(alpha, "WebP"), "lossless alpha": file(alpha, "WebP", lossless=True)}
     for name, data in (samples() | more).items():
-        picture = attempt(data)
+        picture = try_decode(data)
         assert picture is not None
         width, height = picture.size
         with pytest.raises(ImageError, match=f"a: must have at most .* got {width} x {height}$"):
@@ -211,13 +211,13 @@ def test_the_budget_holds_for_every_kind_of_file() -> None:
         assert decode(data, PARITY, width * height, name).size == picture.size
 
 
-def test_a_low_limit_of_pillow_is_the_process_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_pillow_limit_does_not_apply(monkeypatch: pytest.MonkeyPatch) -> None:
     # Pillow itself would raise above 80 pixels
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     assert decode(file(noise(10, 10), "PNG"), PARITY, 100, "a").size == (10, 10)
 
 
-def test_comments_cut_out_by_us_leave_what_pillow_leaves() -> None:
+def test_removing_ppm_comments_gives_pillows_pixels() -> None:
     rng = random.Random(2)
     for kind, most in (("P1", 1), ("P2", 255), ("P3", 255)):
         count = 120 if kind == "P3" else 40
@@ -259,7 +259,7 @@ def test_other_formats_are_refused(name: str) -> None:
         decode(FOREIGN[name], PARITY, MAX_PIXELS, "a")
 
 
-def test_no_other_plugin_is_ever_loaded() -> None:
+def test_plugins_of_other_formats_are_not_loaded() -> None:
     script = (
         "import sys; from idefics2_engine.images.decoder import decode;"
         "from idefics2_engine.errors import ImageError;"
@@ -281,7 +281,7 @@ def test_no_other_plugin_is_ever_loaded() -> None:
     assert done.stdout == f"{[f'PIL.{name}ImagePlugin' for name in names]}\n"
 
 
-def test_warnings_of_pillow_reach_nobody_and_filters_stay() -> None:
+def test_pillow_warnings_are_suppressed_and_filters_unchanged() -> None:
     palette = file(noise(9, 9).quantize(8), "PNG", transparency=bytes(8))
     before = list(warnings.filters)
     with warnings.catch_warnings(record=True) as caught:
@@ -291,7 +291,7 @@ def test_warnings_of_pillow_reach_nobody_and_filters_stay() -> None:
     assert list(warnings.filters) == before
 
 
-def test_threads_agree_and_leave_the_filters() -> None:
+def test_threads_agree_and_leave_the_filters_unchanged() -> None:
     """Filters turn warnings into errors, and some of the files make Pillow warn."""
     palette = file(noise(9, 9).quantize(8), "PNG", transparency=bytes(8))
     files = [data for _, data in flips()][:150] + [palette] * 150
@@ -309,7 +309,7 @@ def test_threads_agree_and_leave_the_filters() -> None:
     assert list(warnings.filters) == before
 
 
-def test_pillow_may_warn_again_afterwards() -> None:
+def test_pillow_warns_again_after_decoding() -> None:
     palette: Any = Image.open(
         io.BytesIO(file(noise(9, 9).quantize(8), "PNG", transparency=bytes(8)))
     )
@@ -319,7 +319,7 @@ def test_pillow_may_warn_again_afterwards() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_sides_of_ten_thousand(kind: str) -> None:
+def test_sides_of_ten_thousand_are_read(kind: str) -> None:
     for size in ((1, 1), (1, 10000), (10000, 1)):
         picture = noise(*size)
         got = decode(file(picture, kind), CORRECT, MAX_PIXELS, "a")

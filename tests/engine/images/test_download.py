@@ -21,7 +21,7 @@ from pictures import file, noise
 
 # A global address. Connections to it are redirected to the server of the test.
 PUBLIC = "93.184.216.34"
-Behaviour = Callable[[socket.socket, str], None]
+Behavior = Callable[[socket.socket, str], None]
 
 
 def answer(body: bytes, status: str = "200 OK", **headers: object) -> bytes:
@@ -36,7 +36,7 @@ def answer(body: bytes, status: str = "200 OK", **headers: object) -> bytes:
 class Server:
     """A server that answers each request with the entry of ``paths``, and records the requests."""
 
-    paths: dict[str, bytes | Behaviour] = field(default_factory=dict)
+    paths: dict[str, bytes | Behavior] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     resolved: list[str] = field(default_factory=list)
     connected: list[tuple[str, int]] = field(default_factory=list)
@@ -111,7 +111,7 @@ def rules(server: Server, **changes: Any) -> FetchRules:
 URL = "http://pictures.example"
 
 
-def test_a_picture_comes_through_the_door(server: Server) -> None:
+def test_image_of_an_allowed_host_is_downloaded(server: Server) -> None:
     picture = noise(9, 8)
     server.paths["/a.png?key=1"] = answer(file(picture, "PNG"))
     config = MediaConfig(
@@ -127,7 +127,7 @@ def test_a_picture_comes_through_the_door(server: Server) -> None:
     assert "authorization" not in request.lower()
 
 
-def test_chunked_and_without_length(server: Server) -> None:
+def test_chunked_bodies_and_bodies_without_length_are_read(server: Server) -> None:
     server.paths["/chunks"] = (
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
     )
@@ -175,7 +175,7 @@ def test_nothing_is_fetched_by_default() -> None:
         ("https://[::1/a", "a host and a port that can be read"),
     ],
 )
-def test_urls_off_the_list(url: str, message: str, server: Server) -> None:
+def test_urls_that_are_not_allowed_are_refused(url: str, message: str, server: Server) -> None:
     with pytest.raises(MediaNotAllowedError, match=message):
         fetch(url, rules(server, allow_http=False))
     assert server.resolved == []
@@ -192,9 +192,7 @@ def test_urls_off_the_list(url: str, message: str, server: Server) -> None:
         "[2002:7f00:1::]", "[ff02::1]", "[fe80::1%25eth0]",
     ],
 )  # fmt: skip
-def test_addresses_of_one_s_own_are_refused_even_where_any_host_is_allowed(
-    host: str, server: Server
-) -> None:
+def test_private_addresses_are_refused_if_any_host_is_allowed(host: str, server: Server) -> None:
     network = replace(server.network, resolve=lambda host, port: [host])
     with pytest.raises(MediaNotAllowedError, match=r"global addresses only|must name a host"):
         fetch(f"https://{host}/latest/meta-data/", rules(server, hosts=("*",), network=network))
@@ -212,14 +210,14 @@ def test_addresses_of_one_s_own_are_refused_even_where_any_host_is_allowed(
         [],
     ],
 )
-def test_names_of_addresses_of_one_s_own_are_refused(addresses: list[str], server: Server) -> None:
+def test_names_of_private_addresses_are_refused(addresses: list[str], server: Server) -> None:
     server.names["pictures.example"] = addresses
     with pytest.raises(MediaNotAllowedError, match="must have global addresses only"):
         fetch(f"{URL}/a", rules(server))
     assert server.connected == []
 
 
-def test_a_name_is_resolved_once_and_connected_to_what_was_checked(server: Server) -> None:
+def test_connection_uses_the_address_that_was_checked(server: Server) -> None:
     # DNS rebinding gives another answer the second time
     answers = iter([[PUBLIC], ["127.0.0.1"]])
     network = replace(server.network, resolve=lambda host, port: next(answers))
@@ -248,7 +246,7 @@ def test_a_name_is_resolved_once_and_connected_to_what_was_checked(server: Serve
         ("[2606:4700::1111]:81", "https://[2606:4700::1111]:81/a", True),
     ],
 )
-def test_entries_of_the_list(entry: str, url: str, allowed: bool, server: Server) -> None:
+def test_host_patterns(entry: str, url: str, allowed: bool, server: Server) -> None:
     if allowed:
         check_url(url, rules(server, hosts=(entry,)))
     else:
@@ -280,14 +278,14 @@ def test_redirects_are_followed(status: str, server: Server) -> None:
         ("http://[fec0::1]/", "'fec0::1' is not allowed"),
     ],
 )
-def test_redirects_pass_the_same_door(location: str, message: str, server: Server) -> None:
+def test_redirects_are_checked_like_urls(location: str, message: str, server: Server) -> None:
     server.paths["/a"] = answer(b"", "302 Found", Location=location)
     with pytest.raises(MediaNotAllowedError, match=message):
         fetch(f"{URL}/a", rules(server))
     assert len(server.connected) == 1
 
 
-def test_a_redirect_to_a_private_address_is_refused_where_any_host_is_allowed(
+def test_redirects_to_private_addresses_are_refused(
     server: Server,
 ) -> None:
     server.names["inside.example"] = ["10.0.0.7"]
@@ -297,13 +295,13 @@ def test_a_redirect_to_a_private_address_is_refused_where_any_host_is_allowed(
 
 
 @pytest.mark.parametrize("location", ["http://[x", "//[", "http://a]/", "http://[1::2::3]/"])
-def test_a_redirect_to_nowhere_is_an_error_of_its_image(location: str, server: Server) -> None:
+def test_invalid_redirect_is_an_error(location: str, server: Server) -> None:
     server.paths["/a"] = answer(b"", "302 Found", Location=location)
     with pytest.raises(ImageError, match=r"a host and a port|to an address that can be read"):
         fetch(f"{URL}/a", rules(server, hosts=("*",)))
 
 
-def test_redirects_end(server: Server) -> None:
+def test_number_of_redirects_is_bounded(server: Server) -> None:
     server.paths["/a"] = answer(b"", "302 Found", Location="/a")
     with pytest.raises(
         MediaFetchError, match=r"http://pictures.example/a: must redirect at most 3"
@@ -318,7 +316,7 @@ def endless(peer: socket.socket, _path: str) -> None:
         peer.sendall(bytes(65536))
 
 
-def test_an_endless_body_ends_at_the_bound(server: Server) -> None:
+def test_body_beyond_the_bound_is_refused(server: Server) -> None:
     server.paths["/a"] = endless
     with pytest.raises(MediaFetchError, match="must have at most 1048576 bytes, got more"):
         fetch(f"{URL}/a", rules(server))
@@ -359,7 +357,7 @@ class Drip:
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 200 OK\r\n\r\n", b""])
-def test_a_drip_ends_in_time(start: bytes, server: Server) -> None:
+def test_slow_body_ends_at_the_time_limit(start: bytes, server: Server) -> None:
     drip = Drip(start)
     with pytest.raises(MediaFetchError, match=r"must arrive within 100 seconds, and did not"):
         fetch(f"{URL}/a", rules(server, seconds=100, network=drip.network(server)))
@@ -375,7 +373,7 @@ def test_a_drip_ends_in_time(start: bytes, server: Server) -> None:
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffff\r\n",
     ],
 )
-def test_an_endless_body_is_read_no_further_than_the_bound(start: bytes, server: Server) -> None:
+def test_endless_body_is_read_up_to_the_bound(start: bytes, server: Server) -> None:
     drip = Drip(start, then=bytes(8192))
     network = replace(drip.network(server), clock=lambda: 0.0)
     with pytest.raises(MediaFetchError):
@@ -383,7 +381,7 @@ def test_an_endless_body_is_read_no_further_than_the_bound(start: bytes, server:
     assert (drip.reads - len(start)) * 8192 < 3 << 20
 
 
-def test_a_resolver_that_hangs_ends_in_time(server: Server) -> None:
+def test_slow_resolver_ends_at_the_time_limit(server: Server) -> None:
     def hang(host: str, port: int) -> list[str]:
         server.wait(10)
         return [PUBLIC]
@@ -408,7 +406,7 @@ def test_a_resolver_that_hangs_ends_in_time(server: Server) -> None:
         (b"", "does not speak HTTP"),
     ],
 )
-def test_broken_answers(response: bytes, message: str, server: Server) -> None:
+def test_broken_answers_are_fetch_errors(response: bytes, message: str, server: Server) -> None:
     server.paths["/a"] = response
     with pytest.raises(MediaFetchError, match=f"http://pictures.example/a: .*{message}") as caught:
         fetch(f"{URL}/a", rules(server))
@@ -432,7 +430,7 @@ ODD = (
 )  # fmt: skip
 
 
-def test_odd_answers_are_bodies_or_errors_of_the_fetch(server: Server) -> None:
+def test_random_answers_give_bodies_or_fetch_errors(server: Server) -> None:
     rng = random.Random(0)
     bodies = 0
     for _ in range(400):
@@ -449,7 +447,7 @@ def test_odd_answers_are_bodies_or_errors_of_the_fetch(server: Server) -> None:
     assert 40 < bodies < 200
 
 
-def test_a_host_that_speaks_no_tls(server: Server) -> None:
+def test_host_without_tls_is_an_error(server: Server) -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         theirs.sendall(answer(b"", "400 Bad Request"))
@@ -460,18 +458,18 @@ def test_a_host_that_speaks_no_tls(server: Server) -> None:
 
 
 @pytest.mark.parametrize("seconds", [1e300, 10**400])
-def test_a_time_limit_longer_than_a_clock_s(seconds: float, server: Server) -> None:
+def test_long_time_limit_is_accepted(seconds: float, server: Server) -> None:
     server.paths["/a"] = answer(b"x")
     assert fetch(f"{URL}/a", rules(server, seconds=seconds)) == b"x"
 
 
-def test_keys_in_a_query_stay_out_of_messages(server: Server) -> None:
+def test_error_does_not_show_the_query(server: Server) -> None:
     with pytest.raises(MediaFetchError) as caught:
         fetch(f"{URL}/a?key=secret", rules(server))
     assert "secret" not in str(caught.value)
 
 
-def test_a_name_nobody_knows_and_a_host_nobody_reaches(server: Server) -> None:
+def test_unknown_names_and_unreachable_hosts_are_errors(server: Server) -> None:
     with pytest.raises(MediaFetchError, match=r"'nowhere.example' cannot be resolved"):
         fetch("http://nowhere.example/a", rules(server, hosts=("*",)))
 
@@ -484,7 +482,7 @@ def test_a_name_nobody_knows_and_a_host_nobody_reaches(server: Server) -> None:
     assert PUBLIC not in str(caught.value)
 
 
-def test_the_next_address_is_tried(server: Server) -> None:
+def test_next_address_is_tried(server: Server) -> None:
     server.names["pictures.example"] = ["8.8.8.8", PUBLIC]
     server.paths["/a"] = answer(b"x")
 
@@ -497,7 +495,7 @@ def test_the_next_address_is_tried(server: Server) -> None:
     assert fetch(f"{URL}/a", rules(server, network=network)) == b"x"
 
 
-def test_proxies_of_the_environment_play_no_part(
+def test_proxies_of_the_environment_are_ignored(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):

@@ -267,7 +267,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
 
 
 @pytest.mark.parametrize("name", attacks())
-def test_refused_before_the_work(name: str) -> None:
+def test_attacks_are_refused_before_the_work(name: str) -> None:
     data, message = attacks()[name]
 
     def refuse() -> None:
@@ -277,7 +277,7 @@ def test_refused_before_the_work(name: str) -> None:
     assert calls(refuse) < 120_000
 
 
-def test_blocks_between_the_frames_of_a_gif() -> None:
+def test_number_of_blocks_between_gif_frames_is_bounded() -> None:
     many = sample("GIF")[:-1] + b"!\xfe" + b"\1x" * 50_000 + b"\0;"
     # Blocks after the first frame are not read
     assert read(many).size == (16, 16)
@@ -329,14 +329,14 @@ def ordinary() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ordinary())
-def test_ordinary_relatives_are_read(name: str) -> None:
+def test_ordinary_files_are_read(name: str) -> None:
     data = ordinary()[name]
     with Image.open(io.BytesIO(data)) as image:
         wanted = np.array(image.convert("RGB"))
     np.testing.assert_array_equal(np.array(read(data)), wanted)
 
 
-def test_run_length_encoding_of_ordinary_size() -> None:
+def test_ordinary_run_length_encoding_is_read() -> None:
     body = b"".join(bytes((200, n % 256, 56, 7, 0, 0)) for n in range(100)) + b"\0\1"
     for kind in (1, 2):
         data = run_length_bmp(256, 100, body, kind)
@@ -357,16 +357,14 @@ def ppm(kind: int, most: int | None, bands: int, size: tuple[int, int] = (31, 17
 @pytest.mark.parametrize("policy", [PARITY, CORRECT])
 @pytest.mark.parametrize("most", [1, 2, 100, 254, 255, 256, 1023, 65534, 65535])
 @pytest.mark.parametrize(("kind", "bands"), [(2, 1), (3, 3), (5, 1), (6, 3)])
-def test_samples_of_a_ppm_are_pillow_s(
-    kind: int, bands: int, most: int, policy: ImagePolicy
-) -> None:
+def test_ppm_samples_equal_pillows(kind: int, bands: int, most: int, policy: ImagePolicy) -> None:
     data = ppm(kind, most, bands)
     with Image.open(io.BytesIO(data)) as image:
         wanted = np.array(image_policy.upright_rgb(image, policy, "a"))
     np.testing.assert_array_equal(np.array(read(data, policy)), wanted)
 
 
-def test_bits_of_a_ppm_in_digits() -> None:
+def test_ppm_bits_in_digits_equal_pillows() -> None:
     data = ppm(1, None, 1)
     with Image.open(io.BytesIO(data)) as image:
         wanted = np.array(image.convert("RGB"))
@@ -381,14 +379,14 @@ def test_bits_of_a_ppm_in_digits() -> None:
         b"P2 2 1 9\n1 00000000001", b"P2 2 1 9\n1 x", b"P6 2 1 99\n12345", b"P5 2 1 999\n123",
     ],
 )  # fmt: skip
-def test_a_damaged_ppm_is_refused_as_by_pillow(data: bytes) -> None:
+def test_damaged_ppm_is_refused_as_by_pillow(data: bytes) -> None:
     with pytest.raises((ValueError, OSError)), Image.open(io.BytesIO(data)) as image:
         image.load()
     with pytest.raises(ImageError, match="a: cannot be read as PPM"):
         read(data)
 
 
-def test_samples_of_a_ppm_are_not_read_one_by_one() -> None:
+def test_ppm_samples_are_not_read_one_by_one() -> None:
     assert calls(lambda: read(ppm(6, 254, 3, (300, 300)))) < 10_000
     # 65,536 of these calls fill a table
     assert calls(lambda: read(ppm(5, 999, 1, (300, 300)))) < 140_000
@@ -398,16 +396,16 @@ def test_samples_of_a_ppm_are_not_read_one_by_one() -> None:
         assert calls(partial(read, data)) < 10_000
 
 
-def test_a_wide_row_is_not_joined_from_many_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_row_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     plain = BoundedFile.read
 
-    def noted(self: BoundedFile, size: int | None = -1) -> bytes:
+    def recording_read(self: BoundedFile, size: int | None = -1) -> bytes:
         data = plain(self, size)
         sizes.append(len(data))
         return data
 
-    monkeypatch.setattr(BoundedFile, "read", noted)
+    monkeypatch.setattr(BoundedFile, "read", recording_read)
     for data in (
         b"P5 4000000 1 255\n" + bytes(4_000_000),
         file(Image.new("L", (4_000_000, 1)), "BMP"),
@@ -419,9 +417,7 @@ def test_a_wide_row_is_not_joined_from_many_reads(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
-def test_a_transparent_picture_is_laid_on_white_part_by_part(
-    mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transparent_image_is_blended_in_parts(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = noise(70, 50, mode)
     transparency: dict[str, Any] = {"P": bytes(range(256)), "RGB": (1, 2, 3), "L": 7}
     if mode in transparency:
@@ -430,11 +426,11 @@ def test_a_transparent_picture_is_laid_on_white_part_by_part(
     sizes = []
     composite = Image.alpha_composite
 
-    def noted(under: Image.Image, over: Image.Image) -> Image.Image:
+    def recording_composite(under: Image.Image, over: Image.Image) -> Image.Image:
         sizes.append(over.width * over.height)
         return composite(under, over)
 
-    monkeypatch.setattr(Image, "alpha_composite", noted)
+    monkeypatch.setattr(Image, "alpha_composite", recording_composite)
     for part in (30, 100, 1000):
         sizes.clear()
         monkeypatch.setattr(image_policy, "PART_PIXELS", part)
@@ -445,7 +441,7 @@ def test_a_transparent_picture_is_laid_on_white_part_by_part(
         assert sum(sizes) == 70 * 50
 
 
-def test_turning_a_picture_leaves_its_exif_alone() -> None:
+def test_rotation_does_not_rewrite_exif() -> None:
     """Writing the EXIF data again would create objects of all its values."""
     rotated = exif({0x112: (3, 1, 6), 1000: (5, 10_000, 100)}, bytes(80_000))
     upright = exif({0x112: (3, 1, 1), 1000: (5, 10_000, 100)}, bytes(80_000))

@@ -59,7 +59,7 @@ def clear(tmp_path: Path) -> str:
     return str(tmp_path / "clear.png")
 
 
-def test_rules_reach_the_images_and_the_model(answerer: type[Answerer], clear: str) -> None:
+def test_options_apply_to_images_and_model(answerer: type[Answerer], clear: str) -> None:
     assert ask("--image", clear) == 0
     assert answerer.shown[0].getpixel((0, 0)) == (0, 0, 0)
     assert not answerer.built.keys() & {"image_policy", "max_image_pixels", "allowed_media_hosts"}
@@ -84,7 +84,7 @@ def test_rules_reach_the_images_and_the_model(answerer: type[Answerer], clear: s
         (["--image", URL, "--allow-host", "other.example"], "'pictures.example' is not allowed"),
     ],
 )
-def test_what_the_rules_forbid_is_one_line_and_2(
+def test_violations_print_one_line_and_exit_with_2(
     command: str, options: list[str], says: str, clear: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = ["--prompt", "x"] if command == "generate" else []
@@ -97,7 +97,7 @@ def test_what_the_rules_forbid_is_one_line_and_2(
     assert says in err
 
 
-def test_a_warning_is_one_line(tmp_path: Path) -> None:
+def test_warning_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "moving.gif").write_bytes(frames("GIF"))
     moving = str(tmp_path / "moving.gif")
     argv = ["generate", "--prompt", "x", "--image-policy", "correct", "--image", moving]
@@ -109,7 +109,7 @@ def test_a_warning_is_one_line(tmp_path: Path) -> None:
     assert error.startswith("idefics2: error: no/such.png")
 
 
-def test_llm_takes_the_rules(checkpoint: Path, tmp_path: Path) -> None:
+def test_llm_accepts_the_image_options(checkpoint: Path, tmp_path: Path) -> None:
     llm = LLM(
         checkpoint,
         device="cpu",
@@ -132,7 +132,7 @@ def test_llm_takes_the_rules(checkpoint: Path, tmp_path: Path) -> None:
         LLM(checkpoint, image_policy="other")
 
 
-def test_llm_reads_many_in_order_and_names_the_bad_one(
+def test_llm_reads_images_in_order_and_names_the_invalid_one(
     checkpoint: Path,
 ) -> None:
     images = [noise(50 + n, 90) for n in range(6)]
@@ -157,7 +157,7 @@ def test_llm_reads_many_in_order_and_names_the_bad_one(
     assert answers[0] == answers[1]
 
 
-def test_a_tensor_and_an_array_are_answered_alike(
+def test_tensor_and_array_give_the_same_answer(
     checkpoint: Path,
 ) -> None:
     import torch

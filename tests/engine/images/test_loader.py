@@ -79,25 +79,25 @@ def test_every_source_gives_the_same_pixels(kind: str, policy: ImagePolicy, tmp_
         (Image.new("RGB", (0, 3)), "must have pixels, got 0 x 3"),
     ],
 )
-def test_what_is_no_image_is_an_error(source: Any, message: str) -> None:
+def test_values_that_are_not_images_are_refused(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(source)
 
 
-def test_a_pillow_image_that_cannot_be_read_is_an_error_without_pillow_s_words() -> None:
+def test_unreadable_pillow_image_is_an_error_without_pillows_message() -> None:
     whole = file(noise(64, 64), "PNG")
     broken = Image.open(io.BytesIO(whole[: len(whole) // 2]))
     with pytest.raises(ImageError, match=r"^image: Pillow cannot read it as RGB$"):
         load_image(broken)
 
 
-def test_pillow_images_are_held_to_the_budget_before_they_are_read() -> None:
+def test_size_of_pillow_images_is_checked_before_they_are_read() -> None:
     huge = Image.open(io.BytesIO(file(noise(20, 10), "PNG")))
     with pytest.raises(ImageError, match="image: must have at most 199 pixels, got 20 x 10"):
         load_image(huge, MediaConfig(max_image_pixels=199))
 
 
-def test_pipes_and_devices_neither_block_nor_run_on(tmp_path: Path) -> None:
+def test_pipes_sockets_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
@@ -106,7 +106,7 @@ def test_pipes_and_devices_neither_block_nor_run_on(tmp_path: Path) -> None:
                 load_image(path)
 
 
-def test_files_lie_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_must_be_below_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, outside = tmp_path / "root", tmp_path / "root-not"
     for folder in (root / "sub", outside):
         folder.mkdir(parents=True)
@@ -155,12 +155,12 @@ def test_sizes_of_files_are_bounded(tmp_path: Path) -> None:
         ({"allowed_media_root": "no/such"}, "allowed_media_root must be a folder, got 'no/such'"),
     ],
 )
-def test_rules_that_make_no_sense_are_errors(settings: dict[str, Any], message: str) -> None:
+def test_invalid_media_options_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         media_config(**settings)
 
 
-def test_many_are_read_at_once_and_stay_in_order() -> None:
+def test_items_are_read_in_parallel_and_in_order() -> None:
     together = threading.Barrier(4)
 
     def read(index: int) -> int:
@@ -171,7 +171,7 @@ def test_many_are_read_at_once_and_stay_in_order() -> None:
     assert read_all(read, [object() for _ in range(8)], 4) == [n * n for n in range(8)]
 
 
-def test_pillow_keeps_memory_for_the_threads_and_never_less_than_it_did() -> None:
+def test_pillows_block_cache_grows_and_never_shrinks() -> None:
     memory = Image.core  # type: ignore[attr-defined]
     before = memory.get_blocks_max()
     try:
@@ -185,7 +185,7 @@ def test_pillow_keeps_memory_for_the_threads_and_never_less_than_it_did() -> Non
         memory.set_blocks_max(before)
 
 
-def test_one_object_is_read_once() -> None:
+def test_repeated_object_is_read_once() -> None:
     count: list[int] = []
     one, other = object(), object()
     for threads in (1, 4):
@@ -195,7 +195,7 @@ def test_one_object_is_read_once() -> None:
     assert read_all(lambda index: index, [], 4) == []
 
 
-def test_the_first_error_in_order_is_raised_and_the_rest_abandoned() -> None:
+def test_first_error_in_order_ends_the_reading() -> None:
     begun: list[int] = []
 
     def read(index: int) -> int:
@@ -233,7 +233,7 @@ def test_prompts_read_their_images_in_threads(threads: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_says_which_image_of_which_prompt(threads: int) -> None:
+def test_error_names_image_and_prompt(threads: int) -> None:
     media = MediaConfig(image_threads=threads)
     processor = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B), media=media)
     fine = noise(2, 2)
@@ -257,7 +257,7 @@ def test_an_error_says_which_image_of_which_prompt(threads: int) -> None:
         processor.prompt("<image>", [b"bad"])
 
 
-def test_the_policy_reaches_the_tiles() -> None:
+def test_policy_reaches_the_tiles() -> None:
     model = ModelConfig.load(EIGHT_B)
     for policy in ImagePolicy:
         media = MediaConfig(image_policy=policy)

@@ -45,14 +45,14 @@ def opened(source: bytes | Image.Image) -> Any:
     return Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
 
 
-def as_transformers(source: bytes | Image.Image) -> Any:
+def load_with_transformers(source: bytes | Image.Image) -> Any:
     """Return the image that ``Idefics2Processor`` makes before it splits and resizes."""
     theirs: Any = Idefics2ImageProcessorPil()
     return theirs.convert_to_rgb(transformers_load_image(opened(source)))
 
 
 def corpus() -> dict[str, Callable[[], bytes | Image.Image]]:
-    """Return over sixty pictures: every mode, every format in each of its modes, and odd cases."""
+    """Return over sixty images: every mode, every format in each of its modes, and odd cases."""
     made: dict[str, Callable[[], bytes | Image.Image]] = {
         f"Pillow {mode}": lambda mode=mode, n=n: noise(11 + 30 * n, 397 - 17 * n, mode)  # type: ignore[misc]
         for n, mode in enumerate(MODES)
@@ -102,7 +102,7 @@ def corpus() -> dict[str, Callable[[], bytes | Image.Image]]:
 CORPUS = corpus()
 
 
-def test_the_corpus_is_large_enough() -> None:
+def test_corpus_is_large_enough() -> None:
     assert len(CORPUS) >= 60
 
 
@@ -110,7 +110,7 @@ def test_the_corpus_is_large_enough() -> None:
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning:PIL")
 @SPLIT
 @pytest.mark.parametrize("name", CORPUS)
-def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
+def test_parity_equals_transformers_bit_for_bit(name: str, split: bool) -> None:
     source = CORPUS[name]()
     settings = json.loads((EIGHT_B / "preprocessor_config.json").read_text())
     config = ImageConfig.load(EIGHT_B)
@@ -133,7 +133,7 @@ def test_parity_is_transformers_bit_for_bit(name: str, split: bool) -> None:
         np.testing.assert_array_equal(normalize(tile, config), values[:, :height, :width])
 
 
-def test_the_one_mode_that_transformers_cannot_read() -> None:
+def test_premultiplied_mode_la_is_read() -> None:
     image = noise(6, 5, "La")
     with pytest.raises(ValueError, match="conversion"):
         transformers_load_image(image)
@@ -158,13 +158,13 @@ def test_correct_shows_alpha_on_white(mode: str) -> None:
         np.testing.assert_array_equal(pixels(image, CORRECT), whole)
 
 
-def test_correct_shows_the_transparent_colour_of_a_palette_white() -> None:
+def test_correct_shows_the_transparent_palette_color_as_white() -> None:
     data = transparent_palette()
     clear = np.array(opened(data)) == 3
     assert clear.any()
     got = pixels(data, CORRECT)
     assert (got[clear] == 255).all()
-    np.testing.assert_array_equal(got[~clear], as_transformers(data)[~clear])
+    np.testing.assert_array_equal(got[~clear], load_with_transformers(data)[~clear])
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L", "I;16N"])
@@ -176,7 +176,7 @@ def test_correct_scales_16_bits(mode: str) -> None:
     for channel in range(3):
         np.testing.assert_array_equal(pixels(image, CORRECT)[:, :, channel], wanted)
     # A mostly white result is the reason for the other policy
-    assert (as_transformers(image) == 255).mean() > 0.9
+    assert (load_with_transformers(image) == 255).mean() > 0.9
 
 
 def test_correct_scales_floats_and_refuses_others() -> None:
@@ -192,7 +192,7 @@ def test_correct_scales_floats_and_refuses_others() -> None:
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
-def test_correct_scales_a_part_at_a_time(mode: str) -> None:
+def test_correct_scales_in_parts(mode: str) -> None:
     image = noise(900, 700, mode)
     tracemalloc.start()
     try:
@@ -200,12 +200,12 @@ def test_correct_scales_a_part_at_a_time(mode: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Bytes a pixel of the gray picture and of the one in RGB
+    # Bytes a pixel of the gray image and of the RGB image
     of_pillow = 1 + 4
     assert peak / (900 * 700) + of_pillow <= 16
 
 
-def test_correct_honours_the_transparent_grey_of_16_bits() -> None:
+def test_correct_respects_the_transparent_gray_of_16_bits() -> None:
     image = Image.fromarray(np.array([[0, 257, 514]], np.uint16))
     image.info["transparency"] = 257
     assert pixels(image, CORRECT)[0, :, 0].tolist() == [0, 255, 2]
@@ -229,9 +229,9 @@ def test_every_rotation_is_undone(kind: str, config: MediaConfig) -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WebP", "PNG", "TIFF"])
-def test_more_frames(kind: str) -> None:
+def test_policies_on_several_frames(kind: str) -> None:
     data = frames(kind)
-    first = as_transformers(data)
+    first = load_with_transformers(data)
     np.testing.assert_array_equal(pixels(data, PARITY), first)
     with pytest.warns(ImageWarning, match="image bytes: has several frames or pages"):
         np.testing.assert_array_equal(pixels(data, CORRECT), first)
@@ -239,18 +239,18 @@ def test_more_frames(kind: str) -> None:
         load_image(data, STRICT)
 
 
-def test_a_warning_that_is_an_error_stays_what_it_is() -> None:
+def test_warning_turned_into_an_error_keeps_its_class() -> None:
     # The suite turns warnings into errors
     with pytest.raises(ImageWarning):
         load_image(frames("GIF"), CORRECT)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_strict_takes_plain_files_as_they_are(kind: str) -> None:
+def test_strict_accepts_plain_files(kind: str) -> None:
     data = file(noise(30, 20), kind)
-    np.testing.assert_array_equal(pixels(data, STRICT), as_transformers(data))
-    grey = file(noise(30, 20, "L"), kind)
-    np.testing.assert_array_equal(pixels(grey, STRICT), as_transformers(grey))
+    np.testing.assert_array_equal(pixels(data, STRICT), load_with_transformers(data))
+    gray = file(noise(30, 20, "L"), kind)
+    np.testing.assert_array_equal(pixels(gray, STRICT), load_with_transformers(gray))
 
 
 @pytest.mark.parametrize(
@@ -271,12 +271,12 @@ def test_strict_takes_plain_files_as_they_are(kind: str) -> None:
         *((file(noise(64, 64), kind)[:-12], f"a {kind} cut off") for kind in ("JPEG", "PNG")),
     ],
 )
-def test_strict_refuses_what_leaves_a_choice(source: ImageSource, doubt: str) -> None:
+def test_strict_refuses_ambiguous_images(source: ImageSource, doubt: str) -> None:
     with pytest.raises(ImageError, match=f"image_policy='strict' refuses {doubt}"):
         load_image(source, STRICT)
 
 
-def test_strict_sees_a_flipped_bit_of_a_png() -> None:
+def test_strict_finds_a_flipped_bit_in_a_png() -> None:
     data = bytearray(file(noise(16, 16), "PNG"))
     # The flipped bit is in or near the pixels' checksum, which a decoder does not check
     data[-20] ^= 1
@@ -284,7 +284,7 @@ def test_strict_sees_a_flipped_bit_of_a_png() -> None:
         load_image(bytes(data), STRICT)
 
 
-def test_images_are_left_as_they_are() -> None:
+def test_source_images_are_not_changed() -> None:
     image = opened(oriented(noise(8, 4), "PNG", 6))
     load_image(image, CORRECT)
     assert image.size == (8, 4)
@@ -295,7 +295,7 @@ def test_images_are_left_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("kind", ["WebP", "PNG", "GIF", "TIFF"])
-def test_what_was_read_once_is_plain(kind: str) -> None:
+def test_loaded_image_is_plain_and_loads_unchanged(kind: str) -> None:
     with pytest.warns(ImageWarning):
         image = load_image(frames(kind), CORRECT)
     assert type(image) is Image.Image
@@ -308,6 +308,6 @@ def test_what_was_read_once_is_plain(kind: str) -> None:
         assert load_image(image, config) is image
 
 
-def test_an_unknown_policy_is_an_error() -> None:
+def test_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be one of 'parity', 'correct', 'strict', got 'x'"):
         ImagePolicy.named("x")

@@ -49,7 +49,7 @@ class OnlyRead:
 
 
 def at_the_end(data: bytes) -> io.BytesIO:
-    """Return a buffer at its end, as after writing a picture to it."""
+    """Return a buffer at its end, as after writing an image to it."""
     buffer = io.BytesIO()
     buffer.write(data)
     return buffer
@@ -81,19 +81,19 @@ FORMS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def test_the_alphabets_differ() -> None:
+def test_alphabets_differ() -> None:
     assert PLAIN != URL
     assert PLAIN.endswith("==")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_pixels(form: str, tmp_path: Path) -> None:
+def test_all_forms_give_the_same_pixels(form: str, tmp_path: Path) -> None:
     path = tmp_path / "a pict%20ure #1?ü.png"
     path.write_bytes(PNG)
     np.testing.assert_array_equal(np.array(load_image(FORMS[form](path))), np.array(IMAGE))
 
 
-def test_an_open_file_is_read_from_its_beginning_and_left_where_it_was(tmp_path: Path) -> None:
+def test_open_file_is_read_from_its_start_and_keeps_its_position(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     with open(tmp_path / "a.png", "rb") as opened:
         opened.seek(7)
@@ -106,7 +106,7 @@ def test_an_open_file_is_read_from_its_beginning_and_left_where_it_was(tmp_path:
     assert buffer.getvalue() == PNG + b"more"
 
 
-def test_path_like_objects_and_file_urls_lie_below_the_root(tmp_path: Path) -> None:
+def test_path_like_objects_and_file_urls_must_be_below_the_root(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     for folder in (root, outside):
         folder.mkdir()
@@ -136,7 +136,7 @@ def test_path_like_objects_and_file_urls_lie_below_the_root(tmp_path: Path) -> N
         assert load_image(opened, config).size == (23, 19)
 
 
-def test_the_budget_of_bytes_holds_for_every_form(tmp_path: Path) -> None:
+def test_byte_limit_applies_to_every_form(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(PNG)
     for name, form in FORMS.items():
@@ -146,14 +146,14 @@ def test_the_budget_of_bytes_holds_for_every_form(tmp_path: Path) -> None:
             load_image(form(path), MediaConfig(max_media_bytes=len(PNG) - 3))
 
 
-def test_no_more_than_the_budget_is_read_of_an_open_file() -> None:
+def test_open_file_is_read_up_to_the_byte_limit() -> None:
     stream: Any = OnlyRead(PNG + b"\0" * 5000)
     with pytest.raises(ImageError, match="image file: must have at most 250 bytes, got more"):
         load_image(stream, MediaConfig(max_media_bytes=250))
     assert stream.read_bytes == 251
 
 
-def test_white_space_does_not_count_as_bytes() -> None:
+def test_whitespace_in_base64_does_not_count() -> None:
     spread = HEAD + " \n".join(PLAIN)
     size = len(base64.b64decode(PLAIN))
     assert load_image(spread, MediaConfig(max_media_bytes=size)).size == (23, 19)
@@ -189,7 +189,7 @@ def test_white_space_does_not_count_as_bytes() -> None:
         (object(), "must be a path, .* got object"),
     ],
 )
-def test_forms_that_hold_no_image_are_errors(source: Any, message: str) -> None:
+def test_forms_without_an_image_are_refused(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         load_image(source)
 
@@ -279,13 +279,13 @@ def released() -> memoryview:
     ],
     ids=lambda source: type(source).__name__,
 )
-def test_what_objects_raise_while_they_are_read_is_an_error_of_ours(source: Any) -> None:
+def test_exceptions_of_objects_become_image_errors(source: Any) -> None:
     with pytest.raises(ImageError) as caught:
         load_image(source)
     assert "secret" not in str(caught.value)
 
 
-def test_an_object_that_does_not_tell_its_class_is_an_error_of_ours() -> None:
+def test_object_with_a_raising_class_is_an_image_error() -> None:
     def secret(self: object) -> type:
         raise OSError("secret")
 
@@ -297,7 +297,7 @@ def test_an_object_that_does_not_tell_its_class_is_an_error_of_ours() -> None:
 
 @pytest.mark.parametrize("kind", [FailingUfunc, FailingFunction, FailingAttributes])
 @pytest.mark.parametrize("shape", [(5, 7, 3), (3, 5, 7), (5, 7, 4)])
-def test_methods_of_array_subclasses_are_not_asked(kind: Any, shape: tuple[int, ...]) -> None:
+def test_methods_of_array_subclasses_are_not_called(kind: Any, shape: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
     if 4 in shape:
         array = np.rint(array / 255)

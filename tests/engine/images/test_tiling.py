@@ -50,7 +50,7 @@ def config(folder: Path, **values: Any) -> ImageConfig:
     return ImageConfig.load(folder)
 
 
-def test_the_sizes_are_thirty() -> None:
+def test_number_of_sizes_is_thirty() -> None:
     assert len(set(SIZES)) == 30
 
 
@@ -71,7 +71,7 @@ def test_pixels_equal_transformers(size: tuple[int, int], split: bool, tmp_path:
         np.testing.assert_array_equal(got, pixels[:, :height, :width])
 
 
-def test_normalising_equals_transformers_in_every_value_and_channel(tmp_path: Path) -> None:
+def test_normalization_equals_transformers_in_every_value_and_channel(tmp_path: Path) -> None:
     values = {
         "rescale_factor": 0.0123,
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -85,7 +85,7 @@ def test_normalising_equals_transformers_in_every_value_and_channel(tmp_path: Pa
 
 
 @pytest.mark.parametrize("resample", [0, 1, 3])
-def test_the_filter_is_the_checkpoints(resample: int, tmp_path: Path) -> None:
+def test_resize_filter_is_the_checkpoints(resample: int, tmp_path: Path) -> None:
     image = Image.fromarray(noise(301, 555))
     wanted = oracle(False, resample=resample)([[image]])["pixel_values"][0, 0]
     settings = config(tmp_path, resample=resample)
@@ -112,7 +112,7 @@ def test_size_rule(size: tuple[int, int], wanted: tuple[int, int]) -> None:
     assert resized_size(*size, 980, 378) == wanted
 
 
-def test_split_is_four_quarters_and_the_image() -> None:
+def test_split_gives_four_quarters_and_the_image() -> None:
     pixels = noise(7, 5)
     parts = [pixels[top:bottom, left:right] for left, top, right, bottom in split_boxes(7, 5)]
     wanted = [pixels[:2, :3], pixels[:2, 3:], pixels[2:, :3], pixels[2:, 3:], pixels]
@@ -139,7 +139,7 @@ def test_one_pixel_splits_into_itself(size: tuple[int, int], tmp_path: Path) -> 
             assert (tile.pixels == np.array(image)).all()
 
 
-def test_buckets_equal_the_trained_ones() -> None:
+def test_buckets_equal_those_of_training() -> None:
     trained = json.loads((EIGHT_B / "position_buckets.json").read_text())["buckets"]
     assert len(trained) == 70
     for count in range(1, 71):
@@ -150,7 +150,7 @@ def test_buckets_equal_the_trained_ones() -> None:
         assert column.position_ids().dtype == np.int64
 
 
-def test_buckets_do_not_follow_the_callers_defaults() -> None:
+def test_buckets_do_not_depend_on_torch_defaults() -> None:
     # No other test has this grid, so it is not cached
     tile = Tile(np.zeros((14, 14 * 49, 3), np.uint8), 14, 77)
     torch.set_default_dtype(torch.float64)
@@ -166,7 +166,7 @@ def test_buckets_do_not_follow_the_callers_defaults() -> None:
     assert got.tolist() == wanted.tolist()
 
 
-def test_a_full_side_has_each_position_in_order() -> None:
+def test_full_side_has_positions_in_order() -> None:
     for grid_side in range(1, 100):
         ids = Tile(np.zeros((2, 2 * grid_side, 3), np.uint8), 2, grid_side).position_ids()
         assert len(ids) == grid_side
@@ -193,19 +193,19 @@ def test_more_patches_than_positions_is_an_error() -> None:
         tile.position_ids()
 
 
-def test_positions_are_the_callers_own() -> None:
+def test_changing_returned_positions_has_no_effect() -> None:
     tile = Tile(np.zeros((28, 28, 3), np.uint8), 14, 70)
     tile.position_ids()[:] = -1
     assert tile.position_ids().tolist() == [0, 35, 35 * 70, 35 * 70 + 35]
 
 
-def test_config_of_the_checkpoint() -> None:
+def test_config_is_the_checkpoints() -> None:
     half = (0.5, 0.5, 0.5)
     assert ImageConfig(980, 378, True, 2, 0.00392156862745098, half, half) == CONFIG
     assert CONFIG.tiles_per_image == 5
 
 
-def test_config_defaults_are_those_of_transformers(tmp_path: Path) -> None:
+def test_config_defaults_equal_transformers(tmp_path: Path) -> None:
     default = Idefics2ImageProcessorPil()
     got = config(tmp_path)
     assert got.split is default.do_image_splitting is False
@@ -238,11 +238,11 @@ def test_config_defaults_are_those_of_transformers(tmp_path: Path) -> None:
         ("image_std", 0.5),
     ],
 )
-def test_config_nonsense_is_an_error(key: str, value: Any, tmp_path: Path) -> None:
+def test_invalid_config_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"preprocessor_config.json: {key} must be"):
         config(tmp_path, **{key: value})
 
 
-def test_config_missing_is_an_error(tmp_path: Path) -> None:
+def test_missing_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"preprocessor_config.json: cannot be read"):
         ImageConfig.load(tmp_path)

@@ -212,7 +212,7 @@ def test_padding_side_and_reused_features_change_nothing(tmp_path: Path) -> None
     assert relative_error(packed, right.logits[kept][[3, 0, 20]]) < 1e-6
 
 
-def test_a_batch_equals_its_samples_alone(tmp_path: Path) -> None:
+def test_batch_equals_single_samples(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mixed-batch")
     _, model = make_pair(case, tmp_path)
     tiles, ids = case.make_tiles(), case.token_ids()
@@ -228,7 +228,7 @@ def test_a_batch_equals_its_samples_alone(tmp_path: Path) -> None:
     assert relative_error(together, torch.cat(alone)) < 1e-6
 
 
-def test_random_weights_are_the_seeds(tmp_path: Path) -> None:
+def test_seed_determines_random_weights(tmp_path: Path) -> None:
     _, model = make_pair(CASES[0], tmp_path)
     first, again, other = (Idefics2(model.config) for _ in range(3))
     first.init_weights(1)
@@ -241,7 +241,7 @@ def test_random_weights_are_the_seeds(tmp_path: Path) -> None:
     assert not first.lm_head[model.config.text.vocab_size :].any()
 
 
-def test_image_tokens_and_features_must_be_as_many(tmp_path: Path) -> None:
+def test_number_of_image_tokens_must_equal_number_of_features(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mixed-batch")
     _, model = make_pair(case, tmp_path)
     inputs = oracle_inputs(case)
@@ -315,7 +315,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyCase, Any, Idef
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_padded_batches_that_mean_nothing_are_refused(
+def test_invalid_padded_batches_are_refused(
     name: str, mixed: tuple[TinyCase, Any, Idefics2]
 ) -> None:
     case, _, model = mixed
@@ -327,7 +327,7 @@ def test_padded_batches_that_mean_nothing_are_refused(
         forward_padded(model, **inputs)
 
 
-def test_what_stands_on_padding_means_nothing(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
+def test_values_at_padding_are_ignored(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
     case, _, model = mixed
     inputs = oracle_inputs(case)
     inputs["labels"] = make_labels(inputs, model.config.image_token_id)
@@ -340,7 +340,7 @@ def test_what_stands_on_padding_means_nothing(mixed: tuple[TinyCase, Any, Idefic
     assert torch.equal(got.loss, wanted.loss)  # type: ignore[arg-type]
 
 
-def test_the_loss_of_rows_padded_on_the_left(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
+def test_loss_of_rows_padded_on_the_left(mixed: tuple[TinyCase, Any, Idefics2]) -> None:
     """transformers predicts each row's first token from padding, unless its label is -100."""
     case, oracle, model = mixed
     inputs = oracle_inputs(case)
@@ -357,7 +357,7 @@ def test_the_loss_of_rows_padded_on_the_left(mixed: tuple[TinyCase, Any, Idefics
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_images_of_zeros_are_not_there(with_mask: bool, tmp_path: Path) -> None:
+def test_images_of_zeros_count_as_absent(with_mask: bool, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "row-without-image")
     oracle, model = make_pair(case, tmp_path)
     inputs = oracle_inputs(case)
@@ -374,7 +374,7 @@ def test_images_of_zeros_are_not_there(with_mask: bool, tmp_path: Path) -> None:
         forward_padded(model, **inputs)
 
 
-def test_ids_features_labels_and_lengths_that_do_not_fit_the_model(
+def test_inputs_that_do_not_fit_the_model_are_refused(
     mixed: tuple[TinyCase, Any, Idefics2],
 ) -> None:
     case, _, model = mixed
@@ -397,7 +397,7 @@ def test_ids_features_labels_and_lengths_that_do_not_fit_the_model(
         model(TextBatch.from_ids([[3, 4], [3] * 257]))
 
 
-def test_a_tokenizer_with_an_id_beyond_the_models_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_with_an_id_beyond_the_models_is_refused(tmp_path: Path) -> None:
     """The number of tokens is unchanged, but one id is in the padding of the embedding."""
     write_checkpoint(tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -408,7 +408,7 @@ def test_a_tokenizer_with_an_id_beyond_the_models_is_refused(tmp_path: Path) -> 
         Processor.load(tmp_path, ModelConfig.load(tmp_path))
 
 
-def test_a_cache_without_a_paged_view_is_refused(tmp_path: Path) -> None:
+def test_cache_without_a_paged_view_is_refused(tmp_path: Path) -> None:
     _, model = make_pair(CASES[0], tmp_path)
     batch = TextBatch.from_ids([[3, 4]])
     with pytest.raises(ValueError, match="must have none"):

@@ -38,14 +38,14 @@ SPLIT = pytest.mark.parametrize("split", [False, True])
 
 
 @cache
-def ours(split: bool) -> Processor:
+def engine_processor(split: bool) -> Processor:
     loaded = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B), split)
     image_config = replace(loaded.image_config, longest_edge=LONGEST, shortest_edge=SHORTEST)
     return replace(loaded, image_config=image_config, image_seq_len=SEQ_LEN)
 
 
 @cache
-def theirs(split: bool) -> Any:
+def transformers_processor(split: bool) -> Any:
     settings = json.loads((EIGHT_B / "preprocessor_config.json").read_text())
     for key in ("processor_class", "image_processor_type"):
         del settings[key]
@@ -63,7 +63,7 @@ def theirs(split: bool) -> Any:
 
 def words(text: str) -> list[int]:
     """Return the ids of ``text`` without ``<s>``."""
-    return ours(False).tokenizer.encode(text, add_bos=False)
+    return engine_processor(False).tokenizer.encode(text, add_bos=False)
 
 
 def slots(images: int, split: bool) -> list[int]:
@@ -86,15 +86,17 @@ def test_interleaved_single(split: bool) -> None:
     """
     tiles = 5 if split else 1
     for text, after in (("<image>", []), (TEXTS[0], words(FIRST))):
-        prompt = ours(split).prompt(text, ONE)
+        prompt = engine_processor(split).prompt(text, ONE)
         assert prompt.token_ids == [BOS, *slots(1, split), *after]
-        got = ours(split).padded([text], [[ONE]])
+        got = engine_processor(split).padded([text], [[ONE]])
         assert got["input_ids"].tolist() == [prompt.token_ids]
         assert got["attention_mask"].tolist() == [[1] * len(prompt.token_ids)]
         assert got["pixel_values"].shape == (1, tiles, 3, 65, 98)
         assert got["pixel_attention_mask"].shape == (1, tiles, 65, 98)
-        assert_equal(got, theirs(split)(text=text, images=ONE, padding_side="right"))
-    alone = theirs(split)(images=ONE)
+        assert_equal(
+            got, transformers_processor(split)(text=text, images=ONE, padding_side="right")
+        )
+    alone = transformers_processor(split)(images=ONE)
     np.testing.assert_array_equal(got["pixel_values"], alone["pixel_values"])
 
 
@@ -102,7 +104,7 @@ def test_interleaved_single(split: bool) -> None:
 def test_interleaved_batch(split: bool) -> None:
     """Mirror the batch of ``test_process_interleaved_images_prompts_[no_]image_splitting``."""
     images = [[ONE], [TWO, THREE]]
-    got = ours(split).padded(TEXTS, images, padding_side="left")
+    got = engine_processor(split).padded(TEXTS, images, padding_side="left")
     first = [BOS, *slots(1, split), *words(FIRST)]
     second = [BOS, *words(SECOND), *slots(2, split)]
     missing = len(second) - len(first)
@@ -118,7 +120,10 @@ def test_interleaved_batch(split: bool) -> None:
     assert mask.shape == (2, 2 * tiles, 76, 98)
     whole = [mask[0, tiles - 1], mask[0, -1], mask[1, tiles - 1], mask[1, -1]]
     assert [int(m.sum()) for m in whole] == [65 * 98, 0, 65 * 98, 76 * 98]
-    assert_equal(got, theirs(split)(text=TEXTS, images=images, padding=True, padding_side="left"))
+    assert_equal(
+        got,
+        transformers_processor(split)(text=TEXTS, images=images, padding=True, padding_side="left"),
+    )
 
 
 def test_published_sizes() -> None:
@@ -141,21 +146,25 @@ def test_add_special_tokens(split: bool) -> None:
     """
     text = f"{FIRST}<image>"
     bare = words(FIRST) + slots(1, split)
-    assert ours(split).prompt(text, ONE).token_ids == [BOS, *bare]
-    assert theirs(split)(text=text, images=ONE)["input_ids"] == [[BOS, *bare]]
-    assert theirs(split)(text=text, images=ONE, add_special_tokens=False)["input_ids"] == [bare]
-    without = ours(split).token_prompt(bare, ONE)
+    assert engine_processor(split).prompt(text, ONE).token_ids == [BOS, *bare]
+    assert transformers_processor(split)(text=text, images=ONE)["input_ids"] == [[BOS, *bare]]
+    assert transformers_processor(split)(text=text, images=ONE, add_special_tokens=False)[
+        "input_ids"
+    ] == [bare]
+    without = engine_processor(split).token_prompt(bare, ONE)
     assert (without.token_ids, len(without.tiles)) == (bare, 5 if split else 1)
 
 
 @SPLIT
 def test_non_nested_images_with_batched_text(split: bool) -> None:
     """Mirror ``test_non_nested_images_with_batched_text``: all images in one list, in order."""
-    got = ours(split).padded(TEXTS, [ONE, TWO, THREE])
+    got = engine_processor(split).padded(TEXTS, [ONE, TWO, THREE])
     assert got["pixel_values"].shape == (2, 10 if split else 2, 3, 76, 98)
     assert got["pixel_attention_mask"].shape == (2, 10 if split else 2, 76, 98)
-    assert_equal(got, ours(split).padded(TEXTS, [[ONE], [TWO, THREE]]))
-    wanted = theirs(split)(text=TEXTS, images=[ONE, TWO, THREE], padding=True, padding_side="right")
+    assert_equal(got, engine_processor(split).padded(TEXTS, [[ONE], [TWO, THREE]]))
+    wanted = transformers_processor(split)(
+        text=TEXTS, images=[ONE, TWO, THREE], padding=True, padding_side="right"
+    )
     assert_equal(got, wanted)
 
 
@@ -182,38 +191,40 @@ def test_wrong_image_counts(texts: list[str], images: list[Any], message: str, s
     These are its eight calls with wrong counts.
     """
     with pytest.raises(ValueError, match="number of"):
-        theirs(split)(text=texts, images=images, padding=True)
+        transformers_processor(split)(text=texts, images=images, padding=True)
     with pytest.raises(PromptError, match=message):
-        ours(split).padded(texts, images)
+        engine_processor(split).padded(texts, images)
 
 
 @SPLIT
 @pytest.mark.parametrize("images", [[[], [TWO]], [TWO]], ids=["nested", "flat"])
-def test_a_text_without_images_beside_one_with(images: list[Any], split: bool) -> None:
+def test_batch_may_mix_texts_with_and_without_images(images: list[Any], split: bool) -> None:
     """Differ from two calls of that test whose counts are right, where transformers once raised.
 
     In a batch a row without images is valid and has no tile in its mask. transformers 5 agrees.
     """
-    got = ours(split).padded(ONE_SLOT, images)
+    got = engine_processor(split).padded(ONE_SLOT, images)
     assert got["input_ids"][0].tolist()[: len(words(NO_SLOT[0])) + 1] == [BOS, *words(NO_SLOT[0])]
     assert got["pixel_attention_mask"][0].sum() == 0
     assert got["pixel_attention_mask"][1, -1].sum() == 65 * 98
-    wanted = theirs(split)(text=ONE_SLOT, images=images, padding=True, padding_side="right")
+    wanted = transformers_processor(split)(
+        text=ONE_SLOT, images=images, padding=True, padding_side="right"
+    )
     assert_equal(got, wanted)
-    (alone,) = ours(split).padded([ONE_SLOT[1]], [[TWO]])["pixel_values"]
+    (alone,) = engine_processor(split).padded([ONE_SLOT[1]], [[TWO]])["pixel_values"]
     np.testing.assert_array_equal(got["pixel_values"][1], alone)
 
 
 @SPLIT
 def test_counts_of_a_single_prompt(split: bool) -> None:
     """Differ where transformers accepts placeholders without images, which are an error here."""
-    assert theirs(split)(text="<image>")["input_ids"]
+    assert transformers_processor(split)(text="<image>")["input_ids"]
     for text, images in (("<image>", []), ("<image><image>", [ONE]), ("a", [ONE]), ("", ONE)):
         with pytest.raises(PromptError, match="must have one <image> for each image"):
-            ours(split).prompt(text, images)
+            engine_processor(split).prompt(text, images)
     nothing: Any = None
     with pytest.raises(PromptError, match="images: must be a list of images, got None"):
-        ours(split).prompt("<image>", nothing)
+        engine_processor(split).prompt("<image>", nothing)
 
 
 def test_neither_text_nor_images() -> None:
@@ -224,16 +235,16 @@ def test_neither_text_nor_images() -> None:
     nothing: Any = None
     for text in (None, [7], 7):
         with pytest.raises(ValueError, match=r"provide|Invalid input text"):
-            theirs(False)(text=text)
+            transformers_processor(False)(text=text)
     for not_texts in (None, 7, "a"):
         with pytest.raises(PromptError, match="texts: must be a list of strings"):
-            ours(False).padded(not_texts, [[]])  # type: ignore[arg-type]
+            engine_processor(False).padded(not_texts, [[]])  # type: ignore[arg-type]
     with pytest.raises(PromptError, match=r"texts\[0\]: must be a string, got int"):
-        ours(False).padded([7], [[]])  # type: ignore[list-item]
+        engine_processor(False).padded([7], [[]])  # type: ignore[list-item]
     with pytest.raises(PromptError, match="text: must be a string, got None"):
-        ours(False).prompt(nothing)
+        engine_processor(False).prompt(nothing)
     with pytest.raises(PromptError, match="one list for each of 1 texts"):
-        ours(False).padded(["a"], [])
+        engine_processor(False).padded(["a"], [])
 
 
 @SPLIT
@@ -256,19 +267,25 @@ def test_apply_chat_template(split: bool) -> None:
         "User: And who is that?<end_of_utterance>\n"
         "Assistant:"
     )
-    got = ours(split).chat(messages, [ONE, TWO])
+    got = engine_processor(split).chat(messages, [ONE, TWO])
     assert got.prompt == wanted
-    assert theirs(split).apply_chat_template(messages, add_generation_prompt=True) == wanted
+    assert (
+        transformers_processor(split).apply_chat_template(messages, add_generation_prompt=True)
+        == wanted
+    )
     tile = "<fake_token_around_image><image><image>"
     expanded = tile * (10 if split else 2) + "<fake_token_around_image>"
-    decoded = ours(split).tokenizer.decode(got.token_ids, skip_special_tokens=False)
+    decoded = engine_processor(split).tokenizer.decode(got.token_ids, skip_special_tokens=False)
     assert decoded == "<s> " + wanted.replace("<image><image>", expanded)
     assert len(got.tiles) == (10 if split else 2)
 
     messages[0]["content"].append("What do these images show?")
-    assert theirs(split).apply_chat_template(messages, add_generation_prompt=True) == wanted
+    assert (
+        transformers_processor(split).apply_chat_template(messages, add_generation_prompt=True)
+        == wanted
+    )
     with pytest.raises(PromptError, match=r"messages\[0\]: content\[3\]: must be a text, image"):
-        ours(split).chat(messages, [ONE, TWO])
+        engine_processor(split).chat(messages, [ONE, TWO])
 
 
 @SPLIT
@@ -285,12 +302,12 @@ def test_build_string_from_input(text: str, wanted: str, split: bool) -> None:
 
     Since transformers 5 a space separates an image from the next word, as in training.
     """
-    ids = ours(split).prompt(text, [ONE] * text.count("<image>")).token_ids
-    decoded = ours(split).tokenizer.decode(ids, skip_special_tokens=False)
+    ids = engine_processor(split).prompt(text, [ONE] * text.count("<image>")).token_ids
+    decoded = engine_processor(split).tokenizer.decode(ids, skip_special_tokens=False)
     short = decoded.replace("<fake_token_around_image>", "F").replace("<image>", "I")
     wanted = wanted.replace("FII", "FII" * (5 if split else 1))
     assert short == "<s>" + ("" if wanted.startswith("F") else " ") + wanted
-    assert [ids] == theirs(split)(text=text)["input_ids"]
+    assert [ids] == transformers_processor(split)(text=text)["input_ids"]
 
 
 # Tests of the image processor
@@ -332,19 +349,19 @@ def test_call(kind: str, split: bool) -> None:
         case _:
             images = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
     tiles = 5 if split else 1
-    one = ours(split).padded(["<image>"], [images[:1]])["pixel_values"]
+    one = engine_processor(split).padded(["<image>"], [images[:1]])["pixel_values"]
     assert one.shape[:3] == (1, tiles, 3)
     assert one.shape[3:] >= expected_size(*arrays[0].shape[:2])
     assert one.dtype == np.float32
 
-    every = ours(split).padded(["<image>"] * len(images), [[image] for image in images])
+    every = engine_processor(split).padded(["<image>"] * len(images), [[image] for image in images])
     sizes = [expected_size(*array.shape[:2]) for array in arrays]
     height, width = (max(side) for side in zip(*sizes, strict=True))
     assert every["pixel_values"].shape == (len(images), tiles, 3, height, width)
     # The mask of the whole images
     mask = every["pixel_attention_mask"][:, -1]
     assert [(int(m.any(1).sum()), int(m.any(0).sum())) for m in mask] == sizes
-    wanted = theirs(split).image_processor(
+    wanted = transformers_processor(split).image_processor(
         [[Image.fromarray(array)] for array in arrays], return_tensors="np"
     )
     np.testing.assert_array_equal(every["pixel_values"], wanted["pixel_values"])
@@ -355,7 +372,7 @@ def test_call(kind: str, split: bool) -> None:
 def test_call_numpy_4_channels(split: bool) -> None:
     """Differ from ``test_call_numpy_4_channels``, where four channels reach a model of three.
 
-    Here there are always three: the colors of a picture with alpha, as in transformers'
+    Here there are always three: the colors of an image with alpha, as in transformers'
     ``load_image``.
     """
     arrays = batch(3)
@@ -364,11 +381,13 @@ def test_call_numpy_4_channels(split: bool) -> None:
         Image.fromarray(np.concatenate(pair, axis=2)) for pair in zip(arrays, opacity, strict=True)
     ]
     assert {image.mode for image in images} == {"RGBA"}
-    got = ours(split).padded(["<image>"] * 3, [[image] for image in images])
+    got = engine_processor(split).padded(["<image>"] * 3, [[image] for image in images])
     assert got["pixel_values"].shape[2] == 3
-    opaque = ours(split).padded(["<image>"] * 3, [[array] for array in arrays])
+    opaque = engine_processor(split).padded(["<image>"] * 3, [[array] for array in arrays])
     np.testing.assert_array_equal(got["pixel_values"], opaque["pixel_values"])
-    wanted = theirs(split)(text=["<image>"] * 3, images=[[image] for image in images], padding=True)
+    wanted = transformers_processor(split)(
+        text=["<image>"] * 3, images=[[image] for image in images], padding=True
+    )
     np.testing.assert_array_equal(got["pixel_values"], wanted["pixel_values"])
 
 
@@ -386,13 +405,13 @@ def test_image_processor_properties(tmp_path: Path) -> None:
     assert (got.resample, got.rescale_factor) == (wanted.resample, wanted.rescale_factor)
 
 
-def test_the_image_processor_by_a_saved_file(tmp_path: Path) -> None:
+def test_saved_image_processor_is_loaded(tmp_path: Path) -> None:
     """Mirror ``test_image_processor_from_and_save_pretrained``: transformers' files can be read."""
-    theirs(True).image_processor.save_pretrained(tmp_path)
-    assert ImageConfig.load(tmp_path) == ours(True).image_config
+    transformers_processor(True).image_processor.save_pretrained(tmp_path)
+    assert ImageConfig.load(tmp_path) == engine_processor(True).image_config
 
 
-def test_two_sides_have_other_positions() -> None:
+def test_positions_differ_from_transformers_on_two_sides() -> None:
     """Compare the trained positions of every side with transformers'.
 
     They differ for sides of 49 patches (an A4 page) and 58. Up to 4.54 transformers had the rule of
@@ -414,7 +433,7 @@ def test_two_sides_have_other_positions() -> None:
     assert differ == [49, 49, 58, 58]
 
 
-def test_no_image_at_all() -> None:
+def test_values_that_are_not_images_are_refused() -> None:
     """Mirror the checks of ``make_nested_list_of_images``.
 
     A value that is not an image is an error, not a crash.
@@ -422,4 +441,4 @@ def test_no_image_at_all() -> None:
     wrong: list[Any] = [None, 7, [], {}, "missing.png", b"", np.zeros((0, 3, 3), np.uint8)]
     for image in wrong:
         with pytest.raises(ImageError):
-            ours(False).padded(["<image>", "a"], [[image], []])
+            engine_processor(False).padded(["<image>", "a"], [[image], []])

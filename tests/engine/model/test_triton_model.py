@@ -52,7 +52,7 @@ def random_model(
     return model.to(torch.bfloat16).to(dtype)
 
 
-def recorded(model: Idefics2) -> dict[str, Tensor]:
+def record_stages(model: Idefics2) -> dict[str, Tensor]:
     """Record the outputs of vision layers, connector and text layers."""
     stages: dict[str, Tensor] = {}
 
@@ -92,7 +92,7 @@ def paged_view(lengths: list[int], cached: list[int], pages: list[list[int]]) ->
 
 def run(model: Idefics2, case: TinyCase, device: torch.device, paged: bool) -> dict[str, Tensor]:
     """Return every stage and the logits; with ``paged`` in two chunks and two single tokens."""
-    stages = recorded(model)
+    stages = record_stages(model)
     images = image_batch(case.make_tiles())
     with torch.no_grad():
         features = None if images is None else model.image_features(images.to(device))
@@ -229,7 +229,7 @@ def test_logits(name: str, dtype: torch.dtype, paged: bool, device: torch.device
     assert worst <= 1, f"{worst:.2f} times the allowed error"
 
 
-def test_a_model_on_the_kernels_is_not_trained_in_part(device: torch.device) -> None:
+def test_kernel_model_refuses_partial_training(device: torch.device) -> None:
     case = next(c for c in CASES if c.name == "no-image")
     config = ModelConfig.from_dict(case.config().to_dict())
     model = random_model(config, TRITON, device, torch.float32)
@@ -241,7 +241,7 @@ def test_a_model_on_the_kernels_is_not_trained_in_part(device: torch.device) -> 
 
 
 @pytest.mark.gpu
-def test_the_demo_says_the_same_tokens_on_the_kernels() -> None:
+def test_demo_gives_the_same_tokens_on_the_kernels() -> None:
     chats = first_questions()
     params = SamplingParams(temperature=0.0, max_tokens=64)
     answers = [
@@ -274,7 +274,7 @@ def eight_b_stages(
     model = Idefics2(ModelConfig.load(EIGHT_B), ops, "cuda", torch.bfloat16)
     model.init_weights(0)
     model = model.to(dtype)
-    stages = recorded(model)
+    stages = record_stages(model)
     images, text = batch
     with torch.inference_mode():
         stages["logits"] = model(text, model.image_features(images))

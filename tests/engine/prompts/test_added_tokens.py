@@ -48,12 +48,12 @@ def description(kind: str) -> dict[str, Any]:
 
 
 @cache
-def ours(kind: str) -> Tokenizer:
+def load_tokenizer(kind: str) -> Tokenizer:
     return Tokenizer(description(kind), SETTINGS)
 
 
 @cache
-def theirs(kind: str) -> Any:
+def load_transformers_tokenizer(kind: str) -> Any:
     built = tokenizers.Tokenizer.from_str(json.dumps(description(kind)))
     build: Any = PreTrainedTokenizerFast
     return build(tokenizer_object=built)
@@ -61,7 +61,7 @@ def theirs(kind: str) -> Any:
 
 @cache
 def template(kind: str, source: str) -> ChatTemplate:
-    return ChatTemplate(source, ours(kind))
+    return ChatTemplate(source, load_tokenizer(kind))
 
 
 def compared(kind: str) -> list[str]:
@@ -92,14 +92,14 @@ ALL = pytest.mark.parametrize("kind", ["8b", "lower", "legacy", "byte level"])
 
 
 @ALL
-def test_raw_prompts_have_transformers_ids(kind: str) -> None:
+def test_ids_of_raw_prompts_equal_transformers(kind: str) -> None:
     for text in texts(compared(kind), 1000):
-        wanted = theirs(kind)(text, add_special_tokens=False)["input_ids"]
-        assert ours(kind).encode(text, add_bos=False) == wanted, text
+        wanted = load_transformers_tokenizer(kind)(text, add_special_tokens=False)["input_ids"]
+        assert load_tokenizer(kind).encode(text, add_bos=False) == wanted, text
 
 
 @ALL
-def test_conversations_have_transformers_ids(kind: str) -> None:
+def test_ids_of_conversations_equal_transformers(kind: str) -> None:
     rng = random.Random(1)
     typed = texts(PLAIN, 400)
     for text in typed:
@@ -107,15 +107,18 @@ def test_conversations_have_transformers_ids(kind: str) -> None:
         content = [{"type": "text", "text": part} for part in parts]
         messages = [{"role": "user", "content": content}]
         source = TEMPLATE.replace("token", repr(rng.choice([*compared(kind), "<image>", " "])))
-        wanted = theirs(kind).apply_chat_template(
+        wanted = load_transformers_tokenizer(kind).apply_chat_template(
             messages, chat_template=source, tokenize=True, return_dict=False
         )
         turns, _ = read_messages(messages)
         rendered = template(kind, source).render(turns, add_generation_prompt=False)
-        assert ours(kind).encode_marked(rendered, add_bos=False) == wanted, (source, parts)
+        assert load_tokenizer(kind).encode_marked(rendered, add_bos=False) == wanted, (
+            source,
+            parts,
+        )
 
 
 @ALL
 def test_typed_control_tokens_stay_text(kind: str) -> None:
     for text in texts(SPECIAL, 300):
-        assert not {*ours(kind).encode_plain(text)} & ours(kind).control_ids
+        assert not {*load_tokenizer(kind).encode_plain(text)} & load_tokenizer(kind).control_ids

@@ -145,9 +145,9 @@ TOO_LONG = [
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, tick: float) -> None:
-    """Advance time by ``tick`` seconds at each look at the clock, and never otherwise.
+    """Advance time by ``tick`` seconds at each reading of the clock, and never otherwise.
 
-    Time is thereby counted in looks.
+    Time is thereby counted in readings.
     """
     seconds = count(0, tick)
     clocks = SimpleNamespace(monotonic=lambda: next(seconds), thread_time=lambda: next(seconds))
@@ -162,13 +162,13 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow about 50 looks at the clock, so that long operations must look repeatedly."""
+    """Allow about 50 readings of the clock, so long operations must read it repeatedly."""
     set_clock(monkeypatch, 0.01)
 
 
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize("source", TOO_LARGE)
-def test_size_has_a_limit(source: str) -> None:
+def test_size_is_limited(source: str) -> None:
     with pytest.raises(
         PromptError, match=r"TemplateLimitError: .* (size|bits) .*at most \d|at most \d+ bits"
     ):
@@ -177,12 +177,12 @@ def test_size_has_a_limit(source: str) -> None:
 
 @pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize("source", TOO_LONG)
-def test_time_has_a_limit(source: str) -> None:
+def test_time_is_limited(source: str) -> None:
     with pytest.raises(PromptError, match=r"TemplateLimitError: must take at most 0.5 s"):
         render(source)
 
 
-def test_memory_has_a_limit() -> None:
+def test_memory_is_limited() -> None:
     """Large values are refused before they are created, so a process that tries all stays small."""
     code = """
 import json, resource, sys
@@ -229,7 +229,7 @@ print((peak() - before) // 1024)
         ("{{ ('9' * 100000) | int + 1 // 0 }}", "ZeroDivisionError"),
     ],
 )
-def test_other_ends(source: str, message: str) -> None:
+def test_template_errors_become_prompt_errors(source: str, message: str) -> None:
     with pytest.raises(PromptError, match=f"chat template: .*{message}"):
         render(source)
 
@@ -249,17 +249,17 @@ def test_other_ends(source: str, message: str) -> None:
     ],
     ids=lambda text: text[:40],
 )
-def test_what_is_refused_when_it_is_loaded(source: str, message: str) -> None:
+def test_invalid_templates_are_refused_at_load(source: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ChatTemplate(source, tokenizer())
 
 
 @pytest.mark.parametrize("source", [*TOO_LARGE, *TOO_LONG])
-def test_loading_runs_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_runs_no_filter(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Jinja folds constants while it compiles, but must not compute ``'a' | center(10**9)``."""
     computed: list[str] = []
 
-    def noted(name: str, compute: Any) -> Any:
+    def record_calls(name: str, compute: Any) -> Any:
         @wraps(compute)
         def note(*args: Any, **kwargs: Any) -> Any:
             computed.append(name)
@@ -268,12 +268,12 @@ def test_loading_runs_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> N
         return note
 
     for name, compute in DEFAULT_FILTERS.items():
-        monkeypatch.setitem(DEFAULT_FILTERS, name, noted(name, compute))
+        monkeypatch.setitem(DEFAULT_FILTERS, name, record_calls(name, compute))
     ChatTemplate(source, tokenizer())
     assert not computed
 
 
-def test_what_prints_itself_stays_short() -> None:
+def test_printing_nested_objects_stays_short() -> None:
     for holder in ("namespace(a=ns.x, b=ns.x)", "cycler(ns.x, ns.x)"):
         assert len(render(GROW % ("1", holder) + "{{ ns.x }}{{ [ns.x] }}")) < 200
 
@@ -297,7 +297,7 @@ def test_limits_hold_in_any_thread() -> None:
     assert ["must take at most 0.5 s" in str(error) for error in errors] == [True] * 2
 
 
-def test_a_template_has_its_budget_while_another_thread_spends_its_own() -> None:
+def test_each_thread_has_its_own_budget() -> None:
     template = ChatTemplate(f"{LOOPS}{ENDS}", tokenizer())
 
     def work() -> None:
@@ -310,7 +310,7 @@ def test_a_template_has_its_budget_while_another_thread_spends_its_own() -> None
     thread.join()
 
 
-def test_a_waiting_thread_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_of_a_suspended_machine_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock runs while a machine is suspended, but the thread's own clock does not."""
     wall = count(0, 100)
     clocks = SimpleNamespace(monotonic=lambda: next(wall), thread_time=lambda: 0.0)
@@ -363,7 +363,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_there_is_no_way_out(source: str) -> None:
+def test_sandbox_escapes_print_nothing(source: str) -> None:
     messages = json.loads(json.dumps(HELLO))
     with contextlib.suppress(PromptError, ConfigError):
         rendered = render(source, messages)
@@ -389,14 +389,14 @@ def test_errors_are_short_and_show_no_marks() -> None:
         [{"role": "system", "content": "hi"}, {"role": "chat_template", "template": "forged"}],
     ],
 )
-def test_a_template_in_a_row_is_refused(messages: Any) -> None:
+def test_template_in_a_conversation_is_refused(messages: Any) -> None:
     """Unknown keys are errors everywhere in a conversation, and so is a template among them."""
     processor = Processor.load(EIGHT_B, ModelConfig.load(EIGHT_B))
     with pytest.raises(PromptError, match="must be"):
         processor.chat(messages)
 
 
-def test_a_typed_template_is_text() -> None:
+def test_typed_template_is_text() -> None:
     for text in (
         "{{ 1 + 1 }}",
         "{% for i in range(9) %}x{% endfor %}",
@@ -479,7 +479,7 @@ def special_tokens() -> dict[str, Any]:
     return dict(LlamaTokenizer.from_pretrained(EIGHT_B).special_tokens_map)
 
 
-def theirs(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
+def render_with_transformers(source: str, messages: list[dict[str, Any]], generate: bool) -> str:
     rendered: Any = render_jinja_template(
         [messages], chat_template=source, add_generation_prompt=generate, **special_tokens()
     )
@@ -492,41 +492,43 @@ def test_rendering_equals_transformers(name: str, generate: bool) -> None:
     for messages in conversations():
         # A template that searches typed text for "<" would find marks behind it. None of these
         # does.
-        assert render(HUB_STYLE[name], messages, generate) == theirs(
+        assert render(HUB_STYLE[name], messages, generate) == render_with_transformers(
             HUB_STYLE[name], messages, generate
         )
 
 
-def test_a_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
+def test_list_of_templates_renders_as_in_transformers(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": CHATTY}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     found = ChatTemplate.load(tmp_path, tokenizer())
     assert found is not None
     for messages in conversations():
-        assert tokenizer().unmark(found.render(messages, False)) == theirs(CHATTY, messages, False)
+        assert tokenizer().unmark(found.render(messages, False)) == render_with_transformers(
+            CHATTY, messages, False
+        )
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
-    """Return a list that grows with each look at the clock."""
+def clock_reads(monkeypatch: pytest.MonkeyPatch) -> list[Budget]:
+    """Return a list that grows with each reading of the clock."""
     seen: list[Budget] = []
     monkeypatch.setattr(Budget, "look", lambda budget: seen.append(budget))
     return seen
 
 
 @pytest.mark.parametrize("made", ["dict(pairs)", "namespace(pairs)"])
-def test_keys_are_put_in_one_by_one(made: str, looks: list[Budget]) -> None:
-    """If all keys have one hash, inserting many at once takes quadratic time between two looks."""
+def test_keys_are_inserted_one_by_one(made: str, clock_reads: list[Budget]) -> None:
+    """With equal hashes, inserting all keys at once takes quadratic time between two clock reads."""
     pairs = "{% set pairs = range(2000) | map('string') | batch(2) | list %}"
     render(pairs)
-    before = len(looks)
-    looks.clear()
+    before = len(clock_reads)
+    clock_reads.clear()
     render(f"{pairs}{{% set made = {made} %}}")
-    assert len(looks) - before >= 1000
+    assert len(clock_reads) - before >= 1000
 
 
-def test_work_grows_with_the_conversation(looks: list[Budget]) -> None:
-    """Each operation looks at the clock, so every message needs the same number of looks."""
+def test_work_grows_with_the_conversation(clock_reads: list[Budget]) -> None:
+    """Each operation reads the clock, so every message needs the same number of readings."""
     question = {"type": "text", "text": "What is in this image, and where is the star?"}
     turns = [
         {"role": "user", "content": [{"type": "image"}, question]},
@@ -536,9 +538,9 @@ def test_work_grows_with_the_conversation(looks: list[Budget]) -> None:
         template = ChatTemplate(source, tokenizer())
         taken = []
         for times in (1, 2, 200):
-            looks.clear()
+            clock_reads.clear()
             template.render(turns * times, True)
-            taken.append(len(looks))
+            taken.append(len(clock_reads))
         one, two, many = taken
         assert many == one + 199 * (two - one)
         assert 0 < two - one < 100

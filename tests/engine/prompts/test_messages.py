@@ -9,7 +9,7 @@ from idefics2_engine.errors import PromptError
 from idefics2_engine.prompts.messages import read_messages
 
 
-def test_messages_in_every_shape() -> None:
+def test_every_shape_of_message_is_accepted() -> None:
     messages: list[dict[str, Any]] = [
         {"role": "system", "content": "be brief"},
         {
@@ -85,7 +85,7 @@ def test_messages_in_every_shape() -> None:
         ([{"role": "user", "content": [{"type": "image"}]}], "wanted 0, got 1"),
     ],
 )
-def test_messages_in_another_shape_are_an_error(messages: Any, message: str) -> None:
+def test_other_shapes_of_messages_are_refused(messages: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         read_messages(messages)
 
@@ -95,7 +95,7 @@ def filled_up(values: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: values.get(key) for key in keys}
 
 
-def test_messages_as_datasets_makes_them() -> None:
+def test_messages_of_datasets_are_accepted() -> None:
     def part(**values: Any) -> dict[str, Any]:
         return filled_up(values, "type", "text", "image", "image_url", "path")
 
@@ -126,13 +126,13 @@ def test_messages_as_datasets_makes_them() -> None:
     assert read_messages(same, [b"1"]) == (turns, sources)
 
 
-def test_an_image_that_is_none_takes_the_next() -> None:
+def test_image_of_none_uses_the_next_image() -> None:
     part = {"type": "image", "image": None}
     _, sources = read_messages([{"role": "user", "content": [part, part]}], [b"1", b"2"])
     assert sources == [b"1", b"2"]
 
 
-def test_a_conversation_may_be_a_tuple_and_has_the_name_its_caller_knows() -> None:
+def test_conversation_may_be_a_tuple_and_errors_use_its_name() -> None:
     turns, _ = read_messages(({"role": "user", "content": ({"type": "text", "text": "a"},)},))
     assert turns == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     with pytest.raises(PromptError, match=r"^messages\[1\]\[0\]: role must be"):
@@ -165,12 +165,12 @@ class Failing(Mapping[str, Any]):
         {"role": "user", "content": [{"type": "image_url", "image_url": Failing("url")}]},
     ],
 )
-def test_what_reading_a_message_raises_is_an_error_of_ours(message: Any) -> None:
+def test_exception_while_reading_a_message_is_a_prompt_error(message: Any) -> None:
     good = {"role": "user", "content": "a"}
     with pytest.raises(PromptError, match=r"^messages\[1\]: reading it raised OSError$"):
         read_messages([good, message])
 
 
-def test_leftover_images_are_an_error() -> None:
+def test_leftover_images_are_refused() -> None:
     with pytest.raises(PromptError, match="wanted 2, got 1"):
         read_messages([{"role": "user", "content": [{"type": "image"}]}], [b"1", b"2"])

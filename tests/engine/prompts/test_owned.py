@@ -42,7 +42,7 @@ def finished(draft: PromptDraft) -> list[npt.NDArray[np.uint8]]:
     return pixels(processor().finish([draft])[0])
 
 
-def wanted(image: Image.Image) -> npt.NDArray[np.uint8]:
+def expected_pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
     (only,) = finished(processor().draft_prompt("<image>", [image.copy()]))
     return only
 
@@ -106,7 +106,7 @@ HELD: dict[str, Callable[[], Held]] = {
 
 
 @pytest.mark.parametrize("kind", HELD)
-def test_an_owned_draft_keeps_what_its_caller_changes(kind: str) -> None:
+def test_owned_draft_does_not_see_the_callers_changes(kind: str) -> None:
     source, change = HELD[kind]()
     images = [source]
     messages = [{"role": "user", "content": [{"type": "image", "image": source}]}]
@@ -119,10 +119,10 @@ def test_an_owned_draft_keeps_what_its_caller_changes(kind: str) -> None:
     messages[0]["content"][0]["image"] = None  # type: ignore[index]
     for draft in drafts:
         (got,) = finished(draft)
-        np.testing.assert_array_equal(got, wanted(IMAGE))
+        np.testing.assert_array_equal(got, expected_pixels(IMAGE))
 
 
-def test_messages_and_token_ids_may_be_used_again() -> None:
+def test_messages_and_token_ids_may_be_reused() -> None:
     text: dict[str, Any] = {"type": "text", "text": "one"}
     messages = [{"role": "user", "content": [text]}]
     ids = [1, 5, 6]
@@ -141,20 +141,20 @@ def test_messages_and_token_ids_may_be_used_again() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WebP", "PNG", "TIFF"])
-def test_frames_of_one_file_are_frames(kind: str) -> None:
+def test_frames_of_one_file_are_read_separately(kind: str) -> None:
     animated = Image.open(io.BytesIO(frames(kind)))
     drafts, expected = [], []
     for number in range(3):
         animated.seek(number)
         drafts.append(processor().draft_prompt("<image>", [animated]).owned())
-        expected.append(wanted(animated))
+        expected.append(expected_pixels(animated))
     got = [finished(draft)[0] for draft in drafts]
     assert len({one.tobytes() for one in got}) == 3
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-def test_files_by_name_text_and_bytes_are_left_for_threads(
+def test_paths_and_bytes_are_not_decoded_when_owned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     IMAGE.save(tmp_path / "a.png")
@@ -164,10 +164,10 @@ def test_files_by_name_text_and_bytes_are_left_for_threads(
         draft = processor().draft_prompt("<image>" * 3, sources).owned()
     assert all(one is own for one, own in zip(sources, draft.images, strict=True))
     for got in finished(draft):
-        np.testing.assert_array_equal(got, wanted(IMAGE))
+        np.testing.assert_array_equal(got, expected_pixels(IMAGE))
 
 
-def test_an_object_in_several_slots_is_owned_once() -> None:
+def test_repeated_object_is_owned_once() -> None:
     draft = processor().draft_prompt("<image>" * 3, [IMAGE, OTHER, IMAGE]).owned()
     first, second, third = draft.images
     assert first is third
@@ -175,7 +175,7 @@ def test_an_object_in_several_slots_is_owned_once() -> None:
     assert second is not OTHER
 
 
-def test_what_owning_finds_wrong_says_which_image() -> None:
+def test_error_while_owning_names_the_image() -> None:
     bad: Any = np.zeros((2, 5, 5))
     with pytest.raises(ImageError, match=r"^images\[1\]: image array: must be"):
         processor().draft_prompt("<image>" * 2, [IMAGE, bad]).owned()
@@ -183,7 +183,7 @@ def test_what_owning_finds_wrong_says_which_image() -> None:
         processor().draft_prompt("<image>", [bad]).owned()
 
 
-def test_sizes_are_looked_at_before_anything_is_owned() -> None:
+def test_sizes_are_checked_before_anything_is_copied() -> None:
     small = Processor.load(
         EIGHT_B,
         ModelConfig.load(EIGHT_B),
@@ -241,7 +241,7 @@ def one_open_file(stream: Watched) -> Iterator[Any]:
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF"])
 @pytest.mark.parametrize("together", [False, True], ids=["a call each", "one call"])
 @pytest.mark.parametrize("sources", [one_lazy_image, images_of_one_file, one_open_file])
-def test_one_object_in_several_rows(
+def test_shared_object_is_read_by_one_thread_at_a_time(
     sources: Callable[[Watched], Iterator[Any]], together: bool, kind: str
 ) -> None:
     data = file(IMAGE, kind)
@@ -262,7 +262,7 @@ def test_one_object_in_several_rows(
         np.testing.assert_array_equal(one, right)
 
 
-def test_files_are_decoded_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_decoded_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(3)
     decode: Any = vars(media)["decode"]
 
@@ -317,6 +317,6 @@ def failing_ids() -> Iterator[int]:
         ),
     ],
 )
-def test_lists_that_fail_are_errors_of_ours(draft: Callable[[], object], message: str) -> None:
+def test_failing_lists_are_prompt_errors(draft: Callable[[], object], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         draft()

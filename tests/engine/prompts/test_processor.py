@@ -34,12 +34,12 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @cache
-def ours(split: bool) -> Processor:
+def engine_processor(split: bool) -> Processor:
     return Processor.load(EIGHT_B, MODEL, split=split)
 
 
 @cache
-def theirs(split: bool) -> Any:
+def transformers_processor(split: bool) -> Any:
     settings = json.loads((EIGHT_B / "preprocessor_config.json").read_text())
     for key in ("processor_class", "image_processor_type"):
         del settings[key]
@@ -84,8 +84,8 @@ def test_ids_of_raw_prompts_equal_transformers(split: bool) -> None:
     assert len(set(prompts)) >= 50
     dot = noise(2, 2)
     for text in prompts:
-        wanted = theirs(split)(text=text)["input_ids"][0]
-        got = ours(split).prompt(text, [dot] * text.count("<image>"))
+        wanted = transformers_processor(split)(text=text)["input_ids"][0]
+        got = engine_processor(split).prompt(text, [dot] * text.count("<image>"))
         assert got.token_ids == wanted, text
         assert got.prompt == text
         assert len(got.tiles) == text.count("<image>") * (5 if split else 1)
@@ -96,17 +96,19 @@ def test_ids_of_raw_prompts_equal_transformers(split: bool) -> None:
 def test_chats_equal_transformers(split: bool, generate: bool) -> None:
     dot = noise(2, 2)
     for messages in conversations():
-        rendered = theirs(split).apply_chat_template(messages, add_generation_prompt=generate)
-        wanted = theirs(split)(text=rendered)["input_ids"][0]
+        rendered = transformers_processor(split).apply_chat_template(
+            messages, add_generation_prompt=generate
+        )
+        wanted = transformers_processor(split)(text=rendered)["input_ids"][0]
         images = [dot] * rendered.count("<image>")
-        got = ours(split).chat(messages, images, add_generation_prompt=generate)
+        got = engine_processor(split).chat(messages, images, add_generation_prompt=generate)
         assert got.prompt == rendered
         assert got.token_ids == wanted, rendered
         if split:
             assert got.token_ids.count(32001) == 320 * len(images)
 
 
-def test_a_chat_equals_transformers_in_one_call() -> None:
+def test_chat_equals_one_call_of_transformers() -> None:
     images = [noise(30, 40), noise(50, 20)]
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "image", "image": images[0]}]},
@@ -120,14 +122,16 @@ def test_a_chat_equals_transformers_in_one_call() -> None:
             ],
         },
     ]
-    wanted = theirs(True).apply_chat_template(
+    wanted = transformers_processor(True).apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=True
     )
-    got = ours(True).chat(messages)
+    got = engine_processor(True).chat(messages)
     assert got.token_ids == wanted["input_ids"][0]
     assert len(got.tiles) == 10
     # The tiles equal those of single images, in the order of the placeholders
-    own = [tile for image in images for tile in ours(True).prompt("<image>", [image]).tiles]
+    own = [
+        tile for image in images for tile in engine_processor(True).prompt("<image>", [image]).tiles
+    ]
     for tile, alone in zip(got.tiles, own, strict=True):
         np.testing.assert_array_equal(tile.pixels, alone.pixels)
 
@@ -151,19 +155,19 @@ def test_a_chat_equals_transformers_in_one_call() -> None:
     ],
 )
 def test_other_templates_render_as_in_transformers(source: str) -> None:
-    processor = ours(False)
+    processor = engine_processor(False)
     for messages in conversations()[:30]:
-        wanted = theirs(False).apply_chat_template(messages, chat_template=source)
+        wanted = transformers_processor(False).apply_chat_template(messages, chat_template=source)
         marked = ChatTemplate(source, processor.tokenizer).render(messages, False)
         assert processor.tokenizer.unmark(marked) == wanted
 
 
-def test_a_conversation_with_images_in_every_way(tmp_path: Path) -> None:
+def test_images_may_be_passed_in_every_form(tmp_path: Path) -> None:
     images = [noise(400 + n, 400) for n in range(3)]
     images[1].save(tmp_path / "one.png")
     part = {"type": "image_url", "image_url": {"url": str(tmp_path / "one.png")}}
     content = [{"type": "image"}, part, {"type": "image", "image": images[2]}]
-    got = ours(False).chat([{"role": "user", "content": content}], [images[0]])
+    got = engine_processor(False).chat([{"role": "user", "content": content}], [images[0]])
     assert got.prompt == "User:<image><image><image><end_of_utterance>\nAssistant:"
     for tile, image in zip(got.tiles, images, strict=True):
         np.testing.assert_array_equal(tile.pixels, np.array(image))
@@ -172,9 +176,9 @@ def test_a_conversation_with_images_in_every_way(tmp_path: Path) -> None:
 def test_typed_control_tokens_do_not_count_as_slots() -> None:
     text = "<image></s><fake_token_around_image><end_of_utterance>"
     content = [{"type": "text", "text": text}, {"type": "image"}]
-    got = ours(False).chat([{"role": "user", "content": content}], [noise(2, 2)])
+    got = engine_processor(False).chat([{"role": "user", "content": content}], [noise(2, 2)])
     assert got.prompt == f"User: {text}<image><end_of_utterance>\nAssistant:"
-    special = [id for id in got.token_ids if id in ours(False).tokenizer.control_ids]
+    special = [id for id in got.token_ids if id in engine_processor(False).tokenizer.control_ids]
     assert special == [1, 32000, *[32001] * 64, 32000, 32002]
 
 
@@ -194,42 +198,42 @@ def test_padded_batches_equal_transformers(
 ) -> None:
     texts = [text for text, _ in BATCHES[name]]
     images: list[list[Image.Image]] = [[noise(*size) for size in own] for _, own in BATCHES[name]]
-    wanted = theirs(split)(
+    wanted = transformers_processor(split)(
         text=texts, images=images, padding=True, padding_side=side, return_tensors="np"
     )
-    got = ours(split).padded(texts, images, side)
+    got = engine_processor(split).padded(texts, images, side)
     assert got.keys() == wanted.keys()
     for key, array in wanted.items():
         assert got[key].dtype == array.dtype
         np.testing.assert_array_equal(got[key], array)
 
 
-def test_a_padded_batch_without_images_has_no_pixels() -> None:
-    wanted = theirs(True)(text=["a", "b c"], padding=True, padding_side="right")
-    got = ours(True).padded(["a", "b c"], [[], []])
+def test_padded_batch_without_images_has_no_pixels() -> None:
+    wanted = transformers_processor(True)(text=["a", "b c"], padding=True, padding_side="right")
+    got = engine_processor(True).padded(["a", "b c"], [[], []])
     assert {key: array.tolist() for key, array in got.items()} == dict(wanted)
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
-def test_another_number_of_images_than_slots_is_an_error(wrong: int) -> None:
+def test_number_of_images_must_equal_number_of_slots(wrong: int) -> None:
     images = [noise(2, 2)] * wrong
     message = f"wanted {wrong}, got 1"
     with pytest.raises(PromptError, match=message):
-        ours(False).prompt("<image>", images)
+        engine_processor(False).prompt("<image>", images)
     with pytest.raises(PromptError, match=message):
-        ours(False).padded(["<image>"], [images])
+        engine_processor(False).padded(["<image>"], [images])
     with pytest.raises(PromptError, match=message):
-        ours(False).chat([{"role": "user", "content": [{"type": "image"}]}], images)
+        engine_processor(False).chat([{"role": "user", "content": [{"type": "image"}]}], images)
 
 
-def test_a_template_that_drops_images_is_an_error(tmp_path: Path) -> None:
+def test_template_that_drops_images_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, processor_config={"chat_template": "no slots"})
     processor = Processor.load(folder, MODEL)
     with pytest.raises(PromptError, match="wanted 1, got 0"):
         processor.chat([{"role": "user", "content": [{"type": "image"}]}], [noise(2, 2)])
 
 
-def test_bos_in_the_template_is_not_doubled(tmp_path: Path) -> None:
+def test_bos_in_the_template_is_not_repeated(tmp_path: Path) -> None:
     source = "{{ bos_token }}{{ messages[0].content[0].text }}"
     folder = checkpoint(tmp_path, processor_config={"chat_template": source})
     processor = Processor.load(folder, MODEL)
@@ -246,7 +250,7 @@ def test_bos_in_the_template_is_not_doubled(tmp_path: Path) -> None:
 
 @SPLIT
 def test_token_prompts(split: bool) -> None:
-    processor = ours(split)
+    processor = engine_processor(split)
     images = [noise(2, 2), noise(500, 400)]
     for text in ("<image>a<image>b", "<image><image>", "x <image> <image>"):
         raw = processor.prompt(text, images)
@@ -268,21 +272,19 @@ def test_token_prompts(split: bool) -> None:
         ([1, "2"], 0, r"token_ids\[1\]: must be"),
     ],
 )
-def test_token_prompts_that_do_not_fit_are_an_error(
-    ids: list[Any], images: int, message: str
-) -> None:
+def test_invalid_token_prompts_are_refused(ids: list[Any], images: int, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        ours(False).token_prompt(ids, [noise(2, 2)] * images)
+        engine_processor(False).token_prompt(ids, [noise(2, 2)] * images)
 
 
 @pytest.mark.parametrize("ids", ["12", b"12", bytearray(2), {5, 6}, {5: 6}, {5: 6}.keys(), None, 5])
-def test_token_ids_are_no_text_and_have_an_order(ids: Any) -> None:
+def test_token_ids_must_be_an_ordered_list(ids: Any) -> None:
     with pytest.raises(PromptError, match="token_ids: must be a list of ids, got"):
-        ours(False).token_prompt(ids)
+        engine_processor(False).token_prompt(ids)
 
 
-def test_wrong_arguments_are_errors() -> None:
-    processor = ours(False)
+def test_wrong_arguments_are_refused() -> None:
+    processor = engine_processor(False)
     not_text: Any = 7
     not_a_side: Any = "top"
     with pytest.raises(PromptError, match="text: must be a string, got int"):
@@ -297,7 +299,7 @@ def test_wrong_arguments_are_errors() -> None:
         processor.prompt("<image>", ["missing.png"])
 
 
-def test_a_tokenizer_without_padding_cannot_pad(tmp_path: Path) -> None:
+def test_tokenizer_without_padding_cannot_pad(tmp_path: Path) -> None:
     settings = json.loads((EIGHT_B / "tokenizer_config.json").read_text())
     folder = checkpoint(tmp_path, tokenizer_config=settings | {"pad_token": None})
     with pytest.raises(PromptError, match="needs a pad_token"):
@@ -314,11 +316,11 @@ def checkpoint(folder: Path, **changes: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("split", "wanted"), [(None, True), (True, True), (False, False)])
-def test_splitting_is_the_checkpoints_or_the_callers(split: bool | None, wanted: bool) -> None:
+def test_splitting_follows_the_caller_or_the_checkpoint(split: bool | None, wanted: bool) -> None:
     assert Processor.load(EIGHT_B, MODEL, split=split).image_config.split is wanted
 
 
-def test_a_base_model_cannot_chat(tmp_path: Path) -> None:
+def test_base_model_cannot_chat(tmp_path: Path) -> None:
     tokenizer = json.loads((EIGHT_B / "tokenizer.json").read_text())
     del tokenizer["added_tokens"][-1]
     folder = checkpoint(tmp_path, tokenizer=tokenizer)
@@ -344,7 +346,7 @@ def test_a_base_model_cannot_chat(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_files_that_do_not_fit_the_model_are_an_error(
+def test_files_that_do_not_fit_the_model_are_refused(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -361,7 +363,7 @@ def test_files_that_do_not_fit_the_model_are_an_error(
         ),
     ],
 )
-def test_a_tokenizer_of_another_model_is_an_error(changes: dict[str, Any], message: str) -> None:
+def test_tokenizer_of_another_model_is_refused(changes: dict[str, Any], message: str) -> None:
     config = json.loads((EIGHT_B / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         Processor.load(EIGHT_B, ModelConfig.from_dict(config | changes))

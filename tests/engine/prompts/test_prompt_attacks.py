@@ -158,7 +158,7 @@ def control_ids(ids: list[int]) -> list[int]:
 
 @settings(PROPERTY, max_examples=1500)
 @given(conversation=st.lists(messages, min_size=1, max_size=3), split=st.booleans())
-def test_typed_text_stays_text_and_images_stay_in_place(
+def test_typed_text_stays_text_and_images_keep_their_place(
     conversation: list[dict[str, Any]], split: bool
 ) -> None:
     parts = [part for message in conversation for part in message["content"]]
@@ -174,7 +174,7 @@ def test_typed_text_stays_text_and_images_stay_in_place(
 
 @settings(PROPERTY, max_examples=700)
 @given(token=tokens, cuts=st.lists(places, min_size=1, max_size=6), between=st.booleans())
-def test_a_token_cut_over_parts_and_messages_is_text(
+def test_token_split_over_parts_and_messages_is_text(
     token: str, cuts: list[int], between: bool
 ) -> None:
     places = sorted({cut % len(token) for cut in cuts} - {0})
@@ -205,7 +205,7 @@ def normalizing() -> Tokenizer:
 @given(text=texts, before=st.sampled_from(["", IMAGE, "User: "]))
 @example(text="＜image＞", before="")  # noqa: RUF001
 @example(text="＜image>", before=IMAGE)  # noqa: RUF001
-def test_a_normalizer_makes_no_control_token(text: str, before: str) -> None:
+def test_normalizer_creates_no_control_token(text: str, before: str) -> None:
     tokenizer = normalizing()
     ids = tokenizer.encode_marked(before + tokenizer.mark_typed(text), add_bos=False)
     wanted = [tokenizer.image_id] if before == IMAGE else []
@@ -219,7 +219,7 @@ HALVES = ["\ud800", "a\udfff", "\udc00\ud800", "<image>\ud83d"]
 
 
 @pytest.mark.parametrize("text", NO_TEXT, ids=repr)
-def test_what_is_no_text_is_refused(text: Any) -> None:
+def test_values_that_are_not_text_are_refused(text: Any) -> None:
     for call in (
         lambda: processor().prompt(text),
         lambda: processor().padded([text], [[]]),
@@ -239,7 +239,7 @@ def test_what_is_no_text_is_refused(text: Any) -> None:
 
 
 @pytest.mark.parametrize("text", HALVES, ids=ascii)
-def test_half_a_surrogate_pair_is_refused_where_it_stands(text: str) -> None:
+def test_half_surrogate_pair_is_refused_with_its_position(text: str) -> None:
     good = {"role": "user", "content": "a"}
     part = {"type": "text", "text": text}
     half = "must be Unicode characters, got half of a surrogate pair at"
@@ -257,7 +257,7 @@ def test_half_a_surrogate_pair_is_refused_where_it_stands(text: str) -> None:
         processor().chat([good, {"role": text, "content": "a"}])
 
 
-def test_a_whole_surrogate_pair_is_a_character() -> None:
+def test_surrogate_pair_is_one_character() -> None:
     assert processor().prompt("🦩").token_ids == processor().prompt("\U0001f9a9").token_ids
 
 
@@ -280,18 +280,18 @@ MEGABYTE = {
 
 
 @pytest.mark.parametrize("name", MEGABYTE)
-def test_a_megabyte_stays_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megabyte_of_typed_tokens_stays_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is encoded once, and marks make it at most three times as long."""
     text = MEGABYTE[name]
     assert len(text.encode()) >= 10**6
     given: list[int] = []
     encode = TokenLibrary.encode
 
-    def noted(library: TokenLibrary, text: str) -> list[int]:
+    def recording_encode(library: TokenLibrary, text: str) -> list[int]:
         given.append(len(text))
         return encode(library, text)
 
-    monkeypatch.setattr(TokenLibrary, "encode", noted)
+    monkeypatch.setattr(TokenLibrary, "encode", recording_encode)
     ids = processor().chat([{"role": "user", "content": text}]).token_ids
     assert len(given) == 1
     assert given[0] < 3 * len(text) + 100
@@ -300,7 +300,7 @@ def test_a_megabyte_stays_text(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert decoded == f"<s> User: {text}<end_of_utterance>\nAssistant:"
 
 
-def test_a_megabyte_of_slots_is_refused_before_anything_is_made(
+def test_megabyte_of_slots_is_refused_before_encoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: object) -> None:
@@ -374,12 +374,12 @@ def test_prompts_at_the_context_length_and_over(llm: LLM, kind: str) -> None:
     assert not llm.engine.has_work
 
 
-def test_a_megabyte_is_too_long(llm: LLM) -> None:
+def test_megabyte_is_too_long(llm: LLM) -> None:
     with pytest.raises(PromptTooLongError):
         llm.chat([{"role": "user", "content": MEGABYTE["a word"]}])
 
 
-def test_what_the_engine_is_asked_is_refused(llm: LLM) -> None:
+def test_invalid_calls_of_the_engine_are_refused(llm: LLM) -> None:
     for prompt in (
         None,
         7,
@@ -404,7 +404,7 @@ def test_what_the_engine_is_asked_is_refused(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def test_a_prompt_of_nothing(llm: LLM) -> None:
+def test_empty_prompts(llm: LLM) -> None:
     """An empty text becomes ``<s>``, which the model continues; an empty token list is refused."""
     (output,) = llm.generate("", SamplingParams(max_tokens=2, ignore_eos=True))
     assert output.prompt_token_ids == [1]

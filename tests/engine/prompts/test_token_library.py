@@ -46,7 +46,7 @@ def in_turn(*steps: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": [*steps]}
 
 
-def test_a_panic_is_the_prompt_s_error() -> None:
+def test_panic_is_a_prompt_error() -> None:
     tokenizer = Tokenizer(after_split(), SETTINGS)
     for call in (tokenizer.encode, tokenizer.encode_plain, tokenizer.encode_marked):
         with pytest.raises(PromptError, match=r"^text: must be one that .* can read: Onig: Regex"):
@@ -54,13 +54,13 @@ def test_a_panic_is_the_prompt_s_error() -> None:
         assert tokenizer.decode(call("hello")) == "hello", "the next one is answered"
 
 
-def test_a_panic_is_the_bad_word_s_error() -> None:
+def test_panic_on_a_bad_word_is_a_sampling_error() -> None:
     tokenizer = Tokenizer(after_split(), SETTINGS)
     with pytest.raises(SamplingError, match=r"bad_words: 'aaaa.*': text: must be one"):
         bad_words_ids(["red", CATASTROPHE], tokenizer)
 
 
-def test_a_bare_exception_is_the_prompt_s_error() -> None:
+def test_bare_exception_is_a_prompt_error() -> None:
     """A word that the model does not know raises an error if the tokenizer has no token for it."""
     words: dict[str, Any] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
     library = TokenLibrary(
@@ -72,7 +72,7 @@ def test_a_bare_exception_is_the_prompt_s_error() -> None:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, TimeoutError, Exception])
-def test_what_is_not_the_library_s_passes(
+def test_other_exceptions_pass_through(
     raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An interrupt, or an error of a signal handler, reaches the caller."""
@@ -106,7 +106,7 @@ def test_what_is_not_the_library_s_passes(
         TokenLibrary(described())
 
 
-def test_a_row_that_panics_is_its_row_s_error(tmp_path: Path) -> None:
+def test_panic_fails_its_row_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     metaspace = json.loads((tmp_path / "tokenizer.json").read_text())["pre_tokenizer"]
     steps = {"type": "Sequence", "pretokenizers": [SPLIT, metaspace]}
@@ -165,12 +165,12 @@ def test_a_row_that_panics_is_its_row_s_error(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_refused_at_load(changes: dict[str, Any], message: str) -> None:
+def test_invalid_tokenizers_are_refused_at_load(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^tokenizer.json: .*{message}"):
         Tokenizer(described(**changes), SETTINGS)
 
 
-def test_a_table_of_sentencepiece_counts_by_its_longest_text() -> None:
+def test_growth_of_a_sentencepiece_table_is_its_longest_text() -> None:
     trie = bytes(16)
     texts = b"fi\0" + b"x" * 100 + b"\0\0"
     table = len(trie).to_bytes(4, "little") + trie + texts
@@ -191,7 +191,7 @@ def test_a_table_of_sentencepiece_counts_by_its_longest_text() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_no_character_grows_by_more_than_is_said(step: dict[str, Any]) -> None:
+def test_characters_grow_by_at_most_the_bound(step: dict[str, Any]) -> None:
     normalizer = tokenizers.Tokenizer.from_str(json.dumps(described(normalizer=step))).normalizer
     assert growth(step) <= 64
     for character in map(chr, range(0x20000)):

@@ -81,7 +81,7 @@ def test_ids_equal_the_library(kind: str, text: str) -> None:
     text=st.lists(st.one_of(st.sampled_from(TYPED), st.text(max_size=5))).map("".join),
     before=st.sampled_from(["", "<image>", "User: "]),
 )
-def test_typed_text_is_text(kind: str, text: str, before: str) -> None:
+def test_typed_text_is_encoded_as_text(kind: str, text: str, before: str) -> None:
     tokenizer = build(kind)
     ids = tokenizer.encode_marked(before + tokenizer.mark_typed(text), add_bos=False)
     wanted = [tokenizer.image_id] if before == "<image>" else []
@@ -99,7 +99,7 @@ def test_typed_text_is_text(kind: str, text: str, before: str) -> None:
     text=st.lists(st.one_of(st.sampled_from("<>a "), st.text(max_size=5))).map("".join),
     before=st.sampled_from(["", "<image>", "</s>", "User: ", "\n"]),
 )
-def test_marks_change_no_ordinary_id(kind: str, text: str, before: str) -> None:
+def test_marks_change_no_id_of_ordinary_text(kind: str, text: str, before: str) -> None:
     assume(not any(token in text for token in CONTROL))
     wanted = plain_library(kind).encode(before + text, add_special_tokens=False).ids
     marked = before + build(kind).mark_typed(text)
@@ -107,7 +107,7 @@ def test_marks_change_no_ordinary_id(kind: str, text: str, before: str) -> None:
     assert build(kind).encode_marked(marked, add_bos=False) == wanted
 
 
-def test_a_mark_typed_in_two_parts_is_kept() -> None:
+def test_typed_marks_are_kept() -> None:
     for texts in (MARK, (MARK[0], "", MARK[1]), (MARK[0] * 2, MARK[1] * 2), (MARK, MARK)):
         marked = "".join(build().mark_typed(text) for text in texts)
         assert build().unmark(marked) == "".join(texts)
@@ -134,7 +134,7 @@ def test_named_ids() -> None:
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", 7, None])
-def test_what_is_no_text_is_an_error(text: Any) -> None:
+def test_values_that_are_not_text_are_refused(text: Any) -> None:
     with pytest.raises(PromptError, match="text: must be"):
         build().encode(text)
     with pytest.raises(PromptError, match="text: must be"):
@@ -150,7 +150,7 @@ def test_what_is_no_text_is_an_error(text: Any) -> None:
         ({"bos_token": {"content": "<s>", "lstrip": False}}, [1]),
     ],
 )
-def test_bos_is_what_the_settings_say(changes: dict[str, Any], wanted: list[int]) -> None:
+def test_bos_follows_the_settings(changes: dict[str, Any], wanted: list[int]) -> None:
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     assert Tokenizer(description(), names | changes).encode("") == wanted
 
@@ -161,7 +161,7 @@ def test_bos_without_a_post_processor() -> None:
     assert Tokenizer(bare, {"bos_token": "<s>", "add_bos_token": True}).encode("") == [1]
 
 
-def test_the_base_model_has_no_end_of_utterance() -> None:
+def test_base_model_has_no_end_of_utterance() -> None:
     added = [t for t in description()["added_tokens"] if t["content"] != "<end_of_utterance>"]
     base = Tokenizer({**description(), "added_tokens": added}, SETTINGS)
     assert base.end_of_utterance_id is None
@@ -169,7 +169,7 @@ def test_the_base_model_has_no_end_of_utterance() -> None:
     assert base.pad_id == 0
 
 
-def test_what_the_model_does_not_know_may_be_unknown() -> None:
+def test_unknown_characters_become_the_unknown_token() -> None:
     few = byte_level_description()
     vocab = {piece: i for i, piece in enumerate([*CONTROL, "a", "b"])}
     few |= {"pre_tokenizer": None, "decoder": None}
@@ -211,7 +211,7 @@ def spell(token: str) -> dict[str, Any]:
         (lambda: spell("<s>"), {}, "no plain text may become the special token '<s>'"),
     ],
 )
-def test_an_unusable_tokenizer_is_an_error(
+def test_unusable_tokenizer_is_refused(
     build_description: Any, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -279,7 +279,7 @@ def test_typed_control_tokens_stay_text(message: dict[str, Any], source: str | N
 
 
 @pytest.mark.parametrize("message", EVIL, ids=repr)
-def test_typed_control_tokens_are_read_as_typed(message: dict[str, Any]) -> None:
+def test_typed_control_tokens_decode_unchanged(message: dict[str, Any]) -> None:
     content = message["content"]
     text = content if isinstance(content, str) else "".join(part["text"] for part in content)
     ids = chat_ids(None, message)
@@ -305,7 +305,7 @@ def test_no_typed_text_becomes_a_control_token(parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("generate", [False, True])
-def test_the_built_in_template_is_the_published_one(generate: bool) -> None:
+def test_built_in_template_equals_the_published_one(generate: bool) -> None:
     rng = random.Random(0)
     for _ in range(200):
         messages = []
@@ -343,7 +343,7 @@ def write_templates(folder: Path, **sources: Any) -> None:
         ({"chat_template": [{"name": "default", "template": "d"}]}, "d"),
     ],
 )
-def test_where_the_template_comes_from(
+def test_template_sources_have_an_order(
     sources: dict[str, Any], wanted: str, tmp_path: Path
 ) -> None:
     write_templates(tmp_path, **sources)
@@ -353,7 +353,7 @@ def test_where_the_template_comes_from(
     assert build().unmark(found.render(turns, add_generation_prompt=False)) == wanted
 
 
-def test_a_base_model_without_a_template_has_none(tmp_path: Path) -> None:
+def test_base_model_without_a_template_has_none(tmp_path: Path) -> None:
     added = [t for t in description()["added_tokens"] if t["content"] != "<end_of_utterance>"]
     base = Tokenizer({**description(), "added_tokens": added}, SETTINGS)
     assert ChatTemplate.load(tmp_path, base) is None
@@ -361,7 +361,7 @@ def test_a_base_model_without_a_template_has_none(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path, base) is not None
 
 
-def test_the_template_knows_the_special_tokens_and_transformers_helpers() -> None:
+def test_template_knows_the_special_tokens_and_transformers_helpers() -> None:
     source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ {'a': '<é>'} | tojson }}{% break %}"
     source = f"{{% for _ in messages %}}{source}{{% endfor %}}"
     turns, _ = read_messages([{"role": "user", "content": "x"}])
@@ -378,14 +378,14 @@ def test_the_template_knows_the_special_tokens_and_transformers_helpers() -> Non
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ],
 )
-def test_a_template_that_fails_is_an_error(source: str, message: str) -> None:
+def test_failing_template_is_a_prompt_error(source: str, message: str) -> None:
     turns, _ = read_messages([{"role": "user", "content": "x"}])
     with pytest.raises(PromptError, match=f"chat template: {message}"):
         template(source).render(turns, False)
 
 
 @pytest.mark.parametrize("source", ["{% for %}", 7, {"other": 7}])
-def test_an_unusable_template_is_an_error(source: Any, tmp_path: Path) -> None:
+def test_unusable_template_is_refused(source: Any, tmp_path: Path) -> None:
     write_templates(tmp_path, processor_config=source)
     # There is no default among them, so they count as absent
     if source == {"other": 7}:
@@ -402,7 +402,7 @@ def stream(kind: str, ids: list[int], skip: bool = True) -> list[str]:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("kind", DESCRIPTIONS)
-def test_streamed_text_joins_to_the_decoded(kind: str, skip: bool) -> None:
+def test_streamed_text_joins_to_the_decoded_text(kind: str, skip: bool) -> None:
     tokenizer = build(kind)
     rng = random.Random(0)
     special = sorted(tokenizer.control_ids)
@@ -423,7 +423,7 @@ def test_streamed_text_joins_to_the_decoded(kind: str, skip: bool) -> None:
 @given(
     text=st.lists(st.one_of(st.text(), st.sampled_from(["🙂", "漢字", "👩‍👩‍👧", " "]))).map("".join)
 )
-def test_streamed_text_is_whole_characters(kind: str, text: str) -> None:
+def test_streamed_text_has_only_whole_characters(kind: str, text: str) -> None:
     ids = build(kind).encode(text, add_bos=False)
     pieces = stream(kind, ids)
     assert "".join(pieces) == build(kind).decode(ids)
@@ -431,14 +431,14 @@ def test_streamed_text_is_whole_characters(kind: str, text: str) -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_text_comes_as_early_as_it_is_complete() -> None:
+def test_text_is_streamed_as_soon_as_it_is_complete() -> None:
     ids = build().encode("Hello big 🦩 world", add_bos=False)
     # The flamingo is four bytes
     assert build().byte_values.keys() & set(ids)
     assert stream("8b", ids) == ["Hello", " big", " ", "", "", "", "🦩", " world", ""]
 
 
-def test_broken_characters_spoil_no_whole_ones() -> None:
+def test_broken_characters_do_not_affect_others() -> None:
     of_byte = {value[0]: id for id, value in build().byte_values.items()}
     bird, half = ([of_byte[byte] for byte in part] for part in ("🦩".encode(), "🦩".encode()[:2]))
     word = build().encode("word", add_bos=False)
@@ -448,7 +448,7 @@ def test_broken_characters_spoil_no_whole_ones() -> None:
     assert "".join(stream("8b", bird + half + word + half + bird)) == "🦩\ufffd word\ufffd🦩"
 
 
-def test_a_detokenizer_starts_anew_after_flush() -> None:
+def test_detokenizer_restarts_after_flush() -> None:
     detokenizer = Detokenizer(build())
     ids = build().encode("two words", add_bos=False)
     for _ in range(2):

@@ -72,7 +72,7 @@ def test_upload(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_the_demo_answers_as_on_the_cpu(quantization: str | None) -> None:
+def test_demo_gives_the_same_tokens_as_on_the_cpu(quantization: str | None) -> None:
     chats = first_questions()
     params = SamplingParams(temperature=0.0, max_tokens=64)
 
@@ -89,7 +89,7 @@ def test_the_demo_answers_as_on_the_cpu(quantization: str | None) -> None:
     assert all(output.outputs[0].finish_reason == "stop" for output in wide)
 
 
-def test_the_cache_takes_what_memory_is_left() -> None:
+def test_cache_uses_the_remaining_memory() -> None:
     llm = LLM(device="cuda", kv_cache_tokens=8192, max_num_seqs=10**6)
     free, total = torch.cuda.mem_get_info()
     share = (total - free + 8 * 2**30) / total

@@ -37,7 +37,7 @@ Load = Callable[..., LLM]
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def load(request: pytest.FixtureRequest, checkpoint: Path, one_tokenizer: None) -> Load:
-    """Load a tiny checkpoint, with settings besides those of all tests."""
+    """Return a function that loads a tiny checkpoint; its arguments extend the common settings."""
     settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
     return partial(LLM, checkpoint, **settings, kv_cache_tokens=4096, max_num_seqs=16)
 
@@ -83,7 +83,7 @@ CALLS = [by_generate, by_chat, by_iterate, by_stream]
 
 
 def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int], list[float]]]:
-    """Return tokens and log probabilities of the answers to ``calls``, or to all kinds of calls."""
+    """Return tokens and log probabilities of the answers to ``calls``, by default ``CALLS``."""
     return [
         (
             answer.token_ids,
@@ -98,7 +98,7 @@ def answers(llm: LLM, *calls: Callable[[LLM], list[Any]]) -> list[tuple[list[int
 def assert_equal(got: list[Any], wanted: list[Any]) -> None:
     """Compare tokens exactly and log probabilities approximately.
 
-    Sums round differently if the batch has another order.
+    The rounding of sums depends on the order of the batch.
     """
     assert [tokens for tokens, _ in got] == [tokens for tokens, _ in wanted]
     for (_, mine), (_, theirs) in zip(got, wanted, strict=True):
@@ -113,9 +113,9 @@ def expected(load: Load) -> list[Any]:
 def raise_once(
     monkeypatch: pytest.MonkeyPatch, owner: type, name: str, at: int, act: Callable[[], None]
 ) -> list[int]:
-    """Run ``act`` before the call number ``at`` of a method.
+    """Run ``act`` before call number ``at`` of the method ``name`` of ``owner``.
 
-    Return a list that grows with each call.
+    Return a list with one element for each call so far.
     """
     calls: list[int] = []
     method = getattr(owner, name)
@@ -150,7 +150,7 @@ class Interrupt(BaseException):
         (Engine, "add", 1),
     ],
 )
-def test_an_interrupt_inside_a_step_leaves_no_trace(
+def test_interrupt_inside_a_step_leaves_the_engine_usable(
     llm: LLM,
     expected: list[Any],
     owner: type,
@@ -158,7 +158,10 @@ def test_an_interrupt_inside_a_step_leaves_no_trace(
     at: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The caches are empty, so that each call computes everything that the interrupt cuts off."""
+    """Interrupt each kind of call inside each part of a step.
+
+    The caches are emptied before each call, so that every call reaches the interrupted method.
+    """
     for call, error in zip(CALLS, itertools.cycle([KeyboardInterrupt, Interrupt]), strict=False):
 
         def act(error: type[BaseException] = error) -> None:
@@ -173,7 +176,7 @@ def test_an_interrupt_inside_a_step_leaves_no_trace(
     llm.engine.scheduler.pages.check_integrity([])
 
 
-def test_a_fault_of_the_engine_is_the_callers_and_leaves_no_trace(
+def test_engine_fault_reaches_the_caller_and_leaves_the_engine_usable(
     load: Load, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = load()
@@ -188,7 +191,7 @@ def test_a_fault_of_the_engine_is_the_callers_and_leaves_no_trace(
     assert_equal(answers(llm), expected)
 
 
-def test_a_token_without_text_costs_its_own_request(
+def test_token_without_text_fails_its_request_alone(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = [output.outputs[0].token_ids for output in by_generate(llm)]
@@ -207,10 +210,10 @@ def test_a_token_without_text_costs_its_own_request(
 
 @pytest.mark.long
 @pytest.mark.parametrize("call", CALLS)
-def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
+def test_interrupt_in_the_callers_thread_leaves_the_engine_usable(
     llm: LLM, expected: list[Any], call: Callable[[LLM], list[Any]]
 ) -> None:
-    """The interrupt is raised at nine of the lines that the call runs, one line a run."""
+    """Interrupt the call at one of about nine lines, in one run for each line."""
 
     def run_until(line: int) -> int:
         count = 0
@@ -247,7 +250,7 @@ def test_an_interrupt_anywhere_in_the_callers_thread_leaves_no_trace(
 
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="a signal of Unix")
-def test_a_time_out_reaches_the_caller(
+def test_timeout_reaches_the_caller(
     load: Load, expected: list[Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = load()
@@ -269,7 +272,7 @@ def test_a_time_out_reaches_the_caller(
     assert_equal(answers(llm), expected)
 
 
-def test_an_interrupt_among_many_requests_is_forgotten(
+def test_interrupt_among_many_requests_leaves_no_work(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def act() -> None:
@@ -283,14 +286,14 @@ def test_an_interrupt_among_many_requests_is_forgotten(
     assert not llm.engine.has_work
 
 
-def test_calls_on_several_threads_share_the_engine(llm: LLM, expected: list[Any]) -> None:
+def test_threads_share_the_engine(llm: LLM, expected: list[Any]) -> None:
     with ThreadPoolExecutor(4) as pool:
         for got in pool.map(answers, [llm] * 4):
             assert_equal(got, expected)
 
 
 def test_calls_may_be_nested(llm: LLM) -> None:
-    """While a stream and two iterators are open, in turns, other calls answer as if alone."""
+    """Calls give their usual answers while a stream and two iterators are open."""
     wanted = [output.outputs[0].token_ids for output in by_generate(llm)]
     one, other = (llm.iterate(rows(), PARAMS, in_flight=1) for _ in range(2))
     stream = llm.stream(rows()[1], PARAMS)
@@ -331,7 +334,7 @@ class _DefaultDevice:
 
 @pytest.fixture(scope="module", params=[None, "nf4"])
 def outside(load: Load, request: pytest.FixtureRequest) -> tuple[str | None, LLM, list[Any]]:
-    """Return a quantization, a model loaded with it under torch's own settings, and its answers."""
+    """Return a quantization, a model loaded with it under torch's defaults, and its answers."""
     if request.param is not None and load().model.device.type == "cuda":
         pytest.skip("in 16 bit, which NF4 needs there, the order of sums may change a token")
     llm = load(quantization=request.param)
@@ -339,7 +342,7 @@ def outside(load: Load, request: pytest.FixtureRequest) -> tuple[str | None, LLM
 
 
 @pytest.mark.parametrize("setting", [_Autocast, _DefaultDtype, _DefaultDevice])
-def test_torch_settings_of_the_caller_change_no_answer(
+def test_callers_torch_settings_change_no_answer(
     load: Load, setting: Callable[[], Any], outside: tuple[str | None, LLM, list[Any]]
 ) -> None:
     quantization, loaded_outside, wanted = outside
@@ -354,7 +357,7 @@ def engine_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name == "idefics2-engine"}
 
 
-def test_a_closed_model_gives_everything_back_and_says_so(load: Load) -> None:
+def test_closed_model_is_freed_and_refuses_calls(load: Load) -> None:
     before = engine_threads()
     with load() as llm:
         model = weakref.ref(llm.model)
@@ -372,7 +375,9 @@ def test_a_closed_model_gives_everything_back_and_says_so(load: Load) -> None:
     llm.close()
 
 
-def test_a_call_that_waits_hears_of_the_end(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_call_raises_when_the_model_is_closed(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = load()
     in_step, go_on = threading.Event(), threading.Event()
 
@@ -391,7 +396,7 @@ def test_a_call_that_waits_hears_of_the_end(load: Load, monkeypatch: pytest.Monk
         closing.result(60)
 
 
-def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
+def test_unreferenced_model_ends_its_thread(load: Load) -> None:
     before = engine_threads()
     llm = load()
     llm.generate("the chicken", PARAMS)
@@ -402,8 +407,8 @@ def test_a_model_that_nobody_has_ends_its_thread(load: Load) -> None:
     assert not thread.is_alive()
 
 
-def test_an_abandoned_source_does_not_keep_a_process(llm: LLM) -> None:
-    """Closing the iterator abandons a source that never gives its next row."""
+def test_abandoned_source_does_not_block_the_engine(llm: LLM) -> None:
+    """The source never yields its next row, so closing the iterator abandons it."""
     never = threading.Event()
 
     def source() -> Iterator[str]:
@@ -417,7 +422,7 @@ def test_an_abandoned_source_does_not_keep_a_process(llm: LLM) -> None:
     never.set()
 
 
-def test_each_request_is_looked_at_as_often_however_many_there_are(
+def test_checks_per_request_do_not_depend_on_the_number_of_requests(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -443,8 +448,8 @@ def test_each_request_is_looked_at_as_often_however_many_there_are(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only some systems fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_is_told_to_load_its_own(llm: LLM) -> None:
-    """A forked process has the object, but not the thread that answers."""
+def test_forked_process_gets_an_error(llm: LLM) -> None:
+    """A forked process has the ``LLM`` object but not the engine's thread."""
     process = os.fork()
     if process == 0:
         try:

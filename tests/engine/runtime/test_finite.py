@@ -1,6 +1,6 @@
 """A request whose logits are not finite fails alone.
 
-Nothing that was computed for it reaches another request.
+Its keys, values and image features are not reused by other requests.
 """
 
 import math
@@ -26,7 +26,7 @@ from oracle import random_image
 POISON = 4321
 PICTURE, OTHER = random_image(90, 60, seed=1), random_image(60, 90, seed=2)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=1)
-# Neither the poisoned token nor an end token before the sixth token is drawn
+# The poisoned token is never drawn, and no end token is drawn before the sixth token
 DRAWN = SamplingParams(seed=5, max_tokens=6, min_tokens=6, logit_bias={POISON: -100.0})
 # The words fill more than a page of 64 tokens
 WORDS = [1, *range(500, 600)]
@@ -43,7 +43,7 @@ Make = Callable[..., LLM]
     ]
 )
 def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) -> Make:
-    """Load the checkpoint, to run step by step or ahead."""
+    """Return a function that loads the checkpoint, with or without run-ahead."""
     device, run_ahead = request.param
 
     def load(dtype: str = "float32") -> LLM:
@@ -55,7 +55,7 @@ def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) 
 
 
 def prompt(*ids: int, picture: Any = None) -> dict[str, Any]:
-    """Build a prompt of token ids with the picture last."""
+    """Build a prompt of token ids that ends with the slots of ``picture``, if given."""
     if picture is None:
         return {"prompt_token_ids": [*ids]}
     slots = [32000, *[32001] * 4, 32000]
@@ -70,7 +70,7 @@ def assert_failed(output: RequestOutput, got: str = "nan") -> None:
 
 
 def assert_equal(got: RequestOutput, wanted: RequestOutput) -> None:
-    """Compare tokens exactly, and log probabilities up to the rounding of another batch."""
+    """Compare tokens exactly and log probabilities up to the rounding of different batches."""
     assert got.error is None
     for mine, theirs in zip(got.outputs, wanted.outputs, strict=True):
         assert mine.token_ids == theirs.token_ids
@@ -86,7 +86,7 @@ def scores(output: RequestOutput) -> list[float]:
 
 @pytest.fixture
 def mixed() -> tuple[list[Any], list[SamplingParams], list[bool]]:
-    """Return prompts, parameters, and the numbers of those with the poisoned token."""
+    """Return prompts, parameters, and whether each prompt has the poisoned token."""
     prompts = [
         prompt(*WORDS),
         prompt(*WORDS, POISON, 700, 701),
@@ -102,7 +102,7 @@ def mixed() -> tuple[list[Any], list[SamplingParams], list[bool]]:
     return prompts, params, [i in (1, 4, 6, 7) for i in range(len(prompts))]
 
 
-def test_a_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
+def test_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
     llm = make()
     prompts, params, poisoned = mixed
     clean = llm.generate(prompts, params)
@@ -123,8 +123,8 @@ def test_a_request_with_nan_fails_alone(make: Make, mixed: Any) -> None:
         assert not llm.engine.has_work
 
 
-def test_a_request_may_fail_after_some_tokens(make: Make) -> None:
-    """The second step draws the token that gives NaN, so the third has no token."""
+def test_request_may_fail_after_some_tokens(make: Make) -> None:
+    """The first token of the answer is the poisoned one, so no second token can be drawn."""
     llm = make()
     with torch.no_grad():
         llm.model.text.embedding[POISON] = math.nan
@@ -140,7 +140,9 @@ def test_a_request_may_fail_after_some_tokens(make: Make) -> None:
 
 @pytest.mark.parametrize("weight", ["head", "text", "vision"])
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_one_weight_of_nan(make: Make, params: SamplingParams, weight: str) -> None:
+def test_nan_in_one_weight_fails_the_requests_that_use_it(
+    make: Make, params: SamplingParams, weight: str
+) -> None:
     llm = make()
     words = llm.generate([prompt(1, 800)], params)[0]
     name = {
@@ -159,7 +161,7 @@ def test_one_weight_of_nan(make: Make, params: SamplingParams, weight: str) -> N
 
 
 @pytest.mark.parametrize("part", ["text", "vision"])
-def test_float16_overflows(make: Make, part: str) -> None:
+def test_float16_overflow_fails_requests(make: Make, part: str) -> None:
     llm = make(dtype="float16")
     with torch.no_grad():
         llm.model.get_parameter(f"{part}.layers.0.mlp_norm.weight").mul_(6e4)
@@ -168,7 +170,7 @@ def test_float16_overflows(make: Make, part: str) -> None:
     assert (words.error is None) == (part == "vision")
 
 
-def test_pixels_divided_by_almost_nothing(make: Make) -> None:
+def test_infinite_pixels_fail_their_request_alone(make: Make) -> None:
     llm = make()
     runner = llm.engine.runner
     image_config = replace(runner.image_config, std=(1e-46,) * 3)
@@ -178,7 +180,7 @@ def test_pixels_divided_by_almost_nothing(make: Make) -> None:
     assert_equal(words, make().generate([prompt(1, 900)], GREEDY)[0])
 
 
-def test_angles_that_are_no_numbers(make: Make) -> None:
+def test_nan_angles_fail_every_request(make: Make) -> None:
     llm = make()
     text = llm.model.text
     with torch.inference_mode():
@@ -188,12 +190,12 @@ def test_angles_that_are_no_numbers(make: Make) -> None:
 
 
 @pytest.mark.parametrize("first", [GREEDY, replace(DRAWN, n=3)], ids=["greedy", "drawn"])
-def test_nothing_of_a_failed_request_is_found_again(
+def test_failed_request_leaves_nothing_in_the_caches(
     make: Make, first: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The encoder gives NaN once; neither its features nor their keys may be in a later answer."""
+    """The encoder returns NaN once. Later answers must use neither its features nor their keys."""
     asked = [prompt(*WORDS, picture=PICTURE), prompt(1, picture=OTHER)]
-    # These fill whole pages after the picture
+    # These tokens fill whole pages after the image
     asked[0]["prompt_token_ids"] += range(600, 686)
     clean = make().generate(asked, GREEDY)
     llm = make()
@@ -216,7 +218,7 @@ def test_nothing_of_a_failed_request_is_found_again(
     llm.engine.scheduler.check_integrity()
 
 
-def test_prompts_are_not_scored_by_nan(make: Make) -> None:
+def test_nan_logits_fail_prompt_scoring(make: Make) -> None:
     llm = make()
     asked = [prompt(1, 800, 801), prompt(1, POISON, 801), prompt(*WORDS, 5)]
     params = replace(GREEDY, prompt_logprobs=2)
@@ -231,7 +233,7 @@ def test_prompts_are_not_scored_by_nan(make: Make) -> None:
     llm.engine.scheduler.check_integrity()
 
 
-def test_nothing_left_to_choose_is_no_token(make: Make) -> None:
+def test_infinite_logit_fails_its_request(make: Make) -> None:
     llm = make()
     with torch.no_grad():
         # Logits are then infinity or minus infinity
@@ -240,7 +242,7 @@ def test_nothing_left_to_choose_is_no_token(make: Make) -> None:
     assert isinstance(got.error, RequestFailedError)
 
 
-def test_names_of_pages_are_forgotten_and_pages_are_kept() -> None:
+def test_forgetting_page_names_keeps_the_pages() -> None:
     pages = PageAllocator(4, 16)
     held, idle = pages.allocate(2), pages.allocate(1)
     for page, name in zip([*held, *idle], (b"a", b"b", b"c"), strict=True):
@@ -253,7 +255,7 @@ def test_names_of_pages_are_forgotten_and_pages_are_kept() -> None:
     assert pages.allocate(1) == idle, "nameless pages are taken first"
 
 
-def test_pictures_that_somebody_holds_are_not_forgotten() -> None:
+def test_held_images_are_not_forgotten() -> None:
     cache = EncoderCache(3)
     for content in (b"held", b"idle", b"other"):
         cache.hold(content)

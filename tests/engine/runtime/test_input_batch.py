@@ -1,4 +1,4 @@
-"""A decode step padded to a graph's size, without a GPU: padding is neither read nor written."""
+"""Decode steps padded to the size of a graph, without a GPU. Padding is not read or written."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
             for tensor, value in zip(layer, old, strict=True):
                 tensor.copy_(value)
         copies = to_device(step.arrays(), torch.device("cpu"))
-        # Rows of padding are NaN
+        # This fills rows of padding with NaN
         with torch.inference_mode(), guarded_allocations():
             logits = llm.model(text_batch(copies, copies[0], step), None, layers)[:2]
         found.append([logits, *(tensor.clone() for layer in layers for tensor in layer)])
@@ -67,14 +67,14 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
     assert written.flatten(2).any(-1).any(1).sum() == 2, "a slot in a page of each sequence"
 
 
-def test_a_step_without_chunks_is_all_padding() -> None:
+def test_step_without_chunks_is_all_padding() -> None:
     step = padded(NOTHING, StepShape(3, 3, 2))
     assert step.slots.tolist() == [-1] * 3
     assert step.cu_seqlens.tolist() == [0] * 4
     assert step.block_table.shape == (3, 2)
 
 
-def test_tokens_that_are_being_drawn_are_read_from_the_last_step() -> None:
+def test_pending_tokens_are_read_from_the_last_step() -> None:
     last_tokens = torch.tensor([7, 8, 9], dtype=torch.int32)
     input_ids = torch.tensor([4, -1, -3, 0], dtype=torch.int32)
     assert resolve_pending_tokens(input_ids, last_tokens).tolist() == [4, 7, 9, 0]
@@ -88,7 +88,7 @@ def test_sizes_of_decode_graphs(most: int, sizes: list[int]) -> None:
     assert decode_sizes(most) == sizes
 
 
-def test_no_decode_graph_is_larger_than_there_is_use_for() -> None:
+def test_decode_sizes_are_bounded() -> None:
     assert decode_sizes(10**6) == decode_sizes(MAX_SEQUENCES)
     assert decode_sizes(MAX_SEQUENCES)[-1] == MAX_SEQUENCES
 

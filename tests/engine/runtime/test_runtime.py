@@ -1,4 +1,4 @@
-"""The same tokens, however the work is divided.
+"""The runtime gives the same tokens however it divides the work.
 
 Tests vary batches, chunks, preemption, prefix caching, windows and the number of slots.
 """
@@ -107,7 +107,7 @@ def make_engine(llm: LLM, **sizes: Any) -> Engine:
 def make_requests(llm: LLM) -> list[Request]:
     """Build requests of unequal length.
 
-    They are greedy and sampled, with several answers, repeated pictures and common prefixes.
+    They mix greedy and sampled requests, several answers, repeated images and common prefixes.
     """
     requests = []
     pictures = [random_image(60 + 30 * i, 140 - 20 * i, seed=i) for i in range(4)]
@@ -134,7 +134,7 @@ def make_requests(llm: LLM) -> list[Request]:
 def answers(
     engine: Engine, requests: list[Request], between: Callable[[int], None] = lambda _: None
 ) -> list[list[list[int]]]:
-    """Run ``requests`` to their ends, with ``between`` before each step; return their tokens."""
+    """Run ``requests`` to completion, with ``between`` before each step; return their tokens."""
     for request in requests:
         engine.add(request)
     steps = 0
@@ -160,7 +160,7 @@ def log_probabilities(requests: list[Request]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log probabilities of requests that run one after another, in fp32 and in float64."""
+    """Return the log probabilities of requests run one after another, in fp32 and in float64."""
     found = []
     for model in (llm, exact):
         requests = make_requests(model)
@@ -171,7 +171,7 @@ def one_by_one(llm: LLM, exact: LLM) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Apply the criterion to log probabilities."""
+    """Check log probabilities: their error may be twice that of requests run one after another."""
     single, exact = one_by_one
     eps = torch.finfo(torch.float32).eps
     allowed = 2 * ((single - exact).abs().max() + eps * exact.abs().max())
@@ -180,7 +180,7 @@ def assert_scores(requests: list[Request], one_by_one: tuple[torch.Tensor, torch
 
 @pytest.fixture(scope="module")
 def expected(llm: LLM) -> list[list[list[int]]]:
-    """Return the answers of requests that run one after another, each with an empty cache."""
+    """Return the answers of requests run one after another, each with an empty cache."""
     return [answers(make_engine(llm), [request])[0] for request in make_requests(llm)]
 
 
@@ -202,7 +202,7 @@ def expected(llm: LLM) -> list[list[list[int]]]:
     ],
     ids=str,
 )
-def test_the_way_the_work_is_cut_changes_no_token(
+def test_tokens_do_not_depend_on_the_division_of_work(
     llm: LLM,
     expected: list[list[list[int]]],
     one_by_one: tuple[torch.Tensor, torch.Tensor],
@@ -214,7 +214,7 @@ def test_the_way_the_work_is_cut_changes_no_token(
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_preempted_every_seven_steps(
+def test_preemption_every_seven_steps_changes_no_token(
     llm: LLM,
     expected: list[list[list[int]]],
     one_by_one: tuple[torch.Tensor, torch.Tensor],
@@ -232,7 +232,7 @@ def test_preempted_every_seven_steps(
     assert_scores(requests, one_by_one)
 
 
-def test_known_prefixes(
+def test_cached_prefixes_change_no_token(
     llm: LLM, expected: list[list[list[int]]], one_by_one: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     engine = make_engine(llm)
@@ -246,7 +246,7 @@ def test_known_prefixes(
         assert cached == whole or times == 0
 
 
-def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
+def test_unneeded_pages_are_not_written(llm: LLM) -> None:
     engine = make_engine(llm, kv_cache_tokens=4096)
     requests = make_requests(llm)[:2]
     answers(engine, requests)
@@ -257,9 +257,7 @@ def test_pages_that_are_not_needed_are_not_touched(llm: LLM) -> None:
             assert 0 < touched.sum() <= used
 
 
-def test_a_cancelled_request_leaves_the_others_as_they_were(
-    llm: LLM, expected: list[list[list[int]]]
-) -> None:
+def test_canceled_request_does_not_change_others(llm: LLM, expected: list[list[list[int]]]) -> None:
     engine = make_engine(llm, max_num_batched_tokens=30)
     requests = make_requests(llm)
 
@@ -273,7 +271,7 @@ def test_a_cancelled_request_leaves_the_others_as_they_were(
         assert mine == wanted or index in (1, 5)
 
 
-def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
+def test_finished_requests_leave_no_objects(llm: LLM) -> None:
     engine = make_engine(llm, max_num_seqs=100)
 
     def serve(count: int) -> None:
@@ -292,7 +290,7 @@ def test_nothing_is_kept_of_finished_requests(llm: LLM) -> None:
     assert len(gc.get_objects()) - before < 100
 
 
-def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> None:
+def test_step_computes_at_most_its_budget(llm: LLM, monkeypatch: Any) -> None:
     engine = make_engine(llm, max_num_batched_tokens=16, cuda_graphs=False)
     sizes = []
     forward = llm.model.hidden_states
@@ -306,10 +304,10 @@ def test_a_step_computes_no_more_than_its_budget(llm: LLM, monkeypatch: Any) -> 
     assert max(sizes) == 16
 
 
-def failing(
+def fail_batches(
     engine: Engine, monkeypatch: Any, fails: Callable[[Any], bool], error: Exception
 ) -> list[int]:
-    """Let the model raise ``error`` on batches that ``fails`` selects.
+    """Make the model raise ``error`` on batches that ``fails`` selects.
 
     Return the sizes of all batches.
     """
@@ -327,14 +325,16 @@ def failing(
 
 
 @pytest.mark.parametrize("poisoned", [0, 7, 13])
-def test_a_request_that_cannot_be_run_fails_alone(
+def test_request_that_cannot_be_run_fails_alone(
     llm: LLM, expected: list[list[list[int]]], poisoned: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, max_num_batched_tokens=64, cuda_graphs=False)
     requests = make_requests(llm)
     poison = 9999
     requests[poisoned].prompt_token_ids[-1] = poison
-    failing(engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken"))
+    fail_batches(
+        engine, monkeypatch, lambda batch: poison in batch.input_ids, RuntimeError("broken")
+    )
     got = answers(engine, requests)
     assert got[:poisoned] == expected[:poisoned]
     assert got[poisoned + 1 :] == expected[poisoned + 1 :]
@@ -346,11 +346,11 @@ def test_a_request_that_cannot_be_run_fails_alone(
     assert engine.scheduler.max_num_seqs == 64
 
 
-def test_out_of_memory_makes_steps_smaller(
+def test_out_of_memory_reduces_the_step_size(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, cuda_graphs=False)
-    sizes = failing(
+    sizes = fail_batches(
         engine, monkeypatch, lambda batch: len(batch.input_ids) > 40, torch.OutOfMemoryError()
     )
     assert answers(engine, make_requests(llm)) == expected
@@ -358,7 +358,7 @@ def test_out_of_memory_makes_steps_smaller(
     assert engine.scheduler.max_num_batched_tokens == 32
 
 
-def test_what_never_fits_into_memory_fails_alone(
+def test_request_that_exceeds_memory_fails_alone(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm, cuda_graphs=False)
@@ -373,7 +373,7 @@ def test_what_never_fits_into_memory_fails_alone(
     def is_long(batch: Any) -> bool:
         return bool((batch.paged.context_lens > fits).any())
 
-    failing(engine, monkeypatch, is_long, torch.OutOfMemoryError())
+    fail_batches(engine, monkeypatch, is_long, torch.OutOfMemoryError())
     got = answers(engine, requests)
     for request, mine, wanted in zip(requests, got, expected, strict=True):
         assert mine == wanted or request is longest
@@ -381,7 +381,7 @@ def test_what_never_fits_into_memory_fails_alone(
 
 
 @pytest.mark.parametrize("failing_step", [1, 3, 6])
-def test_tokens_that_cannot_be_read_once_are_drawn_again(
+def test_unreadable_tokens_are_drawn_again(
     llm: LLM, expected: list[list[list[int]]], failing_step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, choices, calls = make_engine(llm), Drawn.choices, []
@@ -399,7 +399,7 @@ def test_tokens_that_cannot_be_read_once_are_drawn_again(
     assert len(calls) > failing_step
 
 
-def test_an_encoder_that_fails_once_leaves_no_wrong_picture(
+def test_failed_encoder_leaves_no_wrong_features(
     llm: LLM, expected: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(llm)
@@ -437,7 +437,9 @@ def test_memory_does_not_grow(llm: LLM) -> None:
 
 
 @on_a_gpu
-def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_reading_tokens_waits_for_the_device(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, choices = make_engine(llm), Drawn.choices
 
     def may_wait(self: Drawn) -> Any:
@@ -474,9 +476,9 @@ def test_only_landing_waits_for_the_device(llm: LLM, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_half_precision(device: str, dtype: torch.dtype) -> None:
-    """Log probabilities satisfy the criterion.
+    """Compare the error in half precision with the error of one pass, by the criterion.
 
-    If two tokens differ by more than it allows, the better one is chosen.
+    Where the two best tokens differ by more than twice the allowed error, the better is chosen.
     """
     questions = json.loads((DEMO_IMAGES / "questions.json").read_text())[:6]
     ours, same, exact = (
@@ -485,8 +487,10 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
     )
     cut = {"max_model_len": 400, "max_num_batched_tokens": 50}
 
-    def asked(llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None) -> Any:
-        """Build requests of the questions, with ``behind`` after them."""
+    def build_requests(
+        llm: LLM, params: SamplingParams, behind: list[list[int]] | None = None
+    ) -> Any:
+        """Build a request for each question, with its tokens of ``behind`` appended."""
         requests = []
         for index, one in enumerate(questions):
             images = [str(DEMO_IMAGES / name) for name in one["images"]]
@@ -501,7 +505,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
 
     def scores(llm: LLM, texts: list[list[int]], sizes: dict[str, Any]) -> list[torch.Tensor]:
         """Return the log probabilities (positions, vocabulary) of the given answers."""
-        requests = asked(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
+        requests = build_requests(llm, SamplingParams(max_tokens=1, prompt_logprobs=-1), texts)
         answers(make_engine(llm, **sizes), requests)
         assert not any(request.error for request in requests)
         return [
@@ -511,7 +515,7 @@ def test_half_precision(device: str, dtype: torch.dtype) -> None:
             for r, text in zip(requests, texts, strict=True)
         ]
 
-    greedy = asked(ours, SamplingParams(temperature=0.0, max_tokens=20))
+    greedy = build_requests(ours, SamplingParams(temperature=0.0, max_tokens=20))
     texts = [answer[0] for answer in answers(make_engine(ours, **cut), greedy)]
     mine = torch.cat(scores(ours, texts, cut))
     reference, truth = (

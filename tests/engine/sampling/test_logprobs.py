@@ -49,7 +49,7 @@ def model_logprobs(llm: LLM, prompt: dict[str, Any], token_ids: list[int]) -> Te
         return logits.log_softmax(-1)
 
 
-def test_they_are_the_models_log_softmax(llm: LLM) -> None:
+def test_logprobs_are_the_models_log_softmax(llm: LLM) -> None:
     prompts = make_prompts()
     params = [
         SamplingParams(temperature=0.0, max_tokens=6, logprobs=5, prompt_logprobs=3),
@@ -92,14 +92,14 @@ def test_they_are_the_models_log_softmax(llm: LLM) -> None:
                 )
 
 
-def test_none_where_none_were_asked_for(llm: LLM) -> None:
+def test_logprobs_are_none_unless_requested(llm: LLM) -> None:
     (output,) = llm.generate("a b", SamplingParams(max_tokens=2))
     assert output.prompt_logprobs is None
     assert output.outputs[0].logprobs is None
     assert output.outputs[0].cumulative_logprob is None
 
 
-def test_the_whole_vocabulary_sums_to_one(llm: LLM) -> None:
+def test_probabilities_of_the_whole_vocabulary_sum_to_one(llm: LLM) -> None:
     params = SamplingParams(max_tokens=1, logprobs=-1, prompt_logprobs=-1, seed=0)
     (output,) = llm.generate({"prompt_token_ids": [1, 300]}, params)
     places = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
@@ -129,7 +129,7 @@ def test_the_whole_vocabulary_sums_to_one(llm: LLM) -> None:
         ({"prompt_logprobs": 20, "logprobs": 20, "max_tokens": 12}, 500, None),
     ],
 )  # fmt: skip
-def test_how_many_a_request_may_have(
+def test_number_of_logprobs_of_a_request_is_bounded(
     llm: LLM, params: dict[str, Any], length: int, message: str | None
 ) -> None:
     """As Python objects a whole vocabulary takes megabytes at every position."""
@@ -143,7 +143,7 @@ def test_how_many_a_request_may_have(
         llm.request_builder.build(prompt, asked)
 
 
-def test_they_do_not_hang_on_the_batch_nor_change_the_answer(llm: LLM) -> None:
+def test_logprobs_do_not_depend_on_the_batch_or_change_the_answer(llm: LLM) -> None:
     prompts = make_prompts()
     params = SamplingParams(seed=4, max_tokens=3, logprobs=2, prompt_logprobs=2)
     together = llm.generate(prompts, params)
@@ -165,7 +165,7 @@ def test_they_do_not_hang_on_the_batch_nor_change_the_answer(llm: LLM) -> None:
             )
 
 
-def test_a_stop_string_cuts_the_text_and_leaves_tokens_and_log_probabilities(llm: LLM) -> None:
+def test_stop_string_cuts_the_text_but_not_tokens_and_logprobs(llm: LLM) -> None:
     prompt = make_prompts()[0]
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
     whole = llm.generate(prompt, greedy)[0].outputs[0]
@@ -196,7 +196,7 @@ def test_decoded_tokens_join_to_the_text(llm: LLM) -> None:
 # Tests of penalties, barred words and biases
 
 
-def test_repeated_tokens_are_penalised(llm: LLM) -> None:
+def test_repeated_tokens_are_penalized(llm: LLM) -> None:
     prompt = make_prompts()[1]
 
     # The biased tokens are far above all others
@@ -213,7 +213,7 @@ def test_repeated_tokens_are_penalised(llm: LLM) -> None:
     assert counts(presence_penalty=2.0)[0] > 0
 
 
-def test_image_tokens_are_never_produced(llm: LLM) -> None:
+def test_image_tokens_are_never_generated(llm: LLM) -> None:
     prompts = make_prompts()
     bias = {IMAGE: 100.0, FAKE: 100.0}
     for params in (
@@ -228,7 +228,7 @@ def test_image_tokens_are_never_produced(llm: LLM) -> None:
     assert only.outputs[0].token_ids == [700] * 3
 
 
-def test_image_slots_are_no_repetition(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
+def test_image_slots_do_not_count_as_repetition(llm: LLM, checkpoint: Path, tmp_path: Path) -> None:
     """If the image token may be produced, the penalty does not change its logit."""
     sampler = LLM(checkpoint, device="cpu").engine.sampler
     sampler.bad_words_ids = []
@@ -247,7 +247,7 @@ def test_image_slots_are_no_repetition(llm: LLM, checkpoint: Path, tmp_path: Pat
     assert sampler.sample(logits, request.sequences)[0].token_id == IMAGE
 
 
-def test_bad_words_have_a_form_with_a_space_and_one_without(llm: LLM) -> None:
+def test_bad_words_have_forms_with_and_without_a_space(llm: LLM) -> None:
     tokenizer = llm.processor.tokenizer
     spaced, inside = tokenizer.encode_plain("red")[0], tokenizer.encode_plain("\nred")[-1]
     assert spaced != inside
@@ -259,7 +259,7 @@ def test_bad_words_have_a_form_with_a_space_and_one_without(llm: LLM) -> None:
     assert (END_OF_UTTERANCE,) in bad_words_ids(["<end_of_utterance>"], tokenizer)
 
 
-def test_bad_words_stay_out_of_the_answer(llm: LLM) -> None:
+def test_bad_words_are_not_generated(llm: LLM) -> None:
     prompt = make_prompts()[0]
     greedy = SamplingParams(temperature=0.0, max_tokens=30)
     plain = llm.generate(prompt, greedy)[0].outputs[0]
@@ -274,7 +274,7 @@ def test_bad_words_stay_out_of_the_answer(llm: LLM) -> None:
         assert not any(answer[i : i + len(ids)] == [*ids] for i in range(len(answer)))
 
 
-def test_a_bad_word_that_begins_in_the_prompt_may_end_in_the_answer(llm: LLM) -> None:
+def test_bad_word_that_begins_in_the_prompt_may_end_in_the_answer(llm: LLM) -> None:
     tokenizer = llm.processor.tokenizer
     the, red = tokenizer.encode_plain("the red")
     for prompt, wanted in (([1, the], [red, the]), ([1], [the, the])):
@@ -309,7 +309,7 @@ def test_a_bad_word_that_begins_in_the_prompt_may_end_in_the_answer(llm: LLM) ->
         ({"allowed_token_ids": [EOS]}, None),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(
+def test_params_beyond_the_model_are_refused(
     llm: LLM, params: dict[str, Any], message: str | None
 ) -> None:
     if message is None:
@@ -327,7 +327,7 @@ def test_bad_words_may_not_bar_the_only_allowed_token(llm: LLM) -> None:
         llm.generate("a", params)
 
 
-def test_the_order_of_filters_is_the_engines(checkpoint: Path, llm: LLM) -> None:
+def test_order_of_filters_is_an_engine_option(checkpoint: Path, llm: LLM) -> None:
     theirs = LLM(checkpoint, device="cpu", sampling_order="hf")
     assert llm.engine.sampler.min_p_first
     assert not theirs.engine.sampler.min_p_first

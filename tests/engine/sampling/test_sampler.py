@@ -74,7 +74,7 @@ def make_sampler(words: list[list[int]] = CONFIG_WORDS, **options: Any) -> Sampl
     return Sampler(options.pop("ops", REFERENCE), words, IMAGE, lambda i: f"<{i}>", **options)
 
 
-def edited(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> Tensor:
+def edit_logits(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> Tensor:
     """Return the logits that ``sampler`` passes to the draw."""
     seen: list[Tensor] = []
 
@@ -204,7 +204,7 @@ def plain(choice: Choice) -> Choice:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("min_p_first", [True, False], ids=["vllm", "hf"])
-def test_a_mixed_batch_is_the_slow_oracles_row_by_row(
+def test_mixed_batch_equals_the_slow_oracle_row_by_row(
     dtype: torch.dtype, min_p_first: bool
 ) -> None:
     rng = random.Random(f"{dtype} {min_p_first}")
@@ -243,12 +243,12 @@ def test_a_mixed_batch_is_the_slow_oracles_row_by_row(
     ],
     ids=lambda fixed: next(iter(fixed), "bad_words"),
 )
-def test_each_parameter_alone_changes_what_it_should(fixed: dict[str, Any]) -> None:
+def test_each_parameter_alone_changes_the_logits_as_documented(fixed: dict[str, Any]) -> None:
     rng = random.Random(str(fixed))
     logits, sequences = random_batch(rng, 16)
     for sequence in sequences:
         sequence.request.params = SamplingParams(max_tokens=None, **fixed)
-    got = edited(make_sampler(), logits, sequences)
+    got = edit_logits(make_sampler(), logits, sequences)
     wanted = torch.tensor(
         np.array([slow_edit(r, s, CONFIG_WORDS) for r, s in zip(logits, sequences, strict=True)])
     )
@@ -257,7 +257,7 @@ def test_each_parameter_alone_changes_what_it_should(fixed: dict[str, Any]) -> N
     assert (got[:, IMAGE] == NEVER).all()
 
 
-def test_histories_follow_the_answers_as_they_grow() -> None:
+def test_histories_follow_growing_answers() -> None:
     """The lists are kept from step to step, and must always equal newly built ones."""
     rng = random.Random(5)
     sampler = make_sampler()
@@ -267,7 +267,7 @@ def test_histories_follow_the_answers_as_they_grow() -> None:
             sequences = sequences[3:] + random_batch(rng, 3, presence_penalty=1.0)[1]
         rows = torch.randn(len(sequences), V)
         assert torch.equal(
-            edited(sampler, rows, sequences), edited(make_sampler(), rows, sequences)
+            edit_logits(sampler, rows, sequences), edit_logits(make_sampler(), rows, sequences)
         )
         for sequence, choice in zip(
             sequences, sampler.sample(rows.clone(), sequences), strict=True
@@ -275,7 +275,7 @@ def test_histories_follow_the_answers_as_they_grow() -> None:
             sequence.token_ids.append(choice.token_id)
 
 
-def test_nothing_is_kept_of_sequences_that_are_gone() -> None:
+def test_deleted_sequences_are_not_kept() -> None:
     sampler = make_sampler()
     logits, sequences = random_batch(random.Random(0), 5)
     sampler.sample(logits, sequences)
@@ -284,7 +284,7 @@ def test_nothing_is_kept_of_sequences_that_are_gone() -> None:
     assert sampler.num_sequences == 0
 
 
-def test_edits_are_those_of_transformers() -> None:
+def test_edits_equal_transformers() -> None:
     rng = random.Random(1)
     for penalty in (0.5, 1.2, 3.0):
         logits = torch.randn(9, V) * 3
@@ -297,7 +297,7 @@ def test_edits_are_those_of_transformers() -> None:
             make_sequence(prompt, answer, params)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        got = edited(make_sampler(words), logits, sequences)
+        got = edit_logits(make_sampler(words), logits, sequences)
         for row, sequence, have in zip(logits, sequences, got, strict=True):
             processors = LogitsProcessorList(
                 [
@@ -325,7 +325,7 @@ FILTERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=lambda options: "-".join(options))
-def test_the_tokens_that_stay_are_transformers(options: dict[str, Any]) -> None:
+def test_remaining_tokens_equal_transformers(options: dict[str, Any]) -> None:
     """Every token that transformers keeps is drawn, and no other, in its order of filters."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(options["temperature"])])
     for name, warper in (
@@ -345,7 +345,7 @@ def test_the_tokens_that_stay_are_transformers(options: dict[str, Any]) -> None:
         assert set(drawn) == kept
 
 
-def test_the_two_orders_differ_as_documented() -> None:
+def test_two_orders_differ_as_documented() -> None:
     logits = torch.tensor([0.5, 0.2, 0.12, 0.1, 0.08]).log()
     params = SamplingParams(top_p=0.8, min_p=0.22)
     # In vLLM's order min-p leaves 0.5, 0.2 and 0.12, and the first two of them have a share of
@@ -371,7 +371,7 @@ def draw_many(logits: Tensor, number: int, params: SamplingParams, **options: An
     [{}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3}],
     ids=["plain", "filtered"],
 )
-def test_200000_draws_have_the_distribution_they_should(options: dict[str, Any]) -> None:
+def test_200000_draws_have_the_expected_distribution(options: dict[str, Any]) -> None:
     logits = torch.linspace(2.0, -3.0, 24, dtype=torch.float64)
     params = SamplingParams(**options)
     wanted = logits.clone()
@@ -399,7 +399,7 @@ def test_200000_draws_have_the_distribution_they_should(options: dict[str, Any])
     assert abs((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) < 4 * spread
 
 
-def test_a_rows_choice_does_not_hang_on_its_neighbours() -> None:
+def test_choice_of_a_row_does_not_depend_on_other_rows() -> None:
     rng = random.Random(8)
     for dtype in (torch.float32, torch.bfloat16):
         logits, sequences = random_batch(rng, 24)
@@ -412,7 +412,7 @@ def test_a_rows_choice_does_not_hang_on_its_neighbours() -> None:
             assert make_sampler().sample(logits[i : i + 1].clone(), [sequences[i]]) == [together[i]]
 
 
-def test_the_stream_is_keyed_by_seed_and_token_index() -> None:
+def test_random_stream_is_keyed_by_seed_and_token_index() -> None:
     flat = torch.zeros(1, V)
 
     def drawn(seed: int, prompt: list[int], answer: list[int]) -> int:
@@ -426,7 +426,7 @@ def test_the_stream_is_keyed_by_seed_and_token_index() -> None:
     assert drawn(7, [1], [9, 9]) == int(uniforms.item() * V)
 
 
-def test_greedy_takes_the_first_of_the_largest_alone_and_beside_others() -> None:
+def test_greedy_chooses_the_first_of_equal_maxima() -> None:
     logits = torch.full((2, V), -1.0)
     logits[:, [17, 11, 30]] = 3.0
     greedy = make_sequence([1], [], SamplingParams(temperature=0.0, logprobs=3))
@@ -438,7 +438,7 @@ def test_greedy_takes_the_first_of_the_largest_alone_and_beside_others() -> None
         assert [(i, e.rank) for i, e in choice.logprobs.items()] == [(11, 1), (17, 2), (30, 3)]
 
 
-def test_log_probabilities_are_of_the_logits_before_anything_else() -> None:
+def test_log_probabilities_use_the_unedited_logits() -> None:
     logits = torch.randn(1, V)
     params = SamplingParams(
         temperature=0.0, allowed_token_ids=[10], logit_bias={10: -50.0}, logprobs=2
@@ -477,7 +477,7 @@ BROKEN: dict[int, tuple[int | slice, float]] = {
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 # NumPy warns in the interpreter
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
-def test_rows_that_cannot_be_sampled_are_told_from_others(
+def test_rows_that_cannot_be_sampled_are_reported(
     ops: Ops, temperature: float, dtype: torch.dtype, device: torch.device
 ) -> None:
     params = SamplingParams(
@@ -502,7 +502,7 @@ def test_rows_that_cannot_be_sampled_are_told_from_others(
         assert row in BROKEN or choice == wanted
 
 
-def test_the_greedy_choice_and_its_logit_are_one_operation() -> None:
+def test_greedy_choice_and_its_logit_are_one_operation() -> None:
     logits = torch.randn(4, V)
     sequences = [make_sequence([1], [3], SamplingParams(temperature=0.0)) for _ in range(4)]
     with Operations() as operations:
@@ -512,7 +512,7 @@ def test_the_greedy_choice_and_its_logit_are_one_operation() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_prompt_is_not_scored_by_what_is_not_finite(wrong: float) -> None:
+def test_prompt_scores_refuse_logits_that_are_not_finite(wrong: float) -> None:
     logits = torch.randn(300, V)
     # This is legal, and so is its log probability
     logits[:, 4] = NEVER
@@ -581,7 +581,7 @@ def everything(size: int) -> list[Sequence]:
     return [make_sequence([1, 5], [6, 6], params, words=[[8]]) for _ in range(size)]
 
 
-def test_as_many_operations_for_many_rows_as_for_two() -> None:
+def test_number_of_operations_does_not_depend_on_the_number_of_rows() -> None:
     counts = []
     for size in (2, 40):
         sampler, sequences = make_sampler(), everything(size)
@@ -592,7 +592,7 @@ def test_as_many_operations_for_many_rows_as_for_two() -> None:
     assert counts[0] == counts[1]
 
 
-def test_nothing_is_read_back_before_the_end() -> None:
+def test_draw_reads_nothing_back() -> None:
     """A meta tensor has no values, so reading one fails."""
     sequences = everything(5)
     drawn = make_sampler().draw(torch.randn(5, V, device="meta"), sequences)
@@ -601,7 +601,7 @@ def test_nothing_is_read_back_before_the_end() -> None:
     assert drawn.scores.logprobs.shape == (5, 5)
 
 
-def test_rows_that_ask_for_nothing_cost_nothing() -> None:
+def test_greedy_rows_copy_no_logits() -> None:
     wide = 4096
     greedy = [make_sequence([1], [3], SamplingParams(temperature=0.0)) for _ in range(8)]
     for dtype in (torch.float32, torch.bfloat16):
@@ -611,15 +611,15 @@ def test_rows_that_ask_for_nothing_cost_nothing() -> None:
         assert operations.largest < wide, "no copy of the logits"
 
 
-def test_ids_that_a_smaller_vocabulary_does_not_have_are_left_out() -> None:
+def test_ids_beyond_the_vocabulary_are_ignored() -> None:
     logits = torch.zeros(1, 7)
     sequence = make_sequence([1], [], SamplingParams(min_tokens=1, stop_token_ids=[40]))
-    got = edited(make_sampler([[60], [3]]), logits, [sequence])
+    got = edit_logits(make_sampler([[60], [3]]), logits, [sequence])
     assert (got == NEVER).nonzero().tolist() == [[0, EOS], [0, 3]]
 
 
 @pytest.mark.gpu
-def test_a_gpu_chooses_as_the_cpu_does_and_is_not_waited_for(device: torch.device) -> None:
+def test_gpu_chooses_as_the_cpu_without_waiting(device: torch.device) -> None:
     logits, sequences = random_batch(random.Random(3), 32)
     wanted = make_sampler().sample(logits.clone(), sequences)
     sampler = make_sampler(ops=TRITON)

@@ -1,7 +1,7 @@
 """Pages, images and scheduling on the host alone, with full accounting after every step.
 
 ``Machine`` simulates the model. It writes into each slot of the cache the inputs of the token
-there, its whole prefix and the pictures in it, and reads back everything that the token's query
+there, its whole prefix and the images in it, and reads back everything that the token's query
 would see. A page that is lost, shared too far, copied too late or freed too early gives a wrong
 value.
 """
@@ -132,7 +132,7 @@ class Machine:
 
     def _tell(self, drawn: list[tuple[Sequence, int]]) -> None:
         for sequence, token in drawn:
-            # The sequence has neither ended nor been cancelled since
+            # The sequence has neither ended nor been canceled since
             if sequence.num_pending:
                 sequence.append(token)
         self.scheduler.finish(sequence for sequence, _ in drawn)
@@ -190,7 +190,7 @@ PICTURES = [Picture(bytes([i]), 10 * (1 + i % 4)) for i in range(6)]
 
 
 def draw_request(rng: random.Random, longest: int) -> Request:
-    """Draw a prompt that may share a prefix with others, with pictures and several answers."""
+    """Draw a request that may have images, several answers and a prefix shared with others."""
     token_ids: list[int] = []
     pictures: list[Picture] = []
     common = rng.random() < 0.6
@@ -238,10 +238,10 @@ def test_fuzz() -> None:
                 order.append(added[-1])
                 machine.add(added[-1])
             if rng.random() < 0.01 and added:
-                cancelled = rng.choice(added)
-                scheduler.cancel(cancelled.sequences)
+                canceled = rng.choice(added)
+                scheduler.cancel(canceled.sequences)
                 scheduler.check_integrity()
-                added.remove(cancelled)
+                added.remove(canceled)
             if scheduler.has_work:
                 machine.step()
         while scheduler.has_work:
@@ -328,7 +328,7 @@ def test_decoding_and_chunks_share_a_step() -> None:
     assert spans[3] == [(6, 7, True), (20, 21, True)]
 
 
-def test_a_known_prefix_is_not_computed_again() -> None:
+def test_cached_prefix_is_not_recomputed() -> None:
     scheduler = make_scheduler(num_pages=20)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     prompt = [5, 6, 7, 8] * 2 + [IMAGE] * LATENTS + [5] * 4
@@ -343,7 +343,7 @@ def test_a_known_prefix_is_not_computed_again() -> None:
         )
 
 
-def test_without_prefix_caching_nothing_is_known() -> None:
+def test_nothing_is_cached_without_prefix_caching() -> None:
     scheduler = make_scheduler(num_pages=20, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     for _ in range(2):
@@ -367,7 +367,7 @@ def test_answers_share_the_prompt_and_copy_its_last_page() -> None:
     assert {s.pages[0] for s in request.sequences} == {shared[0]}
 
 
-def test_the_newest_is_preempted_and_goes_on_first() -> None:
+def test_newest_sequence_is_preempted_and_resumed_first() -> None:
     scheduler = make_scheduler(num_pages=7, tokens=14, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     old, new, last = (make_request([7] * 7, 16) for _ in range(3))
@@ -384,7 +384,7 @@ def test_the_newest_is_preempted_and_goes_on_first() -> None:
     assert len(new.sequences[0].token_ids) == 23
 
 
-def test_pages_behind_the_window_are_let_go() -> None:
+def test_pages_behind_the_window_are_freed() -> None:
     scheduler = make_scheduler(num_pages=6, tokens=4, window=6, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     # The request is three times as large as the cache
@@ -396,14 +396,14 @@ def test_pages_behind_the_window_are_let_go() -> None:
     assert most <= scheduler.most_pages(60) <= 6
 
 
-def test_a_picture_is_encoded_once_and_kept() -> None:
+def test_image_is_encoded_once_and_cached() -> None:
     scheduler = make_scheduler(num_pages=40, num_entries=2, tokens=100, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     encoded: list[list[object]] = []
     for picture in (PICTURES[0], PICTURES[0], PICTURES[1], PICTURES[0], PICTURES[2], PICTURES[1]):
         machine.add(make_request([7, *[IMAGE] * LATENTS, 7], 1, (picture,)))
         encoded.append([tile for tile, _ in machine.step().encodes])
-    # The third picture replaces the least recently used one
+    # The third image replaces the least recently used one
     assert encoded == [[PICTURES[0]], [], [PICTURES[1]], [], [PICTURES[2]], [PICTURES[1]]]
 
 
@@ -411,7 +411,7 @@ def test_patches_of_a_step_are_bounded() -> None:
     scheduler = make_scheduler(num_pages=40, tokens=100, patches=30)
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     prompt = ([7] + [IMAGE] * LATENTS) * 3 + [7]
-    # The pictures have 10, 20 and 40 patches
+    # The images have 10, 20 and 40 patches
     machine.add(make_request(prompt, 1, (PICTURES[0], PICTURES[1], PICTURES[3])))
     spans = []
     while scheduler.has_work:
@@ -420,7 +420,7 @@ def test_patches_of_a_step_are_bounded() -> None:
     assert spans == [(0, 11, 2), (11, 16, 1)], "what alone exceeds the budget has a step of its own"
 
 
-def test_integrity_check_sees_a_lost_and_a_doubled_page() -> None:
+def test_integrity_check_finds_lost_and_duplicate_pages() -> None:
     pages = PageAllocator(4, 8)
     held = pages.allocate(2)
     pages.check_integrity([held])
@@ -431,7 +431,7 @@ def test_integrity_check_sees_a_lost_and_a_doubled_page() -> None:
         pages.check_integrity([held])
 
 
-def test_nameless_pages_are_taken_before_known_ones() -> None:
+def test_unnamed_pages_are_allocated_before_named_ones() -> None:
     pages = PageAllocator(3, 4)
     first, second, third = pages.allocate(3)
     pages.remember(first, b"first")
@@ -444,7 +444,7 @@ def test_nameless_pages_are_taken_before_known_ones() -> None:
     assert pages.find([b"first"]) == []
 
 
-def counted(run: Callable[[], None]) -> int:
+def count_calls(run: Callable[[], None]) -> int:
     """Return the number of Python and C calls in ``run``, and of comparisons of sequences."""
     calls = 0
 
@@ -460,7 +460,7 @@ def counted(run: Callable[[], None]) -> int:
     return calls
 
 
-def test_the_work_of_a_step_does_not_depend_on_how_many_wait(
+def test_work_of_a_step_does_not_depend_on_the_queue_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Comparisons are counted, because searching a list or queue compares its elements in C."""
@@ -487,5 +487,5 @@ def test_the_work_of_a_step_does_not_depend_on_how_many_wait(
             for request in requests[500:900]:
                 scheduler.cancel(request.sequences)
 
-        work.append((counted(serve), counted(cancel_some)))
+        work.append((count_calls(serve), count_calls(cancel_some)))
     assert work[0] == work[1]

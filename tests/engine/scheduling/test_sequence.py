@@ -35,7 +35,7 @@ def test_end_tokens_wait_for_min_tokens() -> None:
     assert sequence.output().token_ids == [END, END]
 
 
-def test_the_last_token_may_end_or_fill() -> None:
+def test_last_token_gives_stop_or_length() -> None:
     for last, reason in ((END, "stop"), (7, "length")):
         sequence = make_sequence(3, 2)
         sequence.append(7)
@@ -53,7 +53,7 @@ def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert sequence.stop_reason == "abd"
 
 
-def test_the_first_of_two_stop_strings_ends_it() -> None:
+def test_first_of_two_stop_strings_ends_the_answer() -> None:
     sequence = make_sequence(1, 9, stop=["cd", "bc"])
     for letter in "abcd":
         if not sequence.finish_reason:
@@ -61,7 +61,7 @@ def test_the_first_of_two_stop_strings_ends_it() -> None:
     assert (sequence.text, sequence.stop_reason) == ("a", "bc")
 
 
-def test_a_stop_token_is_the_reason() -> None:
+def test_stop_token_is_reported_as_the_reason() -> None:
     sequence = make_sequence(1, 9, stop_token_ids=[7])
     sequence.append(3)
     sequence.append(7)

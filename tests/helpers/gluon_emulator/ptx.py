@@ -90,7 +90,7 @@ _SPECIAL = {"%tid.x": np.uint32(0), "global_smem": np.uint32(0)}
 
 
 def _halves(pairs: Any, dtype: torch.dtype) -> Array:
-    """Return the two numbers in registers of which each is given twice."""
+    """Unpack registers (..., 2) whose pairs are equal: each holds two numbers of 16 bits."""
     assert (pairs[..., 0] == pairs[..., 1]).all(), "the first of two elements gives both"
     bits = np.stack([pairs[..., 0] & 0xFFFF, pairs[..., 0] >> 16 & 0xFFFF], -1)
     return bits.astype(np.uint16).view(Array).to(dtype, bitcast=True)

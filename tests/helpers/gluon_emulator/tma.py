@@ -30,7 +30,7 @@ class Descriptor:
         self.dtype, self.layout = base.dtype, layout
 
     def _places(self, corner: list[int]) -> tuple[Any, Any]:
-        """Return the indices of the box's elements in the storage, and which are in the shape."""
+        """Return each element's index in the storage, and whether it is inside the shape."""
         places = np.zeros(self.block_type.shape, dtype=object)
         inside = np.ones(self.block_type.shape, dtype=bool)
         for axis, (first, size) in enumerate(zip(corner, self.block_type.shape, strict=True)):
