@@ -64,5 +64,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    orthogonalised: Tensor = x.mT if tall else x
-    return orthogonalised.to(matrices.dtype)
+    orthogonalized: Tensor = x.mT if tall else x
+    return orthogonalized.to(matrices.dtype)

@@ -90,8 +90,8 @@ def askable_cells(scene: Scene) -> list[int]:
         item = scene.at(cell)
         if cell in covered and (item is None or not item.wide):
             continue
-        neighbours = () if item is not None and item.wide else sides.get(cell, ())
-        if not occupied.intersection(neighbours):
+        neighbors = () if item is not None and item.wide else sides.get(cell, ())
+        if not occupied.intersection(neighbors):
             cells.append(cell)
     return cells
 

@@ -278,7 +278,7 @@ def _jittered(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, 
     return red, green, blue
 
 
-def _centre(
+def _center(
     item: Item, width: int, height: int, half_width: float, half_height: float
 ) -> tuple[float, float]:
     """Return the pixel position of an item: its cell's center, shifted, and inside the image."""
@@ -295,7 +295,7 @@ def _centre(
 
 def _draw_shape(draw: ImageDraw.ImageDraw, item: Item, width: int, height: int) -> None:
     radius = item.size * min(width, height) / 6
-    x, y = _centre(item, width, height, radius, radius)
+    x, y = _center(item, width, height, radius, radius)
     box = (x - radius, y - radius, x + radius, y + radius)
     if item.text == "circle":
         draw.ellipse(box, fill=item.rgb)
@@ -319,7 +319,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, item: Item, width: int, height: int) -
     font = _font(max(8, int(100 * scale)))
     left, top, right, bottom = font.getbbox(item.text, anchor="mm")
     half_width, half_height = (right - left) / 2, (bottom - top) / 2
-    x, y = _centre(item, width, height, half_width, half_height)
+    x, y = _center(item, width, height, half_width, half_height)
     # The anchor is the middle of the line, not of these letters
     draw.text((x - (left + right) / 2, y - (top + bottom) / 2), item.text, item.rgb, font, "mm")
 
