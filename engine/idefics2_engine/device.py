@@ -69,8 +69,8 @@ def to_device(
     Args:
         arrays: The arrays.
         device: The device.
-        into: Memory on the device to copy to, with room for ``packed_length`` elements. Arrays of the
-            same lengths have the same places in it.
+        into: Memory on the device to copy to, with room for ``packed_length`` elements. Arrays of
+            the same lengths have the same places in it.
 
     Returns:
         A view on the device for each array.

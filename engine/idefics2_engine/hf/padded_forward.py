@@ -136,7 +136,8 @@ def encode_padded(
             f"got {tuple(pixel_attention_mask.shape)}"
         )
     pixels = pixel_values.flatten(0, 1).to(model.dtype)
-    is_real = (pixels != 0).flatten(1).any(1)  # transformers' rule, with a mask and without
+    # transformers drops black images, with a mask and without
+    is_real = (pixels != 0).flatten(1).any(1)
     pixels = pixels[is_real]
     mask = pixel_attention_mask.flatten(0, 1)[is_real].bool()
     mask = (

@@ -191,7 +191,8 @@ def _braced(budget: Budget, values: list[Any]) -> float:
     text, *rest = str(values[0]), *values[1:]
     try:
         nested = any("{" in (spec or "") for _, _, spec, _ in Formatter().parse(text))
-    except ValueError:  # which format raises itself
+    except ValueError:
+        # The call of format will raise it
         return 0
     fields = text.count("{") * (_largest_number(text) + sum_of_sizes(budget, rest))
     return math.inf if nested else len(text) + fields

@@ -152,7 +152,8 @@ class Tokenizer:
 
     def _named(self, settings: Mapping[str, Any], key: str) -> str | None:
         token = settings.get(key)
-        if isinstance(token, Mapping):  # with flags, as older releases of transformers save it
+        # Older releases of transformers save a token with its flags
+        if isinstance(token, Mapping):
             token = token.get("content")
         if token is None:
             return None
