@@ -54,7 +54,7 @@ def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return offs_m, offs_n, (offs_m < M) & (offs_n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _silu_mul_kernel(
     gate_up_ptr,  # (M, 2F): gate, then up
     out_ptr,  # (M, F), contiguous
@@ -75,7 +75,7 @@ def _silu_mul_kernel(
     tl.store(out_ptr + offs_m * F + offs_f, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gelu_tanh_kernel(
     x_ptr,  # (M, N)
     bias_ptr,  # (N,), if HAS_BIAS

@@ -42,7 +42,10 @@ def _byte(words, index: tl.constexpr):
     return (byte | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["P", "N", "steps"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "widths_ptr"],
+)
 def _patches_kernel(
     pixels_ptr,  # (P * S * S * C,) uint8
     cu_seqlens_ptr,  # (N + 1,)

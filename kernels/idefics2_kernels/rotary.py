@@ -29,7 +29,7 @@ from idefics2_kernels.gpu.dependent_launch import (
 from idefics2_kernels.gpu.target import H100_SMS
 
 # With at most this many programs, each has an SM of an H100, and an early read delays no other.
-_AT_ONCE = H100_SMS
+AT_ONCE = H100_SMS
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _copy_heads(
         tl.store(out_ptr + offs_h.to(tl.int64) * stride_out + offs_d, x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotary_kernel(
     q_ptr,  # (T, H, D)
     k_ptr,  # (T, H_KV, D)
@@ -304,7 +304,7 @@ def _launch(
         D // 2,
         1 if v_out is None else v_out.shape[2],
         cos_sin.shape[0],
-        LOOKS_AHEAD=T <= _AT_ONCE,
+        LOOKS_AHEAD=T <= AT_ONCE,
         HAS_CACHE=v_out is not None,
         **asdict(config),
         **dependent_options(),

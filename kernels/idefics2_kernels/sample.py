@@ -154,7 +154,16 @@ def _draw(bits_row, bound, uniform, BLOCKS_END, BLOCK_V: tl.constexpr):
     return token
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "temperature_ptr",
+        "top_k_ptr",
+        "top_p_ptr",
+        "log_min_p_ptr",
+        "seed_ptr",
+        "index_ptr",
+    ]
+)
 def _sample_kernel(
     logits_ptr,  # (B, V)
     temperature_ptr,  # (B,)

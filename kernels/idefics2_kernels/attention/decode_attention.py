@@ -80,7 +80,23 @@ def _own_tiles(T, left, split, num_splits, BLOCK_N: tl.constexpr):
     return first_key, start, tl.minimum(start + per_split, first_tile + tiles), parts
 
 
-@triton.jit(do_not_specialize=["table_width", "num_pages", "H_KV", "GROUPS", "num_splits", "left"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_table",
+        "table_width",
+        "num_pages",
+        "H_KV",
+        "GROUPS",
+        "num_splits",
+        "left",
+    ],
+    do_not_specialize_on_alignment=[
+        "counters_ptr",
+        "block_table_ptr",
+        "context_lens_ptr",
+        "cu_seqlens_ptr",
+    ],
+)
 def _decode_attention_kernel(
     q_ptr,  # (T, H, D)
     k_ptr,  # (pages, H_KV, P, D)

@@ -60,7 +60,10 @@ def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
     return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=4, num_stages=3)
 
 
-@triton.jit(do_not_specialize=["H_KV", "GROUPS", "tiles_m", "left", "right"])
+@triton.jit(
+    do_not_specialize=["H_KV", "GROUPS", "tiles_m", "left", "right"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
+)
 def _flash_attention_kernel(
     q_ptr,  # (T, H, D)
     k_ptr,  # (T, H_KV, D)

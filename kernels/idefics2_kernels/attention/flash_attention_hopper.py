@@ -106,7 +106,10 @@ def _produce(queries, q_descs, k_descs, v_descs, smem, barriers, D_REST: gl.cons
             sequence += 1
 
 
-@gluon.jit(do_not_specialize=["B", "H", "GROUPS", "left", "right"])
+@gluon.jit(
+    do_not_specialize=["B", "H", "GROUPS", "left", "right"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
+)
 def _flash_attention_kernel(
     q_desc,  # (1, 1, ROWS, 1, D_MAIN) tiles
     q_rest_desc,  # (1, 1, ROWS, 1, D_REST) tiles

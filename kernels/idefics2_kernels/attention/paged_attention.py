@@ -61,7 +61,10 @@ def launch_config(rows: int, D: int, P: int, itemsize: int, arch: int) -> Launch
     )
 
 
-@triton.jit(do_not_specialize=["H_KV", "GROUPS", "tiles_m", "left"])
+@triton.jit(
+    do_not_specialize=["stride_table", "H_KV", "GROUPS", "tiles_m", "left"],
+    do_not_specialize_on_alignment=["block_table_ptr", "context_lens_ptr", "cu_seqlens_ptr"],
+)
 def _paged_attention_kernel(
     q_ptr,  # (T, H, D)
     k_ptr,  # (pages, H_KV, P, D)

@@ -246,7 +246,13 @@ def _boxes(tiles, descs, D_REST: gl.constexpr):
         "heads",
         "packs",
         "left",
-    ]
+    ],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "context_lens_ptr",
+        "cu_seqlens_ptr",
+        "counters_ptr",
+    ],
 )
 def _paged_attention_kernel(
     q_desc,  # (1, 1, ROWS // PACK, PACK, D_MAIN) tiles

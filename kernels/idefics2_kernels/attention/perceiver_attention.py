@@ -39,7 +39,7 @@ from idefics2_kernels.gpu.target import H100_SMS, alignment, current_arch
 PROGRAMS = 2 * H100_SMS
 # On an H100 one image takes 15.3 us with 8 splits. With 16 it takes 16.4 us, because there is more
 # state to merge.
-_MAX_SPLITS = 8
+MAX_SPLITS = 8
 
 
 def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -65,7 +65,7 @@ def _num_splits(programs: int, tiles: int) -> int:
 
     ``programs`` is the total number of programs if keys are not shared.
     """
-    return max(1, min(PROGRAMS // programs, _MAX_SPLITS, tiles))
+    return max(1, min(PROGRAMS // programs, MAX_SPLITS, tiles))
 
 
 @triton.jit
@@ -82,7 +82,10 @@ def _own_tiles(T, L, split, num_splits, BLOCK_N: tl.constexpr):
     return first_tile, tl.minimum(first_tile + per_split, tiles), whole_tiles, patch_tiles
 
 
-@triton.jit(do_not_specialize=["P", "L", "H_KV", "GROUPS", "num_splits"])
+@triton.jit(
+    do_not_specialize=["P", "L", "H_KV", "GROUPS", "num_splits"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
+)
 def _perceiver_attention_kernel(
     q_ptr,  # (N, L, H, D)
     k_ptr,  # (P, H_KV, D)

@@ -71,7 +71,7 @@ def tiled_launch_config(itemsize: int) -> LaunchConfig:
     return LaunchConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["counters_ptr"])
 def _split_k_kernel(
     x_ptr,  # (M, K)
     weight_ptr,  # (N, K)

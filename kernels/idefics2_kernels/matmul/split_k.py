@@ -103,18 +103,20 @@ def shared_buffers(out: Tensor, splits: int, tiles: int) -> tuple[Tensor | None,
     return partials, get_counters(tiles, out.device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "splits"])
 def _sum_kernel(
-    partials_ptr,  # (splits, size), fp32
+    partials_ptr,  # (splits, M, N), fp32
     bias_ptr,  # (N,), if HAS_BIAS
-    out_ptr,  # (size,), rows of N
-    size,
+    out_ptr,  # (M, N)
+    M,
     N,
     splits,
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # The product is divisible by what N is divisible by, so loads are as wide as for a constant.
+    size = M * N
     mask = offs < size
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(splits):
@@ -137,7 +139,7 @@ def sum_splits(partials: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Ten
             partials,
             bias,
             out,
-            M * N,
+            M,
             N,
             splits,
             HAS_BIAS=bias is not None,

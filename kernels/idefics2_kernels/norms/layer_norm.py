@@ -69,7 +69,7 @@ def _scale_and_shift(x, weight_ptr, bias_ptr, N, FIRST: tl.constexpr, MASKED: tl
     return x * weight.to(tl.float32) + bias.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _layer_norm_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N), if HAS_RESIDUAL

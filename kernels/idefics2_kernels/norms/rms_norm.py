@@ -38,7 +38,7 @@ def launch_config(N: int) -> LaunchConfig:
     return LaunchConfig(BLOCK_M, BLOCK_N, num_warps=4 if BLOCK_N <= 2048 else 8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _rms_norm_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N), if HAS_RESIDUAL
