@@ -34,11 +34,11 @@ def warm_up(model: Idefics2, kv_cache: KVCache, *, min_p_first: bool = True) -> 
         is_quantized=is_quantized,
     ):
         model.image_features(_images(model, images, patches))
-    for tokens in variants.row_counts(is_quantized=is_quantized):
-        pages = -(-tokens // kv_cache.page_size)
-        model(_text(model, 1, tokens, pages), None, kv_cache.layers)
-    for sequences, pages in variants.decode_sizes(text.num_kv_heads):
-        model(_text(model, sequences, 1, pages), None, kv_cache.layers)
+    rows = variants.row_counts(is_quantized=is_quantized)
+    steps = {(1, tokens, -(-tokens // kv_cache.page_size)) for tokens in rows}
+    steps |= {(count, 1, pages) for count, pages in variants.decode_sizes(text.num_kv_heads)}
+    for step in sorted(steps):
+        model(_text(model, *step), None, kv_cache.layers)
     _sample(model, min_p_first=min_p_first)
 
 
