@@ -46,7 +46,7 @@ def compilations(*arguments: object) -> tuple[list[dict[str, Any]], dict[str, in
 def test_no_size_has_a_variant_of_its_own(arch: int, model: str, weights: str) -> None:
     late, totals = compilations(arch, model, weights)
     assert late == []
-    assert totals["launches"] > 10_000
+    assert totals["launches"] > 5_000
     assert totals["variants"] > 20
 
 
