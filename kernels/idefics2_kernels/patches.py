@@ -44,7 +44,7 @@ def _byte(words, index: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["P", "N", "steps"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "widths_ptr"],
+    do_not_specialize_on_alignment=["pixels_ptr", "cu_seqlens_ptr", "widths_ptr"],
 )
 def _patches_kernel(
     pixels_ptr,  # (P * S * S * C,) uint8

@@ -64,9 +64,10 @@ def draw(model: Idefics2, count: int, dtype: torch.dtype, *, padded: bool) -> No
 
 def _images(model: Idefics2, patches: list[int], by: int) -> ImageBatch:
     total, device = sum(patches), model.device
-    size = total * model.config.vision.patch_dim
+    pixels = torch.zeros(total * model.config.vision.patch_dim, dtype=torch.uint8)
     return ImageBatch(
-        pixels=torch.zeros(size, dtype=torch.uint8, device=device),
+        # The wider loads need pixels at multiples of four bytes
+        pixels=shifted(pixels, device, 4 * by),
         widths=shifted(torch.tensor(patches, dtype=torch.int32), device, by),
         position_ids=shifted(torch.zeros(total, dtype=torch.int64), device, by),
         cu_seqlens=shifted(cumulative(patches), device, by),
