@@ -3,8 +3,8 @@
 Triton compiles a kernel once for each set of its constants, dtypes and specialized arguments. Sizes
 that depend on a request are never specialized. Some of them select a constant, such as a tile or
 the number of splits that are merged at once, or another kernel. A model that has run with all sizes
-of this module compiles nothing for other sizes. ``runtime.warm_up`` of the engine runs it, and a
-test compares with all other sizes.
+of this module compiles nothing for other sizes. The engine's ``runtime/warm_up.py`` runs it, and a
+test compares with other sizes.
 """
 
 import triton

@@ -25,7 +25,7 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import NF4Linear
 from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.runtime.kv_cache import KVCache
-from idefics2_engine.runtime.warm_up import warm_up
+from idefics2_engine.runtime.warm_up import warm_up_model, warm_up_sampling
 from idefics2_kernels import TRITON, variants
 from idefics2_kernels.gpu import checks
 from paths import DEMO, EIGHT_B
@@ -126,7 +126,8 @@ def main(arch: int, name: str, weights: str, left_out: int | None = None) -> Non
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     model = make_model(name, dtype, is_quantized=weights == "nf4")
     kv_cache = KVCache(model.config.text, 4, PAGE_SIZE, META, dtype)
-    warm_up(model, kv_cache)
+    warm_up_model(model, kv_cache)
+    warm_up_sampling(model)
     warm = len(compilations.kernels)
     for compilations.request, images in image_batches(model):
         model.image_features(images)

@@ -17,7 +17,7 @@ _MOST_LOGITS = 17
 
 
 @torch.inference_mode()
-def warm_up(model: Idefics2, kv_cache: KVCache, *, min_p_first: bool = True) -> None:
+def warm_up_model(model: Idefics2, kv_cache: KVCache) -> None:
     """Run ``model`` once with each of the sizes in ``idefics2_kernels.variants``.
 
     The KV cache must have a page. It is read, but not written. Later steps of any size compile
@@ -39,7 +39,30 @@ def warm_up(model: Idefics2, kv_cache: KVCache, *, min_p_first: bool = True) -> 
     steps |= {(count, 1, pages) for count, pages in variants.decode_sizes(text.num_kv_heads)}
     for step in sorted(steps):
         model(_text(model, *step), None, kv_cache.layers)
-    _sample(model, min_p_first=min_p_first)
+
+
+@torch.inference_mode()
+def warm_up_sampling(model: Idefics2, *, min_p_first: bool = True) -> None:
+    """Sample from logits of each dtype and row stride that a step can have.
+
+    Edited logits are fp32. Logits that were copied have no padding.
+    """
+    text = model.config.text
+    ones = torch.ones(1, device=model.device)
+    zeros, integers = torch.zeros_like(ones), torch.zeros_like(ones, dtype=torch.int64)
+    for dtype in {model.dtype, torch.float32}:
+        for width in {text.padded_vocab_size, text.vocab_size}:
+            logits = torch.zeros((1, width), dtype=dtype, device=model.device)
+            model.ops.sample(
+                logits[:, : text.vocab_size],
+                ones,
+                integers,
+                ones,
+                zeros,
+                integers,
+                integers,
+                min_p_first=min_p_first,
+            )
 
 
 def _images(model: Idefics2, images: int, patches: int) -> ImageBatch:
@@ -69,26 +92,3 @@ def _text(model: Idefics2, sequences: int, tokens: int, pages: int) -> TextBatch
             context_lens=torch.full((sequences,), tokens, dtype=torch.int32),
         ),
     ).to(model.device)
-
-
-def _sample(model: Idefics2, *, min_p_first: bool) -> None:
-    """Sample from logits of each dtype and row stride that a step can have.
-
-    Edited logits are fp32. Logits that were copied have no padding.
-    """
-    text = model.config.text
-    ones = torch.ones(1, device=model.device)
-    zeros, integers = torch.zeros_like(ones), torch.zeros_like(ones, dtype=torch.int64)
-    for dtype in {model.dtype, torch.float32}:
-        for width in {text.padded_vocab_size, text.vocab_size}:
-            logits = torch.zeros((1, width), dtype=dtype, device=model.device)
-            model.ops.sample(
-                logits[:, : text.vocab_size],
-                ones,
-                integers,
-                ones,
-                zeros,
-                integers,
-                integers,
-                min_p_first=min_p_first,
-            )

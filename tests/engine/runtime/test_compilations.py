@@ -13,7 +13,7 @@ import triton
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.kv_cache import KVCache
-from idefics2_engine.runtime.warm_up import warm_up
+from idefics2_engine.runtime.warm_up import warm_up_model, warm_up_sampling
 from idefics2_kernels import TRITON
 from paths import DEMO, TESTS
 from request_sizes import PAGE_SIZE, ROWS, draw, image_batches, text_batches
@@ -65,7 +65,8 @@ def test_nothing_compiles_after_the_warm_up(dtype: torch.dtype) -> None:
     kv_cache = KVCache(model.config.text, 4, PAGE_SIZE, device, dtype)
     for kernel in _kernels():
         kernel.device_caches.clear()
-    warm_up(model, kv_cache)
+    warm_up_model(model, kv_cache)
+    warm_up_sampling(model)
     warm = _num_compiled()
     assert warm > 20
     for name, images in image_batches(model):
