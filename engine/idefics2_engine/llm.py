@@ -4,7 +4,6 @@ import gc
 import logging
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -132,9 +131,12 @@ class LLM:
         self.engine_config = fit_kv_cache(options, sizes, self.model)
         generation = generation_config(folder, self.processor.tokenizer)
 
+        if on.type == "cuda":
+            # The weights may have been copied on the caller's current stream, and the engine's
+            # thread does not wait for that stream
+            torch.cuda.synchronize(on)
+
         def build_engine() -> Engine:
-            if on.type == "cuda":
-                torch.cuda.set_device(self.model.device)
             return Engine(
                 self.model,
                 self.processor.tokenizer,
@@ -144,21 +146,14 @@ class LLM:
                 min_p_first=options.sampling_order == "vllm",
             )
 
-        # The default device of this thread is a mode that intercepts each call of PyTorch. It would
-        # add a third to the time of capturing graphs
-        with ThreadPoolExecutor(1, "idefics2-build") as builder:
-            self.engine = builder.submit(build_engine).result()
+        self._thread = EngineThread(build_engine, self.model.device)
+        # The thread also ends when this object is garbage-collected or the process exits
+        self._finalizer = weakref.finalize(self, self._thread.close)
+        self.engine = self._thread.engine
+        self.stats = self.engine.stats
         self.request_builder = RequestBuilder(
             self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
         )
-        if on.type == "cuda":
-            # The weights may have been copied on the caller's current stream, and the engine's
-            # thread does not wait for that stream
-            torch.cuda.synchronize(on)
-        self.stats = self.engine.stats
-        self._thread = EngineThread(self.engine)
-        # The thread also ends when this object is garbage-collected or the process exits
-        self._finalizer = weakref.finalize(self, self._thread.close)
 
     def close(self) -> None:
         """End the engine's thread and free the memory of the model and its KV cache.

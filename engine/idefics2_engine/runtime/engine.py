@@ -21,6 +21,7 @@ from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
+from idefics2_engine.runtime.warm_up import warm_up_sampling
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
 from idefics2_engine.sampling.sampler import Drawn, Sampler
@@ -84,6 +85,8 @@ class Engine:
             TokenTexts(tokenizer),
             min_p_first=min_p_first,
         )
+        if model.device.type == "cuda":
+            warm_up_sampling(model, min_p_first=min_p_first)
 
     @property
     def has_work(self) -> bool:

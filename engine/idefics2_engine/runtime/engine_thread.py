@@ -9,6 +9,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Self
 from weakref import WeakSet
@@ -20,14 +21,18 @@ from idefics2_engine.scheduling.sequence import Request
 
 
 class EngineThread:
-    """A thread that runs ``engine.step`` while any request is unfinished.
+    """A thread that builds an engine, and runs ``engine.step`` while any request is unfinished.
+
+    The engine is built on the thread for two reasons. Libraries keep state for each thread, such as
+    a workspace of cuBLAS. And the caller's default device is a mode that intercepts every call of
+    PyTorch, which would add a third to the time of capturing graphs.
 
     Callers send commands: functions that run on the thread between two steps. There is no lock,
     because an interrupt could leave it locked.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, build: Callable[[], Engine], device: torch.device) -> None:
+        """Build the engine with ``build``, whose exception is raised here, on ``device``."""
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._is_closed = False
         self._process = os.getpid()
@@ -35,8 +40,22 @@ class EngineThread:
         self._clients: WeakSet[Client] = WeakSet()
         self._client_of: dict[Request, Client] = {}
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="idefics2-engine", daemon=True)
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(build, built, device), name="idefics2-engine", daemon=True
+        )
         self._thread.start()
+        try:
+            self._engine = built.result()
+        except BaseException:
+            self._is_closed = True
+            self._commands.put(self._stop)
+            raise
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, which only its thread may change."""
+        return self._engine
 
     def client(
         self,
@@ -101,10 +120,18 @@ class EngineThread:
             self._engine.cancel(request)
         client.unfinished = {}
 
-    def _run(self) -> None:
-        device = self._engine.runner.model.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+    def _run(
+        self, build: Callable[[], Engine], built: Future[Engine], device: torch.device
+    ) -> None:
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            self._engine = build()
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(self._engine)
+        del build, built
         while not self._is_stopping:
             try:
                 self._obey()

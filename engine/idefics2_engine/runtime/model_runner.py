@@ -16,6 +16,7 @@ from idefics2_engine.runtime.image_graphs import ImageGraphs
 from idefics2_engine.runtime.input_batch import PackedStep, pack, resolve_pending_tokens, text_batch
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.text_graphs import TextGraphs
+from idefics2_engine.runtime.warm_up import warm_up_model
 from idefics2_engine.scheduling.scheduler import Step
 from idefics2_engine.scheduling.sequence import Request, Sequence
 
@@ -41,6 +42,8 @@ class Runner:
         shape = (config.max_cached_images + config.cuda_graphs, latents, hidden)
         self.image_features = torch.empty(shape, device=model.device, dtype=model.dtype)
         self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=model.device)
+        if model.device.type == "cuda":
+            warm_up_model(model, kv_cache)
         self._text_graphs: TextGraphs | None = None
         self._image_graphs: ImageGraphs | None = None
         if config.cuda_graphs:
