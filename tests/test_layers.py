@@ -37,7 +37,7 @@ gpu
 attention norms activation rotary patches sample reference
 matmul
 nf4
-ops
+ops variants
 catalog
 """
 # The specification knows one file of the kernels: the format of a weight
