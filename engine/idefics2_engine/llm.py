@@ -5,6 +5,7 @@ import logging
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
@@ -136,16 +137,16 @@ class LLM:
             # thread does not wait for that stream
             torch.cuda.synchronize(on)
 
-        def build_engine() -> Engine:
-            return Engine(
-                self.model,
-                self.processor.tokenizer,
-                self.processor.image_config,
-                generation,
-                self.engine_config,
-                min_p_first=options.sampling_order == "vllm",
-            )
-
+        # This must not refer to the LLM, which its thread would keep alive
+        build_engine = partial(
+            Engine,
+            self.model,
+            self.processor.tokenizer,
+            self.processor.image_config,
+            generation,
+            self.engine_config,
+            min_p_first=options.sampling_order == "vllm",
+        )
         self._thread = EngineThread(build_engine, self.model.device)
         # The thread also ends when this object is garbage-collected or the process exits
         self._finalizer = weakref.finalize(self, self._thread.close)
