@@ -1,6 +1,6 @@
 """Choice of the device and dtype, and copies to and from the device through pinned memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 
@@ -97,6 +97,30 @@ def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
     for array in arrays:
         starts.append(starts[-1] - (-len(array) // _ALIGNMENT) * _ALIGNMENT)
     return starts
+
+
+def pin_memory(device: torch.device, address: int, size: int) -> Callable[[], None] | None:
+    """Pin memory of this process that PyTorch did not allocate, for copies to ``device``.
+
+    Args:
+        device: A CUDA device.
+        address: Where the memory begins, a multiple of a page.
+        size: Bytes.
+
+    Returns:
+        A function that undoes it after the last copy, or ``None`` if CUDA refuses.
+    """
+    driver = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        if int(driver.cudaHostRegister(address, size, 0)) != 0:
+            return None
+
+    def undo() -> None:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            driver.cudaHostUnregister(address)
+
+    return undo
 
 
 class ToHost:

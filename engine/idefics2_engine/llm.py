@@ -15,6 +15,7 @@ import torch
 from idefics2_engine.device import torch_defaults, torch_device
 from idefics2_engine.errors import Idefics2Error, PromptError
 from idefics2_engine.images.loader import MAX_BYTES, MAX_PIXELS, MEDIA_TIMEOUT, ImageSource
+from idefics2_engine.images.reader import ImageReader
 from idefics2_engine.llm_options import (
     LLMOptions,
     at_least_one,
@@ -22,6 +23,7 @@ from idefics2_engine.llm_options import (
     find_folders,
     fit_kv_cache,
     generation_config,
+    image_workers_on,
     load_model,
 )
 from idefics2_engine.model.config import ModelConfig
@@ -77,6 +79,7 @@ class LLM:
         engine_config: Sizes of the runtime.
         engine: Answers requests. Only its thread may use it while a call is unfinished.
         stats: Counters of the engine.
+        images: Reads the images of requests.
         request_builder: Converts prompts and parameters to requests for ``engine``.
 
     Raises:
@@ -117,6 +120,7 @@ class LLM:
         allowed_media_hosts: Sequence[str] = (),
         media_timeout: float = MEDIA_TIMEOUT,
         image_threads: int | None = None,
+        image_workers: int | None = None,
         ops: Ops | None = None,
     ) -> None:
         # locals() holds exactly the arguments here, so this must be the first statement
@@ -131,7 +135,7 @@ class LLM:
         self.config = self.model.config
         self.engine_config = fit_kv_cache(options, sizes, self.model)
         generation = generation_config(folder, self.processor.tokenizer)
-
+        self.images = self.processor.image_reader(image_workers_on(on, options, self.processor))
         if on.type == "cuda":
             # The weights may have been copied on the caller's current stream, and the engine's
             # thread does not wait for that stream
@@ -148,16 +152,21 @@ class LLM:
             min_p_first=options.sampling_order == "vllm",
         )
         self._thread = EngineThread(build_engine, self.model.device)
-        # The thread also ends when this object is garbage-collected or the process exits
-        self._finalizer = weakref.finalize(self, self._thread.close)
+        # They also end when this object is garbage-collected or the process exits
+        self._finalizer = weakref.finalize(self, _close, self._thread, self.images)
         self.engine = self._thread.engine
         self.stats = self.engine.stats
         self.request_builder = RequestBuilder(
-            self.processor, self.config, generation, self.engine_config.max_model_len, options.seed
+            self.processor,
+            self.config,
+            generation,
+            self.engine_config.max_model_len,
+            options.seed,
+            self.images,
         )
 
     def close(self) -> None:
-        """End the engine's thread and free the memory of the model and its KV cache.
+        """End the engine's thread and workers, and free the memory of the model and its KV cache.
 
         Unfinished calls on other threads raise ``RuntimeError``. So does every later call.
         """
@@ -199,7 +208,7 @@ class LLM:
             SamplingError: A sampling parameter does not fit the model.
         """
         drafts = self.request_builder.read_prompts(prompts)
-        return self._answer(self.processor.finish(drafts), sampling_params, progress)
+        return self._answer(self.request_builder.finish(drafts), sampling_params, progress)
 
     def chat(
         self,
@@ -227,7 +236,8 @@ class LLM:
             SamplingError: A sampling parameter does not fit the model.
         """
         drafts = self.request_builder.read_conversations(messages, images)
-        return self._answer(self.processor.finish(drafts, "messages"), sampling_params, progress)
+        prompts = self.request_builder.finish(drafts, "messages")
+        return self._answer(prompts, sampling_params, progress)
 
     def stream(
         self, prompt: Prompt | Conversation, sampling_params: SamplingParams | None = None
@@ -239,7 +249,7 @@ class LLM:
         iterator. Closing the iterator cancels the request.
         """
         draft = self.request_builder.read(prompt)
-        (processed,) = self.processor.finish([draft])
+        (processed,) = self.request_builder.finish([draft])
         return self._stream(self.request_builder.build(processed, read_params(sampling_params)))
 
     def iterate(
@@ -256,7 +266,7 @@ class LLM:
             prompts: Prompts and conversations. Each may be a pair with its own parameters. They are
                 read lazily on a separate thread, at most ``in_flight`` ahead of the answers. Each
                 prompt is copied when it is read, so the source may reuse its objects. Image files
-                are read later, in threads.
+                are read later, in threads, and in processes if they are many (``image_workers``).
             sampling_params: Parameters of the prompts that have none of their own.
             in_flight: Requests begun and not yet yielded; twice ``max_num_seqs`` if ``None``.
             progress: Whether to show a progress bar. It has a total if ``prompts`` has a length.
@@ -302,7 +312,7 @@ class LLM:
 
         def prepare(index: int, draft: RowDraft) -> None:
             try:
-                client.submit([builder.build_row(draft, str(index))])
+                client.submit([builder.build_row(draft, str(index), images)])
             except BaseException as error:
                 refuse(index, row_error(error))
 
@@ -310,7 +320,7 @@ class LLM:
             events.put(_EndOfRows(count, error))
 
         client = self._thread.client(events.put, events.put)
-        threads = self.processor.media.num_threads
+        images, threads = self.images.job(), self.images.num_threads
         rows_ahead = Prefetcher(rows, read, prepare, end, threads=threads, ahead=in_flight)
         yielded, end_of_rows = 0, None
         with bar, client, rows_ahead:
@@ -357,6 +367,11 @@ class LLM:
                 _take(events)
                 bar.update(1)
         return [request.output() for request in requests]
+
+
+def _close(thread: EngineThread, images: ImageReader) -> None:
+    thread.close()
+    images.close()
 
 
 def _take(events: SimpleQueue[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from idefics2_engine.checkpoint.hub import find_adapter, find_model
 from idefics2_engine.checkpoint.loader import build_model, load_checkpoint
 from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, weight_paths
 from idefics2_engine.demo import DEMO_MODEL
-from idefics2_engine.device import torch_dtype
+from idefics2_engine.device import pin_memory, torch_dtype
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.field_checks import (
     ListOf,
@@ -35,10 +36,13 @@ from idefics2_engine.images.loader import (
     media_config,
 )
 from idefics2_engine.images.policy import ImagePolicy
+from idefics2_engine.images.worker import aligned
+from idefics2_engine.images.worker_pool import WorkerPool, default_workers
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import PARTS, Quantization
 from idefics2_engine.model_files import printable_path
+from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
@@ -129,6 +133,9 @@ class LLMOptions:
         media_timeout: Longest duration of a download, in seconds.
         image_threads: Images that are read in parallel. If ``None``, the number of cores, at most
             8.
+        image_workers: Processes that decode image files beside the engine, in jobs of many images.
+            0 decodes in threads. If ``None``, on a CUDA device one fewer than the cores, from 1 to
+            8, and 0 on a CPU.
         ops: Implementation of the operations. If ``None``, ``TRITON`` on a CUDA device and
             ``REFERENCE`` on a CPU.
 
@@ -167,6 +174,7 @@ class LLMOptions:
     allowed_media_hosts: tuple[str, ...] = checked(ListOf(text, "names of hosts"), ())
     media_timeout: float = checked(Number(0.0, _MOST_SECONDS, above=True), MEDIA_TIMEOUT)
     image_threads: int | None = checked(OrNone(Whole(1, _MOST_THREADS)), None)
+    image_workers: int | None = checked(OrNone(Whole(0, _MOST_THREADS)), None)
     ops: Ops | None = checked(OrNone(_ops), None)
 
     def __post_init__(self) -> None:
@@ -303,6 +311,24 @@ def fit_kv_cache(options: LLMOptions, config: EngineConfig, model: Idefics2) -> 
         return config
     tokens = measured_kv_cache_tokens(model, config, options.gpu_memory_utilization)
     return replace(config, kv_cache_tokens=tokens)
+
+
+def image_workers_on(
+    device: torch.device, options: LLMOptions, processor: Processor
+) -> WorkerPool | None:
+    """Return the processes that decode images for a model on ``device``; ``None`` for threads.
+
+    They are not started yet.
+    """
+    count = options.image_workers
+    if count is None:
+        count = default_workers() if device.type == "cuda" else 0
+    if count == 0:
+        return None
+    rules = processor.tile_rules
+    image_bytes = rules.image_config.tiles_per_image * aligned(rules.max_tile_bytes)
+    pin = partial(pin_memory, device) if device.type == "cuda" else None
+    return WorkerPool(count, image_bytes, pin=pin)
 
 
 def generation_config(folder: Path, tokenizer: Tokenizer) -> GenerationConfig:

@@ -16,6 +16,7 @@ from idefics2_engine.errors import (
     short_repr,
 )
 from idefics2_engine.images.loader import ImageSource
+from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
@@ -60,6 +61,7 @@ class RequestBuilder:
         generation: End tokens and bad words of the checkpoint.
         max_model_len: Most tokens of a prompt and its answer together.
         seed: Determines the seeds of requests that have none.
+        reader: Reads images. If ``None``, one without worker processes.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class RequestBuilder:
         generation: GenerationConfig,
         max_model_len: int,
         seed: int,
+        reader: ImageReader | None = None,
     ) -> None:
         self.processor = processor
+        self.reader = reader or processor.image_reader()
         self.config = config
         self.generation = generation
         self.max_model_len = max_model_len
@@ -182,13 +186,27 @@ class RequestBuilder:
             draft = self.read(cast(Prompt | Conversation, prompt))
             return RowDraft(draft.owned(), read_params(params), seed)
 
-    def build_row(self, row: RowDraft, request_id: str) -> Request:
+    def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
+        """Read the images of ``drafts``, which errors call ``name``.
+
+        Raises:
+            ImageError: An image cannot be read; the message says which, if there are several.
+        """
+        job = self.reader.job(sum(len(draft.images) for draft in drafts))
+        return self.processor.finish(drafts, name, job)
+
+    def build_row(self, row: RowDraft, request_id: str, job: ImageJob) -> Request:
         """Decode the images of ``row`` and build its request.
+
+        Args:
+            row: The row.
+            request_id: Identifier.
+            job: The job that the row belongs to.
 
         Raises:
             Idefics2Error: An image cannot be read, or the request does not fit the model.
         """
-        (prompt,) = self.processor.finish([row.prompt])
+        (prompt,) = self.processor.finish([row.prompt], job=job)
         return self.build(prompt, row.params, request_id=request_id, seed=row.seed)
 
     def build(

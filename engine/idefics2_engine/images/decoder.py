@@ -29,7 +29,7 @@ from idefics2_engine.images.bounds.chunks import check_png, check_webp
 from idefics2_engine.images.bounds.jpeg import check_jpeg
 from idefics2_engine.images.bounds.tiff import check_tiff
 from idefics2_engine.images.pillow_guard import guard_pillow
-from idefics2_engine.images.policy import ImagePolicy, upright_rgb
+from idefics2_engine.images.policy import ImagePolicy, Warn, upright_rgb, warn_of_image
 from idefics2_engine.images.ppm import in_binary
 
 # One more read is allowed per so many pixels. GIF has the smallest parts, blocks of 255 bytes that
@@ -63,7 +63,9 @@ class _Format:
     check: Callable[[bytes, int, str], None] = lambda _data, _max_pixels, _name: None
 
 
-def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Image.Image:
+def decode(
+    data: bytes, policy: ImagePolicy, max_pixels: int, name: str, warn: Warn = warn_of_image
+) -> Image.Image:
     """Return the image in a file, upright and in RGB.
 
     Args:
@@ -71,6 +73,7 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
         policy: How to read alpha, rotation, 16 bits and further frames.
         max_pixels: Largest width x height.
         name: Name of the file in error messages.
+        warn: Called about parts of the image that are not read.
 
     Raises:
         ImageError: The file has another format, is damaged or too large, or the policy refuses it.
@@ -93,7 +96,7 @@ def decode(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Imag
             _check_tiles(image, file, name)
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
-            rgb = upright_rgb(image, policy, name)
+            rgb = upright_rgb(image, policy, name, warn)
             # A copy has neither the file nor its further frames
             return rgb.copy() if rgb is image else rgb
 

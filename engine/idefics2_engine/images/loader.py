@@ -178,7 +178,7 @@ def load_image(source: ImageSource, config: MediaConfig | None = None) -> Image.
         return array_rgb(plain, policy, budget, "image array")
     if is_tensor(plain):
         return tensor_rgb(plain, policy, budget, "image tensor")
-    name, data = _named_bytes(plain, config)
+    name, data = named_bytes(plain, config)
     return decode(data, policy, budget, name)
 
 
@@ -201,8 +201,12 @@ def own_image(source: ImageSource, config: MediaConfig) -> ImageSource:
         return image.copy()
 
 
-def _named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, bytes]:
-    """Return the name of an image file in error messages, and its bytes."""
+def named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, bytes]:
+    """Return the name of an image file in error messages, and its bytes.
+
+    Raises:
+        ImageError: As in ``load_image``, before anything is decoded.
+    """
     if isinstance(source, bytes):
         check_bytes(len(source), config.max_media_bytes, "image bytes")
         return "image bytes", source
@@ -253,8 +257,11 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"{name}: cannot be read as an image: it is no regular file")
-            check_bytes(status.st_size, config.max_media_bytes, name)
-            return file.read(config.max_media_bytes)
+            size, most = status.st_size, config.max_media_bytes
+            check_bytes(size, most, name)
+            # Python allocates what it is asked for: `most` at once would cost half a millisecond
+            data = file.read(min(size + 1, most))
+            return data if len(data) <= size else data + file.read(most - len(data))
     except ImageError:
         raise
     except OSError as error:

@@ -29,7 +29,7 @@ def read_all(
         Exception: The exception of ``read`` for the first source in order that failed. Reads that
             have not started are canceled, and running ones are not awaited.
     """
-    _keep_blocks(_BLOCKS_PER_THREAD * threads)
+    keep_blocks(threads)
     # Maps the id of a source to the first index at which it occurs
     first: dict[int, int] = {}
     for index, source in enumerate(sources):
@@ -64,13 +64,14 @@ def alone_with(*objects: object) -> Iterator[None]:
         yield
 
 
-def _keep_blocks(count: int) -> None:
-    """Let Pillow keep ``count`` blocks of memory, at most 16 MiB each, for its next images.
+def keep_blocks(threads: int) -> None:
+    """Let Pillow keep blocks of memory, at most 16 MiB each, for the next images of ``threads``.
 
     By default Pillow frees every block, and the system clears new pages for each image. Threads
     wait for each other during the page faults. An image of 1280x960 with splitting causes 4,000 of
     them, which take a third of the time.
     """
     memory = Image.core  # type: ignore[attr-defined]
+    count = _BLOCKS_PER_THREAD * threads
     if memory.get_blocks_max() < count:
         memory.set_blocks_max(count)

@@ -4,6 +4,7 @@ This module implements them for Pillow images, and ``arrays`` for arrays and ten
 """
 
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -61,11 +62,22 @@ class ImagePolicy(StrEnum):
             raise ConfigError(f"image_policy must be one of {names}, got {name!r}") from None
 
 
-def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Image:
+Warn = Callable[[str, str], None]
+"""Called with the name of an image and a description of what is not read of it."""
+
+
+def warn_of_image(name: str, problem: str) -> None:
+    """Issue an ``ImageWarning``."""
+    warnings.warn(f"{name}: {problem}", ImageWarning, stacklevel=3)
+
+
+def upright_rgb(
+    image: Image.Image, policy: ImagePolicy, name: str, warn: Warn = warn_of_image
+) -> Image.Image:
     """Return an image upright and in RGB, with ambiguities resolved by ``policy``.
 
-    The image itself is returned if it needs no conversion. ``correct`` issues an ``ImageWarning``
-    for an image with several frames.
+    The image itself is returned if it needs no conversion. ``correct`` calls ``warn`` for an image
+    with several frames.
 
     Raises:
         ImageError: The policy refuses the image, or a value is out of its range. Exceptions of
@@ -82,11 +94,7 @@ def upright_rgb(image: Image.Image, policy: ImagePolicy, name: str) -> Image.Ima
         _refuse_doubtful(image, several, name)
         return _rgb(image)
     if several:
-        warnings.warn(
-            f"{name}: has several frames or pages, only the current one is read",
-            ImageWarning,
-            stacklevel=2,
-        )
+        warn(name, "has several frames or pages, only the current one is read")
     return _shown(_upright(image), name)
 
 

@@ -109,6 +109,7 @@ class Tile:
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
     patch_size: int  # pixels per side
     grid_side: int  # trained positions per side
+    known_fingerprint: bytes | None = None  # the fingerprint, if it was computed elsewhere
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -125,6 +126,8 @@ class Tile:
     @cached_property
     def fingerprint(self) -> bytes:
         """128-bit hash of sizes and pixels; tiles with the same hash have the same embeddings."""
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
         digest = blake2b(
             repr((self.grid, self.patch_size, self.grid_side)).encode(), digest_size=16
         )
@@ -144,6 +147,18 @@ class Tile:
         rows, columns = self.grid
         crop = self.pixels[: rows * self.patch_size, : columns * self.patch_size]
         return np.ascontiguousarray(crop)
+
+    def whole_patches(self) -> "Tile":
+        """Return the tile without pixels beyond whole patches, read-only, fingerprint computed.
+
+        The engine needs no more, and its thread then packs the pixels without cutting them first.
+        """
+        pixels = self.patch_pixels()
+        pixels.setflags(write=False)
+        tile = Tile(pixels, self.patch_size, self.grid_side, self.known_fingerprint)
+        # It is cached
+        _ = tile.fingerprint
+        return tile
 
 
 def position_ids(rows: int, columns: int, grid_side: int) -> npt.NDArray[np.int64]:

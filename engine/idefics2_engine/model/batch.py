@@ -58,13 +58,24 @@ class ImageBatch(_Movable):
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @classmethod
-    def from_tiles(cls, tiles: Sequence[Tile], config: ImageConfig | None = None) -> "ImageBatch":
-        """Pack one or more ``tiles`` on the CPU, with the normalization of ``config`` if given."""
+    def from_tiles(
+        cls,
+        tiles: Sequence[Tile],
+        config: ImageConfig | None = None,
+        pixels: Tensor | None = None,
+    ) -> "ImageBatch":
+        """Pack one or more ``tiles`` on the CPU.
+
+        Args:
+            tiles: The tiles.
+            config: Normalization of the pixels, if it is not the default.
+            pixels: The packed pixels, on any device, if they were packed before.
+        """
         patches = [tile.num_patches for tile in tiles]
+        if pixels is None:
+            pixels = torch.from_numpy(np.concatenate([t.patch_pixels().ravel() for t in tiles]))
         batch = cls(
-            pixels=torch.from_numpy(
-                np.concatenate([tile.patch_pixels().ravel() for tile in tiles])
-            ),
+            pixels=pixels,
             widths=torch.tensor([tile.grid[1] for tile in tiles], dtype=torch.int32),
             position_ids=torch.from_numpy(np.concatenate([tile.position_ids() for tile in tiles])),
             cu_seqlens=cumulative(patches),

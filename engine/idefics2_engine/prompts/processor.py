@@ -13,10 +13,14 @@ import numpy.typing as npt
 
 from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.errors import ConfigError, PromptError, short_repr
+from idefics2_engine.images.file_cache import FileCache
+from idefics2_engine.images.file_tiles import TileRules
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.images.parallel import read_all
+from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.images.settings import PROCESSOR, image_settings
 from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalize
+from idefics2_engine.images.worker_pool import WorkerPool
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.chat_template import ChatTemplate
@@ -261,12 +265,38 @@ class Processor:
         token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
         return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
 
-    def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
+    def image_reader(self, workers: WorkerPool | None = None) -> ImageReader:
+        """Return a reader of images for requests.
+
+        Args:
+            workers: Processes for jobs of many images. If ``None``, images are read in threads.
+        """
+        return ImageReader(self.media, self.tile_rules, FileCache(), workers)
+
+    @property
+    def tile_rules(self) -> TileRules:
+        """All that the tiles of an image file depend on."""
+        return TileRules(
+            self.media.image_policy,
+            self.media.max_image_pixels,
+            self.image_config,
+            self.patch_size,
+            self.grid_side,
+        )
+
+    def finish(
+        self,
+        drafts: Sequence[PromptDraft],
+        name: str = "prompts",
+        job: ImageJob | None = None,
+    ) -> list[ProcessedPrompt]:
         """Read the images of all ``drafts`` in parallel and return the finished prompts.
 
         Args:
             drafts: Results of ``draft_prompt``, ``draft_token_prompt`` or ``draft_chat``.
             name: Name of the list of prompts in errors.
+            job: Reads the images, whose tiles then have whole patches only. If ``None``, they are
+                read here and keep all pixels.
 
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
@@ -281,6 +311,8 @@ class Processor:
         def read(index: int) -> list[Tile]:
             place, source = places[index]
             with about(place if several or len(places) > 1 else None):
+                if job is not None:
+                    return job.tiles(source)
                 image = load_image(source, self.media)
                 tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
             for tile in tiles:
@@ -288,7 +320,8 @@ class Processor:
                 _ = tile.fingerprint
             return tiles
 
-        tiles = iter(read_all(read, [source for _, source in places], self.media.num_threads))
+        threads = self.media.num_threads if job is None else job.reader.num_threads
+        tiles = iter(read_all(read, [source for _, source in places], threads))
         return [
             ProcessedPrompt(
                 draft.prompt,

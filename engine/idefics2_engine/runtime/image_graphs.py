@@ -16,6 +16,7 @@ from idefics2_engine.device import packed_length, to_device
 from idefics2_engine.images.tiling import ImageConfig, Tile
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.cuda_graphs import GraphPool, next_size, sizes_up_to
+from idefics2_engine.runtime.pixel_upload import PixelUploader
 
 MAX_PATCHES = 16384
 """Most patches of a graph. Larger batches of images gain nothing and need more memory."""
@@ -56,6 +57,7 @@ class ImageGraphs:
         self.patch_sizes = patch_sizes(self.max_patches)
         self.image_sizes = image_sizes(min(MAX_IMAGES, self.max_patches))
         self.num_padded_patches = 0
+        self._uploader = PixelUploader(model.device)
         most, device = self.patch_sizes[-1], model.device
         self._pixels = torch.zeros(
             most * model.config.vision.patch_dim, dtype=torch.uint8, device=device
@@ -92,11 +94,7 @@ class ImageGraphs:
 
     def _run(self, batch: Sequence[Encode]) -> None:
         tiles = [tile for tile, _ in batch]
-        pixels = [tile.patch_pixels().reshape(-1) for tile in tiles]
-        on_gpu = self._pixels.device.type == "cuda"
-        joined = torch.empty(sum(map(len, pixels)), dtype=torch.uint8, pin_memory=on_gpu)
-        np.concatenate(pixels, out=joined.numpy())
-        self._pixels[: len(joined)].copy_(joined, non_blocking=True)
+        self._uploader.upload(tiles, self._pixels)
         positions = np.concatenate([tile.position_ids() for tile in tiles])
         size = next_size(self.patch_sizes, len(positions))
         # Padding patches need a valid position too

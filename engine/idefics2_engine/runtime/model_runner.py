@@ -15,6 +15,7 @@ from idefics2_engine.runtime.cuda_graphs import GraphPool
 from idefics2_engine.runtime.image_graphs import ImageGraphs
 from idefics2_engine.runtime.input_batch import PackedStep, pack, resolve_pending_tokens, text_batch
 from idefics2_engine.runtime.kv_cache import KVCache
+from idefics2_engine.runtime.pixel_upload import PixelUploader
 from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.runtime.warm_up import warm_up_model
 from idefics2_engine.scheduling.scheduler import Step
@@ -42,6 +43,7 @@ class Runner:
         shape = (config.max_cached_images + config.cuda_graphs, latents, hidden)
         self.image_features = torch.empty(shape, device=model.device, dtype=model.dtype)
         self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=model.device)
+        self._uploader = PixelUploader(model.device)
         if model.device.type == "cuda":
             warm_up_model(model, kv_cache)
         self._text_graphs: TextGraphs | None = None
@@ -118,6 +120,7 @@ class Runner:
             return
         tiles, entries = zip(*encodes, strict=True)
         device = self.model.device
-        images = ImageBatch.from_tiles(tiles, self.image_config).to(device)
+        pixels = self._uploader.upload(tiles)
+        images = ImageBatch.from_tiles(tiles, self.image_config, pixels).to(device)
         (places,) = to_device([np.array(entries, np.int64)], device)
         self.image_features[places] = self.model.image_features(images)
