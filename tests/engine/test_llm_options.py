@@ -52,6 +52,7 @@ BAD: dict[str, list[Any]] = {
     "allowed_media_hosts": ["a.example", None, 7, [7], {"a.example"}],
     "media_timeout": [0, -1, math.nan, math.inf, "20", None, True, 10**12, HUGE],
     "image_threads": COUNT,
+    "image_workers": [n for n in COUNT if n != 0],
     "ops": [7, "triton", {}, type(REFERENCE)],
 }
 # Values given and values kept

@@ -20,7 +20,7 @@ class FileCache:
 
     Attributes:
         hits: Files that were found.
-        decoded: Files that were decoded.
+        decoded: Files that were decoded, without those that could not be.
     """
 
     def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
@@ -79,14 +79,15 @@ class FileCache:
                 found = other.result(_PATIENCE)
             except TimeoutError:
                 found = None
-        with self._lock:
-            self.hits += found is not None
-            self.decoded += found is None
+        if found is not None:
+            with self._lock:
+                self.hits += 1
         return found
 
     def _keep(self, key: Key, made: FileTiles) -> None:
         size = made.num_bytes
         with self._lock:
+            self.decoded += 1
             if size > self.max_bytes or key in self._files:
                 return
             self._files[key] = made

@@ -154,12 +154,14 @@ class WorkerPool:
         # Idle workers; None if there are none and will be none
         self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
         self._unpin: list[Callable[[], None]] = []
-        self._is_ready = threading.Event()
+        # Set when a worker is ready, and when all are
+        self._has_worker = threading.Event()
+        self._has_all = threading.Event()
 
     @property
     def is_running(self) -> bool:
         """Whether there are workers, of which one may be idle."""
-        return self._is_ready.is_set() and not self._is_closed and os.getpid() == self._owner
+        return self._has_worker.is_set() and not self._is_closed and os.getpid() == self._owner
 
     @property
     def pids(self) -> list[int]:
@@ -181,8 +183,8 @@ class WorkerPool:
             threading.Thread(target=self._start, name="idefics2-start-workers", daemon=True).start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the first worker is ready; return whether there is one."""
-        self._is_ready.wait(timeout)
+        """Wait until all workers are ready; return whether there is one."""
+        self._has_all.wait(timeout)
         return self.is_running
 
     def tiles(self, data: bytes, name: str, rules: TileRules) -> FileTiles | None:
@@ -237,7 +239,7 @@ class WorkerPool:
         while (idle := _next(self._idle)) is not None:
             idle.end()
         self._idle.put(None)
-        self._is_ready.set()
+        self._has_all.set()
         for undo in unpin:
             undo()
         if memory is not None:
@@ -268,8 +270,9 @@ class WorkerPool:
         add.start()
         for worker in starting:
             self._add_when_ready(worker)
-        add.join()
         self._give_up_if_none_is_left()
+        self._has_all.set()
+        add.join()
 
     def _add_memory(self, begin: int, memory: SharedMemory) -> None:
         """Pin the memory behind the spare room, and let tiles be written to it."""
@@ -313,7 +316,7 @@ class WorkerPool:
                 _logger.warning("image workers: a process ended while it started, with %s", ended)
             return
         self._idle.put(worker)
-        self._is_ready.set()
+        self._has_worker.set()
 
     def _replace(self, worker: _Worker) -> None:
         """Start another process in place of one that ended, without waiting for it."""
