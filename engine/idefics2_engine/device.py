@@ -1,5 +1,6 @@
 """Choice of the device and dtype, and copies to and from the device through pinned memory."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -116,7 +117,8 @@ def pin_memory(device: torch.device, address: int, size: int) -> Callable[[], No
             return None
 
     def undo() -> None:
-        with torch.cuda.device(device):
+        # A device that has failed copies no more
+        with torch.cuda.device(device), contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
             driver.cudaHostUnregister(address)
 

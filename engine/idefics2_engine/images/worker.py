@@ -71,7 +71,10 @@ def _answer(job: dict[str, Any], data: bytes, memory: mmap.mmap) -> dict[str, An
     PillowSwitches(**job["pillow"]).apply()
     try:
         tiles, problems = decoded_tiles(data, job["name"], _rules(job["rules"]))
-        return {"tiles": _written(tiles, memory, job["begin"], job["end"]), "problems": problems}
+        return {
+            "tiles": _write_tiles(tiles, memory, job["begin"], job["end"]),
+            "problems": problems,
+        }
     except ImageError as error:
         return {"error": str(error)}
     except Exception as error:
@@ -84,7 +87,9 @@ def _rules(fields: dict[str, Any]) -> TileRules:
     return TileRules(**fields | {"image_config": image_config, "policy": policy})
 
 
-def _written(tiles: list[Tile], memory: mmap.mmap, begin: int, end: int) -> list[dict[str, Any]]:
+def _write_tiles(
+    tiles: list[Tile], memory: mmap.mmap, begin: int, end: int
+) -> list[dict[str, Any]]:
     """Write whole patches, one tile after the other, and return each one's shape and fingerprint."""
     written = []
     for tile in tiles:

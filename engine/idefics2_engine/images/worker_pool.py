@@ -206,7 +206,7 @@ class WorkerPool:
             reply = worker.ask(job(name, rules, *(block or worker.spare)), data)
         except WorkerEndedError as ended:
             self._release(block)
-            self._replace(worker)
+            self._start_another(worker)
             raise ImageError(
                 f"{name}: could not be decoded: the process that decoded it ended with {ended}"
             ) from None
@@ -214,7 +214,7 @@ class WorkerPool:
             # An interrupt: the reply would be taken for that to the next job
             worker.kill()
             self._release(block)
-            self._replace(worker)
+            self._start_another(worker)
             raise
         try:
             return self._file_tiles(reply, name, rules, block, worker.spare)
@@ -318,7 +318,7 @@ class WorkerPool:
         self._idle.put(worker)
         self._has_worker.set()
 
-    def _replace(self, worker: _Worker) -> None:
+    def _start_another(self, worker: _Worker) -> None:
         """Start another process in place of one that ended, without waiting for it."""
         with self._lock:
             self._workers.discard(worker)

@@ -1,5 +1,6 @@
 """Worker processes give what threads give, and whatever ends them costs one image at most."""
 
+import base64
 import gc
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -94,8 +96,6 @@ def pool() -> Iterator[WorkerPool]:
 
 
 def data_uri(data: bytes) -> str:
-    import base64
-
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
@@ -122,11 +122,8 @@ FILES: dict[str, bytes] = {
 
 def outcome(read: Callable[[], list[Tile]]) -> tuple[list[Tile], str | None, list[str]]:
     """Return the tiles, the error, and the warnings."""
-    with pytest.warns() as caught:
-        import warnings
-
-        # So that there is one at least
-        warnings.warn("none", UserWarning, stacklevel=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             tiles, error = read(), None
         except ImageError as raised:
