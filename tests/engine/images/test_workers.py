@@ -83,7 +83,7 @@ def assert_equal(got: list[Tile], wanted: list[Tile]) -> None:
         np.testing.assert_array_equal(one.pixels, other.pixels)
         assert one.fingerprint == other.fingerprint
         assert one.grid == other.grid
-        assert one.known_fingerprint == Tile(one.pixels, PATCH, 70).fingerprint
+        assert one.fingerprint == Tile(one.pixels, PATCH, 70).fingerprint
         assert one.pixels.flags.c_contiguous
         assert not one.pixels.flags.writeable
 
