@@ -85,12 +85,11 @@ class ImageReader:
 
 
 class ImageJob:
-    """The images of one call, which workers decode from the time at which they are many."""
+    """The images of one call, which start the workers when they are many."""
 
     def __init__(self, reader: ImageReader, num_images: int) -> None:
         self.reader = reader
         self._count = itertools.count(1)
-        self._is_large = False
         if num_images >= MANY_IMAGES:
             self._start_workers()
 
@@ -100,9 +99,8 @@ class ImageJob:
             self._start_workers()
         # An interrupt, which the main thread gets, must not part a worker from its job
         is_main = threading.current_thread() is threading.main_thread()
-        return self.reader.tiles(source, in_worker=self._is_large and not is_main)
+        return self.reader.tiles(source, in_worker=not is_main)
 
     def _start_workers(self) -> None:
-        self._is_large = True
         if self.reader.workers is not None:
             self.reader.workers.start()

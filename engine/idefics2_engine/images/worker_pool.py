@@ -1,31 +1,25 @@
 """Worker processes that decode image files beside the engine, outside Python's lock.
 
-A process starts in a fraction of a second, because it imports neither torch nor the caller's main
-module. A thread of the engine takes an idle worker, sends it a file, and waits for the tiles. Their
+A thread of the engine takes an idle worker, sends it a file, and waits for the tiles. Their
 pixels lie in shared memory, where the copy to the device starts. Tiles that outlive the room there
 are copied out of it, so no worker ever waits for a tile to be freed.
 """
 
 import contextlib
-import json
 import logging
 import os
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from math import prod
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from idefics2_engine.errors import ImageError
 from idefics2_engine.images.file_tiles import FileTiles, TileRules
-from idefics2_engine.images.frames import receive, send
 from idefics2_engine.images.shared_memory import Block, SharedMemory
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.images.worker import aligned, job
+from idefics2_engine.images.worker_process import WorkerEndedError, WorkerProcess
 
 Pin = Callable[[int, int], Callable[[], None] | None]
 """Pins memory, given its address and size, and returns a function that undoes it.
@@ -37,91 +31,9 @@ Pin = Callable[[int, int], Callable[[], None] | None]
 POOL_BYTES = 1 << 30
 # Memory is pinned in parts, so that the first images need not wait for the last part
 _PIN_BYTES = 1 << 26
-_START_SECONDS = 60.0
 _MOST_WORKERS = 8
-_PACKAGES = Path(__file__).parents[2]
-# Isolated: no variable of the environment and no file of the working directory changes what the
-# process imports. It finds modules where this process does
-_BOOT = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from idefics2_engine.images.worker import main
-main(*map(int, sys.argv[2:]))
-"""
-# Libraries of numpy would start a thread for every core
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 _logger = logging.getLogger(__name__)
-
-
-class WorkerEndedError(Exception):
-    """A worker ended before it replied; the argument says how."""
-
-
-class _Worker:
-    """One process, and the room that it writes to when the shared room is full."""
-
-    def __init__(self, memory: SharedMemory, spare: Block) -> None:
-        self.spare = spare
-        self.connection, theirs = socket.socketpair()
-        fds = theirs.fileno(), memory.fd
-        paths = json.dumps([*sys.path, str(_PACKAGES)])
-        arguments = [paths, *map(str, fds), str(memory.size)]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _BOOT, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=fds,
-                env=os.environ | _ONE_THREAD,
-                # An interrupt at the terminal goes to the foreground's processes
-                process_group=0,
-            )
-        self.pid = self._process.pid
-
-    def wait_until_ready(self) -> None:
-        """Wait for the process's imports.
-
-        Raises:
-            WorkerEndedError: It ended, or took too long.
-        """
-        self.connection.settimeout(_START_SECONDS)
-        try:
-            if receive(self.connection) is None:
-                raise WorkerEndedError(self.end())
-        except TimeoutError:
-            self.end()
-            raise WorkerEndedError(f"did not start within {_START_SECONDS:g} s") from None
-        self.connection.settimeout(None)
-
-    def ask(self, header: dict[str, Any], data: bytes) -> dict[str, Any]:
-        """Send a job and wait for the reply.
-
-        Raises:
-            WorkerEndedError: The process ended before.
-        """
-        with contextlib.suppress(ConnectionError):
-            send(self.connection, header, data)
-            reply = receive(self.connection)
-            if reply is not None:
-                return reply[0]
-        raise WorkerEndedError(self.end())
-
-    def end(self) -> str:
-        """Kill the process if it runs, and return how it ended."""
-        # A process whose socket is closed ends on its own, so it is given a moment to say why
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)
-        self.kill()
-        code = self._process.wait()
-        self.connection.close()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def kill(self) -> None:
-        """Kill the process and wait for its end; whoever waits for its reply is told."""
-        self._process.kill()
-        self._process.wait()
 
 
 class WorkerPool:
@@ -129,7 +41,7 @@ class WorkerPool:
 
     Args:
         count: Processes, at least one.
-        spare_bytes: Bytes of all tiles of one image, at most.
+        image_bytes: Bytes of all tiles of one image, at most.
         pool_bytes: Bytes of shared memory for tiles in use.
         pin: Pins the memory for faster copies to the device. If ``None``, it stays as it is.
 
@@ -138,21 +50,21 @@ class WorkerPool:
     """
 
     def __init__(
-        self, count: int, spare_bytes: int, pool_bytes: int = POOL_BYTES, pin: Pin | None = None
+        self, count: int, image_bytes: int, pool_bytes: int = POOL_BYTES, pin: Pin | None = None
     ) -> None:
         self.count = count
-        self._image_bytes = spare_bytes
+        self._image_bytes = image_bytes
         self._pool_bytes = pool_bytes
         self._pin = pin
         self._owner = os.getpid()
-        # It is held for a few instructions. Nothing waits with it
+        # It is never held while something is waited for, except the start of a process
         self._lock = threading.Lock()
         self._has_begun = False
         self._is_closed = False
         self._memory: SharedMemory | None = None
-        self._workers: set[_Worker] = set()
+        self._workers: set[WorkerProcess] = set()
         # Idle workers; None if there are none and will be none
-        self._idle: SimpleQueue[_Worker | None] = SimpleQueue()
+        self._idle: SimpleQueue[WorkerProcess | None] = SimpleQueue()
         self._unpin: list[Callable[[], None]] = []
         # Set when a worker is ready, and when all are
         self._has_worker = threading.Event()
@@ -293,20 +205,20 @@ class WorkerPool:
                 self._pin = None
             memory.add((at, end))
 
-    def _spawn(self, spare: Block) -> _Worker | None:
+    def _spawn(self, spare: Block) -> WorkerProcess | None:
         """Start a process, unless the pool is closed or the system refuses."""
         with self._lock:
             if self._is_closed or self._memory is None:
                 return None
             try:
-                worker = _Worker(self._memory, spare)
+                worker = WorkerProcess(self._memory, spare)
             except OSError as error:
                 _logger.warning("image workers: a process cannot be started: %s", error)
                 return None
             self._workers.add(worker)
             return worker
 
-    def _add_when_ready(self, worker: _Worker) -> None:
+    def _add_when_ready(self, worker: WorkerProcess) -> None:
         try:
             worker.wait_until_ready()
         except WorkerEndedError as ended:
@@ -318,7 +230,7 @@ class WorkerPool:
         self._idle.put(worker)
         self._has_worker.set()
 
-    def _start_another(self, worker: _Worker) -> None:
+    def _start_another(self, worker: WorkerProcess) -> None:
         """Start another process in place of one that ended, without waiting for it."""
         with self._lock:
             self._workers.discard(worker)
@@ -344,7 +256,7 @@ class WorkerPool:
             _logger.warning("image workers: images are decoded in threads: %s", reason)
         self.close()
 
-    def _take_idle(self) -> _Worker | None:
+    def _take_idle(self) -> WorkerProcess | None:
         if not self.is_running:
             return None
         worker = self._idle.get()
@@ -354,7 +266,7 @@ class WorkerPool:
             return None
         return worker
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, worker: WorkerProcess) -> None:
         with self._lock:
             is_closed = self._is_closed
             if not is_closed:
@@ -408,7 +320,7 @@ class WorkerPool:
         return FileTiles(tiles, tuple(reply["problems"]))
 
 
-def _next(queue: SimpleQueue[_Worker | None]) -> _Worker | None:
+def _next(queue: SimpleQueue[WorkerProcess | None]) -> WorkerProcess | None:
     """Return the first worker of the queue, ``None`` if it has none."""
     with contextlib.suppress(Empty):
         return queue.get_nowait()
