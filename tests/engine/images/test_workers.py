@@ -453,6 +453,43 @@ def test_a_job_of_many_images_is_answered_alike_and_a_killed_worker_costs_one_ro
     assert not any(map(is_running, pids))
 
 
+JOB = """
+import sys
+from idefics2_engine import LLM, SamplingParams
+from pictures import file, noise
+llm = LLM(device="cpu", image_workers=1)
+images = [file(noise(200 + n, 160), "PNG") for n in range(400)]
+rows = [{"prompt": "<image>a", "multi_modal_data": {"image": image}} for image in images]
+try:
+    for number, _ in enumerate(llm.iterate(rows, SamplingParams(max_tokens=2))):
+        if number == 60:
+            assert llm.images.workers.wait(60)
+            print(*llm.images.workers.pids, flush=True)
+except KeyboardInterrupt:
+    print(*llm.images.workers.pids, llm.generate(rows[0])[0].error, flush=True)
+"""
+
+
+@pytest.mark.long
+def test_an_interrupt_of_a_job_leaves_model_and_workers() -> None:
+    helpers = os.pathsep.join(
+        [str(Path(__file__).parents[2] / "helpers"), os.environ["PYTHONPATH"]]
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", JOB],
+        env=os.environ | {"PYTHONPATH": helpers},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as job:
+        assert job.stdout is not None
+        (pid,) = job.stdout.readline().split()
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.communicate()[0].split() == [pid, "None"]
+    assert job.returncode == 0
+    assert not is_running(int(pid))
+
+
 def test_workers_end_with_a_model_that_is_collected(checkpoint: Path) -> None:
     llm = LLM(checkpoint, device="cpu", dtype="float32", image_workers=1)
     workers = llm.images.workers
