@@ -114,6 +114,9 @@ def pin_memory(device: torch.device, address: int, size: int) -> Callable[[], No
     driver = torch.cuda.cudart()
     with torch.cuda.device(device):
         if int(driver.cudaHostRegister(address, size, 0)) != 0:
+            # CUDA keeps the error for whoever asks next, and a launch asks
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=device)
             return None
 
     def undo() -> None:
