@@ -4,10 +4,13 @@
 kernel's layout is explained there (``idefics2_kernels.reference.attention.paged_attention``).
 """
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
+_Integers = npt.NDArray[np.integer[Any]]
 
 # Columns of the table, of which the first two belong to sequence b.
 COLUMNS = 6
@@ -55,8 +58,8 @@ def find_shared_prefixes(
     limits = np.minimum((context_lens - 1) // page_size, W)
     if window is not None:
         limits = np.where(context_lens > window, 0, limits)
-    rows = np.flatnonzero(limits >= MIN_PAGES)
-    if max_members < 2 or not _may_share(block_tables[rows, : limits.max(initial=0)][:, :1]):
+    rows: _Integers = np.flatnonzero(limits >= MIN_PAGES)
+    if max_members < 2 or not _may_share(block_tables[rows, :1]):
         return table
     rows, limits, common = _sorted_by_pages(block_tables, rows, limits)
     begins, depths = _best_groups(common, len(rows))
@@ -86,7 +89,7 @@ def find_shared_prefixes(
     return table
 
 
-def _may_share(first_pages: Ints) -> bool:
+def _may_share(first_pages: _Integers) -> bool:
     """Return whether enough sequences have the same first page; most batches end here."""
     if len(first_pages) < MIN_MEMBERS:
         return False
@@ -94,7 +97,9 @@ def _may_share(first_pages: Ints) -> bool:
     return bool((ordered[MIN_MEMBERS - 1 :] == ordered[: 1 - MIN_MEMBERS]).any())
 
 
-def _sorted_by_pages(block_tables: Ints, rows: Ints, limits: Ints) -> tuple[Ints, Ints, Ints]:
+def _sorted_by_pages(
+    block_tables: _Integers, rows: _Integers, limits: _Integers
+) -> tuple[_Integers, _Integers, _Integers]:
     """Sort ``rows`` so that sequences with equal leading pages are neighbors.
 
     Returns:
@@ -105,7 +110,7 @@ def _sorted_by_pages(block_tables: Ints, rows: Ints, limits: Ints) -> tuple[Ints
     pages = block_tables[rows, :width]
     pages = np.where(np.arange(width) < limits[:, None], pages, -1)
     # Compared as bytes, the first page decides, then the second.
-    keys = np.ascontiguousarray(pages, ">i4").view(f"V{4 * width}").ravel()
+    keys = np.ascontiguousarray(pages, ">i4").view(f"S{4 * width}").ravel()
     order = np.argsort(keys, kind="stable")
     rows, limits, pages = rows[order], limits[order], pages[order]
     different = pages[1:] != pages[:-1]
@@ -113,7 +118,7 @@ def _sorted_by_pages(block_tables: Ints, rows: Ints, limits: Ints) -> tuple[Ints
     return rows, limits, np.minimum(common, np.minimum(limits[1:], limits[:-1]))
 
 
-def _best_groups(common: Ints, count: int) -> tuple[Ints, Ints]:
+def _best_groups(common: _Integers, count: int) -> tuple[_Integers, _Integers]:
     """Choose the groups that save the most reads of pages, of all that prefixes allow.
 
     Groups that share more pages are inside groups that share fewer. From the longest prefix to the
@@ -138,7 +143,7 @@ def _best_groups(common: Ints, count: int) -> tuple[Ints, Ints]:
     return begins, depths
 
 
-def _num_parts(tiles: Ints, pages: Ints, B: int, num_kv_heads: int) -> Ints:
+def _num_parts(tiles: _Integers, pages: _Integers, B: int, num_kv_heads: int) -> _Integers:
     """Divide the ``pages`` of each group so that the programs that run at once have equal shares.
 
     There are at most B items.

@@ -158,6 +158,7 @@ def _decode_attention_kernel(
     MERGE_D: tl.constexpr,
     # The constants of attend_item.
     ITEM_M: tl.constexpr,
+    ITEM_STAGES: tl.constexpr,
     ITEM_MERGE_M: tl.constexpr,
     THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -224,6 +225,7 @@ def _decode_attention_kernel(
             MERGE_S,
             MERGE_D,
             ITEM_M,
+            ITEM_STAGES,
             ITEM_MERGE_M,
             THREADS,
             BLOCK_N,

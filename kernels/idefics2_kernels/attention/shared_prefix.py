@@ -18,14 +18,15 @@ from torch import Tensor
 
 from idefics2_kernels.attention.split_kv import merge_states, merge_tile, store_state
 from idefics2_kernels.attention.tiles import attend, empty_state, head_parts, load_head
+from idefics2_kernels.gpu.target import current_arch
 from idefics2_kernels.gpu.tile_counters import MAX_TILES, are_last
 
 # Query heads of an item, which are the rows of its tile: the least that wgmma multiplies.
 ITEM_ROWS = 64
 # The most parts of a group's pages.
 MAX_PARTS = tl.constexpr(7)
-# Tiles of keys and values in flight. With three, two programs would not fit on an SM.
-_STAGES = tl.constexpr(2)
+# Pages in flight.
+ITEM_STAGES = 2
 
 # The columns of ``shared_prefixes`` (B, COLUMNS). The first two are those of sequence b.
 COLUMNS = tl.constexpr(6)
@@ -47,11 +48,13 @@ def max_members(groups: int) -> int:
 def supports(q: Tensor, k_cache: Tensor, B: int) -> bool:
     """Return whether shared keys of ``B`` sequences can be read once.
 
-    Accumulators of wider heads would spill. fp32 products do not use tensor cores.
+    Registers would spill with wider heads, and on GPUs before Hopper. fp32 products do not use
+    tensor cores.
     """
     H_KV = k_cache.shape[1]
     return (
-        q.itemsize == 2
+        current_arch() >= 90
+        and q.itemsize == 2
         and sum(head_parts(q.shape[2])) <= 128
         and q.shape[1] // H_KV <= ITEM_ROWS
         and B * H_KV <= MAX_TILES
@@ -61,7 +64,12 @@ def supports(q: Tensor, k_cache: Tensor, B: int) -> bool:
 def item_options(D: int, num_warps: int) -> dict[str, int]:
     """Return the constants of ``attend_item`` that depend on the launch."""
     merge_m = merge_tile(MAX_PARTS.value + 1, ITEM_ROWS, D, num_warps)["MERGE_M"]
-    return {"ITEM_M": ITEM_ROWS, "ITEM_MERGE_M": merge_m, "THREADS": 32 * num_warps}
+    return {
+        "ITEM_M": ITEM_ROWS,
+        "ITEM_STAGES": ITEM_STAGES,
+        "ITEM_MERGE_M": merge_m,
+        "THREADS": 32 * num_warps,
+    }
 
 
 @triton.jit
@@ -148,6 +156,7 @@ def attend_item(
     MERGE_S: tl.constexpr,
     MERGE_D: tl.constexpr,
     ITEM_M: tl.constexpr,
+    ITEM_STAGES: tl.constexpr,
     ITEM_MERGE_M: tl.constexpr,
     THREADS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,7 +189,7 @@ def attend_item(
         offs_n = tl.arange(0, BLOCK_N)
         offs_kn, offs_vn = offs_n.to(tl.int64) * k_strides[1], offs_n.to(tl.int64) * v_strides[1]
         page = tl.load(block_table_ptr + start_n // TILES, mask=start_n < end_n, other=0)
-        for tile in tl.range(start_n, end_n, num_stages=_STAGES):
+        for tile in tl.range(start_n, end_n, num_stages=ITEM_STAGES):
             slot = tile % TILES * BLOCK_N
             k_tile = k_ptr + page.to(tl.int64) * k_strides[0] + slot * k_strides[1]
             v_tile = v_ptr + page.to(tl.int64) * v_strides[0] + slot * v_strides[1]

@@ -144,8 +144,9 @@ def test_random_trees_keep_the_contract_and_save_most() -> None:
             if b and random.random() < 0.9:
                 depth = int(random.integers(0, W + 1))
                 tables[b, :depth] = tables[random.integers(b // 8, b), :depth]
-        lens = random.integers(0 if random.random() < 0.2 else W * P - P, W * P + 1, B)
-        lens = lens.astype(np.int32)
+        lens = random.integers(
+            0 if random.random() < 0.2 else W * P - P, W * P + 1, B, dtype=np.int32
+        )
         window, max_members = int(random.choice([W * P - 40, 4096])), int(random.choice([2, 3, 16]))
         options = {"window": window, "max_members": max_members}
         found = find(tables, lens, **options, num_kv_heads=int(random.choice([1, 8])))
