@@ -28,7 +28,8 @@ _Group = tuple[tuple[int, ...], int, int]
 def _shared_prefixes(groups: tuple[_Group, ...], B: int, limit: int) -> list[list[int]]:
     """Return the table (B, 6) of ``groups``, with items of at most ``limit`` members.
 
-    The last items are given to the first sequences. Undefined entries are invalid.
+    Items are given to the last sequences, so most of them arrive after their members. Undefined
+    entries are invalid.
     """
     members: list[int] = []
     items: list[tuple[int, int, int]] = []
@@ -41,7 +42,7 @@ def _shared_prefixes(groups: tuple[_Group, ...], B: int, limit: int) -> list[lis
             table[b][:2] = [pages, parts]
     for row, member in zip(table, members, strict=False):
         row[2] = member
-    for row, (begin, end, part) in zip(table, reversed(items), strict=False):
+    for row, (begin, end, part) in zip(reversed(table), items, strict=False):
         row[3:] = [begin, min(begin + limit, end), part]
     assert len(items) <= B
     return table
@@ -210,11 +211,28 @@ def _shared_cases() -> list[Case]:
         ),
         Case(
             "shared-seven-parts",
-            _paged((1,) * 12, (129,) * 12, 4, 2, 16, P=16, shared=(((8, 0), 8, 4), ((3, 5), 7, 7))),
+            _paged(
+                (1,) * 12,
+                (129,) * 12,
+                4,
+                2,
+                16,
+                P=16,
+                layout="mixed",
+                shared=(((8, 0), 8, 4), ((3, 5), 7, 7)),
+            ),
         ),
         Case(
             "shared-pages-of-256",
-            _paged((1,) * 3, (513, 300, 700), 2, 2, P=256, shared=(((2, 0), 2, 1),)),
+            _paged(
+                (1,) * 3,
+                (513, 300, 700),
+                2,
+                2,
+                P=256,
+                layout="mixed",
+                shared=(((2, 0), 2, 1),),
+            ),
         ),
         # Two items of at most 21 members with three rows each.
         Case(
