@@ -15,8 +15,9 @@ _Integers = npt.NDArray[np.integer[Any]]
 # Columns of the table, of which the first two belong to sequence b.
 COLUMNS = 6
 _PAGES, _PARTS, _MEMBER, _BEGIN, _END, _PART = range(COLUMNS)
-# Smaller batches decode faster without the table, because their sequences are split among programs.
-MIN_BATCH = 16
+# Batches of fewer sequences times key heads decode faster without the table, because each sequence is
+# split among programs. From here on none is, so a table without groups changes no bit.
+_MIN_PROGRAMS = 128
 # A group shares only if it has as many sequences and pages. A member pays for its partial states
 # about what two pages cost.
 MIN_MEMBERS = 4
@@ -27,6 +28,11 @@ _MIN_PART = 2
 # Programs that run at once on an H100, two on each SM. The number is the same on every GPU, because
 # the order of sums depends on it.
 _PROGRAMS = 2 * 132
+
+
+def can_share(size: int, num_kv_heads: int) -> bool:
+    """Return whether batches of ``size`` sequences, padding included, should have a table."""
+    return size * num_kv_heads >= _MIN_PROGRAMS
 
 
 def find_shared_prefixes(

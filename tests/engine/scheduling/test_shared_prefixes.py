@@ -12,8 +12,10 @@ from idefics2_engine.scheduling.shared_prefixes import (
     MIN_MEMBERS,
     MIN_PAGES,
     Ints,
+    can_share,
     find_shared_prefixes,
 )
+from idefics2_kernels.attention import decode_attention, shared_prefix
 
 P = 64
 DEFAULTS: dict[str, Any] = {"page_size": P, "window": 4096, "num_kv_heads": 8, "max_members": 16}
@@ -178,6 +180,13 @@ def test_order_of_the_rows_changes_no_division() -> None:
     assert np.array_equal(straight[order, :2], mixed[:, :2])
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 32])
+def test_a_batch_with_a_table_is_not_split_without_one(num_kv_heads: int) -> None:
+    sizes = [size for size in range(1, 300) if can_share(size, num_kv_heads)]
+    assert all(decode_attention.PROGRAMS // (size * num_kv_heads) <= 1 for size in sizes)
+    assert min(sizes) == -(-128 // num_kv_heads)
+
+
 def test_members_of_an_item_are_divided_evenly() -> None:
     found = find(tables_of((17, 6)))
     sizes = sorted({int(end - begin) for begin, end in found[:, 3:5] if end > begin})
@@ -186,7 +195,5 @@ def test_members_of_an_item_are_divided_evenly() -> None:
 
 
 def test_the_layout_is_that_of_the_kernel() -> None:
-    from idefics2_kernels.attention import shared_prefix
-
     assert shared_prefix.COLUMNS.value == shared_prefixes.COLUMNS
     assert shared_prefix.MAX_PARTS.value == shared_prefixes.MAX_PARTS
