@@ -18,8 +18,8 @@ _PAGES, _PARTS, _MEMBER, _BEGIN, _END, _PART = range(COLUMNS)
 # Batches of fewer sequences times key heads decode faster without the table, because each sequence is
 # split among programs. From here on none is, so a table without groups changes no bit.
 _MIN_PROGRAMS = 128
-# A group shares only if it has as many sequences and pages. A member pays for its partial states
-# about what two pages cost.
+# A group shares only if it has as many sequences and pages. Each member stores and reads partial
+# states and counts an arrival, where it saves its reads of the pages.
 MIN_MEMBERS = 4
 MIN_PAGES = 4
 # The most parts of a group's pages, and the least pages of a part.
