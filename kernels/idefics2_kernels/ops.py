@@ -153,7 +153,8 @@ class PagedAttention(Protocol):
     """Attention to the paged KV cache: ``q`` (T, H, D) -> (T, H, D).
 
     The caches are (pages, H_KV, P, D). ``block_table`` is (B, pages of a sequence),
-    ``context_lens`` is (B,), and ``cu_seqlens`` is (B + 1,).
+    ``context_lens`` is (B,), and ``cu_seqlens`` is (B + 1,). ``shared_prefixes`` (B, 6) changes
+    nothing but the order of sums.
     """
 
     def __call__(  # noqa: D102
@@ -168,6 +169,7 @@ class PagedAttention(Protocol):
         *,
         window: int | None = None,
         scale: float | None = None,
+        shared_prefixes: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from idefics2_engine.scheduling.shared_prefixes import find_shared_prefixes
 from idefics2_kernels.attention import decode_attention as decode_module
 from idefics2_kernels.attention import perceiver_attention as perceiver_module
 from idefics2_kernels.attention.flash_attention import flash_attention
@@ -16,6 +17,7 @@ from idefics2_kernels.attention.tiles import head_parts
 from idefics2_kernels.catalog import CATALOG, Case
 from idefics2_kernels.catalog.flash_attention import flash_attention_rows
 from idefics2_kernels.gpu.target import alignment
+from idefics2_kernels.gpu.tile_counters import get_counters
 from idefics2_kernels.reference import attention as reference
 
 Call = dict[str, Any]
@@ -71,6 +73,12 @@ def spread(x: Tensor) -> Tensor:
     return x.repeat_interleave(2, -1)[..., ::2]
 
 
+def table(call: Call) -> Tensor:
+    """Return a table of shared prefixes that shares nothing."""
+    lens: Tensor = call["context_lens"]
+    return lens.new_zeros(lens.shape[0], 6)
+
+
 BAD_VALUES: list[tuple[str, str, Change, str]] = [
     ("flash", "q", lambda c: c["q"][0], "q must have shape"),
     ("flash", "k", lambda c: c["k"][1:], "k must have shape"),
@@ -95,6 +103,10 @@ BAD_VALUES: list[tuple[str, str, Change, str]] = [
     ("paged", "window", lambda _: 0, "window must be at least 1, got 0"),
     ("paged", "scale", lambda _: -1.0, "scale must be positive, got -1.0"),
     ("paged", "block_table", lambda c: c["block_table"].to("meta"), "block_table must be on"),
+    ("paged", "shared_prefixes", lambda c: table(c)[:1], "shared_prefixes must have shape"),
+    ("paged", "shared_prefixes", lambda c: table(c)[:, :5], "shared_prefixes must have shape"),
+    ("paged", "shared_prefixes", lambda c: spread(table(c)), "shared_prefixes must be contiguous"),
+    ("paged", "shared_prefixes", lambda c: table(c).to("meta"), "shared_prefixes must be on"),
     ("perceiver", "q", lambda c: c["q"][0], "q must have shape"),
     ("perceiver", "k_context", lambda c: c["k_context"][:, :, 1:], "k_context must have shape"),
     ("perceiver", "v_context", lambda c: c["v_context"][1:], "v_context must have shape"),
@@ -133,6 +145,7 @@ def test_wrong_value_is_named(
         ("paged", "block_table", torch.int64),
         ("paged", "context_lens", torch.int64),
         ("paged", "cu_seqlens", torch.int64),
+        ("paged", "shared_prefixes", torch.int64),
         ("perceiver", "q", torch.float64),
         ("perceiver", "k_context", torch.float16),
         ("perceiver", "v_latents", torch.float16),
@@ -144,6 +157,7 @@ def test_wrong_dtype_is_named(
 ) -> None:
     operation, make = CALLS[kernel]
     call = make(device)
+    call |= {"shared_prefixes": table(call)} if kernel == "paged" else {}
     with pytest.raises(TypeError, match=f"{name} must be"):
         operation(**call | {name: call[name].to(dtype)})
 
@@ -274,6 +288,87 @@ def test_dividing_keys_of_a_sequence_changes_nothing(
         "max_seqlen": 1,
     }
     torch.testing.assert_close(paged_attention(**call), reference.paged_attention(**call))
+
+
+def shared_call(device: torch.device) -> Call:
+    """Return a decode step of 6 sequences, of which the last 5 share 4 of their pages."""
+    shared, lens = 4, [70, 66, 100, 65, 80, 128]
+    pages = torch.randperm(64).int()
+    block_table = pages[shared : shared + 48].view(6, 8).clone()
+    block_table[1:, :shared] = pages[:shared]
+    context_lens = torch.tensor(lens, dtype=torch.int32)
+    found = find_shared_prefixes(
+        block_table.numpy(),
+        context_lens.numpy(),
+        page_size=16,
+        window=200,
+        num_kv_heads=2,
+        max_members=3,
+    )
+    assert found[:, 0].tolist() == [0, 4, 4, 4, 4, 4]
+    k_cache, v_cache = torch.randn(2, 64, 2, 16, 16).half().to(device)
+    call = {
+        "q": torch.randn(6, 4, 16).half(),
+        "block_table": block_table,
+        "context_lens": context_lens,
+        "cu_seqlens": torch.arange(7, dtype=torch.int32),
+        "shared_prefixes": torch.from_numpy(found),
+    }
+    moved = {name: tensor.to(device) for name, tensor in call.items()}
+    return moved | {"k_cache": k_cache, "v_cache": v_cache, "max_seqlen": 1, "window": 200}
+
+
+def test_prefixes_that_the_engine_finds_are_read_once(device: torch.device) -> None:
+    """Prefixes are read through one table for each item, and their pages by nobody else."""
+    call = shared_call(device)
+    expected = reference.paged_attention(**call)
+    found = call["shared_prefixes"].tolist()
+    firsts = {found[begin][2] for *_, begin, end, _ in found if begin < end}
+    assert len(firsts) == 2
+    # A further read of the prefix would read NaN.
+    broken = call["block_table"][0, -1]
+    call["k_cache"][broken.long()] = float("nan")
+    for b in set(range(1, 6)) - firsts:
+        call["block_table"][b, :4] = broken
+    torch.testing.assert_close(paged_attention(**call), expected, atol=2e-3, rtol=2e-3)
+    assert not get_counters(64, device).any()
+
+
+def test_the_order_of_arrival_changes_no_bit(device: torch.device) -> None:
+    call = shared_call(device)
+    first = paged_attention(**call)
+    found = call["shared_prefixes"]
+    for _ in range(4):
+        found[:, 3:] = found[torch.randperm(6, device=device), 3:]
+        assert torch.equal(paged_attention(**call), first)
+    assert not get_counters(64, device).any()
+
+
+def test_a_table_without_groups_changes_no_bit(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = shared_call(device)
+    call["shared_prefixes"].zero_()
+    # A table is for batches that fill the GPU without splitting sequences.
+    monkeypatch.setattr(decode_module, "PROGRAMS", 1)
+    plain = paged_attention(**{k: v for k, v in call.items() if k != "shared_prefixes"})
+    assert torch.equal(paged_attention(**call), plain)
+
+
+@pytest.mark.gpu
+def test_one_graph_serves_every_grouping(device: torch.device) -> None:
+    call = shared_call(device)
+    table, recorded = call["shared_prefixes"].clone(), call["shared_prefixes"]
+    groupings = [table, torch.zeros_like(table), table]
+    expected = [paged_attention(**call | {"shared_prefixes": one}) for one in groupings]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(**call)
+    for one, wanted in zip(groupings, expected, strict=True):
+        recorded.copy_(one)
+        for _ in range(20):
+            graph.replay()
+            assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])

@@ -22,6 +22,7 @@ WGMMA = {
     "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
     "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16"],
+    "paged_attention-triton-decode-shared-b64-s1088": ["64x128x16", "64x64x16"],
     "nf4_matmul-triton-28672x4096-m256": ["64x256x16"],
     "nf4_matmul-triton-6144x4096-m256": ["64x128x16"],
     "nf4_matmul-plain-28672x4096-m1": ["64x16x16"],

@@ -21,6 +21,8 @@ from idefics2_kernels.matmul import linear
 SHARED = (
     ("linear", "4096x14336-m1"),
     ("paged_attention", "decode-b1-s4096"),
+    ("paged_attention", "decode-shared-b64-s1088"),
+    ("paged_attention", "decode-shared-b256-s1088"),
     ("perceiver_attention", "perceiver-1x4964"),
 )
 

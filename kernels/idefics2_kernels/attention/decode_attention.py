@@ -4,6 +4,8 @@ The rows of a program are the query heads of one key head. ``num_splits`` progra
 of a sequence. Their number depends only on tensor sizes, so one CUDA graph works for all context
 lengths. Each program computes its share of the pages from ``context_lens``. The id of the next page
 is loaded one iteration ahead, as in ``paged_attention``.
+
+If prefixes are shared, the pages in front of a sequence's own are computed as in ``shared_prefix``.
 """
 
 from dataclasses import asdict
@@ -12,7 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from idefics2_kernels.attention.split_kv import MAX_SPLITS, merge_tile, share_state, state_buffers
+from idefics2_kernels.attention.shared_prefix import (
+    COLUMNS,
+    MAX_PARTS,
+    PAGES,
+    PARTS,
+    attend_item,
+    item_options,
+    supports,
+)
+from idefics2_kernels.attention.split_kv import (
+    MAX_SPLITS,
+    merge_tile,
+    share_state,
+    state_buffers,
+)
 from idefics2_kernels.attention.tiles import (
     LaunchConfig,
     attend,
@@ -102,13 +118,14 @@ def _decode_attention_kernel(
     k_ptr,  # (pages, H_KV, P, D)
     v_ptr,  # (pages, H_KV, P, D)
     out_ptr,  # (T, H, D), contiguous
-    acc_ptr,  # (T * H, num_splits, D), if IS_SPLIT
-    m_ptr,  # (T * H, num_splits), if IS_SPLIT
-    l_ptr,  # (T * H, num_splits), if IS_SPLIT
-    counters_ptr,  # (B * H_KV,), if IS_SPLIT
+    acc_ptr,  # (T * H, states of a row, D), if IS_SPLIT or HAS_SHARED
+    m_ptr,  # (T * H, states of a row), if IS_SPLIT or HAS_SHARED
+    l_ptr,  # (T * H, states of a row), if IS_SPLIT or HAS_SHARED
+    counters_ptr,  # (B * H_KV,), if IS_SPLIT or HAS_SHARED
     block_table_ptr,  # (B, pages of a sequence)
     context_lens_ptr,  # (B,)
     cu_seqlens_ptr,  # (B + 1,)
+    shared_prefixes_ptr,  # (B, COLUMNS), if HAS_SHARED
     stride_table,
     table_width,
     # All strides are multiples of ALIGN.
@@ -132,11 +149,18 @@ def _decode_attention_kernel(
     # L2 cache lines of a key, rounded up to a power of two.
     LINES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    # Whether prefixes may be shared. Then num_splits is 1.
+    HAS_SHARED: tl.constexpr,
     IS_DEPENDENT: tl.constexpr,
     # Rows, splits and columns that are merged at once.
     MERGE_M: tl.constexpr,
     MERGE_S: tl.constexpr,
     MERGE_D: tl.constexpr,
+    # The constants of attend_item.
+    ITEM_M: tl.constexpr,
+    ITEM_STAGES: tl.constexpr,
+    ITEM_MERGE_M: tl.constexpr,
+    THREADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -154,6 +178,7 @@ def _decode_attention_kernel(
     stride_vp, stride_vs = v_strides[0] // ALIGN * ALIGN, v_strides[2] // ALIGN * ALIGN
     k_ptr += head_kv.to(tl.int64) * (k_strides[1] // ALIGN * ALIGN)
     v_ptr += head_kv.to(tl.int64) * (v_strides[1] // ALIGN * ALIGN)
+    tables_ptr = block_table_ptr
     block_table_ptr += sequence * stride_table
     offs_n = tl.arange(0, BLOCK_N)
     offs_kn, offs_vn = offs_n.to(tl.int64) * stride_ks, offs_n.to(tl.int64) * stride_vs
@@ -171,6 +196,40 @@ def _decode_attention_kernel(
             prefetch_lines(k_ptr + page * stride_kp + slot * stride_ks + offs_kn, 0, D, LINES)
             prefetch_lines(v_ptr + page * stride_vp + slot * stride_vs + offs_vn, 0, D, LINES)
     gdc_wait(IS_DEPENDENT)
+    if HAS_SHARED:
+        attend_item(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            out_ptr,
+            acc_ptr,
+            m_ptr,
+            l_ptr,
+            counters_ptr,
+            tables_ptr,
+            cu_seqlens_ptr,
+            shared_prefixes_ptr,
+            stride_table,
+            (stride_qt, stride_qh),
+            (stride_kp, stride_ks),
+            (stride_vp, stride_vs),
+            sequence,
+            head_kv,
+            H_KV,
+            GROUPS,
+            qk_scale,
+            D,
+            D_MAIN,
+            D_REST,
+            TILES,
+            MERGE_S,
+            MERGE_D,
+            ITEM_M,
+            ITEM_STAGES,
+            ITEM_MERGE_M,
+            THREADS,
+            BLOCK_N,
+        )
     token = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     T = tl.load(context_lens_ptr + sequence)
     if tl.load(cu_seqlens_ptr + sequence + 1) == token:
@@ -178,6 +237,10 @@ def _decode_attention_kernel(
     first_key, start, end, parts = _own_tiles(T, left, split, num_splits, BLOCK_N)
     if split >= parts:
         return
+    if HAS_SHARED:
+        pages = tl.load(shared_prefixes_ptr + sequence * COLUMNS + PAGES)
+        shared_parts = tl.load(shared_prefixes_ptr + sequence * COLUMNS + PARTS)
+        start = tl.maximum(start, pages * TILES)
 
     offs_m = tl.arange(0, BLOCK_M)
     heads = (head_kv * GROUPS + offs_m).to(tl.int64)
@@ -200,6 +263,32 @@ def _decode_attention_kernel(
         visible = mask_n[None, :]
         state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
 
+    if HAS_SHARED:  # noqa: SIM102
+        if shared_parts > 0:
+            # The own keys are the last part.
+            share_state(
+                out_ptr,
+                acc_ptr,
+                m_ptr,
+                l_ptr,
+                counters_ptr,
+                pid,
+                token * (H_KV * GROUPS) + head_kv * GROUPS,
+                GROUPS,
+                shared_parts,
+                MAX_PARTS + 1,
+                shared_parts + 1,
+                state,
+                D,
+                D_MAIN,
+                D_REST,
+                True,
+                MERGE_M,
+                MERGE_S,
+                MERGE_D,
+                BLOCK_M,
+            )
+            return
     share_state(
         out_ptr,
         acc_ptr,
@@ -234,6 +323,7 @@ def decode_attention(
     out: Tensor,
     left: int,
     qk_scale: float,
+    shared_prefixes: Tensor | None = None,
 ) -> None:
     """Write ``paged_attention`` of at most one query per sequence to ``out`` (T, H, D), contiguous.
 
@@ -244,9 +334,11 @@ def decode_attention(
     D_MAIN, D_REST = head_parts(D)
     BLOCK_N = _block_n(P, q.itemsize)
     tiles = min(block_table.shape[1] * (P // BLOCK_N), left // BLOCK_N + 2)
-    num_splits = _num_splits(B * H_KV, tiles)
+    has_shared = shared_prefixes is not None and supports(q, k_cache, B)
+    num_splits = 1 if has_shared else _num_splits(B * H_KV, tiles)
+    num_states = MAX_PARTS.value + 1 if has_shared else num_splits
     config = launch_config(H // H_KV, D, P, q.itemsize, current_arch(), is_split=num_splits > 1)
-    acc, m, l = state_buffers(out, num_splits)
+    acc, m, l = state_buffers(out, num_states)
     arrived = None if acc is None else get_counters(B * H_KV, q.device)
     _decode_attention_kernel[(num_splits * H_KV * B,)](
         q,
@@ -260,6 +352,7 @@ def decode_attention(
         block_table,
         context_lens,
         cu_seqlens,
+        shared_prefixes if has_shared else None,
         block_table.stride(0),
         block_table.shape[1],
         q.stride()[:2],
@@ -278,7 +371,9 @@ def decode_attention(
         ALIGN=alignment(q, k_cache, v_cache),
         LINES=count_lines(D * q.itemsize),
         IS_SPLIT=num_splits > 1,
+        HAS_SHARED=has_shared,
         **dependent_options(),
-        **merge_tile(num_splits, H // H_KV, D, config.num_warps),
+        **merge_tile(num_states, H // H_KV, D, config.num_warps),
+        **item_options(D, config.num_warps),
         **asdict(config),
     )

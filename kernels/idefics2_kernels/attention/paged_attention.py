@@ -20,6 +20,7 @@ from torch import Tensor
 
 from idefics2_kernels.attention.decode_attention import MAX_GROUPS, decode_attention
 from idefics2_kernels.attention.paged_attention_hopper import paged_attention_hopper, supports
+from idefics2_kernels.attention.shared_prefix import COLUMNS
 from idefics2_kernels.attention.tiles import (
     UNBOUNDED,
     LaunchConfig,
@@ -206,6 +207,7 @@ def paged_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    shared_prefixes: Tensor | None = None,
     plain: bool = False,
 ) -> Tensor:
     """Attend new queries ``q`` (T, H, D) causally to keys in pages: (T, H, D).
@@ -219,7 +221,10 @@ def paged_attention(
 
     A query sees its own key and the ``window`` - 1 keys before it. Entries of ``block_table`` for
     pages that no query sees are never read. Scores are multiplied by ``scale``, 1 / sqrt(D) by
-    default. P is a power of two of at least 16. D is at most 256. The last axes must be contiguous.
+    default. ``shared_prefixes`` (B, 6) int32 says which leading pages several decoding sequences
+    share, so that these are read once (``reference.attention.paged_attention``). With it, programs
+    do not share the keys of a sequence, so a batch should have enough sequences for all SMs. Chunks,
+    fp32 and head dims above 128 ignore it. P is a power of two of at least 16. D is at most 256. The last axes must be contiguous.
     Other strides are free. On Hopper a faster kernel computes the calls that
     ``paged_attention_hopper.supports``, unless ``plain``.
 
@@ -250,6 +255,14 @@ def paged_attention(
         check_dtype(name, tensor, torch.int32)
         check_rows(name, tensor)
     check_window(window)
+    if shared_prefixes is not None:
+        check_shape("shared_prefixes", shared_prefixes, (B, COLUMNS.value))
+        check_dtype("shared_prefixes", shared_prefixes, torch.int32)
+        if not shared_prefixes.is_contiguous():
+            raise ValueError(
+                f"shared_prefixes must be contiguous, got strides {shared_prefixes.stride()}"
+            )
+        check_device(q=q, shared_prefixes=shared_prefixes)
     qk_scale = base_two(scale, D)
     check_device(q=q, k_cache=k_cache, v_cache=v_cache, **indices)
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
@@ -258,7 +271,7 @@ def paged_attention(
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     arguments = (q, k_cache, v_cache, block_table, context_lens, cu_seqlens)
     if max_seqlen == 1 and H // H_KV <= MAX_GROUPS:
-        decode_attention(*arguments, out, left, qk_scale)
+        decode_attention(*arguments, out, left, qk_scale, shared_prefixes)
     elif not plain and is_hopper() and supports(q, k_cache, v_cache, left):
         paged_attention_hopper(*arguments, max_seqlen, out, left, qk_scale)
     else:

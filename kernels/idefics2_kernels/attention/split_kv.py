@@ -102,7 +102,7 @@ def share_state(
         if is_last(counters_ptr, tile, parts):
             for start in tl.range(0, num_rows, MERGE_M, num_stages=1):
                 offs = start + tl.arange(0, MERGE_M)
-                _merge(
+                merge_states(
                     out_ptr,
                     acc_ptr,
                     m_ptr,
@@ -118,7 +118,7 @@ def share_state(
 
 
 @triton.jit
-def _merge(
+def merge_states(
     out_ptr,  # (R, D)
     acc_ptr,  # (R, num_splits, D)
     m_ptr,  # (R, num_splits)
@@ -131,6 +131,7 @@ def _merge(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Merge the first ``parts`` states of ``rows`` and store the output."""
     # Each split has its own variable. Some releases of the compiler would distribute an axis of
     # splits over threads, others over registers.
     offs_d = tl.arange(0, BLOCK_D)
@@ -175,7 +176,7 @@ def _combine_kernel(
     gdc_launch_dependents(IS_DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     gdc_wait(IS_DEPENDENT)
-    _merge(
+    merge_states(
         out_ptr,
         acc_ptr,
         m_ptr,

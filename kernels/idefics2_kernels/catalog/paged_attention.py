@@ -9,6 +9,7 @@ from torch import Tensor
 
 from idefics2_kernels.attention import paged_attention
 from idefics2_kernels.attention.paged_attention_hopper import PAGE_SIZE
+from idefics2_kernels.attention.shared_prefix import COLUMNS, max_members
 from idefics2_kernels.attention.warp_specialized import HEAD_DIMS
 from idefics2_kernels.catalog.attention import (
     DTYPES,
@@ -19,6 +20,32 @@ from idefics2_kernels.catalog.attention import (
 )
 from idefics2_kernels.catalog.layouts import POISON, normal
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
+
+# Sequences, pages that they share, and the parts that these are divided into.
+_Group = tuple[tuple[int, ...], int, int]
+
+
+def _shared_prefixes(groups: tuple[_Group, ...], B: int, limit: int) -> list[list[int]]:
+    """Return the table (B, 6) of ``groups``, with items of at most ``limit`` members.
+
+    Items are given to the last sequences, so most of them arrive after their members. Undefined
+    entries are invalid.
+    """
+    members: list[int] = []
+    items: list[tuple[int, int, int]] = []
+    table = [[0, 0, 2**31 - 1, 9, 9, 2**31 - 1] for _ in range(B)]
+    for sequences, pages, parts in groups:
+        begins = range(len(members), len(members) + len(sequences), limit)
+        members += sequences
+        items += product(begins, (len(members),), range(parts))
+        for b in sequences:
+            table[b][:2] = [pages, parts]
+    for row, member in zip(table, members, strict=False):
+        row[2] = member
+    for row, (begin, end, part) in zip(reversed(table), items, strict=False):
+        row[3:] = [begin, min(begin + limit, end), part]
+    assert len(items) <= B
+    return table
 
 
 def _paged_inputs(case: Case, device: torch.device) -> Inputs:
@@ -35,6 +62,7 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
         for S, T in zip(queries, contexts, strict=True)
     ]
     widest = max((end for _, end in spans), default=0) + dims.get("spare", 1)
+    groups: tuple[_Group, ...] = dims.get("shared", ())
     used = sum(end - first for first, end in spans)
     order = torch.randperm(used + 2, device=device).int()
     shape = (used + 2, H_KV, P, D)
@@ -44,6 +72,8 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
     for b, (first, end) in enumerate(spans):
         block_table[b, first:end] = order[given : given + end - first]
         given += end - first
+    for sequences, pages, _parts in groups:
+        block_table[list(sequences), :pages] = block_table[sequences[0], :pages].clone()
     for cache in caches:
         cache[order[used:].long()] = POISON
         for (_, end), pages, T in zip(spans, block_table, contexts, strict=True):
@@ -61,6 +91,10 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
     else:
         k_cache, v_cache = caches
     q_layout = dims.get("q_layout", "plain")
+    shared = None
+    if "shared" in dims:
+        table = _shared_prefixes(groups, len(queries), max_members(H // H_KV))
+        shared = torch.tensor(table, dtype=torch.int32, device=device).view(-1, COLUMNS.value)
     return {
         "q": normal(sum(queries), H, D, dtype=case.dtype, device=device, layout=q_layout),
         "k_cache": k_cache,
@@ -71,6 +105,7 @@ def _paged_inputs(case: Case, device: torch.device) -> Inputs:
         "max_seqlen": max(queries, default=0) + dims.get("slack", 0),
         "window": window,
         "scale": dims.get("scale"),
+        "shared_prefixes": shared,
     }
 
 
@@ -83,6 +118,8 @@ def _paged_cost(case: Case) -> Cost:
         keys += reach
         # The pairs of a causal sequence of T tokens, without those of its first T - S queries.
         pairs += visible_pairs(T, True, window) - visible_pairs(T - S, True, window)
+    for sequences, pages, _parts in dims.get("shared", ()):
+        keys -= (len(sequences) - 1) * pages * dims.get("P", 64)
     rows = 2 * sum(dims["queries"]) * dims["H"] + 2 * keys * dims["H_KV"]
     return Cost(
         bytes=rows * dims["D"] * case.dtype.itemsize, flops=4 * pairs * dims["H"] * dims["D"]
@@ -139,7 +176,112 @@ def _paged_cases() -> tuple[Case, ...]:
         Case("scale-and-slack", _paged((2,), (70,), 2, 1, 160, scale=0.3, slack=200)),
         Case("decode-256", _paged((1,), (70,), 2, 1, 256)),
     ]
-    return (*cases, *_paged_gpu_cases(), *_paged_model_cases())
+    return (
+        *cases,
+        *_shared_cases(),
+        *_paged_gpu_cases(),
+        *_shared_gpu_cases(),
+        *_paged_model_cases(),
+    )
+
+
+def _shared_cases() -> list[Case]:
+    """Return decode steps whose sequences share prefixes."""
+    ones = (1,) * 9
+    contexts = (33, 40, 50, 64, 90, 17, 49, 1, 97)
+    two_groups = (((0, 6, 2, 3), 2, 2), ((4, 8), 5, 3))
+    cases = [
+        Case(
+            case_name("shared", dtype),
+            _paged(ones, contexts, 4, 2, 16, P=16, shared=two_groups),
+            dtype,
+        )
+        for dtype in DTYPES[1:]
+    ]
+    cases += [
+        Case("shared-nothing", _paged(ones, contexts, 4, 2, 16, P=16, shared=())),
+        # Items belong to programs of padding as well.
+        Case(
+            "shared-padded",
+            _paged((1, 1, 1, 1, 1, 0, 1, 0, 1), contexts, 4, 2, 16, P=16, shared=two_groups),
+        ),
+        Case(
+            "shared-window",
+            _paged(ones, contexts, 4, 2, 16, P=16, window=70, shared=two_groups[:1]),
+        ),
+        Case(
+            "shared-seven-parts",
+            _paged(
+                (1,) * 12,
+                (129,) * 12,
+                4,
+                2,
+                16,
+                P=16,
+                layout="mixed",
+                shared=(((8, 0), 8, 4), ((3, 5), 7, 7)),
+            ),
+        ),
+        Case(
+            "shared-pages-of-256",
+            _paged(
+                (1,) * 3,
+                (513, 300, 700),
+                2,
+                2,
+                P=256,
+                layout="mixed",
+                shared=(((2, 0), 2, 1),),
+            ),
+        ),
+        # Two items of at most 21 members with three rows each.
+        Case(
+            "shared-by-24",
+            _paged((1,) * 24, (40,) * 24, 3, 1, 24, P=16, shared=((tuple(range(24)), 2, 1),)),
+            torch.bfloat16,
+        ),
+        Case(
+            "shared-head-dim-72",
+            _paged((1,) * 5, (80,) * 5, 6, 2, 72, shared=(((4, 3, 1), 1, 1),), layout="fused"),
+            torch.bfloat16,
+        ),
+        Case(
+            "shared-groups-of-16",
+            _paged((1,) * 6, (80,) * 6, 32, 2, P=16, shared=((tuple(range(6)), 4, 2),), scale=0.3),
+        ),
+        # Items of these are not computed.
+        Case(
+            "shared-float32",
+            _paged((1,) * 2, (40, 50), 2, 1, 16, P=16, shared=(((1, 0), 2, 1),)),
+            torch.float32,
+        ),
+        Case("shared-chunk", _paged((1, 3), (40, 50), 2, 1, P=16, shared=(((1, 0), 2, 1),))),
+        Case(
+            "shared-head-dim-160",
+            _paged((1,) * 4, (40,) * 4, 2, 2, 160, P=16, shared=(((1, 0), 2, 1),)),
+        ),
+    ]
+    return cases
+
+
+def _shared_gpu_cases() -> list[Case]:
+    cases = []
+    for B, own, (H, H_KV), (pages, parts) in product(
+        (40, 130), (1, 64, 70), ((32, 8), (8, 8)), ((2, 1), (17, 7))
+    ):
+        order = [7 * b % B for b in range(B)]
+        # One group of nearly all, two of a few, and one sequence alone.
+        groups = ((tuple(order[9:]), pages, parts), (tuple(order[:5]), 3, 2), ((order[6],), 2, 2))
+        contexts = tuple(64 * max(pages, 3) + own + b % 5 for b in range(B))
+        cases.append(
+            Case(
+                case_name("gpu-shared", B, own, H, pages),
+                _paged((1,) * B, contexts, H, H_KV, window=4096, shared=groups),
+                torch.bfloat16,
+                "gpu",
+            )
+        )
+    return cases
 
 
 def _paged_gpu_cases() -> list[Case]:
@@ -217,6 +359,24 @@ def _paged_model_cases() -> list[Case]:
             "model",
         )
         for B, T in ((1, 512), (1, 4096), (16, 2048), (64, 1024), (128, 512))
+    ]
+    # One image and 1,000 tokens are shared, and each sequence has 24 of its own and a half answer.
+    cases += [
+        Case(
+            f"decode-shared-b{B}-s1088",
+            _paged(
+                (1,) * B,
+                (1088,) * B,
+                32,
+                8,
+                window=4096,
+                spare=0,
+                shared=((tuple(range(B)), 16, parts),),
+            ),
+            torch.bfloat16,
+            "model",
+        )
+        for B, parts in ((64, 7), (256, 2))
     ]
     for name, queries, contexts in (
         ("chunk-512", (512,) * 4, (512, 1024, 2048, 4096)),

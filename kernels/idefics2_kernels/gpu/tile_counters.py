@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The most tiles of a launch whose programs share tiles. Such launches have fewer tiles than
-# programs that run at once.
-MAX_TILES = 1024
+# The most tiles of a launch whose programs share tiles. Launches that share tiles because they have
+# few of them need one per program that runs at once. Decoding 512 sequences with shared prefixes
+# needs one for each sequence and key head.
+MAX_TILES = 4096
 # Counters of a buffer for graphs, 4 MB.
 GRAPH_COUNTERS = 2**20
 # A buffer with fewer counters left is replaced. All graphs of an engine use fewer than this.
@@ -44,6 +45,28 @@ def is_last(counters_ptr, tile, parts):
     if arrived == parts - 1:
         tl.store(counters_ptr + tile, 0)
     return arrived == parts - 1
+
+
+@triton.jit
+def are_last(
+    counters_ptr,
+    tiles,  # (THREADS,), one for each thread of the program
+    mask,  # (THREADS,), of at most the first 64
+    parts,
+):
+    """Do the same as ``is_last`` for several ``tiles``: bit i is set if this is the last of tile i.
+
+    There is one element for each thread, so no two threads increment the same counter.
+    """
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters_ptr + tiles, 1, mask=mask, sem="acq_rel", scope="gpu")
+    last = mask & (arrived == parts - 1)
+    tl.store(counters_ptr + tiles, 0, mask=last)
+    place = tl.arange(0, tiles.shape[0]).to(tl.int64)
+    bits = tl.sum(tl.where(last, tl.full(place.shape, 1, tl.int64) << (place & 63), 0))
+    # No thread may read what others have stored before every increment is done.
+    tl.debug_barrier()
+    return bits
 
 
 class DeviceCounters:

@@ -142,6 +142,7 @@ def paged_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    shared_prefixes: Tensor | None = None,
 ) -> Tensor:
     """Attend new queries ``q`` (T, H, D) causally to keys in pages: (T, H, D).
 
@@ -150,6 +151,19 @@ def paged_attention(
     ``context_lens`` (B,) counts the keys of each sequence. The keys of this step's queries are the
     last of them. ``cu_seqlens`` (B + 1,) packs the queries. Entries of ``block_table`` are not read
     after the last page of a sequence, or if all tokens of the page are outside the ``window``.
+
+    ``shared_prefixes`` (B, 6) int32 lists decoding sequences that share leading pages. It changes
+    no value here: a kernel may read the shared pages once and sum in another order. Members of a
+    group have one query each, the same first pages in ``block_table``, and a ``window`` that covers
+    them. The list of members has all members of an item next to each other. The columns of row b:
+
+    0. Leading pages of sequence b that items compute for it, fewer than its pages, or 0.
+    1. Parts that these pages are divided into, at most 7, or 0. Each but the last has
+       ceil(pages / parts) pages.
+    2. The sequence at place b of the list of members.
+    3. Item b: the place of its first member. It has at most 64 // (H // H_KV) members.
+    4. Item b: the place after its last member. There is no item b if it equals column 3.
+    5. Item b: the part that it computes. Each part of each member belongs to one item.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     P = k_cache.shape[2]
