@@ -21,7 +21,7 @@ _MIN_PROGRAMS = 128
 # A group shares only if it has as many sequences and pages. Each member stores and reads partial
 # states and counts an arrival, where it saves its reads of the pages.
 MIN_MEMBERS = 4
-MIN_PAGES = 4
+MIN_PAGES = 8
 # The most parts of a group's pages, and the least pages of a part.
 MAX_PARTS = 7
 _MIN_PART = 2

@@ -26,7 +26,7 @@ ITEM_ROWS = 64
 # The most parts of a group's pages.
 MAX_PARTS = tl.constexpr(7)
 # Pages in flight.
-ITEM_STAGES = 2
+ITEM_STAGES = 3
 
 # The columns of ``shared_prefixes`` (B, COLUMNS). The first two are those of sequence b.
 COLUMNS = tl.constexpr(6)
