@@ -28,6 +28,7 @@ from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
 from idefics2_engine.sampling.sampler import NO_CHOICES, Drawn, Sampler
 from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.scheduling.admission import AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler, Step
@@ -118,6 +119,7 @@ class Engine:
             config.max_patches,
             self._window,
             config.prefix_caching,
+            AdmissionPolicy.for_slots(config.max_num_seqs),
         )
         self._flight: _Flight | None = None
         # Requests of a failed step that have not been in a successful step since

@@ -111,6 +111,7 @@ class EngineThread:
         if client in self._clients:
             for request in requests:
                 request.every_token = client.every_token
+                request.may_wait = not client.every_token
                 self._client_of[request] = client
                 client.unfinished[request] = None
                 self._engine.add(request)

@@ -6,6 +6,9 @@ sequences are then admitted in order. If a running sequence needs a page and non
 newest running sequence is preempted. It waits before all others, and tokens that the cache no
 longer has are recomputed. The oldest sequence therefore always makes progress.
 
+Requests of a caller who waits for all of them (``Request.may_wait``) are held back for a few steps
+until several can join, and long answers begin first (``AdmissionPolicy``, ``WaitingQueue``).
+
 A step may be planned while tokens of the previous step are still being drawn
 (``Sequence.num_pending``), because their positions are known and steps are computed in order.
 
@@ -14,7 +17,6 @@ runs for the others: those with a prompt to compute, images, or a page to alloca
 release.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 from idefics2_engine.images.tiling import Tile
+from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
 from idefics2_engine.scheduling.placeholders import ImageItem, items_between
 from idefics2_engine.scheduling.sampling_columns import SAMPLING, sampling_record
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from idefics2_engine.scheduling.sequence_table import Entry, Ints, Owners, SequenceTable
+from idefics2_engine.scheduling.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Scheduler:
         max_patches: Most patches of a step. A larger tile is encoded without others.
         window: Keys that a query attends to. All if ``None``.
         prefix_caching: Whether sequences reuse pages of others with the same prefix.
+        admission: When waiting sequences join, and whether long ones may overtake.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class Scheduler:
         max_patches: int,
         window: int | None = None,
         prefix_caching: bool = True,
+        admission: AdmissionPolicy = AT_ONCE,
     ) -> None:
         self.pages = pages
         self.encoder = encoder
@@ -138,15 +144,17 @@ class Scheduler:
         self.max_patches = max_patches
         self.window = window
         self.prefix_caching = prefix_caching
-        # An ordered dict keeps the order and removes any sequence in constant time
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.admission = admission
+        self.waiting: WaitingQueue[Sequence] = WaitingQueue(admission.patience)
+        # Steps for which sequences have been held back that could have been admitted
+        self._num_held = 0
         self.table = SequenceTable(pages.page_size, SAMPLING)
         self.num_preemptions = 0
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
-        return bool(self.waiting or len(self.table))
+        return bool(len(self.waiting) or len(self.table))
 
     @property
     def running(self) -> list[Sequence]:
@@ -162,8 +170,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Append ``sequence``, which must fit an empty cache, to the queue."""
         assert self.most_pages(sequence.max_length) <= self.pages.num_pages
-        sequence.request.num_started += 1
-        self.waiting[sequence] = None
+        request = sequence.request
+        request.num_started += 1
+        self.waiting.add(sequence, request.max_tokens if request.may_wait else None)
 
     def schedule(self) -> Step:
         """Choose the tokens of the next step and allocate pages and encoder cache entries."""
@@ -232,7 +241,7 @@ class Scheduler:
                 self._drop(sequence)
             else:
                 # The sequence was preempted while its last token was drawn
-                self.waiting.pop(sequence, None)
+                self.waiting.remove(sequence)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Drop those of ``sequences`` that wait or run."""
@@ -240,7 +249,7 @@ class Scheduler:
             if sequence.table is self.table:
                 self._drop(sequence)
             else:
-                self.waiting.pop(sequence, None)
+                self.waiting.remove(sequence)
             sequence.num_pending = 0
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
@@ -348,9 +357,11 @@ class Scheduler:
         return preempted, kept
 
     def _admit(self, plan: "_Plan") -> None:
+        if self._is_held(plan):
+            return
         size = self.pages.page_size
-        while self.waiting and plan.tokens and len(self.table) < self.max_num_seqs:
-            sequence = next(iter(self.waiting))
+        while len(self.waiting) and plan.tokens and len(self.table) < self.max_num_seqs:
+            sequence = self.waiting.next()
             cached = []
             if self.prefix_caching:
                 # At least one token must be computed, because its logits are needed
@@ -372,7 +383,7 @@ class Scheduler:
             if end == begin or wanted > spare:
                 return
             self.pages.share(cached)
-            del self.waiting[sequence]
+            self.waiting.take(sequence)
             row = self._run(sequence)
             self.table.add_pages(row, cached)
             self.table.num_computed[row], self.table.num_named[row] = begin, len(cached)
@@ -381,6 +392,19 @@ class Scheduler:
                 sequence.request.num_cached_tokens = begin
             self._take_pages(sequence, begin, end, plan)
             self._plan(sequence, begin, end, plan)
+
+    def _is_held(self, plan: "_Plan") -> bool:
+        """Return whether sequences that could be admitted now are held back, and count this."""
+        ready = min(len(self.waiting), self.max_num_seqs - len(self.table))
+        computes_prompt = any(chunk.end - chunk.begin > 1 or chunk.images for chunk in plan.chunks)
+        is_held = ready > 0 and not self.admission.admits(
+            running=len(self.table),
+            ready=ready,
+            held=self._num_held,
+            is_urgent=self.waiting.is_fixed or computes_prompt,
+        )
+        self._num_held = self._num_held + 1 if is_held else 0
+        return is_held
 
     def _image_limit(self, sequence: Sequence, begin: int, end: int, plan: "_Plan") -> int:
         """Return the last token up to ``end`` whose images can be encoded in this step."""
@@ -499,8 +523,7 @@ class Scheduler:
 
     def _wait_first(self, sequence: Sequence) -> None:
         """Put ``sequence`` at the front of the queue."""
-        self.waiting[sequence] = None
-        self.waiting.move_to_end(sequence, last=False)
+        self.waiting.add_first(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         """Release everything that the running ``sequence`` holds."""

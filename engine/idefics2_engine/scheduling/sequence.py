@@ -36,6 +36,8 @@ class Request:
         prompt_logprobs: Log probabilities of prompt tokens, from the second token.
         arrival_time: Time of ``time.monotonic``, in seconds.
         every_token: Whether the engine reports the request after every token, not only at its end.
+        may_wait: Whether the request may be held back and overtaken, because its caller reads no
+            output before the end.
         sequences: The answers.
         num_started: Sequences that have been queued or forked.
         num_cached_tokens: Prompt tokens found in the cache at first admission.
@@ -53,6 +55,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time: float = field(default_factory=time.monotonic)
     every_token: bool = False
+    may_wait: bool = False
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0
     num_cached_tokens: int | None = None

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.strategies import booleans, integers, sampled_from
 
 from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
 from idefics2_engine.scheduling.placeholders import ImageItem, image_items, items_between
@@ -65,10 +66,13 @@ def make_scheduler(
     patches: int = 100,
     window: int | None = None,
     prefix_caching: bool = True,
+    admission: AdmissionPolicy = AT_ONCE,
 ) -> Scheduler:
     pages = PageAllocator(num_pages, page_size)
     encoder = EncoderCache(num_entries)
-    return Scheduler(pages, encoder, max_num_seqs, tokens, patches, window, prefix_caching)
+    return Scheduler(
+        pages, encoder, max_num_seqs, tokens, patches, window, prefix_caching, admission
+    )
 
 
 def chunks_of(step: Step) -> list[Chunk]:
@@ -276,7 +280,7 @@ def draw_request(rng: random.Random, longest: int) -> Request:
 def test_fuzz() -> None:
     """Run 20,000 steps of 50 machines of all sizes.
 
-    Every request ends, and requests start in order.
+    Every request ends. Requests start in order, unless they may be overtaken.
     """
     rng = random.Random(0)
     for _ in range(50):
@@ -289,7 +293,9 @@ def test_fuzz() -> None:
             patches=rng.choice([5, 30, 1000]),
             window=rng.choice([None, None, 3, 17]),
             prefix_caching=rng.random() < 0.8,
+            admission=rng.choice([AT_ONCE, AdmissionPolicy(2, 3, 1, 5)]),
         )
+        may_wait = rng.choice([0.0, 0.0, 0.5, 1.0])
         machine = Machine(scheduler, rng, rng.choice([0.05, 0.3]), ahead=rng.random() < 0.5)
         added: list[Request] = []
         order: list[Request] = []
@@ -298,6 +304,7 @@ def test_fuzz() -> None:
                 capacity = scheduler.pages.num_pages * scheduler.pages.page_size
                 added.append(draw_request(rng, min(60, capacity)))
                 order.append(added[-1])
+                added[-1].may_wait = rng.random() < may_wait
                 machine.add(added[-1])
             if rng.random() < 0.01 and added:
                 canceled = rng.choice(added)
@@ -309,7 +316,8 @@ def test_fuzz() -> None:
         while scheduler.has_work:
             machine.step()
         assert all(request.finished for request in added)
-        assert machine.begun == sorted(machine.begun, key=order.index), "first come, first served"
+        begun = [one for one in machine.begun if not may_wait or not one.may_wait]
+        assert begun == sorted(begun, key=order.index), "first come, first served"
         assert scheduler.pages.num_free == scheduler.pages.num_pages
 
 
@@ -375,6 +383,46 @@ def test_requests_are_admitted_in_order() -> None:
             if chunk.sequence not in begun:
                 begun.append(chunk.sequence)
     assert begun == [request.sequences[0] for request in requests]
+
+
+def test_sequences_join_together_while_others_decode() -> None:
+    """Three sequences that end one after the other are replaced in one step."""
+    scheduler = make_scheduler(60, 4, max_num_seqs=6, admission=AdmissionPolicy(3, 5, 3))
+    machine = Machine(scheduler, random.Random(0), end_rate=0)
+    lengths = [4, 5, 6, 30, 30, 30]
+    for length in [*lengths, 30, 30, 30]:
+        request = make_request([7, 7], length)
+        request.may_wait = True
+        machine.add(request)
+    joined = []
+    for step in range(8):
+        before = len(scheduler.waiting)
+        machine.step()
+        if len(scheduler.waiting) < before:
+            joined.append((step, before - len(scheduler.waiting)))
+    assert joined == [(0, 6), (6, 3)]
+
+
+def test_a_sequence_is_held_back_a_bounded_number_of_steps() -> None:
+    def steps_until(**changes: Any) -> int:
+        scheduler = make_scheduler(60, 4, max_num_seqs=6, admission=AdmissionPolicy(3, 5, 3))
+        machine = Machine(scheduler, random.Random(0), end_rate=0)
+        for _ in range(changes.get("running", 4)):
+            machine.add(make_request([7, 7], 30))
+        machine.step()
+        request = make_request([7, 7], 30)
+        request.may_wait = changes.get("may_wait", True)
+        machine.add(request)
+        steps = 0
+        while len(scheduler.waiting):
+            machine.step()
+            steps += 1
+        return steps
+
+    assert steps_until() == 6
+    # Few sequences run, or a caller waits for the first token
+    assert steps_until(running=2) == 1
+    assert steps_until(may_wait=False) == 1
 
 
 def test_decoding_and_chunks_share_a_step() -> None:
