@@ -286,12 +286,12 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that arrays agree with the sequences, which alone hold pages and images."""
         running, table = self.running, self.table
+        table.check_integrity()
         self.pages.check_integrity([sequence.pages for sequence in running])
         self.encoder.check_integrity(
             [item.tile.fingerprint for s in running for item in s.held_images]
         )
         assert not any(sequence.table or sequence.held_images for sequence in self.waiting)
-        table.check_integrity()
         assert all(sequence.table is table for sequence in running)
         assert [sequence.row for sequence in running] == table.order.tolist()
         for sequence in running:

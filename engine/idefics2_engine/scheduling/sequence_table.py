@@ -258,6 +258,7 @@ class SequenceTable:
         behind = np.arange(self.pages.shape[1]) >= self.num_pages[:, None]
         assert (self.pages[behind] == NO_PAGE).all()
         assert (self.num_pages[free] == 0).all()
+        assert (self.num_pages <= self.pages.shape[1]).all()
 
     def _grow(self) -> None:
         """Double the number of rows."""

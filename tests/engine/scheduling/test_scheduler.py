@@ -530,6 +530,47 @@ def test_patches_of_a_step_are_bounded() -> None:
     assert done == [(0, 11, 2), (11, 16, 1)], "what alone exceeds the budget has a step of its own"
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        "order",
+        "owners",
+        "serials",
+        "records",
+        "num_prompt",
+        "num_known",
+        "max_length",
+        "last_token",
+        "asks",
+        "end_tokens",
+        "pages",
+        "num_pages",
+        "num_computed",
+        "num_behind",
+        "room",
+    ],
+)
+def test_integrity_check_detects_a_wrong_column(column: str) -> None:
+    scheduler = make_scheduler(num_pages=20, window=6)
+    machine = Machine(scheduler, random.Random(0), end_rate=0)
+    for _ in range(2):
+        machine.add(make_request([7] * 9, 9))
+        machine.step()
+    scheduler.check_integrity()
+    array = getattr(scheduler.table, column)
+    row = 0 if column == "order" else scheduler.table.order[0]
+    if column == "records":
+        array[row]["temperature"] += 1
+    elif column in ("owners", "serials"):
+        array[row] = array[scheduler.table.order[1]]
+    elif column == "asks":
+        array[row] = True
+    else:
+        array[row] += 5
+    with pytest.raises((AssertionError, IndexError)):
+        scheduler.check_integrity()
+
+
 def test_integrity_check_finds_lost_and_duplicate_pages() -> None:
     pages = PageAllocator(4, 8)
     held = pages.allocate(2)
