@@ -254,10 +254,12 @@ class EngineCalls:
         Raises:
             RuntimeError: A sequence of the case got no token.
         """
-        drawn = [request for request in self.engine.step() if request.error is None]
-        if len(drawn) != self.case.batch:
+        before = self.engine.stats.generated_tokens
+        self.engine.step()
+        drawn = self.engine.stats.generated_tokens - before
+        if drawn != self.case.batch:
             raise RuntimeError(
-                f"{self.case.name}: {len(drawn)} of {self.case.batch} sequences got a token"
+                f"{self.case.name}: {drawn} of {self.case.batch} sequences got a token"
             ) from next((one.error for one in self.requests if one.error is not None), None)
 
 

@@ -7,5 +7,8 @@ class Letters:
     def add(self, token_id: int) -> str:
         return chr(ord("a") + token_id % 26)
 
+    def add_all(self, token_ids: list[int]) -> str:
+        return "".join(map(self.add, token_ids))
+
     def flush(self) -> str:
         return ""

@@ -6,6 +6,7 @@ sequence had already ended, one extra step was computed for it.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,14 +23,17 @@ from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
 from idefics2_engine.runtime.warm_up import warm_up_sampling
+from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
-from idefics2_engine.sampling.sampler import Drawn, Sampler
+from idefics2_engine.sampling.sampler import NO_CHOICES, Drawn, Sampler
 from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.scheduling.admission import AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler, Step
 from idefics2_engine.scheduling.sequence import Request, Sequence
+from idefics2_engine.scheduling.sequence_table import Ints
 
 _logger = logging.getLogger(__name__)
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
@@ -41,15 +45,17 @@ class _Flight:
 
     Attributes:
         step: The step.
-        requests: Requests that have a chunk in it.
-        sequences: Sequences that draw a token, in the order of the rows of ``drawn``.
-        drawn: The tokens. None if no sequence draws one.
+        rows: (B,) rows of the table whose sequences draw a token.
+        serials: (B,) their serial numbers, by which they are known if rows changed owners.
+        batch: These sequences.
+        drawn: Their tokens. None if no sequence draws one.
         failed: Requests whose prompts cannot be scored, each with the reason.
     """
 
     step: Step
-    requests: set[Request]
-    sequences: list[Sequence]
+    rows: Ints
+    serials: Ints
+    batch: DrawBatch
     drawn: Drawn | None
     failed: list[tuple[Request, str]]
 
@@ -113,6 +119,7 @@ class Engine:
             config.max_patches,
             self._window,
             config.prefix_caching,
+            AdmissionPolicy.for_slots(config.max_num_seqs),
         )
         self._flight: _Flight | None = None
         # Requests of a failed step that have not been in a successful step since
@@ -120,52 +127,59 @@ class Engine:
         # Requests that the next return of step() contains
         self._changed: dict[Request, None] = {}
 
-    def step(self) -> list[Request]:
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step was launched whose tokens have not been read."""
+        return self._flight is not None
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Request]:
         """Launch the next step and read tokens: with ``run_ahead``, those of the previous step.
 
         If a forward pass fails, only the request that caused it fails, with an ``error``. After an
         out-of-memory error, steps become smaller. After any other error, fewer sequences run at
         once until one request fails alone.
 
+        Args:
+            meanwhile: Called after the launch, before the host waits for the device.
+
         Returns:
-            The requests that got a token or failed, each once.
+            The requests that failed, of which an answer ended, or, with ``every_token``, that got a
+            token, each once.
 
         Raises:
             BaseException: An interrupt or an internal error. The engine has been ``reset``, because
                 the interrupted step may have left it inconsistent.
         """
         try:
-            self._step()
+            self._step(meanwhile)
         except BaseException:
             self.reset()
             raise
         changed, self._changed = self._changed, {}
         return list(changed)
 
-    def _step(self) -> None:
+    def _step(self, meanwhile: Callable[[], None]) -> None:
         before, self._flight = self._flight, None
-        if before is not None and any(map(self.sampler.reads_answer, before.sequences)):
+        if before is not None and self.sampler.reads_answers(before.batch):
             self._land(before)
             before = None
         if self.scheduler.has_work:
             step = self.scheduler.schedule()
-            requests = {chunk.sequence.request for chunk in step.chunks}
             try:
-                if step.chunks:
-                    self._flight = self._launch(step, requests, before)
+                if step.num_sequences:
+                    self._flight = self._launch(step)
             except Exception as error:
                 self._land(before)
-                self._recover(requests, error)
+                self._recover(step, error)
                 return
+        meanwhile()
         self._land(before)
         if not self.config.run_ahead:
             landing, self._flight = self._flight, None
             self._land(landing)
 
-    def _launch(self, step: Step, requests: set[Request], before: _Flight | None) -> _Flight:
-        """Launch ``step``; ``before`` is the previous step if its tokens are not read yet."""
-        known_there = {} if before is None else {s: row for row, s in enumerate(before.sequences)}
-        logits, prompts = self.runner.run(step, known_there)
+    def _launch(self, step: Step) -> _Flight:
+        logits, prompts = self.runner.run(step)
         failed = []
         for request, prompt_logits in prompts:
             begin, number = len(request.prompt_logprobs), request.params.prompt_logprobs
@@ -177,41 +191,47 @@ class Engine:
             except FloatingPointError as error:
                 failed.append((request, str(error)))
         self.scheduler.computed(step)
-        sequences: list[Sequence] = []
+        table, more = self.scheduler.table, []
         # The first tokens of all answers to a prompt are drawn from one row of the logits
-        rows: list[int] = []
-        for row, chunk in enumerate(chunk for chunk in step.chunks if chunk.samples):
+        places = [*range(len(step.decodes.rows))]
+        for place, chunk in enumerate((c for c in step.chunks if c.samples), len(places)):
             drawn = [chunk.sequence, *self.scheduler.fork(chunk.sequence)]
-            sequences += drawn
-            rows += [row] * len(drawn)
-        if not sequences:
-            return _Flight(step, requests, [], None, failed)
-        if len(rows) > len(logits):
-            (places,) = to_device([np.array(rows, np.int64)], logits.device)
-            logits = logits[places]
-        tokens = self.sampler.draw(logits, sequences)
+            more += [sequence.row for sequence in drawn]
+            places += [place] * len(drawn)
+        rows = np.concatenate([step.decodes.rows, np.array(more, np.int64)])
+        batch, serials = DrawBatch.of_rows(table, rows), table.serials[rows]
+        if not places:
+            return _Flight(step, rows, serials, batch, None, failed)
+        if len(places) > len(logits):
+            (there,) = to_device([np.array(places, np.int64)], logits.device)
+            logits = logits[there]
+        tokens = self.sampler.draw(logits, batch)
         self.runner.store_last_tokens(tokens.token_ids)
-        for sequence in sequences:
-            sequence.num_pending += 1
-        return _Flight(step, requests, sequences, tokens, failed)
+        table.drew(rows)
+        return _Flight(step, rows, serials, batch, tokens, failed)
 
     def _land(self, flight: _Flight | None) -> None:
         """Wait for a step and append its tokens to the sequences that are still unfinished."""
         if flight is None:
             return
         try:
-            choices = [] if flight.drawn is None else flight.drawn.choices()
+            choices = NO_CHOICES if flight.drawn is None else flight.drawn.choices()
         except Exception as error:
             for lost in (flight, self._flight):
-                for sequence in lost.sequences if lost else ():
+                for sequence in lost.batch.sequences if lost else ():
                     sequence.num_pending = 0
             self._flight = None
-            self._recover(flight.requests, error)
+            self._recover(flight.step, error)
             return
         for request, reason in flight.failed:
             self._fail(request, reason)
-        got = []
-        for sequence, choice in zip(flight.sequences, choices, strict=True):
+        # The rest of the tokens may end an answer, or a sequence asks for more than tokens
+        rest = self.scheduler.table.append(
+            flight.rows, flight.serials, choices.token_ids, choices.is_finite
+        ).tolist()
+        got: list[Sequence] = []
+        for place in rest:
+            sequence, choice = flight.batch.sequences[place], choices[place]
             if not sequence.num_pending:
                 continue
             if not choice.is_finite:
@@ -226,12 +246,14 @@ class Engine:
                 self._fail(sequence.request, _failure("its tokens must have a text", error), error)
             else:
                 got.append(sequence)
-                self._changed[sequence.request] = None
+                if sequence.finish_reason or sequence.request.every_token:
+                    self._changed[sequence.request] = None
         self.scheduler.finish(got)
         if not self._has_warned_of_length:
             self._warn_of_length(got)
-        self._clear(flight.requests)
-        self._count(flight.step, len(got))
+        if self._suspects:
+            self._clear(flight.step.requests)
+        self._count(flight.step, len(choices) - len(rest) + len(got))
 
     def _warn_of_length(self, sequences: list[Sequence]) -> None:
         """Log a warning, once, if an answer was cut off by the default of ``max_tokens``."""
@@ -251,9 +273,9 @@ class Engine:
                 )
                 return
 
-    def _recover(self, requests: set[Request], error: Exception) -> None:
+    def _recover(self, step: Step, error: Exception) -> None:
         self.scheduler.start_over()
-        requests = {request for request in requests if not request.finished}
+        requests = {request for request in step.requests if not request.finished}
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             if self.scheduler.halve_budgets():
@@ -294,7 +316,7 @@ class Engine:
     def _count(self, step: Step, num_drawn: int) -> None:
         stats, pages = self.stats, self.scheduler.pages
         stats.steps += 1
-        stats.computed_tokens += sum(chunk.end - chunk.begin for chunk in step.chunks)
+        stats.computed_tokens += step.num_tokens
         stats.generated_tokens += num_drawn
         stats.encoded_tiles += len(step.encodes)
         stats.encoded_patches += sum(tile.num_patches for tile, _ in step.encodes)

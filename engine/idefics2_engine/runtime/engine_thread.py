@@ -39,6 +39,8 @@ class EngineThread:
         # Only the engine's thread uses the following attributes
         self._clients: WeakSet[Client] = WeakSet()
         self._client_of: dict[Request, Client] = {}
+        # Requests that changed in a step and whose clients do not know it yet
+        self._untold: list[Request] = []
         self._is_stopping = False
         built: Future[Engine] = Future()
         self._thread = threading.Thread(
@@ -108,6 +110,8 @@ class EngineThread:
         """Queue ``requests``; runs on the thread as a command."""
         if client in self._clients:
             for request in requests:
+                request.every_token = client.every_token
+                request.may_wait = not client.every_token
                 self._client_of[request] = client
                 client.unfinished[request] = None
                 self._engine.add(request)
@@ -136,7 +140,10 @@ class EngineThread:
             try:
                 self._obey()
                 if self._client_of and not self._is_stopping:
-                    self._tell(self._engine.step())
+                    # Clients decode text. If a step is in flight, the next one is launched first
+                    self._untold += self._engine.step(self._tell)
+                    if not self._engine.is_ahead:
+                        self._tell()
             except BaseException as error:
                 self._engine.reset()
                 self._drop_all(error)
@@ -152,7 +159,9 @@ class EngineThread:
                 return
             command()
 
-    def _tell(self, changed: list[Request]) -> None:
+    def _tell(self) -> None:
+        """Tell clients of the requests that have changed."""
+        changed, self._untold = self._untold, []
         for request in changed:
             client = self._client_of.get(request)
             if client is None:
@@ -169,6 +178,9 @@ class EngineThread:
                 client.on_error(error)
 
     def _drop_all(self, error: BaseException) -> None:
+        # Finished requests are their clients' also after an error
+        self._untold = [request for request in self._untold if request.finished]
+        self._tell()
         clients = list(self._clients)
         self._clients.clear()
         self._client_of.clear()

@@ -1,6 +1,5 @@
 """The inputs of a step as packed arrays on the host, ready to be copied to the device."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor
 from idefics2_engine.model.batch import PagedView, TextBatch
 from idefics2_engine.scheduling.page_allocator import NO_PAGE
 from idefics2_engine.scheduling.scheduler import Chunk, Step
-from idefics2_engine.scheduling.sequence import Sequence
 
 Ints = npt.NDArray[np.int32]
 
@@ -81,33 +79,43 @@ class StepShape:
     has_images: bool = False
 
 
-def pack(step: Step, drawn: Mapping[Sequence, int], page_size: int, num_latents: int) -> PackedStep:
-    """Pack the chunks of ``step``; ``drawn`` maps sequences to rows of the previous step."""
-    chunks = step.chunks
-    begins = np.array([chunk.begin for chunk in chunks], np.int32)
-    lengths = np.array([chunk.end for chunk in chunks], np.int32) - begins
-    cu_seqlens = np.zeros(len(chunks) + 1, np.int32)
+def pack(step: Step, page_size: int, num_latents: int) -> PackedStep:
+    """Pack the tokens of ``step``: those of sequences that move on, then those of the chunks."""
+    decodes, chunks = step.decodes, step.chunks
+    pages = [chunk.sequence.pages for chunk in chunks]
+    num_decodes = len(decodes.rows)
+    begins = np.empty(step.num_sequences, np.int32)
+    begins[:num_decodes] = decodes.positions
+    begins[num_decodes:] = [chunk.begin for chunk in chunks]
+    lengths = np.ones(len(begins), np.int32)
+    lengths[num_decodes:] = [chunk.end - chunk.begin for chunk in chunks]
+    cu_seqlens = np.zeros(len(begins) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
-    owners = np.repeat(np.arange(len(chunks)), lengths)
+    owners = np.repeat(np.arange(len(begins)), lengths)
     positions = np.arange(len(owners), dtype=np.int32) + (begins - cu_seqlens[:-1])[owners]
-    tables = np.zeros((len(chunks), max(len(c.sequence.pages) for c in chunks)), np.int32)
-    for row, chunk in zip(tables, chunks, strict=True):
-        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    width = max(decodes.block_table.shape[1], max(map(len, pages), default=0))
+    tables = np.zeros((len(begins), width), np.int32)
+    tables[:num_decodes, : decodes.block_table.shape[1]] = decodes.block_table
+    for row, own in enumerate(pages, num_decodes):
+        tables[row, : len(own)] = own
     slots = tables[owners, positions // page_size] * page_size + positions % page_size
     # Kernels never read these entries, but every entry must be a valid page
     tables[tables == NO_PAGE] = 0
+    input_ids = np.empty(len(owners), np.int32)
+    input_ids[:num_decodes] = decodes.token_ids
+    input_ids[num_decodes:] = [token for chunk in chunks for token in chunk.token_ids]
+    firsts, ends = cu_seqlens[num_decodes:-1].tolist(), cu_seqlens[num_decodes + 1 :]
+    samples = np.array([chunk.samples for chunk in chunks], np.bool_)
     return PackedStep(
-        input_ids=np.array(
-            [token for chunk in chunks for token in _tokens(chunk, drawn)], np.int32
-        ),
+        input_ids=input_ids,
         positions=positions,
         slots=slots,
         cu_seqlens=cu_seqlens,
         context_lens=begins + lengths,
         block_table=tables,
-        sampled=(cu_seqlens[1:] - 1)[[chunk.samples for chunk in chunks]],
-        scored=_scored(chunks, cu_seqlens),
-        feature_rows=_feature_rows(chunks, cu_seqlens, num_latents),
+        sampled=np.concatenate([np.arange(num_decodes, dtype=np.int32), ends[samples] - 1]),
+        scored=_scored(chunks, firsts),
+        feature_rows=_feature_rows(chunks, firsts, len(owners), num_latents),
         max_seqlen=int(lengths.max()),
         is_decode=all(
             chunk.samples and chunk.end - chunk.begin == 1 and not chunk.scores and not chunk.images
@@ -192,27 +200,23 @@ def text_batch(copies: list[Tensor], input_ids: Tensor, packed: PackedStep) -> T
     )
 
 
-def _tokens(chunk: Chunk, drawn: Mapping[Sequence, int]) -> list[int]:
-    known = chunk.sequence.token_ids[chunk.begin : chunk.end]
-    if len(known) < chunk.end - chunk.begin:
-        known.append(-1 - drawn[chunk.sequence])
-    return known
-
-
-def _scored(chunks: list[Chunk], cu_seqlens: Ints) -> Ints:
+def _scored(chunks: list[Chunk], firsts: list[int]) -> Ints:
+    """Return the prompt tokens that are scored; ``firsts`` are the first tokens of the chunks."""
     rows = [
         np.arange(chunk.scores.start, chunk.scores.stop, dtype=np.int32) - chunk.begin + offset
-        for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False)
+        for chunk, offset in zip(chunks, firsts, strict=True)
         if chunk.scores
     ]
     return np.concatenate([*rows, _NONE])
 
 
-def _feature_rows(chunks: list[Chunk], cu_seqlens: Ints, num_latents: int) -> Ints:
+def _feature_rows(
+    chunks: list[Chunk], firsts: list[int], num_tokens: int, num_latents: int
+) -> Ints:
     if not any(chunk.images for chunk in chunks):
         return _NONE
-    rows = np.full(cu_seqlens[-1], -1, np.int32)
-    for chunk, offset in zip(chunks, cu_seqlens.tolist(), strict=False):
+    rows = np.full(num_tokens, -1, np.int32)
+    for chunk, offset in zip(chunks, firsts, strict=True):
         for item, entry in chunk.images:
             begin, end = max(item.begin, chunk.begin), min(item.end, chunk.end)
             first = begin - chunk.begin + offset

@@ -1,7 +1,5 @@
 """The forward pass of a step on the device."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from idefics2_engine.runtime.pixel_upload import PixelUploader
 from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.runtime.warm_up import warm_up_model
 from idefics2_engine.scheduling.scheduler import Step
-from idefics2_engine.scheduling.sequence import Request, Sequence
+from idefics2_engine.scheduling.sequence import Request
 
 
 class Runner:
@@ -65,25 +63,19 @@ class Runner:
             pool.finish()
 
     @torch.inference_mode()
-    def run(
-        self, step: Step, drawn: Mapping[Sequence, int]
-    ) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
+    def run(self, step: Step) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
         """Compute ``step``.
 
-        Args:
-            step: The step.
-            drawn: Rows of the previous step's tokens that the host has not read yet.
-
         Returns:
-            Logits (B, vocabulary) of the chunks that sample, in order, valid until the next call.
-            Then, for each request whose prompt is scored, the logits (S, vocabulary) at the scored
-            positions.
+            Logits (B, vocabulary) of the sequences that move on and of the chunks that sample, in
+            order, valid until the next call. Then, for each request whose prompt is scored, the
+            logits (S, vocabulary) at the scored positions.
         """
         if step.encodes:
             self.encode(step.encodes)
         if step.copies:
             self.kv_cache.copy(step.copies)
-        packed = pack(step, drawn, self.kv_cache.page_size, self.image_features.shape[1])
+        packed = pack(step, self.kv_cache.page_size, self.image_features.shape[1])
         graphs = self._text_graphs
         if graphs is not None and graphs.can_run(packed):
             logits, hidden = graphs.run(packed), graphs.hidden

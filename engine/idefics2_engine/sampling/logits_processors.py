@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.scheduling.sequence import Sequence
 
 NEVER = float("-inf")
@@ -82,7 +83,9 @@ class LogitEdits:
 class EditFinder:
     """Finds the edits of a step.
 
-    It keeps token counts of each penalized sequence for the lifetime of the sequence.
+    Tokens that are barred for every row are listed at once. Python runs only for sequences that ask
+    for edits of their own, or if a bad word of the checkpoint has several tokens. The finder keeps
+    the parameters and token counts of such a sequence for the lifetime of the sequence.
     """
 
     def __init__(self, image_token_id: int) -> None:
@@ -95,22 +98,26 @@ class EditFinder:
         return len(self._requests)
 
     def find(
-        self, sequences: list[Sequence], bad_words_ids: Items[Items[int]], vocab_size: int
+        self, batch: DrawBatch, bad_words_ids: Items[Items[int]], vocab_size: int
     ) -> tuple[list[Ids], list[Floats]]:
         """Return the arguments of ``LogitEdits.of``; ``bad_words_ids`` apply to every row."""
         allowed_rows: list[int] = []
         allowed, barred, biased, penalized = (_Places() for _ in range(4))
         values: list[list[Floats]] = [[], [], [], []]
-        for row, sequence in enumerate(sequences):
+        single = [word[0] for word in bad_words_ids if len(word) == 1]
+        longer = [word for word in bad_words_ids if len(word) > 1]
+        asks = batch.columns["edits"] | (batch.indices < batch.columns["min_tokens"])
+        rows = range(len(asks)) if longer else np.flatnonzero(asks).tolist()
+        barred.add_to_all(len(asks), _known_tokens(single, vocab_size))
+        for row in rows:
+            sequence = batch.sequences[row]
             asked = self._requests.get(sequence)
             if asked is None:
                 asked = self._requests[sequence] = _Asked(sequence, self.image_token_id)
             if len(asked.allowed):
                 allowed_rows.append(row)
                 allowed.add(row, asked.allowed)
-            # A config may name tokens beyond the vocabulary
-            never = [token for token in _barred(sequence, bad_words_ids) if token < vocab_size]
-            barred.add(row, np.array(never, dtype=np.int64))
+            barred.add(row, _known_tokens(_barred(sequence, longer), vocab_size))
             biased.add(row, asked.biased)
             values[0].append(asked.bias)
             params = sequence.request.params
@@ -137,6 +144,12 @@ class _Places:
         if len(tokens):
             self._rows.append(np.full(len(tokens), row))
             self._tokens.append(tokens)
+
+    def add_to_all(self, count: int, tokens: Ids) -> None:
+        """Add ``tokens`` to each of the first ``count`` rows."""
+        if len(tokens):
+            self._rows.append(np.repeat(np.arange(count), len(tokens)))
+            self._tokens.append(np.tile(tokens, count))
 
     def joined(self) -> list[Ids]:
         if not self._rows:
@@ -172,6 +185,11 @@ class _Asked:
         self._num_counted = len(sequence.token_ids)
         used = len(self._place)
         return self._tokens[:used], self._counts[:used]
+
+
+def _known_tokens(tokens: list[int], vocab_size: int) -> Ids:
+    """Return ``tokens`` that exist; a config may name tokens beyond the vocabulary."""
+    return np.array([token for token in tokens if token < vocab_size], dtype=np.int64)
 
 
 def _barred(sequence: Sequence, bad_words_ids: Items[Items[int]]) -> list[int]:

@@ -18,17 +18,19 @@ that is never drawn. The largest logit is copied to the host with the tokens. Th
 computes it anyway; for a draw, the logits are read once more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
 from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from idefics2_engine.device import ToHost, to_device
 from idefics2_engine.outputs import TokenLogprobs
+from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.logits_processors import EditFinder, LogitEdits
 from idefics2_engine.sampling.logprobs import (
     Scores,
@@ -38,7 +40,7 @@ from idefics2_engine.sampling.logprobs import (
     score,
     score_prompt,
 )
-from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.scheduling.sampling_columns import NO_LOGPROBS
 from idefics2_engine.scheduling.sequence import Sequence
 from idefics2_kernels import Ops
 
@@ -62,14 +64,50 @@ class Choice(NamedTuple):
         return isfinite(self.largest_logit)
 
 
+class Choices:
+    """The next tokens of B sequences, as arrays and one by one.
+
+    Attributes:
+        token_ids: (B,) int64. A token is undefined if its row is not finite.
+        is_finite: (B,) whether the logits could be sampled.
+    """
+
+    def __init__(
+        self,
+        token_ids: npt.NDArray[np.int64],
+        largest: npt.NDArray[np.float32],
+        logprobs: Mapping[int, TokenLogprobs],
+    ) -> None:
+        self.token_ids = token_ids
+        self.is_finite = np.isfinite(largest)
+        self._largest = largest
+        self._logprobs = logprobs
+
+    def __len__(self) -> int:
+        """Return the number of sequences."""
+        return len(self.token_ids)
+
+    def __getitem__(self, row: int) -> Choice:
+        """Return the choice of one row."""
+        return Choice(int(self.token_ids[row]), self._logprobs.get(row), float(self._largest[row]))
+
+    def __iter__(self) -> Iterator[Choice]:
+        """Iterate over the rows."""
+        return map(self.__getitem__, range(len(self)))
+
+
+NO_CHOICES = Choices(np.zeros(0, np.int64), np.zeros(0, np.float32), {})
+"""The choices of a step that draws no token."""
+
+
 class Drawn:
     """A step's tokens on the device, with their copy to the host in progress.
 
     Args:
         token_ids: (B,) int64.
         largest: (B,) largest edited logit of each row.
-        tops: Number of log probabilities that each row requests. None for a row without.
-        scores: Log probabilities of the rows that request them.
+        tops: Number of log probabilities by row, for rows that request them.
+        scores: Log probabilities of these rows.
         text: Returns the text of a token.
     """
 
@@ -77,7 +115,7 @@ class Drawn:
         self,
         token_ids: Tensor,
         largest: Tensor,
-        tops: list[int | None],
+        tops: dict[int, int],
         scores: Scores | None,
         text: Callable[[int], str],
     ) -> None:
@@ -87,17 +125,13 @@ class Drawn:
         self._text = text
         self._copy = ToHost([token_ids.int(), largest.float(), *(scores.tensors if scores else ())])
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> Choices:
         """Wait for the device and return one choice for each row."""
         token_ids, largest, *scored = self._copy.arrays()
-        asked = [top for top in self._tops if top is not None]
-        places = iter(make_token_logprobs(scored, asked, self._text) if asked else ())
-        return [
-            Choice(token, None if top is None else next(places), logit)
-            for token, logit, top in zip(
-                token_ids.tolist(), largest.tolist(), self._tops, strict=True
-            )
-        ]
+        tops = self._tops
+        places = make_token_logprobs(scored, [*tops.values()], self._text) if tops else []
+        logprobs = dict(zip(tops, places, strict=True))
+        return Choices(token_ids.astype(np.int64), largest, logprobs)
 
 
 class Sampler:
@@ -131,25 +165,28 @@ class Sampler:
         """Number of sequences with state kept between steps."""
         return self._edits.num_sequences
 
-    def reads_answer(self, sequence: Sequence) -> bool:
-        """Return whether the edits of the next logits depend on the previous tokens."""
-        words = (*self.bad_words_ids, *sequence.request.bad_words_ids)
-        return sequence.request.params.penalizes or any(len(word) > 1 for word in words)
+    def reads_answers(self, batch: DrawBatch) -> bool:
+        """Return whether edits of the next logits depend on the tokens of ``batch``."""
+        if any(len(word) > 1 for word in self.bad_words_ids):
+            return len(batch.indices) > 0
+        return bool(batch.columns["reads_answer"].any())
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Choice]:
+    def sample(self, logits: Tensor, sequences: Items[Sequence]) -> list[Choice]:
         """Choose a token for each row of ``logits`` (B, V), possibly overwriting them."""
-        return self.draw(logits, sequences).choices()
+        return [*self.draw(logits, DrawBatch.of(sequences)).choices()]
 
     @torch.inference_mode()
-    def draw(self, logits: Tensor, sequences: list[Sequence]) -> Drawn:
+    def draw(self, logits: Tensor, batch: DrawBatch) -> Drawn:
         """Launch the sampling of ``logits`` (B, V), possibly overwriting them, without waiting."""
-        V, params = logits.shape[1], [sequence.request.params for sequence in sequences]
-        tops = [None if p.logprobs is None else likeliest(p.logprobs, V) for p in params]
-        rows = np.array([row for row, top in enumerate(tops) if top is not None], dtype=np.int64)
-        greedy = all(p.temperature == 0 for p in params)
-        edit_ids, edit_values = self._edits.find(sequences, self.bad_words_ids, V)
-        integers = [] if greedy else _integers(params, sequences)
-        fractions = [] if greedy else _fractions(params)
+        V, number = logits.shape[1], batch.columns["logprobs"]
+        rows = np.flatnonzero(number != NO_LOGPROBS)
+        tops = {row: likeliest(int(number[row]), V) for row in rows.tolist()}
+        greedy = not batch.columns["temperature"].any()
+        edit_ids, edit_values = self._edits.find(batch, self.bad_words_ids, V)
+        integers = [] if greedy else [batch.column("top_k"), batch.column("seed"), batch.indices]
+        fractions = (
+            [] if greedy else [batch.column(name) for name in ("temperature", "top_p", "min_p")]
+        )
         ids = to_device([rows, *edit_ids, *integers], logits.device)
         values = to_device([*edit_values, *fractions], logits.device)
         split_ids, split_values = 1 + len(edit_ids), len(edit_values)
@@ -172,7 +209,7 @@ class Sampler:
                 index,
                 min_p_first=self.min_p_first,
             )
-        most = max((top for top in tops if top is not None), default=0)
+        most = max(tops.values(), default=0)
         scores = None if raw is None else score(raw, tokens[ids[0]], most, V)
         return Drawn(tokens, largest, tops, scores, self.text)
 
@@ -204,18 +241,3 @@ class Sampler:
         if np.isnan(arrays[1]).any():
             raise FloatingPointError("logits must be finite, got log probabilities that are NaN")
         return make_token_logprobs(arrays, [top] * len(token_ids), self.text)
-
-
-def _integers(params: list[SamplingParams], sequences: list[Sequence]) -> list[np.ndarray]:
-    """Return the top-k, seed and token index of each row."""
-    return [
-        np.array([max(p.top_k, 0) for p in params], dtype=np.int64),
-        np.array([sequence.seed for sequence in sequences], dtype=np.int64),
-        np.array([sequence.num_drawn for sequence in sequences], dtype=np.int64),
-    ]
-
-
-def _fractions(params: list[SamplingParams]) -> list[np.ndarray]:
-    """Return the temperature, top-p and min-p of each row."""
-    columns = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
-    return [np.array(column, dtype=np.float32) for column in columns]

@@ -17,6 +17,7 @@ from idefics2_engine.outputs import (
 from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import ImageItem, items_between
+from idefics2_engine.scheduling.sequence_table import SequenceTable
 
 
 @dataclass(eq=False)
@@ -34,6 +35,9 @@ class Request:
         bad_words_ids: Token ids of ``params.bad_words``.
         prompt_logprobs: Log probabilities of prompt tokens, from the second token.
         arrival_time: Time of ``time.monotonic``, in seconds.
+        every_token: Whether the engine reports the request after every token, not only at its end.
+        may_wait: Whether the request may be held back and overtaken, because its caller reads no
+            output before the end.
         sequences: The answers.
         num_started: Sequences that have been queued or forked.
         num_cached_tokens: Prompt tokens found in the cache at first admission.
@@ -50,6 +54,8 @@ class Request:
     bad_words_ids: Items[tuple[int, ...]] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time: float = field(default_factory=time.monotonic)
+    every_token: bool = False
+    may_wait: bool = False
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0
     num_cached_tokens: int | None = None
@@ -86,29 +92,35 @@ class Request:
 
 
 class Sequence:
-    """One answer: tokens of the prompt, generated tokens, and the rules that end it."""
+    """One answer: tokens of the prompt, generated tokens, and the rules that end it.
+
+    While it runs, a row of the scheduler's ``SequenceTable`` has its numbers and pages.
+
+    Attributes:
+        table: The table. None if the sequence does not run.
+        row: The row.
+    """
 
     def __init__(
         self, request: Request, index: int, eos_token_ids: frozenset[int], detokenizer: Detokenizer
     ) -> None:
         self.request = request
         self.index = index
-        self.token_ids = list(request.prompt_token_ids)
-        # Tokens drawn on the device that the host has not read yet
-        self.num_pending = 0
-        # Tokens whose keys and values are in the KV cache or will be before they are read
-        self.num_computed = 0
-        # The scheduler sets the pages, how many of them are named, and the images held
-        self.pages: list[int] = []
-        self.num_named = 0
+        self.table: SequenceTable | None = None
+        self.row = -1
+        # The scheduler sets the images held
         self.held_images: list[ImageItem] = []
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.first_token_time: float | None = None
         self.finished_time: float | None = None
-        self._page_names: list[bytes] = []
         # One entry for each generated token, if log probabilities were requested
         self.logprobs: list[TokenLogprobs] = []
+        # Without the row's recent tokens
+        self._token_ids = list(request.prompt_token_ids)
+        # The row has the number while there is one
+        self._num_pending = 0
+        self._page_names: list[bytes] = []
         self._eos_token_ids = eos_token_ids
         self._detokenizer = detokenizer
         self._text = ""
@@ -117,6 +129,45 @@ class Sequence:
         # Whether the last token ended the answer and is not part of the text
         self._end_is_hidden = False
         self._text_is_whole = False
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Known tokens of prompt and answer."""
+        if self.table is not None:
+            self._token_ids += self.table.take_recent(self.row)
+        return self._token_ids
+
+    def known_tokens(self) -> list[int]:
+        """Return a copy of ``token_ids``, and leave recent tokens in the row."""
+        return self._token_ids + ([] if self.table is None else self.table.recent(self.row))
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens drawn on the device that the host has not read yet."""
+        return self._num_pending if self.table is None else int(self.table.num_pending[self.row])
+
+    @num_pending.setter
+    def num_pending(self, count: int) -> None:
+        if self.table is None:
+            self._num_pending = count
+        else:
+            self.table.num_pending[self.row] = count
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose keys and values are in the KV cache or will be before they are read."""
+        return 0 if self.table is None else int(self.table.num_computed[self.row])
+
+    @property
+    def pages(self) -> list[int]:
+        """Pages of the KV cache."""
+        return [] if self.table is None else self.table.row_pages(self.row)
+
+    @property
+    def asks(self) -> bool:
+        """Whether each token is more than a number for this sequence."""
+        params = self.request.params
+        return bool(params.stop) or params.logprobs is not None or self.request.every_token
 
     @property
     def num_generated(self) -> int:
@@ -150,6 +201,18 @@ class Sequence:
         wanted = 0 if request.params.prompt_logprobs is None else len(request.prompt_token_ids) - 1
         return self.index == 0 and len(request.prompt_logprobs) < wanted
 
+    def start_running(self, table: SequenceTable, row: int) -> None:
+        """Hand tokens and numbers over to ``row``, which has them already."""
+        self.table, self.row = table, row
+
+    def stop_running(self) -> None:
+        """Take tokens and numbers back from the row, and give it up."""
+        assert self.table is not None
+        self._token_ids += self.table.take_recent(self.row)
+        self._num_pending = self.num_pending
+        self.table.remove(self.row)
+        self.table, self.row = None, -1
+
     @property
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end the answer."""
@@ -158,12 +221,13 @@ class Sequence:
 
     def page_names(self, page_size: int) -> list[bytes]:
         """Return a name for each full page, written or not: a chain of 128-bit hashes."""
+        token_ids = self.token_ids
         for begin in range(
-            len(self._page_names) * page_size, len(self.token_ids) - page_size + 1, page_size
+            len(self._page_names) * page_size, len(token_ids) - page_size + 1, page_size
         ):
             end = begin + page_size
             digest = blake2b(self._page_names[-1] if begin else b"", digest_size=16)
-            digest.update(array("q", self.token_ids[begin:end]))
+            digest.update(array("q", token_ids[begin:end]))
             for item in items_between(self.request.images, begin, end):
                 digest.update(item.tile.fingerprint + array("q", [item.begin - begin]).tobytes())
             self._page_names.append(digest.digest())
@@ -175,7 +239,10 @@ class Sequence:
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
         self.token_ids.append(token_id)
-        self.num_pending = max(0, self.num_pending - 1)
+        if self.table is None:
+            self._num_pending = max(0, self._num_pending - 1)
+        else:
+            self.table.append_one(self.row, token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if token_id in self.end_token_ids and self.num_generated >= params.min_tokens:
@@ -209,8 +276,7 @@ class Sequence:
             return
         begin = len(self.request.prompt_token_ids) + self._num_detokenized
         end = len(self.token_ids) - self._end_is_hidden
-        for token_id in self.token_ids[begin:end]:
-            self._text += self._detokenizer.add(token_id)
+        self._text += self._detokenizer.add_all(self.token_ids[begin:end])
         self._num_detokenized += max(0, end - begin)
         if self.finish_reason:
             self._text += self._detokenizer.flush()

@@ -396,8 +396,17 @@ def test_unusable_template_is_refused(source: Any, tmp_path: Path) -> None:
 
 
 def stream(kind: str, ids: list[int], skip: bool = True) -> list[str]:
-    detokenizer = Detokenizer(build(kind), skip_special_tokens=skip)
-    return [*(detokenizer.add(id) for id in ids), detokenizer.flush()]
+    """Add ``ids`` one by one; some at a time must give the same text."""
+    one, several = (Detokenizer(build(kind), skip_special_tokens=skip) for _ in range(2))
+    texts = [one.add(id) for id in ids]
+    begin, rng = 0, random.Random(len(ids))
+    while begin < len(ids):
+        end = rng.randint(begin + 1, len(ids))
+        assert several.add_all(ids[begin:end]) == "".join(texts[begin:end])
+        begin = end
+    texts.append(one.flush())
+    assert several.flush() == texts[-1]
+    return texts
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -429,6 +438,22 @@ def test_streamed_text_has_only_whole_characters(kind: str, text: str) -> None:
     assert "".join(pieces) == build(kind).decode(ids)
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_many_tokens_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build()
+    ids = tokenizer.encode("one word and another " * 50, add_bos=False)
+    calls, decode = [], tokenizer.decode
+
+    def count(*args: Any, **options: Any) -> str:
+        calls.append(args)
+        return decode(*args, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", count)
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.add_all(ids) + detokenizer.flush() == decode(ids)
+    assert len(calls) <= 4
+    assert len(ids) > 100
 
 
 def test_text_is_streamed_as_soon_as_it_is_complete() -> None:

@@ -48,7 +48,7 @@ def test_padding_changes_nothing(checkpoint: Path) -> None:
         )
         engine.add(llm.request_builder.build(prompt, SamplingParams(temperature=0.0, max_tokens=5)))
     engine.step()
-    packed = pack(engine.scheduler.schedule(), {}, runner.kv_cache.page_size, 1)
+    packed = pack(engine.scheduler.schedule(), runner.kv_cache.page_size, 1)
     assert packed.is_decode
     before = [[tensor.clone() for tensor in layer] for layer in layers]
     found = []

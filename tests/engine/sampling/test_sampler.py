@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from idefics2_engine.prompts.detokenizer import Detokenizer
+from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.sampler import Choice, Sampler
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request, Sequence
@@ -40,7 +41,7 @@ CONFIG_WORDS = [[IMAGE], [4, 5], [6, 6, 7], [60]]
 class NoText:
     """A fake detokenizer."""
 
-    def add(self, token_id: int) -> str:
+    def add_all(self, token_ids: list[int]) -> str:
         return ""
 
     def flush(self) -> str:
@@ -66,7 +67,7 @@ def make_sequence(
         bad_words_ids=[tuple(word) for word in words or ()],
     )
     sequence = Sequence(request, 0, frozenset({EOS}), cast(Detokenizer, NoText()))
-    sequence.token_ids += answer
+    sequence.token_ids.extend(answer)
     return sequence
 
 
@@ -276,10 +277,11 @@ def test_histories_follow_growing_answers() -> None:
 
 
 def test_deleted_sequences_are_not_kept() -> None:
-    sampler = make_sampler()
-    logits, sequences = random_batch(random.Random(0), 5)
-    sampler.sample(logits, sequences)
-    assert sampler.num_sequences == 5
+    sampler = make_sampler([[IMAGE], [60]])
+    logits, sequences = random_batch(random.Random(0), 5, repetition_penalty=1.1)
+    sequences.append(make_sequence([1], [6], SamplingParams()))
+    sampler.sample(torch.cat([logits, logits[:1]]), sequences)
+    assert sampler.num_sequences == 5, "nothing is kept of sequences without edits of their own"
     del sequences
     assert sampler.num_sequences == 0
 
@@ -506,7 +508,7 @@ def test_greedy_choice_and_its_logit_are_one_operation() -> None:
     logits = torch.randn(4, V)
     sequences = [make_sequence([1], [3], SamplingParams(temperature=0.0)) for _ in range(4)]
     with Operations() as operations:
-        make_sampler().draw(logits, sequences)
+        make_sampler().draw(logits, DrawBatch.of(sequences))
     over_all = [n for n in operations.names if "max" in n or "isnan" in n or "isfinite" in n]
     assert over_all == ["aten.max.dim"]
 
@@ -586,7 +588,7 @@ def test_number_of_operations_does_not_depend_on_the_number_of_rows() -> None:
     for size in (2, 40):
         sampler, sequences = make_sampler(), everything(size)
         with Operations() as operations:
-            sampler.draw(torch.randn(size, V), sequences)
+            sampler.draw(torch.randn(size, V), DrawBatch.of(sequences))
         counts.append(Counter(operations.names))
     # Joining lists on the host is not a launch, and its work grows with the number of lists
     assert counts[0] == counts[1]
@@ -595,7 +597,7 @@ def test_number_of_operations_does_not_depend_on_the_number_of_rows() -> None:
 def test_draw_reads_nothing_back() -> None:
     """A meta tensor has no values, so reading one fails."""
     sequences = everything(5)
-    drawn = make_sampler().draw(torch.randn(5, V, device="meta"), sequences)
+    drawn = make_sampler().draw(torch.randn(5, V, device="meta"), DrawBatch.of(sequences))
     assert drawn.token_ids.device.type == "meta"
     assert drawn.scores is not None
     assert drawn.scores.logprobs.shape == (5, 5)
@@ -631,7 +633,7 @@ def test_gpu_chooses_as_the_cpu_without_waiting(device: torch.device) -> None:
         warnings.simplefilter("ignore")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            drawn = again.draw(there, sequences)
+            drawn = again.draw(there, DrawBatch.of(sequences))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     for have, want in zip(drawn.choices(), wanted, strict=True):

@@ -6,22 +6,25 @@ would see. A page that is lost, shared too far, copied too late or freed too ear
 value.
 """
 
+import gc
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.strategies import booleans, integers, sampled_from
 
 from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
 from idefics2_engine.scheduling.placeholders import ImageItem, image_items, items_between
-from idefics2_engine.scheduling.scheduler import Scheduler, Step
+from idefics2_engine.scheduling.scheduler import Chunk, Scheduler, Step
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from letters import Letters
 
@@ -63,16 +66,41 @@ def make_scheduler(
     patches: int = 100,
     window: int | None = None,
     prefix_caching: bool = True,
+    admission: AdmissionPolicy = AT_ONCE,
 ) -> Scheduler:
     pages = PageAllocator(num_pages, page_size)
     encoder = EncoderCache(num_entries)
-    return Scheduler(pages, encoder, max_num_seqs, tokens, patches, window, prefix_caching)
+    return Scheduler(
+        pages, encoder, max_num_seqs, tokens, patches, window, prefix_caching, admission
+    )
+
+
+def chunks_of(step: Step) -> list[Chunk]:
+    """Return the work of ``step``, a chunk for each sequence that moves on as well."""
+    decodes = step.decodes
+    return [
+        *(
+            Chunk(sequence, position, position + 1, [token], True, range(0), [])
+            for sequence, position, token in zip(
+                decodes.sequences,
+                decodes.positions.tolist(),
+                decodes.token_ids.tolist(),
+                strict=True,
+            )
+        ),
+        *step.chunks,
+    ]
+
+
+def spans(step: Step) -> list[tuple[int, int, bool]]:
+    return [(chunk.begin, chunk.end, chunk.samples) for chunk in chunks_of(step)]
 
 
 class Machine:
     """A simulated model whose cache holds each token's inputs.
 
-    With ``ahead`` a step is planned before the tokens of the last one are known.
+    With ``ahead`` a step is planned before the tokens of the last one are known. Tokens, pending
+    tokens and computed tokens of each sequence are counted once more, without arrays.
     """
 
     def __init__(
@@ -87,8 +115,11 @@ class Machine:
         self.rng = rng
         self.end_rate = end_rate
         self.ahead = ahead
-        # Tokens that were drawn and are not reported yet
+        # Tokens that were drawn and are not reported yet, with the rows and their serial numbers
         self.drawn: list[tuple[Sequence, int]] = []
+        self.places: tuple[Any, Any] = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self.tokens: dict[Sequence, list[int]] = {}
+        self.num_quiet = 0
         self.size = scheduler.pages.page_size
         self.cache: list[object] = ["NaN"] * (scheduler.pages.num_pages * self.size)
         self.slots: list[object] = ["NaN"] * scheduler.encoder.num_entries
@@ -100,41 +131,68 @@ class Machine:
 
     def step(self) -> Step:
         scheduler = self.scheduler
+        preempted = scheduler.num_preemptions
         step = scheduler.schedule()
-        assert step.chunks or self.drawn, "work that never runs"
-        assert sum(c.end - c.begin for c in step.chunks) <= scheduler.max_num_batched_tokens
+        chunks = chunks_of(step)
+        # A sequence may wait for an image that a newer one held until it was preempted
+        is_blocked = scheduler.num_preemptions > preempted
+        assert chunks or self.drawn or is_blocked, "work that never runs"
+        assert len(chunks) == step.num_sequences
+        assert sum(c.end - c.begin for c in chunks) == step.num_tokens
+        assert step.num_tokens <= scheduler.max_num_batched_tokens
         patches = [tile.num_patches for tile, _ in step.encodes]
         assert len(patches) <= 1 or sum(patches) <= scheduler.max_patches
         assert len({slot for _, slot in step.encodes}) == len(patches)
         self._run(step)
         scheduler.computed(step)
-        drawn = []
-        for chunk in step.chunks:
-            assert chunk.sequence in scheduler.running
+        drawn: list[Sequence] = [*step.decodes.sequences]
+        for chunk in chunks:
+            assert chunk.sequence.table is scheduler.table
+            assert chunk.sequence.num_computed == chunk.end
             if chunk.sequence.request not in self.begun:
                 self.begun.append(chunk.sequence.request)
+        for chunk in step.chunks:
             if chunk.samples:
                 drawn += [chunk.sequence, *scheduler.fork(chunk.sequence)]
-        before = self.drawn
+        before = self.drawn, *self.places
+        table = scheduler.table
+        rows = np.array([sequence.row for sequence in drawn], np.int64)
         self.drawn = [(sequence, self._token()) for sequence in drawn]
-        for sequence in drawn:
-            sequence.num_pending += 1
-        self._tell(before)
+        self.places = rows, table.serials[rows]
+        table.drew(rows)
+        for sequence, place in zip(drawn, range(len(drawn)), strict=True):
+            assert table.drawn_row[sequence.row] == place
+        self._tell(*before)
         if not self.ahead:
-            self._tell(self.drawn)
-            self.drawn = []
+            self._tell(self.drawn, *self.places)
+            self.drawn, self.places = [], (rows[:0], rows[:0])
         scheduler.check_integrity()
+        for sequence in scheduler.running:
+            known = self.tokens.get(sequence, sequence.request.prompt_token_ids)
+            assert sequence.known_tokens() == known
+            assert sequence.num_pending == sum(one is sequence for one, _ in self.drawn)
         assert len(scheduler.running) <= scheduler.max_num_seqs
         return step
 
     def _token(self) -> int:
         return END if self.rng.random() < self.end_rate else self.rng.randrange(5, 9)
 
-    def _tell(self, drawn: list[tuple[Sequence, int]]) -> None:
-        for sequence, token in drawn:
-            # The sequence has neither ended nor been canceled since
+    def _tell(self, drawn: list[tuple[Sequence, int]], rows: Any, serials: Any) -> None:
+        # Sequences that have ended or were canceled since get no token
+        told = [(one, token) for one, token in drawn if one.num_pending]
+        for sequence, token in told:
+            known = self.tokens.setdefault(sequence, [*sequence.request.prompt_token_ids])
+            known.append(token)
+        tokens = np.array([token for _, token in drawn], np.int64)
+        usable = np.ones(len(drawn), np.bool_)
+        rest = self.scheduler.table.append(rows, serials, tokens, usable).tolist()
+        self.num_quiet += len(drawn) - len(rest)
+        for sequence, token in (drawn[place] for place in rest):
             if sequence.num_pending:
                 sequence.append(token)
+        for sequence, _ in told:
+            if sequence.finish_reason:
+                assert sequence.known_tokens() == self.tokens.pop(sequence)
         self.scheduler.finish(sequence for sequence, _ in drawn)
 
     def _run(self, step: Step) -> None:
@@ -146,14 +204,19 @@ class Machine:
             self.cache[target * self.size : (target + 1) * self.size] = self.cache[
                 source * self.size : (source + 1) * self.size
             ]
+        chunks = chunks_of(step)
         places = [
             self._place(chunk.sequence, position)
-            for chunk in step.chunks
+            for chunk in chunks
             for position in range(chunk.begin, chunk.end)
         ]
         assert len(set(places)) == len(places), "two tokens in one place"
-        for chunk in step.chunks:
+        for chunk in chunks:
             sequence = chunk.sequence
+            # A token that is being drawn is named by its place in the last draw
+            last = [-1 - place for place, (one, _) in enumerate(self.drawn) if one is sequence]
+            known = [*self.tokens.get(sequence, sequence.request.prompt_token_ids), *last]
+            assert chunk.token_ids == known[chunk.begin : chunk.end]
             wanted = list(items_between(sequence.request.images, chunk.begin, chunk.end))
             assert [item for item, _ in chunk.images] == wanted
             for item, slot in chunk.images:
@@ -161,7 +224,7 @@ class Machine:
             prefix = self._prefix(sequence)
             for position in range(chunk.begin, chunk.end):
                 self.cache[self._place(sequence, position)] = prefix[position]
-        for chunk in step.chunks:
+        for chunk in chunks:
             window = self.scheduler.window or chunk.end
             prefix = self._prefix(chunk.sequence)
             for position in range(max(0, chunk.begin - window + 1), chunk.end):
@@ -178,7 +241,10 @@ class Machine:
         pictures: dict[int, ImageItem] = {
             at: item for item in sequence.request.images for at in range(item.begin, item.end)
         }
-        tokens = [*sequence.token_ids, *(token for one, token in self.drawn if one is sequence)]
+        tokens = [
+            *sequence.known_tokens(),
+            *(token for one, token in self.drawn if one is sequence),
+        ]
         for at in range(len(known), len(tokens)):
             item = pictures.get(at)
             own = (item.tile.fingerprint, at - item.begin) if item else tokens[at]
@@ -214,7 +280,7 @@ def draw_request(rng: random.Random, longest: int) -> Request:
 def test_fuzz() -> None:
     """Run 20,000 steps of 50 machines of all sizes.
 
-    Every request ends, and requests start in order.
+    Every request ends. Requests start in order, unless they may be overtaken.
     """
     rng = random.Random(0)
     for _ in range(50):
@@ -227,7 +293,9 @@ def test_fuzz() -> None:
             patches=rng.choice([5, 30, 1000]),
             window=rng.choice([None, None, 3, 17]),
             prefix_caching=rng.random() < 0.8,
+            admission=rng.choice([AT_ONCE, AdmissionPolicy(2, 3, 1, 5)]),
         )
+        may_wait = rng.choice([0.0, 0.0, 0.5, 1.0])
         machine = Machine(scheduler, rng, rng.choice([0.05, 0.3]), ahead=rng.random() < 0.5)
         added: list[Request] = []
         order: list[Request] = []
@@ -236,6 +304,7 @@ def test_fuzz() -> None:
                 capacity = scheduler.pages.num_pages * scheduler.pages.page_size
                 added.append(draw_request(rng, min(60, capacity)))
                 order.append(added[-1])
+                added[-1].may_wait = rng.random() < may_wait
                 machine.add(added[-1])
             if rng.random() < 0.01 and added:
                 canceled = rng.choice(added)
@@ -247,7 +316,8 @@ def test_fuzz() -> None:
         while scheduler.has_work:
             machine.step()
         assert all(request.finished for request in added)
-        assert machine.begun == sorted(machine.begun, key=order.index), "first come, first served"
+        begun = [one for one in machine.begun if not may_wait or not one.may_wait]
+        assert begun == sorted(begun, key=order.index), "first come, first served"
         assert scheduler.pages.num_free == scheduler.pages.num_pages
 
 
@@ -309,10 +379,50 @@ def test_requests_are_admitted_in_order() -> None:
         machine.add(request)
     begun: list[Sequence] = []
     while scheduler.has_work:
-        for chunk in machine.step().chunks:
+        for chunk in chunks_of(machine.step()):
             if chunk.sequence not in begun:
                 begun.append(chunk.sequence)
     assert begun == [request.sequences[0] for request in requests]
+
+
+def test_sequences_join_together_while_others_decode() -> None:
+    """Three sequences that end one after the other are replaced in one step."""
+    scheduler = make_scheduler(60, 4, max_num_seqs=6, admission=AdmissionPolicy(3, 5, 3))
+    machine = Machine(scheduler, random.Random(0), end_rate=0)
+    lengths = [4, 5, 6, 30, 30, 30]
+    for length in [*lengths, 30, 30, 30]:
+        request = make_request([7, 7], length)
+        request.may_wait = True
+        machine.add(request)
+    joined = []
+    for step in range(8):
+        before = len(scheduler.waiting)
+        machine.step()
+        if len(scheduler.waiting) < before:
+            joined.append((step, before - len(scheduler.waiting)))
+    assert joined == [(0, 6), (6, 3)]
+
+
+def test_a_sequence_is_held_back_a_bounded_number_of_steps() -> None:
+    def steps_until(**changes: Any) -> int:
+        scheduler = make_scheduler(60, 4, max_num_seqs=6, admission=AdmissionPolicy(3, 5, 3))
+        machine = Machine(scheduler, random.Random(0), end_rate=0)
+        for _ in range(changes.get("running", 4)):
+            machine.add(make_request([7, 7], 30))
+        machine.step()
+        request = make_request([7, 7], 30)
+        request.may_wait = changes.get("may_wait", True)
+        machine.add(request)
+        steps = 0
+        while len(scheduler.waiting):
+            machine.step()
+            steps += 1
+        return steps
+
+    assert steps_until() == 6
+    # Few sequences run, or a caller waits for the first token
+    assert steps_until(running=2) == 1
+    assert steps_until(may_wait=False) == 1
 
 
 def test_decoding_and_chunks_share_a_step() -> None:
@@ -321,11 +431,11 @@ def test_decoding_and_chunks_share_a_step() -> None:
     machine.add(make_request([7] * 3, 9))
     machine.step()
     machine.add(make_request([6] * 20, 9))
-    spans = [[(c.begin, c.end, c.samples) for c in machine.step().chunks] for _ in range(4)]
-    assert spans[0] == [(3, 4, True), (0, 7, False)]
-    assert spans[1] == [(4, 5, True), (7, 14, False)]
-    assert spans[2] == [(5, 6, True), (14, 20, True)]
-    assert spans[3] == [(6, 7, True), (20, 21, True)]
+    assert spans(machine.step()) == [(3, 4, True), (0, 7, False)]
+    # The page after the fourth token is allocated by a chunk
+    assert spans(machine.step()) == [(4, 5, True), (7, 14, False)]
+    assert spans(machine.step()) == [(5, 6, True), (14, 20, True)]
+    assert sorted(spans(machine.step())) == [(6, 7, True), (20, 21, True)]
 
 
 def test_cached_prefix_is_not_recomputed() -> None:
@@ -358,7 +468,7 @@ def test_answers_share_the_prompt_and_copy_its_last_page() -> None:
     machine = Machine(scheduler, random.Random(0), end_rate=0)
     request = make_request([7] * 6, 4, n=3)
     machine.add(request)
-    assert len(machine.step().chunks) == 1
+    assert spans(machine.step()) == [(0, 6, True)]
     assert [s.pages for s in request.sequences] == [request.sequences[0].pages] * 3
     step = machine.step()
     shared = request.sequences[-1].pages
@@ -413,11 +523,52 @@ def test_patches_of_a_step_are_bounded() -> None:
     prompt = ([7] + [IMAGE] * LATENTS) * 3 + [7]
     # The images have 10, 20 and 40 patches
     machine.add(make_request(prompt, 1, (PICTURES[0], PICTURES[1], PICTURES[3])))
-    spans = []
+    done = []
     while scheduler.has_work:
         step = machine.step()
-        spans.append((step.chunks[0].begin, step.chunks[0].end, len(step.encodes)))
-    assert spans == [(0, 11, 2), (11, 16, 1)], "what alone exceeds the budget has a step of its own"
+        done.append((step.chunks[0].begin, step.chunks[0].end, len(step.encodes)))
+    assert done == [(0, 11, 2), (11, 16, 1)], "what alone exceeds the budget has a step of its own"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        "order",
+        "owners",
+        "serials",
+        "records",
+        "num_prompt",
+        "num_known",
+        "max_length",
+        "last_token",
+        "asks",
+        "end_tokens",
+        "pages",
+        "num_pages",
+        "num_computed",
+        "num_behind",
+        "room",
+    ],
+)
+def test_integrity_check_detects_a_wrong_column(column: str) -> None:
+    scheduler = make_scheduler(num_pages=20, window=6)
+    machine = Machine(scheduler, random.Random(0), end_rate=0)
+    for _ in range(2):
+        machine.add(make_request([7] * 9, 9))
+        machine.step()
+    scheduler.check_integrity()
+    array = getattr(scheduler.table, column)
+    row = 0 if column == "order" else scheduler.table.order[0]
+    if column == "records":
+        array[row]["temperature"] += 1
+    elif column in ("owners", "serials"):
+        array[row] = array[scheduler.table.order[1]]
+    elif column == "asks":
+        array[row] = True
+    else:
+        array[row] += 5
+    with pytest.raises((AssertionError, IndexError)):
+        scheduler.check_integrity()
 
 
 def test_integrity_check_finds_lost_and_duplicate_pages() -> None:
@@ -452,11 +603,14 @@ def count_calls(run: Callable[[], None]) -> int:
         nonlocal calls
         calls += event in ("call", "c_call")
 
+    # Hypothesis counts collections in a callback
+    gc.disable()
     sys.setprofile(count)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 
@@ -477,7 +631,7 @@ def test_work_of_a_step_does_not_depend_on_the_queue_length(
             for _ in range(20):
                 step = scheduler.schedule()
                 scheduler.computed(step)
-                drawn = [chunk.sequence for chunk in step.chunks if chunk.samples]
+                drawn = [chunk.sequence for chunk in chunks_of(step) if chunk.samples]
                 for sequence in drawn:
                     sequence.num_pending += 1
                     sequence.append(5)
