@@ -111,6 +111,7 @@ class LLM:
         kv_cache_tokens: int | None = None,
         gpu_memory_utilization: float = 0.9,
         enforce_eager: bool = False,
+        share_prefix_reads: bool = False,
         seed: int = 0,
         sampling_order: str = "vllm",
         image_policy: str = "parity",

@@ -121,6 +121,9 @@ class LLMOptions:
             use in all.
         enforce_eager: Whether to launch each kernel separately, without CUDA graphs. ``REFERENCE``
             is never captured. Other ``ops`` that copy values to the host need this.
+        share_prefix_reads: Whether decode steps read the keys of a prefix that several sequences
+            share once for all of them. It is faster for many questions about one long prefix. In 16
+            bit, the rounding of logits then depends on which sequences share.
         seed: Determines the seeds of requests that have none.
         sampling_order: ``"vllm"`` applies min-p before top-k and top-p. ``"hf"`` applies it after
             them, like transformers.
@@ -165,6 +168,7 @@ class LLMOptions:
     kv_cache_tokens: int | None = checked(OrNone(Whole(1, _MOST_KEPT)), None)
     gpu_memory_utilization: float = checked(Number(0.0, 1.0, above=True), 0.9)
     enforce_eager: bool = checked(flag, False)
+    share_prefix_reads: bool = checked(flag, False)
     seed: int = checked(Whole(-(2**63), 2**63 - 1), 0)
     sampling_order: str = checked(OneOf("vllm", "hf"), "vllm")
     image_policy: str = checked(OneOf(*ImagePolicy), "parity")
@@ -259,6 +263,7 @@ def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device
         max_num_batched_tokens=options.max_num_batched_tokens,
         prefix_caching=options.enable_prefix_caching,
         cuda_graphs=has_cuda and not options.enforce_eager and not on_reference,
+        share_prefix_reads=options.share_prefix_reads,
         run_ahead=has_cuda,
     )
 

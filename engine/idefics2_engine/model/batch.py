@@ -96,11 +96,13 @@ class PagedView(_Movable):
         slots: page * page size + offset of each new token.
         block_table: Pages of each sequence.
         context_lens: Keys of each sequence, this step's included.
+        shared_prefixes: Prefixes that decoding sequences share, for ``Ops.paged_attention``.
     """
 
     slots: Tensor  # (T,) int32 or int64
     block_table: Tensor  # (B, W) int32
     context_lens: Tensor  # (B,) int32
+    shared_prefixes: Tensor | None = None  # (B, 6) int32
 
 
 @dataclass(frozen=True)

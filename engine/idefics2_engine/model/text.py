@@ -52,6 +52,7 @@ class TextAttention(nn.Module):
                 batch.cu_seqlens,
                 batch.max_seqlen,
                 window=self.window,
+                shared_prefixes=paged.shared_prefixes,
             )
         projected: Tensor = self.o_proj(out.flatten(1))
         return projected

@@ -10,8 +10,11 @@ from torch import Tensor
 from idefics2_engine.model.batch import PagedView, TextBatch
 from idefics2_engine.scheduling.page_allocator import NO_PAGE
 from idefics2_engine.scheduling.scheduler import Chunk, Step
+from idefics2_engine.scheduling.shared_prefixes import COLUMNS
 
 Ints = npt.NDArray[np.int32]
+SAMPLED = 6
+"""Place of ``PackedStep.sampled`` in ``PackedStep.arrays``."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class PackedStep:
         scored: Prompt tokens whose logits score the following token.
         feature_rows: (T,) row of the encoder cache for an image token, -1 for other tokens. Empty
             if no chunk has an image.
+        shared_prefixes: (B, 6) prefixes that decoding sequences share, as ``Ops.paged_attention``
+            takes them. Empty if they are not looked for.
         max_seqlen: Tokens of the longest chunk.
         is_decode: Whether every chunk is one text token that draws the next one.
     """
@@ -43,6 +48,7 @@ class PackedStep:
     sampled: Ints
     scored: Ints
     feature_rows: Ints
+    shared_prefixes: Ints
     max_seqlen: int
     is_decode: bool
 
@@ -57,6 +63,7 @@ class PackedStep:
             self.block_table.ravel(),
             self.sampled,
             self.feature_rows,
+            self.shared_prefixes.ravel(),
         ]
 
 
@@ -70,6 +77,7 @@ class StepShape:
         width: Pages of a sequence.
         rows: Tokens that sample. 0 if every token does.
         has_images: Whether tokens may be image tokens.
+        has_shared: Whether sequences may share prefixes.
     """
 
     tokens: int
@@ -77,6 +85,7 @@ class StepShape:
     width: int
     rows: int = 0
     has_images: bool = False
+    has_shared: bool = False
 
 
 def pack(step: Step, page_size: int, num_latents: int) -> PackedStep:
@@ -116,6 +125,7 @@ def pack(step: Step, page_size: int, num_latents: int) -> PackedStep:
         sampled=np.concatenate([np.arange(num_decodes, dtype=np.int32), ends[samples] - 1]),
         scored=_scored(chunks, firsts),
         feature_rows=_feature_rows(chunks, firsts, len(owners), num_latents),
+        shared_prefixes=_NO_TABLE,
         max_seqlen=int(lengths.max()),
         is_decode=all(
             chunk.samples and chunk.end - chunk.begin == 1 and not chunk.scores and not chunk.images
@@ -125,16 +135,18 @@ def pack(step: Step, page_size: int, num_latents: int) -> PackedStep:
 
 
 _NONE = np.zeros(0, np.int32)
+_NO_TABLE = _NONE.reshape(0, 0)
 NOTHING = PackedStep(
     input_ids=_NONE,
     positions=_NONE,
     slots=_NONE,
     cu_seqlens=np.zeros(1, np.int32),
     context_lens=_NONE,
-    block_table=_NONE.reshape(0, 0),
+    block_table=_NO_TABLE,
     sampled=_NONE,
     scored=_NONE,
     feature_rows=_NONE,
+    shared_prefixes=_NO_TABLE,
     max_seqlen=1,
     is_decode=True,
 )
@@ -150,6 +162,10 @@ def padded(packed: PackedStep, shape: StepShape) -> PackedStep:
     count, sequences = len(packed.input_ids), len(packed.context_lens)
     table = np.zeros((shape.sequences, shape.width), np.int32)
     table[:sequences, : packed.block_table.shape[1]] = packed.block_table
+    shared = _NO_TABLE
+    if shape.has_shared:
+        shared = np.zeros((shape.sequences, COLUMNS), np.int32)
+        shared[: len(packed.shared_prefixes)] = packed.shared_prefixes
     return replace(
         packed,
         input_ids=_filled(packed.input_ids, shape.tokens, 0),
@@ -162,6 +178,7 @@ def padded(packed: PackedStep, shape: StepShape) -> PackedStep:
         feature_rows=(
             _filled(packed.feature_rows, shape.tokens, -1) if shape.has_images else _NONE
         ),
+        shared_prefixes=shared,
     )
 
 
@@ -185,7 +202,7 @@ def text_batch(copies: list[Tensor], input_ids: Tensor, packed: PackedStep) -> T
         input_ids: (T,) resolved token ids.
         packed: The step on the host.
     """
-    _, positions, slots, cu_seqlens, context_lens, block_table, _, feature_rows = copies
+    _, positions, slots, cu_seqlens, context_lens, block_table, _, feature_rows, shared = copies
     return TextBatch(
         input_ids=input_ids,
         positions=positions,
@@ -195,6 +212,7 @@ def text_batch(copies: list[Tensor], input_ids: Tensor, packed: PackedStep) -> T
             slots=slots,
             block_table=block_table.view(packed.block_table.shape),
             context_lens=context_lens,
+            shared_prefixes=shared.view(-1, COLUMNS) if len(shared) else None,
         ),
         feature_rows=feature_rows if len(feature_rows) else None,
     )

@@ -1,5 +1,7 @@
 """The forward pass of a step on the device."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,9 +13,16 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.cuda_graphs import GraphPool
 from idefics2_engine.runtime.image_graphs import ImageGraphs
-from idefics2_engine.runtime.input_batch import PackedStep, pack, resolve_pending_tokens, text_batch
+from idefics2_engine.runtime.input_batch import (
+    SAMPLED,
+    PackedStep,
+    pack,
+    resolve_pending_tokens,
+    text_batch,
+)
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.pixel_upload import PixelUploader
+from idefics2_engine.runtime.shared_prefix_tables import SharedPrefixTables
 from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.runtime.warm_up import warm_up_model
 from idefics2_engine.scheduling.scheduler import Step
@@ -44,6 +53,9 @@ class Runner:
         self._uploader = PixelUploader(model.device)
         if model.device.type == "cuda":
             warm_up_model(model, kv_cache)
+        self._shared_prefixes: SharedPrefixTables | None = None
+        if config.share_prefix_reads:
+            self._shared_prefixes = SharedPrefixTables(model.config.text, config.page_size)
         self._text_graphs: TextGraphs | None = None
         self._image_graphs: ImageGraphs | None = None
         if config.cuda_graphs:
@@ -59,6 +71,7 @@ class Runner:
                 -(-config.max_model_len // config.page_size),
                 config.max_num_batched_tokens,
                 pool,
+                self._shared_prefixes,
             )
             pool.finish()
 
@@ -76,6 +89,9 @@ class Runner:
         if step.copies:
             self.kv_cache.copy(step.copies)
         packed = pack(step, self.kv_cache.page_size, self.image_features.shape[1])
+        shared = self._shared_prefixes
+        if packed.is_decode and shared is not None and shared.can_share(len(packed.context_lens)):
+            packed = replace(packed, shared_prefixes=shared.find(packed))
         graphs = self._text_graphs
         if graphs is not None and graphs.can_run(packed):
             logits, hidden = graphs.run(packed), graphs.hidden
@@ -96,7 +112,7 @@ class Runner:
     def _forward(self, packed: PackedStep) -> tuple[Tensor, Tensor]:
         """Return the logits of the tokens that sample, and the hidden states of all tokens."""
         copies = to_device(packed.arrays(), self.model.device)
-        input_ids, sampled = copies[0], copies[-2]
+        input_ids, sampled = copies[0], copies[SAMPLED]
         if (packed.input_ids < 0).any():
             input_ids = resolve_pending_tokens(input_ids, self._last_tokens)
         batch = text_batch(copies, input_ids, packed)

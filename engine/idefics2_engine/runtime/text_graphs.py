@@ -16,6 +16,7 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.cuda_graphs import GraphPool, next_size, sizes_up_to
 from idefics2_engine.runtime.input_batch import (
     NOTHING,
+    SAMPLED,
     PackedStep,
     StepShape,
     padded,
@@ -23,6 +24,7 @@ from idefics2_engine.runtime.input_batch import (
     text_batch,
 )
 from idefics2_engine.runtime.kv_cache import KVCache
+from idefics2_engine.runtime.shared_prefix_tables import SharedPrefixTables
 
 MAX_SEQUENCES = 512
 """Most sequences of a graph."""
@@ -45,6 +47,7 @@ class TextGraphs:
         max_pages: Most pages of a sequence.
         max_tokens: Most tokens of a step.
         pool: Captures the graphs.
+        shared_prefixes: Says which decode steps have a table of shared prefixes. ``None`` if none.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class TextGraphs:
         max_pages: int,
         max_tokens: int,
         pool: GraphPool,
+        shared_prefixes: SharedPrefixTables | None,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
@@ -68,7 +72,15 @@ class TextGraphs:
             StepShape(tokens, sequences, max_pages, min(sequences, tokens), has_images=True)
             for tokens in self.token_sizes
         ]
-        shapes += [StepShape(size, size, max_pages) for size in self.decode_sizes]
+        shapes += [
+            StepShape(
+                size,
+                size,
+                max_pages,
+                has_shared=shared_prefixes is not None and shared_prefixes.can_share(size),
+            )
+            for size in self.decode_sizes
+        ]
         self._shapes = {(shape.tokens, shape.has_images): shape for shape in shapes}
         text = model.config.text
 
@@ -128,7 +140,7 @@ class TextGraphs:
             hidden = model.hidden_states(batch, features, self.kv_cache.layers)
             if shape.has_images:
                 self.hidden[: shape.tokens] = hidden
-                hidden = hidden[copies[-2]]
+                hidden = hidden[copies[SAMPLED]]
             logits = model.logits(hidden)
             self._logits[: len(logits), : logits.shape[1]] = logits
 

@@ -102,9 +102,9 @@ def test_the_threshold_is_the_first_that_shares() -> None:
 
 
 def test_the_page_of_the_new_token_is_not_shared() -> None:
-    tables = tables_of((8, 5), own=0)
-    assert (find(tables)[:, 0] == 4).all()
-    assert (find(tables, np.full(8, 5 * P + 1, np.int32))[:, 0] == 5).all()
+    tables = tables_of((8, 9), own=0)
+    assert (find(tables)[:, 0] == 8).all()
+    assert (find(tables, np.full(8, 9 * P + 1, np.int32))[:, 0] == 9).all()
 
 
 def test_a_sequence_in_its_prefix_does_not_divide_the_group() -> None:
@@ -117,22 +117,22 @@ def test_a_sequence_in_its_prefix_does_not_divide_the_group() -> None:
 
 
 def test_sequences_past_their_window_are_alone() -> None:
-    tables = tables_of((9, 5))
-    lens = np.full(9, 5 * P + 9, np.int32)
-    lens[2] = 400
-    found = find(tables, lens, window=350)
-    assert found[:, 0].tolist() == [5, 5, 0, 5, 5, 5, 5, 5, 5]
+    tables = tables_of((9, 9))
+    lens = np.full(9, 9 * P + 9, np.int32)
+    lens[2] = 700
+    found = find(tables, lens, window=600)
+    assert found[:, 0].tolist() == [9, 9, 0, 9, 9, 9, 9, 9, 9]
 
 
 def test_the_longer_prefixes_of_large_groups_win() -> None:
-    """Eight answers share 30 pages, all 64 share four of them."""
-    tables = np.concatenate([tables_of((8, 26)) + 1000 * i for i in range(8)])
-    tables = np.concatenate([np.tile(np.arange(1, 5, dtype=np.int32), (64, 1)), tables], 1)
+    """Eight answers share 30 pages, all 64 share eight of them."""
+    tables = np.concatenate([tables_of((8, 22)) + 1000 * i for i in range(8)])
+    tables = np.concatenate([np.tile(np.arange(1, 9, dtype=np.int32), (64, 1)), tables], 1)
     assert (find(tables)[:, 0] == 30).all()
-    # Six groups of four sequences save 6 * 3 * 5 pages, all together 23 * 4.
+    # Six groups of four sequences save 6 * 3 * 9 pages, all together 23 * 8.
     tables = np.concatenate([tables_of((4, 1)) + 1000 * i for i in range(6)])
-    tables = np.concatenate([np.tile(np.arange(1, 5, dtype=np.int32), (24, 1)), tables], 1)
-    assert (find(tables)[:, 0] == 4).all()
+    tables = np.concatenate([np.tile(np.arange(1, 9, dtype=np.int32), (24, 1)), tables], 1)
+    assert (find(tables)[:, 0] == 8).all()
 
 
 def test_random_trees_keep_the_contract_and_save_most() -> None:
@@ -188,7 +188,7 @@ def test_a_batch_with_a_table_is_not_split_without_one(num_kv_heads: int) -> Non
 
 
 def test_members_of_an_item_are_divided_evenly() -> None:
-    found = find(tables_of((17, 6)))
+    found = find(tables_of((17, 12)))
     sizes = sorted({int(end - begin) for begin, end in found[:, 3:5] if end > begin})
     assert all(b - a <= 1 for a, b in pairwise(sizes))
     assert max(sizes) == 9
