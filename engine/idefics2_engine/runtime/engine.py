@@ -21,6 +21,7 @@ from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
+from idefics2_engine.runtime.step_clock import StepClock
 from idefics2_engine.runtime.warm_up import warm_up_sampling
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
@@ -78,6 +79,7 @@ class Engine:
         )
         self.runner = Runner(model, kv_cache, image_config, config)
         self.stats = EngineStats()
+        self.clock = StepClock(self.stats, model.device)
         self.sampler = Sampler(
             model.ops,
             generation.bad_words_ids,
@@ -99,6 +101,7 @@ class Engine:
             detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens)
             sequence = Sequence(request, index, self.generation.eos_token_ids, detokenizer)
             request.sequences.append(sequence)
+        self.stats.prepare_seconds += request.prepare_seconds
         # The other sequences are forked after the first one has computed the prompt
         self.scheduler.add(request.sequences[0])
 
@@ -134,6 +137,7 @@ class Engine:
             BaseException: An interrupt or an internal error. The engine has been ``reset``, because
                 the interrupted step may have left it inconsistent.
         """
+        self.clock.lap("output")
         try:
             self._step()
         except BaseException:
@@ -150,13 +154,17 @@ class Engine:
         if self.scheduler.has_work:
             step = self.scheduler.schedule()
             requests = {chunk.sequence.request for chunk in step.chunks}
+            self.clock.lap("plan", step.kind)
             try:
                 if step.chunks:
+                    self.clock.begin_launches(step.kind)
                     self._flight = self._launch(step, requests, before)
+                    self.clock.end_launches()
             except Exception as error:
                 self._land(before)
                 self._recover(requests, error)
                 return
+            self.clock.lap("launch")
         self._land(before)
         if not self.config.run_ahead:
             landing, self._flight = self._flight, None
@@ -199,7 +207,12 @@ class Engine:
         """Wait for a step and append its tokens to the sequences that are still unfinished."""
         if flight is None:
             return
+        kind = flight.step.kind
         try:
+            if flight.drawn is not None:
+                flight.drawn.wait()
+            self.clock.lap("wait", kind)
+            self.clock.collect()
             choices = [] if flight.drawn is None else flight.drawn.choices()
         except Exception as error:
             for lost in (flight, self._flight):
@@ -232,6 +245,7 @@ class Engine:
             self._warn_of_length(got)
         self._clear(flight.requests)
         self._count(flight.step, len(got))
+        self.clock.lap("land", kind)
 
     def _warn_of_length(self, sequences: list[Sequence]) -> None:
         """Log a warning, once, if an answer was cut off by the default of ``max_tokens``."""
@@ -293,11 +307,15 @@ class Engine:
 
     def _count(self, step: Step, num_drawn: int) -> None:
         stats, pages = self.stats, self.scheduler.pages
-        stats.steps += 1
-        stats.computed_tokens += sum(chunk.end - chunk.begin for chunk in step.chunks)
+        stats.decode_steps += step.kind == "decode"
+        stats.text_steps += step.kind == "text"
+        stats.image_steps += step.kind == "image"
+        stats.computed_tokens += step.num_tokens
+        stats.cached_tokens += step.cached_tokens
         stats.generated_tokens += num_drawn
         stats.encoded_tiles += len(step.encodes)
         stats.encoded_patches += sum(tile.num_patches for tile, _ in step.encodes)
+        stats.cached_tiles += step.cached_tiles
         stats.cache_usage = 1 - pages.num_free / pages.num_pages
 
     def cancel(self, request: Request) -> None:

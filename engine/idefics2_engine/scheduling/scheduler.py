@@ -13,12 +13,17 @@ A step may be planned while tokens of the previous step are still being drawn
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
 from idefics2_engine.scheduling.placeholders import ImageItem, items_between
 from idefics2_engine.scheduling.sequence import Sequence
+
+StepKind = Literal["decode", "text", "image"]
+"""An image step encodes tiles, a decode step computes one token of each sequence."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,27 @@ class Step:
         chunks: Tokens to compute.
         encodes: Tiles to encode, and their encoder cache entries.
         copies: Pages to copy, each (from, to).
+        cached_tokens: Tokens that the prefix cache had of the sequences admitted in this step.
+        cached_tiles: Tiles that the encoder cache had when their first token was planned.
     """
 
     chunks: list[Chunk]
     encodes: list[tuple[Tile, int]]
     copies: list[tuple[int, int]]
+    cached_tokens: int = 0
+    cached_tiles: int = 0
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return sum(chunk.end - chunk.begin for chunk in self.chunks)
+
+    @cached_property
+    def kind(self) -> StepKind:
+        """Say what the step does: encode tiles, else decode one token a chunk, else compute text."""
+        if self.encodes:
+            return "image"
+        return "decode" if self.num_tokens == len(self.chunks) else "text"
 
 
 class Scheduler:
@@ -115,7 +136,7 @@ class Scheduler:
         preempted = self._go_on(plan)
         if not preempted:
             self._admit(plan)
-        return Step(plan.chunks, plan.encodes, plan.copies)
+        return Step(plan.chunks, plan.encodes, plan.copies, plan.cached_tokens, plan.cached_tiles)
 
     def computed(self, step: Step) -> None:
         """Mark ``step`` as computed: name full pages and release unneeded pages and images."""
@@ -257,6 +278,7 @@ class Scheduler:
             if end == begin or wanted > spare:
                 return
             self.pages.share(cached)
+            plan.cached_tokens += begin
             sequence.pages = cached
             sequence.num_computed, sequence.num_named = begin, len(cached)
             if sequence.request.num_cached_tokens is None:
@@ -320,6 +342,8 @@ class Scheduler:
             if is_new:
                 plan.patches -= item.tile.num_patches
                 plan.encodes.append((item.tile, self.encoder.entry(content)))
+            else:
+                plan.cached_tiles += 1
         images = [(item, self.encoder.entry(item.tile.fingerprint)) for item in items]
         plan.tokens -= end - begin
         samples, scores = end == sequence.length, range(0)
@@ -383,3 +407,5 @@ class _Plan:
         self.chunks: list[Chunk] = []
         self.encodes: list[tuple[Tile, int]] = []
         self.copies: list[tuple[int, int]] = []
+        self.cached_tokens = 0
+        self.cached_tiles = 0

@@ -34,6 +34,7 @@ class Request:
         bad_words_ids: Token ids of ``params.bad_words``.
         prompt_logprobs: Log probabilities of prompt tokens, from the second token.
         arrival_time: Time of ``time.monotonic``, in seconds.
+        prepare_seconds: Time in which a thread of ``LLM.iterate`` prepared the request.
         sequences: The answers.
         num_started: Sequences that have been queued or forked.
         num_cached_tokens: Prompt tokens found in the cache at first admission.
@@ -50,6 +51,7 @@ class Request:
     bad_words_ids: Items[tuple[int, ...]] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time: float = field(default_factory=time.monotonic)
+    prepare_seconds: float = 0.0
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0
     num_cached_tokens: int | None = None
