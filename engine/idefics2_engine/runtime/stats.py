@@ -22,7 +22,8 @@ class EngineStats:
         cached_tokens: Tokens that the prefix cache had when a sequence was admitted.
         encoded_tiles: Tiles that were encoded. Hits of the encoder cache do not count.
         encoded_patches: Patches of these tiles.
-        cached_tiles: Tiles that the encoder cache had when they were needed.
+        cached_tiles: Tiles that the encoder cache had when they were needed, and tiles whose tokens
+            are among ``cached_tokens``.
         padded_tokens: Tokens of padding that text and image steps computed.
         padded_patches: Patches of padding that image steps computed.
         cache_usage: Share of the KV cache's pages in use after the last step.

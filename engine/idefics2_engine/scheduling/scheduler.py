@@ -56,7 +56,8 @@ class Step:
         encodes: Tiles to encode, and their encoder cache entries.
         copies: Pages to copy, each (from, to).
         cached_tokens: Tokens that the prefix cache had of the sequences admitted in this step.
-        cached_tiles: Tiles that the encoder cache had when their first token was planned.
+        cached_tiles: Tiles of this step's chunks that the encoder cache had, and tiles whose tokens
+            are among ``cached_tokens``.
     """
 
     chunks: list[Chunk]
@@ -279,6 +280,7 @@ class Scheduler:
                 return
             self.pages.share(cached)
             plan.cached_tokens += begin
+            plan.cached_tiles += sum(item.end <= begin for item in sequence.request.images)
             sequence.pages = cached
             sequence.num_computed, sequence.num_named = begin, len(cached)
             if sequence.request.num_cached_tokens is None:

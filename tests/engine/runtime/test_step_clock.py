@@ -178,7 +178,7 @@ def test_stats_count_steps_by_kind_and_hits(llm: LLM) -> None:
 
 @pytest.mark.gpu
 def test_device_seconds_on_a_gpu(checkpoint: Any) -> None:
-    llm = LLM(checkpoint, device="cuda", kv_cache_tokens=4096, **SETTINGS)
+    llm = LLM(checkpoint, device="cuda", kv_cache_tokens=4096, max_model_len=200)
     params = SamplingParams(max_tokens=64, min_tokens=64)
     llm.generate("warm", params)
     torch.cuda.synchronize()
