@@ -228,6 +228,8 @@ class EngineCalls:
                 kv_cache_tokens=case.batch * pages * PAGE_SIZE,
                 # All prompts fit in one step
                 max_num_batched_tokens=case.batch * case.length,
+                # No image is encoded, so the fewest graphs are captured for images
+                max_patches=1,
                 max_cached_images=1,
                 prefix_caching=False,
                 cuda_graphs=llm.engine_config.cuda_graphs,

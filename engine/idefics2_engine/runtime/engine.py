@@ -316,6 +316,8 @@ class Engine:
         stats.encoded_tiles += len(step.encodes)
         stats.encoded_patches += sum(tile.num_patches for tile, _ in step.encodes)
         stats.cached_tiles += step.cached_tiles
+        stats.padded_tokens = self.runner.num_padded_tokens
+        stats.padded_patches = self.runner.num_padded_patches
         stats.cache_usage = 1 - pages.num_free / pages.num_pages
 
     def cancel(self, request: Request) -> None:

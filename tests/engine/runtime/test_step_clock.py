@@ -1,16 +1,21 @@
 """Where the engine's time goes: parts that add up, and events that nothing waits for."""
 
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
 
+from graph_stand_in import PADDED_REFERENCE, StandInPool
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.runtime import step_clock
+from idefics2_engine.runtime.engine import Engine
+from idefics2_engine.runtime.image_graphs import patch_sizes
 from idefics2_engine.runtime.stats import EngineStats
 from idefics2_engine.runtime.step_clock import StepClock
+from idefics2_engine.runtime.text_graphs import token_sizes
 from oracle import random_image
 
 SETTINGS = {"max_model_len": 200, "max_num_seqs": 4}
@@ -176,8 +181,34 @@ def test_stats_count_steps_by_kind_and_hits(llm: LLM) -> None:
     assert after.device_seconds == 0
 
 
+def test_padding_is_counted_apart_from_decode_steps(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("idefics2_engine.runtime.model_runner.GraphPool", StandInPool)
+    llm = LLM(checkpoint, device="cpu", ops=PADDED_REFERENCE, max_model_len=200)
+    engine = Engine(
+        llm.model,
+        llm.engine.tokenizer,
+        llm.processor.image_config,
+        llm.engine.generation,
+        replace(llm.engine_config, cuda_graphs=True),
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    image = random_image(60, 90, seed=0)
+    for prompt in (llm.processor.prompt("the chicken"), llm.processor.prompt("<image>", [image])):
+        engine.add(llm.request_builder.build(prompt, params))
+        while engine.has_work:
+            engine.step()
+    stats = engine.stats
+    prompts = stats.computed_tokens - 3 * 2
+    assert (stats.text_steps, stats.image_steps) == (1, 1)
+    # The smallest graphs, of the text model and of the vision tower
+    assert stats.padded_tokens == 2 * token_sizes(8192)[0] - prompts
+    assert stats.padded_patches == patch_sizes(1)[0] - stats.encoded_patches
+
+
 @pytest.mark.gpu
-def test_device_seconds_on_a_gpu(checkpoint: Any) -> None:
+def test_device_seconds_on_a_gpu(checkpoint: Path) -> None:
     llm = LLM(checkpoint, device="cuda", kv_cache_tokens=4096, max_model_len=200)
     params = SamplingParams(max_tokens=64, min_tokens=64)
     llm.generate("warm", params)
