@@ -21,13 +21,17 @@ def time_figures(before: EngineStats, after: EngineStats, wall: float) -> Row:
     """
     then = asdict(before)
     done = {name: value - then[name] for name, value in asdict(after).items()}
-    device = {kind: done[f"{kind}_device_seconds"] for kind in KINDS}
+
+    def by_kind(field: str) -> Row:
+        return {kind: done[f"{kind}_{field}"] for kind in KINDS}
+
+    device = by_kind("device_seconds")
     return {
         "device_seconds": {**device, "idle": wall - sum(device.values())},
         "thread_seconds": {part: done[f"{part}_seconds"] for part in PARTS},
-        "thread_cpu_seconds": {kind: done[f"{kind}_cpu_seconds"] for kind in KINDS},
+        "thread_cpu_seconds": by_kind("cpu_seconds"),
         "prepare_seconds": done["prepare_seconds"],
-        "steps": {kind: done[f"{kind}_steps"] for kind in KINDS},
+        "steps": by_kind("steps"),
         **{
             name: done[name]
             for name in (

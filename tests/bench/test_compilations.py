@@ -8,7 +8,7 @@ import torch
 from idefics2_bench.compilations import counted_compilations
 
 
-def test_what_triton_compiles_is_counted() -> None:
+def test_compiled_kernels_are_counted() -> None:
     knobs = pytest.importorskip("triton").knobs
     seen = []
 
@@ -35,7 +35,7 @@ def test_what_triton_compiles_is_counted() -> None:
     assert (counts.kernels, seen) == (1, ["c"])
 
 
-def test_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     captured = []
     monkeypatch.setattr(
         torch.cuda.CUDAGraph, "capture_begin", lambda *arguments: captured.append(arguments)
@@ -49,7 +49,7 @@ def test_graphs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_a_kernel_and_a_graph_are_counted_once() -> None:
+def test_kernels_and_graphs_are_counted_once_on_a_gpu() -> None:
     import triton
     import triton.language as tl
 

@@ -43,7 +43,7 @@ def test_rates_are_fitted_to_rows() -> None:
     )
 
 
-def test_one_kind_of_image_gives_a_rate_of_patches_alone() -> None:
+def test_one_kind_of_image_gives_patches_alone_a_rate() -> None:
     rates = Rates.from_rows(ROWS[1:], 14)
     patches = 16 * 27 * 36
     assert rates.patch == pytest.approx(ROWS[1]["ms"] / 1e3 / patches)
@@ -62,14 +62,14 @@ def test_rates_need_a_row_of_each_kind(kernel: str) -> None:
         Rates.from_rows(rows, 14)
 
 
-def test_steps_between_and_beyond_the_rows() -> None:
+def test_steps_are_interpolated_and_extrapolated() -> None:
     rates = Rates.from_rows(ROWS, 14)
     seconds = [rates.step(batch) for batch in (1, 32, 80, 128, 256)]
     assert seconds == pytest.approx([0.004, 0.005, 0.0065, 0.008, 0.012])
     assert Rates(0, 0, 0, {32: 0.005}).step(100) == 0.005
 
 
-def test_an_ideal_schedule_keeps_the_sequences_busy() -> None:
+def test_ideal_schedule_keeps_sequences_busy() -> None:
     # The first token of an answer is part of its prompt
     assert step_counts([5, 5, 3, 3], 4) == {4: 2, 2: 2}
     # With two at once: 5 and 5, then 3 and 3
@@ -81,7 +81,7 @@ def test_an_ideal_schedule_keeps_the_sequences_busy() -> None:
     assert max(counts) == 32
 
 
-def test_bound_of_useful_work() -> None:
+def test_bound_is_the_sum_of_useful_work() -> None:
     rates = Rates.from_rows(ROWS, 14)
     work = Work(tiles=[1000, 2000], prompt_tokens=4096, answers=[9, 9], sequences=1)
     seconds = bound_seconds(work, rates)
@@ -92,7 +92,7 @@ def test_bound_of_useful_work() -> None:
     assert bound_seconds(Work([], 0, [], 1), rates) == {"images": 0, "prompts": 0, "decode": 0}
 
 
-def test_a_slower_host_delays_steps_that_it_would_bound() -> None:
+def test_slower_host_delays_only_steps_that_it_bounds() -> None:
     device = {"decode": 4.0, "text": 1.0, "image": 10.0}
     cpu = {"decode": 1.0, "text": 2.0, "image": 8.0}
     # Decode steps stay bound by the device, text steps were bound by the host before

@@ -32,7 +32,9 @@ def _no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "loop_seconds", lambda: 0.5)
 
 
-def test_offline(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_offline_rows_beside_transformers(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--requests", "4", "--shrink", "8", "--peer-batch", "3", "--rounds", "3"]
     about, rows = bench(tmp_path / "out.json", "offline", "--model", str(tiny), *options)
     assert [row["impl"] for row in rows] == [
@@ -90,7 +92,7 @@ def test_offline(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "engine's thread, s: plan" in printed
 
 
-def test_the_seconds_of_a_job_add_up(tiny: Path) -> None:
+def test_seconds_of_a_job_add_up(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", split_images=False)
     case = offline.Case("mixed", 3, 16, llm.processor)
     begin = time.perf_counter()
@@ -105,7 +107,7 @@ def test_the_seconds_of_a_job_add_up(tiny: Path) -> None:
     assert row["prepare_seconds"] > 0
 
 
-def test_several_workloads_and_rates_of_a_file(tiny: Path, tmp_path: Path) -> None:
+def test_several_workloads_run_with_rates_of_a_file(tiny: Path, tmp_path: Path) -> None:
     rates = [
         {"kernel": "image", "case": "image-112-b1", "impl": "triton", "ms": 2.0},
         {
@@ -151,7 +153,7 @@ def test_several_workloads_and_rates_of_a_file(tiny: Path, tmp_path: Path) -> No
     assert split["device_bound"]["seconds"]["decode"] == pytest.approx(14e-3)
 
 
-def test_the_engine_splits_again_as_before(tiny: Path) -> None:
+def test_splitting_is_restored_after_a_workload(tiny: Path) -> None:
     llm = LLM(tiny, device="cpu", split_images=False)
     before = llm.request_builder, llm.processor
     case = offline.Case("split", 1, 64, WORKLOADS["split"].processor(llm.processor))
@@ -159,7 +161,9 @@ def test_the_engine_splits_again_as_before(tiny: Path) -> None:
     assert (llm.request_builder, llm.processor) == before
 
 
-def test_compiled_decoding_of_the_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_decoding_gives_the_tokens_of_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compile_with(monkeypatch, "eager")
     # The requests are longer than the window
     write_checkpoint(tmp_path, window=20)
@@ -187,7 +191,7 @@ def test_compiled_decoding_of_the_peer(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(last, copy)
 
 
-def test_a_compiled_run_that_fails_ends_nothing(
+def test_compiled_run_that_fails_does_not_end_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_graph: object) -> None:
@@ -206,7 +210,7 @@ def test_a_compiled_run_that_fails_ends_nothing(
     assert ours["peer"] == "transformers-sorted"
 
 
-def test_decode_steps_of_the_peer_run_without_cudnn(
+def test_decode_steps_of_generate_run_without_cudnn(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM(tiny, device="cpu", split_images=False)
@@ -245,7 +249,7 @@ def test_decode_steps_of_the_peer_run_without_cudnn(
         (["--rates", "nothing.json"], "--rates must be a file of bench latency, got nothing.json"),
     ],
 )
-def test_bad_options_of_offline(
+def test_bad_options_are_refused(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "offline", *CPU, *options]) == 2

@@ -55,7 +55,9 @@ def finished(requests: list[OfflineRequest], processor: Processor) -> list[Proce
     )
 
 
-def test_mixed_requests(processor: Processor, mixed: list[OfflineRequest]) -> None:
+def test_mixed_requests_are_drawn_as_documented(
+    processor: Processor, mixed: list[OfflineRequest]
+) -> None:
     assert Counter(len(request.images) for request in mixed) == {1: 7 * 32, 2: 32}
     lengths = [num_text(request, processor) for request in mixed]
     assert min(lengths) in range(16, 24)
@@ -92,7 +94,7 @@ def test_text_requests_are_the_mixed_ones_without_images(
     assert len({tuple(request.prompt_token_ids[:20]) for request in requests}) == 256
 
 
-def test_vqa_requests(draw: Draw, processor: Processor) -> None:
+def test_vqa_requests_have_one_image_and_four_new_tokens(draw: Draw, processor: Processor) -> None:
     requests = draw("vqa", 20)
     for request in requests:
         assert request.sizes == ((480, 640),)
@@ -102,7 +104,7 @@ def test_vqa_requests(draw: Draw, processor: Processor) -> None:
     assert len(distinct_images(requests)) == 20
 
 
-def test_shared_requests(draw: Draw, processor: Processor) -> None:
+def test_shared_requests_begin_alike(draw: Draw, processor: Processor) -> None:
     requests = draw("shared", 20)
     first, *others = requests
     assert num_text(first, processor) == 1024
@@ -116,7 +118,7 @@ def test_shared_requests(draw: Draw, processor: Processor) -> None:
     assert distinct_images(requests) == [first.sizes[0]]
 
 
-def test_split_requests(draw: Draw, processor: Processor) -> None:
+def test_split_requests_have_five_tiles(draw: Draw, processor: Processor) -> None:
     requests = draw("split", 4)
     own = WORKLOADS["split"].processor(processor)
     assert not processor.image_config.split
@@ -128,7 +130,9 @@ def test_split_requests(draw: Draw, processor: Processor) -> None:
     assert len(distinct_images(requests)) == 4
 
 
-def test_prompts_and_files_are_whole(processor: Processor, mixed: list[OfflineRequest]) -> None:
+def test_prompts_and_image_files_match_their_request(
+    processor: Processor, mixed: list[OfflineRequest]
+) -> None:
     for request in mixed[:16]:
         draft = processor.draft_token_prompt(request.prompt_token_ids, request.images)
         assert draft.prompt.count("<image>") == len(request.images)
@@ -142,7 +146,7 @@ def test_prompts_and_files_are_whole(processor: Processor, mixed: list[OfflineRe
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_counts_are_what_the_processor_makes(name: str, processor: Processor, draw: Draw) -> None:
+def test_counts_equal_the_processors_output(name: str, processor: Processor, draw: Draw) -> None:
     some, own = draw(name, 9), WORKLOADS[name].processor(processor)
     prompts = finished(some, own)
     all_tiles = [tile for prompt in prompts for tile in prompt.tiles]
@@ -157,7 +161,7 @@ def test_counts_are_what_the_processor_makes(name: str, processor: Processor, dr
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_seed_fixes_everything(name: str, draw: Draw) -> None:
+def test_seed_determines_requests(name: str, draw: Draw) -> None:
     requests = draw(name, 6)
     assert draw(name, 6) == requests
     for other in draw(name, 6, seed=1):
@@ -177,7 +181,7 @@ def test_shrinking_divides_the_tokens(
     assert (num_text(vqa, processor), vqa.max_tokens) == (3, 1)
 
 
-def test_names_of_cases() -> None:
+def test_cases_are_named_by_workload_and_count() -> None:
     assert [offline_name(name, 1024, 1) for name in WORKLOADS] == [
         "offline-1024",
         "text-1024",

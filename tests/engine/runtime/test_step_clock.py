@@ -123,7 +123,7 @@ def test_device_time_is_added_when_the_device_is_done(monkeypatch: pytest.Monkey
     assert len(Event.made) <= 6
 
 
-def test_a_cpu_has_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_has_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cuda, "Event")
     stats = EngineStats()
     clock = StepClock(stats, CPU)
@@ -144,7 +144,7 @@ def rows(count: int) -> list[Any]:
     ]
 
 
-def test_the_parts_of_a_run_add_up(llm: LLM) -> None:
+def test_parts_of_a_run_add_up(llm: LLM) -> None:
     params = SamplingParams(max_tokens=5, min_tokens=5)
     prompts = llm.processor.finish(llm.request_builder.read_prompts(rows(12)))
     # No call is unfinished, so the engine may be used on this thread
@@ -172,8 +172,8 @@ def test_stats_count_steps_by_kind_and_hits(llm: LLM) -> None:
     assert done["encoded_tiles"] + done["cached_tiles"] == 6
     assert done["encoded_tiles"] <= 3
     assert done["cached_tokens"] == sum(output.num_cached_tokens for output in outputs)
-    kinds = [done[f"{kind}_steps"] for kind in ("decode", "text", "image")]
-    assert after.steps - before.steps == sum(kinds)
+    steps = done["decode_steps"] + done["text_steps"] + done["image_steps"]
+    assert after.steps - before.steps == steps
     assert done["decode_steps"] > 0
     for part in ("plan", "launch", "land", "output", "prepare"):
         assert done[f"{part}_seconds"] > 0
@@ -208,7 +208,7 @@ def test_padding_is_counted_apart_from_decode_steps(
 
 
 @pytest.mark.gpu
-def test_device_seconds_on_a_gpu(checkpoint: Path) -> None:
+def test_device_seconds_are_within_the_wall_time_on_a_gpu(checkpoint: Path) -> None:
     llm = LLM(checkpoint, device="cuda", kv_cache_tokens=4096, max_model_len=200)
     params = SamplingParams(max_tokens=64, min_tokens=64)
     llm.generate("warm", params)
