@@ -128,8 +128,7 @@ def load(options: argparse.Namespace, **settings: Any) -> LLM:
         dtype=options.dtype,
         quantization=options.quantization,
         ops=TRITON if options.ops == "triton" else REFERENCE,
-        split_images=False,
-        **settings,
+        **{"split_images": False, **settings},
     )
 
 

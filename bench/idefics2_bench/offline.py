@@ -149,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = model_suite.about(options)
     about.setdefault("loop_seconds", round(machine.loop_seconds(), 3))
     free = _free_memory(options.device)
-    llm, start_seconds = _timed_start(options)
+    is_split = any(WORKLOADS[name].is_split for name, _ in chosen)
+    llm, start_seconds = _timed_start(options, is_split)
     cases = [
         Case(name, count, options.shrink, WORKLOADS[name].processor(llm.processor))
         for name, count in chosen
@@ -359,8 +360,11 @@ def _timed_rates(loaded: LoadedModel, options: argparse.Namespace) -> list[Row]:
     ]
 
 
-def _timed_start(options: argparse.Namespace) -> tuple[LLM, float]:
-    """Return the ``LLM``, and the seconds that making it took beside loading the weights."""
+def _timed_start(options: argparse.Namespace, is_split: bool) -> tuple[LLM, float]:
+    """Return the ``LLM``, and the seconds that making it took beside loading the weights.
+
+    If ``is_split``, it has room for split images. Each workload splits its images or not.
+    """
     loading: list[float] = []
 
     def load_model(*arguments: Any) -> Any:
@@ -374,6 +378,7 @@ def _timed_start(options: argparse.Namespace) -> tuple[LLM, float]:
     with patch("idefics2_engine.llm.load_model", load_model):
         llm = model_suite.load(
             options,
+            split_images=is_split,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
