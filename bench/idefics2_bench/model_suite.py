@@ -120,7 +120,7 @@ def folder(options: argparse.Namespace) -> Path:
 
 
 def load(options: argparse.Namespace, **settings: Any) -> LLM:
-    """Build the model of ``options`` with ``settings`` of ``LLM``, without image splitting."""
+    """Build the model of ``options`` with ``settings`` of ``LLM``; by default, images are whole."""
     return LLM(
         folder(options),
         load_format="auto" if options.random_weights is None else "dummy",
