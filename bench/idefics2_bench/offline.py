@@ -27,8 +27,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -58,7 +58,8 @@ from idefics2_engine.request_builder import RequestBuilder
 
 Row = dict[str, Any]
 
-_WARM_UP_REQUESTS = 16
+# With so many images the worker processes start, which takes no time of a long job
+_WARM_UP_REQUESTS = 64
 _WARM_UP_SHRINK = 32
 # The warm-up has other prompts and images, so that no cache contains the timed ones
 _WARM_UP_SEED = 1
@@ -227,7 +228,7 @@ def run_ours(llm: LLM, case: Case, rounds: int) -> Job:
 
 
 def _one_round(llm: LLM, case: Case, requests: list[OfflineRequest]) -> Job:
-    device, clock = llm.model.device, llm.engine.clock
+    device, clock, hits = llm.model.device, llm.engine.clock, llm.images.files.hits
     counts = offline_counts(requests, case.processor)
     _reset_peak(device)
     with counted_compilations() as compilations:
@@ -241,6 +242,7 @@ def _one_round(llm: LLM, case: Case, requests: list[OfflineRequest]) -> Job:
         row["weights_GB"] = llm.model.num_bytes / 1e9
         row["other_GB"] = row["peak_GB"] - row["kv_cache_GB"] - row["weights_GB"]
     row |= time_figures(before, after, seconds)
+    row["cached_files"] = llm.images.files.hits - hits
     row["compiled_kernels"] = compilations.kernels
     row["captured_graphs"] = compilations.graphs
     images = [tile_patches(size, case.processor) for size in distinct_images(requests)]
@@ -256,9 +258,14 @@ def _one_round(llm: LLM, case: Case, requests: list[OfflineRequest]) -> Job:
 @contextmanager
 def _processing(llm: LLM, processor: Processor) -> Iterator[None]:
     """Let ``llm`` split images as ``processor`` does."""
-    builder = llm.request_builder
-    own = RequestBuilder(processor, llm.config, builder.generation, builder.max_model_len, seed=0)
-    with patch.object(llm, "processor", processor), patch.object(llm, "request_builder", own):
+    builder, images = llm.request_builder, replace(llm.images, rules=processor.tile_rules)
+    own = RequestBuilder(
+        processor, llm.config, builder.generation, builder.max_model_len, 0, images
+    )
+    values = {"processor": processor, "images": images, "request_builder": own}
+    with ExitStack() as patches:
+        for name, value in values.items():
+            patches.enter_context(patch.object(llm, name, value))
         yield
 
 

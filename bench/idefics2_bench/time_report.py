@@ -56,7 +56,8 @@ def time_lines(row: Row) -> str:
         f"preparing images, all threads: {row['prepare_seconds']:.2f}",
         "steps, CPU seconds of the thread over device seconds: "
         + ", ".join(f"{kind} {steps[kind]}, {_ratio(cpu[kind], device[kind])}" for kind in KINDS),
-        f"from caches: {row['cached_tokens']} tokens, {row['cached_tiles']} tiles; "
+        f"from caches: {row['cached_tokens']} tokens, {row['cached_tiles']} tiles, "
+        f"{row['cached_files']} decoded files; "
         f"compiled in the job: {row['compiled_kernels']} kernels, {row['captured_graphs']} graphs",
     ]
     if (bound := row.get("device_bound")) is not None:

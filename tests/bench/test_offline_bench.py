@@ -88,7 +88,10 @@ def test_offline_rows_beside_transformers(
     cpu = sum(ours["thread_cpu_seconds"].values())
     assert ours["slow_host"]["seconds"] == pytest.approx(ours["ms"] / 1e3 + (slowdown - 1) * cpu)
     printed = capsys.readouterr().out
-    assert "from caches: 0 tokens, 0 tiles; compiled in the job: 0 kernels, 0 graphs" in printed
+    assert (
+        "from caches: 0 tokens, 0 tiles, 0 decoded files; compiled in the job: 0 kernels, 0 graphs"
+        in printed
+    )
     assert "engine's thread, s: plan" in printed
 
 
@@ -134,6 +137,7 @@ def test_several_workloads_run_with_rates_of_a_file(tiny: Path, tmp_path: Path) 
     assert (text["images"], text["encoded_tiles"], text["cached_tokens"]) == (0, 0, 0)
     assert (vqa["images"], vqa["encoded_tiles"], vqa["cached_tiles"]) == (3, 3, 0)
     assert (shared["images"], shared["encoded_tiles"], shared["cached_tiles"]) == (6, 1, 5)
+    assert [row["cached_files"] for row in rows] == [0, 0, 5, 0]
     # A page has 64 tokens, and the first two requests may be computed beside each other
     assert shared["cached_tokens"] in {128 * count for count in (4, 5)}
     assert (split["images"], split["encoded_tiles"]) == (3, 15)
