@@ -30,6 +30,7 @@ from torch import Tensor
 
 from idefics2_bench import model_suite, report, transformers_peer
 from idefics2_bench.latency_peers import COMPILED_PEER, CONTENDERS
+from idefics2_bench.model_suite import Loaded
 from idefics2_bench.timing import alternate
 from idefics2_bench.workloads import (
     LATENCY_CASES,
@@ -40,7 +41,7 @@ from idefics2_bench.workloads import (
     text_tokens,
     tiles,
 )
-from idefics2_engine import LLM, SamplingParams
+from idefics2_engine import SamplingParams
 from idefics2_engine.model.batch import ImageBatch
 from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_engine.runtime.engine import Engine
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("ms" not in row and "error" not in row for row in results))
 
 
-def misfit(case: LatencyCase, llm: LLM, steps: int) -> str | None:
+def misfit(case: LatencyCase, llm: Loaded, steps: int) -> str | None:
     """Return why the model cannot run ``case``, or ``None`` if it can."""
     text, vision = llm.config.text, llm.config.vision
     if case.kernel == "image":
@@ -143,7 +144,7 @@ def _most_new_tokens(rounds: int) -> int:
 
 
 def bench_case(
-    case: LatencyCase, llm: LLM, peers: Mapping[str, Any], ops_name: str, steps: int
+    case: LatencyCase, llm: Loaded, peers: Mapping[str, Any], ops_name: str, steps: int
 ) -> list[Row]:
     """Check and time ``case`` on our model and on each of ``peers``, and return a row for each.
 
@@ -210,7 +211,7 @@ def bench_case(
 class EngineCalls:
     """An engine of the size that a case needs, and its requests."""
 
-    def __init__(self, case: LatencyCase, llm: LLM, new_tokens: int) -> None:
+    def __init__(self, case: LatencyCase, llm: Loaded, new_tokens: int) -> None:
         tokenizer = llm.processor.tokenizer
         never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
         length = case.length + new_tokens
@@ -227,6 +228,8 @@ class EngineCalls:
                 kv_cache_tokens=case.batch * pages * PAGE_SIZE,
                 # All prompts fit in one step
                 max_num_batched_tokens=case.batch * case.length,
+                # No image is encoded, so the fewest graphs are captured for images
+                max_patches=1,
                 max_cached_images=1,
                 prefix_caching=False,
                 cuda_graphs=llm.engine_config.cuda_graphs,
@@ -266,7 +269,7 @@ class EngineCalls:
 class OurSteps(EngineCalls):
     """Decode steps."""
 
-    def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
+    def __init__(self, case: LatencyCase, llm: Loaded, rounds: int) -> None:
         super().__init__(case, llm, _most_new_tokens(rounds))
         self.first_tokens: list[int] = []
 
@@ -293,7 +296,7 @@ class OurSteps(EngineCalls):
 class OurPrefill(EngineCalls):
     """A prompt in one step."""
 
-    def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
+    def __init__(self, case: LatencyCase, llm: Loaded, rounds: int) -> None:
         super().__init__(case, llm, new_tokens=1)
 
     def first(self) -> Tensor:
@@ -312,7 +315,7 @@ class OurPrefill(EngineCalls):
 class OurImages:
     """All images in one packed pass."""
 
-    def __init__(self, case: LatencyCase, llm: LLM, rounds: int) -> None:
+    def __init__(self, case: LatencyCase, llm: Loaded, rounds: int) -> None:
         vision = llm.config.vision
         self.tiles = tiles(case, vision.patch_size, vision.grid)
         self.model = llm.model
@@ -335,7 +338,7 @@ _OURS: dict[str, Callable[..., Contender]] = {
 }
 
 
-def _counts(case: LatencyCase, llm: LLM) -> Counts:
+def _counts(case: LatencyCase, llm: Loaded) -> Counts:
     """Count the work of ``case``: of one decode step, prompt, or pass over the images."""
     if case.kernel == "step":
         return Counts(new_tokens=case.batch)

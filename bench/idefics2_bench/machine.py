@@ -1,4 +1,4 @@
-"""Description of the machine, and its measured bandwidth and matmul rate."""
+"""Description of the machine, its measured bandwidth and matmul rate, and the speed of Python."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -16,11 +17,13 @@ from idefics2_bench.timing import measure
 _COPY_BYTES = 1 << 28
 _COPIES = 4
 _MATMUL_SIZE = 8192
+_LOOP_TURNS = 10**7
 
 
 def describe(device: str = "cuda") -> dict[str, object]:
     """Return GPU, versions, commit, date, and measured bandwidth (TB/s) and bf16 rate (TFLOP/s).
 
+    ``loop_seconds`` is the time of a fixed loop in Python, on which the host's part of a job depends.
     If ``device`` is a CPU, ``gpu`` is ``None``, the CPU's name, cores and threads are returned, and
     nothing is measured.
     """
@@ -39,7 +42,18 @@ def describe(device: str = "cuda") -> dict[str, object]:
         **versions,
         "copy_TBps": round(copy_bandwidth(), 3),
         "matmul_TFLOPs": round(matmul_rate(), 1),
+        "loop_seconds": round(loop_seconds(), 3),
     }
+
+
+def loop_seconds() -> float:
+    """Return the seconds of a loop of 10 million turns in Python, the median of three."""
+    times = []
+    for _ in range(3):
+        begin = perf_counter()
+        _ = [None for _ in range(_LOOP_TURNS)]
+        times.append(perf_counter() - begin)
+    return sorted(times)[1]
 
 
 def copy_bandwidth() -> float:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,10 +15,32 @@ from idefics2_bench import machine, report, transformers_peer
 from idefics2_engine import LLM
 from idefics2_engine.checkpoint.hub import find_model
 from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.prompts.processor import Processor
+from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.engine import Engine
 from idefics2_kernels import REFERENCE, TRITON
 
 PEER = "transformers"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The parts of an ``LLM`` that need no KV cache, to keep when it is closed."""
+
+    model: Idefics2
+    config: ModelConfig
+    processor: Processor
+    engine_config: EngineConfig
+
+    @classmethod
+    def of(cls, llm: LLM) -> "LoadedModel":
+        """Take the parts of ``llm``."""
+        return cls(llm.model, llm.config, llm.processor, llm.engine_config)
+
+
+Loaded = LLM | LoadedModel
 
 
 def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
@@ -97,7 +120,7 @@ def folder(options: argparse.Namespace) -> Path:
 
 
 def load(options: argparse.Namespace, **settings: Any) -> LLM:
-    """Build the model of ``options`` with ``settings`` of ``LLM``, without image splitting."""
+    """Build the model of ``options`` with ``settings`` of ``LLM``; by default, images are whole."""
     return LLM(
         folder(options),
         load_format="auto" if options.random_weights is None else "dummy",
@@ -105,8 +128,7 @@ def load(options: argparse.Namespace, **settings: Any) -> LLM:
         dtype=options.dtype,
         quantization=options.quantization,
         ops=TRITON if options.ops == "triton" else REFERENCE,
-        split_images=False,
-        **settings,
+        **{"split_images": False, **settings},
     )
 
 

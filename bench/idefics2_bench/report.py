@@ -77,6 +77,8 @@ def whole_line(row: Row) -> str:
 def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
     """Return rows of the whole model as a Markdown table, below a line about the machine."""
     name = about["gpu"] or about["cpu"]
+    if "loop_seconds" in about:
+        name = f"{name}, Python's loop {about['loop_seconds']} s"
     lines = [
         f"{name}, torch {about['torch']}, Triton {about['triton']}, commit {about['commit']}, "
         f"{about['date']}",

@@ -95,14 +95,21 @@ def left_padded(
     }
 
 
-def generate(
-    peer: Any,
-    prompts: Sequence[ProcessedPrompt],
-    config: ImageConfig,
-    pad_id: int,
-    max_new_tokens: int,
-) -> Tensor:
-    """Continue ``prompts`` greedily, also after end tokens; return ids (B, ``max_new_tokens``).
+def generation_inputs(
+    peer: Any, prompts: Sequence[ProcessedPrompt], config: ImageConfig, pad_id: int
+) -> dict[str, Tensor]:
+    """Return the inputs of ``prompts`` for ``peer``, shorter prompts padded on the left."""
+    inputs = left_padded(prompts, pad_id, peer.device)
+    if any(prompt.tiles for prompt in prompts):
+        tiles = [prompt.tiles for prompt in prompts]
+        inputs |= padded_images(tiles, config, peer.device, peer.dtype)
+    return inputs
+
+
+def generate(peer: Any, inputs: dict[str, Tensor], pad_id: int, max_new_tokens: int) -> Tensor:
+    """Continue ``inputs`` greedily, also after end tokens; return ids (B, ``max_new_tokens``).
+
+    Decode steps run without cuDNN's attention, as in ``bench latency``.
 
     Raises:
         RuntimeError: transformers generated another number of tokens.
@@ -115,12 +122,21 @@ def generate(
     )
     # The model's own config would add an end token to ``greedy``
     peer.generation_config = greedy
-    inputs = left_padded(prompts, pad_id, peer.device)
-    if any(prompt.tiles for prompt in prompts):
-        tiles = [prompt.tiles for prompt in prompts]
-        inputs |= padded_images(tiles, config, peer.device, peer.dtype)
-    with torch.inference_mode():
-        tokens: Tensor = peer.generate(**inputs, generation_config=greedy)
+
+    def leave_out_cudnn(_input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The prompts have been computed when the first scores are processed
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return scores
+
+    processors = library.LogitsProcessorList([leave_out_cudnn])
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        with torch.inference_mode():
+            tokens: Tensor = peer.generate(
+                **inputs, generation_config=greedy, logits_processor=processors
+            )
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
     new = tokens[:, inputs["input_ids"].shape[1] :]
     if new.shape[1] != max_new_tokens:
         raise RuntimeError(f"transformers generated {new.shape[1]} tokens, not {max_new_tokens}")

@@ -147,10 +147,14 @@ class ToHost:
             self._arrival.record()
         self._joined = joined
 
-    def arrays(self) -> list[np.ndarray]:
-        """Wait for the copy and return an array for each tensor."""
+    def wait(self) -> None:
+        """Wait for the copy."""
         if self._arrival is not None:
             self._arrival.synchronize()
+
+    def arrays(self) -> list[np.ndarray]:
+        """Wait for the copy and return an array for each tensor."""
+        self.wait()
         parts = self._joined.split(self._lengths)
         return [
             part.view(dtype).numpy().reshape(shape)

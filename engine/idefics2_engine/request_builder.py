@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -206,8 +207,11 @@ class RequestBuilder:
         Raises:
             Idefics2Error: An image cannot be read, or the request does not fit the model.
         """
+        begin = time.perf_counter()
         (prompt,) = self.processor.finish([row.prompt], job=job)
-        return self.build(prompt, row.params, request_id=request_id, seed=row.seed)
+        request = self.build(prompt, row.params, request_id=request_id, seed=row.seed)
+        request.prepare_seconds = time.perf_counter() - begin
+        return request
 
     def build(
         self,

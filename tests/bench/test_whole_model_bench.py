@@ -1,4 +1,4 @@
-"""``idefics2 bench latency``, ``load`` and ``offline`` on a tiny checkpoint beside transformers."""
+"""``idefics2 bench latency`` and ``load`` on a tiny checkpoint beside transformers."""
 
 import json
 import re
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from bench_command import CPU, bench, compile_with
 from idefics2_bench import latency, latency_peers, machine, report
 from idefics2_bench.timing import Time
 from idefics2_bench.transformers_peer import transformers_model
-from idefics2_bench.workloads import LatencyCase, offline_requests
+from idefics2_bench.workloads import LatencyCase
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
@@ -21,14 +22,7 @@ from idefics2_engine.cli.main import main
 from idefics2_engine.errors import ConfigError
 from tiny_checkpoint import LATENTS, write_checkpoint
 
-CPU = ["--device", "cpu", "--ops", "reference", "--commit", "abc"]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    write_checkpoint(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("own_arguments")
 
 
 @pytest.fixture
@@ -37,20 +31,6 @@ def bare(tiny: Path, tmp_path: Path) -> Path:
     return Path(
         shutil.copytree(tiny, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     )
-
-
-@pytest.fixture(autouse=True)
-def _own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The command changes sys.argv and sys.path
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-def bench(out: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run a suite; return its description of the machine and its rows."""
-    assert main(["bench", *arguments, *CPU, "--json", str(out)]) == 0
-    written = json.loads(out.read_text())
-    return written["machine"], written["rows"]
 
 
 def test_latency(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,11 +89,6 @@ def test_images_of_many_sizes_agree_with_padded_ones(tiny: Path) -> None:
     ours, _ = latency.bench_case(case, llm, peers, "reference", 1)
     assert ours["patches"] == 24 + 24 + 16
     assert ours["peer_difference"] < 1e-4
-
-
-def compile_with(monkeypatch: pytest.MonkeyPatch, backend: object) -> None:
-    for options in ("COMPILE_STEP", "COMPILE_IMAGES"):
-        monkeypatch.setattr(latency_peers, options, {"backend": backend})
 
 
 def test_compiled_peer_is_timed_beside_the_eager_one(
@@ -253,37 +228,6 @@ def test_model_with_nan_has_no_time(
     assert "WRONG" in capsys.readouterr().out
     assert main(["bench", "offline", *model, "--requests", "2", "--shrink", "16", "--no-peer"]) == 2
     assert "logits must be finite, got nan" in capsys.readouterr().err
-
-
-def test_offline(tiny: Path, tmp_path: Path) -> None:
-    options = ["--requests", "4", "--shrink", "8", "--peer-batch", "3"]
-    _, rows = bench(tmp_path / "out.json", "offline", "--model", str(tiny), *options)
-    assert [row["impl"] for row in rows] == [
-        "reference",
-        "transformers-arrival",
-        "transformers-sorted",
-    ]
-    llm = LLM(tiny, device="cpu", split_images=False)
-    requests = offline_requests(llm.processor, 4, shrink=8)
-    drafts = [llm.processor.draft_token_prompt(r.prompt_token_ids, r.images) for r in requests]
-    prompts = llm.processor.finish(drafts)
-    counts = {
-        "requests": 4,
-        "images": sum(len(prompt.tiles) for prompt in prompts),
-        "patches": sum(len(tile.position_ids()) for p in prompts for tile in p.tiles),
-        "image_tokens": sum(prompt.token_ids.count(32001) for prompt in prompts),
-        "text_tokens": sum(id != 32001 for prompt in prompts for id in prompt.token_ids),
-        "new_tokens": sum(request.max_tokens for request in requests),
-    }
-    for row in rows:
-        assert (row["kernel"], row["case"]) == ("offline", "offline-4-shrink8")
-        assert {name: row[name] for name in counts} == counts
-        for name, count in counts.items():
-            assert row[f"{name}_per_s"] == pytest.approx(1e3 * count / row["ms"])
-    best = min(rows[1:], key=lambda row: row["ms"])
-    assert (rows[0]["peer"], rows[0]["peer_ms"]) == (best["impl"], best["ms"])
-    assert rows[0]["speedup"] == pytest.approx(best["ms"] / rows[0]["ms"])
-    assert 0 < rows[1]["prepare_ms"] < rows[1]["ms"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -173,7 +173,10 @@ def test_progress_bar_shows_counts_and_speed(llm: LLM, capsys: pytest.CaptureFix
     shown = llm.generate(prompts(5), GREEDY, progress=True)
     printed = capsys.readouterr().err
     assert "5/5" in printed
-    assert re.search(r"in \d+ tok/s, out \d+ tok/s, \d+\.\d tiles/s, cache \d+%", printed)
+    pattern = r"in \d+ tok/s, out \d+ tok/s, \d+\.\d tiles/s, cached \d+% tok \d+% tiles, KV \d+%"
+    assert re.search(pattern, printed)
+    # A CPU has no device seconds
+    assert "device waited" not in printed
     assert [o.outputs[0].token_ids for o in shown] == [o.outputs[0].token_ids for o in wanted]
     rows: list[Any] = [*prompts(3), 7]
     list(llm.iterate(rows, GREEDY, progress=True))
@@ -190,6 +193,8 @@ def test_stats_count_tokens_tiles_and_steps(llm: LLM) -> None:
     computed = sum(len(o.prompt_token_ids) - o.num_cached_tokens + 2 for o in outputs)
     assert stats.computed_tokens - before.computed_tokens == computed
     assert stats.encoded_tiles - before.encoded_tiles <= 2
+    cached = sum(output.num_cached_tokens for output in outputs)
+    assert stats.cached_tokens - before.cached_tokens == cached
     assert stats.steps > before.steps
     assert stats.cache_usage == 0.0
 

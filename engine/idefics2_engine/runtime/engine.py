@@ -22,6 +22,7 @@ from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
+from idefics2_engine.runtime.step_clock import StepClock
 from idefics2_engine.runtime.warm_up import warm_up_sampling
 from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.generation_config import GenerationConfig
@@ -84,6 +85,7 @@ class Engine:
         )
         self.runner = Runner(model, kv_cache, image_config, config)
         self.stats = EngineStats()
+        self.clock = StepClock(self.stats, model.device)
         self.sampler = Sampler(
             model.ops,
             generation.bad_words_ids,
@@ -105,6 +107,7 @@ class Engine:
             detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens)
             sequence = Sequence(request, index, self.generation.eos_token_ids, detokenizer)
             request.sequences.append(sequence)
+        self.stats.prepare_seconds += request.prepare_seconds
         # The other sequences are forked after the first one has computed the prompt
         self.scheduler.add(request.sequences[0])
 
@@ -150,6 +153,7 @@ class Engine:
             BaseException: An interrupt or an internal error. The engine has been ``reset``, because
                 the interrupted step may have left it inconsistent.
         """
+        self.clock.lap("output")
         try:
             self._step(meanwhile)
         except BaseException:
@@ -165,14 +169,19 @@ class Engine:
             before = None
         if self.scheduler.has_work:
             step = self.scheduler.schedule()
+            self.clock.lap("plan", step.kind)
             try:
                 if step.num_sequences:
+                    self.clock.begin_launches(step.kind)
                     self._flight = self._launch(step)
+                    self.clock.end_launches()
             except Exception as error:
                 self._land(before)
                 self._recover(step, error)
                 return
+            self.clock.lap("launch")
         meanwhile()
+        self.clock.lap("output")
         self._land(before)
         if not self.config.run_ahead:
             landing, self._flight = self._flight, None
@@ -214,7 +223,12 @@ class Engine:
         """Wait for a step and append its tokens to the sequences that are still unfinished."""
         if flight is None:
             return
+        kind = flight.step.kind
         try:
+            if flight.drawn is not None:
+                flight.drawn.wait()
+            self.clock.lap("wait", kind)
+            self.clock.collect()
             choices = NO_CHOICES if flight.drawn is None else flight.drawn.choices()
         except Exception as error:
             for lost in (flight, self._flight):
@@ -254,6 +268,7 @@ class Engine:
         if self._suspects:
             self._clear(flight.step.requests)
         self._count(flight.step, len(choices) - len(rest) + len(got))
+        self.clock.lap("land", kind)
 
     def _warn_of_length(self, sequences: list[Sequence]) -> None:
         """Log a warning, once, if an answer was cut off by the default of ``max_tokens``."""
@@ -315,11 +330,17 @@ class Engine:
 
     def _count(self, step: Step, num_drawn: int) -> None:
         stats, pages = self.stats, self.scheduler.pages
-        stats.steps += 1
+        stats.decode_steps += step.kind == "decode"
+        stats.text_steps += step.kind == "text"
+        stats.image_steps += step.kind == "image"
         stats.computed_tokens += step.num_tokens
+        stats.cached_tokens += step.cached_tokens
         stats.generated_tokens += num_drawn
         stats.encoded_tiles += len(step.encodes)
         stats.encoded_patches += sum(tile.num_patches for tile, _ in step.encodes)
+        stats.cached_tiles += step.cached_tiles
+        stats.padded_tokens = self.runner.num_padded_tokens
+        stats.padded_patches = self.runner.num_padded_patches
         stats.cache_usage = 1 - pages.num_free / pages.num_pages
 
     def cancel(self, request: Request) -> None:

@@ -134,6 +134,7 @@ class EngineThread:
         except BaseException as error:
             built.set_exception(error)
             return
+        self._engine.clock.start()
         built.set_result(self._engine)
         del build, built
         while not self._is_stopping:
@@ -151,7 +152,10 @@ class EngineThread:
     def _obey(self) -> None:
         """Run all queued commands; if there is no work, wait for one first."""
         if not self._client_of:
-            self._commands.get()()
+            self._engine.clock.lap("output")
+            command = self._commands.get()
+            self._engine.clock.lap("idle")
+            command()
         while True:
             try:
                 command = self._commands.get_nowait()

@@ -75,6 +75,16 @@ class Runner:
             )
             pool.finish()
 
+    @property
+    def num_padded_tokens(self) -> int:
+        """Tokens of padding in all steps that were no decode steps."""
+        return 0 if self._text_graphs is None else self._text_graphs.num_padded_tokens
+
+    @property
+    def num_padded_patches(self) -> int:
+        """Patches of padding in all steps."""
+        return 0 if self._image_graphs is None else self._image_graphs.num_padded_patches
+
     @torch.inference_mode()
     def run(self, step: Step) -> tuple[Tensor, list[tuple[Request, Tensor]]]:
         """Compute ``step``.

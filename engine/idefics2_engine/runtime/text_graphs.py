@@ -68,6 +68,8 @@ class TextGraphs:
         sequences = min(len(last_tokens), MAX_SEQUENCES)
         self.decode_sizes = decode_sizes(sequences)
         self.token_sizes = token_sizes(max_tokens)
+        # Decode steps apart, whose time hardly depends on padding
+        self.num_padded_tokens = 0
         shapes = [
             StepShape(tokens, sequences, max_pages, min(sequences, tokens), has_images=True)
             for tokens in self.token_sizes
@@ -121,6 +123,8 @@ class TextGraphs:
             Logits (rows, vocabulary) of the tokens that sample, which the next step overwrites.
         """
         shape = self.shape(packed)
+        if not packed.is_decode:
+            self.num_padded_tokens += shape.tokens - len(packed.input_ids)
         to_device(padded(packed, shape).arrays(), self.model.device, self._inputs)
         self._captured[shape.tokens, shape.has_images].replay()
         return self._logits[: len(packed.sampled), : self.model.config.text.vocab_size]

@@ -125,6 +125,10 @@ class Drawn:
         self._text = text
         self._copy = ToHost([token_ids.int(), largest.float(), *(scores.tensors if scores else ())])
 
+    def wait(self) -> None:
+        """Wait for the device."""
+        self._copy.wait()
+
     def choices(self) -> Choices:
         """Wait for the device and return one choice for each row."""
         token_ids, largest, *scored = self._copy.arrays()

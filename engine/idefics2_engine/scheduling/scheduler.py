@@ -19,7 +19,8 @@ release.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,10 @@ class Decodes:
     block_table: npt.NDArray[np.int32]
 
 
+StepKind = Literal["decode", "text", "image"]
+"""An image step encodes tiles, a decode step computes one token of each sequence."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Tokens [``begin``, ``end``) of a sequence that needs more than its next token.
@@ -88,19 +93,31 @@ class Step:
         chunks: Tokens of the other sequences.
         encodes: Tiles to encode, and their encoder cache entries.
         copies: Pages to copy, each (from, to).
+        cached_tokens: Tokens that the prefix cache had of the sequences admitted in this step.
+        cached_tiles: Tiles of this step's chunks that the encoder cache had, and tiles whose tokens
+            are among ``cached_tokens``.
     """
 
     decodes: Decodes
     chunks: list[Chunk]
     encodes: list[tuple[Tile, int]]
     copies: list[tuple[int, int]]
+    cached_tokens: int = 0
+    cached_tiles: int = 0
+
+    @cached_property
+    def kind(self) -> StepKind:
+        """Say what the step does: encode tiles, else decode one token a chunk, else compute text."""
+        if self.encodes:
+            return "image"
+        return "decode" if self.num_tokens == self.num_sequences else "text"
 
     @property
     def num_sequences(self) -> int:
         """Sequences of which the step computes tokens."""
         return len(self.decodes.rows) + len(self.chunks)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
         return len(self.decodes.rows) + sum(chunk.end - chunk.begin for chunk in self.chunks)
@@ -188,7 +205,9 @@ class Scheduler:
             token_ids=table.input_tokens(rows),
             block_table=table.block_table(rows),
         )
-        return Step(decodes, plan.chunks, plan.encodes, plan.copies)
+        return Step(
+            decodes, plan.chunks, plan.encodes, plan.copies, plan.cached_tokens, plan.cached_tiles
+        )
 
     def computed(self, step: Step) -> None:
         """Mark ``step`` as computed: name full pages and release unneeded pages and images."""
@@ -383,6 +402,8 @@ class Scheduler:
             if end == begin or wanted > spare:
                 return
             self.pages.share(cached)
+            plan.cached_tokens += begin
+            plan.cached_tiles += sum(item.end <= begin for item in sequence.request.images)
             self.waiting.take(sequence)
             row = self._run(sequence)
             self.table.add_pages(row, cached)
@@ -464,6 +485,8 @@ class Scheduler:
             if is_new:
                 plan.patches -= item.tile.num_patches
                 plan.encodes.append((item.tile, self.encoder.entry(content)))
+            else:
+                plan.cached_tiles += 1
         images = [(item, self.encoder.entry(item.tile.fingerprint)) for item in items]
         plan.tokens -= end - begin
         samples, scores = end == sequence.length, range(0)
@@ -562,3 +585,5 @@ class _Plan:
         self.chunks: list[Chunk] = []
         self.encodes: list[tuple[Tile, int]] = []
         self.copies: list[tuple[int, int]] = []
+        self.cached_tokens = 0
+        self.cached_tiles = 0

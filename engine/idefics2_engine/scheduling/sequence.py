@@ -38,6 +38,7 @@ class Request:
         every_token: Whether the engine reports the request after every token, not only at its end.
         may_wait: Whether the request may be held back and overtaken, because its caller reads no
             output before the end.
+        prepare_seconds: Time in which a thread of ``LLM.iterate`` prepared the request.
         sequences: The answers.
         num_started: Sequences that have been queued or forked.
         num_cached_tokens: Prompt tokens found in the cache at first admission.
@@ -56,6 +57,7 @@ class Request:
     arrival_time: float = field(default_factory=time.monotonic)
     every_token: bool = False
     may_wait: bool = False
+    prepare_seconds: float = 0.0
     sequences: "list[Sequence]" = field(default_factory=list)
     num_started: int = 0
     num_cached_tokens: int | None = None
