@@ -166,11 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for case in cases
     ]
+    impl = f"{options.ops}-share-prefix-reads" if options.share_prefix_reads else options.ops
     results = Results(options.json, about)
     jobs: list[Job] = []
     for case, head in zip(cases, heads, strict=True):
         job = run_ours(llm, case, options.rounds)
-        row = {**head, "impl": options.ops, **job.row, "loop_seconds": about["loop_seconds"]}
+        row = {**head, "impl": impl, **job.row, "loop_seconds": about["loop_seconds"]}
         row["slow_host"] = _slow_host(row)
         if not jobs:
             row["start_seconds"] = start_seconds + row["first_seconds"]
@@ -390,6 +391,7 @@ def _timed_start(options: argparse.Namespace, is_split: bool) -> tuple[LLM, floa
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             kv_cache_tokens=options.kv_cache_tokens,
+            share_prefix_reads=options.share_prefix_reads,
         )
     return llm, time.perf_counter() - begin - sum(loading)
 
@@ -487,6 +489,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-batched-tokens", type=int, default=8192, help="as LLM's (default: %(default)s)")
     add("--kv-cache-tokens", type=int, help="as LLM's")
     add("--max-model-len", type=int, help="as LLM's")
+    add("--share-prefix-reads", action="store_true", help="as LLM's")
     add("--peer-batch", type=int, default=64, help="transformers' batches (default: %(default)s)")
     add(
         "--peer-runs",
