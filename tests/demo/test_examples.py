@@ -97,6 +97,15 @@ def test_training_lines_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert ask(tmp_path / "tuned", "What color is the heart?") != ""
 
 
+def test_raw_prompt_of_the_docs_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = [code for code in snippets("docs/offline.md") if "multi_modal_data" in code]
+    with LLM() as llm:
+        names: dict[str, Any] = {"llm": llm, "SamplingParams": SamplingParams}
+        exec(code, names)
+    assert names["output"].outputs[0].text == "at the top right."
+
+
 def test_jsonl_loop_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = [code for code in snippets("docs/offline.md") if "jsonl" in code]
     assert sum(map(bool, code.splitlines())) <= 12
