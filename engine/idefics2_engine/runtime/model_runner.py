@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from idefics2_engine.device import to_device
-from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.images.tiling import ImageConfig, Tile
 from idefics2_engine.model.batch import ImageBatch
 from idefics2_engine.model.idefics2 import Idefics2
@@ -31,9 +30,6 @@ class Runner:
         kv_cache: KV cache on the model's device.
         image_config: Normalization of pixels.
         config: Sizes of the runtime.
-
-    Raises:
-        ConfigError: The CUDA graphs do not fit into the device's memory.
     """
 
     def __init__(
@@ -53,34 +49,20 @@ class Runner:
         self._text_graphs: TextGraphs | None = None
         self._image_graphs: ImageGraphs | None = None
         if config.cuda_graphs:
-            try:
-                self._capture(config)
-            except RuntimeError as error:
-                # PyTorch's allocator and CUDA raise different classes
-                if "out of memory" not in str(error):
-                    raise
-                raise ConfigError(
-                    f"enforce_eager must be True, or gpu_memory_utilization or kv_cache_tokens "
-                    f"lower: CUDA graphs did not fit beside the weights and a KV cache of "
-                    f"{config.kv_cache_tokens} tokens, got {short_repr(str(error))}"
-                ) from error
-
-    def _capture(self, config: EngineConfig) -> None:
-        """Capture the graphs of all steps."""
-        pool = GraphPool(self.model.device)
-        self._image_graphs = ImageGraphs(
-            self.model, self.image_config, self.image_features, config.max_patches, pool
-        )
-        self._text_graphs = TextGraphs(
-            self.model,
-            self.kv_cache,
-            self.image_features,
-            self._last_tokens,
-            -(-config.max_model_len // config.page_size),
-            config.max_num_batched_tokens,
-            pool,
-        )
-        pool.finish()
+            pool = GraphPool(model.device)
+            self._image_graphs = ImageGraphs(
+                model, image_config, self.image_features, config.max_patches, pool
+            )
+            self._text_graphs = TextGraphs(
+                model,
+                kv_cache,
+                self.image_features,
+                self._last_tokens,
+                -(-config.max_model_len // config.page_size),
+                config.max_num_batched_tokens,
+                pool,
+            )
+            pool.finish()
 
     @torch.inference_mode()
     def run(

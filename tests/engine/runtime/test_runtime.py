@@ -364,7 +364,7 @@ def test_out_of_memory_reduces_the_step_size(
         (
             torch.OutOfMemoryError("CUDA out of memory."),
             ConfigError,
-            "enforce_eager .* 4096 tokens",
+            "^kv_cache_tokens 4096: .* enforce_eager$",
         ),
         (RuntimeError("CUDA error: out of memory"), ConfigError, "gpu_memory_utilization"),
         (RuntimeError("broken"), RuntimeError, "^broken$"),
