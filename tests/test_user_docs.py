@@ -55,6 +55,14 @@ def test_parser_accepts_every_documented_command(page: Path) -> None:
             build_parser().parse_args(words)
 
 
+def test_benchmarks_name_the_versions_of_the_constraints() -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    named = re.findall(r"\b\w+==[\d.]*\d", page)
+    assert len(named) == 3
+    assert set(named) <= set(constraints)
+
+
 def test_docs_name_every_argument_of_llm_with_its_default() -> None:
     parameters = inspect.signature(LLM).parameters.values()
     assert rows("docs/offline.md", "Arguments of LLM") == {

@@ -76,7 +76,8 @@ def _patches_kernel(
     mask_p = offs_p < P
 
     # Find the last image that begins at or before each patch. An empty image begins where the next
-    # one does, so it is never the last.
+    # one does, so the search passes it. Only empty images at the end are found, by patches of
+    # padding after the last offset.
     image = tl.zeros([BLOCK_P, 1], dtype=tl.int32)
     end = image + N
     for _ in range(steps):

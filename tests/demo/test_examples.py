@@ -46,16 +46,27 @@ def test_batch_jsonl_writes_an_answer_or_error_for_each_line(
         "not JSON",
         json.dumps({"id": "bare"}),
         json.dumps({"id": 5, "images": [], "question": "Hello."}),
+        json.dumps({"image": str(SHAPES), "question": STAR}),
+        json.dumps([STAR]),
+        json.dumps({"id": "path", "images": str(SHAPES), "question": STAR}),
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
-    run_script(monkeypatch, "batch_jsonl.py", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    with pytest.raises(SystemExit, match=r"^6 lines of .*out\.jsonl have an error"):
+        run_script(monkeypatch, "batch_jsonl.py", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     by_id = {answer.pop("id"): answer for answer in answers}
     assert len(answers) == len(lines)
     assert by_id["star"] == {"text": "The star is at the top right.", "finish_reason": "stop"}
     assert by_id["gone"]["error"]["code"] == "image"
-    assert by_id["line 3"]["error"]["code"] == by_id["bare"]["error"]["code"] == "prompt"
     assert by_id[5]["text"]
+    for name, message in {
+        "line 3": "must be JSON: Expecting value: line 1 column 1 (char 0)",
+        "bare": "must have the keys id, images, question, got no images, no question",
+        "line 6": "must have the keys id, images, question, got no id, no images",
+        "line 7": "must be a JSON object, got list",
+        "path": "images must be a list, got str",
+    }.items():
+        assert by_id[name]["error"] == {"code": "prompt", "message": message}
 
 
 def test_fine_tune_learns_its_answer(
@@ -84,6 +95,15 @@ def test_training_lines_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monk
     exec(code, names)
     assert 0 < names["loss"].item() < 20
     assert ask(tmp_path / "tuned", "What color is the heart?") != ""
+
+
+def test_raw_prompt_of_the_docs_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = [code for code in snippets("docs/offline.md") if "multi_modal_data" in code]
+    with LLM() as llm:
+        names: dict[str, Any] = {"llm": llm, "SamplingParams": SamplingParams}
+        exec(code, names)
+    assert names["output"].outputs[0].text == "at the top right."
 
 
 def test_jsonl_loop_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ than running them takes the device. Replaying a graph is a single launch. A grap
 and reads its inputs from fixed addresses, so a step is padded to the next captured size.
 """
 
+import contextlib
 import logging
 import time
 from bisect import bisect_left
@@ -49,8 +50,12 @@ class GraphPool:
             graph.capture_begin(self._pool, capture_error_mode="relaxed")
             try:
                 forward()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # A capture that failed may not end either, which would hide the cause
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         self._pool = graph.pool()
         self.num_graphs += 1

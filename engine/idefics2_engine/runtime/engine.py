@@ -20,6 +20,7 @@ from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.prompts.tokenizer import Tokenizer
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.kv_cache import KVCache
+from idefics2_engine.runtime.memory_profile import memory_as_config_error
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
 from idefics2_engine.runtime.step_clock import StepClock
@@ -62,7 +63,11 @@ class _Flight:
 
 
 class Engine:
-    """The engine that answers concurrent requests on one device."""
+    """The engine that answers concurrent requests on one device.
+
+    Raises:
+        ConfigError: The KV cache or the CUDA graphs do not fit into memory.
+    """
 
     def __init__(
         self,
@@ -80,10 +85,11 @@ class Engine:
         self._window = model.config.text.sliding_window
         self._has_warned_of_length = False
         self.reset()
-        kv_cache = KVCache(
-            model.config.text, config.num_pages, config.page_size, model.device, model.dtype
-        )
-        self.runner = Runner(model, kv_cache, image_config, config)
+        with memory_as_config_error(config):
+            kv_cache = KVCache(
+                model.config.text, config.num_pages, config.page_size, model.device, model.dtype
+            )
+            self.runner = Runner(model, kv_cache, image_config, config)
         self.stats = EngineStats()
         self.clock = StepClock(self.stats, model.device)
         self.sampler = Sampler(

@@ -1,6 +1,8 @@
-"""Measurement of the KV cache size that fits in a GPU's free memory."""
+"""Measurement of the KV cache size that fits in a GPU's free memory, and the error if it does not."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -50,6 +52,24 @@ def kv_cache_tokens(model: Idefics2, config: EngineConfig, utilization: float) -
             f"{wanted * config.page_size * each / 2**30:.1f} GiB"
         )
     return min(pages, config.max_num_seqs * wanted) * config.page_size
+
+
+@contextmanager
+def memory_as_config_error(config: EngineConfig) -> Iterator[None]:
+    """Raise ``ConfigError`` if the KV cache or the CUDA graphs of ``config`` do not fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        # PyTorch's allocator and CUDA raise different classes
+        if "out of memory" not in str(error):
+            raise
+        graphs = " and the CUDA graphs of all steps" if config.cuda_graphs else ""
+        eager = ", or set enforce_eager" if config.cuda_graphs else ""
+        raise ConfigError(
+            f"kv_cache_tokens {config.kv_cache_tokens}: a KV cache of so many tokens{graphs} must "
+            f"fit beside the weights, but ran out of memory; lower kv_cache_tokens or "
+            f"gpu_memory_utilization{eager}"
+        ) from error
 
 
 def bytes_per_token(text: TextConfig, dtype: torch.dtype) -> int:

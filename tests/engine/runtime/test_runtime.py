@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from graph_stand_in import PADDED_REFERENCE, StandInPool
+from graph_stand_in import PADDED_REFERENCE, StandInGraph, StandInPool
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.demo import DEMO_IMAGES
-from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.errors import ConfigError, RequestFailedError
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.sampling.sampler import Drawn
@@ -356,6 +356,36 @@ def test_out_of_memory_reduces_the_step_size(
     assert answers(engine, make_requests(llm)) == expected
     assert max(sizes) > 40
     assert engine.scheduler.max_num_batched_tokens == 32
+
+
+@pytest.mark.parametrize(
+    ("error", "expected_error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            ConfigError,
+            "^kv_cache_tokens 4096: .* enforce_eager$",
+        ),
+        (RuntimeError("CUDA error: out of memory"), ConfigError, "gpu_memory_utilization"),
+        (RuntimeError("broken"), RuntimeError, "^broken$"),
+    ],
+)
+def test_graphs_that_exceed_memory_are_a_config_error(
+    exact: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    expected_error: type[Exception],
+    message: str,
+) -> None:
+    class FullPool(StandInPool):
+        def capture(self, forward: Callable[[], None], *, warm_up: bool) -> StandInGraph:
+            if self.num_graphs == 3:
+                raise error
+            return super().capture(forward, warm_up=warm_up)
+
+    monkeypatch.setattr("idefics2_engine.runtime.model_runner.GraphPool", FullPool)
+    with pytest.raises(expected_error, match=message):
+        make_engine(exact, cuda_graphs=True)
 
 
 def test_request_that_exceeds_memory_fails_alone(
