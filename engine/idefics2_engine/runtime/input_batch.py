@@ -125,7 +125,7 @@ def pack(step: Step, page_size: int, num_latents: int) -> PackedStep:
         sampled=np.concatenate([np.arange(num_decodes, dtype=np.int32), ends[samples] - 1]),
         scored=_scored(chunks, firsts),
         feature_rows=_feature_rows(chunks, firsts, len(owners), num_latents),
-        shared_prefixes=_NO_TABLE,
+        shared_prefixes=_NO_PREFIXES,
         max_seqlen=int(lengths.max()),
         is_decode=all(
             chunk.samples and chunk.end - chunk.begin == 1 and not chunk.scores and not chunk.images
@@ -135,18 +135,18 @@ def pack(step: Step, page_size: int, num_latents: int) -> PackedStep:
 
 
 _NONE = np.zeros(0, np.int32)
-_NO_TABLE = _NONE.reshape(0, 0)
+_NO_PREFIXES = _NONE.reshape(0, COLUMNS)
 NOTHING = PackedStep(
     input_ids=_NONE,
     positions=_NONE,
     slots=_NONE,
     cu_seqlens=np.zeros(1, np.int32),
     context_lens=_NONE,
-    block_table=_NO_TABLE,
+    block_table=_NONE.reshape(0, 0),
     sampled=_NONE,
     scored=_NONE,
     feature_rows=_NONE,
-    shared_prefixes=_NO_TABLE,
+    shared_prefixes=_NO_PREFIXES,
     max_seqlen=1,
     is_decode=True,
 )
@@ -162,7 +162,7 @@ def padded(packed: PackedStep, shape: StepShape) -> PackedStep:
     count, sequences = len(packed.input_ids), len(packed.context_lens)
     table = np.zeros((shape.sequences, shape.width), np.int32)
     table[:sequences, : packed.block_table.shape[1]] = packed.block_table
-    shared = _NO_TABLE
+    shared = _NO_PREFIXES
     if shape.has_shared:
         shared = np.zeros((shape.sequences, COLUMNS), np.int32)
         shared[: len(packed.shared_prefixes)] = packed.shared_prefixes

@@ -199,6 +199,7 @@ def expected(llm: LLM) -> list[list[list[int]]]:
         {"max_patches": 1},
         {"run_ahead": False},
         {"cuda_graphs": False},
+        {"share_prefix_reads": True},
     ],
     ids=str,
 )
