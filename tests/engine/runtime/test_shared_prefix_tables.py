@@ -93,3 +93,6 @@ def test_padding_shares_nothing() -> None:
     wide = padded(step, StepShape(ROWS + 8, ROWS + 8, SHARED + 4, has_shared=True))
     np.testing.assert_array_equal(wide.shared_prefixes[:ROWS], step.shared_prefixes)
     assert not wide.shared_prefixes[ROWS:].any()
+    empty = padded(NOTHING, StepShape(8, 8, SHARED, has_shared=True)).shared_prefixes
+    assert empty.shape == (8, 6)
+    assert not empty.any()
