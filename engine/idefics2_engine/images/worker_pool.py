@@ -31,6 +31,7 @@ Pin = Callable[[int, int], Callable[[], None] | None]
 POOL_BYTES = 1 << 30
 # Memory is pinned in parts, so that the first images need not wait for the last part
 _PIN_BYTES = 1 << 26
+_PIN_GAP = 4096
 _MOST_WORKERS = 8
 
 _logger = logging.getLogger(__name__)
@@ -203,7 +204,8 @@ class WorkerPool:
                 _logger.warning("image workers: %d MiB could be pinned", (at - begin) >> 20)
                 # The rest is used as it is
                 self._pin = None
-            memory.add((at, end))
+            # The gap keeps blocks within a part. CUDA copies from one pinned range at a time
+            memory.add((at, end - _PIN_GAP))
 
     def _spawn(self, spare: Block) -> WorkerProcess | None:
         """Start a process, unless the pool is closed or the system refuses."""

@@ -383,13 +383,39 @@ def test_memory_is_pinned_in_parts_and_released() -> None:
         pinned.append((address, size))
         return lambda: pinned.remove((address, size))
 
-    size = (5 << 26) + 4096
+    size = (5 << 26) + (1 << 20)
     pool = started(pool_bytes=size, pin=pin)
-    wait_for(lambda: pool.num_free_bytes == size)
+    # A page of each of the six parts is left free
+    wait_for(lambda: pool.num_free_bytes == size - 6 * 4096)
     assert len(pinned) == 3
     assert pool.tiles(FILES["PNG"], "a", rules())
     pool.close()
     assert not pinned
+
+
+def test_blocks_lie_within_a_pinned_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from two pinned ranges is an error of CUDA."""
+    monkeypatch.setattr("idefics2_engine.images.worker_pool._PIN_BYTES", 1 << 16)
+    parts: list[tuple[int, int]] = []
+
+    def pin(address: int, size: int) -> Callable[[], None]:
+        parts.append((address, address + size))
+        return lambda: None
+
+    pool = started(pool_bytes=1 << 20, pin=pin)
+    try:
+        wait_for(lambda: len(parts) == 16 and pool.num_free_bytes == 15 << 16)
+        held = [pool.tiles(FILES["large"], "a", rules()) for _ in range(100)]
+        pixels = [tile.patch_pixels() for got in held if got is not None for tile in got.tiles]
+        begins = np.array([one.ctypes.data for one in pixels])
+        ends = begins + [one.nbytes for one in pixels]
+        first, last = parts[0][0], parts[-1][1]
+        inside = (begins >= first) & (ends <= last)
+        assert inside.sum() > 16
+        owners = (begins[inside] - first) >> 16
+        np.testing.assert_array_equal((ends[inside] - 1 - first) >> 16, owners)
+    finally:
+        pool.close()
 
 
 # The model
