@@ -370,19 +370,24 @@ def draw_many(logits: Tensor, number: int, params: SamplingParams, **options: An
 
 def draw_with_seeds(logits: Tensor, number: int, params: SamplingParams) -> Counter[int]:
     """Count the tokens drawn with ``number`` seeds from the row that the sampler draws from."""
-    rows: list[tuple[Tensor, ...]] = []
+    rows: list[tuple[Any, ...]] = []
 
-    def spy(*arguments: Tensor, **options: Any) -> Tensor:
+    def spy(*arguments: Any, **options: Any) -> Tensor:
         rows.append(arguments)
         return reference.sample(*arguments, **options)
 
     sampler = make_sampler([], ops=replace(REFERENCE, sample=spy))
     sampler.sample(logits[None].clone(), [make_sequence([1], [], params)])
-    ((row, *filters, seed, index),) = rows
+    ((row, temperature, top_k, top_p, min_p, seed, index),) = rows
     assert seed.tolist() == [0], "the seed of the first sequence, which each further one adds to"
-    columns = [column.expand(number) for column in filters]
     drawn = reference.sample(
-        row.expand(number, -1), *columns, torch.arange(number), index.expand(number)
+        row.expand(number, -1),
+        temperature.expand(number),
+        top_k.expand(number),
+        top_p.expand(number),
+        min_p.expand(number),
+        torch.arange(number),
+        index.expand(number),
     )
     return Counter(drawn.tolist())
 
