@@ -2,7 +2,8 @@
 
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
@@ -63,6 +64,24 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tokenizers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Load equal tokenizers once in tests that load models, except in those of tokenizers."""
+    parts = request.path.relative_to(ROOT / "tests").parts
+    # Kernels are tested where this package is missing
+    if (
+        parts[0] in ("engine", "bench", "demo")
+        and "prompts" not in parts
+        and find_spec("tokenizers")
+    ):
+        from tokenizer_cache import tokenizers_loaded_once
+
+        with tokenizers_loaded_once():
+            yield
+    else:
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

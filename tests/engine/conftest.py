@@ -1,13 +1,10 @@
 """Fixtures: a tiny checkpoint and its model, for tests that change neither."""
 
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from idefics2_engine import LLM
-from idefics2_engine.prompts.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +27,3 @@ def llm(request: pytest.FixtureRequest, checkpoint: Path) -> LLM:
     """Load the model with the module's ``SETTINGS`` besides device and dtype."""
     settings = getattr(request.module, "SETTINGS", {})
     return LLM(checkpoint, device="cpu", dtype="float32", **settings)
-
-
-@pytest.fixture(scope="module")
-def one_tokenizer() -> Iterator[None]:
-    """Load a tokenizer once, for modules that load models often.
-
-    It takes longer to load than a tiny model.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tokenizer, "load", cache(Tokenizer.load))
-        yield

@@ -198,6 +198,15 @@ def _suits_many_rows(case: Case) -> bool:
     )
 
 
+def _suits_dequantized(case: Case) -> bool:
+    """Return whether the way over a dequantized weight is tested on this case.
+
+    The interpreter takes long to dequantize a large weight, and ``nf4_dequantize`` has its own
+    cases.
+    """
+    return case.where != "any" or case.dims["N"] * case.dims["K"] <= 10_000
+
+
 def _nf4_bytes(elements: int) -> int:
     """Return the bytes of ``elements`` in NF4, 0.5159 each.
 
@@ -332,6 +341,7 @@ PRODUCTS = (
             "plain": _has_gluon,
             "gluon": _has_aligned_gluon,
             "many_rows": _suits_many_rows,
+            "dequantized": _suits_dequantized,
         },
     ),
     KernelSpec(

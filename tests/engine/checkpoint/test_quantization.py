@@ -698,6 +698,8 @@ class TestWholeSystem:
     def test_runtime_on_the_kernels(self, device: torch.device, tmp_path: Path) -> None:
         write_checkpoint(tmp_path)
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        # The large vocabulary takes the interpreter long, and the head is not in NF4
+        kernels = replace(TRITON, linear=REFERENCE.linear, sample=REFERENCE.sample)
 
         def tokens(ops: Ops) -> list[int]:
             llm = LLM(
@@ -711,7 +713,7 @@ class TestWholeSystem:
             )
             return list(llm.generate("In this image", params)[0].outputs[0].token_ids)
 
-        assert tokens(TRITON) == tokens(REFERENCE)
+        assert tokens(kernels) == tokens(REFERENCE)
 
     def test_dummy_weights(self) -> None:
         llm = LLM(device="cpu", load_format="dummy", quantization="nf4", quantized_parts=["text"])

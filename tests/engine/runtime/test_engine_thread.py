@@ -36,7 +36,7 @@ Load = Callable[..., LLM]
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def load(request: pytest.FixtureRequest, checkpoint: Path, one_tokenizer: None) -> Load:
+def load(request: pytest.FixtureRequest, checkpoint: Path) -> Load:
     """Return a function that loads a tiny checkpoint; its arguments extend the common settings."""
     settings = {"device": request.param, "dtype": "float32", "max_model_len": 200}
     return partial(LLM, checkpoint, **settings, kv_cache_tokens=4096, max_num_seqs=16)

@@ -42,7 +42,7 @@ Make = Callable[..., LLM]
         pytest.param(("cuda", True), id="kernels", marks=pytest.mark.gpu),
     ]
 )
-def make(checkpoint: Path, one_tokenizer: None, request: pytest.FixtureRequest) -> Make:
+def make(checkpoint: Path, request: pytest.FixtureRequest) -> Make:
     """Return a function that loads the checkpoint, with or without run-ahead."""
     device, run_ahead = request.param
 

@@ -368,6 +368,30 @@ def draw_many(logits: Tensor, number: int, params: SamplingParams, **options: An
     return Counter(c.token_id for c in make_sampler([], **options).sample(rows, sequences))
 
 
+def draw_with_seeds(logits: Tensor, number: int, params: SamplingParams) -> Counter[int]:
+    """Count the tokens drawn with ``number`` seeds from the row that the sampler draws from."""
+    rows: list[tuple[Any, ...]] = []
+
+    def spy(*arguments: Any, **options: Any) -> Tensor:
+        rows.append(arguments)
+        return reference.sample(*arguments, **options)
+
+    sampler = make_sampler([], ops=replace(REFERENCE, sample=spy))
+    sampler.sample(logits[None].clone(), [make_sequence([1], [], params)])
+    ((row, temperature, top_k, top_p, min_p, seed, index),) = rows
+    assert seed.tolist() == [0], "the seed of the first sequence, which each further one adds to"
+    drawn = reference.sample(
+        row.expand(number, -1),
+        temperature.expand(number),
+        top_k.expand(number),
+        top_p.expand(number),
+        min_p.expand(number),
+        torch.arange(number),
+        index.expand(number),
+    )
+    return Counter(drawn.tolist())
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3}],
@@ -390,7 +414,7 @@ def test_200000_draws_have_the_expected_distribution(options: dict[str, Any]) ->
     probabilities /= probabilities.sum()
 
     number = 200_000
-    drawn = draw_many(logits.float(), number, params)
+    drawn = draw_with_seeds(logits.float(), number, params)
     expected = {i: p * number for i, p in enumerate(probabilities.tolist()) if p > 0}
     assert set(drawn) == set(expected)
     statistic = sum((drawn[i] - count) ** 2 / count for i, count in expected.items())
