@@ -203,14 +203,10 @@ class Processor:
         if isinstance(token_ids, _NO_LIST) or not isinstance(token_ids, Iterable):
             raise PromptError(f"token_ids: must be a list of ids, got {short_repr(token_ids)}")
         vocab_size = self.tokenizer.vocab_size
-        ids: list[int] = []
         with caller_code("token_ids", PromptError):
-            for index, id in enumerate(token_ids):
-                if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
-                    raise PromptError(
-                        f"token_ids[{index}]: must be an id below {vocab_size}, got {short_repr(id)}"
-                    )
-                ids.append(int(id))
+            ids = _plain_ids(token_ids, vocab_size)
+            if ids is None:
+                ids = _checked_ids(token_ids, vocab_size)
         images = _as_list(images)
         per_image = self.image_seq_len * self.image_config.tiles_per_image
         wanted, got = len(images) * per_image, ids.count(self.tokenizer.image_id)
@@ -407,6 +403,31 @@ class Processor:
         tile = FAKE_IMAGE + IMAGE * self.image_seq_len
         image = f"(?:{tile}){{{self.image_config.tiles_per_image}}}(?:{FAKE_IMAGE}(?!{IMAGE}))?"
         return re.sub(image, IMAGE, self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _plain_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int] | None:
+    """Return a copy of a list of ints below ``vocab_size``, ``None`` for anything else.
+
+    It looks at no id in Python. ``_checked_ids`` takes a millisecond for a thousand.
+    """
+    if type(token_ids) not in (list, tuple):
+        return None
+    ids: list[Any] = list(token_ids)
+    if set(map(type, ids)) - {int} or (ids and not 0 <= min(ids) <= max(ids) < vocab_size):
+        return None
+    return ids
+
+
+def _checked_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
+    """Return the ids; raise ``PromptError`` if one is no whole number below ``vocab_size``."""
+    ids = []
+    for index, id in enumerate(token_ids):
+        if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
+            raise PromptError(
+                f"token_ids[{index}]: must be an id below {vocab_size}, got {short_repr(id)}"
+            )
+        ids.append(int(id))
+    return ids
 
 
 def _as_list(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
