@@ -422,7 +422,8 @@ def _checked_ids(token_ids: Iterable[Any], vocab_size: int) -> list[int]:
     """Return the ids; raise ``PromptError`` if one is no whole number below ``vocab_size``."""
     ids = []
     for index, id in enumerate(token_ids):
-        if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < vocab_size:
+        is_whole = isinstance(id, Integral) and not isinstance(id, bool)
+        if not is_whole or not 0 <= id < vocab_size:
             raise PromptError(
                 f"token_ids[{index}]: must be an id below {vocab_size}, got {short_repr(id)}"
             )
