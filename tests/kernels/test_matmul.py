@@ -76,8 +76,15 @@ def _permute_kernel(a_ptr, b_ptr, out_ptr, selector):  # type: ignore[no-untyped
     tl.store(out_ptr + offs, dequantize_triton.permute_bytes(a, b, tl.zeros_like(a) + selector))
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("dtype", "double_quant"),
+    [
+        (torch.float32, True),
+        (torch.float32, False),
+        (torch.float16, True),
+        (torch.bfloat16, False),
+    ],
+)
 @pytest.mark.parametrize("K", [64, 192, 37, 256, 512])
 def test_product_dequantizes_bit_for_bit(
     K: int, dtype: torch.dtype, double_quant: bool, device: torch.device
@@ -187,7 +194,7 @@ def test_row_of_few_rows_does_not_depend_on_other_rows(
     M: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     x = torch.randn(M, 2048, device=device).to(dtype)
-    weight = nf4_quantize(torch.randn(70, 2048, device=device).to(dtype))
+    weight = nf4_quantize(torch.randn(40, 2048, device=device).to(dtype))
     whole = nf4_matmul.few_rows(x, weight)
     # The tile is the same for both numbers of rows
     first = M // 2 - 1
