@@ -75,7 +75,7 @@ def _product_cases() -> tuple[Case, ...]:
         Case("transposed-wide", {**base, "K": 256, "B": 2, "layout": "transposed"}),
         Case("plain-statistics-wide", {**base, "K": 512, "double_quant": False}),
         Case("tiny-wide", {**base, "K": 256, "scale": 1e-3}),
-        Case("integers-wide", {**base, "N": 70, "K": 2048, "integers": True}, _BF16),
+        Case("integers-wide", {**base, "K": 2048, "integers": True}, _BF16),
         Case("stacked", {**base, "N": 260, "stacked": 256}, _BF16),
         Case("stacked-wide", {**base, "N": 69, "K": 256, "stacked": 64}),
     ]
