@@ -28,7 +28,7 @@ test: $(INSTALLED)  ## run the tests, on a GPU if there is one
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
 
 test-long: $(INSTALLED)  ## run the tests that take long: the Gluon kernels in the emulator, interrupts
-	$(BIN)/python -m pytest -n $(WORKERS) -m long
+	$(BIN)/python -m pytest -n $(WORKERS) -m long $$(grep -rl mark.long tests --include='test_*.py')
 
 lint: $(INSTALLED)  ## check style and format
 	$(BIN)/ruff check

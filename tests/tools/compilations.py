@@ -1,14 +1,18 @@
 """List what Triton would compile for requests of many sizes after the engine's warm-up.
 
-    PYTHONPATH=engine:kernels:tests/helpers python tests/tools/compilations.py 90 8b nf4
+    PYTHONPATH=engine:kernels:tests/helpers python tests/tools/compilations.py 90,8b,nf4 80,demo,nf4
+
+An argument is an architecture, a model and its weights, and perhaps a number of rows that the
+warm-up leaves out. Each argument has a process of its own, forked after the imports.
 
 No GPU is needed. The model runs on meta tensors, which have no memory. Compilations and launches
 are left out; only the keys are computed under which Triton looks for compiled kernels. The program
-prints a line of JSON for each compilation after the warm-up, and one with totals. test_compilations
-runs it. A further argument is a number of rows that the warm-up leaves out.
+prints a line of JSON for each compilation after the warm-up, and then one with totals for each
+argument. test_compilations runs it.
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -143,4 +147,13 @@ def main(arch: int, name: str, weights: str, left_out: int | None = None) -> Non
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))
+    for case in sys.argv[1:]:
+        child = os.fork()
+        if not child:
+            arch, model, weights, *left_out = case.split(",")
+            main(int(arch), model, weights, *map(int, left_out))
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{case}: status {status}")

@@ -48,7 +48,7 @@ def warm_up_sampling(model: Idefics2, *, min_p_first: bool = True) -> None:
     Edited logits are fp32. Logits that were copied have no padding.
     """
     text = model.config.text
-    ones = torch.ones(1, device=model.device)
+    ones = torch.ones(1, dtype=torch.float32, device=model.device)
     zeros, integers = torch.zeros_like(ones), torch.zeros_like(ones, dtype=torch.int64)
     for dtype in {model.dtype, torch.float32}:
         for width in {text.padded_vocab_size, text.vocab_size}:

@@ -22,7 +22,10 @@ from request_sizes import PAGE_SIZE, ROWS, draw, image_batches, text_batches
 _NO_PREFETCH = 133
 
 
-def compilations(*arguments: object) -> tuple[list[dict[str, Any]], dict[str, int]]:
+CASES = ["90,8b,bf16", "90,8b,nf4", "90,demo,fp32", "80,demo,nf4"]
+
+
+def compilations(*cases: str) -> list[dict[str, Any]]:
     """Run ``tools/compilations.py`` and return the compilations after the warm-up, and totals.
 
     A separate process is needed, because the import of a kernel decides whether Triton interprets.
@@ -32,27 +35,20 @@ def compilations(*arguments: object) -> tuple[list[dict[str, Any]], dict[str, in
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     # The oldest supported version is in an environment of its own
     python = os.environ.get("COMPILE_PYTHON", sys.executable)
-    command = [python, str(TESTS / "tools" / "compilations.py"), *map(str, arguments)]
+    command = [python, str(TESTS / "tools" / "compilations.py"), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    *late, totals = [json.loads(line) for line in done.stdout.splitlines()]
-    return late, totals
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("arch", "model", "weights"),
-    [(90, "8b", "bf16"), (90, "8b", "nf4"), (90, "demo", "fp32"), (80, "demo", "nf4")],
-)
-def test_no_size_has_a_variant_of_its_own(arch: int, model: str, weights: str) -> None:
-    late, totals = compilations(arch, model, weights)
-    assert late == []
-    assert totals["launches"] > 5_000
-    assert totals["variants"] > 20
-
-
-def test_a_missing_size_is_noticed() -> None:
-    late, _ = compilations(90, "8b", "bf16", _NO_PREFETCH)
-    assert [one["kernel"] for one in late] == ["idefics2_kernels.rotary._rotary_kernel"]
+def test_only_a_size_without_a_warm_up_has_a_variant_of_its_own() -> None:
+    # The last case shows that a missing size is noticed
+    *totals, late, with_late = compilations(*CASES, f"90,8b,bf16,{_NO_PREFETCH}")
+    assert len(totals) == len(CASES), totals
+    for total in (*totals, with_late):
+        assert total["launches"] > 5_000
+        assert total["variants"] > 20
+    assert late["kernel"] == "idefics2_kernels.rotary._rotary_kernel"
 
 
 @pytest.mark.gpu
