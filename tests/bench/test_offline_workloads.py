@@ -134,9 +134,9 @@ def test_prompts_and_image_files_match_their_request(
     processor: Processor, mixed: list[OfflineRequest]
 ) -> None:
     for request in mixed[:16]:
-        draft = processor.draft_token_prompt(request.prompt_token_ids, request.images)
-        assert draft.prompt.count("<image>") == len(request.images)
-        text = draft.prompt.partition("<image>" * len(request.images))[2]
+        prompt = processor.token_prompt(request.prompt_token_ids, request.images).prompt
+        assert prompt.count("<image>") == len(request.images)
+        text = prompt.partition("<image>" * len(request.images))[2]
         assert "<image>" not in text
         for size, file in zip(request.sizes, request.images, strict=True):
             with Image.open(io.BytesIO(file)) as image:

@@ -43,6 +43,7 @@ BAD: dict[str, list[Any]] = {
     "kv_cache_tokens": COUNT,
     "gpu_memory_utilization": [0, 1.5, -0.5, math.nan, math.inf, "0.9", None, True, HUGE],
     "enforce_eager": [*FLAG, None],
+    "share_prefix_reads": [*FLAG, None],
     "seed": ["x", None, 1.0, True, math.nan, 2**63, HUGE, [1]],
     "sampling_order": ["VLLM", None, *NO_TEXT],
     "image_policy": ["other", None, *NO_TEXT],

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -297,14 +298,16 @@ def shared_call(device: torch.device) -> Call:
     block_table = pages[shared : shared + 48].view(6, 8).clone()
     block_table[1:, :shared] = pages[:shared]
     context_lens = torch.tensor(lens, dtype=torch.int32)
-    found = find_shared_prefixes(
-        block_table.numpy(),
-        context_lens.numpy(),
-        page_size=16,
-        window=200,
-        num_kv_heads=2,
-        max_members=3,
-    )
+    # Few pages, because the kernel is interpreted without a GPU
+    with patch("idefics2_engine.scheduling.shared_prefixes.MIN_PAGES", 4):
+        found = find_shared_prefixes(
+            block_table.numpy(),
+            context_lens.numpy(),
+            page_size=16,
+            window=200,
+            num_kv_heads=2,
+            max_members=3,
+        )
     assert found[:, 0].tolist() == [0, 4, 4, 4, 4, 4]
     k_cache, v_cache = torch.randn(2, 64, 2, 16, 16).half().to(device)
     call = {

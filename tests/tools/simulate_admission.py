@@ -113,12 +113,13 @@ def simulate(
         if ready and policy.admits(running=len(left), ready=ready, held=held, is_urgent=False):
             tokens, patches = max_tokens - len(left), max_patches
             while len(joined) < ready:
-                index = queue.next()
-                job = jobs[index]
+                first = queue.next()
+                assert first is not None
+                job = jobs[first]
                 if job.tokens > tokens or job.patches > patches < max_patches:
                     break
                 tokens, patches = tokens - job.tokens, patches - job.patches
-                queue.take(index)
+                queue.take(first)
                 joined.append(job)
             held = 0
         else:

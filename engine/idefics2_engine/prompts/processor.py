@@ -56,10 +56,14 @@ class ProcessedPrompt:
 class PromptDraft:
     """A prompt whose images have not been read.
 
-    ``media`` are the rules for reading them.
+    Attributes:
+        prompt: Text, with each image as one "<image>". ``None`` if it is decoded with the images.
+        token_ids: Token ids, with each tile as ``image_seq_len`` image tokens.
+        images: Sources of the images.
+        media: Rules for reading them.
     """
 
-    prompt: str
+    prompt: str | None
     token_ids: list[int]
     images: Sequence[ImageSource]
     media: MediaConfig
@@ -215,7 +219,7 @@ class Processor:
                 f"token_ids: must have {per_image} image tokens for each of {len(images)} images, "
                 f"wanted {wanted}, got {got}"
             )
-        return PromptDraft(self._collapse(ids), ids, images, self.media)
+        return PromptDraft(None, ids, images, self.media)
 
     def chat(
         self,
@@ -320,7 +324,7 @@ class Processor:
         tiles = iter(read_all(read, [source for _, source in places], threads))
         return [
             ProcessedPrompt(
-                draft.prompt,
+                self._collapse(draft.token_ids) if draft.prompt is None else draft.prompt,
                 draft.token_ids,
                 [tile for _ in draft.images for tile in next(tiles)],
             )

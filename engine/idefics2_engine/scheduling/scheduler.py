@@ -56,6 +56,9 @@ class Decodes:
     block_table: npt.NDArray[np.int32]
 
 
+# Sequences that are passed over in a step, so that its work is bounded
+_MAX_POSTPONED = 16
+
 StepKind = Literal["decode", "text", "image"]
 """An image step encodes tiles, a decode step computes one token of each sequence."""
 
@@ -379,8 +382,12 @@ class Scheduler:
         if self._is_held(plan):
             return
         size = self.pages.page_size
-        while len(self.waiting) and plan.tokens and len(self.table) < self.max_num_seqs:
-            sequence = self.waiting.next()
+        # Sequences whose next page is computed in this step and is in the cache from the next on
+        postponed: set[Sequence] = set()
+        while plan.tokens and len(self.table) < self.max_num_seqs:
+            sequence = self.waiting.next(postponed)
+            if sequence is None:
+                return
             cached = []
             if self.prefix_caching:
                 # At least one token must be computed, because its logits are needed
@@ -389,6 +396,12 @@ class Scheduler:
                     known = min(known, len(sequence.request.prompt_logprobs))
                 names = sequence.page_names(size)[: known // size]
                 cached = self.pages.find(names)
+                following = names[len(cached) : len(cached) + 1]
+                if plan.page_names.intersection(following) and not self.waiting.is_fixed:
+                    postponed.add(sequence)
+                    if len(postponed) == _MAX_POSTPONED:
+                        return
+                    continue
             begin = len(cached) * size
             behind = self._num_behind(begin)
             cached[:behind] = [NO_PAGE] * behind
@@ -488,6 +501,9 @@ class Scheduler:
             else:
                 plan.cached_tiles += 1
         images = [(item, self.encoder.entry(item.tile.fingerprint)) for item in items]
+        if self.prefix_caching and end - begin > 1:
+            size = self.pages.page_size
+            plan.page_names.update(sequence.page_names(size)[begin // size : end // size])
         plan.tokens -= end - begin
         samples, scores = end == sequence.length, range(0)
         if sequence.scores_prompt:
@@ -585,5 +601,7 @@ class _Plan:
         self.chunks: list[Chunk] = []
         self.encodes: list[tuple[Tile, int]] = []
         self.copies: list[tuple[int, int]] = []
+        # Names of the pages that prompts fill in this step
+        self.page_names: set[bytes] = set()
         self.cached_tokens = 0
         self.cached_tiles = 0

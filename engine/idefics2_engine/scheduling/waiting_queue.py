@@ -1,7 +1,7 @@
 """Items that wait, first come first served, unless long ones may overtake; host only."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Generic, NamedTuple, TypeVar
 
@@ -72,15 +72,33 @@ class WaitingQueue(Generic[Item]):
         self.add(item)
         self._tickets.move_to_end(item, last=False)
 
-    def next(self) -> Item:
-        """Return the next item, which stays in the queue; there must be one."""
+    def next(self, skip: Collection[Item] = ()) -> Item | None:
+        """Return the next item, which stays in the queue.
+
+        Items of ``skip`` are passed over, unless the queue is first come, first served. ``None`` if
+        there is no other item.
+        """
+        if not self._tickets:
+            return None
         oldest, ticket = next(iter(self._tickets.items()))
         is_patient = ticket is not None and self._num_taken - ticket.num_taken < self.patience
-        if self.is_fixed or not is_patient:
+        if oldest not in skip and (self.is_fixed or not is_patient):
             return oldest
-        while self._tickets.get(self._longest[0][1]) is not self._longest[0][0]:
-            heappop(self._longest)
-        return self._longest[0][1]
+        return None if self.is_fixed else self._next_longest(skip)
+
+    def _next_longest(self, skip: Collection[Item]) -> Item | None:
+        skipped, found = [], None
+        while found is None and self._longest:
+            ticket, item = self._longest[0]
+            if self._tickets.get(item) is not ticket:
+                heappop(self._longest)
+            elif item in skip:
+                skipped.append(heappop(self._longest))
+            else:
+                found = item
+        for entry in skipped:
+            heappush(self._longest, entry)
+        return found
 
     def take(self, item: Item) -> None:
         """Remove ``item``, which is admitted."""

@@ -453,6 +453,26 @@ def test_cached_prefix_is_not_recomputed() -> None:
         )
 
 
+@pytest.mark.parametrize("may_wait", [True, False])
+def test_prefix_is_computed_once_if_its_readers_may_wait(may_wait: bool) -> None:
+    scheduler = make_scheduler(
+        num_pages=40, tokens=64, admission=AdmissionPolicy(patience=1000), max_num_seqs=8
+    )
+    machine = Machine(scheduler, random.Random(0), end_rate=0)
+    prompts = [[5, 6, 7, 8] * 3 + [own] * 3 for own in range(3)] + [[4] * 7]
+    requests = [make_request(prompt, 5 - number) for number, prompt in enumerate(prompts)]
+    for request in requests:
+        request.may_wait = may_wait
+        machine.add(request)
+    computed = [sum(end - begin for begin, end, _ in spans(machine.step())) for _ in range(2)]
+    if may_wait:
+        # The first step has one prompt of each prefix, and the others reuse three pages of it
+        assert computed == [15 + 7, 2 + 3 + 3]
+        assert [request.num_cached_tokens for request in requests] == [0, 12, 12, 0]
+    else:
+        assert computed == [3 * 15 + 7, 4]
+
+
 def test_nothing_is_cached_without_prefix_caching() -> None:
     scheduler = make_scheduler(num_pages=20, prefix_caching=False)
     machine = Machine(scheduler, random.Random(0), end_rate=0)

@@ -8,9 +8,9 @@ from idefics2_engine.scheduling.waiting_queue import WaitingQueue
 
 def drain(queue: WaitingQueue[str]) -> str:
     order = ""
-    while len(queue):
-        order += queue.next()
-        queue.take(queue.next())
+    while (item := queue.next()) is not None:
+        order += item
+        queue.take(item)
     return order
 
 
@@ -45,6 +45,25 @@ def test_preempted_items_are_first() -> None:
     assert drain(queue) == "yxba"
 
 
+def test_items_can_be_passed_over() -> None:
+    queue = queue_of({"a": 3, "b": 9, "c": 5})
+    assert queue.next({"b"}) == "c"
+    assert queue.next({"b", "c"}) == "a"
+    assert queue.next({"a", "b", "c"}) is None
+    assert drain(queue) == "bca"
+    # Without patience the oldest is next, and the longest of the others
+    queue = queue_of({"a": 3, "b": 4, "c": 5}, patience=0)
+    assert queue.next({"b"}) == "a"
+    assert queue.next({"a"}) == "c"
+
+
+def test_no_item_is_passed_over_where_the_first_comes_first() -> None:
+    queue = queue_of({"a": None, "b": 9})
+    assert queue.next({"b"}) == "a"
+    assert queue.next({"a"}) is None
+    assert drain(queue) == "ab"
+
+
 def test_an_item_may_come_back() -> None:
     queue = queue_of({"a": 3, "b": 9})
     queue.take("b")
@@ -69,6 +88,7 @@ def test_no_item_waits_for_ever() -> None:
             queue.add(item, rng.choice([1, 50, 60, 70]))
             while len(queue) > 20:
                 one = queue.next()
+                assert one is not None
                 queue.take(one)
                 longest = max(longest, taken - (ahead[one] - patience))
                 assert taken <= ahead.pop(one)
