@@ -152,7 +152,7 @@ def test_rows_are_read_in_order_with_bounded_look_ahead() -> None:
     taken: list[int] = []
     rows = Prefetcher(range(9), read, lambda _, ten: prepared.put(ten), end, threads=3, ahead=4)
     with rows:
-        while len(taken) < 8:
+        while len(taken) < 8 or not ends:
             if (one := prepared.get()) is None:
                 continue
             taken.append(one)
