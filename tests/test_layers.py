@@ -27,7 +27,7 @@ sampling
 runtime
 cpu_threads llm_options prefetcher progress_bar request_builder
 llm
-hf
+hf jobs
 idefics2_bench
 cli
 __main__
@@ -64,7 +64,7 @@ NO_TORCH = [
     "idefics2_engine.checkpoint.checksums",
     "idefics2_engine.checkpoint.lora_config",
 ]
-NO_TORCH_WHOLE = ["images", "prompts", "scheduling"]
+NO_TORCH_WHOLE = ["images", "jobs", "prompts", "scheduling"]
 PACKAGES = {
     "idefics2_engine": ROOT / "engine/idefics2_engine",
     "idefics2_kernels": ROOT / "kernels/idefics2_kernels",

@@ -1,0 +1,47 @@
+"""The progress of a job, read from its folder while it runs or afterwards."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from idefics2_engine.jobs.file_operations import FileOperations
+from idefics2_engine.jobs.job_description import JobDescription, read_description
+from idefics2_engine.jobs.job_folder import job_path
+from idefics2_engine.jobs.job_lock import Holder, read_holder
+from idefics2_engine.jobs.job_outputs import WrittenOutput, read_outputs, recognize_output
+from idefics2_engine.jobs.journal import journal_segments, scan_segments
+from idefics2_engine.jobs.journal_index import JournalIndex
+
+
+class JobStatus(NamedTuple):
+    """A job's progress.
+
+    Attributes:
+        job: What the job was at its last start.
+        holder: The process that runs it, if one does.
+        rows: Rows in the journal.
+        damaged: Damaged lines of the journal.
+        finished: The complete output at its place.
+    """
+
+    job: JobDescription
+    holder: Holder | None
+    rows: int
+    damaged: int
+    finished: WrittenOutput | None
+
+
+def read_status(out: Path) -> JobStatus:
+    """Return the status of the job that writes ``out``, without locking or changing anything.
+
+    Raises:
+        JobError: There is no such job, or a file of it is damaged.
+        OSError: A file cannot be read.
+    """
+    folder = job_path(out)
+    job = read_description(folder)
+    index = JournalIndex()
+    damaged, _ = scan_segments(journal_segments(folder), FileOperations(), index)
+    outputs = read_outputs(folder)
+    own = recognize_output(out, outputs)
+    finished = own if outputs and own == outputs[-1] else None
+    return JobStatus(job, read_holder(folder), index.num_rows, damaged, finished)

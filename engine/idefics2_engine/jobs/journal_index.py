@@ -1,0 +1,60 @@
+"""Where the records of each row are in the journal, in arrays of 24 bytes a record."""
+
+from array import array
+
+# A record begins before the end of a segment, so that 32 bits are enough for its offset
+SEGMENT_BITS = 32
+_KEY_BYTES = 8
+_NONE = 0
+
+
+class JournalIndex:
+    """Finds the last record of a row with a given key.
+
+    A record has a number, from 0. The records of a row are a chain from the last one to the first.
+    Only 8 bytes of a key are kept. Whoever reads the record compares the rest.
+    """
+
+    def __init__(self) -> None:
+        # These are 0 for none, otherwise a number plus 1
+        self._last_of_row = array("I")
+        self._before = array("I")
+        self._places = array("Q")
+        self._lengths = array("I")
+        self._keys = array("Q")
+        self.num_rows = 0
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._places)
+
+    def add(self, row: int, key: bytes, segment: int, offset: int, length: int) -> int:
+        """Add the newest record; return its number."""
+        if row >= len(self._last_of_row):
+            self._last_of_row.frombytes(bytes(4 * (row + 1 - len(self._last_of_row))))
+        before = self._last_of_row[row]
+        self.num_rows += before == _NONE
+        self._before.append(before)
+        self._keys.append(_short(key))
+        self._lengths.append(length)
+        self._places.append(segment << SEGMENT_BITS | offset)
+        # At the end, so that another thread finds no record that is incomplete
+        self._last_of_row[row] = len(self._places)
+        return len(self._places) - 1
+
+    def find(self, row: int, key: bytes) -> int | None:
+        """Return the number of the newest record of ``row`` with ``key``, if there is one."""
+        found = self._last_of_row[row] if row < len(self._last_of_row) else _NONE
+        wanted = _short(key)
+        while found != _NONE and self._keys[found - 1] != wanted:
+            found = self._before[found - 1]
+        return None if found == _NONE else found - 1
+
+    def place(self, record: int) -> tuple[int, int, int]:
+        """Return segment, offset and length in bytes of the record of this number."""
+        segment, offset = divmod(self._places[record], 1 << SEGMENT_BITS)
+        return segment, offset, self._lengths[record]
+
+
+def _short(key: bytes) -> int:
+    return int.from_bytes(key[:_KEY_BYTES], "little")
