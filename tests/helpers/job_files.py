@@ -112,20 +112,24 @@ class SignalledFiles(KilledFiles):
 class PowerLossFiles(KilledFiles):
     """Dies in call ``at`` and keeps what was synced below ``root``, which is all that survives.
 
-    A file that was not synced is empty, and a name that its folder did not sync is not there.
+    What was written to a file and not synced is lost. With ``names`` all names survive, as they may
+    on a disk that writes them early, and otherwise only those that their folder synced.
     """
 
-    def __init__(self, root: Path, at: int) -> None:
+    def __init__(self, root: Path, at: int, names: bool = False) -> None:
         super().__init__(at)
+        self.all_names = names
         self.root = root
         self.contents: dict[int, bytes] = {}
         self.names: dict[int, dict[str, int]] = {}
         self.folders: set[int] = set()
-        # What was there before has survived until now
-        for folder, _, files in os.walk(root):
-            for name in files:
-                self.keep_content(Path(folder, name))
-            self.keep_names(Path(folder))
+        self.keep_names(root)
+
+    def die(self) -> None:
+        if self.all_names:
+            for folder, _, _ in os.walk(self.root):
+                self.keep_names(Path(folder))
+        super().die()
 
     def open(self, path: Path, flags: int) -> int:
         fd = super().open(path, flags)

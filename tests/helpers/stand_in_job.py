@@ -53,7 +53,7 @@ def run_job(
     computed: list[int] = []
     rng = random.Random(seed)
     ticks = count()
-    # Every other record is synced by the clock
+    # It is late after every second or third record
     now = lambda: next(ticks) * 0.3  # noqa: E731
     with (
         JobFolder(out, JobDescription(parts or {}), files=files, **choices) as folder,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from idefics2_engine.jobs.file_operations import FileOperations
 from idefics2_engine.jobs.input_files import (
     InputChange,
     changed_inputs,
@@ -19,7 +20,7 @@ from idefics2_engine.jobs.job_description import JobDescription, read_descriptio
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError, JobInUseError
 from idefics2_engine.jobs.job_folder import JobFolder
 from idefics2_engine.jobs.job_lock import Holder, JobLock, read_holder
-from idefics2_engine.jobs.job_outputs import read_outputs
+from idefics2_engine.jobs.job_outputs import WrittenOutput, add_output, read_outputs
 from idefics2_engine.jobs.job_status import read_status
 from stand_in_job import expected, run_job
 
@@ -211,8 +212,6 @@ def test_output_that_appears_during_the_job_is_kept(out: Path) -> None:
     with JobFolder(out, JOB) as folder:
         folder.partial.write_bytes(b"whole")
         out.write_text("the user's")
-        from idefics2_engine.jobs.job_outputs import WrittenOutput
-
         with pytest.raises(JobError, match="made while the job ran"):
             folder.publish(WrittenOutput(1, 5, "x"))
         assert out.read_text() == "the user's"
@@ -224,6 +223,19 @@ def test_rows_that_were_appended_extend_the_output(out: Path) -> None:
     assert sorted(run_job(out, ROWS)) == [4, 5]
     assert out.read_bytes() == expected(ROWS)
     assert [one.rows for one in read_outputs(out.with_name("out.jsonl.job"))] == [4, 6]
+
+
+def test_earlier_output_is_known_and_not_the_finished_one(out: Path) -> None:
+    run_job(out, ROWS[:4])
+    with JobFolder(out, JobDescription({})) as folder:
+        # The process dies before the rename
+        add_output(FileOperations(), folder.path, WrittenOutput(6, 999, "of more rows"))
+    with JobFolder(out, JobDescription({})) as folder:
+        assert folder.finished is None
+    assert read_status(out).finished is None
+    run_job(out, ROWS)
+    assert out.read_bytes() == expected(ROWS)
+    assert read_status(out).finished == read_outputs(folder.path)[-1]
 
 
 def test_row_that_changed_is_computed_again(out: Path) -> None:

@@ -90,7 +90,7 @@ def test_row_is_finished_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "num_rows"), [([0, 1], 3), ([0, 1], 1), ([0, 2], 3), ([0, 2], 1)]
+    ("finished", "num_rows"), [([0, 1], 3), ([0, 1], 1), ([0, 2], 3), ([0, 2], 2), ([0, 2], 1)]
 )
 def test_output_with_missing_or_more_rows_is_not_complete(
     finished: list[int], num_rows: int, tmp_path: Path
