@@ -161,13 +161,12 @@ class Journal:
         """Return the number of the newest record of ``row`` with ``key``, if there is one."""
         return self._index.find(row, check_key(key))
 
-    def read(self, record: int, row: int, key: str | None = None) -> bytes:
+    def read(self, record: int, row: int) -> bytes:
         """Return the output in a record.
 
         Args:
             record: The number that ``append`` or ``find`` returned.
             row: The row that it must be of.
-            key: The key that it must have, if it is known.
 
         Raises:
             JobError: The record has been damaged since it was found, or is another row's.
@@ -176,8 +175,7 @@ class Journal:
         segment, offset, length = self._index.place(record)
         line = self._files.read_at(self._reading(segment), length, offset)
         found = decode_record(line)
-        is_same = found is not None and (found.row, found.start) == (row, 0)
-        if found is None or not is_same or (key is not None and found.key != check_key(key)):
+        if found is None or (found.row, found.start) != (row, 0):
             raise JobError(
                 f"{segment_path(self._folder, segment)}: byte {offset} must be row {row} of the "
                 "job, got something else; the next start computes this row again"

@@ -1,10 +1,11 @@
-"""Where the records of each row are in the journal, in arrays of 24 bytes a record."""
+"""Where the records of each row are in the journal, in arrays of 32 bytes a record."""
 
 from array import array
 
 # A record begins before the end of a segment, so that 32 bits are enough for its offset
 SEGMENT_BITS = 32
-_KEY_BYTES = 8
+# Nobody finds two inputs whose SHA-256 begin with the same 16 bytes
+_KEY_BYTES = 16
 _NONE = 0
 
 
@@ -12,7 +13,7 @@ class JournalIndex:
     """Finds the last record of a row with a given key.
 
     A record has a number, from 0. The records of a row are a chain from the last one to the first.
-    Only 8 bytes of a key are kept. Whoever reads the record compares the rest.
+    The first half of a key stands for it.
     """
 
     def __init__(self) -> None:
@@ -21,7 +22,7 @@ class JournalIndex:
         self._before = array("I")
         self._places = array("Q")
         self._lengths = array("I")
-        self._keys = array("Q")
+        self._keys = bytearray()
         self.num_rows = 0
 
     def __len__(self) -> int:
@@ -35,7 +36,7 @@ class JournalIndex:
         before = self._last_of_row[row]
         self.num_rows += before == _NONE
         self._before.append(before)
-        self._keys.append(_short(key))
+        self._keys += key[:_KEY_BYTES]
         self._lengths.append(length)
         self._places.append(segment << SEGMENT_BITS | offset)
         # At the end, so that another thread finds no record that is incomplete
@@ -45,8 +46,9 @@ class JournalIndex:
     def find(self, row: int, key: bytes) -> int | None:
         """Return the number of the newest record of ``row`` with ``key``, if there is one."""
         found = self._last_of_row[row] if row < len(self._last_of_row) else _NONE
-        wanted = _short(key)
-        while found != _NONE and self._keys[found - 1] != wanted:
+        while found != _NONE and not self._keys.startswith(
+            key[:_KEY_BYTES], (found - 1) * _KEY_BYTES
+        ):
             found = self._before[found - 1]
         return None if found == _NONE else found - 1
 
@@ -54,7 +56,3 @@ class JournalIndex:
         """Return segment, offset and length in bytes of the record of this number."""
         segment, offset = divmod(self._places[record], 1 << SEGMENT_BITS)
         return segment, offset, self._lengths[record]
-
-
-def _short(key: bytes) -> int:
-    return int.from_bytes(key[:_KEY_BYTES], "little")

@@ -200,6 +200,11 @@ def test_link_at_the_output_is_the_users(out: Path) -> None:
     run_job(out, ROWS)
     assert target.read_text() == "the user's"
     assert not out.is_symlink()
+    # The name is the job's by now, but not what is behind the link
+    out.with_name("out.jsonl.partial").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"):
+        run_job(out, ROWS)
+    assert target.read_text() == "the user's"
 
 
 def test_partial_output_of_nobody_is_moved_aside(out: Path) -> None:

@@ -38,7 +38,7 @@ def found_in(folder: Path, numbers: range) -> tuple[dict[int, bytes], Recovery]:
     with Journal(folder, files=CountedFiles()) as journal:
         records = {number: journal.find(number, KEYS[number]) for number in numbers}
         outs = {
-            number: journal.read(record, number, KEYS[number])
+            number: journal.read(record, number)
             for number, record in records.items()
             if record is not None
         }
@@ -94,7 +94,7 @@ def test_newest_record_with_an_equal_key_is_found(tmp_path: Path) -> None:
             for key, number in (("a", 2), ("b", 3)):
                 record = journal.find(7, row_key(key))
                 assert record == number
-                assert journal.read(record, 7, row_key(key)) == outs[number]
+                assert journal.read(record, 7) == outs[number]
             assert journal.find(7, row_key("c")) is None
             assert journal.find(6, row_key("a")) is None
             assert journal.find(8, row_key("a")) is None
@@ -212,8 +212,6 @@ def test_damage_since_the_start_is_an_error_of_its_row(tmp_path: Path) -> None:
             journal.read(1, 1)
         with pytest.raises(JobError, match="must be row 1"):
             journal.read(0, 1)
-        with pytest.raises(JobError, match="must be row 0"):
-            journal.read(0, 0, KEYS[1])
 
 
 class Clock:
