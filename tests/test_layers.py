@@ -22,10 +22,12 @@ images
 model
 checkpoint prompts
 outputs sampling_params
+row
 scheduling
 sampling
 runtime
-cpu_threads llm_options prefetcher progress_bar request_builder
+cpu_threads llm_options prefetcher progress_bar request_builder task_threads
+submitter
 llm
 hf jobs
 idefics2_bench
@@ -55,6 +57,7 @@ NO_TORCH = [
     "idefics2_engine.demo",
     "idefics2_engine.cpu_threads",
     "idefics2_engine.outputs",
+    "idefics2_engine.row",
     "idefics2_engine.sampling_params",
     "idefics2_engine.model.config",
     "idefics2_engine.model.quantization",

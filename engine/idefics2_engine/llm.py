@@ -3,8 +3,8 @@
 import gc
 import logging
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,38 +27,33 @@ from idefics2_engine.llm_options import (
     load_model,
 )
 from idefics2_engine.model.config import ModelConfig
-from idefics2_engine.outputs import RequestOutput, failed_output
+from idefics2_engine.outputs import RequestOutput, RowOutputs, failed_output
 from idefics2_engine.prefetcher import Prefetcher
 from idefics2_engine.progress_bar import Progress
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor
 from idefics2_engine.request_builder import (
-    Conversation,
-    Prompt,
     RequestBuilder,
     RowDraft,
     read_params,
     row_error,
+    row_key,
 )
+from idefics2_engine.row import Conversation, Prompt, Row
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.engine_thread import EngineThread
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request
+from idefics2_engine.submitter import Submitter
 from idefics2_kernels import Ops
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _EndOfRows:
-    """The event that marks the end of the rows of ``iterate``.
+# Prepared images of rows in flight, in bytes
+MAX_PREPARED_BYTES = 2 << 30
 
-    Attributes:
-        count: Rows read.
-        error: The exception that the iterator of rows raised. None if it ended normally.
-    """
-
-    count: int
-    error: BaseException | None
+_Events = SimpleQueue[Request | RequestOutput | BaseException | None]
+"""Finished requests, outputs of refused rows, errors of the engine, and None at the end of rows."""
 
 
 class LLM:
@@ -153,8 +148,9 @@ class LLM:
             min_p_first=options.sampling_order == "vllm",
         )
         self._thread = EngineThread(build_engine, self.model.device)
+        self._submitter = Submitter(self._thread, self.images)
         # They also end when this object is garbage-collected or the process exits
-        self._finalizer = weakref.finalize(self, _close, self._thread, self.images)
+        self._finalizer = weakref.finalize(self, _close, self._thread, self._submitter, self.images)
         self.engine = self._thread.engine
         self.stats = self.engine.stats
         self.request_builder = RequestBuilder(
@@ -169,7 +165,8 @@ class LLM:
     def close(self) -> None:
         """End the engine's thread and workers, and free the memory of the model and its KV cache.
 
-        Unfinished calls on other threads raise ``RuntimeError``. So does every later call.
+        Unfinished calls on other threads and unfinished futures raise ``RuntimeError``. So does
+        every later call.
         """
         self._finalizer()
         for name in ("model", "engine"):
@@ -255,36 +252,46 @@ class LLM:
 
     def iterate(
         self,
-        prompts: Iterable[Prompt | Conversation | tuple[Prompt | Conversation, SamplingParams]],
+        prompts: Iterable[
+            Row | Prompt | Conversation | tuple[Prompt | Conversation, SamplingParams]
+        ],
         sampling_params: SamplingParams | None = None,
         *,
         in_flight: int | None = None,
+        max_prepared_bytes: int = MAX_PREPARED_BYTES,
         progress: bool = False,
-    ) -> Generator[RequestOutput, None, None]:
+    ) -> RowOutputs:
         """Answer a stream of prompts and conversations, yielding each output when it is finished.
 
         Args:
-            prompts: Prompts and conversations. Each may be a pair with its own parameters. They are
-                read lazily on a separate thread, at most ``in_flight`` ahead of the answers. Each
-                prompt is copied when it is read, so the source may reuse its objects. Image files
-                are read later, in threads, and in processes if they are many (``image_workers``).
+            prompts: Prompts and conversations. Each may be a pair with its own parameters, or a
+                ``Row`` with a key and its own parameters. They are read lazily on a separate
+                thread, at most ``in_flight`` ahead of the answers. Each prompt is copied when it is
+                read, so the source may reuse its objects. Image files are read later, in threads,
+                and in processes if they are many (``image_workers``).
             sampling_params: Parameters of the prompts that have none of their own.
             in_flight: Requests begun and not yet yielded; twice ``max_num_seqs`` if ``None``.
+            max_prepared_bytes: Prompts are read and prepared while the prepared images of requests
+                that are not yet yielded have fewer bytes. Requests share the images of equal files.
             progress: Whether to show a progress bar. It has a total if ``prompts`` has a length.
 
-        Yields:
-            Outputs in the order in which they finish. ``request_id`` is the index in ``prompts``,
-            from "0". The output of a malformed, unsuitable or failed request has an ``error``; the
-            other requests go on.
+        Returns:
+            An iterator of the outputs in the order in which they finish. ``request_id`` is the
+            index in ``prompts``, from "0", and ``key`` that of the ``Row``. The output of a
+            malformed, unsuitable or failed request has an ``error``; the other requests go on.
+            ``drain`` of the iterator reads no more prompts; ``close`` also cancels requests.
+
+            If iterating over ``prompts`` raises an exception, the iterator raises it after every
+            prompt read before has been answered.
 
         Raises:
             PromptError: ``prompts`` is one prompt, not an iterable of them.
-            Exception: Iterating over ``prompts`` raised it. It is raised after every prompt read
-                before has been answered.
+            ConfigError: ``in_flight`` or ``max_prepared_bytes`` is not a positive integer.
         """
         if in_flight is None:
             in_flight = 2 * self.engine_config.max_num_seqs
-        at_least_one("in_flight", in_flight)
+        in_flight = at_least_one("in_flight", in_flight)
+        max_bytes = at_least_one("max_prepared_bytes", max_prepared_bytes)
         if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
             raise PromptError(
                 f"prompts must be an iterable of prompts, got {type(prompts).__name__}"
@@ -292,50 +299,83 @@ class LLM:
         shared = read_params(sampling_params)
         total = len(prompts) if isinstance(prompts, Sized) else None
         bar = Progress(self.stats, total, progress)
-        return self._iterate(iter(prompts), shared, in_flight, bar)
+        events: _Events = SimpleQueue()
+        rows_ahead: Prefetcher[object, RowDraft] = Prefetcher(
+            iter(prompts),
+            partial(events.put, None),
+            threads=self.images.num_threads,
+            ahead=in_flight,
+            max_bytes=max_bytes,
+        )
+        return RowOutputs(self._iterate(rows_ahead, events, shared, bar), rows_ahead.drain)
 
     def _iterate(
-        self, rows: Iterator[Any], shared: SamplingParams, in_flight: int, bar: Progress
+        self,
+        rows_ahead: Prefetcher[object, RowDraft],
+        events: _Events,
+        shared: SamplingParams,
+        bar: Progress,
     ) -> Generator[RequestOutput, None, None]:
-        events: SimpleQueue[Request | RequestOutput | _EndOfRows | BaseException] = SimpleQueue()
         builder = self.request_builder
 
-        def refuse(index: int, error: Idefics2Error) -> None:
+        def refuse(index: int, key: str | int | None, error: Idefics2Error) -> None:
             _logger.info("row %d is refused: %s", index, error)
-            events.put(failed_output(str(index), error))
+            events.put(failed_output(str(index), error, key))
 
         def read(index: int, row: object) -> RowDraft | None:
             try:
-                return builder.read_row(row, shared)
+                return builder.read_row(row, shared, index)
             except Idefics2Error as error:
-                refuse(index, error)
+                refuse(index, row_key(row), error)
                 return None
 
         def prepare(index: int, draft: RowDraft) -> None:
             try:
-                client.submit([builder.build_row(draft, str(index), images)])
+                request = builder.build_row(draft, str(index), images)
+                rows_ahead.hold(request.tiles)
+                client.submit([request])
             except BaseException as error:
-                refuse(index, row_error(error))
-
-        def end(count: int, error: BaseException | None) -> None:
-            events.put(_EndOfRows(count, error))
+                refuse(index, draft.key, row_error(error))
 
         client = self._thread.client(events.put, events.put)
-        images, threads = self.images.job(), self.images.num_threads
-        rows_ahead = Prefetcher(rows, read, prepare, end, threads=threads, ahead=in_flight)
-        yielded, end_of_rows = 0, None
-        with bar, client, rows_ahead:
-            while end_of_rows is None or yielded < end_of_rows.count:
+        images = self.images.job()
+        yielded = 0
+        with bar, client, rows_ahead.start(read, prepare):
+            while not rows_ahead.has_ended or yielded < rows_ahead.count:
                 event = _take(events)
-                if isinstance(event, _EndOfRows):
-                    end_of_rows = event
+                # The rows have ended
+                if event is None:
                     continue
                 yielded += 1
-                rows_ahead.done()
+                rows_ahead.done(event.tiles if isinstance(event, Request) else ())
                 bar.update(1)
                 yield event.output() if isinstance(event, Request) else event
-        if end_of_rows.error is not None:
-            raise end_of_rows.error
+        if rows_ahead.error is not None:
+            raise rows_ahead.error
+
+    def submit(
+        self,
+        row: Row | Prompt | Conversation | tuple[Prompt | Conversation, SamplingParams],
+        sampling_params: SamplingParams | None = None,
+    ) -> Future[RequestOutput]:
+        """Begin to answer one prompt or conversation, without waiting for the answer.
+
+        Any thread may call this, and any number of futures may be unfinished. The row is copied
+        before the call returns. Threads read its images.
+
+        Args:
+            row: A prompt or conversation, a pair with its own parameters, or a ``Row``.
+            sampling_params: Parameters of a row that has none of its own.
+
+        Returns:
+            The future of the output. Its exception is the error of the row or of its request. Until
+            it is done, its ``cancel`` succeeds and cancels the request. Its callbacks run one after
+            another on a thread for them.
+
+        Raises:
+            RuntimeError: The model was closed. If it is closed later, unfinished futures get this.
+        """
+        return self._submitter.submit(self.request_builder, row, sampling_params)
 
     def _stream(self, request: Request) -> Generator[RequestOutput, None, None]:
         events: SimpleQueue[RequestOutput | BaseException] = SimpleQueue()
@@ -370,8 +410,9 @@ class LLM:
         return [request.output() for request in requests]
 
 
-def _close(thread: EngineThread, images: ImageReader) -> None:
+def _close(thread: EngineThread, submitter: Submitter, images: ImageReader) -> None:
     thread.close()
+    submitter.close()
     images.close()
 
 

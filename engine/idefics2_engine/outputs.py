@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -77,6 +78,7 @@ class RequestOutput:
         metrics: Times of the request.
         num_cached_tokens: Prompt tokens found in the prefix cache.
         error: Why the request failed. None if it did not.
+        key: Key of the ``Row``. None if the prompt had none.
     """
 
     request_id: str
@@ -88,6 +90,7 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int
     error: Idefics2Error | None = None
+    key: str | int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the output as data for ``json.dumps``.
@@ -108,7 +111,44 @@ def _without_infinity(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def failed_output(request_id: str, error: Idefics2Error) -> RequestOutput:
+class RowOutputs(Iterator[RequestOutput]):
+    """The iterator that ``LLM.iterate`` returns: outputs in the order in which they finish."""
+
+    def __init__(
+        self, outputs: Generator[RequestOutput, None, None], drain: Callable[[], None]
+    ) -> None:
+        self._outputs = outputs
+        self._drain = drain
+
+    def __next__(self) -> RequestOutput:
+        """Return the next output.
+
+        Raises:
+            Exception: The source of the rows raised it, and all rows before are answered.
+        """
+        return next(self._outputs)
+
+    def drain(self) -> None:
+        """Read no more rows; the iterator ends after the outputs of rows that were read.
+
+        Any thread and any signal handler may call this, also while the iterator waits. It returns
+        at once. A row that the source yields afterwards is dropped.
+        """
+        self._drain()
+
+    def close(self) -> None:
+        """End the iterator and cancel the requests in flight; idempotent.
+
+        Raises:
+            ValueError: Another thread, or the code that a signal handler interrupted, is waiting
+                for the next output.
+        """
+        self._outputs.close()
+
+
+def failed_output(
+    request_id: str, error: Idefics2Error, key: str | int | None = None
+) -> RequestOutput:
     """Return the output of a request that could not be started."""
     now = time.monotonic()
     return RequestOutput(
@@ -121,4 +161,5 @@ def failed_output(request_id: str, error: Idefics2Error) -> RequestOutput:
         metrics=RequestMetrics(arrival_time=now, first_token_time=None, finished_time=now),
         num_cached_tokens=0,
         error=error,
+        key=key,
     )

@@ -1,85 +1,190 @@
-"""Reading of rows on one thread and preparation on several, a bounded number ahead."""
+"""Reading of rows on one thread and preparation on several, within bounds of rows and of bytes."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from typing import Generic, Self, TypeVar
+
+from idefics2_engine.images.tiling import Tile
 
 Row = TypeVar("Row")
 Draft = TypeVar("Draft")
 
+# A thread that has prepared a row finds another one
+_PREPARING_PER_THREAD = 2
+
 
 class Prefetcher(Generic[Row, Draft]):
-    """Calls ``read``, then ``prepare``, for each of ``rows``.
+    """Reads ``rows`` and prepares them, ahead of their use.
 
-    It is a context manager that stops the threads on exit. ``read`` and ``prepare`` must not raise.
+    It is a context manager that stops the threads on exit. The reading thread counts rows and
+    bytes. Other threads send it commands, because an interrupt could leave a lock locked.
 
     Args:
-        rows: Rows, iterated over on a separate thread.
-        read: Makes a draft of a row, given its index. It runs on the same thread, in order, and
-            must copy everything that the caller may change later. ``None`` skips the row.
-        prepare: Called with the index and the draft on one of ``threads`` threads, in any order.
-        on_end: Called once, on the reading thread, with the number of rows and the exception that
-            ended them, if any.
+        rows: Rows, iterated over on the reading thread.
+        on_end: Called when ``has_ended`` becomes true, on the thread that made it so.
         threads: Threads that prepare.
         ahead: Most rows that are read and not yet ``done``.
+        max_bytes: While rows that are not ``done`` hold as many bytes of tiles, no row is read.
+            Rows that are being prepared then, two a thread at most, come on top.
+
+    Attributes:
+        count: Rows read so far.
+        has_ended: Whether no more rows are read.
+        error: The exception that ended the rows. None if they ended normally or were drained.
     """
 
     def __init__(
         self,
         rows: Iterable[Row],
-        read: Callable[[int, Row], Draft | None],
-        prepare: Callable[[int, Draft], None],
-        on_end: Callable[[int, BaseException | None], None],
+        on_end: Callable[[], None],
         *,
         threads: int,
         ahead: int,
+        max_bytes: int,
     ) -> None:
+        self.count = 0
+        self.has_ended = False
+        self.error: BaseException | None = None
         self._rows = rows
-        self._read = read
-        self._prepare = prepare
         self._on_end = on_end
         self._pool = ThreadPoolExecutor(threads, "idefics2-prepare")
+        self._most_preparing = _PREPARING_PER_THREAD * threads
         self._ahead = ahead
-        # An interrupt in done() could leave a semaphore's lock locked. A queue has no such lock
-        self._done: SimpleQueue[None] = SimpleQueue()
-        self._is_over = False
+        self._max_bytes = max_bytes
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # Only the reading thread uses the following attributes
+        self._num_done = 0
+        self._num_preparing = 0
+        self._held = HeldTiles()
+
+    def start(
+        self, read: Callable[[int, Row], Draft | None], prepare: Callable[[int, Draft], None]
+    ) -> Self:
+        """Start reading; called once. ``read`` and ``prepare`` must not raise.
+
+        Args:
+            read: Makes a draft of a row, given its index. It runs on the reading thread, in order,
+                and must copy everything that the caller may change later. ``None`` skips the row.
+            prepare: Called with the index and the draft on one of the threads, in any order. It
+                calls ``hold``.
+        """
         # The source may block forever, and a daemon thread does not keep the process alive
-        self._reader = threading.Thread(target=self._run, name="idefics2-read", daemon=True)
+        threading.Thread(
+            target=self._run, args=(read, prepare), name="idefics2-read", daemon=True
+        ).start()
+        return self
 
     def __enter__(self) -> Self:
-        """Start reading."""
-        self._reader.start()
+        """Return itself."""
         return self
 
     def __exit__(self, *_error: object) -> None:
         """Stop reading and drop rows whose preparation has not started, without waiting."""
-        self._is_over = True
-        self._done.put(None)
+        self.drain()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def done(self) -> None:
-        """Mark one more row as done, so that another may be read."""
-        self._done.put(None)
+    def hold(self, tiles: Sequence[Tile]) -> None:
+        """Count ``tiles`` as held by a row that is prepared and not ``done``."""
+        self._commands.put(partial(self._held.add, tiles))
 
-    def _run(self) -> None:
-        count, error = 0, None
+    def done(self, tiles: Sequence[Tile] = ()) -> None:
+        """Mark one more row as done, which held ``tiles``."""
+        self._commands.put(partial(self._count_done, tiles))
+
+    def drain(self) -> None:
+        """Read no more rows; idempotent, and callable in any thread or signal handler.
+
+        A row that ``rows`` yields later is dropped.
+        """
+        self.has_ended = True
+        # The reading thread may wait for a command
+        self._commands.put(_do_nothing)
+        self._on_end()
+
+    def _run(
+        self, read: Callable[[int, Row], Draft | None], prepare: Callable[[int, Draft], None]
+    ) -> None:
+        def prepare_and_count(index: int, draft: Draft) -> None:
+            try:
+                prepare(index, draft)
+            finally:
+                self._commands.put(self._count_prepared)
+
         try:
             rows = iter(self._rows)
-            while True:
-                if count >= self._ahead:
-                    self._done.get()
-                if self._is_over:
-                    return
+            while self._waits_for_room():
                 try:
                     row = next(rows)
                 except StopIteration:
                     break
-                if (draft := self._read(count, row)) is not None and not self._is_over:
-                    self._pool.submit(self._prepare, count, draft)
-                count += 1
+                if self.has_ended:
+                    break
+                index, draft = self.count, read(self.count, row)
+                self.count += 1
+                if draft is not None:
+                    self._num_preparing += 1
+                    self._pool.submit(prepare_and_count, index, draft)
         except BaseException as raised:
-            error = raised
-        if not self._is_over:
-            self._on_end(count, error)
+            if not self.has_ended:
+                self.error = raised
+        self.has_ended = True
+        self._on_end()
+
+    def _waits_for_room(self) -> bool:
+        """Wait until another row may be read; return False if none will be."""
+        while True:
+            while not self._commands.empty():
+                self._commands.get()()
+            if self.has_ended:
+                return False
+            if (
+                self.count - self._num_done < self._ahead
+                and self._num_preparing < self._most_preparing
+                and self._held.num_bytes < self._max_bytes
+            ):
+                return True
+            self._commands.get()()
+
+    def _count_prepared(self) -> None:
+        self._num_preparing -= 1
+
+    def _count_done(self, tiles: Sequence[Tile]) -> None:
+        self._num_done += 1
+        self._held.remove(tiles)
+
+
+class HeldTiles:
+    """The tiles that rows hold.
+
+    Rows with the same image file share tiles, which count once.
+
+    Attributes:
+        num_bytes: Bytes of their pixels.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._holders: Counter[Tile] = Counter()
+
+    def add(self, tiles: Sequence[Tile]) -> None:
+        """Add the tiles of a row."""
+        for tile in tiles:
+            self._holders[tile] += 1
+            if self._holders[tile] == 1:
+                self.num_bytes += tile.pixels.nbytes
+
+    def remove(self, tiles: Sequence[Tile]) -> None:
+        """Remove the tiles of a row that were added."""
+        for tile in tiles:
+            self._holders[tile] -= 1
+            if not self._holders[tile]:
+                del self._holders[tile]
+                self.num_bytes -= tile.pixels.nbytes
+
+
+def _do_nothing() -> None:
+    pass

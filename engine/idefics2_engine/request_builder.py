@@ -20,6 +20,7 @@ from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.row import Conversation, Prompt, Row, row_seed
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import check_entries
@@ -27,30 +28,22 @@ from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
 
-Prompt = str | Mapping[str, Any]
-"""A raw prompt.
-
-Either text, or a mapping with ``"prompt": text`` or ``"prompt_token_ids": ids``, and optionally
-``"multi_modal_data": {"image": image or images}``.
-"""
-
-Conversation = Sequence[Mapping[str, Any]]
-"""Messages ``{"role": …, "content": …}`` in the format of OpenAI or transformers."""
-
 
 @dataclass(frozen=True, eq=False)
 class RowDraft:
-    """A copy of one row of ``LLM.iterate``, which shares no object with the caller.
+    """A copy of one row, which shares no object with the caller.
 
     Attributes:
         prompt: The prompt, its images not yet decoded.
         params: The row's sampling parameters.
         seed: Used if ``params`` have no seed.
+        key: The caller's key of the row. None if it has none.
     """
 
     prompt: PromptDraft
     params: SamplingParams
     seed: int
+    key: str | int | None
 
 
 class RequestBuilder:
@@ -61,7 +54,8 @@ class RequestBuilder:
         config: Configuration of the model.
         generation: End tokens and bad words of the checkpoint.
         max_model_len: Most tokens of a prompt and its answer together.
-        seed: Determines the seeds of requests that have none.
+        seed: Determines the seeds of requests that have none: that of a row with its key or
+            place, others in the order in which they are built.
         reader: Reads images. If ``None``, one without worker processes.
     """
 
@@ -79,6 +73,7 @@ class RequestBuilder:
         self.config = config
         self.generation = generation
         self.max_model_len = max_model_len
+        self._seed = seed
         self._seeds = random.Random(seed)
         self._ids = itertools.count()
 
@@ -167,17 +162,28 @@ class RequestBuilder:
             for index, (one, own) in enumerate(zip(several, of_each, strict=True))
         ]
 
-    def read_row(self, row: object, shared: SamplingParams) -> RowDraft:
+    def read_row(self, row: object, shared: SamplingParams, index: int | None = None) -> RowDraft:
         """Read a prompt or a conversation with its own parameters or the ``shared`` ones.
+
+        Args:
+            row: A prompt, a conversation, a pair of one and its parameters, or a ``Row``.
+            shared: Parameters of a row that has none of its own.
+            index: The row's place in a job, which determines its seed if it has no key. If
+                ``None``, the seed of such a row is drawn.
 
         Raises:
             Idefics2Error: The row is malformed, or reading it raised any exception, which is
                 chained.
         """
-        seed = self.draw_seed()
+        key = row_key(row)
+        place = index if key is None else key
+        seed = self.draw_seed() if place is None else row_seed(self._seed, place)
         with caller_code("row", PromptError):
             prompt, params = row, cast(object, shared)
-            if isinstance(row, tuple) and not is_conversation(row):
+            if isinstance(row, Row):
+                prompt = row.prompt
+                params = shared if row.sampling_params is None else row.sampling_params
+            elif isinstance(row, tuple) and not is_conversation(row):
                 if len(row) != 2:
                     raise PromptError(
                         "row: a tuple must be a prompt and its SamplingParams, "
@@ -185,7 +191,7 @@ class RequestBuilder:
                     )
                 prompt, params = row
             draft = self.read(cast(Prompt | Conversation, prompt))
-            return RowDraft(draft.owned(), read_params(params), seed)
+            return RowDraft(draft.owned(), read_params(params), seed, key)
 
     def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
         """Read the images of ``drafts``, which errors call ``name``.
@@ -196,12 +202,12 @@ class RequestBuilder:
         job = self.reader.job(sum(len(draft.images) for draft in drafts))
         return self.processor.finish(drafts, name, job)
 
-    def build_row(self, row: RowDraft, request_id: str, job: ImageJob) -> Request:
+    def build_row(self, row: RowDraft, request_id: str | None, job: ImageJob) -> Request:
         """Decode the images of ``row`` and build its request.
 
         Args:
             row: The row.
-            request_id: Identifier.
+            request_id: Identifier. If ``None``, the count of requests numbered before.
             job: The job that the row belongs to.
 
         Raises:
@@ -210,6 +216,7 @@ class RequestBuilder:
         begin = time.perf_counter()
         (prompt,) = self.processor.finish([row.prompt], job=job)
         request = self.build(prompt, row.params, request_id=request_id, seed=row.seed)
+        request.key = row.key
         request.prepare_seconds = time.perf_counter() - begin
         return request
 
@@ -303,6 +310,11 @@ def read_params(params: object) -> SamplingParams:
     if not isinstance(params, SamplingParams):
         raise SamplingError(f"sampling_params must be SamplingParams, got {short_repr(params)}")
     return params
+
+
+def row_key(row: object) -> str | int | None:
+    """Return the caller's key of ``row``, ``None`` if it has none."""
+    return row.key if isinstance(row, Row) else None
 
 
 def is_conversation(value: object) -> bool:

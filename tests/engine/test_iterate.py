@@ -138,21 +138,18 @@ def test_no_prompts_give_no_outputs(llm: LLM) -> None:
 def test_rows_are_read_in_order_with_bounded_look_ahead() -> None:
     begun: list[int] = []
     prepared: SimpleQueue[int | None] = SimpleQueue()
-    ends: list[tuple[int, BaseException | None]] = []
 
     def read(index: int, row: int) -> int | None:
         begun.append(row)
         assert index == row
         return None if row == 4 else 10 * row
 
-    def end(count: int, error: BaseException | None) -> None:
-        ends.append((count, error))
-        prepared.put(None)
-
     taken: list[int] = []
-    rows = Prefetcher(range(9), read, lambda _, ten: prepared.put(ten), end, threads=3, ahead=4)
-    with rows:
-        while len(taken) < 8 or not ends:
+    rows: Prefetcher[int, int] = Prefetcher(
+        range(9), lambda: prepared.put(None), threads=3, ahead=4, max_bytes=1
+    )
+    with rows.start(read, lambda _, ten: prepared.put(ten)):
+        while len(taken) < 8 or not rows.has_ended:
             if (one := prepared.get()) is None:
                 continue
             taken.append(one)
@@ -164,7 +161,7 @@ def test_rows_are_read_in_order_with_bounded_look_ahead() -> None:
                 rows.done()
     assert sorted(taken) == [10 * row for row in range(9) if row != 4]
     assert begun == list(range(9))
-    assert ends == [(9, None)]
+    assert (rows.count, rows.error) == (9, None)
 
 
 def test_progress_bar_shows_counts_and_speed(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,6 +348,7 @@ def test_outputs_convert_to_plain_data(llm: LLM) -> None:
     data = json.loads(json.dumps(bad.to_dict(), allow_nan=False))
     assert data["error"] == {"code": "prompt", "message": str(bad.error)}
     assert data["outputs"] == []
+    assert data["key"] is None
 
 
 def test_errors_name_the_callers_argument(llm: LLM) -> None:

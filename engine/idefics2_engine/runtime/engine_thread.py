@@ -220,7 +220,11 @@ class Client:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Cancel unfinished requests without calling ``on_error``."""
+        """Cancel unfinished requests."""
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel unfinished requests without calling ``on_error``; idempotent."""
         # A closed engine has already dropped every client
         with contextlib.suppress(RuntimeError):
             self._thread.command(lambda: self._thread.remove(self))

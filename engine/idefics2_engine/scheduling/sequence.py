@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.images.tiling import Tile
 from idefics2_engine.outputs import (
     CompletionOutput,
     FinishReason,
@@ -33,12 +34,13 @@ class Request:
         seed: Seed of the first sequence. Each further sequence adds one.
         max_tokens: Most generated tokens of each sequence, within the model's length.
         bad_words_ids: Token ids of ``params.bad_words``.
+        key: The caller's key of the row. None if it has none.
         prompt_logprobs: Log probabilities of prompt tokens, from the second token.
         arrival_time: Time of ``time.monotonic``, in seconds.
         every_token: Whether the engine reports the request after every token, not only at its end.
         may_wait: Whether the request may be held back and overtaken, because its caller reads no
             output before the end.
-        prepare_seconds: Time in which a thread of ``LLM.iterate`` prepared the request.
+        prepare_seconds: Time in which a thread prepared the request for ``iterate`` or ``submit``.
         sequences: The answers.
         num_started: Sequences that have been queued or forked.
         num_cached_tokens: Prompt tokens found in the cache at first admission.
@@ -53,6 +55,7 @@ class Request:
     seed: int
     max_tokens: int
     bad_words_ids: Items[tuple[int, ...]] = ()
+    key: str | int | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time: float = field(default_factory=time.monotonic)
     every_token: bool = False
@@ -62,6 +65,11 @@ class Request:
     num_started: int = 0
     num_cached_tokens: int | None = None
     error: Idefics2Error | None = None
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """Tiles in the order of their placeholders."""
+        return [image.tile for image in self.images]
 
     @property
     def finished(self) -> bool:
@@ -90,6 +98,7 @@ class Request:
             ),
             num_cached_tokens=self.num_cached_tokens or 0,
             error=self.error,
+            key=self.key,
         )
 
 
