@@ -48,7 +48,6 @@ from idefics2_kernels import Ops
 
 _logger = logging.getLogger(__name__)
 
-
 # Prepared images of rows in flight, in bytes
 MAX_PREPARED_BYTES = 2 << 30
 
@@ -343,7 +342,7 @@ class LLM:
         with bar, client, rows_ahead.start(read, prepare):
             while not rows_ahead.has_ended or yielded < rows_ahead.count:
                 event = _take(events)
-                # The rows have ended
+                # The rows have ended, which the condition sees
                 if event is None:
                     continue
                 yielded += 1
@@ -369,8 +368,8 @@ class LLM:
 
         Returns:
             The future of the output. Its exception is the error of the row or of its request. Until
-            it is done, its ``cancel`` succeeds and cancels the request. Its callbacks run one after
-            another on a thread for them.
+            it is done, its ``cancel`` succeeds and cancels the request. The callbacks of all
+            futures run on one thread.
 
         Raises:
             RuntimeError: The model was closed. If it is closed later, unfinished futures get this.

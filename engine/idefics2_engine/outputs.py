@@ -132,7 +132,7 @@ class RowOutputs(Iterator[RequestOutput]):
         """Read no more rows; the iterator ends after the outputs of rows that were read.
 
         Any thread and any signal handler may call this, also while the iterator waits. It returns
-        at once. A row that the source yields afterwards is dropped.
+        at once. A row that the source yields at that moment or later is dropped.
         """
         self._drain()
 

@@ -28,8 +28,8 @@ class Prefetcher(Generic[Row, Draft]):
         on_end: Called when ``has_ended`` becomes true, on the thread that made it so.
         threads: Threads that prepare.
         ahead: Most rows that are read and not yet ``done``.
-        max_bytes: While rows that are not ``done`` hold as many bytes of tiles, no row is read.
-            Rows that are being prepared then, two a thread at most, come on top.
+        max_bytes: Rows are read while those that are not ``done`` hold fewer bytes of tiles. Rows
+            that are being prepared, at most two a thread, do not count yet.
 
     Attributes:
         count: Rows read so far.
@@ -98,7 +98,7 @@ class Prefetcher(Generic[Row, Draft]):
     def drain(self) -> None:
         """Read no more rows; idempotent, and callable in any thread or signal handler.
 
-        A row that ``rows`` yields later is dropped.
+        A row that ``rows`` yields at this moment or later is dropped.
         """
         self.has_ended = True
         # The reading thread may wait for a command

@@ -15,8 +15,8 @@ from idefics2_engine.task_threads import TaskThreads
 class Submitter:
     """Answers rows one by one, each through a future that has a client of its own.
 
-    Several threads prepare rows. One more thread sets results and thereby runs the callers'
-    callbacks, which so hinder neither the engine nor the preparation.
+    Several threads prepare rows. One more thread sets results and runs the callers' callbacks, so
+    a slow callback delays neither the engine nor the preparation.
     """
 
     def __init__(self, thread: EngineThread, images: ImageReader) -> None:
