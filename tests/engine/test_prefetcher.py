@@ -244,7 +244,7 @@ def test_error_of_a_drained_source_is_not_raised(llm: LLM) -> None:
 
 
 def test_iterator_closes_and_is_closed_when_it_is_dropped(llm: LLM) -> None:
-    long = SamplingParams(max_tokens=100, min_tokens=100)
+    long = SamplingParams(max_tokens=30, min_tokens=30)
     outputs = llm.iterate(["the chicken"] * 8, long)
     assert iter(outputs) is outputs
     with closing(outputs):

@@ -354,7 +354,7 @@ def test_interrupt_leaves_nothing_locked(llm: LLM) -> None:
     for call in (answer, give_up):
         total = run_until(-1, call)
         assert total > 20
-        for line in range(1, total, 1 + total // 12):
+        for line in range(1, total, 1 + total // 6):
             open_future = llm.submit("the chicken", GREEDY)
             with pytest.raises(KeyboardInterrupt):
                 run_until(line, call)
