@@ -80,7 +80,9 @@ def run(
     """
     own = torch.zeros(2, dtype=torch.int32) if counters is None else counters
     config = kernel.launch_config
-    arguments = {name: value for name, value in inputs.items() if name not in ("window", "scale")}
+    # Shared prefixes are for calls with one query per sequence
+    others = ("window", "scale", "shared_prefixes")
+    arguments = {name: value for name, value in inputs.items() if name not in others}
     window = inputs["window"]
     with monkeypatch.context() as patch, guarded_allocations():
         patch.setattr(kernel, "num_sms", lambda _device: programs)
