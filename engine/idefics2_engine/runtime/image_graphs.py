@@ -6,7 +6,6 @@ which stores the embeddings in the encoder cache. The two parts are separate, be
 each pair of sizes would be too many.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -26,10 +25,6 @@ MAX_IMAGES = 32
 # Half of a step is padded on average
 _PATCH_STEPS = [(2048, 128), (8192, 256), (MAX_PATCHES, 512)]
 _IMAGE_STEPS = [(4, 1), (8, 2), (MAX_IMAGES, 4)]
-
-# Batches that are launched and not known to have ended. About 1,000 launches may wait on a device,
-# 230 for a batch and 290 for a text step. The host spins if it launches more
-_MAX_RUNNING = 2
 
 Encode = tuple[Tile, int]
 """A tile, and the entry of the encoder cache for its embeddings."""
@@ -62,8 +57,6 @@ class ImageGraphs:
         self.patch_sizes = patch_sizes(self.max_patches)
         self.image_sizes = image_sizes(min(MAX_IMAGES, self.max_patches))
         self.num_padded_patches = 0
-        # The ends of the last batches
-        self._running: deque[torch.cuda.Event] = deque()
         self._uploader = PixelUploader(model.device)
         most, device = self.patch_sizes[-1], model.device
         self._pixels = torch.zeros(
@@ -109,15 +102,8 @@ class ImageGraphs:
         padded[: len(positions)] = positions
         to_device([*self._sizes(batch), padded], self.model.device, self._inputs)
         self.num_padded_patches += size - len(positions)
-        if len(self._running) == _MAX_RUNNING:
-            self._running.popleft().synchronize()
         self._towers[size].replay()
         self._perceivers[next_size(self.image_sizes, len(tiles))].replay()
-        if self._pixels.device.type == "cuda":
-            # The thread sleeps while it waits for this event
-            end = torch.cuda.Event(blocking=True)
-            end.record()
-            self._running.append(end)
 
     def _sizes(self, batch: Sequence[Encode]) -> list[np.ndarray]:
         """Return widths, offsets and entries of a batch, padded to one more than ``MAX_IMAGES``.
