@@ -39,6 +39,7 @@ class ImageGraphs:
         image_features: (entries + 1, latents, hidden) encoder cache that the graphs write. The last
             entry is overwritten by padding.
         max_patches: Most patches of a step. A larger tile is encoded without others.
+        uploader: Copies pixels to the device.
         pool: Captures the graphs.
     """
 
@@ -48,6 +49,7 @@ class ImageGraphs:
         config: ImageConfig,
         image_features: Tensor,
         max_patches: int,
+        uploader: PixelUploader,
         pool: GraphPool,
     ) -> None:
         self.model = model
@@ -57,7 +59,7 @@ class ImageGraphs:
         self.patch_sizes = patch_sizes(self.max_patches)
         self.image_sizes = image_sizes(min(MAX_IMAGES, self.max_patches))
         self.num_padded_patches = 0
-        self._uploader = PixelUploader(model.device)
+        self._uploader = uploader
         most, device = self.patch_sizes[-1], model.device
         self._pixels = torch.zeros(
             most * model.config.vision.patch_dim, dtype=torch.uint8, device=device

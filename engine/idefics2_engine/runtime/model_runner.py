@@ -61,7 +61,12 @@ class Runner:
         if config.cuda_graphs:
             pool = GraphPool(model.device)
             self._image_graphs = ImageGraphs(
-                model, image_config, self.image_features, config.max_patches, pool
+                model,
+                image_config,
+                self.image_features,
+                config.max_patches,
+                self._uploader,
+                pool,
             )
             self._text_graphs = TextGraphs(
                 model,
