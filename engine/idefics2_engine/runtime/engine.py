@@ -33,9 +33,10 @@ from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.admission import AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import PageAllocator
-from idefics2_engine.scheduling.scheduler import Scheduler, Step
+from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from idefics2_engine.scheduling.sequence_table import Ints
+from idefics2_engine.scheduling.step import Step
 
 _logger = logging.getLogger(__name__)
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens

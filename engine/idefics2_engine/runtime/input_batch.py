@@ -9,8 +9,8 @@ from torch import Tensor
 
 from idefics2_engine.model.batch import PagedView, TextBatch
 from idefics2_engine.scheduling.page_allocator import NO_PAGE
-from idefics2_engine.scheduling.scheduler import Chunk, Step
 from idefics2_engine.scheduling.shared_prefixes import COLUMNS
+from idefics2_engine.scheduling.step import Chunk, Step
 
 Ints = npt.NDArray[np.int32]
 SAMPLED = 6

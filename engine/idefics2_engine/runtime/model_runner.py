@@ -25,8 +25,8 @@ from idefics2_engine.runtime.pixel_upload import PixelUploader
 from idefics2_engine.runtime.shared_prefix_tables import SharedPrefixTables
 from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.runtime.warm_up import warm_up_model
-from idefics2_engine.scheduling.scheduler import Step
 from idefics2_engine.scheduling.sequence import Request
+from idefics2_engine.scheduling.step import Step
 
 
 class Runner:

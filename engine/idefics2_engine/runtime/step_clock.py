@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from idefics2_engine.runtime.stats import EngineStats
-from idefics2_engine.scheduling.scheduler import StepKind
+from idefics2_engine.scheduling.step import StepKind
 
 Part = Literal["plan", "launch", "wait", "land", "output", "idle"]
 # A thread that waits for the device may spin, which is no work

@@ -14,8 +14,8 @@ from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.input_batch import pack
-from idefics2_engine.scheduling.scheduler import Step
 from idefics2_engine.scheduling.sequence import Request
+from idefics2_engine.scheduling.step import Step
 
 SETTINGS = {"max_model_len": 200}
 # No end token and no barred one is drawn

@@ -24,8 +24,9 @@ from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
 from idefics2_engine.scheduling.placeholders import ImageItem, image_items, items_between
-from idefics2_engine.scheduling.scheduler import Chunk, Scheduler, Step
+from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
+from idefics2_engine.scheduling.step import Chunk, Step
 from letters import Letters
 
 END, IMAGE, LATENTS = 30, 9, 4
