@@ -2,12 +2,10 @@
 
 import asyncio
 import gc
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.scheduling.scheduler import Scheduler
+from interrupts import run_until
 from oracle import random_image
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, min_tokens=6)
@@ -320,30 +319,6 @@ def test_dropped_model_fails_its_futures(checkpoint: Path, monkeypatch: pytest.M
 def test_interrupt_leaves_nothing_locked(llm: LLM) -> None:
     """Interrupt a call at several lines, in one run for each, while another future is open."""
     wanted = token_ids(llm.generate("the chicken", GREEDY)[0])
-
-    def run_until(line: int, call: Callable[[], Any]) -> int:
-        count = 0
-
-        def trace(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal count
-            if "idefics2_engine" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                count += 1
-                if count == line:
-                    raise KeyboardInterrupt
-            return trace
-
-        # Otherwise a finalizer might get the interrupt instead of the call
-        gc.collect()
-        gc.disable()
-        sys.settrace(trace)
-        try:
-            call()
-        finally:
-            sys.settrace(None)
-            gc.enable()
-        return count
 
     def answer() -> None:
         llm.submit("the chicken", GREEDY).result(TIMEOUT)

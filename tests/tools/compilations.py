@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from absent_gpu import AbsentGPU
 from idefics2_engine.checkpoint.loader import build_model
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
@@ -37,22 +37,6 @@ from request_sizes import PAGE_SIZE, ROWS, draw, image_batches, text_batches
 
 META = torch.device("meta")
 FOLDERS = {"8b": EIGHT_B, "demo": DEMO}
-
-
-class _AbsentGPU:
-    """The answers that a driver would give to Triton."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class _NotCompiled:
@@ -113,7 +97,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 @torch.inference_mode()
 def main(arch: int, name: str, weights: str, left_out: int | None = None) -> None:
     """Print what is compiled after the warm-up for ``sm_<arch>``."""
-    driver.set_active(_AbsentGPU(arch))
+    driver.set_active(AbsentGPU(arch))
     # Tensors may be on the meta device
     checks.INTERPRETED = True
     # Tensors without values cannot be compared. The tables of NF4 weights are the same

@@ -17,29 +17,13 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.disasm import path_to_cuobjdump
 
+from absent_gpu import AbsentGPU
 from idefics2_kernels.catalog import rows
 from idefics2_kernels.gpu import checks
-
-
-class _AbsentGPU:
-    """The answers that a driver would give to Triton."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def _sass(cubin: bytes) -> str:
@@ -88,7 +72,7 @@ def _waits_first(kernel: str, sass: str) -> bool:
 
 def main(arch: int) -> None:
     """Compile for ``sm_<arch>``."""
-    driver.set_active(_AbsentGPU(arch))
+    driver.set_active(AbsentGPU(arch))
     # With this setting the wrappers accept tensors that are not on a CUDA device
     checks.INTERPRETED = True
     launch = JITFunction.run

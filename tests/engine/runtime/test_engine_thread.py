@@ -4,7 +4,6 @@ import gc
 import itertools
 import os
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,6 +24,7 @@ from idefics2_engine.sampling.sampler import Drawn, Sampler
 from idefics2_engine.scheduling.page_allocator import PageAllocator
 from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
+from interrupts import run_until
 from oracle import random_image
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=5, min_tokens=5, logprobs=1)
@@ -215,35 +214,11 @@ def test_interrupt_in_the_callers_thread_leaves_the_engine_usable(
 ) -> None:
     """Interrupt the call at one of about nine lines, in one run for each line."""
 
-    def run_until(line: int) -> int:
-        count = 0
-
-        def trace(frame: FrameType, event: str, _: Any) -> Any:
-            nonlocal count
-            if "idefics2_engine" not in frame.f_code.co_filename:
-                return None
-            if event == "line":
-                count += 1
-                if count == line:
-                    raise KeyboardInterrupt
-            return trace
-
-        # Otherwise a finalizer might get the interrupt instead of the call
-        gc.collect()
-        gc.disable()
-        sys.settrace(trace)
-        try:
-            call(llm)
-        finally:
-            sys.settrace(None)
-            gc.enable()
-        return count
-
-    total = run_until(-1)
+    total = run_until(-1, lambda: call(llm))
     assert total > 100
     for line in range(1, total, total // 8):
         with pytest.raises(KeyboardInterrupt):
-            run_until(line)
+            run_until(line, lambda: call(llm))
     assert_equal(answers(llm), expected)
     llm.engine.scheduler.pages.check_integrity([])
 
