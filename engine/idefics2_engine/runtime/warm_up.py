@@ -11,9 +11,10 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import NF4Linear
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_kernels import variants
+from idefics2_kernels.matmul.linear import FEW_ROWS
 
-# The fewest rows of logits with which the head is a cuBLAS product
-_MOST_LOGITS = 17
+# The fewest rows with which the head is a cuBLAS product
+_LOGIT_ROWS = FEW_ROWS + 1
 
 
 @torch.inference_mode()
@@ -85,7 +86,7 @@ def _text(model: Idefics2, sequences: int, tokens: int, pages: int) -> TextBatch
         positions=torch.zeros(total, dtype=torch.int32),
         cu_seqlens=cumulative([tokens] * sequences),
         max_seqlen=tokens,
-        logits_indices=torch.arange(min(total, _MOST_LOGITS), dtype=torch.int32),
+        logits_indices=torch.arange(min(total, _LOGIT_ROWS), dtype=torch.int32),
         paged=PagedView(
             slots=torch.full((total,), -1, dtype=torch.int32),
             block_table=torch.zeros((sequences, pages), dtype=torch.int32),
