@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from idefics2_engine.jobs.file_operations import FileOperations
+from idefics2_engine.jobs.store.file_operations import FileOperations
 
 Write = memoryview
 

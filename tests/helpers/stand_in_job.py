@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from idefics2_engine.jobs.canonical_json import canonical_json, encode_row
-from idefics2_engine.jobs.file_operations import FileOperations
-from idefics2_engine.jobs.job_description import JobDescription
-from idefics2_engine.jobs.job_folder import JobFolder, job_path
-from idefics2_engine.jobs.journal import Journal
-from idefics2_engine.jobs.ordered_writer import OrderedWriter
+from idefics2_engine.jobs.store.canonical_json import canonical_json, encode_row
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.job_description import JobDescription
+from idefics2_engine.jobs.store.job_folder import JobFolder, job_path
+from idefics2_engine.jobs.store.journal import Journal
+from idefics2_engine.jobs.writers.ordered_writer import OrderedWriter
 
 SEGMENT_BYTES = 700
 

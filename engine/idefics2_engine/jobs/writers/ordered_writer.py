@@ -4,9 +4,9 @@ from array import array
 from pathlib import Path
 from typing import Protocol
 
-from idefics2_engine.jobs.file_operations import FileOperations
-from idefics2_engine.jobs.job_outputs import WrittenOutput
-from idefics2_engine.jobs.output_file import JsonlFormat, MakeFormat, OutputFile
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.job_outputs import WrittenOutput
+from idefics2_engine.jobs.writers.output_file import JsonlFormat, MakeFormat, OutputFile
 
 _MISSING = 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from idefics2_engine.jobs.file_operations import REPLACE, FileOperations, write_all
+from idefics2_engine.jobs.store.file_operations import REPLACE, FileOperations, write_all
 
 _BUFFER_BYTES = 1 << 20
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
-from idefics2_engine.jobs.file_operations import FileOperations, move_aside, replace_file
-from idefics2_engine.jobs.fingerprint import difference_table, differences
-from idefics2_engine.jobs.input_files import InputChange, changed_inputs
-from idefics2_engine.jobs.job_description import JOB_JSON, JobDescription, read_description
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
-from idefics2_engine.jobs.job_lock import LOCK, JobLock
-from idefics2_engine.jobs.job_outputs import (
+from idefics2_engine.jobs.store.file_operations import FileOperations, move_aside, replace_file
+from idefics2_engine.jobs.store.fingerprint import difference_table, differences
+from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs
+from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription, read_description
+from idefics2_engine.jobs.store.job_lock import LOCK, JobLock
+from idefics2_engine.jobs.store.job_outputs import (
     WrittenOutput,
     add_output,
     read_outputs,

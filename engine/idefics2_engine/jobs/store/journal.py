@@ -11,16 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from idefics2_engine.jobs.file_operations import (
+from idefics2_engine.jobs.job_errors import JobError
+from idefics2_engine.jobs.store.file_operations import (
     APPEND,
     CREATE,
     READ,
     FileOperations,
     write_all,
 )
-from idefics2_engine.jobs.job_errors import JobError
-from idefics2_engine.jobs.journal_index import JournalIndex
-from idefics2_engine.jobs.journal_record import check_key, decode_record, encode_record
+from idefics2_engine.jobs.store.journal_index import JournalIndex
+from idefics2_engine.jobs.store.journal_record import check_key, decode_record, encode_record
 
 SEGMENT_BYTES = 64 << 20
 SYNC_BYTES = 4 << 20

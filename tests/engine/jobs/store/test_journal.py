@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from idefics2_engine.jobs import journal_record
-from idefics2_engine.jobs.canonical_json import encode_row
-from idefics2_engine.jobs.file_operations import FileOperations
+from idefics2_engine.jobs.store import journal_record
 from idefics2_engine.jobs.job_errors import JobError
-from idefics2_engine.jobs.journal import SEGMENT_BYTES, Journal, Recovery, segment_path
-from idefics2_engine.jobs.journal_index import JournalIndex
-from idefics2_engine.jobs.journal_record import decode_record, encode_record
+from idefics2_engine.jobs.store.canonical_json import encode_row
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.journal import SEGMENT_BYTES, Journal, Recovery, segment_path
+from idefics2_engine.jobs.store.journal_index import JournalIndex
+from idefics2_engine.jobs.store.journal_record import decode_record, encode_record
 from job_files import CountedFiles, FailingFiles, Killed, KilledFiles, ShortFiles
 from stand_in_job import answer, row_key
 

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from idefics2_engine.jobs.file_operations import FileOperations
-from idefics2_engine.jobs.job_description import JobDescription, read_description
-from idefics2_engine.jobs.job_folder import job_path
-from idefics2_engine.jobs.job_lock import Holder, read_holder
-from idefics2_engine.jobs.job_outputs import WrittenOutput, read_outputs, recognize_output
-from idefics2_engine.jobs.journal import journal_segments, scan_segments
-from idefics2_engine.jobs.journal_index import JournalIndex
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.job_description import JobDescription, read_description
+from idefics2_engine.jobs.store.job_folder import job_path
+from idefics2_engine.jobs.store.job_lock import Holder, read_holder
+from idefics2_engine.jobs.store.job_outputs import WrittenOutput, read_outputs, recognize_output
+from idefics2_engine.jobs.store.journal import journal_segments, scan_segments
+from idefics2_engine.jobs.store.journal_index import JournalIndex
 
 
 class JobStatus(NamedTuple):

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from hypothesis.strategies import booleans, floats, integers, sampled_from
 
-from idefics2_engine.jobs.job_description import read_description
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
-from idefics2_engine.jobs.job_folder import job_path
+from idefics2_engine.jobs.store.job_description import read_description
+from idefics2_engine.jobs.store.job_folder import job_path
 from job_files import CountedFiles, Killed, KilledFiles
 from stand_in_job import expected, journalled, run_job
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.file_operations import FileOperations, replace_file
 from idefics2_engine.jobs.job_errors import JobError
+from idefics2_engine.jobs.store.file_operations import FileOperations, replace_file
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model_files import printable_path
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import stand_in_job
-from idefics2_engine.jobs.file_operations import FileOperations
-from idefics2_engine.jobs.job_folder import job_path
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.job_folder import job_path
 from job_files import (
     CountedFiles,
     FailingFiles,

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from idefics2_engine.jobs.file_operations import FileOperations
-from idefics2_engine.jobs.input_files import (
+from idefics2_engine.jobs.job_errors import FingerprintError, JobError, JobInUseError
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.input_files import (
     InputChange,
     changed_inputs,
     check_apart,
     identify_inputs,
 )
-from idefics2_engine.jobs.job_description import JobDescription, read_description
-from idefics2_engine.jobs.job_errors import FingerprintError, JobError, JobInUseError
-from idefics2_engine.jobs.job_folder import JobFolder
-from idefics2_engine.jobs.job_lock import Holder, JobLock, read_holder
-from idefics2_engine.jobs.job_outputs import WrittenOutput, add_output, read_outputs
-from idefics2_engine.jobs.job_status import read_status
+from idefics2_engine.jobs.store.job_description import JobDescription, read_description
+from idefics2_engine.jobs.store.job_folder import JobFolder
+from idefics2_engine.jobs.store.job_lock import Holder, JobLock, read_holder
+from idefics2_engine.jobs.store.job_outputs import WrittenOutput, add_output, read_outputs
+from idefics2_engine.jobs.store.job_status import read_status
 from stand_in_job import expected, run_job
 
 ROWS = [f"row {number}" for number in range(6)]
@@ -67,7 +67,7 @@ def test_second_runner_is_refused_by_process_and_host(out: Path) -> None:
                 JobFolder(out, JOB, restart=restart)
         other = (
             "import sys; from pathlib import Path\n"
-            "from idefics2_engine.jobs.job_lock import JobLock\n"
+            "from idefics2_engine.jobs.store.job_lock import JobLock\n"
             "JobLock(Path(sys.argv[1]))"
         )
         command = [sys.executable, "-c", other, str(out.with_name("out.jsonl.job"))]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from idefics2_engine.jobs.job_errors import JobError
-from idefics2_engine.jobs.job_outputs import WrittenOutput
-from idefics2_engine.jobs.ordered_writer import OrderedWriter
+from idefics2_engine.jobs.store.job_outputs import WrittenOutput
+from idefics2_engine.jobs.writers.ordered_writer import OrderedWriter
 from job_files import CountedFiles, FailingFiles, ShortFiles
 
 

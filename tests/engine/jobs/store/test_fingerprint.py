@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
-from idefics2_engine.jobs.canonical_json import canonical_json, encode_row
-from idefics2_engine.jobs.fingerprint import (
+from idefics2_engine.jobs.store.canonical_json import canonical_json, encode_row
+from idefics2_engine.jobs.store.fingerprint import (
     Difference,
     difference_table,
     differences,

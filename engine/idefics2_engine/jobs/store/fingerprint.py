@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from idefics2_engine.jobs.canonical_json import canonical_json
+from idefics2_engine.jobs.store.canonical_json import canonical_json
 
 _MOST_CHARACTERS = 40
 _ABSENT = "(absent)"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.errors import ConfigError, short_repr
-from idefics2_engine.jobs.canonical_json import canonical_json
-from idefics2_engine.jobs.fingerprint import fingerprint
-from idefics2_engine.jobs.input_files import InputFile
 from idefics2_engine.jobs.job_errors import JobError
+from idefics2_engine.jobs.store.canonical_json import canonical_json
+from idefics2_engine.jobs.store.fingerprint import fingerprint
+from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.json_file import read_json
 from idefics2_engine.model_files import printable_path
 
