@@ -164,7 +164,7 @@ def seconds_at_loop(
     Args:
         wall: Measured seconds.
         device: Device seconds by kind of step.
-        thread_cpu: CPU seconds of the engine's thread by kind of step, waiting apart.
+        thread_cpu: CPU seconds of the engine's thread by kind of step.
         loop: Seconds of the host's loop (``machine.loop_seconds``).
         slow_loop: Seconds of the loop on the other host.
     """

@@ -143,7 +143,8 @@ class ToHost:
         if joined.device.type == "cuda":
             there = torch.empty(joined.shape, dtype=torch.int32, pin_memory=True)
             joined = there.copy_(joined, non_blocking=True)
-            self._arrival = torch.cuda.Event()
+            # A thread that waits for it sleeps, so others have its core
+            self._arrival = torch.cuda.Event(blocking=True)
             self._arrival.record()
         self._joined = joined
 

@@ -34,7 +34,7 @@ class EngineStats:
         output_seconds: Time in which it took requests and handed out outputs.
         idle_seconds: Time in which it had no request. These six add up to the thread's time.
         prepare_seconds: Time in which threads prepared rows of ``iterate``, added up over threads.
-        decode_cpu_seconds: CPU time of the engine's thread in decode steps, waiting apart.
+        decode_cpu_seconds: CPU time of the engine's thread in decode steps.
         text_cpu_seconds: The same in text steps.
         image_cpu_seconds: The same in image steps.
         decode_device_seconds: Device time of decode steps, from the first launch to the last

@@ -16,8 +16,6 @@ from idefics2_engine.runtime.stats import EngineStats
 from idefics2_engine.scheduling.step import StepKind
 
 Part = Literal["plan", "launch", "wait", "land", "output", "idle"]
-# A thread that waits for the device may spin, which is no work
-_WITHOUT_CPU_TIME = ("wait", "idle")
 
 
 class StepClock:
@@ -51,7 +49,7 @@ class StepClock:
         now, cpu = perf_counter(), thread_time()
         self._kind = kind or self._kind
         self._add(f"{part}_seconds", now - self._last_lap)
-        if part not in _WITHOUT_CPU_TIME:
+        if part != "idle":
             self._add(f"{self._kind}_cpu_seconds", cpu - self._cpu)
         self._last_lap, self._cpu = now, cpu
 
