@@ -80,7 +80,8 @@ def test_kernel_in_the_emulator(
 
 def test_catalog_agrees_with_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = next(spec for spec in CATALOG if spec.name == "flash_attention")
-    assert not any(spec.only["plain"](case) for case in spec.cases), "interpreted"
+    monkeypatch.setattr(catalog, "on_hopper", lambda: False)
+    assert not any(spec.only["plain"](case) for case in spec.cases)
     monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [case for case in spec.cases if 0 < sum(case.dims["lengths"]) < 1000]
     takes = []

@@ -86,6 +86,13 @@ def test_products(name: str, kernel: Any) -> None:
     assert torch.equal(cut.run(kernel, inputs), expected(**inputs))
 
 
+def test_launch_of_a_hopper_gpu(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_hopper = {"IS_DEPENDENT": True, "launch_pdl": True}
+    monkeypatch.setattr(kernel, "dependent_options", lambda: on_hopper)
+    inputs = CUTS["one-weight-row"].inputs()
+    assert torch.equal(CUTS["one-weight-row"].run(kernel, inputs), expected(**inputs))
+
+
 @pytest.mark.parametrize(
     ("N", "K"), [*product((1, 4096, 6144, 28672, 128256), (2048, 4096, 14336, 32768))]
 )

@@ -229,7 +229,8 @@ def test_supported_inputs(
 
 
 def test_catalog_agrees_with_supported_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not any(SPEC.only["plain"](case) for case in SPEC.cases), "interpreted"
+    monkeypatch.setattr(catalog, "on_hopper", lambda: False)
+    assert not any(SPEC.only["plain"](case) for case in SPEC.cases)
     monkeypatch.setattr(catalog, "on_hopper", lambda: True)
     small = [c for c in SPEC.cases if sum(c.dims["queries"]) > 0 and sum(c.dims["contexts"]) < 2000]
     takes = []

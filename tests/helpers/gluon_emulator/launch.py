@@ -21,9 +21,15 @@ class Kernel:
         return self.function(*args, **kwargs)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int, maxnreg: int = 0, **kwargs: Any) -> None:
+        def launch(
+            *args: Any, num_warps: int, maxnreg: int = 0, launch_pdl: bool = False, **kwargs: Any
+        ) -> None:
             assert num_warps in (1, 2, 4, 8, 16)
             assert maxnreg % 8 == 0
+            assert launch_pdl == kwargs.get("IS_DEPENDENT", False)
+            if launch_pdl:
+                # Programs run one after another, so none depends on one that runs
+                kwargs["IS_DEPENDENT"] = False
             args = tuple(Pointer(a) if isinstance(a, Tensor) else a for a in args)
             # In this order a program's writes into the next one's memory are not overwritten
             for program in reversed(range(grid[0])):
