@@ -305,6 +305,7 @@ class LLM:
             threads=self.images.num_threads,
             ahead=in_flight,
             max_bytes=max_bytes,
+            wait_turn=self.engine.gate.wait,
         )
         return RowOutputs(self._iterate(rows_ahead, events, shared, bar), rows_ahead.drain)
 

@@ -30,6 +30,7 @@ class Prefetcher(Generic[Row, Draft]):
         ahead: Most rows that are read and not yet ``done``.
         max_bytes: Rows are read while those that are not ``done`` hold fewer bytes of tiles. Rows
             that are being prepared, at most two a thread, do not count yet.
+        wait_turn: Called on these threads before each row, to let others go first.
 
     Attributes:
         count: Rows read so far.
@@ -45,6 +46,7 @@ class Prefetcher(Generic[Row, Draft]):
         threads: int,
         ahead: int,
         max_bytes: int,
+        wait_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self.count = 0
         self.has_ended = False
@@ -55,6 +57,7 @@ class Prefetcher(Generic[Row, Draft]):
         self._most_preparing = _PREPARING_PER_THREAD * threads
         self._ahead = ahead
         self._max_bytes = max_bytes
+        self._wait_turn = wait_turn
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # Only the reading thread uses the following attributes
         self._num_done = 0
@@ -110,6 +113,7 @@ class Prefetcher(Generic[Row, Draft]):
     ) -> None:
         def prepare_and_count(index: int, draft: Draft) -> None:
             try:
+                self._wait_turn()
                 prepare(index, draft)
             finally:
                 self._commands.put(self._count_prepared)
@@ -123,6 +127,7 @@ class Prefetcher(Generic[Row, Draft]):
                     break
                 if self.has_ended:
                     break
+                self._wait_turn()
                 index, draft = self.count, read(self.count, row)
                 self.count += 1
                 if draft is not None:

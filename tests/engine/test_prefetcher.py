@@ -256,3 +256,28 @@ def test_iterator_closes_and_is_closed_when_it_is_dropped(llm: LLM) -> None:
     del outputs
     assert llm.generate("x", GREEDY)
     assert not llm.engine.has_work
+
+
+def test_rows_wait_for_their_turn_before_reading_and_before_preparing() -> None:
+    calls: list[str] = []
+    ended = threading.Event()
+    rows: Prefetcher[int, int] = Prefetcher(
+        range(2),
+        ended.set,
+        threads=1,
+        ahead=1,
+        max_bytes=1,
+        wait_turn=lambda: calls.append("turn"),
+    )
+
+    def read(index: int, row: int) -> int:
+        calls.append(f"read {row}")
+        return row
+
+    def prepare(index: int, draft: int) -> None:
+        calls.append(f"prepare {draft}")
+        rows.done()
+
+    with rows.start(read, prepare):
+        ended.wait()
+    assert calls[:6] == ["turn", "read 0", "turn", "prepare 0", "turn", "read 1"]

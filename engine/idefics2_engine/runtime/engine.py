@@ -24,6 +24,7 @@ from idefics2_engine.runtime.memory_profile import memory_as_config_error
 from idefics2_engine.runtime.model_runner import Runner
 from idefics2_engine.runtime.stats import EngineStats
 from idefics2_engine.runtime.step_clock import StepClock
+from idefics2_engine.runtime.step_gate import StepGate
 from idefics2_engine.runtime.warm_up import warm_up_sampling
 from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.generation_config import GenerationConfig
@@ -85,12 +86,13 @@ class Engine:
         self.config = config
         self._window = model.config.text.sliding_window
         self._has_warned_of_length = False
+        self.gate = StepGate(is_used=model.device.type == "cuda")
         self.reset()
         with memory_as_config_error(config):
             kv_cache = KVCache(
                 model.config.text, config.num_pages, config.page_size, model.device, model.dtype
             )
-            self.runner = Runner(model, kv_cache, image_config, config)
+            self.runner = Runner(model, kv_cache, image_config, config, self.gate)
         self.stats = EngineStats()
         self.clock = StepClock(self.stats, model.device)
         self.sampler = Sampler(
@@ -175,16 +177,13 @@ class Engine:
             self._land(before)
             before = None
         if self.scheduler.has_work:
-            step = self.scheduler.schedule()
-            self.clock.lap("plan", step.kind)
-            try:
-                if step.num_sequences:
-                    self.clock.begin_launches(step.kind)
-                    self._flight = self._launch(step)
-                    self.clock.end_launches()
-            except Exception as error:
+            with self.gate.closed():
+                step = self.scheduler.schedule()
+                self.clock.lap("plan", step.kind)
+                failure = self._try_launch(step)
+            if failure is not None:
                 self._land(before)
-                self._recover(step, error)
+                self._recover(step, failure)
                 return
             self.clock.lap("launch")
         meanwhile()
@@ -193,6 +192,18 @@ class Engine:
         if not self.config.run_ahead:
             landing, self._flight = self._flight, None
             self._land(landing)
+
+    def _try_launch(self, step: Step) -> Exception | None:
+        """Launch ``step`` if it has a sequence; return the exception if that fails."""
+        if not step.num_sequences:
+            return None
+        try:
+            self.clock.begin_launches(step.kind)
+            self._flight = self._launch(step)
+            self.clock.end_launches()
+        except Exception as error:
+            return error
+        return None
 
     def _launch(self, step: Step) -> _Flight:
         logits, prompts = self.runner.run(step)

@@ -18,6 +18,7 @@ from idefics2_engine.images.tiling import ImageConfig, Tile
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.cuda_graphs import GraphPool, next_size, sizes_up_to
 from idefics2_engine.runtime.pixel_upload import PixelUploader
+from idefics2_engine.runtime.step_gate import StepGate
 
 MAX_PATCHES = 16384
 """Most patches of a graph. Larger batches of images gain nothing and need more memory."""
@@ -46,6 +47,7 @@ class ImageGraphs:
         max_patches: Most patches of a step. A larger tile is encoded without others.
         uploader: Copies pixels to the device.
         pool: Captures the graphs.
+        gate: Opened while the engine's thread waits for an earlier batch.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ImageGraphs:
         max_patches: int,
         uploader: PixelUploader,
         pool: GraphPool,
+        gate: StepGate,
     ) -> None:
         self.model = model
         self.config = config
@@ -65,6 +68,7 @@ class ImageGraphs:
         self.image_sizes = image_sizes(min(MAX_IMAGES, self.max_patches))
         self.num_padded_patches = 0
         self._uploader = uploader
+        self._gate = gate
         # The ends of the last batches. The thread sleeps while it waits for one
         self._running: deque[torch.cuda.Event] = deque()
         most, device = self.patch_sizes[-1], model.device
@@ -112,7 +116,8 @@ class ImageGraphs:
         to_device([*self._sizes(batch), padded], self.model.device, self._inputs)
         self.num_padded_patches += size - len(positions)
         if len(self._running) == _MAX_RUNNING:
-            self._running.popleft().synchronize()
+            with self._gate.opened():
+                self._running.popleft().synchronize()
         self._towers[size].replay()
         self._perceivers[next_size(self.image_sizes, len(tiles))].replay()
         if self._pixels.device.type == "cuda":

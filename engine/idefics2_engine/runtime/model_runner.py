@@ -23,6 +23,7 @@ from idefics2_engine.runtime.input_batch import (
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.pixel_upload import PixelUploader
 from idefics2_engine.runtime.shared_prefix_tables import SharedPrefixTables
+from idefics2_engine.runtime.step_gate import StepGate
 from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.runtime.warm_up import warm_up_model
 from idefics2_engine.scheduling.sequence import Request
@@ -37,10 +38,16 @@ class Runner:
         kv_cache: KV cache on the model's device.
         image_config: Normalization of pixels.
         config: Sizes of the runtime.
+        gate: Opened while a launch waits for the device.
     """
 
     def __init__(
-        self, model: Idefics2, kv_cache: KVCache, image_config: ImageConfig, config: EngineConfig
+        self,
+        model: Idefics2,
+        kv_cache: KVCache,
+        image_config: ImageConfig,
+        config: EngineConfig,
+        gate: StepGate,
     ) -> None:
         self.model = model
         self.image_config = image_config
@@ -67,6 +74,7 @@ class Runner:
                 config.max_patches,
                 self._uploader,
                 pool,
+                gate,
             )
             self._text_graphs = TextGraphs(
                 model,

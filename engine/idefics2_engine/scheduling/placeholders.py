@@ -20,14 +20,13 @@ def image_items(
     token_ids: Sequence[int], tiles: Sequence[Tile], image_token_id: int, num_latents: int
 ) -> list[ImageItem]:
     """Find the placeholders of ``tiles``, each of ``num_latents`` consecutive image tokens."""
-    places = [at for at, token in enumerate(token_ids) if token == image_token_id]
-    assert len(places) == num_latents * len(tiles)
-    firsts = places[::num_latents] if tiles else []
-    items = [
-        ImageItem(tile, first, first + num_latents)
-        for tile, first in zip(tiles, firsts, strict=True)
-    ]
-    assert places == [at for item in items for at in range(item.begin, item.end)]
+    items, end = [], 0
+    for tile in tiles:
+        begin = token_ids.index(image_token_id, end)
+        end = begin + num_latents
+        assert token_ids[begin:end].count(image_token_id) == num_latents
+        items.append(ImageItem(tile, begin, end))
+    assert token_ids.count(image_token_id) == num_latents * len(tiles)
     return items
 
 

@@ -174,7 +174,9 @@ def test_infinite_pixels_fail_their_request_alone(make: Make) -> None:
     llm = make()
     runner = llm.engine.runner
     image_config = replace(runner.image_config, std=(1e-46,) * 3)
-    llm.engine.runner = Runner(llm.model, runner.kv_cache, image_config, llm.engine.config)
+    llm.engine.runner = Runner(
+        llm.model, runner.kv_cache, image_config, llm.engine.config, llm.engine.gate
+    )
     with_picture, words = llm.generate([prompt(1, 900, picture=PICTURE), prompt(1, 900)], GREEDY)
     assert_failed(with_picture)
     assert_equal(words, make().generate([prompt(1, 900)], GREEDY)[0])
