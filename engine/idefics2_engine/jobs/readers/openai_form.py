@@ -84,7 +84,7 @@ def _check_keys(values: Mapping[str, Any], known: frozenset[str] | set[str], nam
         for key, value in values.items():
             if key not in known and value is not None:
                 raise BadRowError(
-                    "unknown_key", f"{name} has the key {short_repr(key)}, which is not supported"
+                    "unknown_key", f"{name} must have supported keys, got {short_repr(key)}"
                 )
 
 
