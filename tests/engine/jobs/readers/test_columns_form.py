@@ -7,10 +7,18 @@ import pytest
 
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.columns_form import ColumnsForm
-from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.row_builder import RowBuilder
 from idefics2_engine.jobs.readers.row_images import RowImages
-from job_inputs import DEFAULTS, TableSource, error_of, images_of, read_rows, text_of, write_rows
+from job_inputs import (
+    DEFAULTS,
+    TableSource,
+    error_of,
+    images_of,
+    input_options,
+    read_rows,
+    text_of,
+    write_rows,
+)
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -32,7 +40,7 @@ def one(path: Path, row: object, **options: Any) -> JobRow:
 
 def table_rows(root: Path, rows: list[dict[str, Any]], **given: Any) -> list[JobRow]:
     """Return rows as from a table."""
-    options = InputOptions(inputs="table", **given)
+    options = input_options("table", **given)
     form = ColumnsForm(options, options.read_template(), RowImages(root), is_table=True)
     builder = RowBuilder({"columns": form}, DEFAULTS, options.keep)
     return [
