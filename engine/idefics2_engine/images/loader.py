@@ -278,11 +278,21 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
 
 
 def _file_name(source: str | Path, config: MediaConfig) -> str:
-    """Return the name of a file in messages, in which the allowed folder itself is left out."""
-    name = str(source)
-    if config.allowed_media_root is not None:
-        name = name.removeprefix(os.path.join(config.allowed_media_root, ""))
-    return _shortened(name)
+    """Return what messages call a file.
+
+    Where a folder is allowed, a file in it is called by its path there, and one that is elsewhere
+    by its last part.
+    """
+    root = config.allowed_media_root
+    if root is None:
+        return _shortened(str(source))
+    path = Path(os.path.normpath(source))
+    if not path.is_absolute() and path.parts[:1] != ("..",):
+        return _shortened(str(path))
+    for folder in (root, root.absolute(), root.resolve()):
+        if path.is_relative_to(folder):
+            return _shortened(str(path.relative_to(folder)))
+    return _shortened(path.name)
 
 
 def _shortened(text: str) -> str:

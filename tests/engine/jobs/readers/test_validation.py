@@ -16,7 +16,9 @@ def test_all_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> Non
         rows[number] = {"prompt": "a", "sampling": {"n": 0}}
     rows[98] = {"id": "x"}
     path = write_rows(tmp_path / "q.jsonl", rows)
-    found = validate(job_input(path))
+    seen: list[int] = []
+    found = validate(job_input(path), on_row=lambda row: seen.append(row.index))
+    assert seen == list(range(100))
     assert (found.num_rows, found.num_bad) == (100, 34 + 11 + 1)
     assert list(found.counts.items()) == [("json", 34), ("sampling", 11), ("schema", 1)]
     assert len(found.bad_rows) == 20
