@@ -138,6 +138,32 @@ def test_rows_of_another_shape_are_errors(
     assert found.id == (1 if row == {"id": 1} else "row-0")
 
 
+LEAKS = ["/home/ann/key.png", "https://ann:pw@h.org/a?key=qwertz", "data:image/png;base64,QUJD"]
+
+
+@pytest.mark.parametrize("secret", LEAKS)
+def test_messages_do_not_quote_what_must_not_leave(tmp_path: Path, secret: str) -> None:
+    part = {"type": "image_url", "image_url": secret, "x": 1}
+    rows = [
+        {"prompt": {"a": secret}},
+        {"prompt": "a", "images": {"url": secret}},
+        {"prompt": "a", "sampling": {"stop": [secret, 1]}},
+        {"prompt": "a", "sampling": {secret: 1}},
+        {"prompt": "a", secret: 1},
+        {"messages": [{"role": secret, "content": "a"}]},
+        {"messages": [{"role": "user", "content": [part]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": {"x": secret}}]}]},
+        {"messages": secret},
+        {"id": [secret], "prompt": "a"},
+    ]
+    found = read_rows(write_rows(tmp_path / "q.jsonl", rows))
+    assert len(found) == len(rows)
+    for row in found:
+        message = error_of(row).message
+        for leak in ("ann", "pw", "qwertz", "QUJD", str(tmp_path)):
+            assert leak not in message, message
+
+
 def test_null_keys_count_as_missing(tmp_path: Path) -> None:
     row = {"id": None, "images": None, "prompt": "a", "messages": None, "sampling": None, "x": None}
     found = one(tmp_path, row)
