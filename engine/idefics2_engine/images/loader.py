@@ -16,7 +16,7 @@ from PIL import Image
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
-from idefics2_engine.images.download import FetchRules, Network, fetch
+from idefics2_engine.images.download import FetchRules, Network, fetch, scheme_and_host
 from idefics2_engine.images.parallel import alone_with
 from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
@@ -218,13 +218,13 @@ def named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, b
             return "downloaded image", _fetch(source, config)
         if scheme is not None:
             source = file_url_path(source)
-    return _shortened(str(source)), _file_bytes(source, config)
+    return _file_name(source, config), _file_bytes(source, config)
 
 
 def _fetch(url: str, config: MediaConfig) -> bytes:
     if not config.allowed_media_hosts:
         raise MediaNotAllowedError(
-            f"image: must be a local file or a data URI, got the address {_shortened(url)!r} "
+            f"image: must be a local file or a data URI, got the address {scheme_and_host(url)!r} "
             "and no allowed host (allowed_media_hosts, --allow-host)"
         )
     rules = FetchRules(
@@ -244,7 +244,7 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
         MediaNotAllowedError: The file is outside the allowed folder.
         ImageError: The file cannot be read, is not regular, or is too large.
     """
-    name = _shortened(str(source))
+    name = _file_name(source, config)
     try:
         path = Path(source).resolve()
         if config.allowed_media_root is not None and not path.is_relative_to(
@@ -270,6 +270,21 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
     except (ValueError, RuntimeError):
         # A null character raises ValueError, a loop of links RuntimeError
         raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+
+
+def _file_name(source: str | Path, config: MediaConfig) -> str:
+    """Return what messages call a file.
+
+    Where a folder is allowed, a file in it is called by its path there, and one that is elsewhere
+    by its last part.
+    """
+    root, path = config.allowed_media_root, Path(source)
+    if root is None or not path.is_absolute():
+        return _shortened(str(source))
+    for folder in (root, root.absolute(), root.resolve()):
+        if path.is_relative_to(folder):
+            return _shortened(str(path.relative_to(folder)))
+    return _shortened(path.name)
 
 
 def _shortened(text: str) -> str:
