@@ -3,7 +3,6 @@
 import errno
 import json
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,7 @@ from idefics2_engine.jobs.writers.stats_file import StatsFile
 from idefics2_engine.jobs.writers.summary import RunFigures, summary_of, write_summary
 from idefics2_engine.outputs import RequestMetrics
 from job_files import CountedFiles, FailingFiles, Killed, KilledFiles, ShortFiles
-from job_outputs import job_row, request_output
-
-
-@dataclass
-class Totals:
-    rows: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
-    images: int = 0
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    completion_tokens: int = 0
-
+from job_outputs import Totals, job_row, request_output
 
 JOB = Totals(10, Counter(media_fetch=1, image=2), 8, 800, 512, 90)
 RUN = Totals(4, Counter(image=1), 3, 300, 192, 30)
