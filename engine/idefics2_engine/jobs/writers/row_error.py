@@ -27,11 +27,11 @@ _QUERY = re.compile(r"\?[\w.%~-]+=[^\s'\"]*")
 SECRET = re.compile(
     r"\b(?:bearer\s+\S+|hf_\w{16,}|sk-[\w-]{16,}|AKIA\w{12,}"
     r"|(?:api[_-]?key|access[_-]?token|secret|password|passwd|authorization|signature)"
-    r"['\"]?\s*[=:]\s*['\"]?[^\s'\",}]+)",
+    r"(?:\s*=\s*['\"]?|['\"]\s*:\s*['\"])[^\s'\",}]+)",
     re.IGNORECASE,
 )
 # A path may have spaces, and ends with its quote, or before ": " if the message begins with it
-_ABSOLUTE = r"(?:/(?![\s/])|[A-Za-z]:\\|\\\\)"
+_ABSOLUTE = r"(?:~?/(?![\s/])|[A-Za-z]:\\|\\\\)"
 _PATHS = (
     re.compile(rf"(?P<before>['\"])(?P<path>{_ABSOLUTE}[^'\"]*)(?=['\"]|$)"),
     re.compile(rf"(?P<before>^(?:\w+\[\d+\]: )?)(?P<path>{_ABSOLUTE}.*?)(?=: |$)"),
