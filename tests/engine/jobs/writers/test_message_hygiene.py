@@ -101,15 +101,19 @@ def root(tmp_path: Path) -> Path:
 
 def message_of(root: Path, row: Any, params: SamplingParams | None = None) -> str:
     """Return the message of a row's error, which is the same when the row comes again."""
+
+    def build() -> None:
+        made = builder(root)
+        draft = made.read_row(row, params or SamplingParams())
+        made.build_row(draft, None, made.reader.job())
+
     said = []
     for _ in range(2):
-        made = builder(root)
         with pytest.raises(Idefics2Error) as raised:
-            draft = made.read_row(row, params or SamplingParams())
-            made.build_row(draft, None, made.reader.job())
-        error = row_error_of(raised.value, root)
-        said.append(error)
-    assert said[0] == said[1]
+            build()
+        said.append(row_error_of(raised.value, root))
+    error = said[0]
+    assert error == said[1]
     assert error.code != "internal"
     assert len(error.message) <= MOST_CHARACTERS
     return error.message
@@ -176,11 +180,10 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.one_of(PIECES, st.text(max_size=9)), max_size=30).map("".join))
-def test_cleaned_text_is_short_and_stays_as_it_is(text: str) -> None:
+def test_any_text_is_cleaned(text: str) -> None:
     got = clean_message(text, Path("/home/ann/media"))
     assert len(got) <= MOST_CHARACTERS
     assert got.isprintable()
-    assert clean_message(got, Path("/home/ann/media")) == got
-    assert not re.search(r"\b0x[0-9a-f]{6}\b|[\s'\"]/home/ann|://[^/\s'\"]*@", got), got
+    assert not re.search(r"0x[0-9a-f]{6}|[\s'\"]/home/ann|://[^/\s'\"<>]*@", got), got
