@@ -1,6 +1,7 @@
 """What is known of an image, and what messages about it may not have."""
 
 import hashlib
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def test_info_of_a_file(data: bytes, info: ImageInfo) -> None:
     assert (found.mode, found.format) == (info.mode, info.format)
     assert found.orientation == info.orientation
     assert found.warnings == ()
+    # Workers of jobs send it to the process that writes
+    assert pickle.loads(pickle.dumps(found)) == found
 
 
 def test_frames_that_are_not_read_are_in_the_info() -> None:
