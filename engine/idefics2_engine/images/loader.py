@@ -16,7 +16,7 @@ from PIL import Image
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
-from idefics2_engine.images.download import FetchRules, Network, fetch
+from idefics2_engine.images.download import FetchRules, Network, fetch, scheme_and_host
 from idefics2_engine.images.parallel import alone_with
 from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
@@ -229,7 +229,7 @@ def has_scheme(source: str) -> bool:
 def _fetch(url: str, config: MediaConfig) -> bytes:
     if not config.allowed_media_hosts:
         raise MediaNotAllowedError(
-            f"image: must be a local file or a data URI, got the address {_shortened(url)!r} "
+            f"image: must be a local file or a data URI, got the address {scheme_and_host(url)!r} "
             "and no allowed host (allowed_media_hosts, --allow-host)"
         )
     rules = FetchRules(
