@@ -38,16 +38,16 @@ def local_files(names: Iterable[Name]) -> tuple[Path, ...]:
 
 def base_name(name: Name) -> str:
     """Return the last part of ``name``, for the places of rows."""
-    return _printable(str(name).rstrip("/").rpartition("/")[2])
+    return printable(str(name).rstrip("/").rpartition("/")[2])
 
 
 def shown_name(name: Name) -> str:
     """Return ``name`` for messages to the operator, without credentials."""
     scheme, separator, rest = str(name).partition("://")
     if not separator or not is_remote(name):
-        return _printable(str(name))
+        return printable(str(name))
     host, slash, path = rest.partition("/")
-    return _printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
+    return printable(f"{scheme}://{host.rpartition('@')[2]}{slash}{path}")
 
 
 def optional_module(name: str, extra: str) -> Any:
@@ -198,5 +198,6 @@ def _system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return ``text`` if it is printable, else its ``repr``."""
     return text if text.isprintable() else repr(text)

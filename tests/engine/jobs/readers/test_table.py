@@ -3,6 +3,7 @@
 import csv
 import datetime
 import gzip
+import io
 import os
 import re
 import sys
@@ -168,12 +169,24 @@ class TestParquet:
         assert len(columns(parquet_rows(path, needs("c")))) == 3
         assert parquet_rows(path, needs("d"))[0].error is not None
 
-    def test_memory_is_bounded_in_a_large_row_group(self, tmp_path: Path) -> None:
+    def test_memory_is_bounded_in_a_large_row_group(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pictures = [os.urandom(1 << 14)] * 10 + [os.urandom(1 << 14) for _ in range(1990)]
         path = write(tmp_path / "a.parquet", {"image": pictures}, write_batch_size=16)
         assert pq.ParquetFile(path).num_row_groups == 1
-        pool = pa.proxy_memory_pool(pa.default_memory_pool())
+        largest = 0
+
+        class File(io.FileIO):
+            def read(self, size: int | None = -1) -> bytes:
+                nonlocal largest
+                assert size is not None
+                largest = max(largest, size)
+                return super().read(size)
+
+        monkeypatch.setattr(table, "open_input", File)
         before = pa.default_memory_pool()
+        pool = pa.proxy_memory_pool(before)
         pa.set_memory_pool(pool)
         try:
             for row, picture in zip(ParquetSource((path,), ALL), pictures, strict=True):
@@ -182,6 +195,7 @@ class TestParquet:
             pa.set_memory_pool(before)
         # The row group has 32 MB
         assert 1 << 20 < pool.max_memory() < 12 << 20
+        assert 1 << 14 < largest < 2 << 20
 
     @pytest.mark.parametrize("picture_bytes", [10, 1 << 20, 32 << 20])
     def test_batches_have_fewer_rows_if_rows_are_large(self, picture_bytes: int) -> None:
