@@ -12,18 +12,19 @@ from typing import Any
 from idefics2_engine.errors import short_repr
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
-from idefics2_engine.jobs.readers.arrow_values import plain_rows
-from idefics2_engine.jobs.readers.remote_files import (
+from idefics2_engine.jobs.readers.arrow_values import read_rows
+from idefics2_engine.jobs.readers.named_files import (
     Name,
     base_name,
+    check_regular,
     local_files,
     open_input,
-    open_unpacked,
     optional_module,
     reading,
     shown_name,
 )
 from idefics2_engine.jobs.readers.source import RawRow
+from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 
 # A batch of Parquet is decoded at once. More rows than this are hardly faster.
 _MOST_ROWS = 64
@@ -41,9 +42,7 @@ class ParquetSource:
 
     Args:
         paths: The files, in order.
-        options: Its ``columns_needed`` names the columns to read; None is all of them. Of these,
-            columns whose values are not plain data, such as timestamps, are left out. Where they
-            are named, their rows are errors.
+        options: Its ``columns_needed`` names the columns to read; None is all of them.
 
     Raises:
         JobError: pyarrow is not installed; on reading: a file is missing or damaged.
@@ -82,7 +81,7 @@ class ParquetSource:
                         batch = next(batches, None)
                         if batch is None:
                             break
-                        rows = list(plain_rows(batch, columns, drop_others=self._needed is None))
+                        rows = list(read_rows(batch, columns))
                     for values, error in rows:
                         yield RawRow(f"{base_name(name)}: row {number}", values, error)
                         number += 1
@@ -116,7 +115,8 @@ class CsvSource:
     def _rows(self, name: Name) -> Iterator[RawRow]:
         # The limit is the process's, and another user's may be higher
         csv.field_size_limit(max(csv.field_size_limit(), _MOST_CHARACTERS))
-        with open_unpacked(name) as raw:
+        check_regular(name)
+        with open_unpacked(str(name)) as raw:
             # Bytes that are not UTF-8 become surrogates, so that they are an error of their row
             text = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="")
             lines = _Lines(text)
