@@ -220,7 +220,7 @@ class TestBadRows:
     def test_sparse_members(self, tmp_path: Path) -> None:
         info = tarfile.TarInfo("a.png")
         info.size = 3
-        info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 50)}
+        info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "5"}
         entry = (info, b"123")
         path = tmp_path / "s.tar"
         rows = rows_of(path, tar_bytes([entry, ("b.png", b"1")], format=tarfile.PAX_FORMAT))
@@ -353,11 +353,21 @@ class TestDamage:
         return info.tobuf() + padded + tar_bytes([("a.png", b"1")])
 
     @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-    def test_huge_headers_are_not_read(self, tmp_path: Path, kind: bytes) -> None:
+    @pytest.mark.parametrize("size", [10 << 20, -512])
+    def test_headers_of_bad_sizes_are_not_read(
+        self, tmp_path: Path, kind: bytes, size: int
+    ) -> None:
         info = tarfile.TarInfo("a")
-        info.type, info.size = kind, 10 << 20
-        content = info.tobuf(tarfile.GNU_FORMAT) + bytes(10 << 20) + self.whole()
+        info.type, info.size = kind, size
+        content = info.tobuf(tarfile.GNU_FORMAT) + bytes(max(size, 0)) + self.whole()
         rows, message = rows_until_damage(tmp_path / "s.tar.gz", gzip.compress(content, 1))
+        assert rows == []
+        assert message.endswith("cannot be read at byte 0: ReadError")
+
+    def test_old_sparse_members_end(self, tmp_path: Path) -> None:
+        # Such a header has extensions, whose number has no bound
+        content = special("a.png", tarfile.GNUTYPE_SPARSE).tobuf(tarfile.GNU_FORMAT)
+        rows, message = rows_until_damage(tmp_path / "s.tar", content + self.whole())
         assert rows == []
         assert message.endswith("cannot be read at byte 0: ReadError")
 
