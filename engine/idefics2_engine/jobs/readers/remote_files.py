@@ -75,6 +75,9 @@ def _system(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0]
     if scheme not in _PACKAGES or "://" not in url:
         raise JobError(f"{shown_name(url)}: must be s3://… or gs://…")
+    # fsspec would open the file of another storage behind it
+    if "::" in url:
+        raise JobError(f"{shown_name(url)}: must not have '::'")
     fsspec = optional_module("fsspec", "remote")
     try:
         system, path = fsspec.core.url_to_fs(url)
