@@ -32,7 +32,7 @@ _BATCH_BYTES = 16 << 20
 # Without a buffer Parquet reads a whole row group, which may be gigabytes of images
 _BUFFER_BYTES = 1 << 16
 # Longest line and longest cell of CSV. A lost quote would otherwise make one cell of the file.
-_MOST_CHARACTERS = 1 << 26
+MOST_CHARACTERS = 1 << 26
 
 
 class ParquetSource:
@@ -114,7 +114,7 @@ class CsvSource:
 
     def _rows(self, name: Name) -> Iterator[RawRow]:
         # The limit is the process's, and another user's may be higher
-        csv.field_size_limit(max(csv.field_size_limit(), _MOST_CHARACTERS))
+        csv.field_size_limit(max(csv.field_size_limit(), MOST_CHARACTERS))
         check_regular(name)
         with open_unpacked(str(name)) as raw:
             # Bytes that are not UTF-8 become surrogates, so that they are an error of their row
@@ -158,7 +158,7 @@ _NO_RECORD = RowError(
     "schema", "parse", "must be comma-separated values, got a quote that is out of place or open"
 )
 _TOO_LONG = RowError(
-    "schema", "parse", f"a line must have at most {_MOST_CHARACTERS} characters, got more"
+    "schema", "parse", f"a line must have at most {MOST_CHARACTERS} characters, got more"
 )
 
 
@@ -177,7 +177,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(_MOST_CHARACTERS)
+        line = self._text.readline(MOST_CHARACTERS)
         if not line:
             raise StopIteration
         if not _is_cut(line):
@@ -185,14 +185,14 @@ class _Lines:
         self.was_cut = True
         quotes = line.count('"')
         while _is_cut(line):
-            line = self._text.readline(_MOST_CHARACTERS)
+            line = self._text.readline(MOST_CHARACTERS)
             quotes += line.count('"')
         # The cells are dropped. Whether a quote is open behind the line is not.
         return '"\n' if quotes % 2 else "\n"
 
 
 def _is_cut(line: str) -> bool:
-    return len(line) == _MOST_CHARACTERS and line[-1] not in "\r\n"
+    return len(line) == MOST_CHARACTERS and line[-1] not in "\r\n"
 
 
 def _columns_needed(options: object) -> tuple[str, ...] | None:

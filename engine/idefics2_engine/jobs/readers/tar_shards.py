@@ -30,7 +30,7 @@ from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 _NAME = re.compile(r"(?:\./)*((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_SHARDS = 100_000
-_MOST_MEMBERS = 1000
+MOST_MEMBERS = 1000
 
 
 class TarShardSource:
@@ -155,8 +155,8 @@ class _Row:
             code = "media_not_allowed" if is_image else "schema"
             raise BadRowError(code, f"{shown} must be a file, got a link, a pipe or a device")
         self._num_members += 1
-        if self._num_members > _MOST_MEMBERS:
-            raise BadRowError("schema", f"the row must have at most {_MOST_MEMBERS} members")
+        if self._num_members > MOST_MEMBERS:
+            raise BadRowError("schema", f"the row must have at most {MOST_MEMBERS} members")
         self._left -= member.size
         if self._left < 0:
             raise BadRowError(

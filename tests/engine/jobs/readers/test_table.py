@@ -349,7 +349,7 @@ class TestCsv:
     def test_long_line_costs_its_row_and_is_not_kept(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
     ) -> None:
-        monkeypatch.setattr(table, "_MOST_CHARACTERS", 50)
+        monkeypatch.setattr(table, "MOST_CHARACTERS", 50)
         fits, long = "x" * (49 - len(end)), "y" * 1000
         bad = [f"{long},", f'"{long}",z', f'"{long}{end}1,2",z', f'1,"2{end}{long}"']
         rows = csv_rows(tmp_path / "a.csv", end.join(["a,b", f"{fits},", *bad, "3,4"]))
@@ -367,7 +367,7 @@ class TestCsv:
     def test_an_open_quote_is_bounded(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(table, "_MOST_CHARACTERS", 1000)
+        monkeypatch.setattr(table, "MOST_CHARACTERS", 1000)
         before = csv.field_size_limit(1000)
         try:
             rows = csv_rows(tmp_path / "a.csv", 'a,b\n1,"2\n' + "x,y\n" * 1000 + "3,4\n")

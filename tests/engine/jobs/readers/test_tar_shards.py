@@ -262,7 +262,7 @@ class TestBadRows:
     def test_members_of_a_row_have_a_limit(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tar_shards, "_MOST_MEMBERS", 3)
+        monkeypatch.setattr(tar_shards, "MOST_MEMBERS", 3)
         entries = [(f"a.{number}.png", b"") for number in range(4)]
         assert len(columns_of(tmp_path / "s.tar", entries[:3])["images"]) == 3
         assert error_of(tmp_path / "s.tar", entries).code == "schema"
