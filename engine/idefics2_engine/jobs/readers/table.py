@@ -65,13 +65,18 @@ class ParquetSource:
         number = 0
         with open_input(name) as raw:
             with reading(name):
-                file = self._parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BUFFER_BYTES)
+                file = self._parquet.ParquetFile(
+                    raw,
+                    pre_buffer=False,
+                    buffer_size=_BUFFER_BYTES,
+                    page_checksum_verification=True,
+                )
                 there = file.schema_arrow.names
             _check_names(there, name)
             columns = there if self._needed is None else [n for n in self._needed if n in there]
             for group in range(file.metadata.num_row_groups):
                 batches = file.iter_batches(
-                    batch_size=rows_a_batch(file.metadata.row_group(group), columns),
+                    batch_size=rows_a_batch(file.metadata.row_group(group)),
                     row_groups=[group],
                     columns=columns,
                     use_threads=False,
@@ -85,6 +90,10 @@ class ParquetSource:
                     for values, error in rows:
                         yield RawRow(f"{base_name(name)}: row {number}", values, error)
                         number += 1
+            if number != file.metadata.num_rows:
+                raise JobError(
+                    f"{shown_name(name)}: must have {file.metadata.num_rows} rows, got {number}"
+                )
 
 
 class CsvSource:
@@ -212,17 +221,13 @@ def _check_names(names: Sequence[str], name: Name) -> None:
         seen.add(column)
 
 
-def rows_a_batch(group: Any, columns: Sequence[str]) -> int:
-    """Return how many rows of a row group are decoded at once."""
-    tops = set(columns)
-    num_bytes = 0
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        path = chunk.path_in_schema
-        # The path of a nested column begins with that of its top. Names may have dots.
-        if path in tops or any(path.startswith(f"{top}.") for top in tops):
-            num_bytes += chunk.total_uncompressed_size
-    bytes_a_row: int = num_bytes // max(group.num_rows, 1)
+def rows_a_batch(group: Any) -> int:
+    """Return how many rows of a row group are decoded at once.
+
+    Bytes of columns that nobody needs count as well: pyarrow ends the process if the description of
+    a column is damaged.
+    """
+    bytes_a_row: int = group.total_byte_size // max(group.num_rows, 1)
     return min(max(_BATCH_BYTES // max(bytes_a_row, 1), 1), _MOST_ROWS)
 
 

@@ -210,17 +210,14 @@ class TestParquet:
         assert 1 << 20 < pool.max_memory() < 12 << 20
         assert 1 << 14 < largest < 2 << 20
 
-    @pytest.mark.parametrize("picture_bytes", [10, 1 << 20, 32 << 20])
-    def test_batches_have_fewer_rows_if_rows_are_large(self, picture_bytes: int) -> None:
-        class Group:
-            num_columns, num_rows = 2, 100
-
-            def column(self, index: int) -> SimpleNamespace:
-                path, size = [("image.bytes", picture_bytes * 100), ("images", 1 << 40)][index]
-                return SimpleNamespace(path_in_schema=path, total_uncompressed_size=size)
-
-        rows = {10: 64, 1 << 20: 16, 32 << 20: 1}[picture_bytes]
-        assert table.rows_a_batch(Group(), ["image"]) == rows
+    @pytest.mark.parametrize(
+        ("row_bytes", "num_rows"), [(10, 64), (1 << 20, 16), (32 << 20, 1), (-1, 64)]
+    )
+    def test_batches_have_fewer_rows_if_rows_are_large(self, row_bytes: int, num_rows: int) -> None:
+        group = SimpleNamespace(num_rows=100, total_byte_size=100 * row_bytes)
+        assert table.rows_a_batch(group) == num_rows
+        empty = SimpleNamespace(num_rows=0, total_byte_size=0)
+        assert table.rows_a_batch(empty) == 64
 
     def test_what_datasets_writes(self, tmp_path: Path) -> None:
         datasets = pytest.importorskip("datasets")
@@ -282,6 +279,39 @@ class TestBrokenParquet:
             path.write_bytes(content[:size])
             with pytest.raises(JobError):
                 parquet_rows(path)
+
+    def test_checksums_of_pages_are_checked(self, tmp_path: Path) -> None:
+        path = write(
+            tmp_path / "a.parquet",
+            {"x": ["before", "damaged"]},
+            write_page_checksum=True,
+            compression="none",
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        content = path.read_bytes()
+        assert content.count(b"damaged") == 1
+        path.write_bytes(content.replace(b"damaged", b"DAMAGED"))
+        with pytest.raises(JobError, match="cannot be read at row 0: OSError"):
+            parquet_rows(path)
+
+    def test_flipped_bits(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.parquet"
+        pictures = [{"bytes": b"%d" % number, "path": None} for number in range(20)]
+        write(path, {"x": pictures, "y": ["é"] * 20}, row_group_size=7, compression="none")
+        content = path.read_bytes()
+        noticed = 0
+        for bit in range(0, 8 * len(content), 61):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            try:
+                rows = parquet_rows(path)
+            except JobError:
+                noticed += 1
+            else:
+                assert len(rows) == 20
+        assert noticed > 50
 
     def test_columns_with_one_name(self, tmp_path: Path) -> None:
         pq.write_table(pa.table([[1], [2]], names=["x", "x"]), tmp_path / "a.parquet")
