@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from idefics2_engine.jobs.store import journal_record
 from idefics2_engine.jobs.job_errors import JobError
+from idefics2_engine.jobs.store import journal_record
 from idefics2_engine.jobs.store.canonical_json import encode_row
 from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.store.journal import SEGMENT_BYTES, Journal, Recovery, segment_path
