@@ -12,6 +12,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Self
@@ -105,7 +107,7 @@ class StandInEncoding:
         return RowError(error.code, "engine", str(error))
 
 
-class Failure(RequestFailedError):
+class FailureError(RequestFailedError):
     """An error with a code of the test's choice."""
 
     def __init__(self, code: str) -> None:
@@ -116,12 +118,10 @@ class Failure(RequestFailedError):
 def answered(row: Row, request_id: int) -> RequestOutput:
     text = answer_text(str(row.prompt))
     answer = CompletionOutput(0, text, [1, 2], None, None, "stop", None)
-    return _output(failed_output(str(request_id), Failure("none"), row.key), answer)
+    return _output(failed_output(str(request_id), FailureError("none"), row.key), answer)
 
 
 def _output(blank: RequestOutput, answer: CompletionOutput) -> RequestOutput:
-    from dataclasses import replace
-
     return replace(blank, outputs=[answer], error=None)
 
 
@@ -237,7 +237,7 @@ class StandInAnswers(Iterator[RequestOutput]):
         failures = self.engine.failures.get(text, ())
         attempt = self.engine.asked[text] - 1
         if attempt < len(failures):
-            return failed_output(str(self.count), Failure(failures[attempt]), row.key)
+            return failed_output(str(self.count), FailureError(failures[attempt]), row.key)
         return answered(row, self.count)
 
     def take(self, event: Row | BaseException | None) -> None:
@@ -292,9 +292,7 @@ def kill_many(root: Path, kills: int, num_rows: int) -> None:
         child = os.fork()
         if not child:
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            engine = StandInEngine(
-                dead, on_row=lambda text: void(os.write(fd, f"{text}\n".encode()))
-            )
+            engine = StandInEngine(dead, on_row=partial(log_row, fd))
             files = SignalledFiles(rng.randrange(5, 2 * num_rows // 20), rng.random())
             result = run_rows(
                 out, texts, engine, in_flight=in_flight, runner_options={"files": files}
@@ -320,8 +318,8 @@ def kill_many(root: Path, kills: int, num_rows: int) -> None:
     print(json.dumps({"dead": dead, "jobs": jobs}))
 
 
-def void(_value: object) -> None:
-    """Drop a value, for a lambda without one."""
+def log_row(fd: int, text: str) -> None:
+    os.write(fd, f"{text}\n".encode())
 
 
 if __name__ == "__main__":

@@ -208,7 +208,8 @@ class JobFlow:
         return True
 
     def _take_answer(self, output: RequestOutput) -> None:
-        assert output.key is not None and self.feed is not None
+        assert output.key is not None
+        assert self.feed is not None
         row = self._in_flight.pop(output.key)
         if output.error is None:
             try:

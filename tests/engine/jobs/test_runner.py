@@ -280,8 +280,9 @@ def test_retryable_errors_of_a_drain_are_left_to_the_next_run(out: Path) -> None
 
 def test_interrupt_before_the_engine_is_loaded(out: Path) -> None:
     engine = StandInEngine()
-    rows = StandInRows(read_with(GOOD, 3, lambda: void(job.interrupt())))
     run_rows(out, GOOD[:10])
+    job: JobRunner
+    rows = StandInRows(read_with(GOOD, 3, lambda: void(job.interrupt())))
     job = runner(out, engine, rows)
     assert job.run().exit_code == 130
     assert engine.loads == 0
