@@ -218,7 +218,12 @@ def named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, b
             return "downloaded image", _fetch(source, config)
         if scheme is not None:
             source = file_url_path(source)
-    return _shortened(str(source)), _file_bytes(source, config)
+    return _file_name(source, config), _file_bytes(source, config)
+
+
+def has_scheme(source: str) -> bool:
+    """Return whether ``source`` is a URL and not a path."""
+    return _SCHEME.match(source) is not None
 
 
 def _fetch(url: str, config: MediaConfig) -> bytes:
@@ -244,7 +249,7 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
         MediaNotAllowedError: The file is outside the allowed folder.
         ImageError: The file cannot be read, is not regular, or is too large.
     """
-    name = _shortened(str(source))
+    name = _file_name(source, config)
     try:
         path = Path(source).resolve()
         if config.allowed_media_root is not None and not path.is_relative_to(
@@ -270,6 +275,14 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
     except (ValueError, RuntimeError):
         # A null character raises ValueError, a loop of links RuntimeError
         raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+
+
+def _file_name(source: str | Path, config: MediaConfig) -> str:
+    """Return the name of a file in messages, in which the allowed folder itself is left out."""
+    name = str(source)
+    if config.allowed_media_root is not None:
+        name = name.removeprefix(os.path.join(config.allowed_media_root, ""))
+    return _shortened(name)
 
 
 def _shortened(text: str) -> str:

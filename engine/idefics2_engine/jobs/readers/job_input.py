@@ -1,0 +1,164 @@
+"""The input of a job: all its rows, lazily, and the same ones each time."""
+
+from array import array
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.readers.columns_form import ColumnsForm
+from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.input_paths import find_inputs, media_root
+from idefics2_engine.jobs.readers.open_sources import open_sources
+from idefics2_engine.jobs.readers.openai_form import OpenAIForm
+from idefics2_engine.jobs.readers.prompt_template import PromptTemplate
+from idefics2_engine.jobs.readers.row_builder import RowBuilder
+from idefics2_engine.jobs.readers.row_ids import (
+    IdHashes,
+    IdSuffixes,
+    PlacedId,
+    RepeatedIds,
+    find_repeated,
+)
+from idefics2_engine.jobs.readers.row_images import RowImages
+from idefics2_engine.jobs.readers.row_selection import (
+    NumberedRow,
+    of_shard,
+    sampled_numbers,
+    select,
+)
+from idefics2_engine.model_files import read_text
+from idefics2_engine.sampling_params import SamplingParams
+
+
+class JobInput:
+    """Rows of files, none of whose images is decoded.
+
+    The files must not change while they are read. Several iterators may be used at once, also on
+    several threads.
+
+    Args:
+        options: What to read, and how.
+        defaults: Sampling parameters of rows that give none.
+
+    Attributes:
+        options: The options.
+        files: Local files that determine the rows.
+        media_root: Folder of the images that rows name.
+        template: The job's prompt. None if rows have their own.
+
+    Raises:
+        ConfigError: A file cannot be read, options do not fit the files, or a library is missing.
+    """
+
+    def __init__(self, options: InputOptions, defaults: SamplingParams) -> None:
+        inputs = find_inputs(options.inputs, options.input_format)
+        self.options = options
+        self.media_root: Path = options.media_root or media_root(inputs)
+        self.template = _template(options)
+        self._sources = open_sources(inputs, options)
+        self.files: tuple[Path, ...] = tuple(
+            path for source in self._sources for path in source.files
+        )
+        images = RowImages(self.media_root, options.hash_media)
+        template = None if self.template is None else PromptTemplate(self.template)
+        if template is not None and any(source.form == "openai" for source in self._sources):
+            raise ConfigError("prompt must be in the rows of OpenAI lines, got one for the job")
+        forms = {
+            "plain": ColumnsForm(options, template, images, is_table=False),
+            "columns": ColumnsForm(options, template, images, is_table=True),
+            "openai": OpenAIForm(options, images),
+        }
+        self._builder = RowBuilder(forms, defaults, options.keep)
+
+    def rows(self) -> Iterator[JobRow]:
+        """Yield the rows of the job, or of its shard, from the first one.
+
+        Repeated identifiers are replaced if the options say so, and otherwise not looked for.
+
+        Raises:
+            ConfigError: A file cannot be read.
+            OSError: Reading fails.
+        """
+        shard = self.options.shard
+        if self.options.on_duplicate_id == "suffix":
+            suffixes = IdSuffixes(self._id_hashes)
+            # Rows of other shards count, so that all shards together are the whole job
+            for position, row in enumerate(self._selected()):
+                row_id = suffixes.unique(self._builder.row_id(row.raw, row.form, row.number))
+                index, part = divmod(position, shard.num_parts)
+                if part == shard.part:
+                    yield self._build(row, index, row_id)
+            return
+        for index, row in enumerate(of_shard(self._selected(), shard)):
+            yield self._build(row, index, self._builder.row_id(row.raw, row.form, row.number))
+
+    def find_repeated_ids(self, most: int = 20) -> RepeatedIds:
+        """Return rows of the whole job whose identifier an earlier row has, the first ``most``.
+
+        Raises:
+            ConfigError: A file cannot be read.
+            OSError: Reading fails.
+        """
+        return find_repeated(self._id_hashes, self._placed_ids(), most)
+
+    def fingerprint_parts(self) -> dict[str, Any]:
+        """Return JSON data for the fingerprint: what the rows depend on beside the files."""
+        options = self.options
+        return {
+            "template": self.template,
+            "keep": list(options.keep),
+            "limit": options.limit,
+            "sample": options.sample,
+            "sample_seed": options.sample_seed if options.sample is not None else None,
+            "shard": list(options.shard),
+            "on_duplicate_id": options.on_duplicate_id,
+            "hash_media": options.hash_media,
+            "check_model": options.check_model,
+            "columns": [
+                options.id_column,
+                options.image_column,
+                options.prompt_column,
+                options.messages_column,
+            ],
+        }
+
+    @cached_property
+    def _id_hashes(self) -> IdHashes:
+        return IdHashes(row.id for row in self._placed_ids())
+
+    @cached_property
+    def _sampled(self) -> array[int] | None:
+        """Numbers of the rows that were chosen at random."""
+        size = self.options.sample
+        if size is None:
+            return None
+        num_rows = sum(1 for _ in self._numbered())
+        return sampled_numbers(num_rows, size, self.options.sample_seed)
+
+    def _build(self, row: NumberedRow, index: int, row_id: str | int) -> JobRow:
+        return self._builder.build(row.raw, row.form, index=index, number=row.number, row_id=row_id)
+
+    def _placed_ids(self) -> Iterator[PlacedId]:
+        for row in self._selected():
+            row_id = self._builder.row_id(row.raw, row.form, row.number)
+            yield PlacedId(row_id, row.raw.place)
+
+    def _selected(self) -> Iterator[NumberedRow]:
+        return select(self._numbered(), self._sampled, self.options.limit)
+
+    def _numbered(self) -> Iterator[NumberedRow]:
+        number = 0
+        for source in self._sources:
+            for raw in source:
+                yield NumberedRow(number, raw, source.form)
+                number += 1
+
+
+def _template(options: InputOptions) -> str | None:
+    """Return the job's prompt; the last newline of a file belongs to the file."""
+    if options.prompt_template is not None:
+        return read_text(options.prompt_template).removesuffix("\n")
+    return options.prompt
