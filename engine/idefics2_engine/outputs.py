@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.images.image_info import ImageInfo
 
 FinishReason = Literal["stop", "length"]
 
@@ -79,6 +80,9 @@ class RequestOutput:
         num_cached_tokens: Prompt tokens found in the prefix cache.
         error: Why the request failed. None if it did not.
         key: Key of the ``Row``. None if the prompt had none.
+        num_image_tokens: Prompt tokens that stand for images.
+        num_patches: Patches of the images, which the vision tower encodes.
+        image_info: What is known of each image of the prompt, in order.
     """
 
     request_id: str
@@ -91,6 +95,9 @@ class RequestOutput:
     num_cached_tokens: int
     error: Idefics2Error | None = None
     key: str | int | None = None
+    num_image_tokens: int = 0
+    num_patches: int = 0
+    image_info: tuple[ImageInfo, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the output as data for ``json.dumps``.

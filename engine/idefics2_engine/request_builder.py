@@ -274,6 +274,7 @@ class RequestBuilder:
             seed=drawn if params.seed is None else params.seed,
             max_tokens=max_tokens,
             bad_words_ids=bad_words,
+            image_info=prompt.image_info,
         )
 
     def build_all(

@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -24,6 +25,7 @@ from idefics2_engine.errors import (
 )
 from idefics2_engine.prefetcher import Prefetcher
 from oracle import random_image
+from pictures import file, noise
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 # Settings of ``llm``
@@ -376,3 +378,21 @@ def test_images_may_be_passed_beside_a_conversation(llm: LLM) -> None:
     assert [output.outputs for output in both] == wanted
     with pytest.raises(PromptError, match="a list for each of the 2 conversations, got 1"):
         llm.chat([[user_message(None)]] * 2, GREEDY, images=[pictures])
+
+
+def test_outputs_count_images_and_know_them(llm: LLM) -> None:
+    data = file(noise(60, 90), "PNG")
+    rows: list[Any] = [
+        {"prompt": "<image>and<image>", "multi_modal_data": {"image": [data, noise(80, 70)]}},
+        "the chicken",
+    ]
+    with_images, without = sorted(llm.iterate(rows, GREEDY), key=lambda output: output.request_id)
+    (one, other) = with_images.image_info
+    assert (one.format, one.width, one.height) == ("PNG", 60, 90)
+    assert one.sha256 == sha256(data).hexdigest()
+    assert (other.sha256, other.width, other.height) == (None, 80, 70)
+    tokens = with_images.prompt_token_ids
+    assert with_images.num_image_tokens == tokens.count(llm.config.image_token_id) > 0
+    tiles = [tile for image in (data, noise(80, 70)) for tile in llm.images.tiles(image)]
+    assert with_images.num_patches == sum(tile.num_patches for tile in tiles)
+    assert (without.num_image_tokens, without.num_patches, without.image_info) == (0, 0, ())

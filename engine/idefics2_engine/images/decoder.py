@@ -28,8 +28,9 @@ from idefics2_engine.images.bounds.bounded_file import BoundedFile
 from idefics2_engine.images.bounds.chunks import check_png, check_webp
 from idefics2_engine.images.bounds.jpeg import check_jpeg
 from idefics2_engine.images.bounds.tiff import check_tiff
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.pillow_guard import guard_pillow
-from idefics2_engine.images.policy import ImagePolicy, Warn, upright_rgb, warn_of_image
+from idefics2_engine.images.policy import ImagePolicy, Warn, orientation, upright_rgb, warn_of_image
 from idefics2_engine.images.ppm import in_binary
 
 # One more read is allowed per so many pixels. GIF has the smallest parts, blocks of 255 bytes that
@@ -66,7 +67,14 @@ class _Format:
 def decode(
     data: bytes, policy: ImagePolicy, max_pixels: int, name: str, warn: Warn = warn_of_image
 ) -> Image.Image:
-    """Return the image in a file, upright and in RGB.
+    """Return the image in a file, upright and in RGB, as ``decode_with_info`` does."""
+    return decode_with_info(data, policy, max_pixels, name, warn)[0]
+
+
+def decode_with_info(
+    data: bytes, policy: ImagePolicy, max_pixels: int, name: str, warn: Warn = warn_of_image
+) -> tuple[Image.Image, ImageInfo]:
+    """Return the image in a file, upright and in RGB, and what it was before, without a hash.
 
     Args:
         data: A PNG, JPEG, WebP, GIF, BMP, TIFF or PPM file.
@@ -89,6 +97,8 @@ def decode(
         file = BoundedFile(data, name)
         with kind.open(file) as opened:
             check_size(opened.size, max_pixels, name)
+            # Loading may change the mode
+            width, height, mode = opened.width, opened.height, opened.mode
             file.allow(opened.width * opened.height // _PIXELS_A_READ)
             image = opened
             if kind.name == "PPM":
@@ -97,8 +107,11 @@ def decode(
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
             rgb = upright_rgb(image, policy, name, warn)
+            info = ImageInfo(
+                width, height, mode=mode, format=kind.name, orientation=orientation(image)
+            )
             # A copy has neither the file nor its further frames
-            return rgb.copy() if rgb is image else rgb
+            return rgb.copy() if rgb is image else rgb, info
 
 
 def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -170,6 +170,12 @@ def check_url(url: str, rules: FetchRules) -> SplitResult:
     return parts
 
 
+def scheme_and_host(url: str) -> str:
+    """Return the part of a URL that error messages may show, because others may hold keys."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{re.split(r'[/?#]', rest)[0].rpartition('@')[2]}"[:120]
+
+
 def _host(parts: SplitResult) -> str:
     """Return the host name in lower case, or the address in its usual spelling.
 

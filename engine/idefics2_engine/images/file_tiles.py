@@ -4,11 +4,13 @@ A thread of the engine and a worker process run the same function.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 
 from PIL import Image, ImageFile
 
-from idefics2_engine.images.decoder import decode
+from idefics2_engine.images.decoder import decode_with_info
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.policy import ImagePolicy
 from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles
 
@@ -63,10 +65,10 @@ class PillowSwitches:
 
 @dataclass(frozen=True, eq=False)
 class FileTiles:
-    """The tiles of a file, with whole patches only, and what was not read of it."""
+    """The tiles of an image, with whole patches only, and what is known of it."""
 
     tiles: Sequence[Tile]
-    problems: tuple[str, ...]
+    info: ImageInfo
 
     @property
     def num_bytes(self) -> int:
@@ -85,15 +87,15 @@ def file_tiles(data: bytes, name: str, rules: TileRules) -> FileTiles:
     Raises:
         ImageError: As in ``decoder.decode``.
     """
-    tiles, problems = decoded_tiles(data, name, rules)
-    return FileTiles([tile.whole_patches() for tile in tiles], problems)
+    tiles, info = decoded_tiles(data, name, rules)
+    return FileTiles([tile.whole_patches() for tile in tiles], info)
 
 
-def decoded_tiles(data: bytes, name: str, rules: TileRules) -> tuple[list[Tile], tuple[str, ...]]:
-    """Return the tiles as ``make_tiles`` does, and what was not read of the file."""
+def decoded_tiles(data: bytes, name: str, rules: TileRules) -> tuple[list[Tile], ImageInfo]:
+    """Return the tiles as ``make_tiles`` does, and what is known of the file."""
     problems: list[str] = []
-    image = decode(
+    image, info = decode_with_info(
         data, rules.policy, rules.max_pixels, name, lambda _name, problem: problems.append(problem)
     )
     tiles = make_tiles(image, rules.image_config, rules.patch_size, rules.grid_side)
-    return tiles, tuple(problems)
+    return tiles, replace(info, sha256=sha256(data).hexdigest(), warnings=tuple(problems))

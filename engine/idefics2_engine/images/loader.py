@@ -16,7 +16,7 @@ from PIL import Image
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
-from idefics2_engine.images.download import FetchRules, Network, fetch
+from idefics2_engine.images.download import FetchRules, Network, fetch, scheme_and_host
 from idefics2_engine.images.parallel import alone_with
 from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
@@ -229,7 +229,7 @@ def has_scheme(source: str) -> bool:
 def _fetch(url: str, config: MediaConfig) -> bytes:
     if not config.allowed_media_hosts:
         raise MediaNotAllowedError(
-            f"image: must be a local file or a data URI, got the address {_shortened(url)!r} "
+            f"image: must be a local file or a data URI, got the address {scheme_and_host(url)!r} "
             "and no allowed host (allowed_media_hosts, --allow-host)"
         )
     rules = FetchRules(
@@ -278,11 +278,18 @@ def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
 
 
 def _file_name(source: str | Path, config: MediaConfig) -> str:
-    """Return the name of a file in messages, in which the allowed folder itself is left out."""
-    name = str(source)
-    if config.allowed_media_root is not None:
-        name = name.removeprefix(os.path.join(config.allowed_media_root, ""))
-    return _shortened(name)
+    """Return what messages call a file.
+
+    Where a folder is allowed, a file in it is called by its path there, and one that is elsewhere
+    by its last part.
+    """
+    root, path = config.allowed_media_root, Path(source)
+    if root is None or not path.is_absolute():
+        return _shortened(str(source))
+    for folder in (root, root.absolute(), root.resolve()):
+        if path.is_relative_to(folder):
+            return _shortened(str(path.relative_to(folder)))
+    return _shortened(path.name)
 
 
 def _shortened(text: str) -> str:

@@ -120,7 +120,8 @@ def check_unit_range(low: Any, high: Any, name: str) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Load an image and return its EXIF orientation, 1 to 8."""
     # The orientation of a PNG may follow its pixels
     image.load()
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -129,7 +130,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright(image: Image.Image) -> Image.Image:
     # ImageOps.exif_transpose would also rewrite all of EXIF
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -150,8 +151,8 @@ def _refuse_doubtful(image: Image.Image, several: bool, name: str) -> None:
         doubt = "16 bits a channel"
     elif image.mode not in _PLAIN_MODES:
         doubt = f"mode {image.mode}"
-    elif _orientation(image) != 1:
-        doubt = f"EXIF orientation {_orientation(image)}"
+    elif orientation(image) != 1:
+        doubt = f"EXIF orientation {orientation(image)}"
     else:
         return
     raise ImageError(f"{name}: image_policy='strict' refuses {doubt}")

@@ -14,6 +14,7 @@ from typing import Any
 from idefics2_engine.errors import ImageWarning
 from idefics2_engine.images.file_cache import FileCache
 from idefics2_engine.images.file_tiles import FileTiles, TileRules, file_tiles
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, named_bytes
 from idefics2_engine.images.sources import plain_source
 from idefics2_engine.images.tiling import Tile, make_tiles
@@ -50,7 +51,11 @@ class ImageReader:
         return ImageJob(self, num_images)
 
     def tiles(self, source: ImageSource, *, in_worker: bool = False) -> list[Tile]:
-        """Return the tiles of one image.
+        """Return the tiles of one image, as ``read`` does."""
+        return list(self.read(source, in_worker=in_worker).tiles)
+
+    def read(self, source: ImageSource, *, in_worker: bool = False) -> FileTiles:
+        """Return the tiles of one image, and what is known of it.
 
         Args:
             source: See ``loader.load_image``.
@@ -63,7 +68,7 @@ class ImageReader:
         if not isinstance(plain, str | bytes | Path):
             image, rules = load_image(plain, self.media), self.rules
             made = make_tiles(image, rules.image_config, rules.patch_size, rules.grid_side)
-            return [tile.whole_patches() for tile in made]
+            return FileTiles([tile.whole_patches() for tile in made], ImageInfo(*image.size))
         name, data = named_bytes(plain, self.media)
 
         def decode() -> FileTiles:
@@ -73,9 +78,9 @@ class ImageReader:
             return made or file_tiles(data, name, self.rules)
 
         found = self.files.get(data, self.rules, decode)
-        for problem in found.problems:
+        for problem in found.info.warnings:
             warnings.warn(f"{name}: {problem}", ImageWarning, stacklevel=2)
-        return list(found.tiles)
+        return found
 
     def close(self) -> None:
         """End the workers and forget all files; idempotent. Images can still be read."""
@@ -93,13 +98,13 @@ class ImageJob:
         if num_images >= MANY_IMAGES:
             self._start_workers()
 
-    def tiles(self, source: ImageSource) -> list[Tile]:
-        """Return the tiles of one image, as ``ImageReader.tiles`` does."""
+    def read(self, source: ImageSource) -> FileTiles:
+        """Return the tiles of one image, as ``ImageReader.read`` does."""
         if next(self._count) == MANY_IMAGES:
             self._start_workers()
         # An interrupt, which the main thread gets, must not part a worker from its job
         is_main = threading.current_thread() is threading.main_thread()
-        return self.reader.tiles(source, in_worker=not is_main)
+        return self.reader.read(source, in_worker=not is_main)
 
     def _start_workers(self) -> None:
         if self.reader.workers is not None:

@@ -65,7 +65,9 @@ def data_uri_bytes(uri: str, max_bytes: int) -> bytes:
     # The head is short, but the rest may be long
     comma = uri[:1024].find(",")
     if comma < 0 or not uri[:comma].lower().endswith(";base64"):
-        raise ImageError(f"data URI: must hold ';base64,' and the image, got {uri[:40]!r}")
+        # What follows a comma may be the image, which may be private
+        got = repr(uri[: min(comma, 40)]) if comma >= 0 else "no comma"
+        raise ImageError(f"data URI: must hold ';base64,' and the image, got {got}")
     # The size is estimated before anything is copied. Percent-encoding takes three characters for
     # one.
     skipped = sum(map(uri.count, _WHITE_SPACE)) + 2 * uri.count("%")
@@ -81,7 +83,7 @@ def data_uri_bytes(uri: str, max_bytes: int) -> bytes:
             raise ValueError("padding")
         data = base64.b64decode(digits + "=" * wanted, validate=True)
     except (binascii.Error, ValueError):
-        raise ImageError(f"data URI: must be base64, got {payload[:40]!r}") from None
+        raise ImageError("data URI: must be base64, got other characters or padding") from None
     check_bytes(len(data), max_bytes, "data URI")
     return data
 

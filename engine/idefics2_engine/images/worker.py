@@ -70,10 +70,10 @@ def _answer(job: dict[str, Any], data: bytes, memory: mmap.mmap) -> dict[str, An
     """Return the reply to a job: where its tiles are, or why there are none."""
     PillowSwitches(**job["pillow"]).apply()
     try:
-        tiles, problems = decoded_tiles(data, job["name"], _rules(job["rules"]))
+        tiles, info = decoded_tiles(data, job["name"], _rules(job["rules"]))
         return {
             "tiles": _write_tiles(tiles, memory, job["begin"], job["end"]),
-            "problems": problems,
+            "info": asdict(info),
         }
     except ImageError as error:
         return {"error": str(error)}

@@ -16,6 +16,7 @@ from typing import Any
 
 from idefics2_engine.errors import ImageError
 from idefics2_engine.images.file_tiles import FileTiles, TileRules
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.shared_memory import Block, SharedMemory
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.images.worker import aligned, job
@@ -319,7 +320,8 @@ class WorkerPool:
             fingerprint = bytes.fromhex(tile["fingerprint"])
             tiles.append(Tile(array, rules.patch_size, rules.grid_side, fingerprint))
             at += size
-        return FileTiles(tiles, tuple(reply["problems"]))
+        warnings = tuple(reply["info"].pop("warnings"))
+        return FileTiles(tiles, ImageInfo(**reply["info"], warnings=warnings))
 
 
 def _next(queue: SimpleQueue[WorkerProcess | None]) -> WorkerProcess | None:

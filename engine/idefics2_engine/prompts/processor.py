@@ -15,6 +15,7 @@ from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.errors import ConfigError, PromptError, short_repr
 from idefics2_engine.images.file_cache import FileCache
 from idefics2_engine.images.file_tiles import TileRules
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
 from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.reader import ImageJob, ImageReader
@@ -45,11 +46,13 @@ class ProcessedPrompt:
         prompt: Text, with each image as one "<image>".
         token_ids: Token ids, with each tile as ``image_seq_len`` image tokens.
         tiles: Tiles in the order of their placeholders.
+        image_info: What is known of each image. Without a job, only its size.
     """
 
     prompt: str
     token_ids: list[int]
     tiles: list[Tile]
+    image_info: tuple[ImageInfo, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,28 +311,33 @@ class Processor:
             for index, image in enumerate(draft.images)
         ]
 
-        def read(index: int) -> list[Tile]:
+        def read(index: int) -> tuple[Sequence[Tile], ImageInfo]:
             place, source = places[index]
             with about(place if several or len(places) > 1 else None):
                 if job is not None:
-                    return job.tiles(source)
+                    found = job.read(source)
+                    return found.tiles, found.info
                 image = load_image(source, self.media)
                 tiles = make_tiles(image, self.image_config, self.patch_size, self.grid_side)
             for tile in tiles:
                 # The tile caches its fingerprint, which is computed here in parallel
                 _ = tile.fingerprint
-            return tiles
+            return tiles, ImageInfo(*image.size)
 
         threads = self.media.num_threads if job is None else job.reader.num_threads
-        tiles = iter(read_all(read, [source for _, source in places], threads))
-        return [
-            ProcessedPrompt(
-                self._collapse(draft.token_ids) if draft.prompt is None else draft.prompt,
-                draft.token_ids,
-                [tile for _ in draft.images for tile in next(tiles)],
+        images = iter(read_all(read, [source for _, source in places], threads))
+        prompts = []
+        for draft in drafts:
+            own = list(islice(images, len(draft.images)))
+            prompts.append(
+                ProcessedPrompt(
+                    self._collapse(draft.token_ids) if draft.prompt is None else draft.prompt,
+                    draft.token_ids,
+                    [tile for tiles, _ in own for tile in tiles],
+                    tuple(info for _, info in own),
+                )
             )
-            for draft in drafts
-        ]
+        return prompts
 
     def padded(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.outputs import (
     CompletionOutput,
@@ -35,6 +36,7 @@ class Request:
         max_tokens: Most generated tokens of each sequence, within the model's length.
         bad_words_ids: Token ids of ``params.bad_words``.
         key: The caller's key of the row. None if it has none.
+        image_info: What is known of each image of the prompt, in order.
         prompt_logprobs: Log probabilities of prompt tokens, from the second token.
         arrival_time: Time of ``time.monotonic``, in seconds.
         every_token: Whether the engine reports the request after every token, not only at its end.
@@ -56,6 +58,7 @@ class Request:
     max_tokens: int
     bad_words_ids: Items[tuple[int, ...]] = ()
     key: str | int | None = None
+    image_info: tuple[ImageInfo, ...] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time: float = field(default_factory=time.monotonic)
     every_token: bool = False
@@ -99,6 +102,9 @@ class Request:
             num_cached_tokens=self.num_cached_tokens or 0,
             error=self.error,
             key=self.key,
+            num_image_tokens=sum(image.end - image.begin for image in self.images),
+            num_patches=sum(image.tile.num_patches for image in self.images),
+            image_info=self.image_info,
         )
 
 

@@ -147,6 +147,10 @@ def test_a_worker_gives_what_a_thread_gives(
     assert (error, warned) == (wanted_error, wanted_warnings)
     assert_equal(got, wanted)
     assert (error is None) == bool(got)
+    if error is None:
+        with warnings.catch_warnings(action="ignore"):
+            infos = [workers.read(FILES[name]).info, threads.read(FILES[name]).info]
+        assert infos[0] == infos[1]
 
 
 SOURCES: dict[str, Callable[[Path, bytes], Any]] = {

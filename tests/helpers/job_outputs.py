@@ -1,0 +1,57 @@
+"""Rows and outputs of jobs as an engine gives them, for tests of writers. Without torch."""
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from idefics2_engine.images.image_info import ImageInfo
+from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+
+INFO = ImageInfo(40, 30, "ab" * 32, "RGB", "PNG", 6, ("cut off",))
+
+
+def job_row(number: int = 0, id: str | int | None = None, **changes: Any) -> JobRow:
+    row = JobRow(
+        index=number,
+        number=number,
+        id=f"row-{number}" if id is None else id,
+        key=hashlib.sha256(b"%d" % number).hexdigest(),
+        place=f"in.jsonl: line {number + 1}",
+        prompt="What is this?",
+    )
+    return replace(row, **changes)
+
+
+def completion(index: int = 0, text: str = "A star.", scored: bool = False) -> CompletionOutput:
+    places = [
+        {5: Logprob(-0.1, 1, " A")},
+        {7: Logprob(float("-inf"), 9, " star"), 5: Logprob(-0.25, 1, " A")},
+    ]
+    return CompletionOutput(
+        index=index,
+        text=text,
+        token_ids=[5, 7],
+        cumulative_logprob=float("-inf") if scored else None,
+        logprobs=places if scored else None,
+        finish_reason="stop",
+        stop_reason=None,
+    )
+
+
+def request_output(*answers: CompletionOutput, **changes: Any) -> RequestOutput:
+    output = RequestOutput(
+        request_id="3",
+        prompt="<image>What is this?",
+        prompt_token_ids=[1, 2, 3, 4],
+        prompt_logprobs=None,
+        outputs=list(answers) or [completion()],
+        finished=True,
+        metrics=RequestMetrics(1.0, 2.0, 4.5),
+        num_cached_tokens=2,
+        key="a1",
+        num_image_tokens=2,
+        num_patches=12,
+        image_info=(INFO,),
+    )
+    return replace(output, **changes)
