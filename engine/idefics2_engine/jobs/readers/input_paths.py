@@ -71,7 +71,10 @@ def _find(name: str, given_format: str) -> Iterator[InputName]:
     if name.startswith(HUB):
         yield InputName(name, "hub", None)
     elif is_remote(name):
-        yield InputName(name, _format(name, given_format), None)
+        from idefics2_engine.jobs.readers.remote_files import expand_remote
+
+        for one in expand_remote(name):
+            yield InputName(one, _format(one, given_format), None)
     elif os.path.isdir(name):
         yield from _in_folder(Path(name), given_format)
     elif os.path.lexists(name):

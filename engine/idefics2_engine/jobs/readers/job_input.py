@@ -1,7 +1,7 @@
 """The input of a job: all its rows, lazily, and the same ones each time."""
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,18 @@ from idefics2_engine.jobs.readers.open_sources import open_sources
 from idefics2_engine.jobs.readers.openai_form import OpenAIForm
 from idefics2_engine.jobs.readers.prompt_template import PromptTemplate
 from idefics2_engine.jobs.readers.row_builder import RowBuilder
+from idefics2_engine.jobs.readers.row_content import RowForm
 from idefics2_engine.jobs.readers.row_ids import (
     IdHashes,
     IdSuffixes,
     PlacedId,
     RepeatedIds,
+    RowId,
     find_repeated,
 )
 from idefics2_engine.jobs.readers.row_images import RowImages
 from idefics2_engine.jobs.readers.row_selection import (
     NumberedRow,
-    of_shard,
     sampled_numbers,
     select,
 )
@@ -66,43 +67,55 @@ class JobInput:
         template = None if self.template is None else PromptTemplate(self.template)
         if template is not None and any(source.form == "openai" for source in self._sources):
             raise ConfigError("prompt must be in the rows of OpenAI lines, got one for the job")
-        forms = {
+        forms: dict[str, RowForm] = {
             "plain": ColumnsForm(options, template, images, is_table=False),
             "columns": ColumnsForm(options, template, images, is_table=True),
             "openai": OpenAIForm(options, images),
         }
         self._builder = RowBuilder(forms, defaults, options.keep)
 
-    def rows(self) -> Iterator[JobRow]:
+    def rows(self, on_id: Callable[[RowId], None] | None = None) -> Iterator[JobRow]:
         """Yield the rows of the job, or of its shard, from the first one.
 
         Repeated identifiers are replaced if the options say so, and otherwise not looked for.
 
+        Args:
+            on_id: Called with the identifier of each row, in order, also of other shards.
+
         Raises:
             ConfigError: A file cannot be read.
             OSError: Reading fails.
         """
-        shard = self.options.shard
+        shard, builder = self.options.shard, self._builder
+        unique = None
         if self.options.on_duplicate_id == "suffix":
-            suffixes = IdSuffixes(self._id_hashes)
-            # Rows of other shards count, so that all shards together are the whole job
-            for position, row in enumerate(self._selected()):
-                row_id = suffixes.unique(self._builder.row_id(row.raw, row.form, row.number))
-                index, part = divmod(position, shard.num_parts)
+            unique = IdSuffixes(self._id_hashes).unique
+        for position, row in enumerate(self._selected()):
+            index, part = divmod(position, shard.num_parts)
+            # Identifiers of other shards count, so that all shards together are the whole job
+            if part == shard.part or unique is not None or on_id is not None:
+                row_id = builder.row_id(row.raw, row.form, row.number)
+                if unique is not None:
+                    row_id = unique(row_id)
+                if on_id is not None:
+                    on_id(row_id)
                 if part == shard.part:
-                    yield self._build(row, index, row_id)
-            return
-        for index, row in enumerate(of_shard(self._selected(), shard)):
-            yield self._build(row, index, self._builder.row_id(row.raw, row.form, row.number))
+                    yield builder.build(
+                        row.raw, row.form, index=index, number=row.number, row_id=row_id
+                    )
 
-    def find_repeated_ids(self, most: int = 20) -> RepeatedIds:
+    def find_repeated_ids(self, hashes: IdHashes, most: int) -> RepeatedIds:
         """Return rows of the whole job whose identifier an earlier row has, the first ``most``.
 
+        Args:
+            hashes: Those of all rows. The rows are read again if some are equal.
+            most: Number of rows to return.
+
         Raises:
             ConfigError: A file cannot be read.
             OSError: Reading fails.
         """
-        return find_repeated(self._id_hashes, self._placed_ids(), most)
+        return find_repeated(hashes, self._placed_ids(), most)
 
     def fingerprint_parts(self) -> dict[str, Any]:
         """Return JSON data for the fingerprint: what the rows depend on beside the files."""
@@ -127,19 +140,19 @@ class JobInput:
 
     @cached_property
     def _id_hashes(self) -> IdHashes:
-        return IdHashes(row.id for row in self._placed_ids())
+        hashes = IdHashes()
+        for row in self._placed_ids():
+            hashes.add(row.id)
+        return hashes
 
     @cached_property
-    def _sampled(self) -> array[int] | None:
+    def _sampled(self) -> "array[int] | None":
         """Numbers of the rows that were chosen at random."""
         size = self.options.sample
         if size is None:
             return None
         num_rows = sum(1 for _ in self._numbered())
         return sampled_numbers(num_rows, size, self.options.sample_seed)
-
-    def _build(self, row: NumberedRow, index: int, row_id: str | int) -> JobRow:
-        return self._builder.build(row.raw, row.form, index=index, number=row.number, row_id=row_id)
 
     def _placed_ids(self) -> Iterator[PlacedId]:
         for row in self._selected():

@@ -14,7 +14,7 @@ from idefics2_engine.jobs.readers.source import Source
 from idefics2_engine.jobs.readers.unpacked_files import is_remote
 
 _READERS = "idefics2_engine.jobs.readers"
-# Each is called with the paths of the files and the options
+# Each is called with the options, and with the paths or addresses of the files or the hub's name
 _SOURCES = {
     "parquet": ("table", "ParquetSource"),
     "csv": ("table", "CsvSource"),
@@ -40,10 +40,9 @@ def open_sources(inputs: Iterable[InputName], options: InputOptions) -> list[Sou
             continue
         module, name = _SOURCES[kind]
         make = getattr(importlib.import_module(f"{_READERS}.{module}"), name)
-        local = [Path(one) for one in names if not is_remote(one)]
-        if kind == "hub" or len(local) < len(names):
-            # An address is no path
+        if kind == "hub":
             sources += [cast(Source, make(one, options)) for one in names]
         else:
-            sources.append(cast(Source, make(local, options)))
+            files = [one if is_remote(one) else Path(one) for one in names]
+            sources.append(cast(Source, make(files, options)))
     return sources

@@ -6,18 +6,18 @@ only equal identifiers count as repeated.
 
 from array import array
 from collections.abc import Iterable
+from functools import cached_property
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
-from idefics2_engine.jobs.store.canonical_json import canonical_json
 
 # Of more repeated hashes only the first ones are looked into
 _MOST_LOOKED_INTO = 1000
 
 RowId = str | int
+Hashes = npt.NDArray[np.uint64]
 
 
 class RepeatedId(NamedTuple):
@@ -36,19 +36,27 @@ class PlacedId(NamedTuple):
 
 
 class IdHashes:
-    """Hashes of identifiers.
+    """Hashes of the identifiers of all rows, which are added in their order."""
 
-    Args:
-        ids: The identifiers of all rows.
-    """
+    def __init__(self) -> None:
+        self._hashes = array("Q")
 
-    def __init__(self, ids: Iterable[RowId]) -> None:
-        hashes = array("Q", map(_hash, ids))
-        self._sorted: npt.NDArray[Any] = np.sort(np.frombuffer(hashes, np.uint64))
+    def add(self, row_id: RowId) -> None:
+        """Add the identifier of the next row. All are added before the other methods are used."""
+        self._hashes.append(_hash(row_id))
 
-    def repeated(self) -> npt.NDArray[Any]:
-        """Return the hashes of several rows, sorted, each as often as it is there less one."""
-        return self._sorted[1:][self._sorted[1:] == self._sorted[:-1]]
+    @cached_property
+    def repeated(self) -> Hashes:
+        """Hashes of the rows whose hash an earlier row has, in the order of the rows."""
+        hashes = np.frombuffer(self._hashes, np.uint64)
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        later: Hashes = hashes[np.sort(order[1:][ordered[1:] == ordered[:-1]])]
+        return later
+
+    @cached_property
+    def _sorted(self) -> Hashes:
+        return np.sort(np.frombuffer(self._hashes, np.uint64))
 
     def __contains__(self, row_id: RowId) -> bool:
         """Return whether a row may have the identifier; wrong with a chance of rows / 2**64."""
@@ -61,11 +69,11 @@ class RepeatedIds(NamedTuple):
     """Rows whose identifier an earlier row has.
 
     Attributes:
-        count: Number of these rows.
+        num_rows: Number of these rows.
         first: The first ones.
     """
 
-    count: int
+    num_rows: int
     first: tuple[RepeatedId, ...]
 
 
@@ -77,15 +85,15 @@ def find_repeated(hashes: IdHashes, rows: Iterable[PlacedId], most: int) -> Repe
         rows: All rows. They are read only if hashes repeat.
         most: Number of repeated identifiers to return.
     """
-    repeated = hashes.repeated()
+    repeated = hashes.repeated
     if not len(repeated):
         return RepeatedIds(0, ())
     looked_into = {int(one) for one in repeated[:_MOST_LOOKED_INTO]}
     places: dict[RowId, str] = {}
-    found, num_found, num_rows = [], 0, 0
+    found: list[RepeatedId] = []
+    num_found = 0
     for row in rows:
         if _hash(row.id) in looked_into:
-            num_rows += 1
             if row.id in places:
                 num_found += 1
                 if len(found) < most:
@@ -108,7 +116,7 @@ class IdSuffixes:
 
     def __init__(self, hashes: IdHashes) -> None:
         self._hashes = hashes
-        self._repeated = frozenset(map(int, hashes.repeated()))
+        self._repeated = frozenset(map(int, hashes.repeated))
         self._used: dict[RowId, int] = {}
         self._made: set[str] = set()
 
@@ -128,4 +136,7 @@ class IdSuffixes:
 
 
 def _hash(row_id: RowId) -> int:
-    return int.from_bytes(blake2b(canonical_json(row_id), digest_size=8).digest(), "little")
+    # 1 and "1" differ
+    text = row_id if isinstance(row_id, str) else f"{row_id}\0"
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")

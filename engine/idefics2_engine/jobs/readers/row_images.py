@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from idefics2_engine.images.loader import MediaConfig, has_scheme, named_bytes
 from idefics2_engine.images.sources import file_url_path
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.json_line import json_type
+
+_MOST_KEPT = 4096
 
 
 class RowImage(NamedTuple):
@@ -39,6 +42,8 @@ class RowImages:
         self._below = os.path.join(self._root, "")
         self._hash_media = hash_media
         self._media = MediaConfig(allowed_media_root=Path(self._root))
+        # Several rows often ask about one image
+        self._file = lru_cache(_MOST_KEPT)(self._read_file)
 
     def read_all(self, value: Any, name: str) -> list[RowImage]:
         """Return the images of a column: one, or a list of them.
@@ -75,7 +80,7 @@ class RowImages:
             return RowImage(value, {"url": value}) if path is None else self._file(path)
         return self._file(value)
 
-    def _file(self, name: str) -> RowImage:
+    def _read_file(self, name: str) -> RowImage:
         path = os.path.join(self._root, name)
         normal = os.path.normpath(path) if ".." in name else path
         # The system is not asked about files that the engine will refuse

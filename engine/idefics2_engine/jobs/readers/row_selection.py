@@ -1,4 +1,4 @@
-"""The part of an input's rows that a job has: sample, limit and shard."""
+"""The part of an input's rows that a job has: a sample, and a limit."""
 
 import heapq
 from array import array
@@ -7,7 +7,6 @@ from hashlib import blake2b
 from itertools import islice
 from typing import NamedTuple
 
-from idefics2_engine.jobs.readers.shard import Shard
 from idefics2_engine.jobs.readers.source import RawRow
 
 
@@ -19,7 +18,7 @@ class NumberedRow(NamedTuple):
     form: str
 
 
-def sampled_numbers(num_rows: int, size: int, seed: int) -> array[int]:
+def sampled_numbers(num_rows: int, size: int, seed: int) -> "array[int]":
     """Return ``size`` of the numbers below ``num_rows``, sorted, all choices being as likely.
 
     Each number has a random value, which depends on it and the seed alone. Those with the lowest
@@ -34,19 +33,14 @@ def sampled_numbers(num_rows: int, size: int, seed: int) -> array[int]:
 
 
 def select(
-    rows: Iterable[NumberedRow], numbers: array[int] | None, limit: int | None
+    rows: Iterable[NumberedRow], numbers: "array[int] | None", limit: int | None
 ) -> Iterator[NumberedRow]:
     """Yield the rows of these numbers, at most ``limit``; no further row is read."""
     chosen = rows if numbers is None else _with_numbers(rows, numbers)
     return islice(chosen, limit)
 
 
-def of_shard(rows: Iterable[NumberedRow], shard: Shard) -> Iterator[NumberedRow]:
-    """Yield every row whose position is that of the shard."""
-    return islice(rows, shard.part, None, shard.num_parts)
-
-
-def _with_numbers(rows: Iterable[NumberedRow], numbers: array[int]) -> Iterator[NumberedRow]:
+def _with_numbers(rows: Iterable[NumberedRow], numbers: "array[int]") -> Iterator[NumberedRow]:
     wanted = iter(numbers)
     number = next(wanted, None)
     for row in rows:

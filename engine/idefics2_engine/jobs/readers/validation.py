@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.job_input import JobInput
-from idefics2_engine.jobs.readers.row_ids import RepeatedId
+from idefics2_engine.jobs.readers.row_ids import IdHashes, RepeatedId
 
 _MOST_SHOWN = 20
 
@@ -45,7 +45,8 @@ def validate(job_input: JobInput) -> Validation:
     bad_rows: list[JobRow] = []
     empty = set(job_input.options.keep)
     num_rows = 0
-    for row in job_input.rows():
+    hashes = IdHashes()
+    for row in job_input.rows(hashes.add):
         num_rows += 1
         if row.error is not None:
             counts[row.error.code] += 1
@@ -53,9 +54,7 @@ def validate(job_input: JobInput) -> Validation:
                 bad_rows.append(row)
         elif empty:
             empty -= {name for name, value in row.keep.items() if value is not None}
-    num_repeated, repeated = 0, tuple[RepeatedId, ...]()
-    if job_input.options.on_duplicate_id == "error":
-        num_repeated, repeated = job_input.find_repeated_ids(_MOST_SHOWN)
+    num_repeated, repeated = job_input.find_repeated_ids(hashes, _MOST_SHOWN)
     return Validation(
         num_rows=num_rows,
         num_bad=counts.total(),
