@@ -6,7 +6,10 @@ from typing import Any
 
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.writers.row_error import make_row_error
+from idefics2_engine.jobs.writers.row_output import SaveOptions, encode_answer, encode_error
 from idefics2_engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from idefics2_engine.sampling_params import SamplingParams
 
 INFO = ImageInfo(40, 30, "ab" * 32, "RGB", "PNG", 6, ("cut off",))
 
@@ -55,3 +58,29 @@ def request_output(*answers: CompletionOutput, **changes: Any) -> RequestOutput:
         image_info=(INFO,),
     )
     return replace(output, **changes)
+
+
+ALL = SaveOptions(token_ids=True, logprobs=True, prompt=True, image_info=True)
+
+
+def mixed_rows(count: int, save: SaveOptions = ALL) -> list[bytes]:
+    """Return rows that begin with errors, with all that a format must carry."""
+    rows = []
+    for number in range(count):
+        row = job_row(
+            number,
+            id=number if number % 3 == 2 else f"é\n{number}",
+            keep={"title": "\u2028 \ud800", "n": [1, None, 0.1]} if number % 2 else {},
+            sampling_params=SamplingParams(n=2, logprobs=1),
+        )
+        if number < 3 or number % 5 == 0:
+            rows.append(encode_error(row, make_row_error("image", f"images[{number}]: no")))
+            continue
+        scored = number % 2 == 0
+        stops: list[int | str | None] = [None, 7, "###", "half \ud83d"]
+        answers = [
+            replace(completion(index, text, scored), stop_reason=stops[number % 4])
+            for index, text in enumerate((f"A star {number}.", ""))
+        ]
+        rows.append(encode_answer(row, request_output(*answers), save))
+    return rows

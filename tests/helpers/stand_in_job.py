@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,7 @@ from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import JobFolder, job_path
 from idefics2_engine.jobs.store.journal import Journal
 from idefics2_engine.jobs.writers.ordered_writer import OrderedWriter
+from idefics2_engine.jobs.writers.output_file import JsonlFormat, MakeFormat
 
 SEGMENT_BYTES = 700
 
@@ -47,6 +49,8 @@ def run_job(
     seed: int = 0,
     window: int = 2,
     in_flight: int = 3,
+    answer: Callable[[int, str], bytes] = answer,
+    make_format: MakeFormat = JsonlFormat,
     **choices: bool,
 ) -> list[int]:
     """Run or resume a job; return the rows that were computed, in the order of finishing."""
@@ -58,7 +62,11 @@ def run_job(
     with (
         JobFolder(out, JobDescription(parts or {}), files=files, **choices) as folder,
         Journal(folder.path, files=files, clock=now, segment_bytes=SEGMENT_BYTES) as journal,
-        closing(OrderedWriter(folder.partial, journal, window=window, files=files)) as writer,
+        closing(
+            OrderedWriter(
+                folder.partial, journal, window=window, make_format=make_format, files=files
+            )
+        ) as writer,
     ):
         running: list[int] = []
 

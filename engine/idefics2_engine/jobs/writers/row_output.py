@@ -13,7 +13,8 @@ from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.store.canonical_json import encode_row
-from idefics2_engine.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from idefics2_engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from idefics2_engine.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,20 @@ class SaveOptions:
 
 
 def encode_answer(row: JobRow, output: RequestOutput, save: SaveOptions) -> bytes:
-    """Return the JSON object of an answered row."""
+    """Return the JSON object of an answered row.
+
+    Raises:
+        ValueError: A kept column has a number that is not finite, or a key that is no string.
+        TypeError: A kept column has a value that is no JSON.
+    """
     usage = {
         "prompt_tokens": len(output.prompt_token_ids),
         "image_tokens": output.num_image_tokens,
         "images": len(output.image_info),
         "completion_tokens": sum(len(answer.token_ids) for answer in output.outputs),
     }
-    answers = [_answer(answer, save) for answer in output.outputs]
+    top = (row.sampling_params or SamplingParams()).logprobs or 0
+    answers = [_answer(answer, save, top) for answer in output.outputs]
     saved: dict[str, object] = {}
     if save.prompt:
         saved["prompt"] = output.prompt
@@ -65,7 +72,7 @@ def encode_answer(row: JobRow, output: RequestOutput, save: SaveOptions) -> byte
 
 
 def encode_error(row: JobRow, error: RowError) -> bytes:
-    """Return the JSON object of a row without an answer."""
+    """Return the JSON object of a row without an answer; raise as ``encode_answer`` does."""
     return _encode(row, [], None, error, {})
 
 
@@ -89,28 +96,31 @@ def _encode(
     )
 
 
-def _answer(answer: CompletionOutput, save: SaveOptions) -> dict[str, object]:
+def _answer(answer: CompletionOutput, save: SaveOptions, top: int) -> dict[str, object]:
     data: dict[str, object] = {"text": answer.text}
     if save.token_ids:
         data["token_ids"] = answer.token_ids
     if save.logprobs:
-        places = answer.logprobs
-        data["logprobs"] = None if places is None else [_logprobs(place) for place in places]
+        data["logprobs"] = None
+        if answer.logprobs is not None:
+            places = zip(answer.token_ids, answer.logprobs, strict=True)
+            data["logprobs"] = [_place(token_id, place, top) for token_id, place in places]
     return data | {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
 
 
-def _logprobs(place: TokenLogprobs) -> list[dict[str, object]]:
-    """Return the log probabilities of one place, the generated token first."""
-    return [
-        {
-            "token_id": token_id,
-            # JSON has no infinity
-            "logprob": None if math.isinf(one.logprob) else one.logprob,
-            "rank": one.rank,
-            "token": one.decoded_token,
-        }
-        for token_id, one in place.items()
-    ]
+def _place(token_id: int, place: TokenLogprobs, top: int) -> dict[str, object]:
+    """Return the generated token of a place, and the ``top`` likeliest ones, of which it may be."""
+    likeliest = sorted((one.rank, other) for other, one in place.items() if one.rank <= top)
+    return {
+        **_token(token_id, place[token_id]),
+        "top": [_token(other, place[other]) for _, other in likeliest],
+    }
+
+
+def _token(token_id: int, one: Logprob) -> dict[str, object]:
+    # JSON has no infinity
+    logprob = None if math.isinf(one.logprob) else one.logprob
+    return {"token_id": token_id, "token": one.decoded_token, "logprob": logprob, "rank": one.rank}
 
 
 def _image_info(info: ImageInfo) -> dict[str, object]:

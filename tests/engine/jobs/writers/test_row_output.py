@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.writers.row_output import SaveOptions, encode_answer, encode_error
 from idefics2_engine.outputs import RequestMetrics
+from idefics2_engine.sampling_params import SamplingParams
 from job_outputs import completion, job_row, request_output
 
 ALL = SaveOptions(token_ids=True, logprobs=True, prompt=True, image_info=True)
@@ -33,7 +35,8 @@ def test_error_is_as_documented() -> None:
 
 def test_saved_fields_follow() -> None:
     output = request_output(completion(scored=True), completion(1, "No.", scored=True))
-    data = json.loads(encode_answer(job_row(), output, ALL))
+    row = job_row(sampling_params=SamplingParams(logprobs=1))
+    data = json.loads(encode_answer(row, output, ALL))
     assert list(data) == [
         *("id", "row", "outputs", "usage", "error", "keep"),
         *("prompt", "image_info"),
@@ -53,15 +56,22 @@ def test_saved_fields_follow() -> None:
     assert list(first) == ["text", "token_ids", "logprobs", "finish_reason", "stop_reason"]
     assert second["text"] == "No."
     assert first["token_ids"] == [5, 7]
-    # The generated token is first
     assert first["logprobs"] == [
-        [{"token_id": 5, "logprob": -0.1, "rank": 1, "token": " A"}],
-        [
-            {"token_id": 7, "logprob": None, "rank": 9, "token": " star"},
-            {"token_id": 5, "logprob": -0.25, "rank": 1, "token": " A"},
-        ],
+        {**token(5, " A", -0.1, 1), "top": [token(5, " A", -0.1, 1)]},
+        # The generated token is none of the likeliest
+        {**token(7, " star", None, 9), "top": [token(5, " A", -0.25, 1)]},
     ]
     assert data["usage"]["completion_tokens"] == 4
+
+
+def token(token_id: int, text: str, logprob: float | None, rank: int) -> dict[str, Any]:
+    return {"token_id": token_id, "token": text, "logprob": logprob, "rank": rank}
+
+
+def test_no_likeliest_tokens_are_saved_where_none_are_asked_for() -> None:
+    row = job_row(sampling_params=SamplingParams(logprobs=0))
+    data = json.loads(encode_answer(row, request_output(completion(scored=True)), ALL))
+    assert [place["top"] for place in data["outputs"][0]["logprobs"]] == [[], []]
 
 
 def test_logprobs_that_were_not_asked_for_are_null() -> None:

@@ -1,0 +1,21 @@
+"""Import of libraries that only some formats need."""
+
+import importlib
+from typing import Any
+
+from idefics2_engine.errors import ConfigError
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Return ``module``, which an extra of this package installs.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise ConfigError(
+            f"{name} must be installed for this output (pip install 'idefics2-engine[{extra}]')"
+        ) from None
