@@ -46,9 +46,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--limit", metavar="N", type=int, help="the first N rows only")
     group.add_argument("--sample", metavar="N", type=int, help="N rows, chosen at random")
-    group.add_argument(
-        "--sample-seed", metavar="N", type=int, help="determines which (default: 0)"
-    )
+    group.add_argument("--sample-seed", metavar="N", type=int, help="determines which (default: 0)")
     group.add_argument(
         "--shard", metavar="I/N", help="every N-th row from the I-th, or auto in a Slurm array"
     )

@@ -170,4 +170,5 @@ def size(text: str) -> int:
     if found is None or not int(found[1]):
         raise argparse.ArgumentTypeError(f"expected bytes such as 500MB or 2GiB, got {text!r}")
     step = 1024 if "i" in text.lower() else 1000
-    return int(found[1]) * step ** " KMGT".index(found[2].upper() or " ")
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(found[1]) * int(step**power)

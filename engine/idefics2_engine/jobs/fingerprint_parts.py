@@ -57,8 +57,7 @@ def version_parts() -> dict[str, Any]:
 def _text_parts(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of config, tokenizer, chat template and so on by file name."""
     return {
-        path.name: hashlib.sha256(read_file(path)).hexdigest()
-        for path in paths_in(folder, *_TEXTS)
+        path.name: hashlib.sha256(read_file(path)).hexdigest() for path in paths_in(folder, *_TEXTS)
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
+from idefics2_engine.jobs.readers.staged_input import is_staged
 from idefics2_engine.jobs.store.file_operations import FileOperations, move_aside, replace_file
 from idefics2_engine.jobs.store.fingerprint import difference_table, differences
 from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs
@@ -19,7 +20,7 @@ from idefics2_engine.jobs.store.job_outputs import (
 )
 from idefics2_engine.model_files import printable_path
 
-# What a process that was killed before the job began may leave
+# What a process that was killed before the job began may leave, beside standard input
 _BEFORE_BEGIN = {LOCK, f"{JOB_JSON}.tmp"}
 
 
@@ -130,7 +131,8 @@ class JobFolder:
 
     def _is_new(self) -> bool:
         """Return whether no job was begun in the folder."""
-        return set(os.listdir(self.path)) <= _BEFORE_BEGIN
+        names = set(os.listdir(self.path)) - _BEFORE_BEGIN
+        return all(is_staged(name) for name in names)
 
     def _own_output(self) -> WrittenOutput | None:
         return recognize_output(self.out, read_outputs(self.path))

@@ -1,0 +1,52 @@
+"""Who computes the rows of a job: this process, worker processes or a Ray cluster."""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from idefics2_engine.cli import job_options, options, run_options
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.readers.job_input import JobInput
+from idefics2_engine.jobs.row_engine import RowEngine
+from idefics2_engine.jobs.workers.engine_spec import EngineSpec
+from idefics2_engine.jobs.workers.worker_pool import WorkerPool
+
+if TYPE_CHECKING:
+    from idefics2_engine import LLM
+
+
+class EngineChoice:
+    """The engine of a job, which is loaded when it is called.
+
+    Attributes:
+        workers: Engines that compute at once.
+
+    Raises:
+        ConfigError: The options contradict each other.
+    """
+
+    def __init__(self, args: argparse.Namespace, job_input: JobInput) -> None:
+        self._args = args
+        self._arguments = job_options.llm_arguments(args) | {
+            "allowed_media_root": job_input.media_root
+        }
+        count = run_options.num_workers(args)
+        if args.ray is not None:
+            raise ConfigError("--ray is not available in this version")
+        self._pool = None if count == 1 else WorkerPool(EngineSpec(self._arguments), count)
+        self.workers = 1 if self._pool is None else self._pool.num_workers
+
+    def __call__(self) -> AbstractContextManager[RowEngine]:
+        """Return a context that loads the engine, and that closes it at the end."""
+        return self._pool or _loaded(self._args, self._arguments)
+
+
+@contextmanager
+def _loaded(args: argparse.Namespace, arguments: dict[str, Any]) -> "Iterator[LLM]":
+    from idefics2_engine import LLM
+    from idefics2_engine.cpu_threads import set_cpu_threads
+
+    set_cpu_threads(options.model_folder(args.model), args.threads)
+    with LLM(**arguments) as llm:
+        yield llm
