@@ -168,6 +168,7 @@ class StandInEngine:
 
     def __exit__(self, *_error: object) -> None:
         if self.answers is not None:
+            self.answers.drain()
             self.answers.events.put(RuntimeError("the engine was closed"))
 
     def iterate(

@@ -131,6 +131,21 @@ class JobFlow:
         threading.Thread(
             target=_pump, args=(self._answers, self._events), name="idefics2-answers", daemon=True
         ).start()
+        try:
+            self._take_events()
+        finally:
+            # The reading thread must not wait for commands forever
+            self.feed.drain()
+        self._journal_held()
+        is_short = not self.feed.has_ended or self._store.next_row < self.feed.num_read
+        if self.ending is None and is_short:
+            raise RuntimeError(
+                f"the engine must answer the {self.feed.num_read} rows that were read and all "
+                f"others, got {self._store.next_row} in order"
+            )
+
+    def _take_events(self) -> None:
+        """Take events until the engine has no more answers or the time for them is over."""
         while (event := self._next_event()) is not None:
             if isinstance(event, RowRead):
                 self._take_row(event)
@@ -144,13 +159,6 @@ class JobFlow:
                 if event.error is not None:
                     raise event.error
                 break
-        self._journal_held()
-        is_short = not self.feed.has_ended or self._store.next_row < self.feed.num_read
-        if self.ending is None and is_short:
-            raise RuntimeError(
-                f"the engine must answer the {self.feed.num_read} rows that were read and all "
-                f"others, got {self._store.next_row} in order"
-            )
 
     def _next_event(self) -> RowRead | RequestOutput | _Ended | _Interrupted | None:
         """Wait for an event; return ``None`` if the time for it is over."""
