@@ -237,7 +237,7 @@ class StandInAnswers(Iterator[RequestOutput]):
         text = str(row.prompt)
         failures = self.engine.failures.get(text, ())
         attempt = self.engine.asked[text] - 1
-        if attempt < len(failures):
+        if 0 <= attempt < len(failures):
             return failed_output(str(self.count), FailureError(failures[attempt]), row.key)
         return answered(row, self.count)
 
@@ -316,12 +316,48 @@ def kill_many(root: Path, kills: int, num_rows: int) -> None:
         num_good = sum(not is_bad(text) for text in texts)
         assert num_good <= num_asked <= num_good + in_flight * killed_here
         jobs, killed_here = jobs + 1, 0
-    print(json.dumps({"dead": dead, "jobs": jobs}))
+    print(json.dumps({"dead": dead, "jobs": jobs, "torch": "torch" in sys.modules}))
 
 
 def log_row(fd: int, text: str) -> None:
     os.write(fd, f"{text}\n".encode())
 
 
+def measure_memory(root: Path, num_rows: int) -> None:
+    """Run a job whose first row is answered last, and print how much memory it takes."""
+    begin = most = 0
+
+    def measure(number: int) -> None:
+        nonlocal begin, most
+        if number % 500 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            begin = begin if number > 1000 else pages
+            most = max(most, pages)
+
+    engine = StandInEngine(held={"row 0": num_rows - 1}, on_answer=measure)
+    # The stand-in's own table would grow
+    engine.asked = Forgetful()
+    texts = Lazy(num_rows)
+    result = run_rows(root / "out.jsonl", texts, engine, in_flight=16, window=num_rows)
+    grown = (most - begin) * os.sysconf("SC_PAGE_SIZE")
+    print(json.dumps({"rows": result.counts.rows, "grown": grown, "torch": "torch" in sys.modules}))
+
+
+class Forgetful(Counter[str]):
+    def __setitem__(self, key: str, value: int) -> None:
+        """Keep nothing."""
+
+
+class Lazy:
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"row {number}" for number in range(self.num_rows))
+
+
 if __name__ == "__main__":
-    kill_many(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1] == "kill":
+        kill_many(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        measure_memory(Path(sys.argv[2]), int(sys.argv[3]))

@@ -234,7 +234,9 @@ def test_demo_questions_are_answered(tmp_path: Path) -> None:
     """The job of ``make demo``, whose answers are those of the images' own list."""
     out = tmp_path / "answers.jsonl"
     questions = ROOT / "examples/jobs/questions.jsonl"
-    assert main(["run", "-i", str(questions), "-o", str(out), "--media-root", str(DEMO_IMAGES)]) == 0
+    assert (
+        main(["run", "-i", str(questions), "-o", str(out), "--media-root", str(DEMO_IMAGES)]) == 0
+    )
     known = {
         (tuple(entry["images"]), entry["turns"][0][0]): entry["turns"][0][1]
         for entry in json.loads((DEMO_IMAGES / "questions.json").read_text())

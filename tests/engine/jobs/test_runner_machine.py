@@ -68,9 +68,7 @@ class RunnerMachine(JobMachine):
                 self.rows,
                 engine,
                 parts={"seed": self.seed},
-                runner_options={
-                    "files": KilledFiles(at, share) if at < NEVER else CountedFiles()
-                },
+                runner_options={"files": KilledFiles(at, share) if at < NEVER else CountedFiles()},
                 in_flight=1 + order % 4,
                 window=1 + order,
                 overwrite=overwrite,
