@@ -5,13 +5,11 @@ from typing import Any
 
 from idefics2_engine.errors import short_repr
 from idefics2_engine.jobs.readers.bad_row import BadRowError
-from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.input_options import SAMPLING, InputOptions
 from idefics2_engine.jobs.readers.json_line import parse_text
 from idefics2_engine.jobs.readers.prompt_template import PromptTemplate
 from idefics2_engine.jobs.readers.row_content import RowContent, conversation, question
 from idefics2_engine.jobs.readers.row_images import RowImages
-
-_SAMPLING = "sampling"
 
 
 class ColumnsForm:
@@ -43,7 +41,7 @@ class ColumnsForm:
         self._messages = options.messages_column or "messages"
         named = (options.image_column, options.prompt_column, options.messages_column)
         self._needed = [name for name in named if name is not None]
-        self._known = {self.id_column, options.image_column or "images", _SAMPLING, *options.keep}
+        self._known = {self.id_column, options.image_column or "images", SAMPLING, *options.keep}
         if template is None:
             self._known |= {self._prompt, self._messages}
         else:
@@ -62,7 +60,7 @@ class ColumnsForm:
                 raise BadRowError(
                     "schema", f"the row must have {short_repr(name)}, got no such column"
                 )
-        images, sampling = self._image_values(columns), self._object(columns, _SAMPLING)
+        images, sampling = self._image_values(columns), self._object(columns, SAMPLING)
         if self._template is not None:
             return self._question(self._template.fill(columns), images, sampling)
         messages, prompt = self._object(columns, self._messages), columns.get(self._prompt)
@@ -108,6 +106,6 @@ class ColumnsForm:
             if key not in self._known and value is not None:
                 raise BadRowError(
                     "unknown_key",
-                    f"the row has the key {short_repr(key)}, which nothing uses; "
-                    "a column that is kept or in the prompt may be there",
+                    f"the row must have keys with a use, got {short_repr(key)} "
+                    "(--keep carries it to the output)",
                 )

@@ -16,9 +16,14 @@ from idefics2_engine.field_checks import (
     path,
     text,
 )
+from idefics2_engine.jobs.readers.prompt_template import PromptTemplate
 from idefics2_engine.jobs.readers.shard import Shard, shard
+from idefics2_engine.model_files import read_text
 
 FORMATS = ("auto", "jsonl", "openai", "parquet", "csv", "images", "webdataset")
+SAMPLING = "sampling"
+"""Column of a row's own sampling parameters."""
+
 # Images in base64 may be in a line
 MAX_LINE_BYTES = 64 << 20
 _MOST_ROWS = 2**48
@@ -102,3 +107,29 @@ class InputOptions:
             raise ConfigError(f"keep must name each column once, got {short_repr(self.keep)}")
         if self.media_root is not None and not self.media_root.is_dir():
             raise ConfigError(f"media_root must be a folder, got {str(self.media_root)!r}")
+
+    def read_template(self) -> PromptTemplate | None:
+        """Return the job's prompt. The last newline of a file belongs to the file.
+
+        Raises:
+            ConfigError: The file cannot be read, or braces have something else than a column.
+        """
+        if self.prompt_template is not None:
+            return PromptTemplate(read_text(self.prompt_template).removesuffix("\n"))
+        return None if self.prompt is None else PromptTemplate(self.prompt)
+
+    @property
+    def columns_needed(self) -> tuple[str, ...]:
+        """Columns of a table that may have a use, sorted; a table need not have all of them.
+
+        Raises:
+            ConfigError: As in ``read_template``.
+        """
+        template = self.read_template()
+        needed = {self.id_column or "id", SAMPLING, *self.keep}
+        needed |= {"image", "images"} if self.image_column is None else {self.image_column}
+        if template is None:
+            needed |= {self.prompt_column or "prompt", self.messages_column or "messages"}
+        else:
+            needed |= template.columns
+        return tuple(sorted(needed))

@@ -13,7 +13,6 @@ from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.input_paths import find_inputs, media_root
 from idefics2_engine.jobs.readers.open_sources import open_sources
 from idefics2_engine.jobs.readers.openai_form import OpenAIForm
-from idefics2_engine.jobs.readers.prompt_template import PromptTemplate
 from idefics2_engine.jobs.readers.row_builder import RowBuilder
 from idefics2_engine.jobs.readers.row_content import RowForm
 from idefics2_engine.jobs.readers.row_ids import (
@@ -30,7 +29,6 @@ from idefics2_engine.jobs.readers.row_selection import (
     sampled_numbers,
     select,
 )
-from idefics2_engine.model_files import read_text
 from idefics2_engine.sampling_params import SamplingParams
 
 
@@ -58,13 +56,13 @@ class JobInput:
         inputs = find_inputs(options.inputs, options.input_format)
         self.options = options
         self.media_root: Path = options.media_root or media_root(inputs)
-        self.template = _template(options)
+        template = options.read_template()
+        self.template = None if template is None else template.text
         self._sources = open_sources(inputs, options)
         self.files: tuple[Path, ...] = tuple(
             path for source in self._sources for path in source.files
         )
         images = RowImages(self.media_root, options.hash_media)
-        template = None if self.template is None else PromptTemplate(self.template)
         if template is not None and any(source.form == "openai" for source in self._sources):
             raise ConfigError("prompt must be in the rows of OpenAI lines, got one for the job")
         forms: dict[str, RowForm] = {
@@ -168,10 +166,3 @@ class JobInput:
             for raw in source:
                 yield NumberedRow(number, raw, source.form)
                 number += 1
-
-
-def _template(options: InputOptions) -> str | None:
-    """Return the job's prompt; the last newline of a file belongs to the file."""
-    if options.prompt_template is not None:
-        return read_text(options.prompt_template).removesuffix("\n")
-    return options.prompt

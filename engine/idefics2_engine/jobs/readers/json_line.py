@@ -45,7 +45,7 @@ def parse_text(text: str, name: str) -> Any:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise BadRowError(
-            "json", f"{name} must be JSON, got: {error.msg} at character {error.pos + 1}"
+            "json", f"{name} must be JSON, got: {_reason(error)} at character {error.pos + 1}"
         ) from None
     except ValueError:
         # Python limits the digits of an integer
@@ -59,6 +59,10 @@ def json_type(value: object) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     names |= {list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at").lower()
 
 
 def _depth(text: str) -> int:

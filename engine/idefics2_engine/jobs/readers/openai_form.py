@@ -10,7 +10,8 @@ from idefics2_engine.jobs.readers.json_line import json_type
 from idefics2_engine.jobs.readers.row_content import RowContent, conversation
 from idefics2_engine.jobs.readers.row_images import RowImages
 
-_WANTED = {"method": "POST", "url": "/v1/chat/completions"}
+_METHOD = "POST"
+_URL = "/v1/chat/completions"
 # These have the names of ``SamplingParams``
 _SAME_NAMES = frozenset(
     [
@@ -56,10 +57,13 @@ class OpenAIForm:
             BadRowError: The line has another shape, or a key that is not honoured.
         """
         _check_keys(columns, self._known, "line")
-        for key, wanted in _WANTED.items():
-            if columns.get(key) != wanted:
-                got = short_repr(columns[key]) if columns.get(key) is not None else "none"
-                raise BadRowError("schema", f"{key} must be {wanted!r}, got {got}")
+        if columns.get("method") != _METHOD:
+            raise BadRowError(
+                "schema", f"method must be {_METHOD!r}, got {short_repr(columns.get('method'))}"
+            )
+        if columns.get("url") != _URL:
+            # A message has no absolute path, of which this has the form
+            raise BadRowError("schema", f"url must be {_URL[1:]} after a slash, got another one")
         given = columns.get("body")
         if not isinstance(given, Mapping):
             raise BadRowError("schema", f"body must be an object, got {json_type(given)}")
@@ -84,7 +88,7 @@ def _check_keys(values: Mapping[str, Any], known: frozenset[str] | set[str], nam
         for key, value in values.items():
             if key not in known and value is not None:
                 raise BadRowError(
-                    "unknown_key", f"{name} has the key {short_repr(key)}, which is not supported"
+                    "unknown_key", f"{name} must have supported keys, got {short_repr(key)}"
                 )
 
 

@@ -54,12 +54,7 @@ class RowBuilder:
                 self._given_id(raw, reader)
                 content = reader.read(raw.columns)
                 params = self._sampling.merge(content.sampling)
-                payload = {
-                    "id": row_id,
-                    "prompt": content.identity,
-                    "sampling": content.sampling,
-                    "keep": keep,
-                }
+                payload = (row_id, content.identity, content.sampling, keep)
                 return JobRow(
                     index,
                     number,
@@ -73,7 +68,7 @@ class RowBuilder:
             except BadRowError as bad:
                 error = bad.row_error
         assert error is not None, "a row without columns has an error"
-        key = _key({"id": row_id, "error": list(error), "keep": keep})
+        key = _key((row_id, error, keep))
         return JobRow(index, number, row_id, key, raw.place, None, None, keep, error)
 
     def _given_id(self, raw: RawRow, form: RowForm) -> str | int | None:
@@ -110,5 +105,5 @@ def _default_id(raw: RawRow, number: int) -> str:
     return f"row-{number}" if raw.default_id is None else raw.default_id
 
 
-def _key(payload: dict[str, Any]) -> str:
+def _key(payload: tuple[Any, ...]) -> str:
     return sha256(canonical_json(payload)).hexdigest()

@@ -88,7 +88,7 @@ def conversation(messages: Any, bare_images: Any, reader: RowImages, sampling: A
             if part["type"] == "image":
                 image = next(images)
                 content.append({"type": "image", "image": image.source})
-                parts.append({"type": "image", **image.identity})
+                parts.append({"type": "image", "image": image.identity})
             else:
                 content.append(part)
                 parts.append(part)

@@ -25,7 +25,7 @@ class RowImage(NamedTuple):
     """
 
     source: str | bytes
-    identity: dict[str, Any]
+    identity: tuple[str | int, ...]
 
 
 class RowImages:
@@ -66,7 +66,7 @@ class RowImages:
             value = _bytes_or_path(value, name)
         if isinstance(value, bytes | bytearray | memoryview):
             data = bytes(value)
-            return RowImage(data, {"sha256": sha256(data).hexdigest()})
+            return RowImage(data, ("bytes", sha256(data).hexdigest()))
         if not isinstance(value, str) or not value:
             got = "''" if value == "" else json_type(value)
             raise BadRowError(
@@ -74,10 +74,10 @@ class RowImages:
             )
         if value[:5].lower() == "data:":
             digest = sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
-            return RowImage(value, {"data_uri": digest})
+            return RowImage(value, ("data_uri", digest))
         if has_scheme(value):
             path = _local_path(value)
-            return RowImage(value, {"url": value}) if path is None else self._file(path)
+            return RowImage(value, ("url", value)) if path is None else self._file(path)
         return self._file(value)
 
     def _read_file(self, name: str) -> RowImage:
@@ -85,7 +85,7 @@ class RowImages:
         normal = os.path.normpath(path) if ".." in name else path
         # The system is not asked about files that the engine will refuse
         is_below = normal.startswith(self._below)
-        identity = {"path": path[len(self._below) :] if is_below else name}
+        identity = ("file", path[len(self._below) :] if is_below else name)
         if not is_below:
             return RowImage(path, identity)
         if self._hash_media:
@@ -95,13 +95,13 @@ class RowImages:
                 # What is no image to the engine has no content
                 pass
             else:
-                return RowImage(path, identity | {"sha256": sha256(data).hexdigest()})
+                return RowImage(path, (*identity, sha256(data).hexdigest()))
         try:
             status = os.stat(path)
         # A null character and half of a surrogate pair are a ValueError
         except (OSError, ValueError):
             return RowImage(path, identity)
-        return RowImage(path, identity | {"size": status.st_size, "mtime_ns": status.st_mtime_ns})
+        return RowImage(path, (*identity, status.st_size, status.st_mtime_ns))
 
 
 def _local_path(url: str) -> str | None:

@@ -37,16 +37,16 @@ class RowSampling:
             return self._defaults
         if not isinstance(given, Mapping):
             raise BadRowError("schema", f"sampling must be an object, got {json_type(given)}")
-        try:
-            key = canonical_json(dict(given))
-        except (TypeError, ValueError):
-            raise BadRowError("sampling", "sampling must be JSON data, got another value") from None
-        found = self._merged(_Given(key, given))
+        found = self._merged(_Given(given))
         if isinstance(found, BadRowError):
             raise BadRowError(found.code, found.message)
         return found
 
     def _merge(self, given: "_Given") -> SamplingParams | BadRowError:
+        try:
+            canonical_json(given.values)
+        except (TypeError, ValueError):
+            return BadRowError("sampling", "sampling must be JSON data, got another value")
         try:
             return SamplingParams.from_dict({**self._values, **given.values})
         except SamplingError as error:
@@ -54,14 +54,14 @@ class RowSampling:
 
 
 class _Given:
-    """Parameters that are found by their JSON."""
+    """Parameters that are found by their text, in which 1, 1.0 and True differ."""
 
-    def __init__(self, key: bytes, values: Mapping[str, Any]) -> None:
-        self._key = key
-        self.values = values
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = dict(values)
+        self._text = repr(self.values)
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Given) and other._key == self._key
+        return isinstance(other, _Given) and other._text == self._text
