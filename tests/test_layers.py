@@ -17,7 +17,7 @@ from paths import ROOT
 ENGINE = """
 errors
 caller_errors field_checks model_files
-json_file demo device
+json_file demo device report_page
 images
 model
 checkpoint prompts
@@ -55,6 +55,7 @@ NO_TORCH = [
     "idefics2_engine.model_files",
     "idefics2_engine.json_file",
     "idefics2_engine.demo",
+    "idefics2_engine.report_page",
     "idefics2_engine.cpu_threads",
     "idefics2_engine.outputs",
     "idefics2_engine.row",

@@ -1,7 +1,8 @@
 """Rows and outputs of jobs as an engine gives them, for tests of writers. Without torch."""
 
 import hashlib
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from idefics2_engine.images.image_info import ImageInfo
@@ -12,6 +13,16 @@ from idefics2_engine.outputs import CompletionOutput, Logprob, RequestMetrics, R
 from idefics2_engine.sampling_params import SamplingParams
 
 INFO = ImageInfo(40, 30, "ab" * 32, "RGB", "PNG", 6, ("cut off",))
+
+
+@dataclass
+class Totals:
+    rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    completion_tokens: int = 0
 
 
 def job_row(number: int = 0, id: str | int | None = None, **changes: Any) -> JobRow:

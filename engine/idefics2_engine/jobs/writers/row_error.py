@@ -24,7 +24,7 @@ _URL = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^\s'\"<>]*)", re.IGNORECASE)
 _BYTES = re.compile(r"(?<![\w'\"])(?:b|bytearray\(b)(['\"])(?:\\.|(?!\1).)*(?:\1\)?|$)")
 _MEMORY_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b", re.IGNORECASE)
 _QUERY = re.compile(r"\?[\w.%~-]+=[^\s'\"]*")
-_SECRET = re.compile(
+SECRET = re.compile(
     r"\b(?:bearer\s+\S+|hf_\w{16,}|sk-[\w-]{16,}|AKIA\w{12,}"
     r"|(?:api[_-]?key|access[_-]?token|secret|password|passwd|authorization|signature)"
     r"['\"]?\s*[=:]\s*['\"]?[^\s'\",}]+)",
@@ -67,7 +67,7 @@ def clean_message(message: str, media_root: Path | None = None) -> str:
     text = _BYTES.sub("bytes", text)
     text = _MEMORY_ADDRESS.sub("0x…", text)
     text = _QUERY.sub("?…", text)
-    text = _SECRET.sub("(secret)", text)
+    text = SECRET.sub("(secret)", text)
     if media_root is not None:
         for root in {f"{media_root}/", f"{media_root.absolute()}/", f"{media_root.resolve()}/"}:
             text = text.replace(root, "")

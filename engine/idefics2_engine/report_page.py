@@ -1,0 +1,145 @@
+"""One HTML page of figures and tables with pictures, which needs no network and no scripts.
+
+``report_page.html`` is its template. Everything that is shown is escaped.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from jinja2 import Environment, StrictUndefined, Template
+
+_PICTURES = ("data:image/jpeg;base64,", "data:image/png;base64,", "data:image/webp;base64,")
+_KEPT_CONTROLS = "\t\n"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number above the tables, as text, with what it is and a remark."""
+
+    label: str
+    value: str
+    note: str = ""
+    is_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph of a cell.
+
+    Attributes:
+        text: What is shown, with its line breaks.
+        style: Some of ``muted``, ``strong``, ``error`` and ``badge``, with spaces between them.
+    """
+
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a cell, as a data URI.
+
+    Attributes:
+        source: The URI of a JPEG, PNG or WebP file.
+        width: Its pixels.
+        height: Its rows.
+        alt: What is said in its place.
+
+    Raises:
+        ValueError: The source is something else.
+    """
+
+    source: str
+    width: int
+    height: int
+    alt: str = ""
+
+    def __post_init__(self) -> None:
+        """Check that the page will need no network."""
+        if not self.source.startswith(_PICTURES):
+            raise ValueError(f"source must begin with one of {_PICTURES}, got another text")
+
+
+Cell = Sequence[Text | Picture]
+"""The parts of a cell, one below the other. Pictures are side by side."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column; its kind determines how its cells are laid out."""
+
+    name: str
+    kind: Literal["text", "label", "number", "picture"] = "text"
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row with a cell for each column; a bad one is highlighted."""
+
+    cells: Sequence[Cell]
+    is_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, which a narrow screen shows as a list if it has more than two columns.
+
+    Raises:
+        ValueError: A row has more or fewer cells than there are columns.
+    """
+
+    heading: str
+    columns: Sequence[Column]
+    rows: Sequence[TableRow]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the number of cells."""
+        for row in self.rows:
+            if len(row.cells) != len(self.columns):
+                raise ValueError(f"a row must have {len(self.columns)} cells, got {len(row.cells)}")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page.
+
+    Attributes:
+        title: Its title.
+        subtitle: A line below the title.
+        figures: Numbers above the tables.
+        tables: Tables, one below the other.
+        marks: Names and contents of ``meta`` elements at the beginning of the file.
+    """
+
+    title: str
+    subtitle: str = ""
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+
+def render_page(page: Page) -> bytes:
+    """Return the HTML of a page; characters that HTML cannot have become U+FFFD."""
+    return _template().render(page=page).translate(_Allowed()).encode()
+
+
+class _Allowed(dict[int, int]):
+    """A table for ``str.translate``: controls and halves of surrogate pairs become U+FFFD."""
+
+    def __missing__(self, code: int) -> int:
+        is_control = (code < 32 and chr(code) not in _KEPT_CONTROLS) or 127 <= code < 160
+        self[code] = 0xFFFD if is_control or 0xD800 <= code < 0xE000 else code
+        return self[code]
+
+
+@cache
+def _template() -> Template:
+    source = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(source)
