@@ -4,6 +4,7 @@ import random
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -100,7 +101,7 @@ class JobMachine(RuleBasedStateMachine):
         differs = is_begun and read_description(folder).parts != {"seed": self.seed}
         known = self.known_rows()
         is_users = self.out.exists() and self.out.read_bytes() in self.users
-        choices = {"overwrite": overwrite} | ({mode: True} if mode else {})
+        choices: dict[str, Any] = {"overwrite": overwrite} | ({mode: True} if mode else {})
         files = KilledFiles(at, share) if at < NEVER else CountedFiles()
         try:
             computed = self.run(files, order, choices)
@@ -139,7 +140,7 @@ class JobMachine(RuleBasedStateMachine):
         assert self.lines <= found
         self.lines = found
 
-    def run(self, files: CountedFiles, order: int, choices: dict[str, bool]) -> list[int]:
+    def run(self, files: CountedFiles, order: int, choices: dict[str, Any]) -> list[int]:
         """Run the job; return the rows that were computed."""
         parts = {"seed": self.seed}
         return run_job(

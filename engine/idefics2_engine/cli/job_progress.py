@@ -162,7 +162,7 @@ class JobProgress(JobObserver):
             line = self.line()
             print(line.json() if self._as_json else f"idefics2: {line.text()}", file=sys.stderr)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()

@@ -36,7 +36,7 @@ def result_lines(result: JobResult, out: Path) -> list[str]:
     """Return how a run ended, in sentences, one line each."""
     if result.ending is Ending.COMPLETE_BEFORE:
         return [f"{printable_path(out)} is complete: {result.counts.rows} rows"]
-    counts = result.counts
+    counts, run = result.counts, result.run
     codes = ", ".join(f"{count} {code}" for code, count in sorted(counts.errors.items()))
     lines = [f"moved aside: {printable_path(path)}" for path in result.moved]
     if result.recovered.damaged:
@@ -47,11 +47,11 @@ def result_lines(result: JobResult, out: Path) -> list[str]:
         begin = f"the job ended: {result.message}; {counts.rows} rows are finished; {_RESUME}"
     lines += [
         f"{begin}, {counts.num_errors} errors" + (f" ({codes})" if codes else ""),
-        f"{counts.from_journal} rows were in the journal, {counts.computed} were computed in "
-        f"{result.seconds:.1f} s: {counts.images} images, {counts.prompt_tokens} prompt tokens, "
-        f"{counts.completion_tokens} new tokens",
+        f"{result.from_journal} rows were in the journal, {run.computed} were computed in "
+        f"{result.seconds:.1f} s: {run.images} images, {run.prompt_tokens} prompt tokens, "
+        f"{run.completion_tokens} new tokens",
     ]
-    if counts.computed:
+    if run.computed:
         lines.append(result.waits.sentence())
     if (advice := result.waits.advice()) is not None:
         lines.append(advice)

@@ -34,7 +34,7 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
     """
     from idefics2_engine.images.loader import load_image, media_config
 
-    config = media_config(**_media_settings(args))
+    config = media_config(**media_settings(args))
     if name == "-":
         return load_image(streams.input_bytes(config.max_media_bytes, ImageError), config)
     if not name.strip():
@@ -42,7 +42,7 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
     return load_image(os.path.expanduser(name), config)
 
 
-def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
+def media_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the rules for images that were given, by the names of ``LLM``'s arguments."""
     return {name: value for name in _MEDIA if (value := getattr(args, name)) is not None}
 
@@ -239,7 +239,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "quantized_parts": args.quantized_parts,
         "double_quant": args.double_quant,
         "split_images": args.split,
-        **_media_settings(args),
+        **media_settings(args),
     }
 
 

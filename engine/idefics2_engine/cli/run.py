@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from idefics2_engine.cli import job_options, job_report, run_options
 from idefics2_engine.cli.job_check import check_input
 from idefics2_engine.cli.job_engine import EngineChoice
+from idefics2_engine.cli.job_files import FilesBeside
 from idefics2_engine.cli.job_fingerprint import fingerprint_parts
 from idefics2_engine.cli.job_progress import JobProgress, JobTotals
 from idefics2_engine.cli.job_signals import interrupts_handled
@@ -113,6 +114,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     if totals is None:
         return 2
     job = replace(job, options={"rows": totals.rows, "model": model})
+    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
     progress = JobProgress(
         totals, interval=args.progress_interval, as_json=args.log_format == "json"
     )
@@ -123,11 +125,12 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         encoding,
         job,
         options,
-        observers=[progress],
+        observers=[progress, *files_beside.observers],
+        on_complete=files_beside.write,
     )
-    with interrupts_handled(runner.interrupt), closing(progress):
+    with interrupts_handled(runner.interrupt):
         result = runner.run()
-    _tell(result, out)
+    _tell(replace(result, moved=(*result.moved, *files_beside.moved)), out)
     return result.exit_code
 
 

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from queue import Empty, SimpleQueue
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from idefics2_engine.jobs.job_errors import OutputLostError
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_options import RETRIED_CODES, JobOptions
-from idefics2_engine.jobs.job_result import Ending, RowCounts
+from idefics2_engine.jobs.job_result import Ending, RowCounts, RunCounts
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.job_rows import RowEncoding
 from idefics2_engine.jobs.row_engine import Answers, RowEngine
@@ -50,7 +50,8 @@ class JobFlow:
         clock: Seconds that only grow.
 
     Attributes:
-        counts: Counts of rows.
+        counts: Counts of all finished rows.
+        run: Counts of those that this run finished.
         ending: Why the run ends before all rows are finished. ``None`` if it does not.
         message: The same, for the operator.
         feed: The rows that the engine reads, once it is there.
@@ -66,6 +67,7 @@ class JobFlow:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts = RowCounts()
+        self.run = RunCounts()
         self.ending: Ending | None = None
         self.message = ""
         self.feed: RowFeed | None = None
@@ -190,7 +192,7 @@ class JobFlow:
         """Finish a row that was read, unless the engine gets it."""
         if self._finish_known(read.row, read.record):
             return
-        self.counts.computed += 1
+        self.run.computed += 1
         self._in_flight[read.row.id] = read.row
         if read.record is not None:
             assert self.feed is not None
@@ -233,7 +235,7 @@ class JobFlow:
             ):
                 # If the run ends, the next one computes the row
                 self._repeats[row.index] = self._repeats.get(row.index, 0) + 1
-                self.counts.repeated += 1
+                self.run.repeated += 1
                 self._in_flight[row.id] = row
                 self.feed.finish()
                 self.feed.repeat(row)
@@ -260,8 +262,9 @@ class JobFlow:
                 self._held.append((row, out))
                 return
         data = json.loads(out)
-        self.counts.add(data)
-        self.counts.from_journal += record is not None
+        self._count(data, is_new=record is None)
+        if answer is not None:
+            self.run.patches += answer.num_patches
         attempts = 0 if answer is None else self._repeats.pop(row.index, 0) + 1
         try:
             with lost_output(self._store.path):
@@ -281,6 +284,11 @@ class JobFlow:
                 "(--max-errors)",
             )
 
+    def _count(self, out: dict[str, Any], *, is_new: bool) -> None:
+        self.counts.add(out)
+        if is_new:
+            self.run.add(out)
+
     def end(self, ending: Ending, message: str) -> None:
         """Read no more rows, and wait for those in flight until the time for it is over."""
         if self.ending is not None:
@@ -298,7 +306,7 @@ class JobFlow:
         try:
             for row, out in held:
                 self._store.add(row, out)
-                self.counts.add(json.loads(out))
+                self._count(json.loads(out), is_new=True)
         except OutputLostError:
             # The next run computes the others
             pass

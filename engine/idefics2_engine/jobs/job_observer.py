@@ -42,3 +42,6 @@ class JobObserver:
 
     def tick(self) -> None:
         """A second went by without a row."""
+
+    def end(self) -> None:
+        """The run finishes no more rows."""

@@ -35,13 +35,10 @@ _NOTHING = Recovery(0, 0, 0)
 
 @dataclass
 class RowCounts:
-    """Counts of finished rows, of this run and of those that the journal had.
+    """Counts of finished rows.
 
     Attributes:
         rows: Finished rows.
-        from_journal: Those that the journal had.
-        computed: Those that the engine was asked for.
-        repeated: How often a row was computed again because of its error.
         errors: Error rows by code.
         images: Images of answered rows.
         prompt_tokens: Tokens of prompts of answered rows, including image tokens.
@@ -50,9 +47,6 @@ class RowCounts:
     """
 
     rows: int = 0
-    from_journal: int = 0
-    computed: int = 0
-    repeated: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     images: int = 0
     prompt_tokens: int = 0
@@ -76,13 +70,29 @@ class RowCounts:
         self.completion_tokens += usage.get("completion_tokens", 0)
 
 
+@dataclass
+class RunCounts(RowCounts):
+    """Counts of rows that this run finished, and which the journal did not have.
+
+    Attributes:
+        computed: Rows that the engine was asked for.
+        repeated: How often it was asked again because of an error.
+        patches: Patches of images of answered rows.
+    """
+
+    computed: int = 0
+    repeated: int = 0
+    patches: int = 0
+
+
 @dataclass(frozen=True)
 class JobResult:
     """The result of a run.
 
     Attributes:
         ending: How it ended.
-        counts: Counts of rows.
+        counts: Counts of all finished rows.
+        run: Counts of those that this run finished.
         seconds: Duration, without loading the model.
         load_seconds: Time in which the model was loaded. 0 if it was not needed.
         waits: How long each stage waited.
@@ -95,6 +105,7 @@ class JobResult:
 
     ending: Ending
     counts: RowCounts
+    run: RunCounts = field(default_factory=RunCounts)
     seconds: float = 0.0
     load_seconds: float = 0.0
     waits: StageWaits = field(default_factory=StageWaits)
@@ -103,6 +114,11 @@ class JobResult:
     recovered: Recovery = _NOTHING
     input_changes: tuple[InputChange, ...] = ()
     moved: tuple[Path, ...] = ()
+
+    @property
+    def from_journal(self) -> int:
+        """Rows that the journal had."""
+        return self.counts.rows - self.run.rows
 
     @property
     def exit_code(self) -> int:

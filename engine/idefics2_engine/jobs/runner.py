@@ -10,7 +10,7 @@ from idefics2_engine.jobs.job_errors import InputLostError, OutputLostError, rea
 from idefics2_engine.jobs.job_flow import JobFlow
 from idefics2_engine.jobs.job_observer import JobObserver
 from idefics2_engine.jobs.job_options import JobOptions
-from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts
+from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts, RunCounts
 from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
 from idefics2_engine.jobs.row_engine import RowEngine
 from idefics2_engine.jobs.row_store import RowStore, output_lost
@@ -37,8 +37,8 @@ class JobRunner:
         job: What the job is, with its fingerprint.
         options: How to run it.
         observers: Are told what happens.
-        on_complete: Called with the result when the output has its name, before the job's lock is
-            released.
+        on_complete: Called with the result and the job when the output has its name, before the
+            job's lock is released. An ``OSError`` ends the run as one of the output does.
         files: Calls of the operating system.
         clock: Seconds that only grow.
     """
@@ -53,7 +53,7 @@ class JobRunner:
         options: JobOptions | None = None,
         *,
         observers: Sequence[JobObserver] = (),
-        on_complete: Callable[[JobResult], None] | None = None,
+        on_complete: Callable[[JobResult, JobDescription], None] | None = None,
         files: FileOperations | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -116,14 +116,18 @@ class JobRunner:
             result = self._run_in(folder)
             result = replace(result, input_changes=changes, moved=moved)
             if result.ending is Ending.COMPLETE and self._on_complete is not None:
-                self._on_complete(result)
+                try:
+                    self._on_complete(result, folder.job)
+                except OSError as error:
+                    lost = output_lost(self._out, error)
+                    return replace(result, ending=Ending.OUTPUT_LOST, message=str(lost))
             return result
 
     def _run_in(self, folder: JobFolder) -> JobResult:
         """Run the job in its folder."""
         begin = time.perf_counter()
         ending, message, output = Ending.COMPLETE, "", None
-        counts, recovered = RowCounts(), Recovery(0, 0, 0)
+        counts, run, recovered = RowCounts(), RunCounts(), Recovery(0, 0, 0)
         try:
             with RowStore(
                 folder,
@@ -133,10 +137,14 @@ class JobRunner:
                 clock=self._clock,
             ) as store:
                 flow = JobFlow(store, self._encoding, self._options, self._observers, self._clock)
-                counts, recovered = flow.counts, store.recovered
-                for observer in self._observers:
-                    observer.begin(counts)
-                self._finish_rows(flow)
+                counts, run, recovered = flow.counts, flow.run, store.recovered
+                try:
+                    for observer in self._observers:
+                        observer.begin(counts)
+                    self._finish_rows(flow)
+                finally:
+                    for observer in self._observers:
+                        observer.end()
                 if flow.ending is None:
                     output = store.publish()
                 else:
@@ -149,6 +157,7 @@ class JobRunner:
         return JobResult(
             ending,
             counts,
+            run,
             seconds=time.perf_counter() - begin - self._load_seconds,
             load_seconds=self._load_seconds,
             waits=self._waits,

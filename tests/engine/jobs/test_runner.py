@@ -52,7 +52,7 @@ def test_output_is_in_order_with_bad_rows(
     assert out.read_bytes() == expected(ROWS)
     assert (result.ending, result.exit_code) == (Ending.COMPLETE, 3)
     assert result.counts.rows == len(ROWS)
-    assert result.counts.computed == len(GOOD)
+    assert result.run.computed == len(GOOD)
     assert result.counts.errors == {"schema": len(ROWS) - len(GOOD)}
 
 
@@ -83,7 +83,7 @@ def test_finished_job_ends_at_once(out: Path, tmp_path: Path) -> None:
     assert (result.ending, result.exit_code) == (Ending.COMPLETE_BEFORE, 0)
     assert result.counts.rows == len(ROWS)
     source.write_text("60 rows and one")
-    assert run_rows(out, [*ROWS, "new"], source=source).counts.computed == 1
+    assert run_rows(out, [*ROWS, "new"], source=source).run.computed == 1
 
 
 def test_finished_job_without_files_reads_its_rows(out: Path) -> None:
@@ -91,7 +91,7 @@ def test_finished_job_without_files_reads_its_rows(out: Path) -> None:
     engine = StandInEngine()
     result = run_rows(out, ROWS, engine)
     assert (result.ending, result.exit_code) == (Ending.COMPLETE, 3)
-    assert result.counts.from_journal == len(ROWS)
+    assert result.from_journal == len(ROWS)
     assert engine.loads == 0
 
 
@@ -119,7 +119,7 @@ def test_passing_errors_are_retried_once(out: Path, code: str) -> None:
     engine = StandInEngine(failures={GOOD[0]: [code], GOOD[7]: [code, code], GOOD[-1]: [code]})
     result = run_rows(out, GOOD, engine, window=3)
     assert out.read_bytes() == expected(GOOD, {GOOD[7]: code})
-    assert result.counts.repeated == 3
+    assert result.run.repeated == 3
     assert engine.asked[GOOD[7]] == 2
 
 
@@ -151,7 +151,7 @@ def test_error_rows_of_an_earlier_run_are_computed_again(
     left = {code: code for code in ("image", "prompt") if code not in again}
     assert sorted(engine.asked) == again
     assert out.read_bytes() == expected(texts, left)
-    assert result.counts.from_journal == len(texts) - len(again)
+    assert result.from_journal == len(texts) - len(again)
     # The newest record counts, also without the option
     out.unlink()
     engine = StandInEngine()
@@ -211,7 +211,7 @@ def test_too_many_errors_end_the_job_after_200_rows(out: Path) -> None:
     assert not out.exists()
     result = run_rows(out, texts, max_errors="60%")
     assert result.exit_code == 3
-    assert result.counts.from_journal >= 200
+    assert result.from_journal >= 200
 
 
 @pytest.mark.parametrize(("limit", "code"), [(9, 4), (10, 3), ("10", 3)])
@@ -378,7 +378,7 @@ def test_observers_see_every_row_once(out: Path) -> None:
 
 
 def test_completion_is_told_under_the_lock(out: Path) -> None:
-    def complete(_result: Any) -> None:
+    def complete(_result: Any, _job: Any) -> None:
         assert out.read_bytes() == expected(GOOD)
         with pytest.raises(JobInUseError):
             run_rows(out, GOOD)

@@ -40,7 +40,7 @@ class RunnerMachine(JobMachine):
     def fail(self, failing: bool) -> None:
         self.is_failing = failing
 
-    def start(self, **choices: object) -> None:  # type: ignore[override]
+    def start(self, **choices: object) -> None:
         """Is not a rule here."""
 
     @rule(

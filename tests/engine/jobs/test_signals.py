@@ -20,7 +20,7 @@ from stand_in_run import StandInEncoding, StandInEngine, StandInRows, expected, 
 TEXTS = [f"row {number}" for number in range(60)]
 
 
-def run_with(out: Path, on_answer: Callable[[int], None], **options: float) -> JobResult:
+def run_with(out: Path, on_answer: Callable[[int], None], drain_timeout: float = 30) -> JobResult:
     engine = StandInEngine(on_answer=on_answer)
     runner = JobRunner(
         out,
@@ -28,7 +28,7 @@ def run_with(out: Path, on_answer: Callable[[int], None], **options: float) -> J
         engine,
         StandInEncoding(),
         JobDescription({}),
-        JobOptions(in_flight=4, **options),
+        JobOptions(in_flight=4, drain_timeout=drain_timeout),
     )
     with interrupts_handled(runner.interrupt):
         return runner.run()
