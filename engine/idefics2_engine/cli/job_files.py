@@ -17,6 +17,7 @@ from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
 from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
+from idefics2_engine.jobs.writers.row_output import SaveOptions
 from idefics2_engine.jobs.writers.stats_file import StatsFile
 from idefics2_engine.jobs.writers.summary import RunFigures, summary_of, write_summary
 
@@ -87,7 +88,14 @@ class FilesBeside:
         moved: Files of other jobs that were moved aside, under their new names.
     """
 
-    def __init__(self, args: argparse.Namespace, out: Path, media_root: Path, workers: int) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        out: Path,
+        media_root: Path,
+        save: SaveOptions,
+        workers: int,
+    ) -> None:
         self._args = args
         self._out = out
         self._media_root = media_root

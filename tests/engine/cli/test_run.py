@@ -1,5 +1,6 @@
 """``idefics2 run`` with a stand-in engine, and a job of the demo checkpoint."""
 
+import gzip
 import io
 import json
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from idefics2_engine.cli import run
+from idefics2_engine.cli import job_command
 from idefics2_engine.cli.main import main
 from idefics2_engine.cli.run_options import size
 from idefics2_engine.demo import DEMO_IMAGES
@@ -36,7 +37,7 @@ class Choice:
 def engine(monkeypatch: pytest.MonkeyPatch) -> StandInEngine:
     found = StandInEngine()
     monkeypatch.setattr(Choice, "engine", found)
-    monkeypatch.setattr(run, "EngineChoice", Choice)
+    monkeypatch.setattr(job_command, "EngineChoice", Choice)
     return found
 
 
@@ -147,6 +148,46 @@ def test_retry_errors(tmp_path: Path, engine: StandInEngine) -> None:
     assert command(source, "--retry-errors=image,prompt") == 3
     assert command(source, "--retry-errors") == 0
     assert engine.asked[text] == 3
+
+
+@pytest.mark.usefixtures("engine")
+def test_files_beside_the_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", TEXTS, "{")
+    page = tmp_path / "page.html"
+    assert command(source, "--stats", "--report", str(page)) == 3
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert summary["rows"] == {"all": 4, "answered": 3, "errors": 1}
+    assert summary["errors"] == {"json": 1}
+    assert summary["run"]["attempts"] == 3
+    assert summary["bitwise"] is True
+    manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
+    assert manifest["output"]["rows"] == 4
+    assert manifest["fingerprint"] == summary["fingerprint"]
+    assert manifest["parts"]["engine"]["device"] == "cpu"
+    lines = (tmp_path / "out.jsonl.stats.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["id"] for line in lines) == sorted(TEXTS)
+    assert all(text in page.read_text() for text in TEXTS)
+
+
+@pytest.mark.usefixtures("engine")
+def test_summary_counts_the_whole_job_and_the_last_run(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", TEXTS)
+    command(source)
+    write(source, [*TEXTS, "fourth"])
+    assert command(source) == 0
+    summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
+    assert summary["rows"]["all"] == 4
+    assert summary["run"]["rows"]["all"] == 1
+
+
+@pytest.mark.usefixtures("engine")
+def test_forms_of_the_output(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", TEXTS)
+    out = tmp_path / "out.jsonl.gz"
+    assert main(["run", "-i", str(source), "-o", str(out)]) == 0
+    assert len(gzip.decompress(out.read_bytes()).splitlines()) == 3
+    assert command(source, "--output-format", "openai") == 0
+    assert [row["custom_id"] for row in output(source)] == TEXTS
 
 
 @pytest.mark.usefixtures("engine")
