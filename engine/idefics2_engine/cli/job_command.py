@@ -99,6 +99,8 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     )
     with interrupts_handled(runner.interrupt):
         result = runner.run()
+    if table := files_beside.table():
+        _say([*table, ""])
     _tell(replace(result, moved=(*result.moved, *files_beside.moved)), out)
     return result.exit_code
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.cli import options
+from idefics2_engine.cli.answer_table import answer_table
 from idefics2_engine.cli.job_fingerprint import device_name
 from idefics2_engine.images.loader import media_config
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
@@ -58,14 +59,15 @@ class RowStatistics(JobObserver):
 
 
 class FirstRows(JobObserver):
-    """Keeps the rows that a page shows."""
+    """Keeps the first ``number`` rows, to show them."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self._number = number
         self._rows: dict[int, tuple[JobRow, Mapping[str, Any]]] = {}
 
     def finish_row(self, finished: FinishedRow) -> None:
         """Keep a row if it is one of the first."""
-        if finished.row.index < REPORT_ROWS:
+        if finished.row.index < self._number:
             self._rows[finished.row.index] = finished.row, finished.out
 
     def in_order(self) -> list[tuple[JobRow, Mapping[str, Any]]]:
@@ -101,12 +103,17 @@ class FilesBeside:
         self._media_root = media_root
         self._save = save
         self._workers = workers
-        self._first_rows = FirstRows()
+        self._first_rows = FirstRows(max(args.show, REPORT_ROWS if args.report else 0))
         self.observers: Sequence[JobObserver] = [
             *([RowStatistics(out, restart=args.restart)] if args.stats else []),
-            *([self._first_rows] if args.report else []),
+            self._first_rows,
         ]
         self.moved: list[Path] = []
+
+    def table(self) -> list[str]:
+        """Return the lines of the table that was asked for, none without ``--show``."""
+        rows = self._first_rows.in_order()[: self._args.show]
+        return answer_table(rows) if rows else []
 
     def write(self, result: JobResult, job: JobDescription) -> None:
         """Write the files; raise ``OSError`` if one cannot be written."""

@@ -5,7 +5,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from idefics2_engine.cli import job_options
+from idefics2_engine.cli import job_options, options
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.jobs.job_options import JobOptions
 
@@ -33,6 +33,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--stats", action="store_true", help="write a line of times for each row beside OUT"
     )
     group.add_argument("--report", metavar="FILE", help="write a page with images and answers")
+    group.add_argument(
+        "--show",
+        metavar="N",
+        type=options.positive,
+        default=0,
+        help="print the first N questions and answers at the end",
+    )
     group.add_argument(
         "--overwrite", action="store_true", help="move a file at OUT aside that no job made"
     )
