@@ -21,8 +21,12 @@ def write_rows(path: Path, rows: Iterable[object]) -> Path:
     return path
 
 
+def input_options(*names: str, **options: Any) -> InputOptions:
+    return InputOptions(inputs=names, **options)
+
+
 def job_input(*paths: Path | str, **options: Any) -> JobInput:
-    return JobInput(InputOptions(inputs=tuple(map(str, paths)), **options), DEFAULTS)
+    return JobInput(input_options(*map(str, paths), **options), DEFAULTS)
 
 
 def read_rows(*paths: Path | str, **options: Any) -> list[JobRow]:
@@ -32,16 +36,16 @@ def read_rows(*paths: Path | str, **options: Any) -> list[JobRow]:
 def text_of(row: JobRow) -> str:
     """Return the text of a row's only message."""
     assert row.prompt is not None
+    assert isinstance(row.prompt, list)
     (message,) = row.prompt
-    assert not isinstance(message, str)
     (text,) = (part["text"] for part in message["content"] if part["type"] == "text")
     return str(text)
 
 
 def images_of(row: JobRow) -> list[Any]:
     """Return the sources of a row's images, in all its messages."""
-    assert row.prompt is not None
-    parts = [part for message in row.prompt for part in message["content"]]  # type: ignore[index]
+    assert isinstance(row.prompt, list)
+    parts = [part for message in row.prompt for part in message["content"]]
     return [part["image"] for part in parts if part["type"] == "image"]
 
 

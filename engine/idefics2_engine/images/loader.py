@@ -283,9 +283,12 @@ def _file_name(source: str | Path, config: MediaConfig) -> str:
     Where a folder is allowed, a file in it is called by its path there, and one that is elsewhere
     by its last part.
     """
-    root, path = config.allowed_media_root, Path(source)
-    if root is None or not path.is_absolute():
+    root = config.allowed_media_root
+    if root is None:
         return _shortened(str(source))
+    path = Path(os.path.normpath(source))
+    if not path.is_absolute() and path.parts[:1] != ("..",):
+        return _shortened(str(path))
     for folder in (root, root.absolute(), root.resolve()):
         if path.is_relative_to(folder):
             return _shortened(str(path.relative_to(folder)))

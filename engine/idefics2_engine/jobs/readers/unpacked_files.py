@@ -2,6 +2,8 @@
 
 import gzip
 import io
+import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +39,7 @@ def open_unpacked(name: str) -> Iterator[BinaryIO]:
         raise _damaged(name) from error
     except FileNotFoundError:
         raise ConfigError(f"{_shown(name)}: must be an input file, got no such file") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except PermissionError as error:
         raise ConfigError(f"{_shown(name)}: cannot be read: {error.strerror}") from None
     except Exception as error:
         # The class is in an optional library
@@ -51,7 +53,14 @@ def _open(name: str) -> BinaryIO:
         from idefics2_engine.jobs.readers.remote_files import open_remote
 
         return cast(BinaryIO, open_remote(name))
-    return open(name, "rb", buffering=_BUFFER)
+    # A pipe would block, and a job reads its input several times
+    fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        got = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ConfigError(f"{_shown(name)}: must be a file that can be read twice, got {got}")
+    return os.fdopen(fd, "rb", buffering=_BUFFER)
 
 
 def _unpack(packed: BinaryIO, name: str) -> BinaryIO:

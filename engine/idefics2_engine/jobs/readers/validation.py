@@ -1,7 +1,7 @@
 """The check of an input before the model is loaded: every bad row, not only the first."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from idefics2_engine.jobs.job_row import JobRow
@@ -34,8 +34,12 @@ class Validation(NamedTuple):
     empty_columns: tuple[str, ...]
 
 
-def validate(job_input: JobInput) -> Validation:
+def validate(job_input: JobInput, on_row: Callable[[JobRow], None] | None = None) -> Validation:
     """Read all rows and return what is wrong with them. Images are not read.
+
+    Args:
+        job_input: The input.
+        on_row: Called with each row, for what else is to be known of all rows.
 
     Raises:
         ConfigError: A file cannot be read.
@@ -48,6 +52,8 @@ def validate(job_input: JobInput) -> Validation:
     hashes = IdHashes()
     for row in job_input.rows(hashes.add):
         num_rows += 1
+        if on_row is not None:
+            on_row(row)
         if row.error is not None:
             counts[row.error.code] += 1
             if len(bad_rows) < _MOST_SHOWN:

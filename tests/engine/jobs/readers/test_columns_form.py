@@ -7,10 +7,18 @@ import pytest
 
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.columns_form import ColumnsForm
-from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.row_builder import RowBuilder
 from idefics2_engine.jobs.readers.row_images import RowImages
-from job_inputs import DEFAULTS, TableSource, error_of, images_of, read_rows, text_of, write_rows
+from job_inputs import (
+    DEFAULTS,
+    TableSource,
+    error_of,
+    images_of,
+    input_options,
+    read_rows,
+    text_of,
+    write_rows,
+)
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -32,7 +40,7 @@ def one(path: Path, row: object, **options: Any) -> JobRow:
 
 def table_rows(root: Path, rows: list[dict[str, Any]], **given: Any) -> list[JobRow]:
     """Return rows as from a table."""
-    options = InputOptions(inputs="table", **given)
+    options = input_options("table", **given)
     form = ColumnsForm(options, options.read_template(), RowImages(root), is_table=True)
     builder = RowBuilder({"columns": form}, DEFAULTS, options.keep)
     return [
@@ -128,6 +136,32 @@ def test_rows_of_another_shape_are_errors(
     assert (error.code, error.stage) == (code, "prepare" if code == "prompt" else "parse")
     assert message in error.message
     assert found.id == (1 if row == {"id": 1} else "row-0")
+
+
+LEAKS = ["/home/ann/key.png", "https://ann:pw@h.org/a?key=qwertz", "data:image/png;base64,QUJD"]
+
+
+@pytest.mark.parametrize("secret", LEAKS)
+def test_messages_do_not_quote_what_must_not_leave(tmp_path: Path, secret: str) -> None:
+    part = {"type": "image_url", "image_url": secret, "x": 1}
+    rows = [
+        {"prompt": {"a": secret}},
+        {"prompt": "a", "images": {"url": secret}},
+        {"prompt": "a", "sampling": {"stop": [secret, 1]}},
+        {"prompt": "a", "sampling": {secret: 1}},
+        {"prompt": "a", secret: 1},
+        {"messages": [{"role": secret, "content": "a"}]},
+        {"messages": [{"role": "user", "content": [part]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": {"x": secret}}]}]},
+        {"messages": secret},
+        {"id": [secret], "prompt": "a"},
+    ]
+    found = read_rows(write_rows(tmp_path / "q.jsonl", rows))
+    assert len(found) == len(rows)
+    for row in found:
+        message = error_of(row).message
+        for leak in ("ann", "pw", "qwertz", "QUJD", str(tmp_path)):
+            assert leak not in message, message
 
 
 def test_null_keys_count_as_missing(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,7 +117,9 @@ def test_a_line_of_100_mb_costs_no_memory_and_no_other_row(tmp_path: Path) -> No
 def packed(data: bytes, kind: str) -> bytes:
     if kind == ".gz":
         return gzip.compress(data)
-    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    zstandard = pytest.importorskip("zstandard")
+    packed: bytes = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    return packed
 
 
 @pytest.mark.parametrize("kind", [".gz", ".zst"])
@@ -154,8 +156,14 @@ def test_damaged_packed_files_are_errors(tmp_path: Path, kind: str, damage: str)
 def test_files_that_cannot_be_opened_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got no such file"):
         JsonlSource(str(tmp_path / "no.jsonl"), None, LIMIT)
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        JsonlSource(str(tmp_path), None, LIMIT)
+    os.mkfifo(tmp_path / "pipe")
+    for name, kind in (
+        (tmp_path, "a folder"),
+        (tmp_path / "pipe", "a pipe"),
+        ("/dev/zero", "a pipe"),
+    ):
+        with pytest.raises(ConfigError, match=f"must be a file that can be read twice, got {kind}"):
+            JsonlSource(str(name), None, LIMIT)
 
 
 OPENAI: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": "/v1/x", "body": {}}

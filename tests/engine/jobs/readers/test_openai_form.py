@@ -1,4 +1,4 @@
-"""OpenAI's batch lines: which keys are honoured, and that all others are an error of their row."""
+"""OpenAI's batch lines: which keys are honored, and that all others are an error of their row."""
 
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def test_a_line_is_a_row(tmp_path: Path) -> None:
         ({"temperature": None, "stop": None, "tools": None, "response_format": None}, {}),
     ],
 )
-def test_keys_of_the_body_that_are_honoured(
+def test_keys_of_the_body_that_are_honored(
     tmp_path: Path, given: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
     row = one(tmp_path, line({"messages": MESSAGES, **given}))
@@ -87,7 +87,8 @@ def test_keys_of_the_body_that_are_honoured(
     ],
 )  # fmt: skip
 def test_every_other_key_of_the_body_is_refused(tmp_path: Path, key: str) -> None:
-    for value in ("x", {}, False, 0):
+    values: list[Any] = ["x", {}, False, 0]
+    for value in values:
         error = error_of(one(tmp_path, with_key(key, value)))
         assert error == ("unknown_key", "parse", f"body must have supported keys, got {key!r}")
 
@@ -104,7 +105,11 @@ def test_streams_are_refused(tmp_path: Path, value: object) -> None:
         (line(extra=1), "unknown_key", "line must have supported keys, got 'extra'"),
         (line(method="GET"), "schema", "method must be 'POST', got 'GET'"),
         (line(method=None), "schema", "method must be 'POST', got None"),
-        (line(url="/v1/completions"), "schema", "url must be v1/chat/completions after a slash, got another one"),
+        (
+            line(url="/v1/completions"),
+            "schema",
+            "url must be v1/chat/completions after a slash, got another one",
+        ),
         (line([1]), "schema", "body must be an object, got a list"),
         (line({}), "schema", "body must have 'messages', got none"),
         (line({"messages": []}), "prompt", "messages: must be a list of at least one message"),

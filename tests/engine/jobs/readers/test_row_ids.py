@@ -63,8 +63,9 @@ def test_suffixes_make_identifiers_unique(ids: list[str | int]) -> None:
 
 
 def test_suffixes_are_numbers_that_are_free() -> None:
-    suffixes = IdSuffixes(hashed(["a", "a", "a-2", "a", 5, 5]))
-    made = [suffixes.unique(one) for one in ["a", "a", "a-2", "a", 5, 5]]
+    ids: list[str | int] = ["a", "a", "a-2", "a", 5, 5]
+    suffixes = IdSuffixes(hashed(ids))
+    made = [suffixes.unique(one) for one in ids]
     assert made == ["a", "a-3", "a-2", "a-4", 5, "5-2"]
 
 

@@ -29,7 +29,13 @@ def root(tmp_path: Path) -> Path:
 def test_paths_are_below_the_root_wherever_the_process_is(root: Path) -> None:
     media = MediaConfig(allowed_media_root=root)
     images = RowImages(root)
-    for name in ("a.png", "sub/b c.png", "sub/../a.png", str(root / "a.png"), f"file://{root}/a.png"):
+    for name in (
+        "a.png",
+        "sub/b c.png",
+        "sub/../a.png",
+        str(root / "a.png"),
+        f"file://{root}/a.png",
+    ):
         source = images.read(name, "images[0]").source
         assert load_image(source, media).size == (3, 2)
 
@@ -38,7 +44,7 @@ def test_paths_are_below_the_root_wherever_the_process_is(root: Path) -> None:
     ("name", "shown"),
     [
         ("no/such.png", "no/such.png"),
-        ("../out.png", "../out.png"),
+        ("../out.png", "out.png"),
         ("link.png", "link.png"),
         ("a\0.png", "a\0.png"),
         ("x" * 400, "x" * 117 + "…"),
