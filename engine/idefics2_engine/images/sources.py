@@ -99,7 +99,7 @@ def file_url_path(url: str) -> Path:
     if host.lower() not in ("", "localhost"):
         raise MediaNotAllowedError(
             "file URL: must be file:///path or file://localhost/path, got the host "
-            f"{short_repr(host)}"
+            f"{short_repr(host.rpartition('@')[2])}"
         )
     if not set(path).isdisjoint("?#"):
         raise ImageError("file URL: must write '?' and '#' of a name as %3F and %23, got them bare")
@@ -124,7 +124,7 @@ def _bytes_or_path(stored: Mapping[Any, Any]) -> Any:
         )
     if "bytes" in given:
         if not isinstance(given["bytes"], bytes | bytearray | memoryview):
-            raise ImageError(f"image: 'bytes' must be bytes, got {short_repr(given['bytes'])}")
+            raise ImageError(f"image: 'bytes' must be bytes, got {type(given['bytes']).__name__}")
         return given["bytes"]
     if not isinstance(given["path"], str | os.PathLike):
         raise ImageError(f"image: 'path' must be a path, got {short_repr(given['path'])}")

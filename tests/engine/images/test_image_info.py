@@ -80,6 +80,9 @@ def test_files_are_named_within_the_allowed_folder(tmp_path: Path) -> None:
     assert message(root / "a.png", allowed_media_root=link) == f"a.png: {wanted}"
     said = message(tmp_path / "c.png", allowed_media_root=root)
     assert said == "c.png: must lie below the allowed folder"
+    for outside in (root / "../c.png", "../c.png", "a/../../c.png"):
+        assert message(outside, allowed_media_root=root) == said
+    assert message("./a/../b.png", allowed_media_root=Path.cwd()) == f"b.png: {wanted}"
     # Without a folder the whole name is the caller's own
     assert message(root / "a.png") == f"{root}/a.png: {wanted}"
 

@@ -182,7 +182,7 @@ def test_whitespace_in_base64_does_not_count() -> None:
         ({}, "a dict must have 'bytes' or 'path' and nothing else, got {}"),
         ({"bytes": None, "path": None}, "a dict must have 'bytes' or 'path' and nothing else"),
         ({"bytes": PNG, "url": "x"}, "a dict must have 'bytes' or 'path' and nothing else"),
-        ({"bytes": "text"}, "'bytes' must be bytes, got 'text'"),
+        ({"bytes": "text"}, "'bytes' must be bytes, got str"),
         ({"path": 7}, "'path' must be a path, got 7"),
         ({"bytes": b"", "path": "a.png"}, "image bytes: must be an image file .* got no bytes"),
         (io.StringIO("text"), "image file: must be open in binary mode, got str from it"),

@@ -110,11 +110,9 @@ def _answer(answer: CompletionOutput, save: SaveOptions, top: int) -> dict[str, 
 
 def _place(token_id: int, place: TokenLogprobs, top: int) -> dict[str, object]:
     """Return the generated token of a place, and the ``top`` likeliest ones, of which it may be."""
+    tokens = {other: _token(other, one) for other, one in place.items()}
     likeliest = sorted((one.rank, other) for other, one in place.items() if one.rank <= top)
-    return {
-        **_token(token_id, place[token_id]),
-        "top": [_token(other, place[other]) for _, other in likeliest],
-    }
+    return {**tokens[token_id], "top": [tokens[other] for _, other in likeliest]}
 
 
 def _token(token_id: int, one: Logprob) -> dict[str, object]:
