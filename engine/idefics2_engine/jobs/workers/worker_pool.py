@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterable
 from queue import SimpleQueue
 from typing import NamedTuple, Self
 
-from idefics2_engine.errors import WorkerLostError
+from idefics2_engine.errors import ConfigError, WorkerLostError
+from idefics2_engine.field_checks import Whole, check
 from idefics2_engine.jobs.workers.death_count import DeathCount
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.jobs.workers.leases import LeasedRow, Leases
@@ -30,6 +31,7 @@ _logger = logging.getLogger(__name__)
 
 # That of LLM, whose module imports torch
 MAX_PREPARED_BYTES = 2 << 30
+_CLOSED = "the workers were closed"
 
 
 class WorkerPoolError(RuntimeError):
@@ -48,6 +50,13 @@ class _FromProcess(NamedTuple):
     message: FromWorker | Ended
 
 
+class _Closed(NamedTuple):
+    """The pool was closed."""
+
+
+_Events = SimpleQueue[_FromReader | _FromProcess | _Closed]
+
+
 class WorkerPool:
     """Processes that answer rows. It is a context manager, and one ``iterate`` runs at a time.
 
@@ -58,20 +67,23 @@ class WorkerPool:
     Args:
         spec: What each process builds.
         count: Processes. If ``None``, one for each GPU, and one on a CPU.
+        threads: Threads of each process. If ``None``, its share of the cores.
 
     Attributes:
         places: Where each worker computes.
     """
 
-    def __init__(self, spec: EngineSpec, count: int | None = None) -> None:
-        self.places: list[WorkerPlace] = place_workers(count, spec.device)
+    def __init__(
+        self, spec: EngineSpec, count: int | None = None, *, threads: int | None = None
+    ) -> None:
+        self.places: list[WorkerPlace] = place_workers(count, spec.device, threads=threads)
         self._spec = spec
         self._deaths = DeathCount(len(self.places))
-        self._events: SimpleQueue[_FromReader | _FromProcess] = SimpleQueue()
+        self._events: _Events = SimpleQueue()
         # By number of the worker; an object of its own, so that it is killed without this pool
         self._processes: dict[int, WorkerProcess] = {}
         self._is_running = False
-        self._finalizer = weakref.finalize(self, _kill_all, self._processes, os.getpid())
+        self._finalizer = weakref.finalize(self, _close, self._processes, self._events, os.getpid())
 
     @property
     def num_workers(self) -> int:
@@ -97,7 +109,10 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """Kill the processes. A second call does nothing."""
+        """Kill the processes; a second call does nothing. Any thread may call this.
+
+        An iterator that is not finished raises ``RuntimeError``.
+        """
         self._finalizer()
 
     def iterate(
@@ -127,22 +142,25 @@ class WorkerPool:
             one cannot for another reason, or if workers end again and again without an answer.
 
         Raises:
+            ConfigError: ``in_flight`` or ``max_prepared_bytes`` is not a positive integer.
             RuntimeError: The pool was closed, or another iterator of it is not finished.
         """
         if not self._finalizer.alive:
-            raise RuntimeError("the workers were closed")
+            raise RuntimeError(_CLOSED)
         if in_flight is None:
             in_flight = 2 * self._spec.max_num_seqs * self.num_workers
+        in_flight = check("in_flight", in_flight, Whole(1), ConfigError)
+        max_bytes = check("max_prepared_bytes", max_prepared_bytes, Whole(1), ConfigError)
 
         def put(row: LeasedRow | RequestOutput | None) -> None:
             events.put(_FromReader(reader, row))
 
         # A source that blocks forever must not keep the pool alive
         events = self._events
-        reader = ReadAhead(prompts, put, ahead=in_flight, max_bytes=max_prepared_bytes)
+        reader = ReadAhead(prompts, put, ahead=in_flight, max_bytes=max_bytes)
         begin = Begin(
             max(1, -(-in_flight // self.num_workers)),
-            max(1, max_prepared_bytes // self.num_workers),
+            max(1, max_bytes // self.num_workers),
         )
         return RowOutputs(self._iterate(reader, begin), reader.drain)
 
@@ -177,7 +195,7 @@ class WorkerPool:
 
     def _handle(
         self,
-        event: _FromReader | _FromProcess,
+        event: _FromReader | _FromProcess | _Closed,
         reader: ReadAhead,
         leases: Leases,
         begin: Begin,
@@ -190,6 +208,10 @@ class WorkerPool:
             elif event.reader is reader and isinstance(event.row, RequestOutput):
                 return [(event.row, 0)]
             return []
+        if isinstance(event, _Closed):
+            # One may have been started at the same time
+            self._kill_all()
+            raise RuntimeError(_CLOSED)
         process, message = event
         worker = process.place.number
         # It may be of a process that was killed
@@ -201,7 +223,7 @@ class WorkerPool:
                 process.send(begin)
             case BuildFailed():
                 # The others would most likely say the same
-                _kill_all(self._processes, os.getpid())
+                self._kill_all()
                 if message.error is not None:
                     raise message.error
                 raise WorkerPoolError(f"worker {worker} cannot build its engine: {message.text}")
@@ -213,19 +235,20 @@ class WorkerPool:
                 ]
             case Ended():
                 del self._processes[worker]
+                self._deaths.died(worker, was_ready=process.is_ready)
                 return self._outputs_of_lost_rows(worker, message, leases)
         return []
 
     def _outputs_of_lost_rows(
         self, worker: int, ended: Ended, leases: Leases
     ) -> list[tuple[RequestOutput, int]]:
-        self._deaths.died(worker)
         lost = leases.end_worker(worker)
         for _ in lost:
             self._deaths.row_lost()
-        _logger.warning("worker %d ended with %s", worker, ended.how)
+        is_given_up = ", and is not started again" if self._deaths.is_given_up(worker) else ""
+        _logger.warning("worker %d ended with %s%s", worker, ended.how, is_given_up)
         if self._deaths.is_hopeless:
-            _kill_all(self._processes, os.getpid())
+            self._kill_all()
             said = f"; it wrote last:\n{ended.last_words}" if ended.last_words else ""
             raise WorkerPoolError(
                 f"workers ended again and again without an answer, worker {worker} with "
@@ -247,7 +270,7 @@ class WorkerPool:
         for place in places:
             process = self._processes.get(place.number)
             if process is None:
-                if not self._must_wait(place):
+                if not (self._deaths.is_given_up(place.number) or self._must_wait(place)):
                     self._start(place)
             elif process.is_ready and (rows := leases.take(place.number)):
                 process.send(Rows(rows))
@@ -267,6 +290,11 @@ class WorkerPool:
         events = self._events
         self._processes[place.number] = WorkerProcess(self._spec, place, put)
 
+    def _kill_all(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+        self._processes.clear()
+
     def _end_rows(self, leases: Leases) -> None:
         """Let workers end their rows, and kill those that still have some."""
         for worker, process in list(self._processes.items()):
@@ -277,9 +305,10 @@ class WorkerPool:
                 process.send(Rows([]))
 
 
-def _kill_all(processes: dict[int, WorkerProcess], owner: int) -> None:
-    """Kill the processes, unless this one is a fork of their parent."""
+def _close(processes: dict[int, WorkerProcess], events: _Events, owner: int) -> None:
+    """Kill the processes and tell an iterator, unless this process is a fork of their parent."""
     if os.getpid() == owner:
-        for process in processes.values():
+        for process in list(processes.values()):
             process.kill()
         processes.clear()
+        events.put(_Closed())
