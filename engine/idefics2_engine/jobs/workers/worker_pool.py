@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 
 from idefics2_engine.errors import ConfigError, WorkerLostError
 from idefics2_engine.field_checks import Whole, check
-from idefics2_engine.jobs.workers.death_count import DeathCount
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.jobs.workers.leases import LeasedRow, Leases
 from idefics2_engine.jobs.workers.messages import (
@@ -24,18 +23,17 @@ from idefics2_engine.jobs.workers.messages import (
 from idefics2_engine.jobs.workers.read_ahead import ReadAhead
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace, place_workers
 from idefics2_engine.jobs.workers.worker_process import Ended, WorkerProcess
+from idefics2_engine.jobs.workers.worker_processes import WorkerPoolError, WorkerProcesses
 from idefics2_engine.outputs import RequestOutput, RowOutputs, failed_output
 from idefics2_engine.row import Row
+
+__all__ = ["MAX_PREPARED_BYTES", "WorkerPool", "WorkerPoolError"]
 
 _logger = logging.getLogger(__name__)
 
 # That of LLM, whose module imports torch
 MAX_PREPARED_BYTES = 2 << 30
 _CLOSED = "the workers were closed"
-
-
-class WorkerPoolError(RuntimeError):
-    """Workers cannot go on, for a reason that is not the input's."""
 
 
 class _FromReader(NamedTuple):
@@ -78,12 +76,16 @@ class WorkerPool:
     ) -> None:
         self.places: list[WorkerPlace] = place_workers(count, spec.device, threads=threads)
         self._spec = spec
-        self._deaths = DeathCount(len(self.places))
         self._events: _Events = SimpleQueue()
-        # By number of the worker; an object of its own, so that it is killed without this pool
-        self._processes: dict[int, WorkerProcess] = {}
         self._is_running = False
-        self._finalizer = weakref.finalize(self, _close, self._processes, self._events, os.getpid())
+
+        def put(process: WorkerProcess, message: FromWorker | Ended) -> None:
+            events.put(_FromProcess(process, message))
+
+        # The threads of a process must not refer to the pool, which they would keep alive
+        events = self._events
+        self._processes = WorkerProcesses(spec, self.places, put)
+        self._finalizer = weakref.finalize(self, _close, self._processes, events, os.getpid())
 
     @property
     def num_workers(self) -> int:
@@ -93,12 +95,12 @@ class WorkerPool:
     @property
     def num_deaths(self) -> int:
         """Processes that ended before their time."""
-        return self._deaths.total
+        return self._processes.deaths.total
 
     @property
     def pids(self) -> list[int]:
         """Ids of the running processes, by number of the worker."""
-        return [process.pid for _, process in sorted(self._processes.items())]
+        return [process.pid for process in self._processes.running]
 
     def __enter__(self) -> Self:
         """Return the pool."""
@@ -171,7 +173,7 @@ class WorkerPool:
         leases = Leases(self.num_workers, begin.in_flight)
         yielded = 0
         try:
-            for process in self._processes.values():
+            for process in self._processes.running:
                 if process.is_ready:
                     process.send(begin)
             reader.start()
@@ -210,12 +212,12 @@ class WorkerPool:
             return []
         if isinstance(event, _Closed):
             # One may have been started at the same time
-            self._kill_all()
+            self._processes.kill_all()
             raise RuntimeError(_CLOSED)
         process, message = event
         worker = process.place.number
         # It may be of a process that was killed
-        if self._processes.get(worker) is not process:
+        if self._processes.find(worker) is not process:
             return []
         match message:
             case Ready():
@@ -223,32 +225,31 @@ class WorkerPool:
                 process.send(begin)
             case BuildFailed():
                 # The others would most likely say the same
-                self._kill_all()
+                self._processes.kill_all()
                 if message.error is not None:
                     raise message.error
                 raise WorkerPoolError(f"worker {worker} cannot build its engine: {message.text}")
             case Answered():
-                self._deaths.row_answered()
+                self._processes.deaths.row_answered()
                 return [
                     (output, leases.finish(worker, int(output.request_id)))
                     for output in message.outputs
                 ]
             case Ended():
-                del self._processes[worker]
-                self._deaths.died(worker, was_ready=process.is_ready)
+                self._processes.remove_dead(process)
                 return self._outputs_of_lost_rows(worker, message, leases)
         return []
 
     def _outputs_of_lost_rows(
         self, worker: int, ended: Ended, leases: Leases
     ) -> list[tuple[RequestOutput, int]]:
-        lost = leases.end_worker(worker)
+        lost, deaths = leases.end_worker(worker), self._processes.deaths
         for _ in lost:
-            self._deaths.row_lost()
-        is_given_up = ", and is not started again" if self._deaths.is_given_up(worker) else ""
+            deaths.row_lost()
+        is_given_up = ", and is not started again" if deaths.is_given_up(worker) else ""
         _logger.warning("worker %d ended with %s%s", worker, ended.how, is_given_up)
-        if self._deaths.is_hopeless:
-            self._kill_all()
+        if deaths.is_hopeless:
+            self._processes.kill_all()
             said = f"; it wrote last:\n{ended.last_words}" if ended.last_words else ""
             raise WorkerPoolError(
                 f"workers ended again and again without an answer, worker {worker} with "
@@ -268,47 +269,23 @@ class WorkerPool:
         if not leases:
             return
         for place in places:
-            process = self._processes.get(place.number)
+            process = self._processes.find(place.number)
             if process is None:
-                if not (self._deaths.is_given_up(place.number) or self._must_wait(place)):
-                    self._start(place)
+                self._processes.start(place)
             elif process.is_ready and (rows := leases.take(place.number)):
                 process.send(Rows(rows))
 
-    def _must_wait(self, place: WorkerPlace) -> bool:
-        """Return whether another engine is being built on the same GPU, whose memory it measures."""
-        return place.device is not None and any(
-            process.place.device == place.device and not process.is_ready
-            for process in self._processes.values()
-        )
-
-    def _start(self, place: WorkerPlace) -> None:
-        def put(process: WorkerProcess, message: FromWorker | Ended) -> None:
-            events.put(_FromProcess(process, message))
-
-        # The threads of a process must not refer to the pool, which they would keep alive
-        events = self._events
-        self._processes[place.number] = WorkerProcess(self._spec, place, put)
-
-    def _kill_all(self) -> None:
-        for process in self._processes.values():
-            process.kill()
-        self._processes.clear()
-
     def _end_rows(self, leases: Leases) -> None:
         """Let workers end their rows, and kill those that still have some."""
-        for worker, process in list(self._processes.items()):
-            if leases.has_rows(worker):
-                process.kill()
-                del self._processes[worker]
+        for process in self._processes.running:
+            if leases.has_rows(process.place.number):
+                self._processes.kill(process.place.number)
             elif process.is_ready:
                 process.send(Rows([]))
 
 
-def _close(processes: dict[int, WorkerProcess], events: _Events, owner: int) -> None:
+def _close(processes: WorkerProcesses, events: _Events, owner: int) -> None:
     """Kill the processes and tell an iterator, unless this process is a fork of their parent."""
     if os.getpid() == owner:
-        for process in list(processes.values()):
-            process.kill()
-        processes.clear()
+        processes.kill_all()
         events.put(_Closed())

@@ -19,7 +19,7 @@ import pytest
 
 from idefics2_engine.errors import ConfigError, PromptError, WorkerLostError
 from idefics2_engine.jobs.row_engine import RowEngine
-from idefics2_engine.jobs.workers import worker_pool
+from idefics2_engine.jobs.workers import worker_processes
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.jobs.workers.messages import (
     Answered,
@@ -30,8 +30,9 @@ from idefics2_engine.jobs.workers.messages import (
     WorkerMetrics,
 )
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace
-from idefics2_engine.jobs.workers.worker_pool import WorkerPool, WorkerPoolError
+from idefics2_engine.jobs.workers.worker_pool import WorkerPool
 from idefics2_engine.jobs.workers.worker_process import Put, WorkerProcess
+from idefics2_engine.jobs.workers.worker_processes import WorkerPoolError
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.row import Row
 from stand_in_engine import NAME, Meeting, answer, content
@@ -206,6 +207,14 @@ def test_errors_of_building_are_raised_once_as_they_are(caplog: pytest.LogCaptur
         assert made.num_deaths == 0
 
 
+def test_process_that_cannot_be_started_is_no_error_of_the_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pool_of(2) as made, pytest.raises(WorkerPoolError, match="worker 0 cannot be started"):
+        list(made.iterate(rows(3)))
+
+
 def test_logs_have_the_number_of_the_worker(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -351,7 +360,7 @@ def test_engines_on_one_gpu_are_built_one_after_the_other(monkeypatch: pytest.Mo
             pass
 
     processes: list[StandInProcess] = []
-    monkeypatch.setattr(worker_pool, "WorkerProcess", StandInProcess)
+    monkeypatch.setattr(worker_processes, "WorkerProcess", StandInProcess)
     with pool_of(5) as made:
 
         def source() -> Iterator[Row]:
