@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate, quantize, streams
+from idefics2_engine.cli import bench, chat, generate, merge, quantize, streams
 from idefics2_engine.cli import run as run_command
 from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     chat.add_parser(commands)
     run_command.add_parser(commands)
+    merge.add_parser(commands)
     quantize.add_parser(commands)
     bench.add_parser(commands)
     return parser

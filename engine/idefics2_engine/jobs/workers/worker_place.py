@@ -37,7 +37,11 @@ class WorkerPlace(NamedTuple):
 
 
 def place_workers(
-    count: int | None, device: str = "auto", environ: Mapping[str, str] = os.environ
+    count: int | None,
+    device: str = "auto",
+    environ: Mapping[str, str] = os.environ,
+    *,
+    threads: int | None = None,
 ) -> list[WorkerPlace]:
     """Return a place for each worker.
 
@@ -46,15 +50,14 @@ def place_workers(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, as an argument of ``LLM``.
         environ: Environment of the parent, whose ``CUDA_VISIBLE_DEVICES`` holds. Its
             ``OMP_NUM_THREADS`` is the most threads of a worker.
+        threads: Threads of each worker. If ``None``, its share of the cores.
     """
     devices = [] if device == "cpu" else visible_devices(environ)
     if found := re.fullmatch(r"cuda:(\d+)", device):
         devices = devices[int(found[1]) :][:1]
     count = count or len(devices) or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, (cores or 1) // count)
-    if re.fullmatch(r"[1-9]\d{0,3}", most := environ.get(_THREADS[0], "")):
-        threads = min(threads, int(most))
+    if threads is None:
+        threads = _share_of_cores(count, environ)
     if not devices:
         return [WorkerPlace(number, None, 1, threads) for number in range(count)]
     # As evenly as possible, so the first devices may have one more
@@ -64,6 +67,13 @@ def place_workers(
         for number in range(count)
         for at in [number % len(devices)]
     ]
+
+
+def _share_of_cores(count: int, environ: Mapping[str, str]) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = max(1, (cores or 1) // count)
+    most = environ.get(_THREADS[0], "")
+    return min(share, int(most)) if re.fullmatch(r"[1-9]\d{0,3}", most) else share
 
 
 def visible_devices(environ: Mapping[str, str] = os.environ) -> list[str]:

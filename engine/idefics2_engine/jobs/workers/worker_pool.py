@@ -8,8 +8,8 @@ from collections.abc import Generator, Iterable
 from queue import SimpleQueue
 from typing import NamedTuple, Self
 
-from idefics2_engine.errors import WorkerLostError
-from idefics2_engine.jobs.workers.death_count import DeathCount
+from idefics2_engine.errors import ConfigError, WorkerLostError
+from idefics2_engine.field_checks import Whole, check
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.jobs.workers.leases import LeasedRow, Leases
 from idefics2_engine.jobs.workers.messages import (
@@ -23,17 +23,17 @@ from idefics2_engine.jobs.workers.messages import (
 from idefics2_engine.jobs.workers.read_ahead import ReadAhead
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace, place_workers
 from idefics2_engine.jobs.workers.worker_process import Ended, WorkerProcess
+from idefics2_engine.jobs.workers.worker_processes import WorkerPoolError, WorkerProcesses
 from idefics2_engine.outputs import RequestOutput, RowOutputs, failed_output
 from idefics2_engine.row import Row
+
+__all__ = ["MAX_PREPARED_BYTES", "WorkerPool", "WorkerPoolError"]
 
 _logger = logging.getLogger(__name__)
 
 # That of LLM, whose module imports torch
 MAX_PREPARED_BYTES = 2 << 30
-
-
-class WorkerPoolError(RuntimeError):
-    """Workers cannot go on, for a reason that is not the input's."""
+_CLOSED = "the workers were closed"
 
 
 class _FromReader(NamedTuple):
@@ -48,6 +48,13 @@ class _FromProcess(NamedTuple):
     message: FromWorker | Ended
 
 
+class _Closed(NamedTuple):
+    """The pool was closed."""
+
+
+_Events = SimpleQueue[_FromReader | _FromProcess | _Closed]
+
+
 class WorkerPool:
     """Processes that answer rows. It is a context manager, and one ``iterate`` runs at a time.
 
@@ -58,20 +65,27 @@ class WorkerPool:
     Args:
         spec: What each process builds.
         count: Processes. If ``None``, one for each GPU, and one on a CPU.
+        threads: Threads of each process. If ``None``, its share of the cores.
 
     Attributes:
         places: Where each worker computes.
     """
 
-    def __init__(self, spec: EngineSpec, count: int | None = None) -> None:
-        self.places: list[WorkerPlace] = place_workers(count, spec.device)
+    def __init__(
+        self, spec: EngineSpec, count: int | None = None, *, threads: int | None = None
+    ) -> None:
+        self.places: list[WorkerPlace] = place_workers(count, spec.device, threads=threads)
         self._spec = spec
-        self._deaths = DeathCount(len(self.places))
-        self._events: SimpleQueue[_FromReader | _FromProcess] = SimpleQueue()
-        # By number of the worker; an object of its own, so that it is killed without this pool
-        self._processes: dict[int, WorkerProcess] = {}
+        self._events: _Events = SimpleQueue()
         self._is_running = False
-        self._finalizer = weakref.finalize(self, _kill_all, self._processes, os.getpid())
+
+        def put(process: WorkerProcess, message: FromWorker | Ended) -> None:
+            events.put(_FromProcess(process, message))
+
+        # The threads of a process must not refer to the pool, which they would keep alive
+        events = self._events
+        self._processes = WorkerProcesses(spec, self.places, put)
+        self._finalizer = weakref.finalize(self, _close, self._processes, events, os.getpid())
 
     @property
     def num_workers(self) -> int:
@@ -81,12 +95,12 @@ class WorkerPool:
     @property
     def num_deaths(self) -> int:
         """Processes that ended before their time."""
-        return self._deaths.total
+        return self._processes.deaths.total
 
     @property
     def pids(self) -> list[int]:
         """Ids of the running processes, by number of the worker."""
-        return [process.pid for _, process in sorted(self._processes.items())]
+        return [process.pid for process in self._processes.running]
 
     def __enter__(self) -> Self:
         """Return the pool."""
@@ -97,7 +111,10 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """Kill the processes. A second call does nothing."""
+        """Kill the processes; a second call does nothing. Any thread may call this.
+
+        An iterator that is not finished raises ``RuntimeError``.
+        """
         self._finalizer()
 
     def iterate(
@@ -127,22 +144,25 @@ class WorkerPool:
             one cannot for another reason, or if workers end again and again without an answer.
 
         Raises:
+            ConfigError: ``in_flight`` or ``max_prepared_bytes`` is not a positive integer.
             RuntimeError: The pool was closed, or another iterator of it is not finished.
         """
         if not self._finalizer.alive:
-            raise RuntimeError("the workers were closed")
+            raise RuntimeError(_CLOSED)
         if in_flight is None:
             in_flight = 2 * self._spec.max_num_seqs * self.num_workers
+        in_flight = check("in_flight", in_flight, Whole(1), ConfigError)
+        max_bytes = check("max_prepared_bytes", max_prepared_bytes, Whole(1), ConfigError)
 
         def put(row: LeasedRow | RequestOutput | None) -> None:
             events.put(_FromReader(reader, row))
 
         # A source that blocks forever must not keep the pool alive
         events = self._events
-        reader = ReadAhead(prompts, put, ahead=in_flight, max_bytes=max_prepared_bytes)
+        reader = ReadAhead(prompts, put, ahead=in_flight, max_bytes=max_bytes)
         begin = Begin(
             max(1, -(-in_flight // self.num_workers)),
-            max(1, max_prepared_bytes // self.num_workers),
+            max(1, max_bytes // self.num_workers),
         )
         return RowOutputs(self._iterate(reader, begin), reader.drain)
 
@@ -153,7 +173,7 @@ class WorkerPool:
         leases = Leases(self.num_workers, begin.in_flight)
         yielded = 0
         try:
-            for process in self._processes.values():
+            for process in self._processes.running:
                 if process.is_ready:
                     process.send(begin)
             reader.start()
@@ -177,7 +197,7 @@ class WorkerPool:
 
     def _handle(
         self,
-        event: _FromReader | _FromProcess,
+        event: _FromReader | _FromProcess | _Closed,
         reader: ReadAhead,
         leases: Leases,
         begin: Begin,
@@ -190,10 +210,14 @@ class WorkerPool:
             elif event.reader is reader and isinstance(event.row, RequestOutput):
                 return [(event.row, 0)]
             return []
+        if isinstance(event, _Closed):
+            # One may have been started at the same time
+            self._processes.kill_all()
+            raise RuntimeError(_CLOSED)
         process, message = event
         worker = process.place.number
         # It may be of a process that was killed
-        if self._processes.get(worker) is not process:
+        if self._processes.find(worker) is not process:
             return []
         match message:
             case Ready():
@@ -201,31 +225,31 @@ class WorkerPool:
                 process.send(begin)
             case BuildFailed():
                 # The others would most likely say the same
-                _kill_all(self._processes, os.getpid())
+                self._processes.kill_all()
                 if message.error is not None:
                     raise message.error
                 raise WorkerPoolError(f"worker {worker} cannot build its engine: {message.text}")
             case Answered():
-                self._deaths.row_answered()
+                self._processes.deaths.row_answered()
                 return [
                     (output, leases.finish(worker, int(output.request_id)))
                     for output in message.outputs
                 ]
             case Ended():
-                del self._processes[worker]
+                self._processes.remove_dead(process)
                 return self._outputs_of_lost_rows(worker, message, leases)
         return []
 
     def _outputs_of_lost_rows(
         self, worker: int, ended: Ended, leases: Leases
     ) -> list[tuple[RequestOutput, int]]:
-        self._deaths.died(worker)
-        lost = leases.end_worker(worker)
+        lost, deaths = leases.end_worker(worker), self._processes.deaths
         for _ in lost:
-            self._deaths.row_lost()
-        _logger.warning("worker %d ended with %s", worker, ended.how)
-        if self._deaths.is_hopeless:
-            _kill_all(self._processes, os.getpid())
+            deaths.row_lost()
+        is_given_up = ", and is not started again" if deaths.is_given_up(worker) else ""
+        _logger.warning("worker %d ended with %s%s", worker, ended.how, is_given_up)
+        if deaths.is_hopeless:
+            self._processes.kill_all()
             said = f"; it wrote last:\n{ended.last_words}" if ended.last_words else ""
             raise WorkerPoolError(
                 f"workers ended again and again without an answer, worker {worker} with "
@@ -245,41 +269,23 @@ class WorkerPool:
         if not leases:
             return
         for place in places:
-            process = self._processes.get(place.number)
+            process = self._processes.find(place.number)
             if process is None:
-                if not self._must_wait(place):
-                    self._start(place)
+                self._processes.start(place)
             elif process.is_ready and (rows := leases.take(place.number)):
                 process.send(Rows(rows))
 
-    def _must_wait(self, place: WorkerPlace) -> bool:
-        """Return whether another engine is being built on the same GPU, whose memory it measures."""
-        return place.device is not None and any(
-            process.place.device == place.device and not process.is_ready
-            for process in self._processes.values()
-        )
-
-    def _start(self, place: WorkerPlace) -> None:
-        def put(process: WorkerProcess, message: FromWorker | Ended) -> None:
-            events.put(_FromProcess(process, message))
-
-        # The threads of a process must not refer to the pool, which they would keep alive
-        events = self._events
-        self._processes[place.number] = WorkerProcess(self._spec, place, put)
-
     def _end_rows(self, leases: Leases) -> None:
         """Let workers end their rows, and kill those that still have some."""
-        for worker, process in list(self._processes.items()):
-            if leases.has_rows(worker):
-                process.kill()
-                del self._processes[worker]
+        for process in self._processes.running:
+            if leases.has_rows(process.place.number):
+                self._processes.kill(process.place.number)
             elif process.is_ready:
                 process.send(Rows([]))
 
 
-def _kill_all(processes: dict[int, WorkerProcess], owner: int) -> None:
-    """Kill the processes, unless this one is a fork of their parent."""
+def _close(processes: WorkerProcesses, events: _Events, owner: int) -> None:
+    """Kill the processes and tell an iterator, unless this process is a fork of their parent."""
     if os.getpid() == owner:
-        for process in processes.values():
-            process.kill()
-        processes.clear()
+        processes.kill_all()
+        events.put(_Closed())

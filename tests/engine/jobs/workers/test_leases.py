@@ -123,9 +123,9 @@ def test_every_row_ends_once_and_only_poison_is_lost() -> None:
 def test_job_is_hopeless_when_all_workers_died_three_times_without_an_answer() -> None:
     deaths = DeathCount(2)
     for worker in (0, 0, 0, 0, 1, 1):
-        deaths.died(worker)
+        deaths.died(worker, was_ready=True)
         assert not deaths.is_hopeless
-    deaths.died(1)
+    deaths.died(1, was_ready=True)
     assert deaths.is_hopeless
     deaths.row_answered()
     assert not deaths.is_hopeless
@@ -136,12 +136,30 @@ def test_lost_rows_explain_deaths_up_to_eight_without_an_answer() -> None:
     deaths = DeathCount(1)
     for _ in range(7):
         for _ in range(2):
-            deaths.died(0)
+            deaths.died(0, was_ready=True)
             assert not deaths.is_hopeless
-        deaths.died(0)
+        deaths.died(0, was_ready=True)
         deaths.row_lost()
         assert not deaths.is_hopeless
     deaths.row_lost()
     assert deaths.is_hopeless
     deaths.row_answered()
     assert not deaths.is_hopeless
+
+
+def test_worker_whose_engine_is_never_built_is_given_up() -> None:
+    deaths = DeathCount(2)
+    for was_ready in (False, False, True, False, False):
+        deaths.died(0, was_ready=was_ready)
+        deaths.row_answered()
+        assert not deaths.is_given_up(0)
+    deaths.died(0, was_ready=False)
+    assert deaths.is_given_up(0)
+    assert not deaths.is_given_up(1)
+    # From now on the other one alone decides
+    deaths.row_answered()
+    for _ in range(2):
+        deaths.died(1, was_ready=True)
+        assert not deaths.is_hopeless
+    deaths.died(1, was_ready=True)
+    assert deaths.is_hopeless

@@ -81,6 +81,8 @@ def test_workers_share_gpus_and_cores() -> None:
     assert place.threads == CORES
     (place,) = place_workers(1, "cpu", {"OMP_NUM_THREADS": "4,2"})
     assert place.threads == CORES
+    (place,) = place_workers(1, "cpu", {"OMP_NUM_THREADS": "1"}, threads=7)
+    assert place.threads == 7
 
 
 def test_environment_of_a_worker() -> None:

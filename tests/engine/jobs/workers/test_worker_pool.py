@@ -12,16 +12,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from threading import Event
-from typing import Any
+from threading import Event, Thread
+from typing import Any, cast
 
 import pytest
 
 from idefics2_engine.errors import ConfigError, PromptError, WorkerLostError
 from idefics2_engine.jobs.row_engine import RowEngine
+from idefics2_engine.jobs.workers import worker_processes
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
-from idefics2_engine.jobs.workers.messages import WorkerMetrics
-from idefics2_engine.jobs.workers.worker_pool import WorkerPool, WorkerPoolError
+from idefics2_engine.jobs.workers.messages import (
+    Answered,
+    FromWorker,
+    Ready,
+    Rows,
+    ToWorker,
+    WorkerMetrics,
+)
+from idefics2_engine.jobs.workers.worker_place import WorkerPlace
+from idefics2_engine.jobs.workers.worker_pool import WorkerPool
+from idefics2_engine.jobs.workers.worker_process import Put, WorkerProcess
+from idefics2_engine.jobs.workers.worker_processes import WorkerPoolError
 from idefics2_engine.outputs import RequestOutput
 from idefics2_engine.row import Row
 from stand_in_engine import NAME, Meeting, answer, content
@@ -196,6 +207,14 @@ def test_errors_of_building_are_raised_once_as_they_are(caplog: pytest.LogCaptur
         assert made.num_deaths == 0
 
 
+def test_process_that_cannot_be_started_is_no_error_of_the_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pool_of(2) as made, pytest.raises(WorkerPoolError, match="worker 0 cannot be started"):
+        list(made.iterate(rows(3)))
+
+
 def test_logs_have_the_number_of_the_worker(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -296,12 +315,93 @@ def test_row_that_cannot_be_sent_is_an_error_of_its_own(pool: WorkerPool) -> Non
     assert isinstance(error, PromptError)
 
 
+def test_worker_that_never_lives_is_given_up(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its GPU is broken, and that of the other worker is not."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,9")
+    with WorkerPool(EngineSpec({"fails": "kill on 9"}, NAME)) as made:
+
+        def source() -> Iterator[Row]:
+            number = 0
+            while made.num_deaths < 3 or number < 300:
+                yield Row(number, "x")
+                number += 1
+
+        outputs = list(made.iterate(source()))
+        assert made.num_deaths == 3
+        assert len(made.pids) == 1
+    assert {worker_of(one) for one in outputs} == {0}
+    assert caplog.messages[-1] == "worker 1 ended with signal 9, and is not started again"
+
+
+def test_engines_on_one_gpu_are_built_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each measures the memory that those before it left."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+    class StandInProcess:
+        place: WorkerPlace
+        is_ready: bool
+
+        def __init__(self, spec: EngineSpec, place: WorkerPlace, put: Put) -> None:
+            assert all(one.is_ready for one in processes if one.place.device == place.device)
+            self.place, self.put, self.is_ready = place, put, False
+            processes.append(self)
+            self.reply(Ready())
+
+        def reply(self, message: FromWorker) -> None:
+            self.put(cast(WorkerProcess, self), message)
+
+        def send(self, message: ToWorker) -> None:
+            for number, _ in message.rows if isinstance(message, Rows) else []:
+                self.reply(Answered([answer(Row(number, "x"), number)]))
+
+        def kill(self) -> None:
+            pass
+
+    processes: list[StandInProcess] = []
+    monkeypatch.setattr(worker_processes, "WorkerProcess", StandInProcess)
+    with pool_of(5) as made:
+
+        def source() -> Iterator[Row]:
+            number = 0
+            while len(processes) < 5:
+                yield Row(number, "x")
+                number += 1
+
+        list(made.iterate(source()))
+    assert sorted(one.place.device or "" for one in processes) == ["0", "0", "0", "1", "1"]
+
+
+def test_close_ends_an_iterator_that_waits(pool: WorkerPool) -> None:
+    waits, end = Event(), Event()
+
+    def source() -> Iterator[Row]:
+        yield Row("a", "x")
+        waits.set()
+        end.wait(SECONDS)
+
+    with pool_of(1) as made:
+        outputs = made.iterate(source())
+        next(outputs)
+        assert waits.wait(SECONDS)
+        closing = Thread(target=made.close)
+        closing.start()
+        with pytest.raises(RuntimeError, match="the workers were closed"):
+            next(outputs)
+        closing.join()
+    end.set()
+
+
 def test_wrong_use_is_refused(pool: WorkerPool) -> None:
     outputs = pool.iterate(rows(9))
     next(outputs)
     with pytest.raises(RuntimeError, match="not finished"):
         next(pool.iterate(rows(9)))
     assert len(list(outputs)) == 8
+    for bad in ({"in_flight": 0}, {"max_prepared_bytes": -1}):
+        with pytest.raises(ConfigError, match=next(iter(bad))):
+            pool.iterate(rows(9), **bad)
     closed = pool_of(1)
     closed.close()
     with pytest.raises(RuntimeError, match="were closed"):
