@@ -11,6 +11,7 @@ from idefics2_engine.cli.job_check import check_input
 from idefics2_engine.cli.job_engine import EngineChoice
 from idefics2_engine.cli.job_files import FilesBeside
 from idefics2_engine.cli.job_fingerprint import fingerprint_parts
+from idefics2_engine.cli.job_format import format_of
 from idefics2_engine.cli.job_progress import JobProgress, JobTotals
 from idefics2_engine.cli.job_signals import interrupts_handled
 from idefics2_engine.cli.streams import OutputLostError
@@ -29,7 +30,7 @@ from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.store.job_lock import JobLock
 from idefics2_engine.jobs.store.job_status import complete_output, read_status
 from idefics2_engine.jobs.workers.worker_pool import WorkerPoolError
-from idefics2_engine.jobs.writers.formats import make_format, saved_fields
+from idefics2_engine.jobs.writers.formats import saved_fields
 
 _INTERRUPTED = 130
 
@@ -69,13 +70,9 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     options = run_options.run_options(args, engine.workers)
     parts = fingerprint_parts(args, job_input, params, save)
     files = identify_inputs(path.absolute() for path in job_input.files)
-    job = JobDescription(parts, files)
     model = "demo" if args.model is None else str(args.model)
-    encoding = OutputEncoding(
-        save,
-        make_format(out, args.output_format, save, model=model, fingerprint=job.fingerprint),
-        job_input.media_root,
-    )
+    job = JobDescription(parts, files, {"model": model})
+    encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
     begins_again = options.restart or options.retry_errors is not None
     complete = None if begins_again else complete_output(out, job)
     # The rows of a complete job were checked before

@@ -37,8 +37,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         JobError: The shards do not make one job, or a file is in the way.
     """
+    # The help needs none of what formats import
+    from idefics2_engine.cli.job_format import format_of
+
     try:
-        output = merge_shards(args.shards, args.output, overwrite=args.overwrite)
+        output = merge_shards(
+            args.shards, args.output, format_of=format_of, overwrite=args.overwrite
+        )
     except OSError as error:
         print(f"idefics2: error: the shards cannot be merged: {error}", file=sys.stderr)
         return 1

@@ -288,3 +288,16 @@ def test_demo_questions_are_answered(tmp_path: Path) -> None:
     for row, answer in zip(rows, answers, strict=True):
         assert answer["id"] == row["id"]
         assert answer["outputs"][0]["text"] == known[tuple(row["images"]), row["prompt"]]
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("more", [[], ["--output-format", "openai"]])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix: str) -> None:
+    source = write(tmp_path / "in.jsonl", TEXTS, "{")
+    outs = [tmp_path / f"{name}.{suffix}" for name in ("whole", "first", "second", "merged")]
+    for out, shard in zip(outs, ["0/1", "0/2", "1/2"], strict=False):
+        run_shard = ["run", "-i", str(source), "-o", str(out), "--shard", shard]
+        assert main([*run_shard, *more]) in (0, 3)
+    assert main(["merge", str(outs[1]), str(outs[2]), "-o", str(outs[3])]) == 0
+    assert outs[3].read_bytes() == outs[0].read_bytes()
