@@ -14,6 +14,7 @@ from idefics2_engine.jobs.workers.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from idefics2_engine import LLM
+    from idefics2_kernels import Ops
 
 
 class EngineChoice:
@@ -31,6 +32,8 @@ class EngineChoice:
         self._arguments = job_options.llm_arguments(args) | {
             "allowed_media_root": job_input.media_root
         }
+        if args.deterministic:
+            self._arguments["ops"] = _row_by_row_ops(args.device)
         count = run_options.num_workers(args)
         if args.ray is not None:
             raise ConfigError("--ray is not available in this version")
@@ -40,6 +43,20 @@ class EngineChoice:
     def __call__(self) -> AbstractContextManager[RowEngine]:
         """Return a context that loads the engine, and that closes it at the end."""
         return self._pool or _loaded(self._args, self._arguments)
+
+
+def _row_by_row_ops(name: str) -> "Ops":
+    """Return operations whose rows do not depend on each other; ``ConfigError`` on a GPU."""
+    from idefics2_engine.device import torch_device
+    from idefics2_kernels import ROW_BY_ROW
+
+    device = torch_device(name)
+    if device.type != "cpu":
+        raise ConfigError(
+            f"--deterministic must come with --device cpu, got {device.type}: the kernels' last "
+            "bits depend on the rows of a batch"
+        )
+    return ROW_BY_ROW
 
 
 @contextmanager

@@ -61,9 +61,10 @@ def _engine_parts(args: argparse.Namespace) -> dict[str, Any]:
     from idefics2_engine.device import torch_device, torch_dtype
 
     device = torch_device(args.device)
+    on_cpu = "row by row" if args.deterministic else "reference"
     return {
         "device": device_name(args),
-        "ops": "triton" if device.type == "cuda" else "reference",
+        "ops": "triton" if device.type == "cuda" else on_cpu,
         "dtype": str(torch_dtype(args.dtype, device)).removeprefix("torch."),
         "quantization": args.quantization,
         "quantized_parts": args.quantized_parts,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from idefics2_engine import device
 from idefics2_engine.cli import job_command
 from idefics2_engine.cli.main import main
 from idefics2_engine.cli.run_options import size
@@ -269,6 +271,14 @@ def test_input_and_output_are_needed(capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_size(text: str, bytes_: int) -> None:
     assert size(text) == bytes_
+
+
+def test_deterministic_job_is_refused_on_a_gpu(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "torch_device", lambda _name: torch.device("cuda"))
+    assert command(source, "--deterministic") == 2
+    assert "--deterministic must come with --device cpu, got cuda" in capsys.readouterr().err
 
 
 def test_demo_questions_are_answered(tmp_path: Path) -> None:
