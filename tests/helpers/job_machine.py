@@ -98,7 +98,7 @@ class JobMachine(RuleBasedStateMachine):
     def start(self, at: int, share: float, order: int, mode: str, overwrite: bool) -> None:
         folder = job_path(self.out)
         is_begun = (folder / "job.json").exists()
-        differs = is_begun and read_description(folder).parts != {"seed": self.seed}
+        differs = self.differs()
         known = self.known_rows()
         is_users = self.out.exists() and self.out.read_bytes() in self.users
         choices: dict[str, Any] = {"overwrite": overwrite} | ({mode: True} if mode else {})
@@ -145,6 +145,16 @@ class JobMachine(RuleBasedStateMachine):
         parts = {"seed": self.seed}
         return run_job(
             self.out, self.rows, files=files, parts=parts, seed=order, window=order, **choices
+        )
+
+    def differs(self) -> bool:
+        """Return whether the job has rows or an output of another seed."""
+        folder = job_path(self.out)
+        has_rows = any(path.stat().st_size for path in folder.glob("journal-*"))
+        return (
+            (has_rows or (folder / "outputs.json").exists())
+            and (folder / "job.json").exists()
+            and read_description(folder).parts != {"seed": self.seed}
         )
 
     def is_somewhere(self, content: bytes) -> bool:

@@ -158,12 +158,15 @@ class StandInEngine:
         self.loads = 0
         self.most_in_flight = 0
         self.answers: StandInAnswers | None = None
+        self.fails_to_load: Exception | None = None
 
     def __call__(self) -> Self:
         return self
 
     def __enter__(self) -> Self:
         self.loads += 1
+        if self.fails_to_load is not None:
+            raise self.fails_to_load
         return self
 
     def __exit__(self, *_error: object) -> None:

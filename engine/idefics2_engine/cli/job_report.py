@@ -41,16 +41,17 @@ def result_lines(result: JobResult, out: Path) -> list[str]:
     lines = [f"moved aside: {printable_path(path)}" for path in result.moved]
     if result.recovered.damaged:
         lines.append(f"{result.recovered.damaged} damaged lines of the journal were skipped")
+    errors = f"{counts.num_errors} errors" + (f" ({codes})" if codes else "")
     if result.ending is Ending.COMPLETE:
-        begin = f"{printable_path(out)} is complete: {counts.rows} rows"
+        lines.append(f"{printable_path(out)} is complete: {counts.rows} rows, {errors}")
     else:
-        begin = f"the job ended: {result.message}; {counts.rows} rows are finished; {_RESUME}"
-    lines += [
-        f"{begin}, {counts.num_errors} errors" + (f" ({codes})" if codes else ""),
-        f"{result.from_journal} rows were in the journal, {run.computed} were computed in "
+        lines.append(f"the job ended: {result.message}")
+        lines.append(f"{counts.rows} rows are finished, {errors}; {_RESUME}")
+    lines.append(
+        f"{result.from_journal} rows were in the journal, {run.rows} were finished in "
         f"{result.seconds:.1f} s: {run.images} images, {run.prompt_tokens} prompt tokens, "
-        f"{run.completion_tokens} new tokens",
-    ]
+        f"{run.completion_tokens} new tokens"
+    )
     if run.computed:
         lines.append(result.waits.sentence())
     if (advice := result.waits.advice()) is not None:

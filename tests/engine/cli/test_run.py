@@ -16,6 +16,7 @@ from idefics2_engine.cli import job_command
 from idefics2_engine.cli.main import main
 from idefics2_engine.cli.run_options import size
 from idefics2_engine.demo import DEMO_IMAGES
+from idefics2_engine.errors import ConfigError
 from paths import ROOT
 from stand_in_run import StandInEngine
 
@@ -69,7 +70,7 @@ def test_rows_are_answered_in_order(source: Path, capsys: pytest.CaptureFixture[
     assert [row["id"] for row in output(source)] == TEXTS
     said = capsys.readouterr()
     assert "out.jsonl is complete: 3 rows, 0 errors" in said.out
-    assert "3 were computed" in said.out
+    assert "0 rows were in the journal, 3 were finished in " in said.out
 
 
 def test_finished_job_says_so(
@@ -150,6 +151,14 @@ def test_retry_errors(tmp_path: Path, engine: StandInEngine) -> None:
     assert command(source, "--retry-errors=image,prompt") == 3
     assert command(source, "--retry-errors") == 0
     assert engine.asked[text] == 3
+
+
+def test_options_may_change_before_the_first_row(source: Path, engine: StandInEngine) -> None:
+    """A model that cannot be loaded with an option leaves a job without rows."""
+    engine.fails_to_load = ConfigError("max_model_len must be from 2")
+    assert command(source, "--max-model-len", "9") == 2
+    engine.fails_to_load = None
+    assert command(source) == 0
 
 
 @pytest.mark.usefixtures("engine")

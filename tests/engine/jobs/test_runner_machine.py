@@ -9,7 +9,6 @@ from hypothesis.stateful import rule
 from hypothesis.strategies import booleans, floats, integers, sampled_from
 
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
-from idefics2_engine.jobs.store.job_description import read_description
 from idefics2_engine.jobs.store.job_folder import job_path
 from job_files import CountedFiles, Killed, KilledFiles
 from job_machine import MACHINE_SETTINGS, NEVER, JobMachine
@@ -56,7 +55,7 @@ class RunnerMachine(JobMachine):
     ) -> None:
         folder = job_path(self.out)
         is_begun = (folder / "job.json").exists()
-        differs = is_begun and read_description(folder).parts != {"seed": self.seed}
+        differs = self.differs()
         is_users = self.out.exists() and self.out.read_bytes() in self.users
         known = self.known_rows() if mode != "restart" or not is_begun else set()
         errors = self.error_rows(folder) & known

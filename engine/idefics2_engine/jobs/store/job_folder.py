@@ -18,6 +18,7 @@ from idefics2_engine.jobs.store.job_outputs import (
     read_outputs,
     recognize_output,
 )
+from idefics2_engine.jobs.store.journal import journal_segments
 from idefics2_engine.model_files import printable_path
 
 # What a process that was killed before the job began may leave, beside standard input
@@ -49,7 +50,8 @@ class JobFolder:
 
     Raises:
         JobInUseError: Another process runs the job.
-        FingerprintError: The fingerprint differs. The message has a table.
+        FingerprintError: The fingerprint differs, and rows were journalled. The message has a
+            table.
         JobError: A file is in the way, or the folder is none of a job.
         OSError: A file cannot be read or written.
     """
@@ -134,6 +136,11 @@ class JobFolder:
         names = set(os.listdir(self.path)) - _BEFORE_BEGIN
         return all(is_staged(name) for name in names)
 
+    def _has_rows(self) -> bool:
+        """Return whether anything was journalled or written by the job."""
+        segments = journal_segments(self.path)
+        return any(path.stat().st_size for _, path in segments) or bool(read_outputs(self.path))
+
     def _own_output(self) -> WrittenOutput | None:
         return recognize_output(self.out, read_outputs(self.path))
 
@@ -170,7 +177,8 @@ class JobFolder:
     def _resume(self) -> None:
         before = read_description(self.path)
         accepted = before.accepted
-        if before.fingerprint != self.job.fingerprint:
+        # Options may change until there is a row that depends on them
+        if before.fingerprint != self.job.fingerprint and self._has_rows():
             if not self._force_resume:
                 table = difference_table(differences(before.parts, self.job.parts))
                 raise FingerprintError(
