@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from idefics2_engine.cli import job_options, job_report, run_options
-from idefics2_engine.cli.job_check import check_input
+from idefics2_engine.cli.job_check import check_input, image_check
 from idefics2_engine.cli.job_engine import EngineChoice
 from idefics2_engine.cli.job_files import FilesBeside
 from idefics2_engine.cli.job_fingerprint import fingerprint_parts
@@ -17,7 +17,6 @@ from idefics2_engine.cli.job_signals import interrupts_handled
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import InputLostError, JobError, reason_of
-from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import JobResult
 from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.job_input import JobInput
@@ -76,9 +75,15 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     begins_again = options.restart or options.retry_errors is not None
     complete = None if begins_again else complete_output(out, job)
     # The rows of a complete job were checked before
-    totals = _checked(job_input, options) if complete is None else JobTotals(complete.rows, None)
-    if totals is None:
-        return 2
+    if complete is not None:
+        totals = JobTotals(complete.rows, None)
+    else:
+        validation, totals = check_input(job_input, image_check(args, job_input.media_root))
+        for line in job_report.validation_lines(validation):
+            print(f"idefics2: {line}", file=sys.stderr)
+        must_stop = validation.num_bad and options.on_bad_row == "stop"
+        if must_stop or validation.num_repeated:
+            return 2
     job = replace(job, options={"rows": totals.rows, "model": model})
     files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
     progress = JobProgress(
@@ -116,15 +121,6 @@ def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> I
     with ExitStack() as stack:
         stack.callback(JobLock(folder).release)
         return with_staged_input(options, folder)
-
-
-def _checked(job_input: JobInput, options: JobOptions) -> JobTotals | None:
-    """Say what is wrong with the input; return what it has, ``None`` if the job must not begin."""
-    validation, totals = check_input(job_input)
-    for line in job_report.validation_lines(validation):
-        print(f"idefics2: {line}", file=sys.stderr)
-    must_stop = validation.num_bad and options.on_bad_row == "stop"
-    return None if must_stop or validation.num_repeated else totals
 
 
 def _tell(result: JobResult, out: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import job_options, options, run_options
@@ -35,14 +36,28 @@ class EngineChoice:
         if args.deterministic:
             self._arguments["ops"] = _row_by_row_ops(args.device)
         count = run_options.num_workers(args)
+        spec = EngineSpec(self._arguments)
+        self._pool: WorkerPool | None = None
         if args.ray is not None:
-            raise ConfigError("--ray is not available in this version")
-        self._pool = None if count == 1 else WorkerPool(EngineSpec(self._arguments), count)
+            self._pool = _ray_workers(spec, count, args.ray)
+        elif count != 1:
+            self._pool = WorkerPool(spec, count)
         self.workers = 1 if self._pool is None else self._pool.num_workers
 
     def __call__(self) -> AbstractContextManager[RowEngine]:
         """Return a context that loads the engine, and that closes it at the end."""
         return self._pool or _loaded(self._args, self._arguments)
+
+
+def _ray_workers(spec: EngineSpec, count: int | None, address: str) -> WorkerPool:
+    if find_spec("idefics2_engine.jobs.ray_workers") is None:
+        raise ConfigError("--ray is not in this version")
+    from idefics2_engine.jobs.ray_workers import RayWorkers  # type: ignore[import-not-found, unused-ignore]
+
+    pool: WorkerPool = RayWorkers(
+        spec, count, address=None if address == run_options.RAY_DEFAULT else address
+    )
+    return pool
 
 
 def _row_by_row_ops(name: str) -> "Ops":

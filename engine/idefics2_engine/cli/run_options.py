@@ -11,6 +11,7 @@ from idefics2_engine.jobs.job_options import JobOptions
 
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _EVERY_CODE = ""
+RAY_DEFAULT = "auto"
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -112,14 +113,16 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="make saved logprobs independent of other rows as well, on a CPU",
     )
     group.add_argument(
-        "--workers", metavar="N", default="1", help="processes that compute, or auto: one a GPU"
+        "--workers",
+        metavar="N",
+        help="processes or actors that compute, or auto: one a GPU (default: 1; auto with --ray)",
     )
     group.add_argument(
         "--ray",
         metavar="ADDRESS",
         nargs="?",
-        const="auto",
-        help="compute on actors of a Ray cluster, by default one that is started here",
+        const=RAY_DEFAULT,
+        help="compute on actors of a Ray cluster (default: that of RAY_ADDRESS, or a new one)",
     )
 
     group = parser.add_argument_group("progress")
@@ -153,11 +156,13 @@ def run_options(args: argparse.Namespace, workers: int) -> JobOptions:
 
 
 def num_workers(args: argparse.Namespace) -> int | None:
-    """Return the number of processes that compute, ``None`` for one a GPU.
+    """Return the number of processes or actors that compute, ``None`` for one a GPU.
 
     Raises:
         ConfigError: It is no number.
     """
+    if args.workers is None:
+        return 1 if args.ray is None else None
     if args.workers == "auto":
         return None
     if not re.fullmatch(r"[1-9][0-9]{0,3}", args.workers):

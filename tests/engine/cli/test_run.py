@@ -17,6 +17,7 @@ from idefics2_engine.cli.main import main
 from idefics2_engine.cli.run_options import size
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.job_row import JobRow, RowError
 from paths import ROOT
 from stand_in_run import StandInEngine
 
@@ -320,3 +321,20 @@ def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix
         assert main([*run_shard, *more]) in (0, 3)
     assert main(["merge", str(outs[1]), str(outs[2]), "-o", str(outs[3])]) == 0
     assert outs[3].read_bytes() == outs[0].read_bytes()
+
+
+def test_images_are_checked_before_the_model_is_loaded(
+    source: Path,
+    engine: StandInEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def image_error(row: JobRow) -> RowError | None:
+        return RowError("image", "media", "is missing") if row.id == "second" else None
+
+    monkeypatch.setattr(job_command, "image_check", lambda *_: image_error)
+    assert command(source, "--on-bad-row", "stop") == 2
+    assert "1 of 3 rows are bad: 1 image" in capsys.readouterr().err
+    assert engine.loads == 0
+    # The engine has the last word about a row that goes on
+    assert command(source) == 0
