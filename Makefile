@@ -21,8 +21,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## answer a question about a sample image
-	$(BIN)/idefics2 generate --image examples/images/shapes.png --prompt "Where is the star?"
+demo: $(INSTALLED)  ## answer twelve questions about sample images, into build/demo
+	rm -rf build/demo
+	mkdir -p build/demo
+	$(BIN)/idefics2 run -i examples/jobs/questions.jsonl --media-root examples/images \
+	  -o build/demo/answers.jsonl --report build/demo/report.html --show 12
 
 test: $(INSTALLED)  ## run the tests, on a GPU if there is one
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"

@@ -24,8 +24,19 @@ def set_cpu_threads(folder: Path, threads: int | None) -> None:
     """
     import torch
 
-    if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        size = sum(path.stat().st_size for path in weight_paths(folder))
-        threads = SMALL_MODEL_THREADS if size < _SMALL_BYTES else None
+    if threads is None and "OMP_NUM_THREADS" not in os.environ and _is_small(folder):
+        threads = SMALL_MODEL_THREADS
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def share_cpu_threads(folder: Path, threads: int) -> None:
+    """Set torch's number of threads for a process whose share of the cores is ``threads``.
+
+    A small model gets one thread, as it does without other processes.
+    """
+    set_cpu_threads(folder, min(threads, SMALL_MODEL_THREADS) if _is_small(folder) else threads)
+
+
+def _is_small(folder: Path) -> bool:
+    return sum(path.stat().st_size for path in weight_paths(folder)) < _SMALL_BYTES

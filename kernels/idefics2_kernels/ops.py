@@ -1,4 +1,4 @@
-"""The table of the model's operations, and its two implementations.
+"""The table of the model's operations, and its implementations.
 
 A model receives an ``Ops`` when it is built and calls every operation through it. There is no
 fallback: an operation that cannot run raises an error. To find the operation that causes a wrong
@@ -6,13 +6,14 @@ logit, replace one at a time:
 ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)``.
 The package ``reference`` defines what each operation computes. The shapes are repeated here.
 
-``REFERENCE`` is for training, ``TRITON`` for inference. Autograd does not record kernels, so the
+``REFERENCE`` is for training, ``TRITON`` for inference. ``ROW_BY_ROW`` is the reference, except that
+no row of a product depends on the others in its last bits, which is slow. Autograd does not record kernels, so the
 gradient would stop at one without an error. Every operation of ``TRITON`` therefore rejects inputs
 that require a gradient, even for shapes that PyTorch's own operations would compute.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from importlib.util import find_spec
 from typing import Any, NoReturn, Protocol
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
-from idefics2_kernels.reference import attention, nf4, operations, sampling
+from idefics2_kernels.reference import attention, nf4, operations, row_by_row, sampling
 
 
 class MissingOperationError(RuntimeError):
@@ -331,4 +332,13 @@ def _make_reference_ops() -> Ops:
 
 
 REFERENCE = _make_reference_ops()
+ROW_BY_ROW = replace(
+    REFERENCE,
+    linear=row_by_row.linear,
+    linear_gelu=row_by_row.linear_gelu,
+    nf4_matmul=row_by_row.nf4_matmul,
+    flash_attention=row_by_row.flash_attention,
+    perceiver_attention=row_by_row.perceiver_attention,
+    paged_attention=row_by_row.paged_attention,
+)
 TRITON = make_triton_ops()

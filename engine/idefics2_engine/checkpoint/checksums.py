@@ -52,14 +52,9 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
         CheckpointError: A file differs or is unreadable, a weight file has no checksum, or a sums
             file is malformed.
     """
-    sums = _sums_files(folder)
     weights = set(weights)
     texts = paths_in(folder, "*.json", "*.jinja", error=CheckpointError)
-    expected = [
-        (file, wanted)
-        for file in sorted(weights.union(texts))
-        for wanted in (*sums.get(file.name, ()), *_cache_sums(file), *_note_sums(file))
-    ]
+    expected = _published(folder, weights.union(texts))
     unknown = sorted(weights - {file for file, _ in expected})
     if unknown:
         raise CheckpointError(
@@ -78,6 +73,25 @@ def verify_files(folder: Path, weights: Iterable[Path]) -> None:
         raise CheckpointError("; ".join(wrong))
     files = len({file for file, _ in expected})
     _logger.info("%s: %d files have their published checksums", printable_path(folder), files)
+
+
+def known_checksums(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Return the published checksums of ``files`` in ``folder`` by name, without comparing them.
+
+    Raises:
+        CheckpointError: A sums file is malformed.
+    """
+    return {file.name: wanted.digest for file, wanted in reversed(_published(folder, files))}
+
+
+def _published(folder: Path, files: Iterable[Path]) -> list[tuple[Path, _Sum]]:
+    """Return the published checksums of ``files``, of which a file may have several."""
+    sums = _sums_files(folder)
+    return [
+        (file, wanted)
+        for file in sorted(files)
+        for wanted in (*sums.get(file.name, ()), *_cache_sums(file), *_note_sums(file))
+    ]
 
 
 def _digest(file: Path, length: int) -> str:

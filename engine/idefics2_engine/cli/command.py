@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate, quantize, streams
+from idefics2_engine.cli import bench, chat, generate, merge, quantize, streams
+from idefics2_engine.cli import run as run_command
 from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import Idefics2Error, ImageWarning
@@ -18,10 +19,11 @@ examples:
   idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
   curl -s https://example.org/a.jpg | idefics2 generate --image - --prompt "What is this?"
   idefics2 chat --model HuggingFaceM4/idefics2-8b
+  idefics2 run -i questions.jsonl -o answers.jsonl
   idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted,
-141 the reader of the output left
+141 the reader of the output left; idefics2 run has others, see idefics2 run --help
 """
 
 
@@ -53,6 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_parser(commands)
     chat.add_parser(commands)
+    run_command.add_parser(commands)
+    merge.add_parser(commands)
     quantize.add_parser(commands)
     bench.add_parser(commands)
     return parser

@@ -1,6 +1,7 @@
 """The options ``-v`` and ``--log-level``, which print the engine's logs on standard error."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,22 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _JsonFormatter(logging.Formatter):
+    """Writes a record as a JSON object on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "event": "log",
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
 @contextmanager
 def log_output(args: argparse.Namespace) -> Iterator[None]:
     """Log to standard error from the level in ``args`` upwards, as long as the context lasts.
@@ -37,7 +54,9 @@ def log_output(args: argparse.Namespace) -> Iterator[None]:
         return
     logger = logging.getLogger(idefics2_engine.__name__)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    as_json = getattr(args, "log_format", "text") == "json"
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JsonFormatter() if as_json else text)
     level_before = logger.level
     logger.addHandler(handler)
     logger.setLevel(args.log_level.upper())

@@ -34,7 +34,7 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
     """
     from idefics2_engine.images.loader import load_image, media_config
 
-    config = media_config(**_media_settings(args))
+    config = media_config(**media_settings(args))
     if name == "-":
         return load_image(streams.input_bytes(config.max_media_bytes, ImageError), config)
     if not name.strip():
@@ -42,7 +42,7 @@ def read_image(name: str, args: argparse.Namespace) -> "Image":
     return load_image(os.path.expanduser(name), config)
 
 
-def _media_settings(args: argparse.Namespace) -> dict[str, Any]:
+def media_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the rules for images that were given, by the names of ``LLM``'s arguments."""
     return {name: value for name in _MEDIA if (value := getattr(args, name)) is not None}
 
@@ -97,6 +97,11 @@ def add_image_option(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an image to ask about, - for standard input; repeat it for several, in order",
     )
+    add_media_options(parser)
+
+
+def add_media_options(parser: argparse.ArgumentParser) -> None:
+    """Add the rules for images."""
     group = parser.add_argument_group("images")
     group.add_argument(
         "--image-policy",
@@ -112,7 +117,7 @@ def add_image_option(parser: argparse.ArgumentParser) -> None:
         dest="allowed_media_hosts",
         metavar="HOST",
         action="append",
-        help="let --image name https:// addresses on HOST; repeatable (default: none)",
+        help="let images be https:// addresses on HOST; repeatable (default: none)",
     )
 
 
@@ -213,22 +218,29 @@ def loaded_llm(args: argparse.Namespace, answers: int = 1) -> "Iterator[LLM]":
 
     set_cpu_threads(model_folder(args.model), args.threads)
     with LLM(
-        args.model,
-        adapter=args.adapter,
-        verify=args.verify,
-        check_finite=args.check_finite,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        quantized_parts=args.quantized_parts,
-        double_quant=args.double_quant,
-        split_images=args.split,
         max_num_seqs=min(answers, _MOST_AT_ONCE),
         # Answers without --seed must differ between runs
         seed=secrets.randbits(63),
-        **_media_settings(args),
+        **model_arguments(args),
     ) as llm:
         yield llm
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``LLM`` that ``args`` give for the model and its images."""
+    return {
+        "model": args.model,
+        "adapter": args.adapter,
+        "verify": args.verify,
+        "check_finite": args.check_finite,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "quantized_parts": args.quantized_parts,
+        "double_quant": args.double_quant,
+        "split_images": args.split,
+        **media_settings(args),
+    }
 
 
 def model_folder(model: Path | str | None) -> Path:

@@ -19,3 +19,20 @@ class FingerprintError(JobError):
     """The job was begun with other options, another model or another version."""
 
     code = "fingerprint"
+
+
+class InputLostError(JobError):
+    """The input cannot be read any further."""
+
+    code = "input_lost"
+
+
+class OutputLostError(JobError):
+    """The journal or the output cannot be written; the job can be resumed."""
+
+    code = "output_lost"
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a call of the operating system failed, without the path."""
+    return error.strerror or type(error).__name__

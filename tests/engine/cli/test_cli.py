@@ -130,7 +130,7 @@ def texts(messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("argv", [[], ["generate"], ["chat"]])
+    @pytest.mark.parametrize("argv", [[], ["generate"], ["chat"], ["run"]])
     def test_help_imports_only_the_standard_library(self, argv: list[str]) -> None:
         # Modules that a bare interpreter has loaded already are not counted. Only this package and
         # the standard library may be new.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
+from idefics2_engine.jobs.readers.staged_input import is_staged
 from idefics2_engine.jobs.store.file_operations import FileOperations, move_aside, replace_file
 from idefics2_engine.jobs.store.fingerprint import difference_table, differences
 from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs
@@ -17,9 +18,10 @@ from idefics2_engine.jobs.store.job_outputs import (
     read_outputs,
     recognize_output,
 )
+from idefics2_engine.jobs.store.journal import journal_segments
 from idefics2_engine.model_files import printable_path
 
-# What a process that was killed before the job began may leave
+# What a process that was killed before the job began may leave, beside standard input
 _BEFORE_BEGIN = {LOCK, f"{JOB_JSON}.tmp"}
 
 
@@ -48,7 +50,8 @@ class JobFolder:
 
     Raises:
         JobInUseError: Another process runs the job.
-        FingerprintError: The fingerprint differs. The message has a table.
+        FingerprintError: The fingerprint differs, and rows were journalled. The message has a
+            table.
         JobError: A file is in the way, or the folder is none of a job.
         OSError: A file cannot be read or written.
     """
@@ -130,7 +133,13 @@ class JobFolder:
 
     def _is_new(self) -> bool:
         """Return whether no job was begun in the folder."""
-        return set(os.listdir(self.path)) <= _BEFORE_BEGIN
+        names = set(os.listdir(self.path)) - _BEFORE_BEGIN
+        return all(is_staged(name) for name in names)
+
+    def _has_rows(self) -> bool:
+        """Return whether anything was journalled or written by the job."""
+        segments = journal_segments(self.path)
+        return any(path.stat().st_size for _, path in segments) or bool(read_outputs(self.path))
 
     def _own_output(self) -> WrittenOutput | None:
         return recognize_output(self.out, read_outputs(self.path))
@@ -168,7 +177,8 @@ class JobFolder:
     def _resume(self) -> None:
         before = read_description(self.path)
         accepted = before.accepted
-        if before.fingerprint != self.job.fingerprint:
+        # Options may change until there is a row that depends on them
+        if before.fingerprint != self.job.fingerprint and self._has_rows():
             if not self._force_resume:
                 table = difference_table(differences(before.parts, self.job.parts))
                 raise FingerprintError(

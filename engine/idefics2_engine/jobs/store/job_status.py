@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.store.job_description import JobDescription, read_description
 from idefics2_engine.jobs.store.job_folder import job_path
@@ -45,3 +46,19 @@ def read_status(out: Path) -> JobStatus:
     own = recognize_output(out, outputs)
     finished = own if outputs and own == outputs[-1] else None
     return JobStatus(job, read_holder(folder), index.num_rows, damaged, finished)
+
+
+def complete_output(out: Path, job: JobDescription) -> WrittenOutput | None:
+    """Return the complete output at ``out`` if it is of exactly this job, without locking.
+
+    An input without local files may have changed, so its job is never known to be complete.
+    """
+    folder = job_path(out)
+    try:
+        before = read_description(folder)
+        outputs = read_outputs(folder)
+    except JobError:
+        return None
+    is_same = before.fingerprint == job.fingerprint and before.inputs == job.inputs
+    own = recognize_output(out, outputs) if job.inputs and is_same else None
+    return own if outputs and own == outputs[-1] else None

@@ -52,6 +52,19 @@ class JournalIndex:
             found = self._before[found - 1]
         return None if found == _NONE else found - 1
 
+    def records(self, row: int) -> list[int]:
+        """Return the numbers of all records of ``row``, the newest first."""
+        found = self._last_of_row[row] if row < len(self._last_of_row) else _NONE
+        numbers = []
+        while found != _NONE:
+            numbers.append(found - 1)
+            found = self._before[found - 1]
+        return numbers
+
+    def half_key(self, record: int) -> bytes:
+        """Return the first half of the key of the record of this number."""
+        return bytes(self._keys[record * _KEY_BYTES : (record + 1) * _KEY_BYTES])
+
     def place(self, record: int) -> tuple[int, int, int]:
         """Return segment, offset and length in bytes of the record of this number."""
         segment, offset = divmod(self._places[record], 1 << SEGMENT_BITS)

@@ -1,0 +1,139 @@
+"""What ``idefics2 run`` does once its options are parsed."""
+
+import argparse
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from idefics2_engine.cli import job_options, job_report, run_options
+from idefics2_engine.cli.job_check import check_input, image_check
+from idefics2_engine.cli.job_engine import EngineChoice
+from idefics2_engine.cli.job_files import FilesBeside
+from idefics2_engine.cli.job_fingerprint import fingerprint_parts
+from idefics2_engine.cli.job_format import format_of
+from idefics2_engine.cli.job_progress import JobProgress, JobTotals
+from idefics2_engine.cli.job_signals import interrupts_handled
+from idefics2_engine.cli.streams import OutputLostError
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.job_errors import InputLostError, JobError, reason_of
+from idefics2_engine.jobs.job_result import JobResult
+from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.job_input import JobInput
+from idefics2_engine.jobs.readers.staged_input import STDIN, with_staged_input
+from idefics2_engine.jobs.row_encoding import OutputEncoding
+from idefics2_engine.jobs.runner import JobRunner
+from idefics2_engine.jobs.store.input_files import identify_inputs
+from idefics2_engine.jobs.store.job_description import JobDescription
+from idefics2_engine.jobs.store.job_folder import job_path
+from idefics2_engine.jobs.store.job_lock import JobLock
+from idefics2_engine.jobs.store.job_status import complete_output, read_status
+from idefics2_engine.jobs.workers.worker_pool import WorkerPoolError
+from idefics2_engine.jobs.writers.formats import saved_fields
+
+_INTERRUPTED = 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the job or print its status, and return the exit code.
+
+    Raises:
+        Idefics2Error: An option or the input is invalid, or the job cannot be begun or resumed.
+    """
+    as_json = args.log_format == "json"
+    if args.status is not None:
+        out = Path(args.status)
+        _say(job_report.status_lines(read_status(out), out, as_json=as_json))
+        return 0
+    if not args.inputs or not args.output:
+        raise ConfigError("a job must have an input and an output: -i IN -o OUT")
+    out = Path(args.output)
+    try:
+        return _run(args, out)
+    except KeyboardInterrupt:
+        print("idefics2: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except WorkerPoolError as error:
+        print(f"idefics2: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        raise InputLostError(f"the input cannot be read: {reason_of(error)}") from error
+
+
+def _run(args: argparse.Namespace, out: Path) -> int:
+    given = _with_stdin(job_options.input_options(args), out, args)
+    params = job_options.job_sampling(args)
+    job_input = JobInput(given, params)
+    save = saved_fields(args.save, args.output_format, given.keep)
+    engine = EngineChoice(args, job_input)
+    options = run_options.run_options(args, engine.workers)
+    parts = fingerprint_parts(args, job_input, params, save)
+    files = identify_inputs(path.absolute() for path in job_input.files)
+    model = "demo" if args.model is None else str(args.model)
+    job = JobDescription(parts, files, {"model": model})
+    encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
+    begins_again = options.restart or options.retry_errors is not None
+    complete = None if begins_again else complete_output(out, job)
+    # The rows of a complete job were checked before
+    if complete is not None:
+        totals = JobTotals(complete.rows, None)
+    else:
+        validation, totals = check_input(job_input, image_check(args, job_input.media_root))
+        for line in job_report.validation_lines(validation):
+            print(f"idefics2: {line}", file=sys.stderr)
+        must_stop = validation.num_bad and options.on_bad_row == "stop"
+        if must_stop or validation.num_repeated:
+            return 2
+    job = replace(job, options={"rows": totals.rows, "model": model})
+    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
+    progress = JobProgress(
+        totals, interval=args.progress_interval, as_json=args.log_format == "json"
+    )
+    runner = JobRunner(
+        out,
+        job_input,
+        engine,
+        encoding,
+        job,
+        options,
+        observers=[progress, *files_beside.observers],
+        on_complete=files_beside.write,
+    )
+    with interrupts_handled(runner.interrupt):
+        result = runner.run()
+    if table := files_beside.table():
+        _say([*table, ""])
+    _tell(replace(result, moved=(*result.moved, *files_beside.moved)), out)
+    return result.exit_code
+
+
+def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> InputOptions:
+    """Return the options with standard input as a file of the job's folder."""
+    if STDIN not in options.inputs:
+        return options
+    if args.restart:
+        raise ConfigError("--restart must come with a file as input, got standard input")
+    folder = job_path(out)
+    if not folder.parent.is_dir():
+        raise JobError(f"{out}: must be in an existing folder")
+    folder.mkdir(exist_ok=True)
+    # Another runner must not read the file meanwhile
+    with ExitStack() as stack:
+        stack.callback(JobLock(folder).release)
+        return with_staged_input(options, folder)
+
+
+def _tell(result: JobResult, out: Path) -> None:
+    """Say how the run ended: on standard error if it is not complete."""
+    lines = job_report.result_lines(result, out)
+    if result.message:
+        for line in lines:
+            print(f"idefics2: {line}", file=sys.stderr)
+    else:
+        _say(lines)
+
+
+def _say(lines: list[str]) -> None:
+    """Print lines to standard output. A closed one is no error, because the output is a file."""
+    with suppress(OutputLostError):
+        print("\n".join(lines), flush=True)

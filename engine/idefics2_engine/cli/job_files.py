@@ -1,0 +1,168 @@
+"""The files beside a job's output: statistics of rows, summary, manifest and page."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from idefics2_engine.cli import options
+from idefics2_engine.cli.answer_table import answer_table
+from idefics2_engine.cli.job_fingerprint import device_name
+from idefics2_engine.images.loader import media_config
+from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
+from idefics2_engine.jobs.job_result import JobResult, RowCounts
+from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
+from idefics2_engine.jobs.store.job_folder import job_path
+from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
+from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
+from idefics2_engine.jobs.writers.row_output import SaveOptions
+from idefics2_engine.jobs.writers.stats_file import StatsFile
+from idefics2_engine.jobs.writers.summary import RunFigures, summary_of, write_summary
+
+
+class RowStatistics(JobObserver):
+    """Writes ``OUT.stats.jsonl``.
+
+    Args:
+        out: The output.
+        restart: Whether the job begins although its folder is there.
+    """
+
+    def __init__(self, out: Path, *, restart: bool) -> None:
+        self._out = out
+        self._is_new = restart or not (job_path(out) / JOB_JSON).exists()
+        self._file: StatsFile | None = None
+
+    def begin(self, counts: RowCounts) -> None:
+        """Open the file."""
+        self._file = StatsFile(self._out, is_new=self._is_new)
+
+    def finish_row(self, finished: FinishedRow) -> None:
+        """Add the line of a row that was computed."""
+        assert self._file is not None
+        if finished.answer is not None:
+            worker = getattr(finished.answer.metrics, "worker", None)
+            self._file.add(finished.row, finished.answer, attempts=finished.attempts, worker=worker)
+
+    def tick(self) -> None:
+        """Write the lines so far."""
+        assert self._file is not None
+        self._file.flush()
+
+    def end(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class FirstRows(JobObserver):
+    """Keeps the first ``number`` rows, to show them."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._rows: dict[int, tuple[JobRow, Mapping[str, Any]]] = {}
+
+    def finish_row(self, finished: FinishedRow) -> None:
+        """Keep a row if it is one of the first."""
+        if finished.row.index < self._number:
+            self._rows[finished.row.index] = finished.row, finished.out
+
+    def in_order(self) -> list[tuple[JobRow, Mapping[str, Any]]]:
+        """Return the rows in the order of the input."""
+        return [self._rows[index] for index in sorted(self._rows)]
+
+
+class FilesBeside:
+    """Writes summary, manifest and page when the output is complete.
+
+    Args:
+        args: The command line.
+        out: The output.
+        media_root: Folder of the images.
+        save: What the output has besides text.
+        workers: Processes that compute.
+
+    Attributes:
+        observers: Must be told what happens.
+        moved: Files of other jobs that were moved aside, under their new names.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        out: Path,
+        media_root: Path,
+        save: SaveOptions,
+        workers: int,
+    ) -> None:
+        self._args = args
+        self._out = out
+        self._media_root = media_root
+        self._save = save
+        self._workers = workers
+        self._first_rows = FirstRows(max(args.show, REPORT_ROWS if args.report else 0))
+        self.observers: Sequence[JobObserver] = [
+            *([RowStatistics(out, restart=args.restart)] if args.stats else []),
+            self._first_rows,
+        ]
+        self.moved: list[Path] = []
+
+    def table(self) -> list[str]:
+        """Return the lines of the table that was asked for, none without ``--show``."""
+        rows = self._first_rows.in_order()[: self._args.show]
+        return answer_table(rows) if rows else []
+
+    def write(self, result: JobResult, job: JobDescription) -> None:
+        """Write the files; raise ``OSError`` if one cannot be written."""
+        assert result.output is not None
+        device = device_name(self._args)
+        summary = summary_of(result.counts, result.run, self._figures(result, device))
+        manifest = manifest_of(
+            job,
+            result.output,
+            device={"name": device, "cores": os.cpu_count()},
+            command=sys.argv,
+        )
+        moved = [
+            write_summary(self._out, job.fingerprint, summary),
+            write_manifest(self._out, job.fingerprint, manifest),
+        ]
+        if self._args.report:
+            moved.append(self._write_page(summary, job, device))
+        self.moved = [path for path in moved if path is not None]
+
+    def _figures(self, result: JobResult, device: str) -> RunFigures:
+        waits = result.waits
+        return RunFigures(
+            seconds=result.seconds,
+            load_seconds=result.load_seconds,
+            attempts=result.run.computed + result.run.repeated,
+            workers=self._workers,
+            patches=result.run.patches,
+            waits={
+                "reader_for_window": waits.window_seconds,
+                "engine_for_rows": waits.idle_seconds,
+                "writer_for_answers": waits.answer_seconds,
+            },
+            advice=waits.advice(),
+            # Logits move in their last bits with the rows of a product
+            bitwise=device == "cpu" and (self._args.deterministic or not self._save.logprobs),
+        )
+
+    def _write_page(
+        self, summary: Mapping[str, Any], job: JobDescription, device: str
+    ) -> Path | None:
+        rules = options.media_settings(self._args) | {"allowed_media_root": self._media_root}
+        model = "the demo checkpoint" if self._args.model is None else str(self._args.model)
+        return write_report(
+            Path(self._args.report),
+            self._first_rows.in_order(),
+            summary,
+            media_config(**rules),
+            title=self._out.name,
+            subtitle=f"{model} on {device}",
+            fingerprint=job.fingerprint,
+        )

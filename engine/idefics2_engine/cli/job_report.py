@@ -1,0 +1,94 @@
+"""What ``idefics2 run`` says before and after a job, and about the job of another process."""
+
+import json
+import os
+from pathlib import Path
+
+from idefics2_engine.jobs.job_result import Ending, JobResult
+from idefics2_engine.jobs.readers.validation import Validation
+from idefics2_engine.jobs.store.job_status import JobStatus
+from idefics2_engine.model_files import printable_path
+
+_RESUME = "the same command continues the job"
+
+
+def validation_lines(validation: Validation) -> list[str]:
+    """Return what is wrong with the input, one line each."""
+    lines = []
+    if validation.num_bad:
+        codes = ", ".join(f"{count} {code}" for code, count in validation.counts.items())
+        lines.append(f"{validation.num_bad} of {validation.num_rows} rows are bad: {codes}")
+        for row in validation.bad_rows:
+            assert row.error is not None
+            lines.append(f"  {row.place}: {row.error.code}: {row.error.message}")
+        if validation.num_bad > len(validation.bad_rows):
+            lines.append(f"  and {validation.num_bad - len(validation.bad_rows)} more")
+    if validation.num_repeated:
+        lines.append(f"{validation.num_repeated} rows have the id of an earlier row:")
+        lines += [f"  {one.id!r}: {one.first} and {one.second}" for one in validation.repeated]
+        if validation.num_repeated > len(validation.repeated):
+            lines.append(f"  and {validation.num_repeated - len(validation.repeated)} more")
+    lines += [f"column {name!r} of --keep is empty" for name in validation.empty_columns]
+    return lines
+
+
+def result_lines(result: JobResult, out: Path) -> list[str]:
+    """Return how a run ended, in sentences, one line each."""
+    if result.ending is Ending.COMPLETE_BEFORE:
+        return [f"{printable_path(out)} is complete: {result.counts.rows} rows"]
+    counts, run = result.counts, result.run
+    codes = ", ".join(f"{count} {code}" for code, count in sorted(counts.errors.items()))
+    lines = [f"moved aside: {printable_path(path)}" for path in result.moved]
+    if result.recovered.damaged:
+        lines.append(f"{result.recovered.damaged} damaged lines of the journal were skipped")
+    errors = f"{counts.num_errors} errors" + (f" ({codes})" if codes else "")
+    if result.ending is Ending.COMPLETE:
+        lines.append(f"{printable_path(out)} is complete: {counts.rows} rows, {errors}")
+    else:
+        lines.append(f"the job ended: {result.message}")
+        lines.append(f"{counts.rows} rows are finished, {errors}; {_RESUME}")
+    lines.append(
+        f"{result.from_journal} rows were in the journal, {run.rows} were finished in "
+        f"{result.seconds:.1f} s: {run.images} images, {run.prompt_tokens} prompt tokens, "
+        f"{run.completion_tokens} new tokens"
+    )
+    if run.computed:
+        lines.append(result.waits.sentence())
+    if (advice := result.waits.advice()) is not None:
+        lines.append(advice)
+    return lines
+
+
+def status_lines(status: JobStatus, out: Path, *, as_json: bool) -> list[str]:
+    """Return the progress of a job that runs or has ended."""
+    total = status.job.options.get("rows")
+    if as_json:
+        holder = None if status.holder is None else status.holder._asdict()
+        return [
+            json.dumps(
+                {
+                    "event": "status",
+                    "output": os.fspath(out),
+                    "rows": status.rows,
+                    "of": total,
+                    "complete": status.finished is not None,
+                    "damaged": status.damaged,
+                    "running": holder,
+                }
+            )
+        ]
+    of = "" if total is None else f" of {total}"
+    if status.finished is not None:
+        state = f"complete with {status.finished.rows} rows"
+    elif status.holder is not None:
+        state = f"running as process {status.holder.pid} on {status.holder.host}"
+    else:
+        state = "stopped"
+    lines = [
+        f"{printable_path(out)}: {status.rows}{of} rows are in the journal, the job is {state}"
+    ]
+    if status.damaged:
+        lines.append(
+            f"{status.damaged} lines of the journal are damaged and will be computed again"
+        )
+    return lines

@@ -1,0 +1,186 @@
+"""The options of ``idefics2 run`` alone: output, resuming, limits, and who computes."""
+
+import argparse
+import re
+from dataclasses import fields
+from typing import Any
+
+from idefics2_engine.cli import job_options, options
+from idefics2_engine.errors import ConfigError, short_repr
+from idefics2_engine.jobs.job_options import JobOptions
+
+_SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_EVERY_CODE = ""
+RAY_DEFAULT = "auto"
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that ``run_options`` reads, and those of ``idefics2 run`` itself."""
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--output", metavar="OUT", help="the output, beside its job folder")
+    group.add_argument(
+        "--output-format",
+        choices=("auto", "openai"),
+        default="auto",
+        help="openai writes result lines of OpenAI's batch interface (default: by the name)",
+    )
+    group.add_argument(
+        "--save",
+        metavar="FIELD,…",
+        default="",
+        help="token_ids, logprobs, prompt, image_info: fields beside the text",
+    )
+    group.add_argument(
+        "--stats", action="store_true", help="write a line of times for each row beside OUT"
+    )
+    group.add_argument("--report", metavar="FILE", help="write a page with images and answers")
+    group.add_argument(
+        "--show",
+        metavar="N",
+        type=options.positive,
+        default=0,
+        help="print the first N questions and answers at the end",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="move a file at OUT aside that no job made"
+    )
+
+    group = parser.add_argument_group("job")
+    begin = group.add_mutually_exclusive_group()
+    begin.add_argument(
+        "--restart", action="store_true", help="move the old job aside and begin again"
+    )
+    begin.add_argument(
+        "--force-resume", action="store_true", help="resume although model or options differ"
+    )
+    group.add_argument(
+        "--retries",
+        metavar="N",
+        type=int,
+        default=1,
+        help="compute a row again after request_failed, worker_lost or media_fetch (default: 1)",
+    )
+    group.add_argument(
+        "--retry-errors",
+        metavar="CODE,…",
+        nargs="?",
+        const=_EVERY_CODE,
+        type=job_options.names,
+        help="compute error rows of an earlier run again; all, or those with these codes",
+    )
+    group.add_argument(
+        "--max-errors",
+        metavar="N|P%",
+        default="100%",
+        help="stop when more rows are errors, once there are 200 rows (default: never)",
+    )
+    group.add_argument(
+        "--on-bad-row",
+        choices=("error-row", "stop"),
+        default="error-row",
+        help="write an error row for a row that cannot be read (the default), or stop before the "
+        "model is loaded",
+    )
+    group.add_argument(
+        "--in-flight",
+        metavar="N",
+        type=int,
+        help="rows that the engine has at once (default: twice --max-num-seqs, for each worker)",
+    )
+    group.add_argument(
+        "--window",
+        metavar="N",
+        type=int,
+        help="rows that are read ahead of the oldest unfinished one (default: 16 x --in-flight)",
+    )
+    group.add_argument(
+        "--max-prepared-bytes",
+        metavar="SIZE",
+        type=size,
+        default=2 << 30,
+        help="most memory of prepared images, such as 500MB or 2GiB (default: 2GiB)",
+    )
+    group.add_argument(
+        "--drain-timeout",
+        metavar="S",
+        type=float,
+        default=30.0,
+        help="seconds that rows in flight get after the first Ctrl-C (default: 30)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="make saved logprobs independent of other rows as well, on a CPU",
+    )
+    group.add_argument(
+        "--workers",
+        metavar="N",
+        help="processes or actors that compute, or auto: one a GPU (default: 1; auto with --ray)",
+    )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const=RAY_DEFAULT,
+        help="compute on actors of a Ray cluster (default: that of RAY_ADDRESS, or a new one)",
+    )
+
+    group = parser.add_argument_group("progress")
+    group.add_argument(
+        "--status", metavar="OUT", help="print how far the job that writes OUT is, and do nothing"
+    )
+    group.add_argument(
+        "--progress-interval",
+        metavar="S",
+        type=float,
+        default=5.0,
+        help="seconds between lines of progress where there is no terminal (default: 5)",
+    )
+    group.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="form of logs and of lines of progress (default: %(default)s)",
+    )
+
+
+def run_options(args: argparse.Namespace, workers: int) -> JobOptions:
+    """Return the options of the run; raise ``ConfigError`` if one is invalid."""
+    values: dict[str, Any] = {
+        field.name: getattr(args, field.name)
+        for field in fields(JobOptions)
+        if hasattr(args, field.name)
+    }
+    values["in_flight"] = job_options.in_flight(args) * (1 if args.in_flight else workers)
+    return JobOptions(**values)
+
+
+def num_workers(args: argparse.Namespace) -> int | None:
+    """Return the number of processes or actors that compute, ``None`` for one a GPU.
+
+    Raises:
+        ConfigError: It is no number.
+    """
+    if args.workers is None:
+        return 1 if args.ray is None else None
+    if args.workers == "auto":
+        return None
+    if not re.fullmatch(r"[1-9][0-9]{0,3}", args.workers):
+        raise ConfigError(
+            f"--workers must be auto or a number from 1 to 9999, got {short_repr(args.workers)}"
+        )
+    return int(args.workers)
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes such as ``500MB`` or ``2GiB``.
+
+    Raises:
+        argparse.ArgumentTypeError: The text is not such a number.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"expected bytes such as 500MB or 2GiB, got {text!r}")
+    step = 1024 if "i" in text.lower() else 1000
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(found[1]) * int(step**power)

@@ -1,0 +1,323 @@
+"""The flow of rows through a run: from the input to the engine, and from it to the row store."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from idefics2_engine.jobs.job_errors import OutputLostError
+from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
+from idefics2_engine.jobs.job_options import RETRIED_CODES, JobOptions
+from idefics2_engine.jobs.job_result import Ending, RowCounts, RunCounts
+from idefics2_engine.jobs.job_row import JobRow, RowError
+from idefics2_engine.jobs.job_rows import RowEncoding
+from idefics2_engine.jobs.row_engine import Answers, RowEngine
+from idefics2_engine.jobs.row_feed import RowFeed, RowRead
+from idefics2_engine.jobs.row_store import RowStore, lost_output
+from idefics2_engine.outputs import RequestOutput
+
+_logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+_UNWRITABLE = RowError("internal", "engine", "the answer cannot be written as JSON")
+
+
+class _Ended(NamedTuple):
+    """The engine has no more answers, because of ``error`` if there is one."""
+
+    error: BaseException | None
+
+
+class _Interrupted(NamedTuple):
+    """Somebody asked to end the run."""
+
+
+class JobFlow:
+    """Moves rows on the thread that runs the job, which owns the counts and the store.
+
+    The engine reads rows on a thread of its own, and another one waits for its answers. Both send
+    events to this one.
+
+    Args:
+        store: Where finished rows go.
+        encoding: Makes rows of the output.
+        options: Options of the run.
+        observers: Are told what happens.
+        clock: Seconds that only grow.
+
+    Attributes:
+        counts: Counts of all finished rows.
+        run: Counts of those that this run finished.
+        ending: Why the run ends before all rows are finished. ``None`` if it does not.
+        message: The same, for the operator.
+        feed: The rows that the engine reads, once it is there.
+        answer_seconds: Time in which this thread waited for events.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        encoding: RowEncoding,
+        options: JobOptions,
+        observers: Sequence[JobObserver] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counts = RowCounts()
+        self.run = RunCounts()
+        self.ending: Ending | None = None
+        self.message = ""
+        self.feed: RowFeed | None = None
+        self.answer_seconds = 0.0
+        self._store = store
+        self._encoding = encoding
+        self._options = options
+        self._observers = observers
+        self._clock = clock
+        self._events: SimpleQueue[RowRead | RequestOutput | _Ended | _Interrupted] = SimpleQueue()
+        self._interrupts = 0
+        self._answers: Answers | None = None
+        self._deadline: float | None = None
+        # The rows that the engine has, by id, and how often it was asked again for some of them
+        self._in_flight: dict[str | int, JobRow] = {}
+        self._repeats: dict[int, int] = {}
+        # Finished rows that could not be journalled
+        self._held: list[tuple[JobRow, bytes]] = []
+
+    def interrupt(self) -> None:
+        """End softly, at once if called again. Any thread and signal handler may call this."""
+        self._interrupts += 1
+        self._events.put(_Interrupted())
+
+    def settle(self, rows: Iterator[JobRow]) -> JobRow | None:
+        """Finish rows that need no engine; return the first one that needs it, or ``None``.
+
+        The run may have to end instead.
+        """
+        for row in rows:
+            record = self._store.find(row)
+            if self._interrupts:
+                self.end(Ending.INTERRUPTED, "interrupted")
+            if self.ending is not None:
+                return None
+            if not self._finish_known(row, record):
+                return row
+        return None
+
+    def answer(self, engine: RowEngine, rows: Iterator[JobRow], first: JobRow) -> None:
+        """Finish ``first`` and the rows behind it with the engine, unless the run has to end.
+
+        Raises:
+            InputLostError: The input cannot be read. All rows before are finished.
+            Exception: The engine raised it.
+        """
+        self.feed = RowFeed(
+            chain([first], rows),
+            begin=first.index,
+            window=self._options.window_rows,
+            in_flight=self._options.in_flight,
+            find=self._store.find,
+            on_read=self._events.put,
+        )
+        self._answers = engine.iterate(
+            self.feed,
+            in_flight=self._options.in_flight,
+            max_prepared_bytes=self._options.max_prepared_bytes,
+        )
+        for observer in self._observers:
+            observer.load(engine)
+        # The engine may be in the middle of a step when the run ends
+        threading.Thread(
+            target=_pump, args=(self._answers, self._events), name="idefics2-answers", daemon=True
+        ).start()
+        try:
+            self._take_events()
+        finally:
+            # The reading thread must not wait for commands forever
+            self.feed.drain()
+        self._journal_held()
+        is_short = not self.feed.has_ended or self._store.next_row < self.feed.num_read
+        if self.ending is None and is_short:
+            raise RuntimeError(
+                f"the engine must answer the {self.feed.num_read} rows that were read and all "
+                f"others, got {self._store.next_row} in order"
+            )
+
+    def _take_events(self) -> None:
+        """Take events until the engine has no more answers or the time for them is over."""
+        while (event := self._next_event()) is not None:
+            if isinstance(event, RowRead):
+                self._take_row(event)
+            elif isinstance(event, RequestOutput):
+                self._take_answer(event)
+            elif isinstance(event, _Interrupted):
+                self.end(Ending.INTERRUPTED, "interrupted")
+                if self._interrupts > 1:
+                    break
+            else:
+                if event.error is not None:
+                    raise event.error
+                break
+
+    def _next_event(self) -> RowRead | RequestOutput | _Ended | _Interrupted | None:
+        """Wait for an event; return ``None`` if the time for it is over."""
+        begin = time.perf_counter()
+        while True:
+            seconds = TICK_SECONDS
+            if self._deadline is not None:
+                seconds = min(seconds, self._deadline - self._clock())
+                if seconds <= 0:
+                    return None
+            try:
+                event = self._events.get(timeout=seconds)
+            except Empty:
+                self._tick()
+                continue
+            self.answer_seconds += time.perf_counter() - begin
+            return event
+
+    def _tick(self) -> None:
+        try:
+            self._store.tick()
+            with lost_output(self._store.path):
+                for observer in self._observers:
+                    observer.tick()
+        except OutputLostError as lost:
+            self.end(Ending.OUTPUT_LOST, str(lost))
+
+    def _take_row(self, read: RowRead) -> None:
+        """Finish a row that was read, unless the engine gets it."""
+        if self._finish_known(read.row, read.record):
+            return
+        self.run.computed += 1
+        self._in_flight[read.row.id] = read.row
+        if read.record is not None:
+            assert self.feed is not None
+            self.feed.repeat(read.row)
+
+    def _finish_known(self, row: JobRow, record: int | None) -> bool:
+        """Finish a row that the journal has or that is bad; return whether it is one."""
+        if record is None and row.error is None:
+            return False
+        if record is None:
+            assert row.error is not None
+            self._finish(row, self._encoding.error(row, row.error))
+            return True
+        try:
+            out = self._store.read(row, record)
+        except OutputLostError as lost:
+            self.end(Ending.OUTPUT_LOST, str(lost))
+            return True
+        error = json.loads(out)["error"]
+        if row.error is None and error is not None and self._options.is_retried(error["code"]):
+            return False
+        self._finish(row, out, record)
+        return True
+
+    def _take_answer(self, output: RequestOutput) -> None:
+        assert output.key is not None
+        assert self.feed is not None
+        row = self._in_flight.pop(output.key)
+        if output.error is None:
+            try:
+                out = self._encoding.answer(row, output)
+            except Exception:
+                _logger.exception("%s: the answer cannot be written as JSON", row.place)
+                out = self._encoding.error(row, _UNWRITABLE)
+        else:
+            error = self._encoding.error_of(output.error)
+            if (
+                error.code in RETRIED_CODES
+                and self._repeats.get(row.index, 0) < self._options.retries
+            ):
+                # If the run ends, the next one computes the row
+                self._repeats[row.index] = self._repeats.get(row.index, 0) + 1
+                self.run.repeated += 1
+                self._in_flight[row.id] = row
+                self.feed.finish()
+                self.feed.repeat(row)
+                return
+            out = self._encoding.error(row, error)
+        self._finish(row, out, answer=output)
+
+    def _finish(
+        self,
+        row: JobRow,
+        out: bytes,
+        record: int | None = None,
+        answer: RequestOutput | None = None,
+    ) -> None:
+        """Journal a row, unless it is in a record, and write it."""
+        try:
+            if record is None:
+                self._store.add(row, out)
+            else:
+                self._store.add_record(row, record, out)
+        except OutputLostError as lost:
+            self.end(Ending.OUTPUT_LOST, str(lost))
+            if self._store.find(row) is None:
+                self._held.append((row, out))
+                return
+        data = json.loads(out)
+        self._count(data, is_new=record is None)
+        if answer is not None:
+            self.run.patches += answer.num_patches
+        attempts = 0 if answer is None else self._repeats.pop(row.index, 0) + 1
+        try:
+            with lost_output(self._store.path):
+                for observer in self._observers:
+                    observer.finish_row(FinishedRow(row, data, answer, attempts))
+        except OutputLostError as lost:
+            self.end(Ending.OUTPUT_LOST, str(lost))
+        if self.feed is not None:
+            if answer is not None:
+                self.feed.finish()
+            self.feed.advance(self._store.next_row)
+        limit, errors = self._options.max_errors, self.counts.num_errors
+        if limit.is_exceeded(errors, self.counts.rows):
+            self.end(
+                Ending.TOO_MANY_ERRORS,
+                f"{errors} of {self.counts.rows} rows are errors, at most {limit} are allowed "
+                "(--max-errors)",
+            )
+
+    def _count(self, out: dict[str, Any], *, is_new: bool) -> None:
+        self.counts.add(out)
+        if is_new:
+            self.run.add(out)
+
+    def end(self, ending: Ending, message: str) -> None:
+        """Read no more rows, and wait for those in flight until the time for it is over."""
+        if self.ending is not None:
+            return
+        self.ending, self.message = ending, message
+        self._deadline = self._clock() + self._options.drain_timeout
+        if self.feed is not None:
+            self.feed.drain()
+        if self._answers is not None:
+            self._answers.drain()
+
+    def _journal_held(self) -> None:
+        """Try again to journal rows, for which there may be room by now."""
+        held, self._held = self._held, []
+        try:
+            for row, out in held:
+                self._store.add(row, out)
+                self._count(json.loads(out), is_new=True)
+        except OutputLostError:
+            # The next run computes the others
+            pass
+
+
+def _pump(answers: Answers, events: "SimpleQueue[object]") -> None:
+    """Send answers and their end to ``events``."""
+    error: BaseException | None = None
+    try:
+        for output in answers:
+            events.put(output)
+    except BaseException as raised:
+        error = raised
+    events.put(_Ended(error))

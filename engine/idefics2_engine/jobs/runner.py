@@ -1,0 +1,193 @@
+"""A run of a job, which begins or resumes it and ends with one row of output for each input row."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from idefics2_engine.jobs.job_errors import InputLostError, OutputLostError, reason_of
+from idefics2_engine.jobs.job_flow import JobFlow
+from idefics2_engine.jobs.job_observer import JobObserver
+from idefics2_engine.jobs.job_options import JobOptions
+from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts, RunCounts
+from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
+from idefics2_engine.jobs.row_engine import RowEngine
+from idefics2_engine.jobs.row_store import RowStore, output_lost
+from idefics2_engine.jobs.stage_waits import StageWaits, StageWatch
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.input_files import check_apart
+from idefics2_engine.jobs.store.job_description import JobDescription
+from idefics2_engine.jobs.store.job_folder import JobFolder
+from idefics2_engine.jobs.store.journal import Recovery
+from idefics2_engine.runtime.stats import EngineStats
+
+EngineFactory = Callable[[], AbstractContextManager[RowEngine]]
+"""Loads an engine. The end of its context ends iterators that another thread waits for."""
+
+
+class JobRunner:
+    """Runs one job. Rows that its journal has are not computed again.
+
+    Args:
+        out: The output.
+        rows: The input.
+        make_engine: Loads the engine, once a row has to be computed.
+        encoding: Makes rows of the output.
+        job: What the job is, with its fingerprint.
+        options: How to run it.
+        observers: Are told what happens.
+        on_complete: Called with the result and the job when the output has its name, before the
+            job's lock is released. An ``OSError`` ends the run as one of the output does.
+        files: Calls of the operating system.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        rows: JobRows,
+        make_engine: EngineFactory,
+        encoding: RowEncoding,
+        job: JobDescription,
+        options: JobOptions | None = None,
+        *,
+        observers: Sequence[JobObserver] = (),
+        on_complete: Callable[[JobResult, JobDescription], None] | None = None,
+        files: FileOperations | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._out = out
+        self._rows = rows
+        self._make_engine = make_engine
+        self._encoding = encoding
+        self._job = job
+        self._options = options or JobOptions()
+        self._observers = observers
+        self._on_complete = on_complete
+        self._files = files
+        self._clock = clock
+        self._flow: JobFlow | None = None
+        self._load_seconds = 0.0
+        self._waits = StageWaits()
+
+    def interrupt(self) -> bool:
+        """End softly, and at once if called again. Signal handlers and any thread may call this.
+
+        Returns:
+            Whether the run takes notice. It cannot while the job is opened and while the engine is
+            loaded, where ``KeyboardInterrupt`` on its thread ends it.
+        """
+        flow = self._flow
+        if flow is not None:
+            flow.interrupt()
+        return flow is not None
+
+    def run(self) -> JobResult:
+        """Run the job until it is complete or has to end.
+
+        Raises:
+            JobError: The job cannot be begun or resumed, or its input cannot be read.
+            Exception: The engine raised it. Rows that were finished are in the journal.
+        """
+        try:
+            check_apart(self._out, self._rows.files)
+        except OSError as error:
+            raise InputLostError(f"the input cannot be read: {reason_of(error)}") from error
+        try:
+            folder = JobFolder(
+                self._out,
+                self._job,
+                restart=self._options.restart,
+                force_resume=self._options.force_resume,
+                overwrite=self._options.overwrite,
+                files=self._files,
+            )
+        except OSError as error:
+            lost = output_lost(self._out, error)
+            return JobResult(Ending.OUTPUT_LOST, RowCounts(), message=str(lost))
+        with folder:
+            changes, moved = tuple(folder.input_changes), tuple(folder.moved)
+            # Without files, only the rows say whether the input is the same
+            is_same = bool(self._job.inputs) and not changes
+            if folder.finished and is_same and self._options.retry_errors is None:
+                counts = RowCounts(rows=folder.finished.rows)
+                return JobResult(Ending.COMPLETE_BEFORE, counts, output=folder.finished)
+            result = self._run_in(folder)
+            result = replace(result, input_changes=changes, moved=moved)
+            if result.ending is Ending.COMPLETE and self._on_complete is not None:
+                try:
+                    self._on_complete(result, folder.job)
+                except OSError as error:
+                    lost = output_lost(self._out, error)
+                    return replace(result, ending=Ending.OUTPUT_LOST, message=str(lost))
+            return result
+
+    def _run_in(self, folder: JobFolder) -> JobResult:
+        """Run the job in its folder."""
+        begin = time.perf_counter()
+        ending, message, output = Ending.COMPLETE, "", None
+        counts, run, recovered = RowCounts(), RunCounts(), Recovery(0, 0, 0)
+        try:
+            with RowStore(
+                folder,
+                rows_in_memory=self._options.rows_in_memory,
+                make_format=self._encoding.make_format,
+                files=self._files,
+                clock=self._clock,
+            ) as store:
+                flow = JobFlow(store, self._encoding, self._options, self._observers, self._clock)
+                counts, run, recovered = flow.counts, flow.run, store.recovered
+                try:
+                    for observer in self._observers:
+                        observer.begin(counts)
+                    self._finish_rows(flow)
+                finally:
+                    for observer in self._observers:
+                        observer.end()
+                if flow.ending is None:
+                    output = store.publish()
+                else:
+                    ending, message = flow.ending, flow.message
+        except OutputLostError as lost:
+            if ending is Ending.COMPLETE:
+                ending, message = Ending.OUTPUT_LOST, str(lost)
+        finally:
+            self._flow = None
+        return JobResult(
+            ending,
+            counts,
+            run,
+            seconds=time.perf_counter() - begin - self._load_seconds,
+            load_seconds=self._load_seconds,
+            waits=self._waits,
+            message=message,
+            output=output,
+            recovered=recovered,
+        )
+
+    def _finish_rows(self, flow: JobFlow) -> None:
+        """Finish all rows, or as many as there are before the run has to end."""
+        self._flow = flow
+        rows = self._rows.rows()
+        first = flow.settle(rows)
+        if first is None:
+            return
+        begin = time.perf_counter()
+        with ExitStack() as stack:
+            # Nothing is in flight that could be drained
+            self._flow = None
+            try:
+                engine = stack.enter_context(self._make_engine())
+            except KeyboardInterrupt:
+                flow.end(Ending.INTERRUPTED, "interrupted")
+                return
+            self._flow = flow
+            self._load_seconds = time.perf_counter() - begin
+            stats = getattr(engine, "stats", None)
+            watch = StageWatch(stats if isinstance(stats, EngineStats) else None)
+            try:
+                flow.answer(engine, rows, first)
+            finally:
+                assert flow.feed is not None
+                self._waits = watch.waits(flow.feed, flow.answer_seconds)

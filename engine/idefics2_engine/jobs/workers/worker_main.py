@@ -1,0 +1,134 @@
+"""A worker process: it builds an engine and answers the rows that the parent sends.
+
+It ends when its connection closes, which happens at the latest when the parent ends, in whatever
+way.
+"""
+
+import json
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+import idefics2_engine
+from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.jobs.row_engine import RowEngine
+from idefics2_engine.jobs.workers.engine_spec import build_engine
+from idefics2_engine.jobs.workers.messages import (
+    Answered,
+    Begin,
+    Build,
+    BuildFailed,
+    Ready,
+    Rows,
+    ToWorker,
+    WorkerMetrics,
+)
+from idefics2_engine.outputs import RequestOutput
+from idefics2_engine.row import Row
+
+LOG_MARK = "\x1e"
+"""Begins a line of standard error that is a log record: its level, logger and message in JSON."""
+
+_MOST_CHARACTERS = 500
+
+
+def main(fd: int) -> None:
+    """Answer rows until the connection closes; never returns.
+
+    Args:
+        fd: A connected socket.
+    """
+    # These are for the parent, which decides what becomes of the job
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.set_inheritable(fd, False)
+    connection: Connection = Connection(fd)
+    inbox: SimpleQueue[ToWorker] = SimpleQueue()
+    try:
+        build: Build = connection.recv()
+        _log_to_stderr(build.log_level)
+        threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+        try:
+            engine = build_engine(build.spec, build.place)
+        except Exception as error:
+            traceback.print_exc()
+            connection.send(_build_failed(error))
+            return
+        connection.send(Ready())
+        while True:
+            begin = inbox.get()
+            assert isinstance(begin, Begin)
+            _answer(engine, begin, inbox, connection, build.place.number)
+    except (EOFError, ConnectionError):
+        # The parent ended
+        os._exit(0)
+
+
+def _receive(connection: Connection, inbox: SimpleQueue[ToWorker]) -> None:
+    """Receive messages; end the process, whatever it is doing, when the connection closes."""
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _answer(
+    engine: RowEngine,
+    begin: Begin,
+    inbox: SimpleQueue[ToWorker],
+    connection: Connection,
+    worker: int,
+) -> None:
+    """Answer rows until they end."""
+    # By place among the rows of this worker
+    numbers: dict[str, int] = {}
+
+    def rows() -> Iterator[Row]:
+        place = 0
+        while isinstance(message := inbox.get(), Rows) and message.rows:
+            for number, payload in message.rows:
+                numbers[str(place)] = number
+                place += 1
+                yield pickle.loads(payload)
+
+    for output in engine.iterate(
+        rows(), in_flight=begin.in_flight, max_prepared_bytes=begin.max_prepared_bytes
+    ):
+        number = numbers.pop(output.request_id)
+        connection.send(Answered([_numbered(output, number, worker)]))
+
+
+def _numbered(output: RequestOutput, number: int, worker: int) -> RequestOutput:
+    times = output.metrics
+    metrics = WorkerMetrics(times.arrival_time, times.first_token_time, times.finished_time, worker)
+    return replace(output, request_id=str(number), metrics=metrics)
+
+
+def _build_failed(error: Exception) -> BuildFailed:
+    text = f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS]
+    return BuildFailed(error if isinstance(error, Idefics2Error) else None, text)
+
+
+def _log_to_stderr(level: int) -> None:
+    """Write log records to standard error so that the parent can log them again."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_RecordFormatter())
+    logger = logging.getLogger(idefics2_engine.__name__)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+
+
+class _RecordFormatter(logging.Formatter):
+    """Formats a record as one line, also if its message or its traceback has several."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return LOG_MARK + json.dumps([record.levelno, record.name, super().format(record)])
