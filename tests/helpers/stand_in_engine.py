@@ -12,13 +12,14 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import ConfigError, PromptError
+from idefics2_engine.errors import ConfigError, ImageWarning, PromptError
 from idefics2_engine.outputs import (
     CompletionOutput,
     RequestMetrics,
@@ -49,6 +50,7 @@ class StandInEngine:
         if says:
             logging.getLogger("idefics2_engine.stand_in").info(says)
             print(f"printed {says}", file=sys.stderr, flush=True)
+            warnings.warn(f"warned {says}", ImageWarning, stacklevel=1)
         if fails == "config":
             raise ConfigError("model must be a folder, got 'nowhere'")
         if fails == "memory":

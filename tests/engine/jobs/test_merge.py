@@ -1,8 +1,6 @@
 """Merged shards have the bytes of the run without shards, and nothing is lost or destroyed."""
 
-import hashlib
 import os
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,12 @@ from idefics2_engine.jobs.job_errors import FingerprintError, JobError, JobInUse
 from idefics2_engine.jobs.merge import merge_shards, whole_fingerprint, whole_parts
 from idefics2_engine.jobs.store.canonical_json import encode_row
 from idefics2_engine.jobs.store.fingerprint import fingerprint
-from idefics2_engine.jobs.store.input_files import identify_inputs
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import JobFolder
 from idefics2_engine.jobs.store.journal import Journal
-from idefics2_engine.jobs.writers.ordered_writer import OrderedWriter
-from idefics2_engine.jobs.writers.output_file import JsonlFormat, MakeFormat, OutputFile
+from idefics2_engine.jobs.writers.output_file import MakeFormat, OutputFile
 from job_files import FailingFiles
-
-ROWS = 23
+from shard_jobs import ROWS, key_of, run_shard, run_shards
 
 
 class ReversedFormat:
@@ -37,50 +32,8 @@ class ReversedFormat:
         self._file.write(b"end")
 
 
-def key_of(number: int, text: str) -> str:
-    return hashlib.sha256(f"{number} {text}".encode()).hexdigest()
-
-
-def run_shard(
-    out: Path,
-    index: int = 0,
-    count: int = 1,
-    *,
-    rows: int = ROWS,
-    numbers: range | None = None,
-    text: str = "",
-    make_format: MakeFormat = JsonlFormat,
-    inputs: tuple[Path, ...] = (),
-    finish: bool = True,
-    **parts: Any,
-) -> Path:
-    """Run a job with rows that finish in reverse order, and resume it if it was begun."""
-    parts = {"seed": 3, "input": {"limit": None, "shard": [index, count]}, **parts}
-    numbers = range(index, rows, count) if numbers is None else numbers
-    with (
-        JobFolder(out, JobDescription(parts, identify_inputs(inputs))) as folder,
-        Journal(folder.path, segment_bytes=300) as journal,
-        closing(
-            OrderedWriter(folder.partial, journal, window=3, make_format=make_format)
-        ) as writer,
-    ):
-        for place, number in reversed(list(enumerate(numbers))):
-            row = encode_row({"id": f"é{number}", "row": number, "text": f"{text}{number}"})
-            key = key_of(number, text)
-            record = journal.find(place, key)
-            writer.finish_row(
-                place, journal.append(place, key, row) if record is None else record, row
-            )
-        journal.sync()
-        if finish:
-            folder.publish(writer.complete(len(numbers)))
-    return out
-
-
-def run_shards(folder: Path, count: int, name: str = "out.jsonl", **options: Any) -> list[Path]:
-    return [
-        run_shard(folder / f"{index}-{name}", index, count, **options) for index in range(count)
-    ]
+def job_parts(index: int, count: int) -> dict[str, Any]:
+    return {"seed": 3, "input": {"limit": None, "shard": [index, count]}}
 
 
 @pytest.mark.parametrize("rows", [ROWS, 2, 0])
@@ -107,9 +60,7 @@ def test_rows_of_other_formats_are_in_the_journal(tmp_path: Path) -> None:
     merge_shards(shards, tmp_path / "merged.reversed", format_of=format_of)
     assert (tmp_path / "merged.reversed").read_bytes() == whole.read_bytes()
     # The format is that of the job without shards
-    with JobFolder(whole, JobDescription({"seed": 3, "input": {"limit": None, "shard": [0, 1]}})):
-        wanted = fingerprint({"seed": 3, "input": {"limit": None, "shard": [0, 1]}})
-    assert asked == [("merged.reversed", wanted)]
+    assert asked == [("merged.reversed", fingerprint(job_parts(0, 1)))]
 
 
 def test_lines_of_another_format_are_not_rows(tmp_path: Path) -> None:
@@ -183,10 +134,6 @@ def test_shards_of_other_rows_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged.jsonl").exists()
 
 
-def read_parts(index: int, count: int) -> dict[str, Any]:
-    return {"seed": 3, "input": {"limit": None, "shard": [index, count]}}
-
-
 def test_other_jobs_are_refused_with_what_differs(tmp_path: Path) -> None:
     first = run_shard(tmp_path / "0.jsonl", 0, 2)
     second = run_shard(tmp_path / "1.jsonl", 1, 2, seed=4)
@@ -211,7 +158,7 @@ def test_unfinished_shards_are_refused(tmp_path: Path) -> None:
         merge_shards([first, second], merged)
     run_shard(second, 1, 2)
     with (
-        JobFolder(second, JobDescription(read_parts(1, 2))),
+        JobFolder(second, JobDescription(job_parts(1, 2))),
         pytest.raises(JobInUseError, match=f"got it running in process {os.getpid()}"),
     ):
         merge_shards([first, second], merged)
@@ -253,11 +200,11 @@ def test_run_without_shards_knows_the_merged_output(tmp_path: Path) -> None:
     shards = run_shards(tmp_path, 2)
     merged = tmp_path / "merged.jsonl"
     output = merge_shards(shards, merged)
-    with JobFolder(merged, JobDescription(read_parts(0, 1))) as folder:
+    with JobFolder(merged, JobDescription(job_parts(0, 1))) as folder:
         assert folder.finished == output
-    parts = read_parts(1, 2)
-    assert whole_parts(parts) == read_parts(0, 1)
-    assert whole_fingerprint(parts) == fingerprint(read_parts(0, 1))
+    parts = job_parts(1, 2)
+    assert whole_parts(parts) == job_parts(0, 1)
+    assert whole_fingerprint(parts) == fingerprint(job_parts(0, 1))
     assert whole_fingerprint({"seed": 3}) == whole_fingerprint(
         {"seed": 3, "input": {"shard": [2, 4]}}
     )

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -63,10 +64,12 @@ def main(fd: int) -> None:
             connection.send(_build_failed(error))
             return
         connection.send(Ready())
+        outbox: SimpleQueue[RequestOutput] = SimpleQueue()
+        threading.Thread(target=_send, args=(connection, outbox), daemon=True).start()
         while True:
             begin = inbox.get()
             assert isinstance(begin, Begin)
-            _answer(engine, begin, inbox, connection, build.place.number)
+            _answer(engine, begin, inbox, outbox, build.place.number)
     except (EOFError, ConnectionError):
         # The parent ended
         os._exit(0)
@@ -81,11 +84,27 @@ def _receive(connection: Connection, inbox: SimpleQueue[ToWorker]) -> None:
         os._exit(0)
 
 
+def _send(connection: Connection, outbox: SimpleQueue[RequestOutput]) -> None:
+    """Send outputs, those of one step of the engine in one message."""
+    try:
+        while True:
+            outputs = [outbox.get()]
+            while not outbox.empty():
+                outputs.append(outbox.get())
+            connection.send(Answered(outputs))
+    except OSError:
+        os._exit(0)
+    except BaseException:
+        # Without this thread the process would be of no use
+        traceback.print_exc()
+        os._exit(1)
+
+
 def _answer(
     engine: RowEngine,
     begin: Begin,
     inbox: SimpleQueue[ToWorker],
-    connection: Connection,
+    outbox: SimpleQueue[RequestOutput],
     worker: int,
 ) -> None:
     """Answer rows until they end."""
@@ -104,7 +123,7 @@ def _answer(
         rows(), in_flight=begin.in_flight, max_prepared_bytes=begin.max_prepared_bytes
     ):
         number = numbers.pop(output.request_id)
-        connection.send(Answered([_numbered(output, number, worker)]))
+        outbox.put(_numbered(output, number, worker))
 
 
 def _numbered(output: RequestOutput, number: int, worker: int) -> RequestOutput:
@@ -125,6 +144,14 @@ def _log_to_stderr(level: int) -> None:
     logger = logging.getLogger(idefics2_engine.__name__)
     logger.addHandler(handler)
     logger.setLevel(level)
+    warnings.showwarning = _log_warning
+
+
+def _log_warning(
+    message: Warning | str, category: type[Warning], *_place: object, **_more: object
+) -> None:
+    """Log a warning in one line."""
+    logging.getLogger(idefics2_engine.__name__).warning("%s: %s", category.__name__, message)
 
 
 class _RecordFormatter(logging.Formatter):

@@ -183,8 +183,8 @@ class WorkerPool:
                     yielded += 1
                     reader.done(num_bytes)
                     yield output
-                # Every event may be news for every worker, but there are many of them
-                if self._events.empty():
+                # A look at all workers after every row would cost more than the row
+                if self._events.empty() or not _is_of_rows(event):
                     self._hand_out(leases, self.places)
                 elif isinstance(event, _FromProcess):
                     self._hand_out(leases, [event.process.place])
@@ -282,6 +282,12 @@ class WorkerPool:
                 self._processes.kill(process.place.number)
             elif process.is_ready:
                 process.send(Rows([]))
+
+
+def _is_of_rows(event: _FromReader | _FromProcess | _Closed) -> bool:
+    return isinstance(event, _FromReader) or (
+        isinstance(event, _FromProcess) and isinstance(event.message, Answered)
+    )
 
 
 def _close(processes: WorkerProcesses, events: _Events, owner: int) -> None:

@@ -225,6 +225,8 @@ def test_logs_have_the_number_of_the_worker(
     for worker in range(2):
         said = ("idefics2_engine.stand_in", logging.INFO, f"worker {worker}: two\nlines")
         assert said in records
+        warned = f"worker {worker}: ImageWarning: warned two\nlines"
+        assert ("idefics2_engine", logging.WARNING, warned) in records
         module = "idefics2_engine.jobs.workers.worker_process"
         assert (module, logging.WARNING, f"worker {worker}: printed two") in records
 
