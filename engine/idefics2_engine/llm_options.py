@@ -43,10 +43,8 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import PARTS, Quantization
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.prompts.tokenizer import Tokenizer
-from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
+from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig, model_length
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
-from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
 # These bounds are far above any use. A larger number is a mistake and must be reported before
@@ -241,10 +239,7 @@ def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device
     Raises:
         ConfigError: A size does not fit the model or another size.
     """
-    positions = config.text.max_positions
-    length = positions if options.max_model_len is None else options.max_model_len
-    if length > positions:
-        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    length = model_length(options.max_model_len, config.text.max_positions)
     kv_cache_tokens = options.kv_cache_tokens
     if kv_cache_tokens is None:
         whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
@@ -334,16 +329,6 @@ def image_workers_on(
     image_bytes = rules.image_config.tiles_per_image * aligned(rules.max_tile_bytes)
     pin = partial(pin_memory, device) if device.type == "cuda" else None
     return WorkerPool(count, image_bytes, pin=pin)
-
-
-def generation_config(folder: Path, tokenizer: Tokenizer) -> GenerationConfig:
-    """Return the end tokens and bad words of the checkpoint in ``folder``.
-
-    The tokens of images are always bad words.
-    """
-    ends = [id for id in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if id is not None]
-    never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
-    return GenerationConfig.load(folder).with_defaults(ends, never)
 
 
 def at_least_one(name: str, value: int) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from idefics2_engine.errors import ConfigError
+
 # A page is the unit of allocation in the KV cache, in tokens
 PAGE_SIZE = 64
 
@@ -42,3 +44,15 @@ class EngineConfig:
     def num_pages(self) -> int:
         """Pages of the KV cache."""
         return -(-self.kv_cache_tokens // self.page_size)
+
+
+def model_length(max_model_len: int | None, positions: int) -> int:
+    """Return the most tokens of a prompt and its answer; ``None`` is all of the model's positions.
+
+    Raises:
+        ConfigError: The model has fewer positions.
+    """
+    length = positions if max_model_len is None else max_model_len
+    if length > positions:
+        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    return length
