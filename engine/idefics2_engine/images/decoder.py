@@ -7,7 +7,8 @@ before memory for them is allocated. Pillow's own limit is process-wide and stay
 
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -78,6 +79,22 @@ def decode(
     Raises:
         ImageError: The file has another format, is damaged or too large, or the policy refuses it.
     """
+    with open_image(data, policy, max_pixels, name) as image:
+        rgb = upright_rgb(image, policy, name, warn)
+        # A copy has neither the file nor its further frames
+        return rgb.copy() if rgb is image else rgb
+
+
+@contextmanager
+def open_image(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Iterator[ImageFile]:
+    """Open the image in a file, after all checks that need no decoded pixels.
+
+    The arguments are those of ``decode``. Pillow's errors inside the ``with`` statement are
+    converted, and its warnings are suppressed.
+
+    Raises:
+        ImageError: As in ``decode``.
+    """
     kind = _format(data)
     if kind is None:
         names = ", ".join(one.name for one in _FORMATS)
@@ -96,9 +113,7 @@ def decode(
             _check_tiles(image, file, name)
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
-            rgb = upright_rgb(image, policy, name, warn)
-            # A copy has neither the file nor its further frames
-            return rgb.copy() if rgb is image else rgb
+            yield image
 
 
 def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
