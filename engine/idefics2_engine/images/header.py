@@ -76,14 +76,17 @@ def read_header(source: ImageSource, config: MediaConfig) -> ImageHeader | None:
     digest = blake2b(data, digest_size=16).digest()
     policy = config.image_policy
     with open_image(data, policy, config.max_image_pixels, name) as image:
+        turns: list[int] = []
 
-        def orientation(opened: Image.Image) -> int:
-            return _orientation(opened, data)
+        def certain_orientation(opened: Image.Image) -> int:
+            turns.append(_orientation(opened, data))
+            # Pillow turns a TIFF when it is decoded, and damage comes before doubts
+            return turns[0] if turns[0] == 1 else loaded_orientation(opened)
 
-        if policy is ImagePolicy.STRICT:
-            refuse_doubtful(image, name, orientation)
         kind, mode, stored = image.format, image.mode, _stored_size(image)
-        turn = orientation(image)
+        if policy is ImagePolicy.STRICT:
+            refuse_doubtful(image, name, certain_orientation)
+        turn = turns[0] if turns else _orientation(image, data)
     size = stored[::-1] if turn in _TURNED else stored
     return ImageHeader(kind, mode, size, turn, digest)
 
