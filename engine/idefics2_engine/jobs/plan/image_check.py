@@ -1,0 +1,96 @@
+"""Checks of the images of rows before a job runs: rows whose images the run would refuse."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any, cast
+
+from idefics2_engine.caller_errors import about
+from idefics2_engine.errors import ConfigError, Idefics2Error, ImageError
+from idefics2_engine.images.header import read_header
+from idefics2_engine.images.loader import ImageSource, MediaConfig, check_source
+from idefics2_engine.jobs.job_row import JobRow, RowError
+from idefics2_engine.prompts.messages import read_messages
+
+ToRowError = Callable[[Idefics2Error], RowError]
+"""Makes the error of a row from that of the engine."""
+
+
+class ImageCheck(StrEnum):
+    """What is looked at of an image before a job runs."""
+
+    NONE = "none"
+    EXISTS = "exists"
+    """Files are regular, readable, below the allowed folder and not too large."""
+    HEADER = "header"
+    """Headers are read: the format, the size and the number of pixels."""
+
+    @classmethod
+    def named(cls, name: str) -> "ImageCheck":
+        """Return the check called ``name``.
+
+        Raises:
+            ConfigError: There is no such check.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            names = ", ".join(repr(check.value) for check in cls)
+            raise ConfigError(f"check_images must be one of {names}, got {name!r}") from None
+
+
+def check_images(
+    rows: Iterable[JobRow], check: ImageCheck | str, media: MediaConfig, to_row_error: ToRowError
+) -> Iterator[JobRow]:
+    """Yield ``rows``, in which rows with images that the run would refuse have that error.
+
+    Nothing is downloaded. A row that has an error already stays as it is.
+
+    Args:
+        rows: Rows of a job.
+        check: What to look at.
+        media: Rules for images, those of the run.
+        to_row_error: Makes the error of a row.
+
+    Raises:
+        ConfigError: There is no such check.
+    """
+    check = ImageCheck.named(check)
+    return _checked(rows, check, media, to_row_error)
+
+
+def _checked(
+    rows: Iterable[JobRow], check: ImageCheck, media: MediaConfig, to_row_error: ToRowError
+) -> Iterator[JobRow]:
+    look: Callable[[ImageSource, MediaConfig], object] = (
+        read_header if check is ImageCheck.HEADER else check_source
+    )
+    for row in rows:
+        if check is ImageCheck.NONE or row.error is not None:
+            yield row
+            continue
+        try:
+            images = images_of(row)
+            for index, image in enumerate(images):
+                with about(f"images[{index}]" if len(images) > 1 else None):
+                    look(image, media)
+        except ImageError as error:
+            yield replace(row, prompt=None, error=to_row_error(error))
+        else:
+            yield row
+
+
+def images_of(row: JobRow) -> list[ImageSource]:
+    """Return the images of a row, in order; none if its prompt is malformed."""
+    prompt = row.prompt
+    if isinstance(prompt, Mapping):
+        media = prompt.get("multi_modal_data")
+        images: Any = media.get("image", []) if isinstance(media, Mapping) else []
+        return list(images) if isinstance(images, list | tuple) else [images]
+    if prompt is None or isinstance(prompt, str):
+        return []
+    try:
+        return read_messages(cast(Any, prompt))[1]
+    except Idefics2Error:
+        # The engine gives such a row its error
+        return []
