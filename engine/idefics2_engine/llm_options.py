@@ -43,15 +43,20 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import PARTS, Quantization
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig, model_length
+from idefics2_engine.runtime.config import (
+    AT_ONCE,
+    CACHE_TOKENS,
+    LENGTH,
+    PAGE_SIZE,
+    EngineConfig,
+    model_length,
+)
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
 # These bounds are far above any use. A larger number is a mistake and must be reported before
 # anything of that size is allocated.
-# Bound of the answers at once and of the tokens of a step
-_MOST_AT_ONCE = 1 << 20
-# Bound of tokens, pixels and bytes
+# Bound of pixels and bytes
 _MOST_KEPT = 2**31 - 1
 _MOST_SECONDS = 86400.0
 _MOST_THREADS = 1024
@@ -159,11 +164,11 @@ class LLMOptions:
     )
     double_quant: bool = checked(flag, True)
     split_images: bool | None = checked(OrNone(flag), None)
-    max_model_len: int | None = checked(OrNone(Whole(2, _MOST_AT_ONCE)), None)
-    max_num_seqs: int = checked(Whole(1, _MOST_AT_ONCE), 64)
-    max_num_batched_tokens: int = checked(Whole(1, _MOST_AT_ONCE), 8192)
+    max_model_len: int | None = checked(OrNone(LENGTH), None)
+    max_num_seqs: int = checked(AT_ONCE, 64)
+    max_num_batched_tokens: int = checked(AT_ONCE, 8192)
     enable_prefix_caching: bool = checked(flag, True)
-    kv_cache_tokens: int | None = checked(OrNone(Whole(1, _MOST_KEPT)), None)
+    kv_cache_tokens: int | None = checked(OrNone(CACHE_TOKENS), None)
     gpu_memory_utilization: float = checked(Number(0.0, 1.0, above=True), 0.9)
     enforce_eager: bool = checked(flag, False)
     share_prefix_reads: bool = checked(flag, False)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate, quantize, streams
+from idefics2_engine.cli import bench, chat, generate, plan, quantize, streams
 from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import Idefics2Error, ImageWarning
@@ -18,6 +18,7 @@ examples:
   idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
   curl -s https://example.org/a.jpg | idefics2 generate --image - --prompt "What is this?"
   idefics2 chat --model HuggingFaceM4/idefics2-8b
+  idefics2 plan -i questions.jsonl
   idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted,
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_parser(commands)
     chat.add_parser(commands)
+    plan.add_parser(commands)
     quantize.add_parser(commands)
     bench.add_parser(commands)
     return parser

@@ -3,6 +3,16 @@
 from dataclasses import dataclass
 
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.field_checks import Whole
+
+# These bounds are far above any use. A larger number is a mistake and must be reported before
+# anything of that size is allocated.
+AT_ONCE = Whole(1, 1 << 20)
+"""Answers at once, and tokens of a step."""
+LENGTH = Whole(2, 1 << 20)
+"""Tokens of a prompt and its answer."""
+CACHE_TOKENS = Whole(1, 2**31 - 1)
+"""Tokens of the KV cache."""
 
 # A page is the unit of allocation in the KV cache, in tokens
 PAGE_SIZE = 64

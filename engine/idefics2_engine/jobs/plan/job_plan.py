@@ -26,6 +26,9 @@ QUANTITIES = (
 )
 """What is counted of each row that will be answered."""
 
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a value by the name of its dtype."""
+
 # Examples of each error
 _EXAMPLES = 3
 # Pages of a cache whose size is measured when the model is loaded: a million tokens
@@ -40,13 +43,13 @@ class PlanOptions:
         text: Sizes of the text model.
         engine: Sizes of the runtime. ``kv_cache_tokens`` is 0 if it is measured when the model is
             loaded.
-        value_bytes: Bytes of a value in the KV cache.
+        dtype: Name of the dtype of the KV cache, one of ``DTYPE_BYTES``.
         expected_tokens: Tokens that an answer is expected to have. If ``None``, as many as it may.
     """
 
     text: TextConfig
     engine: EngineConfig
-    value_bytes: int
+    dtype: str
     expected_tokens: int | None = None
 
 
@@ -158,7 +161,7 @@ class JobPlan:
     def to_dict(self, time: TimeEstimate | None = None) -> dict[str, Any]:
         """Return the plan for JSON."""
         engine = self.options.engine
-        page_bytes = PAGE_SIZE * self.options.text.kv_values * self.options.value_bytes
+        page_bytes = PAGE_SIZE * self.options.text.kv_values * DTYPE_BYTES[self.options.dtype]
         bound, likely = self.kv.bound, self.kv.likely()
         return {
             "rows": {
@@ -177,6 +180,7 @@ class JobPlan:
             "cached_prompt_tokens": self.num_cached,
             "encoded": {"tiles": self._encoded.total(), "patches": self.work.patches},
             "kv_cache": {
+                "dtype": self.options.dtype,
                 "page_tokens": PAGE_SIZE,
                 "page_bytes": page_bytes,
                 "max_num_seqs": engine.max_num_seqs,

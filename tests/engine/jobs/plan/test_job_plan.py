@@ -24,7 +24,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
 def plan_options(**sizes: Any) -> PlanOptions:
     settings = {"max_model_len": 2048, "max_num_seqs": 4, "kv_cache_tokens": 8192, **sizes}
-    return PlanOptions(ModelConfig.load(DEMO).text, EngineConfig(**settings), value_bytes=4)
+    return PlanOptions(ModelConfig.load(DEMO).text, EngineConfig(**settings), dtype="float32")
 
 
 def mixed_rows(folder: Path) -> list[JobRow]:
@@ -64,7 +64,7 @@ def test_counts_are_those_of_the_run(split: bool, tmp_path: Path) -> None:
     media: dict[str, Any] = {"allowed_media_root": tmp_path, "max_image_pixels": 500 * 500}
     rules = MediaConfig(**media)
     plan = plan_job(rows, planner(DEMO, rules, split=split, max_model_len=2048), plan_options())
-    sizes = {"max_model_len": 2048, "max_num_seqs": 4, "kv_cache_tokens": 8192}
+    sizes: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 4, "kv_cache_tokens": 8192}
     with LLM(DEMO, device="cpu", split_images=split, **sizes, **media) as llm:
         pages = WatchedPages(llm)
         outputs = list(llm.iterate(row.to_engine() for row in rows))
@@ -112,7 +112,7 @@ def test_longest_prompt_that_does_not_fit_is_told() -> None:
 
 def test_expected_tokens_shorten_answers_but_not_the_bound() -> None:
     options = plan_options()
-    short = PlanOptions(options.text, options.engine, 4, expected_tokens=3)
+    short = PlanOptions(options.text, options.engine, "float32", expected_tokens=3)
     rows = job_rows([question(f"Row {n}?") for n in range(8)], SamplingParams(max_tokens=600))
     whole, brief = (plan_job(rows, planner(DEMO, MediaConfig()), one) for one in (options, short))
     assert whole.work.answers == {600: 8}
