@@ -23,6 +23,8 @@ from idefics2_engine.prompts.processor import Processor
 # Headers of files that many rows name are read once, as long as so many are kept
 _KEPT_HEADERS = 1 << 16
 _LONGEST_NAME = 4096
+# All pixels are this byte
+_ZERO = b"\0"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ class HeaderReader(ImageReader):
         rules = self.rules
         return [
             kind(
-                np.broadcast_to(np.uint8(0), (height, width, 3)),
+                np.ndarray((height, width, 3), np.uint8, _ZERO, strides=(0, 0, 0)),
                 rules.patch_size,
                 rules.grid_side,
                 blake2b(name, digest_size=16, salt=bytes([place])).digest(),
