@@ -217,7 +217,12 @@ def named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, b
         if is_url(source):
             return "downloaded image", fetch(source, _fetch_rules(source, config))
     source = _file_path(source)
-    return _shortened(str(source)), _file_bytes(source, config)
+    return _file_name(source, config), _file_bytes(source, config)
+
+
+def has_scheme(source: str) -> bool:
+    """Return whether ``source`` is a URL and not a path."""
+    return _SCHEME.match(source) is not None
 
 
 def check_source(source: ImageSource, config: MediaConfig) -> None:
@@ -252,8 +257,7 @@ def _is_data_uri(source: str | Path) -> bool:
 
 
 def _file_path(source: str | Path) -> str | Path:
-    is_file_url = isinstance(source, str) and _SCHEME.match(source) is not None
-    return file_url_path(str(source)) if is_file_url else source
+    return file_url_path(source) if isinstance(source, str) and has_scheme(source) else source
 
 
 def _fetch_rules(url: str, config: MediaConfig) -> FetchRules:
@@ -289,7 +293,7 @@ def _opened(source: str | Path, config: MediaConfig) -> Iterator[tuple[IO[bytes]
         MediaNotAllowedError: The file is outside the allowed folder.
         ImageError: The file cannot be read, is not regular, or is too large.
     """
-    name = _shortened(str(source))
+    name = _file_name(source, config)
     try:
         path = Path(source).resolve()
         if config.allowed_media_root is not None and not path.is_relative_to(
@@ -312,6 +316,24 @@ def _opened(source: str | Path, config: MediaConfig) -> Iterator[tuple[IO[bytes]
     except (ValueError, RuntimeError):
         # A null character raises ValueError, a loop of links RuntimeError
         raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+
+
+def _file_name(source: str | Path, config: MediaConfig) -> str:
+    """Return what messages call a file.
+
+    Where a folder is allowed, a file in it is called by its path there, and one that is elsewhere
+    by its last part.
+    """
+    root = config.allowed_media_root
+    if root is None:
+        return _shortened(str(source))
+    path = Path(os.path.normpath(source))
+    if not path.is_absolute() and path.parts[:1] != ("..",):
+        return _shortened(str(path))
+    for folder in (root, root.absolute(), root.resolve()):
+        if path.is_relative_to(folder):
+            return _shortened(str(path.relative_to(folder)))
+    return _shortened(path.name)
 
 
 def _shortened(text: str) -> str:

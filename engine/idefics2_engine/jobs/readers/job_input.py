@@ -1,0 +1,168 @@
+"""The input of a job: all its rows, lazily, and the same ones each time."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.readers.columns_form import ColumnsForm
+from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.input_paths import find_inputs, media_root
+from idefics2_engine.jobs.readers.open_sources import open_sources
+from idefics2_engine.jobs.readers.openai_form import OpenAIForm
+from idefics2_engine.jobs.readers.row_builder import RowBuilder
+from idefics2_engine.jobs.readers.row_content import RowForm
+from idefics2_engine.jobs.readers.row_ids import (
+    IdHashes,
+    IdSuffixes,
+    PlacedId,
+    RepeatedIds,
+    RowId,
+    find_repeated,
+)
+from idefics2_engine.jobs.readers.row_images import RowImages
+from idefics2_engine.jobs.readers.row_selection import (
+    NumberedRow,
+    sampled_numbers,
+    select,
+)
+from idefics2_engine.sampling_params import SamplingParams
+
+
+class JobInput:
+    """Rows of files, none of whose images is decoded.
+
+    The files must not change while they are read. Several iterators may be used at once, also on
+    several threads.
+
+    Args:
+        options: What to read, and how.
+        defaults: Sampling parameters of rows that give none.
+
+    Attributes:
+        options: The options.
+        files: Local files that determine the rows.
+        media_root: Folder of the images that rows name.
+        template: The job's prompt. None if rows have their own.
+
+    Raises:
+        ConfigError: A file cannot be read, options do not fit the files, or a library is missing.
+    """
+
+    def __init__(self, options: InputOptions, defaults: SamplingParams) -> None:
+        inputs = find_inputs(options.inputs, options.input_format)
+        self.options = options
+        self.media_root: Path = options.media_root or media_root(inputs)
+        template = options.read_template()
+        self.template = None if template is None else template.text
+        self._sources = open_sources(inputs, options)
+        self.files: tuple[Path, ...] = tuple(
+            path for source in self._sources for path in source.files
+        )
+        images = RowImages(self.media_root, options.hash_media)
+        if template is not None and any(source.form == "openai" for source in self._sources):
+            raise ConfigError("prompt must be in the rows of OpenAI lines, got one for the job")
+        forms: dict[str, RowForm] = {
+            "plain": ColumnsForm(options, template, images, is_table=False),
+            "columns": ColumnsForm(options, template, images, is_table=True),
+            "openai": OpenAIForm(options, images),
+        }
+        self._builder = RowBuilder(forms, defaults, options.keep)
+
+    def rows(self, on_id: Callable[[RowId], None] | None = None) -> Iterator[JobRow]:
+        """Yield the rows of the job, or of its shard, from the first one.
+
+        Repeated identifiers are replaced if the options say so, and otherwise not looked for.
+
+        Args:
+            on_id: Called with the identifier of each row, in order, also of other shards.
+
+        Raises:
+            ConfigError: A file cannot be read.
+            OSError: Reading fails.
+        """
+        shard, builder = self.options.shard, self._builder
+        unique = None
+        if self.options.on_duplicate_id == "suffix":
+            unique = IdSuffixes(self._id_hashes).unique
+        for position, row in enumerate(self._selected()):
+            index, part = divmod(position, shard.num_parts)
+            # Identifiers of other shards count, so that all shards together are the whole job
+            if part == shard.part or unique is not None or on_id is not None:
+                row_id = builder.row_id(row.raw, row.form, row.number)
+                if unique is not None:
+                    row_id = unique(row_id)
+                if on_id is not None:
+                    on_id(row_id)
+                if part == shard.part:
+                    yield builder.build(
+                        row.raw, row.form, index=index, number=row.number, row_id=row_id
+                    )
+
+    def find_repeated_ids(self, hashes: IdHashes, most: int) -> RepeatedIds:
+        """Return rows of the whole job whose identifier an earlier row has, the first ``most``.
+
+        Args:
+            hashes: Those of all rows. The rows are read again if some are equal.
+            most: Number of rows to return.
+
+        Raises:
+            ConfigError: A file cannot be read.
+            OSError: Reading fails.
+        """
+        return find_repeated(hashes, self._placed_ids(), most)
+
+    def fingerprint_parts(self) -> dict[str, Any]:
+        """Return JSON data for the fingerprint: what the rows depend on beside the files."""
+        options = self.options
+        return {
+            "template": self.template,
+            "keep": list(options.keep),
+            "limit": options.limit,
+            "sample": options.sample,
+            "sample_seed": options.sample_seed if options.sample is not None else None,
+            "shard": list(options.shard),
+            "on_duplicate_id": options.on_duplicate_id,
+            "hash_media": options.hash_media,
+            "check_model": options.check_model,
+            "columns": [
+                options.id_column,
+                options.image_column,
+                options.prompt_column,
+                options.messages_column,
+            ],
+        }
+
+    @cached_property
+    def _id_hashes(self) -> IdHashes:
+        hashes = IdHashes()
+        for row in self._placed_ids():
+            hashes.add(row.id)
+        return hashes
+
+    @cached_property
+    def _sampled(self) -> "array[int] | None":
+        """Numbers of the rows that were chosen at random."""
+        size = self.options.sample
+        if size is None:
+            return None
+        num_rows = sum(1 for _ in self._numbered())
+        return sampled_numbers(num_rows, size, self.options.sample_seed)
+
+    def _placed_ids(self) -> Iterator[PlacedId]:
+        for row in self._selected():
+            row_id = self._builder.row_id(row.raw, row.form, row.number)
+            yield PlacedId(row_id, row.raw.place)
+
+    def _selected(self) -> Iterator[NumberedRow]:
+        return select(self._numbered(), self._sampled, self.options.limit)
+
+    def _numbered(self) -> Iterator[NumberedRow]:
+        number = 0
+        for source in self._sources:
+            for raw in source:
+                yield NumberedRow(number, raw, source.form)
+                number += 1

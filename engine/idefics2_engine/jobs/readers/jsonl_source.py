@@ -1,0 +1,96 @@
+"""Rows of a JSONL file, line by line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from idefics2_engine.jobs.readers.bad_row import BadRowError
+from idefics2_engine.jobs.readers.json_line import parse_line
+from idefics2_engine.jobs.readers.source import RawRow
+from idefics2_engine.jobs.readers.unpacked_files import is_remote, open_unpacked
+from idefics2_engine.model_files import printable_path
+
+_BOM = b"\xef\xbb\xbf"
+_SKIPPED_AT_ONCE = 1 << 16
+# So many bad lines may precede the one that shows the form
+_MOST_LOOKED_AT = 100
+
+
+class JsonlSource:
+    r"""Rows of one file whose lines end with ``\n``. Each line stands alone.
+
+    Args:
+        name: A file, also packed, or an address.
+        form: ``plain`` or ``openai``. If ``None``, the keys of the first row show it.
+        max_line_bytes: Longer lines are bad rows, and are not held in memory.
+    """
+
+    def __init__(self, name: str, form: str | None, max_line_bytes: int) -> None:
+        self.files: tuple[Path, ...] = () if is_remote(name) else (Path(name),)
+        self._name = name
+        self._label = name if is_remote(name) else printable_path(Path(name))
+        self._most = max_line_bytes
+        self.form = form or self._first_form()
+
+    def __iter__(self) -> Iterator[RawRow]:
+        """Yield the rows from the first one; blank lines are none.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        with open_unpacked(self._name) as file:
+            for number, (line, size) in enumerate(_lines(file, self._most), 1):
+                place = f"{self._label}: line {number}"
+                try:
+                    if line is None:
+                        raise BadRowError(
+                            "json", f"line must have at most {self._most} bytes, got {size}"
+                        )
+                    if line and not line.isspace():
+                        yield RawRow(place, parse_line(line))
+                except BadRowError as error:
+                    yield RawRow(place, None, error.row_error)
+
+    def _first_form(self) -> str:
+        with open_unpacked(self._name) as file:
+            for number, (line, _) in enumerate(_lines(file, self._most)):
+                if number == _MOST_LOOKED_AT:
+                    break
+                if line and not line.isspace():
+                    try:
+                        keys = parse_line(line).keys()
+                    except BadRowError:
+                        continue
+                    is_openai = "body" in keys and bool(keys & {"custom_id", "url", "method"})
+                    return "openai" if is_openai else "plain"
+        return "plain"
+
+
+def _lines(file: BinaryIO, most: int) -> Iterator[tuple[bytes | None, int]]:
+    """Yield each line and its number of bytes; ``None`` for a line of more than ``most``."""
+    readline = file.readline
+    line = readline(most + 1)
+    if line.startswith(_BOM):
+        # A line of the limit's length may now be complete
+        line = line[len(_BOM) :]
+        if not line.endswith(b"\n"):
+            line += readline(most + 1 - len(line))
+    while line:
+        if len(line) <= most or line.endswith(b"\n"):
+            yield line, len(line)
+        else:
+            size = len(line)
+            # Not held while the rest is skipped
+            line = b""
+            yield None, size + _skip_line(file)
+        line = readline(most + 1)
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """Read to the end of the line; return the number of bytes without the end."""
+    size = 0
+    while part := file.readline(_SKIPPED_AT_ONCE):
+        size += len(part)
+        if part.endswith(b"\n"):
+            return size - 1
+    return size
