@@ -7,7 +7,7 @@ from typing import Any
 from idefics2_engine.images.loader import MediaConfig
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.image_check import ImageCheck
-from idefics2_engine.jobs.plan.row_planner import RowPlanner, plain_row_error
+from idefics2_engine.jobs.plan.row_planner import RowPlanner
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.sampling.generation_config import GenerationConfig
@@ -55,5 +55,4 @@ def planner(
         max_model_len or config.text.max_positions,
         defaults=defaults or SamplingParams(),
         check=check,
-        to_row_error=plain_row_error,
     )

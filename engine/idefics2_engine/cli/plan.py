@@ -1,7 +1,6 @@
 """The command ``idefics2 plan``, which says what a job will take before it runs."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -132,7 +131,6 @@ def _prepared(
     from idefics2_engine.jobs.plan.image_check import ImageCheck
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
-    from idefics2_engine.jobs.writers.row_error import row_error_of
     from idefics2_engine.model.config import ModelConfig
     from idefics2_engine.prompts.processor import Processor
     from idefics2_engine.runtime.config import AT_ONCE
@@ -154,7 +152,6 @@ def _prepared(
         engine.max_model_len,
         defaults=params,
         check=ImageCheck.named(args.check_images),
-        to_row_error=partial(row_error_of, media_root=job_input.media_root),
     )
     dtype = args.dtype
     if dtype == "auto":

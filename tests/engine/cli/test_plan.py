@@ -113,7 +113,9 @@ def test_failing_rows_have_codes_and_places(
     example = plan["failures"]["media_not_allowed"]["examples"][0]
     assert (example["id"], example["row"]) == ("e", 4)
     assert example["place"].endswith("line 5")
-    assert str(folder) not in json.dumps(plan["failures"]).replace(example["place"], "")
+    found = [one for failures in plan["failures"].values() for one in failures["examples"]]
+    assert len(found) == 5
+    assert not any(str(folder) in one["message"] for one in found)
     assert plan["longest_unfit_prompt"] > 9000
 
 
@@ -131,7 +133,6 @@ def test_table_names_rows_codes_and_pages(folder: Path, capsys: pytest.CaptureFi
         "on NVIDIA H100 80GB HBM3 with idefics2-8b (random weights)",
     ):
         assert words in said, said
-    assert max(map(len, said.splitlines())) <= 160
 
 
 def test_time_needs_rates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

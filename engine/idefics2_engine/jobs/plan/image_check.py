@@ -9,11 +9,9 @@ from idefics2_engine.caller_errors import about
 from idefics2_engine.errors import ConfigError, Idefics2Error, ImageError
 from idefics2_engine.images.header import read_header
 from idefics2_engine.images.loader import ImageSource, MediaConfig, check_source
-from idefics2_engine.jobs.job_row import JobRow, RowError
+from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.prompts.messages import read_messages
-
-ToRowError = Callable[[Idefics2Error], RowError]
-"""Makes the error of a row from that of the engine."""
 
 
 class ImageCheck(StrEnum):
@@ -40,7 +38,7 @@ class ImageCheck(StrEnum):
 
 
 def check_images(
-    rows: Iterable[JobRow], check: ImageCheck | str, media: MediaConfig, to_row_error: ToRowError
+    rows: Iterable[JobRow], check: ImageCheck | str, media: MediaConfig
 ) -> Iterator[JobRow]:
     """Yield ``rows``, in which rows with images that the run would refuse have that error.
 
@@ -50,18 +48,15 @@ def check_images(
         rows: Rows of a job.
         check: What to look at.
         media: Rules for images, those of the run.
-        to_row_error: Makes the error of a row.
 
     Raises:
         ConfigError: There is no such check.
     """
     check = ImageCheck.named(check)
-    return _checked(rows, check, media, to_row_error)
+    return _checked(rows, check, media)
 
 
-def _checked(
-    rows: Iterable[JobRow], check: ImageCheck, media: MediaConfig, to_row_error: ToRowError
-) -> Iterator[JobRow]:
+def _checked(rows: Iterable[JobRow], check: ImageCheck, media: MediaConfig) -> Iterator[JobRow]:
     look: Callable[[ImageSource, MediaConfig], object] = (
         read_header if check is ImageCheck.HEADER else check_source
     )
@@ -75,7 +70,7 @@ def _checked(
                 with about(f"images[{index}]" if len(images) > 1 else None):
                     look(image, media)
         except ImageError as error:
-            yield replace(row, prompt=None, error=to_row_error(error))
+            yield replace(row, prompt=None, error=row_error_of(error, media.allowed_media_root))
         else:
             yield row
 

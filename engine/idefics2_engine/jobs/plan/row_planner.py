@@ -5,10 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
-from idefics2_engine.errors import Idefics2Error, PromptTooLongError
+from idefics2_engine.errors import PromptTooLongError
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.header_reader import HeaderReader, UnreadTile
-from idefics2_engine.jobs.plan.image_check import ImageCheck, ToRowError
+from idefics2_engine.jobs.plan.image_check import ImageCheck
+from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.prompts.processor import Processor
@@ -70,7 +71,6 @@ class RowPlanner:
         max_model_len: Most tokens of a prompt and its answer together.
         defaults: Parameters of rows that have none.
         check: What to look at of an image.
-        to_row_error: Makes the error of a row.
     """
 
     def __init__(
@@ -82,14 +82,13 @@ class RowPlanner:
         *,
         defaults: SamplingParams,
         check: ImageCheck,
-        to_row_error: ToRowError,
     ) -> None:
         self._reader = HeaderReader.of(processor, check)
         self._builder = RequestBuilder(
             processor, config, generation, max_model_len, seed=0, reader=self._reader
         )
         self._defaults = defaults
-        self._to_row_error = to_row_error
+        self._media_root = processor.media.allowed_media_root
 
     @property
     def num_threads(self) -> int:
@@ -106,7 +105,7 @@ class RowPlanner:
         except Exception as raised:
             error = row_error(raised)
             longest = error.got if isinstance(error, PromptTooLongError) else 0
-            return PlannedRow(row, self._to_row_error(error), longest)
+            return PlannedRow(row, row_error_of(error, self._media_root), longest)
         tiles = [item.tile for item in request.images]
         num_images = len(draft.prompt.images)
         num_unread = sum(isinstance(tile, UnreadTile) for tile in tiles)
@@ -138,9 +137,3 @@ class RowPlanner:
         answer = Answer(request, 0, frozenset(), Detokenizer(tokenizer, True))
         # The last token of a prompt is always computed
         return answer.page_names(PAGE_SIZE)[: (len(request.prompt_token_ids) - 1) // PAGE_SIZE]
-
-
-def plain_row_error(error: Idefics2Error) -> RowError:
-    """Return ``error`` as that of a row, with its own message."""
-    stage = "media" if error.code.startswith(("image", "media")) else "prepare"
-    return RowError(error.code, stage, str(error)[:500])

@@ -9,7 +9,6 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.loader import MediaConfig
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.image_check import check_images, images_of
-from idefics2_engine.jobs.plan.row_planner import plain_row_error
 from paths import DEMO
 from pictures import file, noise
 from planned_rows import job_rows, planner, question
@@ -42,7 +41,7 @@ def test_rows_get_the_error_of_the_run(check: str, refused: int, root: Path) -> 
         + [question("?", good, str(root / name)) for name in NAMES]
         + [{"prompt": "<image>", "multi_modal_data": {"image": str(root / name)}} for name in NAMES]
     )
-    checked = list(check_images(rows, check, media, plain_row_error))
+    checked = list(check_images(rows, check, media))
     assert [row.id for row in checked] == [row.id for row in rows]
     bad = {NAMES[row.number % len(NAMES)] for row in checked if row.error is not None}
     assert bad == {*NAMES[1 : 1 + refused]}
@@ -61,19 +60,19 @@ def test_other_rows_pass() -> None:
         broken,
         *job_rows(["text", [{"role": "robot"}], {"prompt": "a"}, {"prompt_token_ids": [1]}]),
     ]
-    assert list(check_images(rows, "header", MediaConfig(), plain_row_error)) == rows
+    assert list(check_images(rows, "header", MediaConfig())) == rows
 
 
 def test_rows_are_checked_lazily(root: Path) -> None:
     rows = iter(job_rows([question("?", str(root / "good.png"))] * 5))
-    checked = check_images(rows, "exists", MediaConfig(), plain_row_error)
+    checked = check_images(rows, "exists", MediaConfig())
     next(checked)
     assert len(list(rows)) == 4
 
 
 def test_unknown_check_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"check_images must be one of .*'header', got 'all'"):
-        check_images([], "all", MediaConfig(), plain_row_error)
+        check_images([], "all", MediaConfig())
 
 
 def test_images_are_found_in_every_form_of_a_prompt() -> None:

@@ -15,7 +15,8 @@ from idefics2_engine.images.loader import MediaConfig
 from idefics2_engine.images.policy import ImagePolicy
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.image_check import ImageCheck
-from idefics2_engine.jobs.plan.row_planner import PlannedRow, plain_row_error
+from idefics2_engine.jobs.plan.row_planner import PlannedRow
+from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.scheduling.sequence import Request
 from paths import DEMO
 from pictures import FORMATS, MODES, file, frames, noise, oriented, png_file
@@ -122,7 +123,7 @@ def prepared(llm: LLM, row: JobRow) -> Request | RowError:
             draft = builder.read_row(row.to_engine(), SamplingParams(), row.number)
             return builder.build_row(draft, None, builder.reader.job())
     except Idefics2Error as error:
-        return plain_row_error(error)
+        return row_error_of(error, builder.processor.media.allowed_media_root)
 
 
 def check_equal(planned: PlannedRow, request: Request) -> None:
