@@ -126,8 +126,9 @@ def test_table_names_rows_codes_and_pages(folder: Path, capsys: pytest.CaptureFi
     for words in (
         "rows: 8, of which 5 will fail",
         "image tokens",
+        "image: 2 rows, such as",
         "p95",
-        "media_not_allowed: 1 rows, such as",
+        "media_not_allowed: 1 row, such as",
         "the longest prompt has 9,0",
         "KV cache with 64 sequences at once: likely",
         "on NVIDIA H100 80GB HBM3 with idefics2-8b (random weights)",
@@ -169,7 +170,7 @@ def test_repeated_ids_are_bad_input(folder: Path, capsys: pytest.CaptureFixture[
     assert (code, plan["repeated_ids"]["rows"]) == (2, 1)
     assert plan["repeated_ids"]["examples"][0]["id"] == "a"
     assert main(["plan", "-i", rows]) == 2
-    assert "repeated ids: 1 rows" in capsys.readouterr().out
+    assert "repeated ids: 1 row that a run refuses" in capsys.readouterr().out
     code, plan = planned(capsys, "-i", rows, "--on-duplicate-id", "suffix")
     assert (code, plan["repeated_ids"]["rows"]) == (0, 0)
 

@@ -20,7 +20,7 @@ def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     repeated = plan["repeated_ids"]
     if repeated["rows"]:
         yield ""
-        yield f"repeated ids: {repeated['rows']:,} rows, which a run refuses, such as"
+        yield f"repeated ids: {_rows(repeated['rows'])} that a run refuses, such as"
         for example in repeated["examples"]:
             yield f"  {example['id']!r}: {example['first']} and {example['second']}"
     if rows["answered"]:
@@ -38,7 +38,7 @@ def _counts_line(name: str, counts: Mapping[str, int]) -> str:
 def _failure_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     for code, failures in plan["failures"].items():
         yield ""
-        yield f"{code}: {failures['rows']:,} rows, such as"
+        yield f"{code}: {_rows(failures['rows'])}, such as"
         for example in failures["examples"]:
             yield f"  {example['place']}: {_shortened(example['message'])}"
     if plan["longest_unfit_prompt"] is not None:
@@ -78,6 +78,10 @@ def _time_lines(time: Mapping[str, Any]) -> Iterator[str]:
     )
     parts = ", ".join(f"{name} {_duration(time[name])}" for name in ("images", "prompts", "decode"))
     yield f"  of the device at full speed: {parts}"
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def _shortened(text: str) -> str:
