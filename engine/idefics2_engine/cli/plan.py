@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "SamplingParams") -> int:
+    from tqdm import tqdm
+
     from idefics2_engine.jobs.plan.job_plan import plan_job
     from idefics2_engine.jobs.plan.plan_table import plan_lines
     from idefics2_engine.jobs.plan.time_estimate import MeasuredRates
@@ -103,7 +105,9 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
     planner, options, patch_size = _prepared(args, job_input, params)
     rates = MeasuredRates.load(args.rates, patch_size, args.quantization) if args.rates else None
     hashes = IdHashes()
-    plan = plan_job(job_input.rows(hashes.add), planner, options)
+    # On a terminal only
+    rows = tqdm(job_input.rows(hashes.add), unit="row", leave=False, disable=None)
+    plan = plan_job(rows, planner, options)
     repeated = job_input.find_repeated_ids(hashes, _SHOWN_IDS)
     time = None if rates is None else plan.estimate(rates)
     data = plan.to_dict(time) | {"repeated_ids": _repeated(repeated)}

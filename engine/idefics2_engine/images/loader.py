@@ -293,29 +293,34 @@ def _opened(source: str | Path, config: MediaConfig) -> Iterator[tuple[IO[bytes]
         MediaNotAllowedError: The file is outside the allowed folder.
         ImageError: The file cannot be read, is not regular, or is too large.
     """
-    name = _file_name(source, config)
     try:
         path = Path(source).resolve()
         if config.allowed_media_root is not None and not path.is_relative_to(
             config.allowed_media_root.resolve()
         ):
+            name = _file_name(source, config)
             raise MediaNotAllowedError(f"{name}: must lie below the allowed folder")
         # A pipe or a device could block the call, so it is opened without waiting and then rejected
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
         with open(path, "rb", opener=lambda at, _flags: os.open(at, flags)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{name}: cannot be read as an image: it is no regular file")
-            check_bytes(status.st_size, config.max_media_bytes, name)
+                raise _unreadable(source, config, "it is no regular file")
+            if status.st_size > config.max_media_bytes:
+                check_bytes(status.st_size, config.max_media_bytes, _file_name(source, config))
             yield file, status.st_size
     except ImageError:
         raise
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else "the system refuses"
-        raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
+        raise _unreadable(source, config, reason) from None
     except (ValueError, RuntimeError):
         # A null character raises ValueError, a loop of links RuntimeError
-        raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+        raise _unreadable(source, config, "no such name") from None
+
+
+def _unreadable(source: str | Path, config: MediaConfig, reason: str) -> ImageError:
+    return ImageError(f"{_file_name(source, config)}: cannot be read as an image: {reason}")
 
 
 def _file_name(source: str | Path, config: MediaConfig) -> str:
@@ -330,10 +335,16 @@ def _file_name(source: str | Path, config: MediaConfig) -> str:
     path = Path(os.path.normpath(source))
     if not path.is_absolute() and path.parts[:1] != ("..",):
         return _shortened(str(path))
-    for folder in (root, root.absolute(), root.resolve()):
+    for folder in _spellings(root):
         if path.is_relative_to(folder):
             return _shortened(str(path.relative_to(folder)))
     return _shortened(path.name)
+
+
+def _spellings(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield folder.absolute()
+    yield folder.resolve()
 
 
 def _shortened(text: str) -> str:

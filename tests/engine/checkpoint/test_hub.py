@@ -106,7 +106,7 @@ class TestCache:
         with pytest.raises(ConfigError, match="HF_HUB_OFFLINE forbids to download it"):
             find_model("org/name")
         (snapshot / "config.json").unlink()
-        with pytest.raises(ConfigError, match="lacks config.json"):
+        with pytest.raises(ConfigError, match=r"lacks config\.json"):
             find_model_config("org/name")
 
     def test_cached_model_is_found_without_asking_the_hub(

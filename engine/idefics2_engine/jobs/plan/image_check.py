@@ -1,6 +1,6 @@
 """Checks of the images of rows before a job runs: rows whose images the run would refuse."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any, cast
@@ -9,7 +9,7 @@ from idefics2_engine.caller_errors import about
 from idefics2_engine.errors import ConfigError, Idefics2Error, ImageError
 from idefics2_engine.images.header import read_header
 from idefics2_engine.images.loader import ImageSource, MediaConfig, check_source
-from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.prompts.messages import read_messages
 
@@ -40,7 +40,7 @@ class ImageCheck(StrEnum):
 def check_images(
     rows: Iterable[JobRow], check: ImageCheck | str, media: MediaConfig
 ) -> Iterator[JobRow]:
-    """Yield ``rows``, in which rows with images that the run would refuse have that error.
+    """Return ``rows``, lazily, in which rows with images that the run would refuse have that error.
 
     Nothing is downloaded. A row that has an error already stays as it is.
 
@@ -53,26 +53,26 @@ def check_images(
         ConfigError: There is no such check.
     """
     check = ImageCheck.named(check)
-    return _checked(rows, check, media)
+    return (_checked(row, image_error(row, check, media)) for row in rows)
 
 
-def _checked(rows: Iterable[JobRow], check: ImageCheck, media: MediaConfig) -> Iterator[JobRow]:
-    look: Callable[[ImageSource, MediaConfig], object] = (
-        read_header if check is ImageCheck.HEADER else check_source
-    )
-    for row in rows:
-        if check is ImageCheck.NONE or row.error is not None:
-            yield row
-            continue
+def image_error(row: JobRow, check: ImageCheck, media: MediaConfig) -> RowError | None:
+    """Return the error that the first bad image of a row gives, as far as ``check`` looks."""
+    if check is ImageCheck.NONE or row.error is not None:
+        return None
+    look = read_header if check is ImageCheck.HEADER else check_source
+    images = images_of(row)
+    for index, image in enumerate(images):
         try:
-            images = images_of(row)
-            for index, image in enumerate(images):
-                with about(f"images[{index}]" if len(images) > 1 else None):
-                    look(image, media)
+            with about(f"images[{index}]" if len(images) > 1 else None):
+                look(image, media)
         except ImageError as error:
-            yield replace(row, prompt=None, error=row_error_of(error, media.allowed_media_root))
-        else:
-            yield row
+            return row_error_of(error, media.allowed_media_root)
+    return None
+
+
+def _checked(row: JobRow, error: RowError | None) -> JobRow:
+    return row if error is None else replace(row, prompt=None, error=error)
 
 
 def images_of(row: JobRow) -> list[ImageSource]:
