@@ -90,20 +90,32 @@ def run(args: argparse.Namespace) -> int:
     params = job_options.job_sampling(args)
     # Standard input is read twice if ids are repeated
     with TemporaryDirectory(prefix="idefics2-plan-") as folder:
-        options = with_staged_input(job_options.input_options(args), Path(folder))
-        return _print_plan(args, JobInput(options, params), params)
+        try:
+            options = with_staged_input(job_options.input_options(args), Path(folder))
+            return _print_plan(args, JobInput(options, params), params)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"the input cannot be read: {reason}") from error
 
 
 def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "SamplingParams") -> int:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
+    from idefics2_engine.checkpoint.hub import find_model_config
+    from idefics2_engine.demo import DEMO_MODEL
     from idefics2_engine.jobs.plan.job_plan import plan_job
     from idefics2_engine.jobs.plan.plan_table import plan_lines
     from idefics2_engine.jobs.plan.time_estimate import MeasuredRates
     from idefics2_engine.jobs.readers.row_ids import IdHashes
+    from idefics2_engine.model.config import ModelConfig
 
-    planner, options, patch_size = _prepared(args, job_input, params)
-    rates = MeasuredRates.load(args.rates, patch_size, args.quantization) if args.rates else None
+    folder = DEMO_MODEL if args.model is None else find_model_config(args.model)
+    config = ModelConfig.load(folder)
+    planner, options = _prepared(args, folder, config, job_input, params)
+    quantization = "nf4" if config.is_quantized else args.quantization
+    rates = None
+    if args.rates:
+        rates = MeasuredRates.load(args.rates, config.vision.patch_size, quantization)
     hashes = IdHashes()
     # On a terminal only
     rows = tqdm(job_input.rows(hashes.add), unit="row", leave=False, disable=None)
@@ -121,27 +133,26 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
 
 
 def _prepared(
-    args: argparse.Namespace, job_input: "JobInput", params: "SamplingParams"
-) -> tuple["RowPlanner", "PlanOptions", int]:
-    """Return the planner of rows, the options of the plan, and the pixels a side of a patch.
+    args: argparse.Namespace,
+    folder: Path,
+    config: "ModelConfig",
+    job_input: "JobInput",
+    params: "SamplingParams",
+) -> tuple["RowPlanner", "PlanOptions"]:
+    """Return the planner of rows and the options of the plan, for the checkpoint in ``folder``.
 
     Raises:
         ConfigError: An option or a file of the checkpoint is invalid.
     """
-    from idefics2_engine.checkpoint.hub import find_model_config
-    from idefics2_engine.demo import DEMO_MODEL
     from idefics2_engine.field_checks import OrNone, check
     from idefics2_engine.images.loader import media_config
     from idefics2_engine.jobs.plan.image_check import ImageCheck
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
-    from idefics2_engine.model.config import ModelConfig
     from idefics2_engine.prompts.processor import Processor
     from idefics2_engine.runtime.config import AT_ONCE
     from idefics2_engine.sampling.generation_config import GenerationConfig
 
-    folder = DEMO_MODEL if args.model is None else find_model_config(args.model)
-    config = ModelConfig.load(folder)
     arguments = job_options.llm_arguments(args)
     media = media_config(
         **{name: arguments[name] for name in _MEDIA if name in arguments},
@@ -162,7 +173,7 @@ def _prepared(
         # A plan may be made where the GPU of the job is not
         dtype = "float32" if args.device == "cpu" else "bfloat16"
     expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
-    return planner, PlanOptions(config.text, engine, dtype, expected), processor.patch_size
+    return planner, PlanOptions(config.text, engine, dtype, expected)
 
 
 def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineConfig":

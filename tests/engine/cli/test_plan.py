@@ -1,14 +1,19 @@
 """The command ``idefics2 plan``: its table, its JSON and its exit codes."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from idefics2_engine.cli.main import main
+from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.readers.job_input import JobInput
 from paths import EIGHT_B, ROOT
 from pictures import file, noise
 
@@ -17,6 +22,7 @@ ROWS: list[dict[str, Any]] = [
     {"id": "b", "images": ["a.png", "b.jpg"], "prompt": "What differs?"},
     {"id": "c", "prompt": "No image"},
 ]
+RATES = str(ROOT / "bench/results/h100-latency.json")
 BAD: list[dict[str, Any]] = [
     {"id": "d", "images": ["none.png"], "prompt": "Missing?"},
     {"id": "e", "images": ["../x.png"], "prompt": "Outside?"},
@@ -120,8 +126,7 @@ def test_failing_rows_have_codes_and_places(
 
 
 def test_table_names_rows_codes_and_pages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = str(ROOT / "bench/results/h100-latency.json")
-    assert main(["plan", "-i", write(folder, ROWS + BAD), "--rates", rates]) == 3
+    assert main(["plan", "-i", write(folder, ROWS + BAD), "--rates", RATES]) == 3
     said = capsys.readouterr().out
     for words in (
         "rows: 8, of which 5 will fail",
@@ -137,13 +142,12 @@ def test_table_names_rows_codes_and_pages(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_time_needs_rates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = str(ROOT / "bench/results/h100-latency.json")
     rows = write(folder, ROWS)
-    _, plan = planned(capsys, "-i", rows, "--model", str(EIGHT_B), "--rates", rates)
+    _, plan = planned(capsys, "-i", rows, "--model", str(EIGHT_B), "--rates", RATES)
     time = plan["time"]
     assert 0 < time["low"] < time["seconds"] < time["high"]
     _, short = planned(
-        capsys, "-i", rows, "--model", str(EIGHT_B), "--rates", rates, "--expected-tokens", "4"
+        capsys, "-i", rows, "--model", str(EIGHT_B), "--rates", RATES, "--expected-tokens", "4"
     )
     assert short["time"]["decode"] < time["decode"]
     assert short["time"]["prompts"] == time["prompts"]
@@ -184,6 +188,7 @@ def test_repeated_ids_are_bad_input(folder: Path, capsys: pytest.CaptureFixture[
         (("--max-model-len", "999999"), "max_model_len must be from 2 to the model's"),
         (("--expected-tokens", "0"), "expected_tokens must be an integer from 1"),
         (("--rates", "nothing.json"), "nothing.json: cannot be read"),
+        (("--rates", RATES, "--quantization", "nf4"), "quantized, and does not"),
         (("--max-tokens", "0"), "max_tokens must be an integer of at least 1"),
         (("--check-images", "all"), "invalid choice: 'all'"),
         (("--model", "no/such/model"), "no such folder, and no hub id"),
@@ -202,6 +207,18 @@ def test_bad_usage_is_one_line(
     said = capsys.readouterr()
     assert message in said.err
     assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_input_that_is_lost_is_an_error(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(*_arguments: object) -> Iterator[JobRow]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        yield
+
+    monkeypatch.setattr(JobInput, "rows", rows)
+    assert main(["plan", "-i", write(folder, ROWS)]) == 2
+    assert "the input cannot be read: input/output error" in capsys.readouterr().err
 
 
 def test_standard_input_is_planned(folder: Path) -> None:
@@ -226,8 +243,7 @@ def test_command_needs_no_torch(folder: Path) -> None:
         "assert not {'torch', 'triton'} & sys.modules.keys(), 'torch is imported'\n"
         "sys.exit(code)\n"
     )
-    rates = str(ROOT / "bench/results/h100-latency.json")
     rows = write(folder, ROWS)
-    command = [sys.executable, "-c", program, "plan", "-i", rows, "--rates", rates]
+    command = [sys.executable, "-c", program, "plan", "-i", rows, "--rates", RATES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

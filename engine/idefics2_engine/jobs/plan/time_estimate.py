@@ -28,7 +28,7 @@ class Overhead:
     high: float
 
 
-# The recorded jobs of 256 requests took 1.22 times the bound on an H200 and 1.31 on an H100, with 16
+# The recorded jobs of 256 requests took 1.24 times the bound on an H200 and 1.31 on an H100, with 16
 # cores each
 DEFAULT_OVERHEAD = Overhead(1.05, 1.25, 1.5)
 

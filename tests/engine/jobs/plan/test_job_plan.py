@@ -148,10 +148,10 @@ def test_memory_does_not_grow_with_rows() -> None:
 
     add(2000)
     tracemalloc.start()
-    add(20_000)
+    add(5000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 200_000
+    assert peak < 100_000
 
 
 def test_a_plan_needs_no_torch() -> None:

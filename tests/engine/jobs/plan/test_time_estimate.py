@@ -105,7 +105,11 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
 
 RECORDED = {
     "h100-offline.json": ("h100-latency.json",),
-    "h200-offline.json": ("h200-latency-d1d3656.json", "h200-latency.json"),
+    "h200-offline.json": (
+        "h200-latency-d1d3656.json",
+        "h200-latency.json",
+        "h200-latency-a8116f3.json",
+    ),
 }
 
 
