@@ -78,6 +78,9 @@ def test_repeated_images_and_prefixes_are_cached() -> None:
     assert 2 * PAGE_SIZE <= cached[1] <= full
     assert (cached[0], cached[2], cached[3], cached[4]) == (0, 0, 0, full)
     assert [len(tiles) for _, tiles in found] == [1, 0, 0, 1, 0]
+    # A tile whose tokens are found is not encoded, even if its embeddings are gone
+    no_tiles = CacheEstimate(num_pages=100, num_tiles=0)
+    assert [len(no_tiles.add(row)[1]) for row in planned] == [1, 0, 1, 1, 0]
     # Without caches everything is computed
     none = CacheEstimate(num_pages=0, num_tiles=0)
     assert [(tokens, len(tiles)) for tokens, tiles in map(none.add, planned)] == [(0, 1)] * 5

@@ -234,3 +234,6 @@ def test_equal_prefixes_have_equal_page_names(folder: Path) -> None:
     assert len(names[0]) > 1
     assert names[0][:-1] == names[1][:-1]
     assert not set(names[0]) & set(names[2])
+    # All positions of a prompt are computed if their log probabilities are wanted
+    (scored,) = job_rows(texts[:1], SamplingParams(prompt_logprobs=1))
+    assert planner(DEMO, MediaConfig(), split=False).plan(scored).page_names == []
