@@ -1,6 +1,7 @@
 """The command ``idefics2 plan``, which says what a job will take before it runs."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from idefics2_engine.images.loader import MediaConfig
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
     from idefics2_engine.jobs.readers.job_input import JobInput
@@ -145,7 +147,6 @@ def _prepared(
         ConfigError: An option or a file of the checkpoint is invalid.
     """
     from idefics2_engine.field_checks import OrNone, check
-    from idefics2_engine.images.loader import media_config
     from idefics2_engine.jobs.plan.image_check import ImageCheck
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
@@ -154,10 +155,7 @@ def _prepared(
     from idefics2_engine.sampling.generation_config import GenerationConfig
 
     arguments = job_options.llm_arguments(args)
-    media = media_config(
-        **{name: arguments[name] for name in _MEDIA if name in arguments},
-        allowed_media_root=job_input.media_root,
-    )
+    media = job_media(arguments, job_input.media_root)
     processor = Processor.load(folder, config, arguments["split_images"], media)
     engine = _engine_config(arguments, config)
     planner = RowPlanner(
@@ -174,6 +172,18 @@ def _prepared(
         dtype = "float32" if args.device == "cpu" else "bfloat16"
     expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
     return planner, PlanOptions(config.text, engine, dtype, expected)
+
+
+def job_media(arguments: Mapping[str, Any], media_root: Path) -> "MediaConfig":
+    """Return the rules for the images of a job, given the arguments of ``LLM``.
+
+    Raises:
+        ConfigError: A value is invalid.
+    """
+    from idefics2_engine.images.loader import media_config
+
+    given = {name: arguments[name] for name in _MEDIA if name in arguments}
+    return media_config(**given, allowed_media_root=media_root)
 
 
 def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineConfig":

@@ -1,5 +1,6 @@
 """Checks of images before a job: which rows get an error, and that it is the run's own."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,11 @@ import pytest
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.loader import MediaConfig
 from idefics2_engine.jobs.job_row import JobRow, RowError
+from idefics2_engine.jobs.plan.checked_input import CheckedInput
 from idefics2_engine.jobs.plan.image_check import check_images, images_of
+from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.validation import validate
+from idefics2_engine.sampling_params import SamplingParams
 from paths import DEMO
 from pictures import file, noise
 from planned_rows import job_rows, planner, question
@@ -68,6 +73,18 @@ def test_rows_are_checked_lazily(root: Path) -> None:
     checked = check_images(rows, "exists", MediaConfig())
     next(checked)
     assert len(list(rows)) == 4
+
+
+def test_validation_of_a_checked_input_counts_bad_images(root: Path) -> None:
+    lines = [json.dumps({"images": [name], "prompt": "What?"}) for name in NAMES]
+    path = root / "in.jsonl"
+    path.write_text("\n".join([*lines, "{"]))
+    options, media = InputOptions(inputs=(str(path),)), MediaConfig(allowed_media_root=root)
+    for check, bad in (("none", 0), ("exists", 4), ("header", 5)):
+        found = validate(CheckedInput(options, SamplingParams(), check, media))
+        assert (found.num_rows, found.num_bad) == (len(NAMES) + 1, bad + 1)
+        assert found.counts.get("image", 0) + found.counts.get("media_not_allowed", 0) == bad
+        assert found.num_repeated == 0
 
 
 def test_unknown_check_is_refused_at_once() -> None:
