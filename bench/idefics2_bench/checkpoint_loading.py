@@ -20,6 +20,7 @@ from idefics2_bench import model_suite, report
 from idefics2_bench.timing import alternate
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.writer import save_checkpoint
+from idefics2_engine.jobs.plan.device_rates import PEER
 from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.runtime.config import PAGE_SIZE
 
@@ -66,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         calls: dict[str, Callable[[], object]] = {options.ops: ours}
         if options.peer is not None:
-            calls[model_suite.PEER] = theirs
+            calls[PEER] = theirs
         times = alternate(calls, _ROUNDS, _WARM_UP, device)
     rows: list[Row] = [{**head, "impl": name, **asdict(time)} for name, time in times.items()]
     if options.peer is not None:
         ours_ms, theirs_ms = (time.ms for time in times.values())
         rows[0] |= {
-            "peer": model_suite.PEER,
+            "peer": PEER,
             "peer_ms": theirs_ms,
             "speedup": theirs_ms / ours_ms,
         }

@@ -32,16 +32,9 @@ from idefics2_bench import model_suite, report, transformers_peer
 from idefics2_bench.latency_peers import COMPILED_PEER, CONTENDERS
 from idefics2_bench.model_suite import Loaded
 from idefics2_bench.timing import alternate
-from idefics2_bench.workloads import (
-    LATENCY_CASES,
-    STEPS_IN_A_ROW,
-    Counts,
-    LatencyCase,
-    latency_case,
-    text_tokens,
-    tiles,
-)
+from idefics2_bench.workloads import STEPS_IN_A_ROW, Counts, text_tokens, tiles
 from idefics2_engine import SamplingParams
+from idefics2_engine.jobs.plan.latency_case import LATENCY_CASES, LatencyCase, latency_case
 from idefics2_engine.model.batch import ImageBatch
 from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_engine.runtime.engine import Engine

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idefics2_bench import transformers_peer
-from idefics2_bench.model_suite import PEER, Loaded
+from idefics2_bench.model_suite import Loaded
 from idefics2_bench.timing import synchronize
-from idefics2_bench.workloads import STEPS_IN_A_ROW, LatencyCase
+from idefics2_bench.workloads import STEPS_IN_A_ROW
+from idefics2_engine.jobs.plan.device_rates import PEER
+from idefics2_engine.jobs.plan.latency_case import LatencyCase
 
 COMPILED_PEER = "transformers-compiled"
 # This mode uses CUDA graphs, as ``generate`` does

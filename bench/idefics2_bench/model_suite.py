@@ -15,14 +15,13 @@ from idefics2_bench import machine, report, transformers_peer
 from idefics2_engine import LLM
 from idefics2_engine.checkpoint.hub import find_model
 from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.jobs.plan.device_rates import PEER
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.engine import Engine
 from idefics2_kernels import REFERENCE, TRITON
-
-PEER = "transformers"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,6 @@ import torch
 
 from idefics2_bench import latency, machine, model_suite, offline_peers, report, transformers_peer
 from idefics2_bench.compilations import counted_compilations
-from idefics2_bench.device_bound import Rates, Work, bound_seconds, seconds_at_loop
 from idefics2_bench.model_suite import LoadedModel
 from idefics2_bench.offline_peers import Batches
 from idefics2_bench.offline_workloads import (
@@ -49,10 +49,12 @@ from idefics2_bench.offline_workloads import (
     offline_requests,
     tile_patches,
 )
+from idefics2_bench.slow_host import seconds_at_loop
 from idefics2_bench.time_report import KINDS, time_figures, time_lines
 from idefics2_bench.timing import synchronize
-from idefics2_bench.workloads import latency_case
 from idefics2_engine import LLM, SamplingParams, llm_options
+from idefics2_engine.jobs.plan.device_rates import Rates, Work, bound_seconds
+from idefics2_engine.jobs.plan.latency_case import latency_case
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.request_builder import RequestBuilder
 
@@ -252,9 +254,9 @@ def _one_round(llm: LLM, case: Case, requests: list[OfflineRequest]) -> Job:
     row["captured_graphs"] = compilations.graphs
     images = [tile_patches(size, case.processor) for size in distinct_images(requests)]
     work = Work(
-        tiles=[patches for image in images for patches in image],
+        tiles=Counter(patches for image in images for patches in image),
         prompt_tokens=counts.image_tokens + counts.text_tokens - row["cached_tokens"],
-        answers=[request.max_tokens for request in requests],
+        answers=Counter(request.max_tokens for request in requests),
         sequences=llm.engine_config.max_num_seqs,
     )
     return Job(row, work)

@@ -20,9 +20,9 @@ from idefics2_bench.latency_peers import (
     no_grad,
     static_cache,
 )
-from idefics2_bench.model_suite import PEER
 from idefics2_bench.offline_workloads import OfflineRequest
 from idefics2_bench.timing import synchronize
+from idefics2_engine.jobs.plan.device_rates import PEER
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor
 
 Generate = Callable[[dict[str, Tensor], int], Tensor]

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from idefics2_bench.workloads import SIZES, Counts, text_tokens
-from idefics2_engine.images.tiling import resized_size, split_boxes
+from idefics2_bench.workloads import Counts, text_tokens
+from idefics2_engine.images.tiling import tile_sizes
+from idefics2_engine.jobs.plan.latency_case import SIZES
 from idefics2_engine.prompts.processor import Processor
 
 # A request of ``mixed`` has at least and at most so many text tokens
@@ -136,12 +137,7 @@ def offline_counts(requests: Sequence[OfflineRequest], processor: Processor) -> 
 def tile_patches(size: Size, processor: Processor) -> list[int]:
     """Return the number of patches of each tile of an image."""
     height, width = size
-    config, patch = processor.image_config, processor.patch_size
-    boxes = split_boxes(width, height) if config.split else [(0, 0, width, height)]
-    sides = [
-        resized_size(right - left, bottom - top, config.longest_edge, config.shortest_edge)
-        for left, top, right, bottom in boxes
-    ]
+    patch, sides = processor.patch_size, tile_sizes((width, height), processor.image_config)
     return [(columns // patch) * (rows // patch) for columns, rows in sides]
 
 

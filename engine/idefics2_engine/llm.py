@@ -22,7 +22,6 @@ from idefics2_engine.llm_options import (
     engine_config,
     find_folders,
     fit_kv_cache,
-    generation_config,
     image_workers_on,
     load_model,
 )
@@ -41,6 +40,7 @@ from idefics2_engine.request_builder import (
 from idefics2_engine.row import Conversation, Prompt, Row
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.runtime.engine_thread import EngineThread
+from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.sequence import Request
 from idefics2_engine.submitter import Submitter
@@ -129,7 +129,7 @@ class LLM:
         self.model = load_model(options, config, on, folder, adapter_folder, to_quantize)
         self.config = self.model.config
         self.engine_config = fit_kv_cache(options, sizes, self.model)
-        generation = generation_config(folder, self.processor.tokenizer)
+        generation = GenerationConfig.of_checkpoint(folder, self.processor.tokenizer)
         self.images = self.processor.image_reader(image_workers_on(on, options, self.processor))
         if on.type == "cuda":
             # The weights may have been copied on the caller's current stream, and the engine's

@@ -43,17 +43,20 @@ from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import PARTS, Quantization
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.prompts.tokenizer import Tokenizer
-from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
+from idefics2_engine.runtime.config import (
+    AT_ONCE,
+    CACHE_TOKENS,
+    LENGTH,
+    PAGE_SIZE,
+    EngineConfig,
+    model_length,
+)
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
-from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_kernels import REFERENCE, TRITON, Ops
 
 # These bounds are far above any use. A larger number is a mistake and must be reported before
 # anything of that size is allocated.
-# Bound of the answers at once and of the tokens of a step
-_MOST_AT_ONCE = 1 << 20
-# Bound of tokens, pixels and bytes
+# Bound of pixels and bytes
 _MOST_KEPT = 2**31 - 1
 _MOST_SECONDS = 86400.0
 _MOST_THREADS = 1024
@@ -161,11 +164,11 @@ class LLMOptions:
     )
     double_quant: bool = checked(flag, True)
     split_images: bool | None = checked(OrNone(flag), None)
-    max_model_len: int | None = checked(OrNone(Whole(2, _MOST_AT_ONCE)), None)
-    max_num_seqs: int = checked(Whole(1, _MOST_AT_ONCE), 64)
-    max_num_batched_tokens: int = checked(Whole(1, _MOST_AT_ONCE), 8192)
+    max_model_len: int | None = checked(OrNone(LENGTH), None)
+    max_num_seqs: int = checked(AT_ONCE, 64)
+    max_num_batched_tokens: int = checked(AT_ONCE, 8192)
     enable_prefix_caching: bool = checked(flag, True)
-    kv_cache_tokens: int | None = checked(OrNone(Whole(1, _MOST_KEPT)), None)
+    kv_cache_tokens: int | None = checked(OrNone(CACHE_TOKENS), None)
     gpu_memory_utilization: float = checked(Number(0.0, 1.0, above=True), 0.9)
     enforce_eager: bool = checked(flag, False)
     share_prefix_reads: bool = checked(flag, False)
@@ -241,10 +244,7 @@ def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device
     Raises:
         ConfigError: A size does not fit the model or another size.
     """
-    positions = config.text.max_positions
-    length = positions if options.max_model_len is None else options.max_model_len
-    if length > positions:
-        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    length = model_length(options.max_model_len, config.text.max_positions)
     kv_cache_tokens = options.kv_cache_tokens
     if kv_cache_tokens is None:
         whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
@@ -334,16 +334,6 @@ def image_workers_on(
     image_bytes = rules.image_config.tiles_per_image * aligned(rules.max_tile_bytes)
     pin = partial(pin_memory, device) if device.type == "cuda" else None
     return WorkerPool(count, image_bytes, pin=pin)
-
-
-def generation_config(folder: Path, tokenizer: Tokenizer) -> GenerationConfig:
-    """Return the end tokens and bad words of the checkpoint in ``folder``.
-
-    The tokens of images are always bad words.
-    """
-    ends = [id for id in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if id is not None]
-    never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
-    return GenerationConfig.load(folder).with_defaults(ends, never)
 
 
 def at_least_one(name: str, value: int) -> int:

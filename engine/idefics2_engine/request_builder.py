@@ -23,7 +23,7 @@ from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, Prompt
 from idefics2_engine.row import Conversation, Prompt, Row, row_seed
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
 from idefics2_engine.sampling.generation_config import GenerationConfig
-from idefics2_engine.sampling.logprobs import check_entries
+from idefics2_engine.sampling.logprob_bounds import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request

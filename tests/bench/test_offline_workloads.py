@@ -18,7 +18,7 @@ from idefics2_bench.offline_workloads import (
     offline_requests,
     tile_patches,
 )
-from idefics2_bench.workloads import SIZES
+from idefics2_engine.jobs.plan.latency_case import SIZES
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor
 from paths import EIGHT_B

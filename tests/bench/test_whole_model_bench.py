@@ -14,12 +14,12 @@ from bench_command import CPU, bench, compile_with
 from idefics2_bench import latency, latency_peers, machine, report
 from idefics2_bench.timing import Time
 from idefics2_bench.transformers_peer import transformers_model
-from idefics2_bench.workloads import LatencyCase
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
 from idefics2_engine.cli.main import main
 from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.plan.latency_case import LatencyCase
 from tiny_checkpoint import LATENTS, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_arguments")

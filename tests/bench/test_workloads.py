@@ -2,7 +2,8 @@
 
 import pytest
 
-from idefics2_bench.workloads import LATENCY_CASES, SIZES, latency_case, tiles
+from idefics2_bench.workloads import tiles
+from idefics2_engine.jobs.plan.latency_case import LATENCY_CASES, SIZES, latency_case
 
 
 def test_latency_cases_are_parsed_from_names() -> None:

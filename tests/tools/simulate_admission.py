@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from idefics2_bench.offline_workloads import NEW_TOKENS, TEXT_TOKENS
-from idefics2_bench.workloads import SIZES
 from idefics2_engine.images.tiling import resized_size
+from idefics2_engine.jobs.plan.latency_case import SIZES
 from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.waiting_queue import WaitingQueue
 

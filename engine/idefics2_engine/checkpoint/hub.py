@@ -64,6 +64,14 @@ def find_model(model: str | Path, revision: str | None = None) -> Path:
     return _find(_MODEL, model, revision)
 
 
+def find_model_config(model: str | Path, revision: str | None = None) -> Path:
+    """Return a folder that has all of the checkpoint ``model`` but its weights.
+
+    The arguments and errors are those of ``find_model``. Weights are neither downloaded nor missed.
+    """
+    return _find(_MODEL_CONFIG, model, revision)
+
+
 def find_adapter(adapter: str | Path) -> Path:
     """Return the folder of a LoRA adapter, downloaded if necessary.
 
@@ -197,9 +205,14 @@ def _explained(kind: _Kind, named: str, error: Exception) -> ConfigError:
 
 def _check_model(folder: Path) -> None:
     """Raise unless ``folder`` has every file that a checkpoint needs."""
+    _check_model_config(folder)
+    weight_paths(folder)
+
+
+def _check_model_config(folder: Path) -> None:
+    """Raise unless ``folder`` has every file that a checkpoint needs beside the weights."""
     _check_files(folder, CONFIG, "tokenizer.json", "tokenizer_config.json")
     image_settings(folder)
-    weight_paths(folder)
 
 
 def _check_adapter(folder: Path) -> None:
@@ -213,6 +226,7 @@ def _check_files(folder: Path, *names: str) -> None:
 
 
 _MODEL = _Kind("model", ("*.json", "*.jinja", "*.safetensors"), _check_model, why_no_model)
+_MODEL_CONFIG = _Kind("model", ("*.json", "*.jinja"), _check_model_config, why_no_model)
 # The config.json is fetched only to recognize a model that was named as an adapter.
 _ADAPTER = _Kind(
     "adapter", (ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG), _check_adapter, why_no_adapter

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate, merge, quantize, streams
+from idefics2_engine.cli import bench, chat, generate, merge, plan, quantize, streams
 from idefics2_engine.cli import run as run_command
 from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
@@ -19,6 +19,7 @@ examples:
   idefics2 generate --image a.png --image b.png --prompt "What's the difference?" --json
   curl -s https://example.org/a.jpg | idefics2 generate --image - --prompt "What is this?"
   idefics2 chat --model HuggingFaceM4/idefics2-8b
+  idefics2 plan -i questions.jsonl
   idefics2 run -i questions.jsonl -o answers.jsonl
   idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_parser(commands)
     chat.add_parser(commands)
+    plan.add_parser(commands)
     run_command.add_parser(commands)
     merge.add_parser(commands)
     quantize.add_parser(commands)

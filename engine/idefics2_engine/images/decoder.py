@@ -7,7 +7,8 @@ before memory for them is allocated. Pillow's own limit is process-wide and stay
 
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,7 +31,13 @@ from idefics2_engine.images.bounds.jpeg import check_jpeg
 from idefics2_engine.images.bounds.tiff import check_tiff
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.pillow_guard import guard_pillow
-from idefics2_engine.images.policy import ImagePolicy, Warn, orientation, upright_rgb, warn_of_image
+from idefics2_engine.images.policy import (
+    ImagePolicy,
+    Warn,
+    loaded_orientation,
+    upright_rgb,
+    warn_of_image,
+)
 from idefics2_engine.images.ppm import in_binary
 
 # One more read is allowed per so many pixels. GIF has the smallest parts, blocks of 255 bytes that
@@ -86,6 +93,28 @@ def decode_with_info(
     Raises:
         ImageError: The file has another format, is damaged or too large, or the policy refuses it.
     """
+    with open_image(data, policy, max_pixels, name) as image:
+        # Loading may change the mode
+        width, height, mode = image.width, image.height, image.mode
+        rgb = upright_rgb(image, policy, name, warn)
+        turn = loaded_orientation(image)
+        kind = _format(data)
+        assert kind is not None
+        info = ImageInfo(width, height, mode=mode, format=kind.name, orientation=turn)
+        # A copy has neither the file nor its further frames
+        return rgb.copy() if rgb is image else rgb, info
+
+
+@contextmanager
+def open_image(data: bytes, policy: ImagePolicy, max_pixels: int, name: str) -> Iterator[ImageFile]:
+    """Open the image in a file, after all checks that need no decoded pixels.
+
+    The arguments are those of ``decode``. Pillow's errors inside the ``with`` statement are
+    converted, and its warnings are suppressed.
+
+    Raises:
+        ImageError: As in ``decode``.
+    """
     kind = _format(data)
     if kind is None:
         names = ", ".join(one.name for one in _FORMATS)
@@ -97,8 +126,6 @@ def decode_with_info(
         file = BoundedFile(data, name)
         with kind.open(file) as opened:
             check_size(opened.size, max_pixels, name)
-            # Loading may change the mode
-            width, height, mode = opened.width, opened.height, opened.mode
             file.allow(opened.width * opened.height // _PIXELS_A_READ)
             image = opened
             if kind.name == "PPM":
@@ -106,12 +133,7 @@ def decode_with_info(
             _check_tiles(image, file, name)
             if policy is ImagePolicy.STRICT and not kind.is_whole(data):
                 raise ImageError(f"{name}: image_policy='strict' refuses a {kind.name} cut off")
-            rgb = upright_rgb(image, policy, name, warn)
-            info = ImageInfo(
-                width, height, mode=mode, format=kind.name, orientation=orientation(image)
-            )
-            # A copy has neither the file nor its further frames
-            return rgb.copy() if rgb is image else rgb, info
+            yield image
 
 
 def check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -3,7 +3,8 @@
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -16,7 +17,13 @@ from PIL import Image
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
-from idefics2_engine.images.download import FetchRules, Network, fetch, scheme_and_host
+from idefics2_engine.images.download import (
+    FetchRules,
+    Network,
+    check_url,
+    fetch,
+    scheme_and_host,
+)
 from idefics2_engine.images.parallel import alone_with
 from idefics2_engine.images.pillow_guard import guard_pillow
 from idefics2_engine.images.policy import ImagePolicy, upright_rgb
@@ -211,13 +218,11 @@ def named_bytes(source: str | bytes | Path, config: MediaConfig) -> tuple[str, b
         check_bytes(len(source), config.max_media_bytes, "image bytes")
         return "image bytes", source
     if isinstance(source, str):
-        if source[:5].lower() == "data:":
+        if _is_data_uri(source):
             return "data URI", data_uri_bytes(source, config.max_media_bytes)
-        scheme = _SCHEME.match(source)
-        if scheme is not None and scheme[1].lower() != "file":
-            return "downloaded image", _fetch(source, config)
-        if scheme is not None:
-            source = file_url_path(source)
+        if is_url(source):
+            return "downloaded image", fetch(source, _fetch_rules(source, config))
+    source = _file_path(source)
     return _file_name(source, config), _file_bytes(source, config)
 
 
@@ -226,55 +231,102 @@ def has_scheme(source: str) -> bool:
     return _SCHEME.match(source) is not None
 
 
-def _fetch(url: str, config: MediaConfig) -> bytes:
+def check_source(source: ImageSource, config: MediaConfig) -> None:
+    """Check an image as far as possible without reading it; pixels in memory are not looked at.
+
+    A file must be regular, readable, below the allowed folder and not too large. The host of a URL
+    must be allowed, and is not contacted.
+
+    Raises:
+        ImageError: As in ``load_image``, which would raise the same.
+    """
+    plain = plain_source(source, config.max_media_bytes)
+    if isinstance(plain, bytes):
+        check_bytes(len(plain), config.max_media_bytes, "image bytes")
+    elif isinstance(plain, str) and is_url(plain):
+        check_url(plain, _fetch_rules(plain, config))
+    elif isinstance(plain, str | Path) and not _is_data_uri(plain):
+        with _opened(_file_path(plain), config):
+            pass
+
+
+def is_url(source: object) -> bool:
+    """Return whether ``source`` names an image that would be downloaded."""
+    if not isinstance(source, str) or _is_data_uri(source):
+        return False
+    scheme = _SCHEME.match(source)
+    return scheme is not None and scheme[1].lower() != "file"
+
+
+def _is_data_uri(source: str | Path) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def _file_path(source: str | Path) -> str | Path:
+    return file_url_path(source) if isinstance(source, str) and has_scheme(source) else source
+
+
+def _fetch_rules(url: str, config: MediaConfig) -> FetchRules:
     if not config.allowed_media_hosts:
         raise MediaNotAllowedError(
             f"image: must be a local file or a data URI, got the address {scheme_and_host(url)!r} "
             "and no allowed host (allowed_media_hosts, --allow-host)"
         )
-    rules = FetchRules(
+    return FetchRules(
         hosts=config.allowed_media_hosts,
         allow_http=config.allow_http,
         max_bytes=config.max_media_bytes,
         seconds=config.media_timeout,
         network=config.network,
     )
-    return fetch(url, rules)
 
 
 def _file_bytes(source: str | Path, config: MediaConfig) -> bytes:
-    """Read a regular file; symbolic links are resolved before the allowed folder is checked.
+    with _opened(source, config) as (file, size):
+        most = config.max_media_bytes
+        # Python allocates what it is asked for: `most` at once would cost half a millisecond
+        data = file.read(min(size + 1, most))
+        return data if len(data) <= size else data + file.read(most - len(data))
+
+
+@contextmanager
+def _opened(source: str | Path, config: MediaConfig) -> Iterator[tuple[IO[bytes], int]]:
+    """Open a regular file, and yield it with its size in bytes.
+
+    Symbolic links are resolved before the allowed folder is checked.
 
     Raises:
         MediaNotAllowedError: The file is outside the allowed folder.
         ImageError: The file cannot be read, is not regular, or is too large.
     """
-    name = _file_name(source, config)
     try:
         path = Path(source).resolve()
         if config.allowed_media_root is not None and not path.is_relative_to(
             config.allowed_media_root.resolve()
         ):
+            name = _file_name(source, config)
             raise MediaNotAllowedError(f"{name}: must lie below the allowed folder")
         # A pipe or a device could block the call, so it is opened without waiting and then rejected
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
         with open(path, "rb", opener=lambda at, _flags: os.open(at, flags)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{name}: cannot be read as an image: it is no regular file")
-            size, most = status.st_size, config.max_media_bytes
-            check_bytes(size, most, name)
-            # Python allocates what it is asked for: `most` at once would cost half a millisecond
-            data = file.read(min(size + 1, most))
-            return data if len(data) <= size else data + file.read(most - len(data))
+                raise _unreadable(source, config, "it is no regular file")
+            if status.st_size > config.max_media_bytes:
+                check_bytes(status.st_size, config.max_media_bytes, _file_name(source, config))
+            yield file, status.st_size
     except ImageError:
         raise
     except OSError as error:
         reason = os.strerror(error.errno).lower() if error.errno else "the system refuses"
-        raise ImageError(f"{name}: cannot be read as an image: {reason}") from None
+        raise _unreadable(source, config, reason) from None
     except (ValueError, RuntimeError):
         # A null character raises ValueError, a loop of links RuntimeError
-        raise ImageError(f"{name}: cannot be read as an image: no such name") from None
+        raise _unreadable(source, config, "no such name") from None
+
+
+def _unreadable(source: str | Path, config: MediaConfig, reason: str) -> ImageError:
+    return ImageError(f"{_file_name(source, config)}: cannot be read as an image: {reason}")
 
 
 def _file_name(source: str | Path, config: MediaConfig) -> str:
@@ -289,10 +341,16 @@ def _file_name(source: str | Path, config: MediaConfig) -> str:
     path = Path(os.path.normpath(source))
     if not path.is_absolute() and path.parts[:1] != ("..",):
         return _shortened(str(path))
-    for folder in (root, root.absolute(), root.resolve()):
+    for folder in _spellings(root):
         if path.is_relative_to(folder):
             return _shortened(str(path.relative_to(folder)))
     return _shortened(path.name)
+
+
+def _spellings(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield folder.absolute()
+    yield folder.resolve()
 
 
 def _shortened(text: str) -> str:

@@ -89,13 +89,60 @@ def upright_rgb(
         # white in a second step
         return rgb if rgb.info.get("transparency") is None else _on_white(rgb)
     # Loading may move to another frame, so this is read first
-    several = getattr(image, "is_animated", False)
+    several = has_several_frames(image)
     if policy is ImagePolicy.STRICT:
-        _refuse_doubtful(image, several, name)
+        refuse_doubtful(image, name)
         return _rgb(image)
     if several:
         warn(name, "has several frames or pages, only the current one is read")
     return _shown(_upright(image), name)
+
+
+def has_several_frames(image: Image.Image) -> bool:
+    """Return whether a file has several frames or pages."""
+    return bool(getattr(image, "is_animated", False))
+
+
+def refuse_doubtful(
+    image: Image.Image, name: str, orientation: Callable[[Image.Image], int] | None = None
+) -> None:
+    """Apply the policy ``strict`` to an image that is not loaded.
+
+    Args:
+        image: The image.
+        name: Its name in error messages.
+        orientation: Returns its EXIF orientation. If ``None``, the image is loaded for it.
+
+    Raises:
+        ImageError: The image is ambiguous.
+    """
+    if has_several_frames(image):
+        doubt = "several frames or pages"
+    elif image.has_transparency_data:
+        doubt = "transparency"
+    # Only the tiles name the bits of a channel, and loading the image removes them
+    elif any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
+        doubt = "16 bits a channel"
+    elif image.mode not in _PLAIN_MODES:
+        doubt = f"mode {image.mode}"
+    elif (turn := (orientation or loaded_orientation)(image)) != 1:
+        doubt = f"EXIF orientation {turn}"
+    else:
+        return
+    raise ImageError(f"{name}: image_policy='strict' refuses {doubt}")
+
+
+def loaded_orientation(image: Image.Image) -> int:
+    """Load an image and return its EXIF orientation from 1 to 8; 1 if it has none."""
+    # The orientation of a PNG may follow its pixels
+    image.load()
+    return known_orientation(image.getexif())
+
+
+def known_orientation(exif: Image.Exif) -> int:
+    """Return the orientation in ``exif``; 1 if it has none or an unknown one."""
+    value = exif.get(ExifTags.Base.Orientation, 1)
+    return value if value in range(2, 9) else 1
 
 
 def scale_16_bits(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
@@ -120,17 +167,9 @@ def check_unit_range(low: Any, high: Any, name: str) -> None:
         )
 
 
-def orientation(image: Image.Image) -> int:
-    """Load an image and return its EXIF orientation, 1 to 8."""
-    # The orientation of a PNG may follow its pixels
-    image.load()
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return value if value in range(2, 9) else 1
-
-
 def _upright(image: Image.Image) -> Image.Image:
     # ImageOps.exif_transpose would also rewrite all of EXIF
-    turn = _TURNS.get(orientation(image))
+    turn = _TURNS.get(loaded_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
@@ -139,23 +178,6 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":
         image = image.convert("LA")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _refuse_doubtful(image: Image.Image, several: bool, name: str) -> None:
-    if several:
-        doubt = "several frames or pages"
-    elif image.has_transparency_data:
-        doubt = "transparency"
-    # Only the tiles name the bits of a channel, and loading the image removes them
-    elif any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):
-        doubt = "16 bits a channel"
-    elif image.mode not in _PLAIN_MODES:
-        doubt = f"mode {image.mode}"
-    elif orientation(image) != 1:
-        doubt = f"EXIF orientation {orientation(image)}"
-    else:
-        return
-    raise ImageError(f"{name}: image_policy='strict' refuses {doubt}")
 
 
 def _shown(image: Image.Image, name: str) -> Image.Image:

@@ -204,6 +204,14 @@ def split_boxes(width: int, height: int) -> list[Box]:
     return [*quarters, (0, 0, width, height)]
 
 
+def tile_sizes(size: tuple[int, int], config: ImageConfig) -> list[tuple[int, int]]:
+    """Return (width, height) of each tile that ``make_tiles`` makes of an image of ``size``."""
+    return [
+        resized_size(right - left, bottom - top, config.longest_edge, config.shortest_edge)
+        for left, top, right, bottom in _boxes(size, config)
+    ]
+
+
 def make_tiles(
     image: Image.Image, config: ImageConfig, patch_size: int, grid_side: int
 ) -> list[Tile]:
@@ -214,11 +222,10 @@ def make_tiles(
     whole = (0, 0, *image.size)
     pixels: npt.NDArray[np.uint8] | None = None
     tiles = []
-    for box in split_boxes(*image.size) if config.split else [whole]:
+    sizes = tile_sizes(image.size, config)
+    for box, size in zip(_boxes(image.size, config), sizes, strict=True):
         left, top, right, bottom = box
-        width, height = right - left, bottom - top
-        size = resized_size(width, height, config.longest_edge, config.shortest_edge)
-        if size == (width, height):
+        if size == (right - left, bottom - top):
             if pixels is None:
                 # Copying the pixels out of Pillow is slow, so it is done once
                 pixels = np.asarray(image)
@@ -229,6 +236,10 @@ def make_tiles(
             part = np.asarray(cut.resize(size, Image.Resampling(config.resample)))
         tiles.append(Tile(part, patch_size, grid_side))
     return tiles
+
+
+def _boxes(size: tuple[int, int], config: ImageConfig) -> list[Box]:
+    return split_boxes(*size) if config.split else [(0, 0, *size)]
 
 
 def normalize(tile: Tile, config: ImageConfig) -> npt.NDArray[np.float32]:

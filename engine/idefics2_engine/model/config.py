@@ -95,6 +95,11 @@ class TextConfig:
     pad_token_id: int
 
     @property
+    def kv_values(self) -> int:
+        """Values in a token's keys and values of all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head, padded with zeros to a multiple of 64."""
         return -(-self.vocab_size // _HEAD_ROWS) * _HEAD_ROWS

@@ -2,6 +2,18 @@
 
 from dataclasses import dataclass
 
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.field_checks import Whole
+
+# These bounds are far above any use. A larger number is a mistake and must be reported before
+# anything of that size is allocated.
+AT_ONCE = Whole(1, 1 << 20)
+"""Answers at once, and tokens of a step."""
+LENGTH = Whole(2, 1 << 20)
+"""Tokens of a prompt and its answer."""
+CACHE_TOKENS = Whole(1, 2**31 - 1)
+"""Tokens of the KV cache."""
+
 # A page is the unit of allocation in the KV cache, in tokens
 PAGE_SIZE = 64
 
@@ -42,3 +54,15 @@ class EngineConfig:
     def num_pages(self) -> int:
         """Pages of the KV cache."""
         return -(-self.kv_cache_tokens // self.page_size)
+
+
+def model_length(max_model_len: int | None, positions: int) -> int:
+    """Return the most tokens of a prompt and its answer; ``None`` is all of the model's positions.
+
+    Raises:
+        ConfigError: The model has fewer positions.
+    """
+    length = positions if max_model_len is None else max_model_len
+    if length > positions:
+        raise ConfigError(f"max_model_len must be from 2 to the model's {positions}, got {length}")
+    return length

@@ -74,7 +74,7 @@ def memory_as_config_error(config: EngineConfig) -> Iterator[None]:
 
 def bytes_per_token(text: TextConfig, dtype: torch.dtype) -> int:
     """Return the bytes of a token's keys and values in all layers."""
-    return 2 * text.num_layers * text.num_kv_heads * text.head_dim * dtype.itemsize
+    return text.kv_values * dtype.itemsize
 
 
 @torch.inference_mode()

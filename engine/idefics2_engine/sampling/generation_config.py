@@ -6,6 +6,7 @@ from pathlib import Path
 
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.json_file import read_json_if_there
+from idefics2_engine.prompts.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,19 @@ class GenerationConfig:
                 f"{path}: bad_words_ids must be lists of token ids, got {short_repr(bad_words)}"
             )
         return cls(frozenset(eos), tuple(tuple(word) for word in bad_words if word))
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path, tokenizer: Tokenizer) -> "GenerationConfig":
+        """Return the end tokens and bad words of the checkpoint in ``folder``.
+
+        The tokens of images are always bad words.
+
+        Raises:
+            ConfigError: As in ``load``.
+        """
+        ends = [id for id in (tokenizer.eos_id, tokenizer.end_of_utterance_id) if id is not None]
+        never = ((tokenizer.fake_image_id,), (tokenizer.image_id,))
+        return cls.load(folder).with_defaults(ends, never)
 
     def with_defaults(
         self, eos_token_ids: Iterable[int], bad_words_ids: Iterable[tuple[int, ...]]

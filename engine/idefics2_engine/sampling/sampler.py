@@ -32,9 +32,9 @@ from idefics2_engine.device import ToHost, to_device
 from idefics2_engine.outputs import TokenLogprobs
 from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.logits_processors import EditFinder, LogitEdits
+from idefics2_engine.sampling.logprob_bounds import likeliest
 from idefics2_engine.sampling.logprobs import (
     Scores,
-    likeliest,
     make_token_logprobs,
     padded_rows,
     score,

@@ -7,6 +7,20 @@ NO_PAGE = -1
 """Placeholder in a sequence's page list for a released page outside its window."""
 
 
+def most_pages(length: int, page_size: int, window: int | None, step_tokens: int) -> int:
+    """Return the most pages that a sequence of ``length`` tokens holds at a time.
+
+    Args:
+        length: Tokens of prompt and answer.
+        page_size: Tokens of a page.
+        window: Keys that a query attends to. All if ``None``.
+        step_tokens: Most tokens of a step.
+    """
+    if window is not None:
+        length = min(length, window + step_tokens + page_size)
+    return -(-length // page_size)
+
+
 class PageAllocator:
     """An allocator of page numbers with a reference count for each page.
 

@@ -25,7 +25,7 @@ import numpy as np
 from idefics2_engine.images.tiling import Tile
 from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
-from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator
+from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator, most_pages
 from idefics2_engine.scheduling.placeholders import items_between
 from idefics2_engine.scheduling.sampling_columns import SAMPLING, sampling_record
 from idefics2_engine.scheduling.sequence import Sequence
@@ -88,9 +88,7 @@ class Scheduler:
 
     def most_pages(self, length: int) -> int:
         """Return the most pages that a sequence of ``length`` tokens holds."""
-        if self.window is not None:
-            length = min(length, self.window + self.max_num_batched_tokens + self.pages.page_size)
-        return self.pages.pages_for(length)
+        return most_pages(length, self.pages.page_size, self.window, self.max_num_batched_tokens)
 
     def add(self, sequence: Sequence) -> None:
         """Append ``sequence``, which must fit an empty cache, to the queue."""

@@ -17,7 +17,12 @@ from huggingface_hub import constants
 from hub_cache import COMMIT, git_sha1, sha256, write_snapshot
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.checkpoint.checksums import verify_files
-from idefics2_engine.checkpoint.hub import find_adapter, find_model, is_hub_id
+from idefics2_engine.checkpoint.hub import (
+    find_adapter,
+    find_model,
+    find_model_config,
+    is_hub_id,
+)
 from idefics2_engine.checkpoint.shards import weight_paths
 from idefics2_engine.errors import CheckpointError, ConfigError
 from tiny_checkpoint import write_checkpoint
@@ -93,6 +98,16 @@ class TestCache:
             ("org/name@refs/pr/7", None),
         ):
             assert find_model(name, revision) == main
+
+    def test_model_without_weights_is_found_for_its_config(self, cache: Path) -> None:
+        files = {name: content for name, content in MODEL.items() if name in NEEDED}
+        snapshot = write_snapshot(cache, "org/name", files)
+        assert find_model_config("org/name") == snapshot
+        with pytest.raises(ConfigError, match="HF_HUB_OFFLINE forbids to download it"):
+            find_model("org/name")
+        (snapshot / "config.json").unlink()
+        with pytest.raises(ConfigError, match=r"lacks config\.json"):
+            find_model_config("org/name")
 
     def test_cached_model_is_found_without_asking_the_hub(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch

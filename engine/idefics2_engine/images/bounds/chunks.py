@@ -17,6 +17,8 @@ _MAX_TEXT = 1 << 20
 _MAX_TEXT_BYTES = 16 << 20
 # EXIF in hexadecimal digits follows this keyword of a text chunk
 _RAW_EXIF = b"Raw profile type exif\0"
+# Pillow looks for an orientation in the texts with these keywords
+_TURNING_TEXTS = (_RAW_EXIF, b"XML:com.adobe.xmp\0", b"exif\0", b"xmp\0")
 
 
 def check_png(data: bytes, max_pixels: int, name: str) -> None:
@@ -52,6 +54,20 @@ def check_png(data: bytes, max_pixels: int, name: str) -> None:
                 f"{name}: must have at most {_MAX_TEXTS} zTXt, iTXt and iCCP chunks, and "
                 f"{_MAX_TEXT_BYTES} bytes beside its pixels, got {texts} and {text_bytes}"
             )
+
+
+def late_orientation(data: bytes) -> bool:
+    """Return whether a PNG file has a chunk behind its pixels that may say how it is turned."""
+    pixels_began = False
+    for kind, start, _ in _png_chunks(data):
+        if kind == b"IDAT":
+            pixels_began = True
+        elif pixels_began and (
+            kind == b"eXIf"
+            or (kind in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(_TURNING_TEXTS, start))
+        ):
+            return True
+    return False
 
 
 def check_webp(data: bytes, name: str) -> None:

@@ -1,4 +1,4 @@
-"""How fast a job would be if the device computed its useful work and nothing else.
+"""How long the device needs for the useful work of a job, and for nothing else.
 
 Useful work is the patches of distinct images, the squares of each tile's patches, prompt tokens
 that no cache has, and decode steps. Padding is no useful work. Its rates are those of rows of
@@ -13,17 +13,21 @@ ideal schedule: the longest answers start first, and a sequence starts whenever 
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from idefics2_bench.model_suite import PEER
-from idefics2_bench.workloads import latency_case
+from idefics2_engine.jobs.plan.latency_case import latency_case
 
 Row = dict[str, Any]
+
+PEER = "transformers"
+"""What is timed beside the engine. The names of its rows begin with it."""
+
 # The end of the names of cases with quantized weights
 _NF4 = "-nf4"
 
@@ -33,26 +37,27 @@ class Work:
     """The useful work of a job.
 
     Attributes:
-        tiles: Patches of each tile.
+        tiles: How many tiles have so many patches.
         prompt_tokens: Tokens of prompts, including image tokens.
-        answers: Tokens of each answer. Its first one is part of the prompt's work.
+        answers: How many answers have so many tokens. The first token of an answer is part of the
+            prompt's work.
         sequences: Most sequences at once.
     """
 
-    tiles: Sequence[int]
+    tiles: Counter[int]
     prompt_tokens: int
-    answers: Sequence[int]
+    answers: Counter[int]
     sequences: int
 
     @property
     def patches(self) -> int:
         """Patches of all tiles."""
-        return sum(self.tiles)
+        return sum(patches * count for patches, count in self.tiles.items())
 
     @property
     def squares(self) -> int:
         """Squares of each tile's patches, to which attention's work is proportional."""
-        return sum(patches**2 for patches in self.tiles)
+        return sum(patches**2 * count for patches, count in self.tiles.items())
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,12 @@ def bound_seconds(work: Work, rates: Rates) -> dict[str, float]:
     }
 
 
-def step_counts(answers: Iterable[int], sequences: int) -> dict[int, int]:
+def step_counts(answers: Counter[int], sequences: int) -> dict[int, int]:
     """Return how many decode steps of each batch size an ideal schedule has."""
     ends = [0] * sequences
     changes: dict[int, int] = {}
-    for steps in sorted((tokens - 1 for tokens in answers), reverse=True):
+    longest_first = Counter(dict(sorted(answers.items(), reverse=True)))
+    for steps in (tokens - 1 for tokens in longest_first.elements()):
         begin = ends[0]
         heapq.heapreplace(ends, begin + steps)
         changes[begin] = changes.get(begin, 0) + 1
@@ -146,33 +152,6 @@ def step_counts(answers: Iterable[int], sequences: int) -> dict[int, int]:
         if running:
             counts[running] = counts.get(running, 0) + following - place
     return counts
-
-
-def seconds_at_loop(
-    wall: float,
-    device: Mapping[str, float],
-    thread_cpu: Mapping[str, float],
-    loop: float,
-    slow_loop: float,
-) -> float:
-    """Estimate the seconds of a job on a host whose Python is slower.
-
-    The CPU seconds of the engine's thread grow with the loop, and those of the device do not. In
-    each kind of step the two overlap, so the longer one counts. Image threads, which hold Python's
-    lock at times, are not part of the estimate.
-
-    Args:
-        wall: Measured seconds.
-        device: Device seconds by kind of step.
-        thread_cpu: CPU seconds of the engine's thread by kind of step.
-        loop: Seconds of the host's loop (``machine.loop_seconds``).
-        slow_loop: Seconds of the loop on the other host.
-    """
-    slowdown = slow_loop / loop
-    return wall + sum(
-        max(device[kind], slowdown * cpu) - max(device[kind], cpu)
-        for kind, cpu in thread_cpu.items()
-    )
 
 
 def _of_kernel(rows: list[Row], kernel: str) -> list[Row]:

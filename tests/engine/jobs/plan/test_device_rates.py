@@ -1,10 +1,11 @@
-"""The device-bound rate: fitted rates, an ideal schedule, and a slower host."""
+"""The device-bound rate: fitted rates and an ideal schedule."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from idefics2_bench.device_bound import Rates, Work, bound_seconds, seconds_at_loop, step_counts
+from idefics2_engine.jobs.plan.device_rates import Rates, Work, bound_seconds, step_counts
 
 
 def row(kernel: str, case: str, ms: float, **counts: Any) -> dict[str, Any]:
@@ -71,32 +72,26 @@ def test_steps_are_interpolated_and_extrapolated() -> None:
 
 def test_ideal_schedule_keeps_sequences_busy() -> None:
     # The first token of an answer is part of its prompt
-    assert step_counts([5, 5, 3, 3], 4) == {4: 2, 2: 2}
+    assert step_counts(Counter([5, 5, 3, 3]), 4) == {4: 2, 2: 2}
     # With two at once: 5 and 5, then 3 and 3
-    assert step_counts([3, 5, 3, 5], 2) == {2: 6}
-    assert step_counts([9, 3, 3, 3], 2) == {2: 6, 1: 2}
-    assert step_counts([1, 1, 1], 2) == {}
-    counts = step_counts([16, 32, 64, 128, 256] * 50, 32)
+    assert step_counts(Counter([3, 5, 3, 5]), 2) == {2: 6}
+    assert step_counts(Counter([9, 3, 3, 3]), 2) == {2: 6, 1: 2}
+    assert step_counts(Counter([1, 1, 1]), 2) == {}
+    counts = step_counts(Counter([16, 32, 64, 128, 256] * 50), 32)
     assert sum(batch * count for batch, count in counts.items()) == 50 * (16 + 32 + 64 + 128 + 251)
     assert max(counts) == 32
 
 
 def test_bound_is_the_sum_of_useful_work() -> None:
     rates = Rates.from_rows(ROWS, 14)
-    work = Work(tiles=[1000, 2000], prompt_tokens=4096, answers=[9, 9], sequences=1)
+    work = Work(Counter([1000, 2000]), 4096, answers=Counter([9, 9]), sequences=1)
     seconds = bound_seconds(work, rates)
     assert seconds["images"] == pytest.approx(3000 * 2e-6 + 5e6 * 0.25e-9)
     assert seconds["prompts"] == pytest.approx(0.1)
     assert seconds["decode"] == pytest.approx(16 * 0.004)
     # Without images there is nothing to pay for them
-    assert bound_seconds(Work([], 0, [], 1), rates) == {"images": 0, "prompts": 0, "decode": 0}
-
-
-def test_slower_host_delays_only_steps_that_it_bounds() -> None:
-    device = {"decode": 4.0, "text": 1.0, "image": 10.0}
-    cpu = {"decode": 1.0, "text": 2.0, "image": 8.0}
-    # Decode steps stay bound by the device, text steps were bound by the host before
-    assert seconds_at_loop(20.0, device, cpu, 0.6, 1.2) == pytest.approx(20 + 0 + 2 + 6)
-    assert seconds_at_loop(20.0, device, cpu, 1.2, 1.2) == pytest.approx(20)
-    # A job never gets faster on a slower host, and may on a faster one
-    assert seconds_at_loop(20.0, device, cpu, 1.2, 0.6) == pytest.approx(20 - 1)
+    assert bound_seconds(Work(Counter(), 0, Counter(), 1), rates) == {
+        "images": 0,
+        "prompts": 0,
+        "decode": 0,
+    }

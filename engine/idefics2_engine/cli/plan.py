@@ -1,0 +1,215 @@
+"""The command ``idefics2 plan``, which says what a job will take before it runs."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from idefics2_engine.cli import plan_options as job_options
+from idefics2_engine.cli import streams
+from idefics2_engine.cli.log_output import add_log_options
+from idefics2_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from idefics2_engine.images.loader import MediaConfig
+    from idefics2_engine.jobs.plan.job_plan import PlanOptions
+    from idefics2_engine.jobs.plan.row_planner import RowPlanner
+    from idefics2_engine.jobs.readers.job_input import JobInput
+    from idefics2_engine.jobs.readers.row_ids import RepeatedIds
+    from idefics2_engine.model.config import ModelConfig
+    from idefics2_engine.runtime.config import EngineConfig
+    from idefics2_engine.sampling_params import SamplingParams
+
+SOME_FAIL = 3
+"""The exit code if some rows will fail."""
+_BAD_INPUT = 2
+_SHOWN_IDS = 5
+_MEDIA = (
+    "image_policy",
+    "max_image_pixels",
+    "max_media_bytes",
+    "allowed_media_hosts",
+    "media_timeout",
+    "image_threads",
+)
+_EPILOG = """\
+example:
+  idefics2 plan -i questions.jsonl --model HuggingFaceM4/idefics2-8b --rates h200-latency.json
+
+exit codes: 0 all rows can be answered, 3 some will fail, 2 wrong usage or input
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "plan",
+        help="say what a job will take: rows that fail, tokens, memory, time",
+        description="Read the rows of a job and the headers of their images, and say which rows "
+        "will fail, how many images, tokens and pages there are, and how long the job will take. "
+        "The options are those of idefics2 run. Neither a GPU nor the model's weights are needed.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    job_options.add_input_options(parser)
+    parser.set_defaults(check_images="header")
+    group = parser.add_argument_group("estimate")
+    group.add_argument(
+        "--rates",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="a results file of idefics2 bench latency, or of bench offline with its rates, from "
+        "the machine that will run the job; repeat it for rows in several files",
+    )
+    group.add_argument(
+        "--expected-tokens",
+        metavar="N",
+        type=int,
+        help="tokens that an answer is expected to have, if that is fewer than it may have",
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object, not a table")
+    job_options.add_engine_options(parser)
+    job_options.add_answer_options(parser)
+    add_log_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan and return the exit code.
+
+    Raises:
+        Idefics2Error: An option or the input is invalid.
+    """
+    from idefics2_engine.jobs.readers.job_input import JobInput
+    from idefics2_engine.jobs.readers.staged_input import with_staged_input
+
+    if not args.inputs:
+        raise ConfigError("a plan must have an input: -i IN")
+    params = job_options.job_sampling(args)
+    # Standard input is read twice if ids are repeated
+    with TemporaryDirectory(prefix="idefics2-plan-") as folder:
+        try:
+            options = with_staged_input(job_options.input_options(args), Path(folder))
+            return _print_plan(args, JobInput(options, params), params)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"the input cannot be read: {reason}") from error
+
+
+def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "SamplingParams") -> int:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from idefics2_engine.checkpoint.hub import find_model_config
+    from idefics2_engine.demo import DEMO_MODEL
+    from idefics2_engine.jobs.plan.job_plan import plan_job
+    from idefics2_engine.jobs.plan.plan_table import plan_lines
+    from idefics2_engine.jobs.plan.time_estimate import MeasuredRates
+    from idefics2_engine.jobs.readers.row_ids import IdHashes
+    from idefics2_engine.model.config import ModelConfig
+
+    folder = DEMO_MODEL if args.model is None else find_model_config(args.model)
+    config = ModelConfig.load(folder)
+    planner, options = _prepared(args, folder, config, job_input, params)
+    quantization = "nf4" if config.is_quantized else args.quantization
+    rates = None
+    if args.rates:
+        rates = MeasuredRates.load(args.rates, config.vision.patch_size, quantization)
+    hashes = IdHashes()
+    # On a terminal only
+    rows = tqdm(job_input.rows(hashes.add), unit="row", leave=False, disable=None)
+    plan = plan_job(rows, planner, options)
+    repeated = job_input.find_repeated_ids(hashes, _SHOWN_IDS)
+    time = None if rates is None else plan.estimate(rates)
+    data = plan.to_dict(time) | {"repeated_ids": _repeated(repeated)}
+    if args.json:
+        streams.print_json(data)
+    else:
+        print("\n".join(plan_lines(data)))
+    if repeated.num_rows:
+        return _BAD_INPUT
+    return SOME_FAIL if plan.num_failing else 0
+
+
+def _prepared(
+    args: argparse.Namespace,
+    folder: Path,
+    config: "ModelConfig",
+    job_input: "JobInput",
+    params: "SamplingParams",
+) -> tuple["RowPlanner", "PlanOptions"]:
+    """Return the planner of rows and the options of the plan, for the checkpoint in ``folder``.
+
+    Raises:
+        ConfigError: An option or a file of the checkpoint is invalid.
+    """
+    from idefics2_engine.field_checks import OrNone, check
+    from idefics2_engine.jobs.plan.image_check import ImageCheck
+    from idefics2_engine.jobs.plan.job_plan import PlanOptions
+    from idefics2_engine.jobs.plan.row_planner import RowPlanner
+    from idefics2_engine.prompts.processor import Processor
+    from idefics2_engine.runtime.config import AT_ONCE
+    from idefics2_engine.sampling.generation_config import GenerationConfig
+
+    arguments = job_options.llm_arguments(args)
+    media = job_media(arguments, job_input.media_root)
+    processor = Processor.load(folder, config, arguments["split_images"], media)
+    engine = _engine_config(arguments, config)
+    planner = RowPlanner(
+        processor,
+        config,
+        GenerationConfig.of_checkpoint(folder, processor.tokenizer),
+        engine.max_model_len,
+        defaults=params,
+        check=ImageCheck.named(args.check_images),
+    )
+    dtype = args.dtype
+    if dtype == "auto":
+        # A plan may be made where the GPU of the job is not
+        dtype = "float32" if args.device == "cpu" else "bfloat16"
+    expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
+    return planner, PlanOptions(config.text, engine, dtype, expected)
+
+
+def job_media(arguments: Mapping[str, Any], media_root: Path) -> "MediaConfig":
+    """Return the rules for the images of a job, given the arguments of ``LLM``.
+
+    Raises:
+        ConfigError: A value is invalid.
+    """
+    from idefics2_engine.images.loader import media_config
+
+    given = {name: arguments[name] for name in _MEDIA if name in arguments}
+    return media_config(**given, allowed_media_root=media_root)
+
+
+def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineConfig":
+    """Return the sizes of the runtime. The KV cache has 0 tokens if its size is not given."""
+    from idefics2_engine.field_checks import OrNone, check
+    from idefics2_engine.runtime.config import (
+        AT_ONCE,
+        CACHE_TOKENS,
+        LENGTH,
+        EngineConfig,
+        model_length,
+    )
+
+    def given(name: str, kind: Any, default: int | None) -> Any:
+        return check(name, arguments.get(name, default), kind, ConfigError)
+
+    length = given("max_model_len", OrNone(LENGTH), None)
+    tokens = given("kv_cache_tokens", OrNone(CACHE_TOKENS), None)
+    return EngineConfig(
+        max_model_len=model_length(length, config.text.max_positions),
+        max_num_seqs=given("max_num_seqs", AT_ONCE, 64),
+        kv_cache_tokens=tokens or 0,
+        max_num_batched_tokens=given("max_num_batched_tokens", AT_ONCE, 8192),
+    )
+
+
+def _repeated(repeated: "RepeatedIds") -> dict[str, Any]:
+    """Return rows with the identifier of an earlier row, for JSON."""
+    return {"rows": repeated.num_rows, "examples": [one._asdict() for one in repeated.first]}
