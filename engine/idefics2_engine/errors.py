@@ -104,6 +104,12 @@ class RequestFailedError(Idefics2Error):
     code = "request_failed"
 
 
+class WorkerLostError(Idefics2Error):
+    """The worker process of a job ended each time this row ran, the last time with no other row."""
+
+    code = "worker_lost"
+
+
 def short_repr(value: object) -> str:
     """Return a shortened ``repr`` of plain data, or the type's name for any other object."""
     return _SHORT.repr(value)[:_MOST_CHARACTERS]

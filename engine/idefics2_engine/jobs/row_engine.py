@@ -8,7 +8,10 @@ from idefics2_engine.row import Row
 
 
 class Answers(Iterator[RequestOutput], Protocol):
-    """Outputs in the order in which they finish; ``key`` is that of the row."""
+    """Outputs in the order in which they finish.
+
+    ``key`` is that of the row, and ``request_id`` the row's place among the prompts, from "0".
+    """
 
     def drain(self) -> None:
         """Read no more rows, and end after the outputs of those that were read.
