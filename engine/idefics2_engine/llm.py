@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -173,6 +173,16 @@ class LLM:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "LLM: a model in memory cannot be pickled or copied; build one in each process"
+        )
 
     def __enter__(self) -> Self:
         """Return itself."""

@@ -1,7 +1,9 @@
 """Futures of single rows: from any thread and event loop, canceled, interrupted, and closed."""
 
 import asyncio
+import copy
 import gc
+import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -67,6 +69,12 @@ class Gate:
             return method(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, waiting)
+
+
+@pytest.mark.parametrize("duplicate", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_model_refuses_to_be_sent_to_another_process(llm: LLM, duplicate: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be pickled or copied; build one in each process"):
+        duplicate(llm)
 
 
 def test_answers_equal_those_of_generate_and_chat(llm: LLM) -> None:
