@@ -75,7 +75,7 @@ def test_mixed_requests_are_drawn_as_documented(
 
 
 def test_mixed_requests_are_those_of_earlier_results(mixed: list[OfflineRequest]) -> None:
-    # These counts are in bench/results/h200-offline.json, measured before the other workloads
+    # These counts are in bench/results/h100-offline.json, measured before the other workloads
     assert sum(request.max_tokens for request in mixed) == 23824
     assert sum(len(request.images) for request in mixed) == 288
 
