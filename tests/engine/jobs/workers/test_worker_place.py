@@ -9,7 +9,6 @@ from idefics2_engine.jobs.workers.engine_spec import (
     LLM_NAME,
     MAX_NUM_SEQS,
     EngineSpec,
-    memory_share,
 )
 from idefics2_engine.jobs.workers.worker_place import place_workers, visible_devices
 from idefics2_engine.jobs.workers.worker_pool import MAX_PREPARED_BYTES
@@ -91,14 +90,6 @@ def test_environment_of_a_worker() -> None:
     assert place.environment() == {**threads, "CUDA_VISIBLE_DEVICES": "2"}
     (place,) = place_workers(1, "cpu", {"CUDA_VISIBLE_DEVICES": "2", "OMP_NUM_THREADS": "1"})
     assert place.environment() == threads
-
-
-def test_engines_on_one_gpu_share_its_memory() -> None:
-    # The first engine counts from nothing, the second from what the first has
-    assert memory_share(0.9, 2, free=1000, total=1000) == pytest.approx(0.45)
-    assert memory_share(0.9, 2, free=550, total=1000) == pytest.approx(0.9)
-    # A third process on the device does not raise the bound
-    assert memory_share(0.9, 2, free=300, total=1000) == pytest.approx(0.9)
 
 
 def test_defaults_are_those_of_llm() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, main_thread
 from typing import Any, cast
 
 import pytest
@@ -295,6 +295,22 @@ def test_close_cancels_rows_and_the_pool_goes_on() -> None:
         assert in_order(list(made.iterate(rows(30)))) == expected(rows(30))
         # They were not found dead
         assert made.num_deaths == 0
+
+
+def test_interrupt_cancels_rows_and_the_pool_goes_on(pool: WorkerPool) -> None:
+    end = Event()
+
+    def source() -> Iterator[Row]:
+        yield from rows(6)
+        signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        end.wait(SECONDS)
+
+    outputs = pool.iterate(source())
+    with pytest.raises(KeyboardInterrupt):
+        list(outputs)
+    end.set()
+    assert list(outputs) == []
+    assert in_order(list(pool.iterate(rows(30)))) == expected(rows(30))
 
 
 def test_error_of_the_source_comes_after_the_answers(pool: WorkerPool) -> None:
