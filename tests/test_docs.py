@@ -19,6 +19,7 @@ WIDTH = 100
 FOLDERS = [
     ROOT,
     ROOT / "engine/idefics2_engine",
+    ROOT / "engine/idefics2_engine/jobs",
     ROOT / "kernels/idefics2_kernels",
     ROOT / "bench/idefics2_bench",
 ]

@@ -26,6 +26,8 @@ SAMPLING = "sampling"
 
 # Images in base64 may be in a line
 MAX_LINE_BYTES = 64 << 20
+# That of the engine, whose module imports more than a command line needs
+MAX_MEDIA_BYTES = 256 << 20
 _MOST_ROWS = 2**48
 
 
@@ -67,6 +69,7 @@ class InputOptions:
         hash_media: Whether a row's key depends on the content of image files, and not on their size
             and time of change.
         check_model: Model that OpenAI lines must name. If ``None``, their model is ignored.
+        max_media_bytes: Most bytes of an image file that is read for ``hash_media`` or from the hub.
         max_line_bytes: Most bytes of a line of JSONL.
 
     Raises:
@@ -90,6 +93,7 @@ class InputOptions:
     media_root: Path | None = checked(OrNone(_folder), None)
     hash_media: bool = checked(flag, False)
     check_model: str | None = checked(OrNone(_name), None)
+    max_media_bytes: int = checked(Whole(1), MAX_MEDIA_BYTES)
     max_line_bytes: int = checked(Whole(1, 1 << 31), MAX_LINE_BYTES)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,10 +48,11 @@ def find_inputs(names: tuple[str, ...], given_format: str) -> list[InputName]:
         ConfigError: There is none, one is named twice, or a format is unknown.
     """
     found = [one for name in names for one in _find(name, given_format)]
-    for name in {one.name for one in found}:
-        if sum(one.name == name for one in found) > 1:
-            raise ConfigError(f"inputs must name each file once, got {short_repr(name)} twice")
-    return sorted(found)
+    found.sort()
+    for one, following in pairwise(found):
+        if one.name == following.name:
+            raise ConfigError(f"inputs must name each file once, got {short_repr(one.name)} twice")
+    return found
 
 
 def media_root(inputs: list[InputName]) -> Path:

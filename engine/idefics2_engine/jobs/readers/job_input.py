@@ -62,7 +62,7 @@ class JobInput:
         self.files: tuple[Path, ...] = tuple(
             path for source in self._sources for path in source.files
         )
-        images = RowImages(self.media_root, options.hash_media)
+        images = RowImages(self.media_root, options.hash_media, options.max_media_bytes)
         if template is not None and any(source.form == "openai" for source in self._sources):
             raise ConfigError("prompt must be in the rows of OpenAI lines, got one for the job")
         forms: dict[str, RowForm] = {

@@ -54,7 +54,7 @@ class OpenAIForm:
         """Return the content of a line.
 
         Raises:
-            BadRowError: The line has another shape, or a key that is not honoured.
+            BadRowError: The line has another shape, or a key that is not honored.
         """
         _check_keys(columns, self._known, "line")
         if columns.get("method") != _METHOD:

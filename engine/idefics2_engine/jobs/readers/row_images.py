@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from idefics2_engine.errors import ImageError
-from idefics2_engine.images.loader import MediaConfig, has_scheme, named_bytes
+from idefics2_engine.images.loader import MAX_BYTES, MediaConfig, has_scheme, named_bytes
 from idefics2_engine.images.sources import file_url_path
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.json_line import json_type
 
 _MOST_KEPT = 4096
+_LONGEST_NAME = 4096
 
 
 class RowImage(NamedTuple):
@@ -35,15 +36,16 @@ class RowImages:
         root: Folder from which paths start, and which files must be in. The engine checks that
             when it opens a file.
         hash_media: Whether identities have the content of files.
+        max_bytes: Larger files have no content for the engine.
     """
 
-    def __init__(self, root: Path, hash_media: bool = False) -> None:
+    def __init__(self, root: Path, hash_media: bool = False, max_bytes: int = MAX_BYTES) -> None:
         self._root = os.path.abspath(root)
         self._below = os.path.join(self._root, "")
         self._hash_media = hash_media
-        self._media = MediaConfig(allowed_media_root=Path(self._root))
+        self._media = MediaConfig(allowed_media_root=Path(self._root), max_media_bytes=max_bytes)
         # Several rows often ask about one image
-        self._file = lru_cache(_MOST_KEPT)(self._read_file)
+        self._kept_file = lru_cache(_MOST_KEPT)(self._read_file)
 
     def read_all(self, value: Any, name: str) -> list[RowImage]:
         """Return the images of a column: one, or a list of them.
@@ -79,6 +81,10 @@ class RowImages:
             path = _local_path(value)
             return RowImage(value, ("url", value)) if path is None else self._file(path)
         return self._file(value)
+
+    def _file(self, name: str) -> RowImage:
+        # No file has a longer name, and long ones are not kept
+        return self._kept_file(name) if len(name) <= _LONGEST_NAME else self._read_file(name)
 
     def _read_file(self, name: str) -> RowImage:
         path = os.path.join(self._root, name)

@@ -13,6 +13,7 @@ from idefics2_engine.sampling_params import SamplingParams
 
 # Rows with seeds of their own are all different
 _MOST_KEPT = 1024
+_LONGEST_KEPT = 4096
 
 
 class RowSampling:
@@ -37,7 +38,8 @@ class RowSampling:
             return self._defaults
         if not isinstance(given, Mapping):
             raise BadRowError("schema", f"sampling must be an object, got {json_type(given)}")
-        found = self._merged(_Given(given))
+        key = _Given(given)
+        found = self._merged(key) if key.is_short else self._merge(key)
         if isinstance(found, BadRowError):
             raise BadRowError(found.code, found.message)
         return found
@@ -59,6 +61,11 @@ class _Given:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = dict(values)
         self._text = repr(self.values)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the parameters may be kept."""
+        return len(self._text) <= _LONGEST_KEPT
 
     def __hash__(self) -> int:
         return hash(self._text)

@@ -20,18 +20,18 @@ STAGES = {
 # A request is numbered by the order of a run, which is another one after a resume
 _REQUEST = re.compile(r"^request \S+: ")
 _DATA_URI = re.compile(r"\bdata:[^\s'\",]*,[^\s'\"]*", re.IGNORECASE)
-_URL = re.compile(r"\b([a-z][a-z0-9+.-]*)://([^\s'\"<>]*)", re.IGNORECASE)
+_URL = re.compile(r"([a-z0-9+.-]*)://([^\s'\"<>]*)", re.IGNORECASE)
 _BYTES = re.compile(r"(?<![\w'\"])(?:b|bytearray\(b)(['\"])(?:\\.|(?!\1).)*(?:\1\)?|$)")
-_MEMORY_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b", re.IGNORECASE)
+_MEMORY_ADDRESS = re.compile(r"0x[0-9a-f]{6,}", re.IGNORECASE)
 _QUERY = re.compile(r"\?[\w.%~-]+=[^\s'\"]*")
 SECRET = re.compile(
     r"\b(?:bearer\s+\S+|hf_\w{16,}|sk-[\w-]{16,}|AKIA\w{12,}"
     r"|(?:api[_-]?key|access[_-]?token|secret|password|passwd|authorization|signature)"
-    r"['\"]?\s*[=:]\s*['\"]?[^\s'\",}]+)",
+    r"(?:\s*=\s*['\"]?|['\"]\s*:\s*['\"])[^\s'\",}]+)",
     re.IGNORECASE,
 )
 # A path may have spaces, and ends with its quote, or before ": " if the message begins with it
-_ABSOLUTE = r"(?:/(?![\s/])|[A-Za-z]:\\|\\\\)"
+_ABSOLUTE = r"(?:~?/(?![\s/])|[A-Za-z]:\\|\\\\)"
 _PATHS = (
     re.compile(rf"(?P<before>['\"])(?P<path>{_ABSOLUTE}[^'\"]*)(?=['\"]|$)"),
     re.compile(rf"(?P<before>^(?:\w+\[\d+\]: )?)(?P<path>{_ABSOLUTE}.*?)(?=: |$)"),
@@ -61,19 +61,20 @@ def clean_message(message: str, media_root: Path | None = None) -> str:
     It has no absolute paths, addresses in memory, credentials, query strings or contents of files.
     A URL keeps its scheme and host.
     """
-    text = "".join(char if char.isprintable() else " " for char in message[: 8 * MOST_CHARACTERS])
+    text = message[: 8 * MOST_CHARACTERS]
+    if media_root is not None:
+        for root in {f"{media_root}/", f"{media_root.absolute()}/", f"{media_root.resolve()}/"}:
+            text = text.replace(root, "")
+    text = "".join(char if char.isprintable() else " " for char in text)
+    text = " ".join(text.split())
     text = _DATA_URI.sub("data:…", text)
     text = _URL.sub(_short_url, text)
     text = _BYTES.sub("bytes", text)
     text = _MEMORY_ADDRESS.sub("0x…", text)
     text = _QUERY.sub("?…", text)
     text = SECRET.sub("(secret)", text)
-    if media_root is not None:
-        for root in {f"{media_root}/", f"{media_root.absolute()}/", f"{media_root.resolve()}/"}:
-            text = text.replace(root, "")
     for path in _PATHS:
         text = path.sub(_short_path, text)
-    text = " ".join(text.split())
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
 
 
@@ -84,5 +85,5 @@ def _short_url(found: re.Match[str]) -> str:
 
 
 def _short_path(found: re.Match[str]) -> str:
-    name = re.split(r"[/\\]", found["path"].rstrip("/\\"))[-1]
+    name = re.split(r"[/\\]", found["path"].rstrip("/\\ "))[-1].strip()
     return f"{found['before']}…/{name}"

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.images.loader import MAX_BYTES
+from idefics2_engine.jobs.readers.input_options import MAX_MEDIA_BYTES, InputOptions
 from idefics2_engine.jobs.readers.shard import Shard
 from job_inputs import input_options
 
 
 def test_defaults() -> None:
+    assert MAX_MEDIA_BYTES == MAX_BYTES
     options = input_options("q.jsonl")
     assert options.inputs == ("q.jsonl",)
     assert (options.shard, options.keep, options.sample_seed) == (Shard(0, 1), (), 0)

@@ -54,7 +54,7 @@ def test_a_bad_row_costs_no_other_row_anything(tmp_path: Path, bad: bytes) -> No
     assert [row.number for row in found] == [*range(10), *range(11, 21)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(ROWS, min_size=1, max_size=3),
     st.none() | st.integers(1, 30),

@@ -1,4 +1,4 @@
-"""OpenAI's batch lines: which keys are honoured, and that all others are an error of their row."""
+"""OpenAI's batch lines: which keys are honored, and that all others are an error of their row."""
 
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def test_a_line_is_a_row(tmp_path: Path) -> None:
         ({"temperature": None, "stop": None, "tools": None, "response_format": None}, {}),
     ],
 )
-def test_keys_of_the_body_that_are_honoured(
+def test_keys_of_the_body_that_are_honored(
     tmp_path: Path, given: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
     row = one(tmp_path, line({"messages": MESSAGES, **given}))

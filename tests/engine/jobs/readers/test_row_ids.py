@@ -105,7 +105,7 @@ def test_rows_are_read_again_only_if_hashes_repeat() -> None:
 
 
 def test_a_row_costs_a_few_bytes() -> None:
-    ids: list[str | int] = [f"an identifier of some length, {number}" for number in range(50_000)]
+    ids: list[str | int] = [f"an identifier of some length, {number}" for number in range(20_000)]
     tracemalloc.start()
     try:
         hashes = IdHashes()

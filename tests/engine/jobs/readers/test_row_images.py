@@ -103,6 +103,9 @@ def test_identity_is_path_size_and_time(root: Path) -> None:
     os.utime(path, ns=(1, 1))
     assert identity("a.png") == ("file", "a.png", len(PNG) + 1, 1)
     assert identity("a.png", content=True) != by_content
+    # The engine does not read a larger file
+    small = RowImages(root, True, max_bytes=3).read("a.png", "").identity
+    assert small == ("file", "a.png", len(PNG) + 1, 1)
     assert identity(PNG)[0] == "bytes"
     assert identity(PNG) != identity(PNG + b"x")
     assert identity("data:,a") != identity("data:,b")

@@ -1,5 +1,6 @@
 """Sampling parameters of rows: the job's, changed by the row's, checked, and built once."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -38,6 +39,15 @@ def test_equal_parameters_are_built_once(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(BadRowError, match="n must be an integer"):
             sampling.merge({"n": 0})
     assert len(built) == 2
+
+
+def test_long_parameters_are_not_kept() -> None:
+    sampling = RowSampling(DEFAULTS)
+    # Weak references show what is kept
+    long, short = (sampling.merge({"stop": ["x" * length]}) for length in (10_000, 10))
+    kept = [weakref.ref(one) for one in (long, short)]
+    del long, short
+    assert [one() is not None for one in kept] == [False, True]
 
 
 def test_values_that_python_calls_equal_are_not_confused() -> None:
