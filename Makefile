@@ -30,7 +30,7 @@ demo: $(INSTALLED)  ## answer twelve questions about sample images, into build/d
 test: $(INSTALLED)  ## run the tests, on a GPU if there is one
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
 
-test-long: $(INSTALLED)  ## run the tests that take long: the Gluon kernels in the emulator, interrupts
+test-long: $(INSTALLED)  ## run the tests that take long: the Gluon kernels in the emulator, interrupts, killed jobs
 	$(BIN)/python -m pytest -n $(WORKERS) -m long $$(grep -rl mark.long tests --include='test_*.py')
 
 lint: $(INSTALLED)  ## check style and format

@@ -72,7 +72,9 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     model = "demo" if args.model is None else str(args.model)
     job = JobDescription(parts, files, {"model": model})
     encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
-    begins_again = options.restart or options.retry_errors is not None
+    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
+    is_described = files_beside.are_there
+    begins_again = options.restart or options.retry_errors is not None or not is_described
     complete = None if begins_again else complete_output(out, job)
     # The rows of a complete job were checked before
     if complete is not None:
@@ -85,7 +87,6 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         if must_stop or validation.num_repeated:
             return 2
     job = replace(job, options={"rows": totals.rows, "model": model})
-    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
     progress = JobProgress(
         totals, interval=args.progress_interval, as_json=args.log_format == "json"
     )
@@ -98,6 +99,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         options,
         observers=[progress, *files_beside.observers],
         on_complete=files_beside.write,
+        is_described=is_described,
     )
     with interrupts_handled(runner.interrupt):
         result = runner.run()

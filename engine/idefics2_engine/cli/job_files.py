@@ -17,6 +17,7 @@ from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
+from idefics2_engine.jobs.writers.own_file import beside
 from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
 from idefics2_engine.jobs.writers.row_output import SaveOptions
 from idefics2_engine.jobs.writers.stats_file import StatsFile
@@ -109,6 +110,11 @@ class FilesBeside:
             self._first_rows,
         ]
         self.moved: list[Path] = []
+
+    @property
+    def are_there(self) -> bool:
+        """Whether an earlier run has written them, and was not killed before."""
+        return beside(self._out, "summary.json").exists()
 
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from idefics2_engine.jobs.job_errors import OutputLostError
+from idefics2_engine.jobs.job_events import Event, Events, Interrupted, send_answers
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_options import RETRIED_CODES, JobOptions
 from idefics2_engine.jobs.job_result import Ending, RowCounts, RunCounts
@@ -24,16 +25,6 @@ _logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 _UNWRITABLE = RowError("internal", "engine", "the answer cannot be written as JSON")
-
-
-class _Ended(NamedTuple):
-    """The engine has no more answers, because of ``error`` if there is one."""
-
-    error: BaseException | None
-
-
-class _Interrupted(NamedTuple):
-    """Somebody asked to end the run."""
 
 
 class JobFlow:
@@ -77,7 +68,7 @@ class JobFlow:
         self._options = options
         self._observers = observers
         self._clock = clock
-        self._events: SimpleQueue[RowRead | RequestOutput | _Ended | _Interrupted] = SimpleQueue()
+        self._events: Events = SimpleQueue()
         self._interrupts = 0
         self._answers: Answers | None = None
         self._deadline: float | None = None
@@ -90,7 +81,7 @@ class JobFlow:
     def interrupt(self) -> None:
         """End softly, at once if called again. Any thread and signal handler may call this."""
         self._interrupts += 1
-        self._events.put(_Interrupted())
+        self._events.put(Interrupted())
 
     def settle(self, rows: Iterator[JobRow]) -> JobRow | None:
         """Finish rows that need no engine; return the first one that needs it, or ``None``.
@@ -131,7 +122,10 @@ class JobFlow:
             observer.load(engine)
         # The engine may be in the middle of a step when the run ends
         threading.Thread(
-            target=_pump, args=(self._answers, self._events), name="idefics2-answers", daemon=True
+            target=send_answers,
+            args=(self._answers, self._events),
+            name="idefics2-answers",
+            daemon=True,
         ).start()
         try:
             self._take_events()
@@ -153,7 +147,7 @@ class JobFlow:
                 self._take_row(event)
             elif isinstance(event, RequestOutput):
                 self._take_answer(event)
-            elif isinstance(event, _Interrupted):
+            elif isinstance(event, Interrupted):
                 self.end(Ending.INTERRUPTED, "interrupted")
                 if self._interrupts > 1:
                     break
@@ -162,7 +156,7 @@ class JobFlow:
                     raise event.error
                 break
 
-    def _next_event(self) -> RowRead | RequestOutput | _Ended | _Interrupted | None:
+    def _next_event(self) -> Event | None:
         """Wait for an event; return ``None`` if the time for it is over."""
         begin = time.perf_counter()
         while True:
@@ -310,14 +304,3 @@ class JobFlow:
         except OutputLostError:
             # The next run computes the others
             pass
-
-
-def _pump(answers: Answers, events: "SimpleQueue[object]") -> None:
-    """Send answers and their end to ``events``."""
-    error: BaseException | None = None
-    try:
-        for output in answers:
-            events.put(output)
-    except BaseException as raised:
-        error = raised
-    events.put(_Ended(error))

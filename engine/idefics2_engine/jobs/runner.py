@@ -39,6 +39,8 @@ class JobRunner:
         observers: Are told what happens.
         on_complete: Called with the result and the job when the output has its name, before the
             job's lock is released. An ``OSError`` ends the run as one of the output does.
+        is_described: Whether what ``on_complete`` makes is there. If it is not, the rows of a job
+            that is complete are taken from the journal again.
         files: Calls of the operating system.
         clock: Seconds that only grow.
     """
@@ -54,6 +56,7 @@ class JobRunner:
         *,
         observers: Sequence[JobObserver] = (),
         on_complete: Callable[[JobResult, JobDescription], None] | None = None,
+        is_described: bool = True,
         files: FileOperations | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,6 +68,7 @@ class JobRunner:
         self._options = options or JobOptions()
         self._observers = observers
         self._on_complete = on_complete
+        self._is_described = is_described
         self._files = files
         self._clock = clock
         self._flow: JobFlow | None = None
@@ -109,7 +113,7 @@ class JobRunner:
         with folder:
             changes, moved = tuple(folder.input_changes), tuple(folder.moved)
             # Without files, only the rows say whether the input is the same
-            is_same = bool(self._job.inputs) and not changes
+            is_same = bool(self._job.inputs) and not changes and self._is_described
             if folder.finished and is_same and self._options.retry_errors is None:
                 counts = RowCounts(rows=folder.finished.rows)
                 return JobResult(Ending.COMPLETE_BEFORE, counts, output=folder.finished)

@@ -181,6 +181,18 @@ def test_files_beside_the_output(tmp_path: Path) -> None:
     assert all(text in page.read_text() for text in TEXTS)
 
 
+def test_lost_summary_is_written_again(tmp_path: Path, engine: StandInEngine) -> None:
+    """A kill may come between the output and the files beside it."""
+    source = write(tmp_path / "in.jsonl", TEXTS)
+    command(source)
+    summary = tmp_path / "out.jsonl.summary.json"
+    counts = json.loads(summary.read_text())["rows"]
+    summary.unlink()
+    assert command(source) == 0
+    assert json.loads(summary.read_text())["rows"] == counts
+    assert engine.loads == 1
+
+
 @pytest.mark.usefixtures("engine")
 def test_summary_counts_the_whole_job_and_the_last_run(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", TEXTS)

@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'engine'}:{ROOT / 'tests/hel
 
 def stand_in(*arguments: object) -> dict[str, Any]:
     """Run the stand-in's program, and return what it prints."""
-    program = ROOT / "tests/helpers/stand_in_run.py"
+    program = ROOT / "tests/helpers/run_program.py"
     command = [sys.executable, str(program), *map(str, arguments)]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
