@@ -4,13 +4,13 @@ import argparse
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from idefics2_engine.cli import options
 from idefics2_engine.cli.job_progress import JobTotals, answer_tokens
 from idefics2_engine.images.loader import media_config
 from idefics2_engine.jobs.job_row import JobRow, RowError
+from idefics2_engine.jobs.plan import image_check as image_checks
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.validation import Validation, validate
 
@@ -22,14 +22,11 @@ ImageCheck = Callable[[JobRow], RowError | None]
 
 def image_check(args: argparse.Namespace, media_root: Path) -> ImageCheck | None:
     """Return the check of ``--check-images``, ``None`` for none."""
-    # Plans of jobs are a package of their own
-    if args.check_images == "none" or find_spec("idefics2_engine.jobs.plan") is None:
+    if args.check_images == "none":
         return None
-    from idefics2_engine.jobs.plan import image_check as plan  # type: ignore[import-not-found, unused-ignore]
-
     media = media_config(**options.media_settings(args), allowed_media_root=media_root)
-    check = plan.ImageCheck.named(args.check_images)
-    return lambda row: plan.image_error(row, check, media)
+    check = image_checks.ImageCheck.named(args.check_images)
+    return lambda row: image_checks.image_error(row, check, media)
 
 
 def check_input(

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import job_options, options, run_options
@@ -41,7 +40,7 @@ class EngineChoice:
         if args.ray is not None:
             self._pool = _ray_workers(spec, count, args.ray)
         elif count != 1:
-            self._pool = WorkerPool(spec, count)
+            self._pool = WorkerPool(spec, count, threads=args.threads)
         self.workers = 1 if self._pool is None else self._pool.num_workers
 
     def __call__(self) -> AbstractContextManager[RowEngine]:
@@ -50,14 +49,10 @@ class EngineChoice:
 
 
 def _ray_workers(spec: EngineSpec, count: int | None, address: str) -> WorkerPool:
-    if find_spec("idefics2_engine.jobs.ray_workers") is None:
-        raise ConfigError("--ray is not in this version")
-    from idefics2_engine.jobs.ray_workers import RayWorkers  # type: ignore[import-not-found, unused-ignore]
+    from idefics2_engine.jobs.ray_workers import RayWorkers
 
-    pool: WorkerPool = RayWorkers(
-        spec, count, address=None if address == run_options.RAY_DEFAULT else address
-    )
-    return pool
+    named = None if address == run_options.RAY_DEFAULT else address
+    return RayWorkers(spec, count, address=named)
 
 
 def _row_by_row_ops(name: str) -> "Ops":
