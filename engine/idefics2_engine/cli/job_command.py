@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from idefics2_engine.cli import job_options, job_report, run_options
-from idefics2_engine.cli.job_check import check_input, image_check
+from idefics2_engine.cli.job_check import check_input
 from idefics2_engine.cli.job_engine import EngineChoice
 from idefics2_engine.cli.job_files import FilesBeside
 from idefics2_engine.cli.job_fingerprint import fingerprint_parts
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     if complete is not None:
         totals = JobTotals(complete.rows, None)
     else:
-        validation, totals = check_input(job_input, image_check(args, job_input.media_root))
+        validation, totals = check_input(args, job_input)
         for line in job_report.validation_lines(validation):
             print(f"idefics2: {line}", file=sys.stderr)
         must_stop = validation.num_bad and options.on_bad_row == "stop"

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.cli import options
+from idefics2_engine.cli import job_options
 from idefics2_engine.cli.answer_table import answer_table
 from idefics2_engine.cli.job_fingerprint import device_name
-from idefics2_engine.images.loader import media_config
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
@@ -161,13 +160,12 @@ class FilesBeside:
     def _write_page(
         self, summary: Mapping[str, Any], job: JobDescription, device: str
     ) -> Path | None:
-        rules = options.media_settings(self._args) | {"allowed_media_root": self._media_root}
         model = "the demo checkpoint" if self._args.model is None else str(self._args.model)
         return write_report(
             Path(self._args.report),
             self._first_rows.in_order(),
             summary,
-            media_config(**rules),
+            job_options.job_media(self._args, self._media_root),
             title=self._out.name,
             subtitle=f"{model} on {device}",
             fingerprint=job.fingerprint,

@@ -3,14 +3,26 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options
 from idefics2_engine.jobs.job_options import IN_FLIGHT
 from idefics2_engine.jobs.readers.input_options import FORMATS, InputOptions
 from idefics2_engine.sampling_params import SamplingParams
 
-CHECKS = ("none", "exists", "header")
+if TYPE_CHECKING:
+    from idefics2_engine.images.loader import MediaConfig
+
+_CHECKS = ("none", "exists", "header")
+_MEDIA = (
+    "image_policy",
+    "max_image_pixels",
+    "max_media_bytes",
+    "allowed_media_hosts",
+    "media_timeout",
+    "image_threads",
+)
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +83,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--check-images",
-        choices=CHECKS,
+        choices=_CHECKS,
         default="exists",
         help="what to look at in images before the model is loaded (default: %(default)s)",
     )
@@ -124,6 +136,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=("vllm", "hf"),
         help="min-p before top-k and top-p (vllm, the default) or after them (hf)",
     )
+
+
+def job_media(args: argparse.Namespace, media_root: Path) -> "MediaConfig":
+    """Return the rules for the images of a job, those of its engine.
+
+    Raises:
+        ConfigError: A value is invalid.
+    """
+    from idefics2_engine.images.loader import media_config
+
+    arguments = llm_arguments(args)
+    given = {name: arguments[name] for name in _MEDIA if name in arguments}
+    return media_config(**given, allowed_media_root=media_root)
 
 
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:

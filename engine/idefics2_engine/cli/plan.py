@@ -1,7 +1,6 @@
 """The command ``idefics2 plan``, which says what a job will take before it runs."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from idefics2_engine.images.loader import MediaConfig
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
     from idefics2_engine.jobs.readers.job_input import JobInput
@@ -24,14 +22,6 @@ SOME_FAIL = 3
 """The exit code if some rows will fail."""
 _BAD_INPUT = 2
 _SHOWN_IDS = 5
-_MEDIA = (
-    "image_policy",
-    "max_image_pixels",
-    "max_media_bytes",
-    "allowed_media_hosts",
-    "media_timeout",
-    "image_threads",
-)
 _EPILOG = """\
 example:
   idefics2 plan -i questions.jsonl --model HuggingFaceM4/idefics2-8b --rates h200-latency.json
@@ -154,7 +144,7 @@ def _prepared(
     from idefics2_engine.sampling.generation_config import GenerationConfig
 
     arguments = job_options.llm_arguments(args)
-    media = job_media(arguments, job_input.media_root)
+    media = job_options.job_media(args, job_input.media_root)
     processor = Processor.load(folder, config, arguments["split_images"], media)
     engine = _engine_config(arguments, config)
     planner = RowPlanner(
@@ -163,7 +153,7 @@ def _prepared(
         GenerationConfig.of_checkpoint(folder, processor.tokenizer),
         engine.max_model_len,
         defaults=params,
-        check=ImageCheck.named(args.check_images),
+        check=ImageCheck(args.check_images),
     )
     dtype = args.dtype
     if dtype == "auto":
@@ -171,18 +161,6 @@ def _prepared(
         dtype = "float32" if args.device == "cpu" else "bfloat16"
     expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
     return planner, PlanOptions(config.text, engine, dtype, expected)
-
-
-def job_media(arguments: Mapping[str, Any], media_root: Path) -> "MediaConfig":
-    """Return the rules for the images of a job, given the arguments of ``LLM``.
-
-    Raises:
-        ConfigError: A value is invalid.
-    """
-    from idefics2_engine.images.loader import media_config
-
-    given = {name: arguments[name] for name in _MEDIA if name in arguments}
-    return media_config(**given, allowed_media_root=media_root)
 
 
 def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineConfig":

@@ -17,7 +17,6 @@ from idefics2_engine.cli.main import main
 from idefics2_engine.cli.run_options import size
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.job_row import JobRow, RowError
 from paths import ROOT
 from stand_in_run import StandInEngine
 
@@ -336,17 +335,19 @@ def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix
 
 
 def test_images_are_checked_before_the_model_is_loaded(
-    source: Path,
-    engine: StandInEngine,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def image_error(row: JobRow) -> RowError | None:
-        return RowError("image", "media", "is missing") if row.id == "second" else None
-
-    monkeypatch.setattr(job_command, "image_check", lambda *_: image_error)
-    assert command(source, "--on-bad-row", "stop") == 2
-    assert "1 of 3 rows are bad: 1 image" in capsys.readouterr().err
-    assert engine.loads == 0
+    (tmp_path / "a.png").write_bytes(bytes(2000))
+    rows = [{"prompt": name, "images": [f"{name}.png"]} for name in ("a", "none")]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    stop = ("--on-bad-row", "stop")
+    assert command(source, *stop) == 2
+    assert "1 of 2 rows are bad: 1 image" in capsys.readouterr().err
+    # The rules are those of the engine
+    assert command(source, *stop, "--max-media-bytes", "1000") == 2
+    assert "2 of 2 rows are bad: 2 image" in capsys.readouterr().err
+    assert command(source, *stop, "--check-images", "none") == 0
+    assert engine.loads == 1
     # The engine has the last word about a row that goes on
     assert command(source) == 0
