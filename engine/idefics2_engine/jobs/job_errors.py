@@ -4,7 +4,7 @@ from idefics2_engine.errors import Idefics2Error
 
 
 class JobError(Idefics2Error):
-    """The job's folder or its output cannot be used."""
+    """The job's folder, its input or its output cannot be used."""
 
     code = "job"
 

@@ -8,12 +8,12 @@ from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers.named_files import (
     Name,
+    is_remote,
     printable,
     reading,
     shown_name,
 )
 from idefics2_engine.jobs.readers.source import RawRow
-from idefics2_engine.jobs.readers.unpacked_files import is_remote
 
 # Formats that Pillow reads. Files of those that the engine refuses become rows with an error, so
 # that nobody misses them.
@@ -48,7 +48,7 @@ class ImageFolderSource:
         root = getattr(options, "media_root", None)
         self._media_root = None if root is None else Path(os.path.realpath(root))
         for name in paths:
-            if is_remote(str(name)) or not os.path.lexists(name):
+            if is_remote(name) or not os.path.lexists(name):
                 raise JobError(f"{shown_name(name)}: must be a local folder of images, or an image")
             if self._media_root and not _real_folder(Path(name)).is_relative_to(self._media_root):
                 raise JobError(f"{shown_name(name)}: a folder of images must be in the media root")

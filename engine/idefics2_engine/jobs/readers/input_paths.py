@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from idefics2_engine.errors import ConfigError, short_repr
-from idefics2_engine.jobs.readers.unpacked_files import COMPRESSIONS, is_remote
-from idefics2_engine.model_files import paths_in, printable_path
+from idefics2_engine.jobs.readers.named_files import is_remote, shown_name
+from idefics2_engine.jobs.readers.unpacked_files import COMPRESSIONS
+from idefics2_engine.model_files import paths_in
 
 HUB = "hf:"
 _FORMATS = {
@@ -90,7 +91,7 @@ def _find(name: str, given_format: str) -> Iterator[InputName]:
     elif name == "-":
         raise ConfigError("inputs: standard input must be staged to a file first")
     else:
-        raise ConfigError(f"{printable_path(Path(name))}: must be an input file, got no such file")
+        raise ConfigError(f"{shown_name(name)}: must be an input file, got no such file")
 
 
 def _in_folder(folder: Path, given_format: str) -> Iterator[InputName]:
@@ -106,7 +107,7 @@ def _in_folder(folder: Path, given_format: str) -> Iterator[InputName]:
         files = {path: kind for path, kind in kinds.items() if kind and wanted in ("auto", kind)}
         if len(set(files.values())) > 1:
             raise ConfigError(
-                f"{printable_path(folder)}: must have files of one format, "
+                f"{shown_name(folder)}: must have files of one format, "
                 f"got {', '.join(sorted(set(files.values())))}"
             )
         for path, kind in files.items():
@@ -116,7 +117,7 @@ def _in_folder(folder: Path, given_format: str) -> Iterator[InputName]:
     if given_format in ("auto", "images") and _has_images(folder):
         yield InputName(str(folder), "images", folder)
         return
-    raise ConfigError(f"{printable_path(folder)}: must have input files, got none")
+    raise ConfigError(f"{shown_name(folder)}: must have input files, got none")
 
 
 def _has_images(folder: Path) -> bool:
@@ -127,7 +128,7 @@ def _format(name: str, given: str) -> str:
     found = _known_format(name) if given == "auto" else given
     if found is None:
         raise ConfigError(
-            f"{name if is_remote(name) else printable_path(Path(name))}: the format must be given, "
+            f"{shown_name(name)}: the format must be given, "
             "because the name does not show it (input_format, --input-format)"
         )
     return found

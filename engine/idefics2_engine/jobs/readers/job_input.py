@@ -49,7 +49,8 @@ class JobInput:
         template: The job's prompt. None if rows have their own.
 
     Raises:
-        ConfigError: A file cannot be read, options do not fit the files, or a library is missing.
+        JobError: A file cannot be read.
+        ConfigError: Options do not fit the files, or a library is missing.
     """
 
     def __init__(self, options: InputOptions, defaults: SamplingParams) -> None:
@@ -81,7 +82,7 @@ class JobInput:
             on_id: Called with the identifier of each row, in order, also of other shards.
 
         Raises:
-            ConfigError: A file cannot be read.
+            JobError: A file cannot be read.
             OSError: Reading fails.
         """
         shard, builder = self.options.shard, self._builder
@@ -110,7 +111,7 @@ class JobInput:
             most: Number of rows to return.
 
         Raises:
-            ConfigError: A file cannot be read.
+            JobError: A file cannot be read.
             OSError: Reading fails.
         """
         return find_repeated(hashes, self._placed_ids(), most)

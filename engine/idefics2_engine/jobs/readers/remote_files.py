@@ -6,8 +6,10 @@ Images that rows name are opened by the engine, which knows no remote storage.
 import hashlib
 from typing import IO, Any, cast
 
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError
-from idefics2_engine.jobs.readers.named_files import optional_module, reading, shown_name
+from idefics2_engine.jobs.optional_libraries import import_extra
+from idefics2_engine.jobs.readers.named_files import reading, shown_name
 from idefics2_engine.jobs.store.input_files import InputFile
 
 # Packages of the file systems. That in memory is for tests.
@@ -20,7 +22,8 @@ def open_remote(url: str) -> IO[bytes]:
     """Open a remote file for reading. It can seek.
 
     Raises:
-        JobError: There is no such file, or fsspec or the package of its storage is not installed.
+        JobError: There is no such file.
+        ConfigError: fsspec or the package of its storage is not installed.
     """
     with reading(url):
         system, path = _system(url)
@@ -78,12 +81,12 @@ def _system(url: str) -> tuple[Any, str]:
     # fsspec would open the file of another storage behind it
     if "::" in url:
         raise JobError(f"{shown_name(url)}: must not have '::'")
-    fsspec = optional_module("fsspec", "remote")
+    fsspec = import_extra("fsspec", "remote")
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES[scheme]
-        raise JobError(
+        raise ConfigError(
             f"{package} is needed for {scheme}:// and not installed: pip install {package}"
         ) from error
     return system, path

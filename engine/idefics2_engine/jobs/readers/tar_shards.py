@@ -17,7 +17,6 @@ from idefics2_engine.jobs.readers.json_line import parse_line
 from idefics2_engine.jobs.readers.named_files import (
     Name,
     base_name,
-    check_regular,
     local_files,
     printable,
     shown_name,
@@ -65,8 +64,7 @@ class TarShardSource:
     def __iter__(self) -> Iterator[RawRow]:
         """Yield the rows of all shards."""
         for name in self._names:
-            check_regular(name)
-            with open_unpacked(str(name)) as file:
+            with open_unpacked(name) as file:
                 members = (
                     (found[1], found[2], member)
                     for member in read_members(file, name)

@@ -49,7 +49,7 @@ def validate(
         on_row: Called with each row, for what else is to be known of all rows.
 
     Raises:
-        ConfigError: A file cannot be read.
+        JobError: A file cannot be read.
         OSError: Reading fails.
     """
     counts: Counter[str] = Counter()

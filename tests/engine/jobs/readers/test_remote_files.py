@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.readers.named_files import base_name, shown_name
 from idefics2_engine.jobs.readers.remote_files import (
@@ -176,12 +177,14 @@ class TestMissingPackages:
     @pytest.mark.parametrize(("url", "package"), [("s3://b/a", "s3fs"), ("gs://b/a", "gcsfs")])
     def test_of_the_storage(self, url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(JobError, match=f"{package} is needed for .*: pip install {package}$"):
+        with pytest.raises(
+            ConfigError, match=f"{package} is needed for .*: pip install {package}$"
+        ):
             open_remote(url)
 
     def test_fsspec(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "fsspec", None)
-        with pytest.raises(JobError, match=r"pip install 'idefics2-engine\[remote\]'"):
+        with pytest.raises(ConfigError, match=r"pip install 'idefics2-engine\[remote\]'"):
             open_remote("s3://bucket/a")
 
 
