@@ -23,7 +23,6 @@ from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.staged_input import STDIN, with_staged_input
 from idefics2_engine.jobs.row_encoding import OutputEncoding
 from idefics2_engine.jobs.runner import JobRunner
-from idefics2_engine.jobs.store.input_files import identify_inputs
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.store.job_lock import JobLock
@@ -68,9 +67,8 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     engine = EngineChoice(args, job_input)
     options = run_options.run_options(args, engine.workers)
     parts = fingerprint_parts(args, job_input, params, save)
-    files = identify_inputs(path.absolute() for path in job_input.files)
     model = "demo" if args.model is None else str(args.model)
-    job = JobDescription(parts, files, {"model": model})
+    job = JobDescription(parts, job_input.identify(), {"model": model})
     encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
     files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
     is_described = files_beside.are_there

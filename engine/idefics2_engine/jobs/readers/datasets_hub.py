@@ -5,9 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import short_repr
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.images.loader import MAX_BYTES
-from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.optional_libraries import import_extra
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.named_files import printable, reading
@@ -34,8 +33,8 @@ class HubSource:
             must have at most its ``max_media_bytes``.
 
     Raises:
-        ConfigError: ``datasets`` is not installed.
-        JobError: The name has another form; on reading: the dataset cannot be found or read.
+        ConfigError: The name has another form, or ``datasets`` is not installed.
+        JobError: On reading: the dataset cannot be found or read.
     """
 
     form = "columns"
@@ -43,7 +42,7 @@ class HubSource:
     def __init__(self, name: str, options: object) -> None:
         found = _NAME.fullmatch(name)
         if found is None:
-            raise JobError(f"{printable(name)}: must be hf:org/name:split")
+            raise ConfigError(f"{printable(name)}: must be hf:org/name:split")
         self.files: tuple[Path, ...] = ()
         self._dataset, self._revision, self._split = found.groups()
         self._shown = f"hf:{name.removeprefix('hf:')}"

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Self
 
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
-from idefics2_engine.jobs.readers.staged_input import is_staged
 from idefics2_engine.jobs.store.file_operations import FileOperations, move_aside, replace_file
 from idefics2_engine.jobs.store.fingerprint import difference_table, differences
-from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs
+from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs, is_staged
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription, read_description
 from idefics2_engine.jobs.store.job_lock import LOCK, JobLock
 from idefics2_engine.jobs.store.job_outputs import (

@@ -150,7 +150,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["missing", "*.missing"])
     def test_none(self, storage: Any, scheme: str, name: str) -> None:
         storage.pipe("bucket/a", b"")
-        with pytest.raises(JobError, match="must be a file, a folder or a pattern of files"):
+        with pytest.raises(ConfigError, match="must be a file, a folder or a pattern of files"):
             expand_remote(f"{scheme}://bucket/{name}")
 
     @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ class TestNames:
     )
     def test_other_storage_is_refused(self, url: str) -> None:
         for call in (open_remote, identify_remote, expand_remote):
-            with pytest.raises(JobError, match=r"must be s3://… or gs://…"):
+            with pytest.raises(ConfigError, match=r"must be s3://… or gs://…"):
                 call(url)
 
     def test_chains_are_refused(self, storage: Any, scheme: str) -> None:
-        with pytest.raises(JobError, match="must not have '::'"):
+        with pytest.raises(ConfigError, match="must not have '::'"):
             open_remote(f"{scheme}://bucket/a::file:///etc/passwd")
 
     def test_names_in_messages(self) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.readers.job_input import JobInput
-from idefics2_engine.jobs.readers.staged_input import is_staged, stage_stdin, with_staged_input
+from idefics2_engine.jobs.readers.staged_input import stage_stdin, with_staged_input
+from idefics2_engine.jobs.store.input_files import is_staged
 from job_inputs import DEFAULTS, images_of, input_options
 
 ROWS = b'{"prompt": "a", "images": ["x.png"]}\n{"prompt": "b"}\n'
@@ -40,9 +41,12 @@ def test_other_input_is_refused_and_changes_nothing(tmp_path: Path, other: bytes
     assert path.read_bytes() == ROWS
 
 
-def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="standard input must have rows, got nothing"):
         stage(tmp_path, b"")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="standard input must be open, got it closed"):
+        stage_stdin(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,6 +63,7 @@ def test_what_a_kill_left_is_written_again(tmp_path: Path) -> None:
         (b"\x28\xb5\x2f\xfd rest", "openai", "stdin.jsonl.zst"),
         (b"PAR1 rest", "auto", "stdin.parquet"),
         (b"a,b\n", "csv", "stdin.csv"),
+        (gzip.compress(b"a,b\n"), "csv", "stdin.csv.gz"),
         (b"tar", "webdataset", "stdin.tar"),
     ],
 )
