@@ -77,7 +77,7 @@ class TestSources:
             tarfile.open(fileobj=file, mode="w") as archive,
         ):
             archive.addfile(tarfile.TarInfo("a.png"))
-        (row,) = TarShardSource((f"{scheme}://bucket/s-{{1..1}}.tar",), ALL)
+        (row,) = TarShardSource((f"{scheme}://bucket/s-1.tar",), ALL)
         assert row.default_id == "s-1.tar/a"
         assert row.columns == {"images": [b""]}
 
