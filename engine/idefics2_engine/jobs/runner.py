@@ -13,7 +13,7 @@ from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts, RunCounts
 from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
 from idefics2_engine.jobs.row_engine import RowEngine
-from idefics2_engine.jobs.row_store import RowStore, output_lost
+from idefics2_engine.jobs.row_store import RowStore, lost_output, output_lost
 from idefics2_engine.jobs.stage_waits import StageWaits, StageWatch
 from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.store.input_files import check_apart
@@ -143,12 +143,14 @@ class JobRunner:
                 flow = JobFlow(store, self._encoding, self._options, self._observers, self._clock)
                 counts, run, recovered = flow.counts, flow.run, store.recovered
                 try:
-                    for observer in self._observers:
-                        observer.begin(counts)
+                    with lost_output(folder.path):
+                        for observer in self._observers:
+                            observer.begin(counts)
                     self._finish_rows(flow)
                 finally:
-                    for observer in self._observers:
-                        observer.end()
+                    with lost_output(folder.path), ExitStack() as stack:
+                        for observer in self._observers:
+                            stack.callback(observer.end)
                 if flow.ending is None:
                     output = store.publish()
                 else:
