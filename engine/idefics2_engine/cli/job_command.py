@@ -16,7 +16,7 @@ from idefics2_engine.cli.job_progress import JobProgress, JobTotals
 from idefics2_engine.cli.job_signals import interrupts_handled
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.job_errors import InputLostError, JobError, reason_of
+from idefics2_engine.jobs.job_errors import JobError, input_lost
 from idefics2_engine.jobs.job_result import JobResult
 from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.job_input import JobInput
@@ -29,6 +29,7 @@ from idefics2_engine.jobs.store.job_lock import JobLock
 from idefics2_engine.jobs.store.job_status import complete_output, read_status
 from idefics2_engine.jobs.workers.worker_pool import WorkerPoolError
 from idefics2_engine.jobs.writers.formats import saved_fields
+from idefics2_engine.model_files import printable_path
 
 _INTERRUPTED = 130
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"idefics2: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        raise InputLostError(f"the input cannot be read: {reason_of(error)}") from error
+        raise input_lost(error) from error
 
 
 def _run(args: argparse.Namespace, out: Path) -> int:
@@ -112,10 +113,16 @@ def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> I
     if STDIN not in options.inputs:
         return options
     if args.restart:
-        raise ConfigError("--restart must come with a file as input, got standard input")
+        raise ConfigError(
+            "--restart must come with a file as input, got standard input, which is kept in the "
+            "folder that is moved aside; save it to a file first"
+        )
     folder = job_path(out)
     if not folder.parent.is_dir():
-        raise JobError(f"{out}: must be in an existing folder")
+        raise JobError(
+            f"{printable_path(out)}: must be in an existing folder, "
+            f"got {printable_path(folder.parent)}"
+        )
     folder.mkdir(exist_ok=True)
     # Another runner must not read the file meanwhile
     with ExitStack() as stack:

@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         Idefics2Error: An option or the input is invalid.
     """
+    from idefics2_engine.jobs.job_errors import input_lost
     from idefics2_engine.jobs.readers.job_input import JobInput
     from idefics2_engine.jobs.readers.staged_input import with_staged_input
 
@@ -85,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
             options = with_staged_input(job_options.input_options(args), Path(folder))
             return _print_plan(args, JobInput(options, params), params)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise ConfigError(f"the input cannot be read: {reason}") from error
+            raise input_lost(error) from error
 
 
 def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "SamplingParams") -> int:

@@ -321,10 +321,15 @@ def test_demo_questions_are_answered(tmp_path: Path) -> None:
         assert answer["outputs"][0]["text"] == known[tuple(row["images"]), row["prompt"]]
 
 
-@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("more", [[], ["--output-format", "openai"]])
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix: str) -> None:
+def test_merged_shards_are_the_whole_job(
+    tmp_path: Path,
+    more: list[str],
+    suffix: str,
+    engine: StandInEngine,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = write(tmp_path / "in.jsonl", TEXTS, "{")
     outs = [tmp_path / f"{name}.{suffix}" for name in ("whole", "first", "second", "merged")]
     for out, shard in zip(outs, ["0/1", "0/2", "1/2"], strict=False):
@@ -332,6 +337,18 @@ def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix
         assert main([*run_shard, *more]) in (0, 3)
     assert main(["merge", str(outs[1]), str(outs[2]), "-o", str(outs[3])]) == 0
     assert outs[3].read_bytes() == outs[0].read_bytes()
+    asked = engine.asked.total()
+    again = ["run", "-i", str(source), "-o", str(outs[3]), *more]
+    assert main(again) == 0
+    assert "is complete: 4 rows" in capsys.readouterr().out
+    # Its rows are in the journals of the shards, so a run could only compute all of them
+    assert main([*again, "--retry-errors"]) == 2
+    said = "a job that continues must have a journal, got a merged output"
+    assert said in capsys.readouterr().err
+    write(source, [*TEXTS, "more"])
+    assert main(again) == 2
+    assert said in capsys.readouterr().err
+    assert engine.asked.total() == asked
 
 
 def test_images_are_checked_before_the_model_is_loaded(

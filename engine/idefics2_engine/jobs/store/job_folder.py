@@ -98,6 +98,11 @@ class JobFolder:
         """Release the lock."""
         self.close()
 
+    @property
+    def has_journal(self) -> bool:
+        """Whether rows were journalled. Those of a merged output are in the journals of its shards."""
+        return any(path.stat().st_size for _, path in journal_segments(self.path))
+
     def publish(self, output: WrittenOutput) -> None:
         """Give the complete and synced ``partial`` its name.
 
@@ -137,8 +142,7 @@ class JobFolder:
 
     def _has_rows(self) -> bool:
         """Return whether anything was journalled or written by the job."""
-        segments = journal_segments(self.path)
-        return any(path.stat().st_size for _, path in segments) or bool(read_outputs(self.path))
+        return self.has_journal or bool(read_outputs(self.path))
 
     def _own_output(self) -> WrittenOutput | None:
         return recognize_output(self.out, read_outputs(self.path))
