@@ -1,6 +1,7 @@
 """The files beside a job's output: statistics of rows, summary, manifest and page."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -112,8 +113,13 @@ class FilesBeside:
 
     @property
     def are_there(self) -> bool:
-        """Whether an earlier run has written them, and was not killed before."""
-        return beside(self._out, "summary.json").exists()
+        """Whether an earlier run has written what this one is asked for, and was not killed before.
+
+        A table is always made again.
+        """
+        report = self._args.report
+        is_reported = report is None or os.path.exists(report)
+        return not self._args.show and is_reported and beside(self._out, "summary.json").exists()
 
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""
@@ -125,19 +131,31 @@ class FilesBeside:
         assert result.output is not None
         device = device_name(self._args)
         summary = summary_of(result.counts, result.run, self._figures(result, device))
-        manifest = manifest_of(
-            job,
-            result.output,
-            device={"name": device, "cores": os.cpu_count()},
-            command=sys.argv,
-        )
-        moved = [
-            write_summary(self._out, job.fingerprint, summary),
-            write_manifest(self._out, job.fingerprint, manifest),
-        ]
+        moved = []
+        # A run that only shows rows leaves the figures of the run that computed them
+        if result.run.rows or not self._is_written(summary, job):
+            manifest = manifest_of(
+                job,
+                result.output,
+                device={"name": device, "cores": os.cpu_count()},
+                command=sys.argv,
+            )
+            moved = [
+                write_summary(self._out, job.fingerprint, summary),
+                write_manifest(self._out, job.fingerprint, manifest),
+            ]
         if self._args.report:
             moved.append(self._write_page(summary, job, device))
         self.moved = [path for path in moved if path is not None]
+
+    def _is_written(self, summary: Mapping[str, Any], job: JobDescription) -> bool:
+        """Return whether the file of the summary says the same of the job as ``summary``."""
+        try:
+            written = json.loads(beside(self._out, "summary.json").read_bytes())
+        except (OSError, ValueError):
+            return False
+        of_job = {**summary, "fingerprint": job.fingerprint, "run": written.get("run")}
+        return all(written.get(name) == value for name, value in of_job.items())
 
     def _figures(self, result: JobResult, device: str) -> RunFigures:
         waits = result.waits

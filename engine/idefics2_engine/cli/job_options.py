@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options
-from idefics2_engine.jobs.job_options import IN_FLIGHT
 from idefics2_engine.jobs.readers.input_options import FORMATS, InputOptions
 from idefics2_engine.sampling_params import SamplingParams
 
@@ -91,7 +90,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 def input_options(args: argparse.Namespace) -> InputOptions:
     """Return the options of reading; raise ``ConfigError`` if one is invalid."""
-    return InputOptions(**_given(args, InputOptions))
+    return InputOptions(**given(args, InputOptions))
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -147,13 +146,13 @@ def job_media(args: argparse.Namespace, media_root: Path) -> "MediaConfig":
     from idefics2_engine.images.loader import media_config
 
     arguments = llm_arguments(args)
-    given = {name: arguments[name] for name in _MEDIA if name in arguments}
-    return media_config(**given, allowed_media_root=media_root)
+    rules = {name: arguments[name] for name in _MEDIA if name in arguments}
+    return media_config(**rules, allowed_media_root=media_root)
 
 
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of ``LLM``, without those for which it has a default."""
-    given = {
+    sizes = {
         name: value
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens",
@@ -162,14 +161,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
         )
         if (value := getattr(args, name)) is not None
     }  # fmt: skip
-    return options.model_arguments(args) | given | {"seed": args.seed or 0}
-
-
-def in_flight(args: argparse.Namespace) -> int:
-    """Return the rows that the engine has at once: twice the answers that it generates at once."""
-    if args.in_flight is not None:
-        return int(args.in_flight)
-    return IN_FLIGHT if args.max_num_seqs is None else 2 * int(args.max_num_seqs)
+    return options.model_arguments(args) | sizes | {"seed": args.seed or 0}
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -177,7 +169,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _given(args: argparse.Namespace, kind: Callable[..., Any]) -> dict[str, Any]:
+def given(args: argparse.Namespace, kind: Callable[..., Any]) -> dict[str, Any]:
     """Return the fields of the dataclass ``kind`` that ``args`` give."""
     return {
         field.name: value

@@ -192,6 +192,27 @@ def test_lost_summary_is_written_again(tmp_path: Path, engine: StandInEngine) ->
     assert engine.loads == 1
 
 
+def test_finished_job_shows_its_rows(
+    source: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(source)
+    summary = source.with_name("out.jsonl.summary.json")
+    figures = summary.read_text()
+    capsys.readouterr()
+    page = source.with_name("page.html")
+    assert command(source, "--report", str(page), "--show", "2") == 0
+    assert all(text in page.read_text() for text in TEXTS)
+    assert TEXTS[0] in capsys.readouterr().out
+    assert (engine.loads, summary.read_text()) == (1, figures)
+    # The page is there, and the job has nothing to do
+    assert command(source, "--report", str(page)) == 0
+    assert "is complete: 3 rows\n" in capsys.readouterr().out
+    # With fewer rows the summary is another one
+    write(source, TEXTS[:2])
+    assert command(source) == 0
+    assert json.loads(summary.read_text())["rows"]["all"] == 2
+
+
 @pytest.mark.usefixtures("engine")
 def test_summary_counts_the_whole_job_and_the_last_run(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", TEXTS)
