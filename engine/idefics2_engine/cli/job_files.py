@@ -16,12 +16,12 @@ from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
-from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
-from idefics2_engine.jobs.writers.own_file import beside
+from idefics2_engine.jobs.writers.manifest import manifest_of
+from idefics2_engine.jobs.writers.own_file import beside, write_json_beside
 from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
 from idefics2_engine.jobs.writers.row_output import SaveOptions
 from idefics2_engine.jobs.writers.stats_file import StatsFile
-from idefics2_engine.jobs.writers.summary import RunFigures, summary_of, write_summary
+from idefics2_engine.jobs.writers.summary import RunFigures, summary_of
 
 
 class RowStatistics(JobObserver):
@@ -141,8 +141,8 @@ class FilesBeside:
                 command=sys.argv,
             )
             moved = [
-                write_summary(self._out, job.fingerprint, summary),
-                write_manifest(self._out, job.fingerprint, manifest),
+                write_json_beside(self._out, "summary", job.fingerprint, summary),
+                write_json_beside(self._out, "manifest", job.fingerprint, manifest),
             ]
         if self._args.report:
             moved.append(self._write_page(summary, job, device))
