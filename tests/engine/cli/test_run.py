@@ -274,15 +274,22 @@ def test_lost_standard_output_is_no_error(
 
 
 def test_standard_input(
-    tmp_path: Path, engine: StandInEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    engine: StandInEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out.jsonl"
     text = write(tmp_path / "in.jsonl", TEXTS).read_bytes()
     for content in (text, text, b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         assert main(["run", "-i", "-", "-o", str(out)]) == 0
+        assert "is complete: 3 rows" in capsys.readouterr().out
     assert engine.loads == 1
     assert len(output(out)) == 3
+    # It is in the folder that would be moved aside
+    assert main(["run", "-i", "-", "-o", str(out), "--restart"]) == 2
+    assert "standard input, which is kept in the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Standard input as a file in the job's folder, because a job reads its input several times."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -52,8 +53,7 @@ def stage_stdin(folder: Path, input_format: str = "auto", stream: BinaryIO | Non
         stream: Where to read. If ``None``, standard input.
 
     Raises:
-        ConfigError: The file is there and has other content, or there is nothing to read, or
-            standard input is closed.
+        ConfigError: The file is there and has other content, or there is nothing to read.
         OSError: A file cannot be written.
     """
     part = folder / f"{STAGED}.{_PART}"
@@ -75,6 +75,10 @@ def stage_stdin(folder: Path, input_format: str = "auto", stream: BinaryIO | Non
             f"inputs: standard input must begin like {printable_path(before[0])}, with which the "
             "job began, got something else"
         )
+    if before and part.stat().st_size == before[0].stat().st_size:
+        # With another time it would be another input
+        part.unlink()
+        return before[0]
     path = before[0] if before else folder / f"{STAGED}.{_suffix(part, input_format)}"
     os.replace(part, path)
     FileOperations().sync_folder(folder)
@@ -82,9 +86,9 @@ def stage_stdin(folder: Path, input_format: str = "auto", stream: BinaryIO | Non
 
 
 def _standard_input() -> BinaryIO:
-    if sys.stdin is None or sys.stdin.closed:
-        raise ConfigError("inputs: standard input must be open, got it closed")
-    return sys.stdin.buffer
+    """Return standard input, of which nothing is read if it is closed."""
+    is_open = sys.stdin is not None and not sys.stdin.closed
+    return sys.stdin.buffer if is_open else io.BytesIO()
 
 
 def _suffix(path: Path, input_format: str) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -23,8 +24,11 @@ def stage(folder: Path, content: bytes, kind: str = "auto") -> Path:
 def test_a_job_finds_its_input_again(tmp_path: Path) -> None:
     path = stage(tmp_path, ROWS)
     assert (path, path.read_bytes()) == (tmp_path / "stdin.jsonl", ROWS)
+    os.utime(path, (1, 1))
     assert stage(tmp_path, ROWS) == path
     assert stage(tmp_path, b"") == path
+    # The job's input has not changed
+    assert path.stat().st_mtime == 1
     assert path.read_bytes() == ROWS
     assert stage(tmp_path, ROWS + b"more\n") == path
     assert path.read_bytes() == ROWS + b"more\n"
@@ -45,7 +49,7 @@ def test_nothing_to_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="standard input must have rows, got nothing"):
         stage(tmp_path, b"")
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(ConfigError, match="standard input must be open, got it closed"):
+    with pytest.raises(ConfigError, match="standard input must have rows, got nothing"):
         stage_stdin(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
