@@ -214,11 +214,15 @@ def test_finished_job_shows_its_rows(
 
 
 @pytest.mark.usefixtures("engine")
-def test_summary_counts_the_whole_job_and_the_last_run(tmp_path: Path) -> None:
+def test_summary_counts_the_whole_job_and_the_last_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write(tmp_path / "in.jsonl", TEXTS)
     command(source)
+    assert "since the last start" not in capsys.readouterr().out
     write(source, [*TEXTS, "fourth"])
     assert command(source) == 0
+    assert f"input {source}: grown since the last start" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
     assert summary["rows"]["all"] == 4
     assert summary["run"]["rows"]["all"] == 1
