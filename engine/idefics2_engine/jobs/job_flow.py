@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from idefics2_engine.jobs.job_errors import OutputLostError
 from idefics2_engine.jobs.job_events import Event, Events, Interrupted, send_answers
@@ -224,12 +223,10 @@ class JobFlow:
                 out = self._encoding.error(row, _UNWRITABLE)
         else:
             error = self._encoding.error_of(output.error)
-            if (
-                error.code in RETRIED_CODES
-                and self._repeats.get(row.index, 0) < self._options.retries
-            ):
+            repeats = self._repeats.get(row.index, 0)
+            if error.code in RETRIED_CODES and repeats < self._options.retries:
                 # If the run ends, the next one computes the row
-                self._repeats[row.index] = self._repeats.get(row.index, 0) + 1
+                self._repeats[row.index] = repeats + 1
                 self.run.repeated += 1
                 self._in_flight[row.id] = row
                 self.feed.finish()
@@ -257,7 +254,9 @@ class JobFlow:
                 self._held.append((row, out))
                 return
         data = json.loads(out)
-        self._count(data, is_new=record is None)
+        self.counts.add(data)
+        if record is None:
+            self.run.add(data)
         if answer is not None:
             self.run.patches += answer.num_patches
         attempts = 0 if answer is None else self._repeats.pop(row.index, 0) + 1
@@ -279,11 +278,6 @@ class JobFlow:
                 "(--max-errors)",
             )
 
-    def _count(self, out: dict[str, Any], *, is_new: bool) -> None:
-        self.counts.add(out)
-        if is_new:
-            self.run.add(out)
-
     def end(self, ending: Ending, message: str) -> None:
         """Read no more rows, and wait for those in flight until the time for it is over."""
         if self.ending is not None:
@@ -301,7 +295,8 @@ class JobFlow:
         try:
             for row, out in held:
                 self._store.add(row, out)
-                self._count(json.loads(out), is_new=True)
+                for counts in (self.counts, self.run):
+                    counts.add(json.loads(out))
         except OutputLostError:
             # The next run computes the others
             pass

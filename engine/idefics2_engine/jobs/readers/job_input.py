@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from idefics2_engine.jobs.readers.row_selection import (
 )
 from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.sampling_params import SamplingParams
+
+_IDENTIFIED_AT_ONCE = 16
 
 
 class JobInput:
@@ -133,7 +136,9 @@ class JobInput:
         """
         if any(one.format == HUB_FORMAT for one in self._inputs):
             return ()
-        return tuple(identify_input(one) for one in self._inputs)
+        # A storage answers for one file at a time
+        with ThreadPoolExecutor(_IDENTIFIED_AT_ONCE, "idefics2-identify") as pool:
+            return tuple(pool.map(identify_input, self._inputs))
 
     def fingerprint_parts(self) -> dict[str, Any]:
         """Return JSON data for the fingerprint: what the rows depend on beside the files."""

@@ -10,7 +10,7 @@ _PARTS_OF_LEASE = 4
 
 
 class LeasedRow(NamedTuple):
-    """A row's place in the input, and the row, pickled."""
+    """A row's place among the rows of an iterator, and the row, pickled."""
 
     number: int
     payload: bytes
