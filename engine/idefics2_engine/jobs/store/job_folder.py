@@ -100,8 +100,8 @@ class JobFolder:
 
     @property
     def has_journal(self) -> bool:
-        """Whether rows were journalled. Those of a merged output are in the journals of its shards."""
-        return any(path.stat().st_size for _, path in journal_segments(self.path))
+        """Whether there is a journal, also a damaged one. A merged output has those of its shards."""
+        return bool(journal_segments(self.path))
 
     def publish(self, output: WrittenOutput) -> None:
         """Give the complete and synced ``partial`` its name.
@@ -142,7 +142,8 @@ class JobFolder:
 
     def _has_rows(self) -> bool:
         """Return whether anything was journalled or written by the job."""
-        return self.has_journal or bool(read_outputs(self.path))
+        segments = journal_segments(self.path)
+        return any(path.stat().st_size for _, path in segments) or bool(read_outputs(self.path))
 
     def _own_output(self) -> WrittenOutput | None:
         return recognize_output(self.out, read_outputs(self.path))
