@@ -134,7 +134,7 @@ class JobRunner:
 
     def _is_complete(self, folder: JobFolder) -> bool:
         """Return whether there is nothing to do for an output that is there."""
-        # Without files, only the rows say whether the input is the same
+        # Without an identity, only the rows say whether the input is the same
         is_same = bool(self._job.inputs) and not folder.input_changes
         # What describes the output is made again from the journal
         is_described = self._is_described or not folder.has_journal

@@ -93,7 +93,7 @@ def identify_folder(path: Path) -> InputFile:
             status = os.lstat(path / below)
         size += status.st_size
         digest.update(f"{below}\0{status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
-    return InputFile(str(path.absolute()), size, as_mtime(digest))
+    return InputFile(str(path.absolute()), size, as_mtime(digest.digest()))
 
 
 def _real_folder(path: Path) -> Path:

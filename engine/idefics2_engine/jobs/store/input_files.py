@@ -33,10 +33,10 @@ def is_staged(name: str) -> bool:
     return name.startswith(f"{STAGED}.")
 
 
-def as_mtime(digest: "hashlib._Hash") -> int:
+def as_mtime(version: bytes) -> int:
     """Return a number in place of a time of change, for what has none that says enough."""
     # A time fits into 63 bits
-    return int.from_bytes(digest.digest()[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(version).digest()[:8], "little") >> 1
 
 
 def identify_inputs(paths: Iterable[Path]) -> tuple[InputFile, ...]:

@@ -51,7 +51,7 @@ def read_status(out: Path) -> JobStatus:
 def complete_output(out: Path, job: JobDescription) -> WrittenOutput | None:
     """Return the complete output at ``out`` if it is of exactly this job, without locking.
 
-    An input without local files may have changed, so its job is never known to be complete.
+    An input without an identity may have changed, so its job is never known to be complete.
     """
     folder = job_path(out)
     try:
