@@ -16,6 +16,7 @@ from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
+from idefics2_engine.jobs.store.journal import journal_segments
 from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
 from idefics2_engine.jobs.writers.own_file import beside
 from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
@@ -113,8 +114,13 @@ class FilesBeside:
 
     @property
     def are_there(self) -> bool:
-        """Whether an earlier run has written them, and was not killed before."""
-        return beside(self._out, "summary.json").exists()
+        """Whether an earlier run has written them, or no run has finished a row.
+
+        A merged output has a job folder without a journal.
+        """
+        folder = job_path(self._out)
+        has_rows = folder.is_dir() and bool(journal_segments(folder))
+        return not has_rows or beside(self._out, "summary.json").exists()
 
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""
