@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,18 +115,22 @@ class FilesBeside:
 
     @property
     def are_there(self) -> bool:
-        """Whether an earlier run has written them, or no run has finished a row.
+        """Whether an earlier run has written them, or the journal has no rows to write them from.
 
-        A merged output has a job folder without a journal.
+        A merged output has a job folder without a journal. The table of ``--show`` is never there.
         """
         folder = job_path(self._out)
-        has_rows = folder.is_dir() and bool(journal_segments(folder))
-        return not has_rows or beside(self._out, "summary.json").exists()
+        if not folder.is_dir() or not journal_segments(folder):
+            return True
+        page = self._args.report
+        has_page = page is None or Path(page).exists()
+        return has_page and not self._args.show and beside(self._out, "summary.json").exists()
 
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""
         rows = self._first_rows.in_order()[: self._args.show]
-        return answer_table(rows) if rows else []
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return answer_table(rows, width) if rows else []
 
     def write(self, result: JobResult, job: JobDescription) -> None:
         """Write the files; raise ``OSError`` if one cannot be written."""
@@ -168,13 +173,13 @@ class FilesBeside:
         self, summary: Mapping[str, Any], job: JobDescription, device: str
     ) -> Path | None:
         rules = options.media_settings(self._args) | {"allowed_media_root": self._media_root}
-        model = "the demo checkpoint" if self._args.model is None else str(self._args.model)
+        model = "The demo checkpoint" if self._args.model is None else str(self._args.model)
         return write_report(
             Path(self._args.report),
             self._first_rows.in_order(),
             summary,
             media_config(**rules),
             title=self._out.name,
-            subtitle=f"{model} on {device}",
+            subtitle=f"{model} on {'a CPU' if device == 'cpu' else device}",
             fingerprint=job.fingerprint,
         )

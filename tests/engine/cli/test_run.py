@@ -71,7 +71,7 @@ def test_rows_are_answered_in_order(source: Path, capsys: pytest.CaptureFixture[
     assert [row["id"] for row in output(source)] == TEXTS
     said = capsys.readouterr()
     assert "out.jsonl is complete: 3 rows, 0 errors" in said.out
-    assert "0 rows were in the journal, 3 were finished in " in said.out
+    assert "\n3 rows were finished in " in said.out
 
 
 def test_finished_job_says_so(
@@ -81,6 +81,21 @@ def test_finished_job_says_so(
     capsys.readouterr()
     assert command(source) == 0
     assert capsys.readouterr().out.endswith("out.jsonl is complete: 3 rows\n")
+    assert engine.loads == 1
+
+
+def test_finished_job_still_shows_rows_and_writes_a_page(
+    source: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(source)
+    capsys.readouterr()
+    page = source.with_name("page.html")
+    assert command(source, "--show", "1", "--report", str(page)) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("id")
+    assert "3 rows were in the journal, 0 were finished" in said
+    assert f"{page} shows the first rows" in said
+    assert page.exists()
     assert engine.loads == 1
 
 
