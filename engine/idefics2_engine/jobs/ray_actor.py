@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec, build_engine
-from idefics2_engine.jobs.workers.messages import Begin, FromWorker, Ready, ToWorker
+from idefics2_engine.jobs.workers.messages import Answered, Begin, FromWorker, Ready, ToWorker
 from idefics2_engine.jobs.workers.row_service import answer_rows, build_failed
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace
 
@@ -45,4 +45,5 @@ class RowActor:
         while True:
             begin = self._inbox.get()
             assert isinstance(begin, Begin)
-            yield from answer_rows(engine, begin, self._inbox, self._place.number)
+            for output in answer_rows(engine, begin, self._inbox, self._place.number):
+                yield Answered([output])

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import Idefics2Error, PromptError, SamplingError, short_repr
+from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.outputs import RequestOutput, TokenLogprobs
 from idefics2_engine.row import Conversation, Prompt, Row
 from idefics2_engine.sampling_params import SamplingParams
@@ -24,7 +25,6 @@ INPUTS = ("messages", "prompt", "image", "sampling_params")
 PACKED = "__idefics2_inputs"
 ERROR = "__inference_error__"
 ERROR_CODE = "error_code"
-_MOST_CHARACTERS = 500
 
 
 def pack(inputs: Mapping[str, Any]) -> bytes:
@@ -117,6 +117,7 @@ def to_answer(output: RequestOutput) -> dict[str, Any]:
 
 def to_error(error: Idefics2Error) -> dict[str, Any]:
     """Return the output columns of a row without an answer."""
+    row_error = row_error_of(error)
     return {
         "prompt": "",
         "prompt_token_ids": [],
@@ -126,8 +127,8 @@ def to_error(error: Idefics2Error) -> dict[str, Any]:
         "num_generated_tokens": 0,
         "logprobs": None,
         "metrics": None,
-        ERROR: _text(str(error) or error.code)[:_MOST_CHARACTERS],
-        ERROR_CODE: error.code,
+        ERROR: row_error.message or row_error.code,
+        ERROR_CODE: row_error.code,
     }
 
 

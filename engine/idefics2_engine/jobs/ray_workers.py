@@ -1,8 +1,8 @@
 """Answers rows on actors of a Ray cluster, whose driver keeps every row until it is answered."""
 
 import logging
+import signal
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import ConfigError, short_repr
@@ -17,8 +17,6 @@ from idefics2_engine.jobs.workers.worker_process import Ended, Put
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-_logger = logging.getLogger(__name__)
-
 
 class RayWorkers(WorkerPool):
     """A ``WorkerPool`` whose workers are actors of a Ray cluster, on any of its machines.
@@ -29,7 +27,8 @@ class RayWorkers(WorkerPool):
 
     Args:
         spec: What each actor builds.
-        count: Actors. If ``None``, one for each GPU of the cluster, and one on a CPU.
+        count: Actors. If ``None``, one for each GPU of the cluster, and one on a CPU. The cluster
+            is then connected at once, and otherwise when the first row was read.
         address: Address of the cluster. If ``None``, that of ``ray.init``: ``RAY_ADDRESS``, a
             cluster on this machine, or a new one.
         num_cpus: CPUs of an actor, which are also its threads.
@@ -52,34 +51,84 @@ class RayWorkers(WorkerPool):
         num_gpus: float | None = None,
         runtime_env: dict[str, Any] | None = None,
     ) -> None:
+        check_ray()
         for name, value in (("workers", count), ("num_cpus", num_cpus)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {short_repr(value)}")
-        self._owns_ray = _connect(address)
-        gpus = _cluster_gpus() if spec.device != "cpu" else 0
-        if num_gpus is None:
-            num_gpus = 1.0 if gpus else 0.0
-        count = count or (gpus if num_gpus else 1) or 1
-        options = {
-            "num_cpus": num_cpus,
-            "num_gpus": num_gpus,
-            "max_restarts": 0,
-            "max_task_retries": 0,
-            "concurrency_groups": {IN: 1, OUT: 1},
-            "runtime_env": runtime_env,
-        }
+        if spec.device == "cpu":
+            num_gpus = 0.0
+        self._cluster = RayCluster(address, num_gpus, num_cpus=num_cpus, runtime_env=runtime_env)
+        if count is None:
+            count = 1 if num_gpus == 0 else max(1, self._cluster.total_gpus())
         # Ray chooses machine and device
         places = [WorkerPlace(number, None, 1, num_cpus) for number in range(count)]
-        super().__init__(spec, places=places, start=partial(RayWorker, options=options))
+        super().__init__(spec, places=places, start=self._cluster.start)
 
     def close(self) -> None:
         """Kill the actors, and leave the cluster. A second call does nothing."""
         super().close()
-        if self._owns_ray:
-            import ray
+        self._cluster.close()
 
-            self._owns_ray = False
+
+class RayCluster:
+    """A cluster, to which this process is connected when it first needs it.
+
+    Args:
+        address: Its address, as in ``ray.init``.
+        num_gpus: GPUs of an actor. If ``None``, 1 if the cluster has any.
+        options: Options of actors, as in ``ray.remote``.
+    """
+
+    def __init__(self, address: str | None, num_gpus: float | None, **options: Any) -> None:
+        self._address = address
+        self._num_gpus = num_gpus
+        self._options = options
+        self._is_ours = False
+
+    def total_gpus(self) -> int:
+        """Return the number of GPUs of the cluster."""
+        import ray
+
+        self._connect()
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    def start(self, spec: EngineSpec, place: WorkerPlace, put: Put) -> "RayWorker":
+        """Start an actor.
+
+        Raises:
+            ConfigError: The cluster cannot be reached.
+        """
+        self._connect()
+        if self._num_gpus is None:
+            self._num_gpus = 1.0 if self.total_gpus() else 0.0
+        return RayWorker(spec, place, put, {**self._options, "num_gpus": self._num_gpus})
+
+    def close(self) -> None:
+        """Leave the cluster, unless this process was connected before."""
+        import ray
+
+        if self._is_ours:
+            self._is_ours = False
             ray.shutdown()
+
+    def _connect(self) -> None:
+        import ray
+
+        if ray.is_initialized():
+            return
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address=self._address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError) as error:
+            raise ConfigError(
+                "the address of Ray must be that of a running cluster, "
+                f"got {short_repr(self._address)}: {_first_line(error)}"
+            ) from error
+        finally:
+            # Ray replaces the handler with one that exits, and a job has its own
+            if threading.current_thread() is threading.main_thread() and handler is not None:
+                signal.signal(signal.SIGTERM, handler)
+        self._is_ours = True
 
 
 class RayWorker:
@@ -104,6 +153,11 @@ class RayWorker:
         self.place = place
         self.is_ready = False
         self._put = put
+        options = options | {
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "concurrency_groups": {IN: 1, OUT: 1},
+        }
         self._actor: ActorHandle = ray.remote(**options)(RowActor).remote(spec, place)
         messages = self._actor.messages.options(num_returns="streaming", concurrency_group=OUT)
         self._messages = messages.remote()
@@ -130,27 +184,9 @@ class RayWorker:
             for reference in self._messages:
                 self._put(self, ray.get(reference))
         except Exception as error:
-            how = f"{type(error).__name__}: {error}".partition("\n")[0]
+            how = _first_line(error)
         self._put(self, Ended(how, ""))
 
 
-def _connect(address: str | None) -> bool:
-    """Connect to a cluster, unless this process is connected; return whether it was not."""
-    check_ray()
-    import ray
-
-    if ray.is_initialized():
-        return False
-    try:
-        ray.init(address=address, logging_level=logging.WARNING)
-    except ConnectionError as error:
-        raise ConfigError(
-            f"the address of Ray must be that of a running cluster, got {short_repr(address)}"
-        ) from error
-    return True
-
-
-def _cluster_gpus() -> int:
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0))
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -161,9 +161,9 @@ def test_an_error_ends_the_execution_on_request(tmp_path: Path) -> None:
 
 def test_batches_of_an_actor_overlap() -> None:
     config = Idefics2ProcessorConfig(
-        build=Crowd, engine_kwargs={"size": 32}, num_gpus=0, batch_size=4
+        build=Crowd, engine_kwargs={"size": 20}, num_gpus=0, batch_size=4
     )
-    # Eight batches, each in a task of its own
+    # Eight batches, each in a task of its own, of which five must be in flight
     dataset = ray.data.range(32, override_num_blocks=8)
     rows = build_processor(config, lambda row: {"prompt": "text"})(dataset).take_all()
     assert {(row["generated_text"], row["__inference_error__"]) for row in rows} == {("CROWD", "")}

@@ -1,5 +1,7 @@
 """Actors of Ray give what one engine gives, whatever ends them."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,39 @@ def test_the_demo_model_answers_on_an_actor() -> None:
     assert output.outputs[0].text == "The star is at the top right."
 
 
+def test_a_cluster_is_started_and_left_and_signals_are_the_jobs_own() -> None:
+    code = """
+import signal, ray
+from idefics2_engine.jobs.ray_workers import RayWorkers
+from idefics2_engine.jobs.workers.engine_spec import EngineSpec
+from idefics2_engine.row import Row
+
+signal.signal(signal.SIGTERM, handler := lambda *_: None)
+workers = RayWorkers(EngineSpec({}, "stand_in_engine:StandInEngine"), 1)
+assert not ray.is_initialized()
+outputs = list(workers.iterate([Row(1, "text")]))
+assert ray.is_initialized()
+assert signal.getsignal(signal.SIGTERM) is handler
+workers.close()
+assert not ray.is_initialized()
+print(outputs[0].key)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "1\n"
+
+
+def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_options: Any) -> None:
+        # What ray.init does, at once
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match="must be that of a running cluster, got 'here:1'"):
+        RayWorkers(EngineSpec({}, NAME), address="here:1")
+
+
 @pytest.mark.parametrize("options", [{"count": 0}, {"num_cpus": 0}])
-def test_other_numbers_are_refused(options: dict[str, int]) -> None:
+def test_other_numbers_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be at least 1, got 0"):
         RayWorkers(EngineSpec({}, NAME), **options)

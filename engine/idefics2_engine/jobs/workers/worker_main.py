@@ -7,38 +7,22 @@ way.
 import json
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 import idefics2_engine
-from idefics2_engine.errors import Idefics2Error
-from idefics2_engine.jobs.row_engine import RowEngine
 from idefics2_engine.jobs.workers.engine_spec import build_engine
-from idefics2_engine.jobs.workers.messages import (
-    Answered,
-    Begin,
-    Build,
-    BuildFailed,
-    Ready,
-    Rows,
-    ToWorker,
-    WorkerMetrics,
-)
+from idefics2_engine.jobs.workers.messages import Answered, Begin, Build, Ready, ToWorker
+from idefics2_engine.jobs.workers.row_service import answer_rows, build_failed
 from idefics2_engine.outputs import RequestOutput
-from idefics2_engine.row import Row
 
 LOG_MARK = "\x1e"
 """Begins a line of standard error that is a log record: its level, logger and message in JSON."""
-
-_MOST_CHARACTERS = 500
 
 
 def main(fd: int) -> None:
@@ -61,7 +45,7 @@ def main(fd: int) -> None:
             engine = build_engine(build.spec, build.place)
         except Exception as error:
             traceback.print_exc()
-            connection.send(_build_failed(error))
+            connection.send(build_failed(error))
             return
         connection.send(Ready())
         outbox: SimpleQueue[RequestOutput] = SimpleQueue()
@@ -69,7 +53,8 @@ def main(fd: int) -> None:
         while True:
             begin = inbox.get()
             assert isinstance(begin, Begin)
-            _answer(engine, begin, inbox, outbox, build.place.number)
+            for output in answer_rows(engine, begin, inbox, build.place.number):
+                outbox.put(output)
     except (EOFError, ConnectionError):
         # The parent ended
         os._exit(0)
@@ -98,43 +83,6 @@ def _send(connection: Connection, outbox: SimpleQueue[RequestOutput]) -> None:
         # Without this thread the process would be of no use
         traceback.print_exc()
         os._exit(1)
-
-
-def _answer(
-    engine: RowEngine,
-    begin: Begin,
-    inbox: SimpleQueue[ToWorker],
-    outbox: SimpleQueue[RequestOutput],
-    worker: int,
-) -> None:
-    """Answer rows until they end."""
-    # By place among the rows of this worker
-    numbers: dict[str, int] = {}
-
-    def rows() -> Iterator[Row]:
-        place = 0
-        while isinstance(message := inbox.get(), Rows) and message.rows:
-            for number, payload in message.rows:
-                numbers[str(place)] = number
-                place += 1
-                yield pickle.loads(payload)
-
-    for output in engine.iterate(
-        rows(), in_flight=begin.in_flight, max_prepared_bytes=begin.max_prepared_bytes
-    ):
-        number = numbers.pop(output.request_id)
-        outbox.put(_numbered(output, number, worker))
-
-
-def _numbered(output: RequestOutput, number: int, worker: int) -> RequestOutput:
-    times = output.metrics
-    metrics = WorkerMetrics(times.arrival_time, times.first_token_time, times.finished_time, worker)
-    return replace(output, request_id=str(number), metrics=metrics)
-
-
-def _build_failed(error: Exception) -> BuildFailed:
-    text = f"{type(error).__name__}: {error}"[:_MOST_CHARACTERS]
-    return BuildFailed(error if isinstance(error, Idefics2Error) else None, text)
 
 
 def _log_to_stderr(level: int) -> None:

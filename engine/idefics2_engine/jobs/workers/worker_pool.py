@@ -22,7 +22,7 @@ from idefics2_engine.jobs.workers.messages import (
 )
 from idefics2_engine.jobs.workers.read_ahead import ReadAhead
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace, place_workers
-from idefics2_engine.jobs.workers.worker_process import Ended, WorkerProcess
+from idefics2_engine.jobs.workers.worker_process import Ended, Start, Worker, WorkerProcess
 from idefics2_engine.jobs.workers.worker_processes import WorkerPoolError, WorkerProcesses
 from idefics2_engine.outputs import RequestOutput, RowOutputs, failed_output
 from idefics2_engine.row import Row
@@ -44,7 +44,7 @@ class _FromReader(NamedTuple):
 
 
 class _FromProcess(NamedTuple):
-    process: WorkerProcess
+    process: Worker
     message: FromWorker | Ended
 
 
@@ -66,25 +66,33 @@ class WorkerPool:
         spec: What each process builds.
         count: Processes. If ``None``, one for each GPU, and one on a CPU.
         threads: Threads of each process. If ``None``, its share of the cores.
+        places: Where each worker computes, in place of ``count`` and ``threads``.
+        start: Starts a worker. If ``None``, it is a process of this machine.
 
     Attributes:
         places: Where each worker computes.
     """
 
     def __init__(
-        self, spec: EngineSpec, count: int | None = None, *, threads: int | None = None
+        self,
+        spec: EngineSpec,
+        count: int | None = None,
+        *,
+        threads: int | None = None,
+        places: list[WorkerPlace] | None = None,
+        start: Start | None = None,
     ) -> None:
-        self.places: list[WorkerPlace] = place_workers(count, spec.device, threads=threads)
+        self.places = places or place_workers(count, spec.device, threads=threads)
         self._spec = spec
         self._events: _Events = SimpleQueue()
         self._is_running = False
 
-        def put(process: WorkerProcess, message: FromWorker | Ended) -> None:
+        def put(process: Worker, message: FromWorker | Ended) -> None:
             events.put(_FromProcess(process, message))
 
         # The threads of a process must not refer to the pool, which they would keep alive
         events = self._events
-        self._processes = WorkerProcesses(spec, self.places, put)
+        self._processes = WorkerProcesses(spec, self.places, put, start)
         self._finalizer = weakref.finalize(self, _close, self._processes, events, os.getpid())
 
     @property
@@ -100,7 +108,8 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         """Ids of the running processes, by number of the worker."""
-        return [process.pid for process in self._processes.running]
+        running = self._processes.running
+        return [process.pid for process in running if isinstance(process, WorkerProcess)]
 
     def __enter__(self) -> Self:
         """Return the pool."""

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Pipe
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Protocol
 
 import idefics2_engine
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
@@ -49,7 +49,26 @@ class Ended(NamedTuple):
     last_words: str
 
 
-Put = Callable[["WorkerProcess", FromWorker | Ended], None]
+class Worker(Protocol):
+    """The parent's side of a worker, wherever it runs.
+
+    Attributes:
+        place: Where it computes.
+        is_ready: Whether its engine is built. The owner sets it.
+    """
+
+    place: WorkerPlace
+    is_ready: bool
+
+    def send(self, message: ToWorker) -> None:
+        """Send a message. If the worker ended, ``Ended`` comes."""
+
+    def kill(self) -> None:
+        """Kill the worker, without waiting for its end."""
+
+
+Put = Callable[[Worker, FromWorker | Ended], None]
+Start = Callable[[EngineSpec, WorkerPlace, Put], Worker]
 
 
 class WorkerProcess:

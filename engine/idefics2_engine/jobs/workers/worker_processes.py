@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from idefics2_engine.jobs.workers.death_count import DeathCount
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace
-from idefics2_engine.jobs.workers.worker_process import Put, WorkerProcess
+from idefics2_engine.jobs.workers.worker_process import Put, Start, Worker, WorkerProcess
 
 
 class WorkerPoolError(RuntimeError):
@@ -19,23 +19,31 @@ class WorkerProcesses:
         spec: What each process builds.
         places: Where.
         put: Called with the messages of all processes, on their threads.
+        start: Starts one. If ``None``, it is a process of this machine.
 
     Attributes:
         deaths: Counts processes that ended by themselves.
     """
 
-    def __init__(self, spec: EngineSpec, places: Sequence[WorkerPlace], put: Put) -> None:
+    def __init__(
+        self,
+        spec: EngineSpec,
+        places: Sequence[WorkerPlace],
+        put: Put,
+        start: Start | None = None,
+    ) -> None:
         self.deaths = DeathCount(len(places))
         self._spec = spec
         self._put = put
-        self._by_number: dict[int, WorkerProcess] = {}
+        self._start = start
+        self._by_number: dict[int, Worker] = {}
 
     @property
-    def running(self) -> list[WorkerProcess]:
+    def running(self) -> list[Worker]:
         """The processes, by number of the worker."""
         return [process for _, process in sorted(self._by_number.items())]
 
-    def find(self, worker: int) -> WorkerProcess | None:
+    def find(self, worker: int) -> Worker | None:
         """Return the process of a worker, if it runs."""
         return self._by_number.get(worker)
 
@@ -47,13 +55,14 @@ class WorkerProcesses:
         """
         if self.deaths.is_given_up(place.number) or self._must_wait(place):
             return
+        start = self._start or WorkerProcess
         try:
-            self._by_number[place.number] = WorkerProcess(self._spec, place, self._put)
+            self._by_number[place.number] = start(self._spec, place, self._put)
         except OSError as error:
             self.kill_all()
             raise WorkerPoolError(f"worker {place.number} cannot be started: {error}") from error
 
-    def remove_dead(self, process: WorkerProcess) -> None:
+    def remove_dead(self, process: Worker) -> None:
         """Forget a process that ended by itself, and count its death."""
         del self._by_number[process.place.number]
         self.deaths.died(process.place.number, was_ready=process.is_ready)
