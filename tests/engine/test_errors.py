@@ -47,7 +47,7 @@ def test_table_lists_every_class_with_its_code() -> None:
 def test_page_of_outputs_lists_every_code_of_a_row_with_its_stage() -> None:
     page = (ROOT / "docs/jobs-output.md").read_text(encoding="utf-8")
     section = page.split("\n## Error rows\n")[1].split("\n## ")[0]
-    found = {}
+    found: dict[str, str] = {}
     for codes, stages in re.findall(r"^\| (`.+?`) \| (`.+?`) \|", section, re.MULTILINE):
         names, stage_names = (re.findall(r"`(\w+)`", cell) for cell in (codes, stages))
         if len(stage_names) == 1:

@@ -17,7 +17,6 @@ from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
-from idefics2_engine.jobs.store.journal import journal_segments
 from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
 from idefics2_engine.jobs.writers.own_file import beside
 from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
@@ -115,16 +114,8 @@ class FilesBeside:
 
     @property
     def are_there(self) -> bool:
-        """Whether an earlier run has written them, or the journal has no rows to write them from.
-
-        A merged output has a job folder without a journal. The table of ``--show`` is never there.
-        """
-        folder = job_path(self._out)
-        if not folder.is_dir() or not journal_segments(folder):
-            return True
-        page = self._args.report
-        has_page = page is None or Path(page).exists()
-        return has_page and not self._args.show and beside(self._out, "summary.json").exists()
+        """Whether an earlier run has written them, and was not killed before."""
+        return beside(self._out, "summary.json").exists()
 
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""

@@ -84,21 +84,6 @@ def test_finished_job_says_so(
     assert engine.loads == 1
 
 
-def test_finished_job_still_shows_rows_and_writes_a_page(
-    source: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command(source)
-    capsys.readouterr()
-    page = source.with_name("page.html")
-    assert command(source, "--show", "1", "--report", str(page)) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("id")
-    assert "3 rows were in the journal, 0 were finished" in said
-    assert f"{page} shows the first rows" in said
-    assert page.exists()
-    assert engine.loads == 1
-
-
 def test_bad_rows_become_error_rows(
     tmp_path: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,17 +58,3 @@ def test_merged_shards_change_no_byte(source: Path, name: str, options: tuple[st
     merged = source.parent / f"merged-{name}"
     assert main.main(["merge", *shards, "-o", str(merged)]) == 0
     assert merged.read_bytes() == whole.read_bytes()
-
-
-def test_run_finds_a_merged_output_complete(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = tmp_path / "in.jsonl"
-    # Error rows need no model
-    source.write_text('{"images": ["missing.png"], "prompt": "?"}\n' * 3)
-    shards = [str(run(source, f"{index}.jsonl", "--shard", f"{index}/2")) for index in range(2)]
-    merged = tmp_path / "out.jsonl"
-    assert main.main(["merge", *shards, "-o", str(merged)]) == 0
-    capsys.readouterr()
-    run(source, "out.jsonl")
-    assert capsys.readouterr().out.endswith("out.jsonl is complete: 3 rows\n")
