@@ -42,6 +42,8 @@ nf4
 ops variants
 catalog
 """
+# Of jobs, these packages stand on each other in this order
+JOBS = ["store", "writers", "readers", "plan"]
 # The specification knows one file of the kernels: the format of a weight
 EXCEPTIONS = {("reference", "idefics2_kernels.nf4.nf4_weight")}
 # These import torch only inside a function, where it is loaded anyway
@@ -149,6 +151,13 @@ def test_every_module_has_a_layer(package: str, order: str) -> None:
         if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert names - {"__init__"} == set(order.split()) - {"idefics2_bench"}
+
+
+def test_packages_of_jobs_import_downward() -> None:
+    for level, package in enumerate(JOBS):
+        above = tuple(f"idefics2_engine.jobs.{name}." for name in JOBS[level + 1 :])
+        for file in (PACKAGES["idefics2_engine"] / "jobs" / package).rglob("*.py"):
+            assert not [name for name in imports(file) if above and name.startswith(above)], file
 
 
 def test_upward_import_is_found() -> None:

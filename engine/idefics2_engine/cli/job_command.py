@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from idefics2_engine.cli import job_options, job_report, run_options
-from idefics2_engine.cli.job_check import check_input, image_check
+from idefics2_engine.cli.job_check import check_input
 from idefics2_engine.cli.job_engine import EngineChoice
 from idefics2_engine.cli.job_files import FilesBeside
 from idefics2_engine.cli.job_fingerprint import fingerprint_parts
@@ -16,20 +16,20 @@ from idefics2_engine.cli.job_progress import JobProgress, JobTotals
 from idefics2_engine.cli.job_signals import interrupts_handled
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.job_errors import InputLostError, JobError, reason_of
+from idefics2_engine.jobs.job_errors import JobError, input_lost
 from idefics2_engine.jobs.job_result import JobResult
 from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.staged_input import STDIN, with_staged_input
 from idefics2_engine.jobs.row_encoding import OutputEncoding
 from idefics2_engine.jobs.runner import JobRunner
-from idefics2_engine.jobs.store.input_files import identify_inputs
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.store.job_lock import JobLock
 from idefics2_engine.jobs.store.job_status import complete_output, read_status
 from idefics2_engine.jobs.workers.worker_pool import WorkerPoolError
 from idefics2_engine.jobs.writers.formats import saved_fields
+from idefics2_engine.model_files import printable_path
 
 _INTERRUPTED = 130
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"idefics2: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        raise InputLostError(f"the input cannot be read: {reason_of(error)}") from error
+        raise input_lost(error) from error
 
 
 def _run(args: argparse.Namespace, out: Path) -> int:
@@ -68,9 +68,8 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     engine = EngineChoice(args, job_input)
     options = run_options.run_options(args, engine.workers)
     parts = fingerprint_parts(args, job_input, params, save)
-    files = identify_inputs(path.absolute() for path in job_input.files)
     model = "demo" if args.model is None else str(args.model)
-    job = JobDescription(parts, files, {"model": model})
+    job = JobDescription(parts, job_input.identify(), {"model": model})
     encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
     files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
     is_described = files_beside.are_there
@@ -80,7 +79,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     if complete is not None:
         totals = JobTotals(complete.rows, None)
     else:
-        validation, totals = check_input(job_input, image_check(args, job_input.media_root))
+        validation, totals = check_input(args, job_input)
         for line in job_report.validation_lines(validation):
             print(f"idefics2: {line}", file=sys.stderr)
         must_stop = validation.num_bad and options.on_bad_row == "stop"
@@ -115,10 +114,16 @@ def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> I
     if STDIN not in options.inputs:
         return options
     if args.restart:
-        raise ConfigError("--restart must come with a file as input, got standard input")
+        raise ConfigError(
+            "--restart must come with a file as input, got standard input, which is kept in the "
+            "folder that is moved aside; save it to a file first"
+        )
     folder = job_path(out)
     if not folder.parent.is_dir():
-        raise JobError(f"{out}: must be in an existing folder")
+        raise JobError(
+            f"{printable_path(out)}: must be in an existing folder, "
+            f"got {printable_path(folder.parent)}"
+        )
     folder.mkdir(exist_ok=True)
     # Another runner must not read the file meanwhile
     with ExitStack() as stack:

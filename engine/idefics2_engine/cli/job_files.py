@@ -1,6 +1,7 @@
 """The files beside a job's output: statistics of rows, summary, manifest and page."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -8,21 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.cli import options
+from idefics2_engine.cli import job_options
 from idefics2_engine.cli.answer_table import answer_table
 from idefics2_engine.cli.job_fingerprint import device_name
-from idefics2_engine.images.loader import media_config
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
-from idefics2_engine.jobs.writers.manifest import manifest_of, write_manifest
-from idefics2_engine.jobs.writers.own_file import beside
+from idefics2_engine.jobs.writers.manifest import manifest_of
+from idefics2_engine.jobs.writers.own_file import beside, write_json_beside
 from idefics2_engine.jobs.writers.report import REPORT_ROWS, write_report
 from idefics2_engine.jobs.writers.row_output import SaveOptions
 from idefics2_engine.jobs.writers.stats_file import StatsFile
-from idefics2_engine.jobs.writers.summary import RunFigures, summary_of, write_summary
+from idefics2_engine.jobs.writers.summary import RunFigures, summary_of
 
 
 class RowStatistics(JobObserver):
@@ -114,8 +114,13 @@ class FilesBeside:
 
     @property
     def are_there(self) -> bool:
-        """Whether an earlier run has written them, and was not killed before."""
-        return beside(self._out, "summary.json").exists()
+        """Whether an earlier run has written what this one is asked for, and was not killed before.
+
+        A table is always made again.
+        """
+        report = self._args.report
+        is_reported = report is None or os.path.exists(report)
+        return not self._args.show and is_reported and beside(self._out, "summary.json").exists()
 
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""
@@ -128,19 +133,31 @@ class FilesBeside:
         assert result.output is not None
         device = device_name(self._args)
         summary = summary_of(result.counts, result.run, self._figures(result, device))
-        manifest = manifest_of(
-            job,
-            result.output,
-            device={"name": device, "cores": os.cpu_count()},
-            command=sys.argv,
-        )
-        moved = [
-            write_summary(self._out, job.fingerprint, summary),
-            write_manifest(self._out, job.fingerprint, manifest),
-        ]
+        moved = []
+        # A run that only shows rows leaves the figures of the run that computed them
+        if result.run.rows or not self._is_written(summary, job):
+            manifest = manifest_of(
+                job,
+                result.output,
+                device={"name": device, "cores": os.cpu_count()},
+                command=sys.argv,
+            )
+            moved = [
+                write_json_beside(self._out, "summary", job.fingerprint, summary),
+                write_json_beside(self._out, "manifest", job.fingerprint, manifest),
+            ]
         if self._args.report:
             moved.append(self._write_page(summary, job, device))
         self.moved = [path for path in moved if path is not None]
+
+    def _is_written(self, summary: Mapping[str, Any], job: JobDescription) -> bool:
+        """Return whether the file of the summary says the same of the job as ``summary``."""
+        try:
+            written = json.loads(beside(self._out, "summary.json").read_bytes())
+        except (OSError, ValueError):
+            return False
+        of_job = {**summary, "fingerprint": job.fingerprint, "run": written.get("run")}
+        return all(written.get(name) == value for name, value in of_job.items())
 
     def _figures(self, result: JobResult, device: str) -> RunFigures:
         waits = result.waits
@@ -163,13 +180,12 @@ class FilesBeside:
     def _write_page(
         self, summary: Mapping[str, Any], job: JobDescription, device: str
     ) -> Path | None:
-        rules = options.media_settings(self._args) | {"allowed_media_root": self._media_root}
         model = "The demo checkpoint" if self._args.model is None else str(self._args.model)
         return write_report(
             Path(self._args.report),
             self._first_rows.in_order(),
             summary,
-            media_config(**rules),
+            job_options.job_media(self._args, self._media_root),
             title=self._out.name,
             subtitle=f"{model} on {'a CPU' if device == 'cpu' else device}",
             fingerprint=job.fingerprint,

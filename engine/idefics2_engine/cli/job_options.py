@@ -3,14 +3,25 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options
-from idefics2_engine.jobs.job_options import IN_FLIGHT
 from idefics2_engine.jobs.readers.input_options import FORMATS, InputOptions
 from idefics2_engine.sampling_params import SamplingParams
 
-CHECKS = ("none", "exists", "header")
+if TYPE_CHECKING:
+    from idefics2_engine.images.loader import MediaConfig
+
+_CHECKS = ("none", "exists", "header")
+_MEDIA = (
+    "image_policy",
+    "max_image_pixels",
+    "max_media_bytes",
+    "allowed_media_hosts",
+    "media_timeout",
+    "image_threads",
+)
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +92,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--check-images",
-        choices=CHECKS,
+        choices=_CHECKS,
         default="exists",
         help="what to look at in images before the model is loaded: nothing, whether the files are "
         "there and allowed, or also their headers (default: %(default)s)",
@@ -90,7 +101,7 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
 
 def input_options(args: argparse.Namespace) -> InputOptions:
     """Return the options of reading; raise ``ConfigError`` if one is invalid."""
-    return InputOptions(**_given(args, InputOptions))
+    return InputOptions(**given(args, InputOptions))
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -137,9 +148,22 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def job_media(args: argparse.Namespace, media_root: Path) -> "MediaConfig":
+    """Return the rules for the images of a job, those of its engine.
+
+    Raises:
+        ConfigError: A value is invalid.
+    """
+    from idefics2_engine.images.loader import media_config
+
+    arguments = llm_arguments(args)
+    rules = {name: arguments[name] for name in _MEDIA if name in arguments}
+    return media_config(**rules, allowed_media_root=media_root)
+
+
 def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of ``LLM``, without those for which it has a default."""
-    given = {
+    sizes = {
         name: value
         for name in (
             "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_tokens",
@@ -148,14 +172,7 @@ def llm_arguments(args: argparse.Namespace) -> dict[str, Any]:
         )
         if (value := getattr(args, name)) is not None
     }  # fmt: skip
-    return options.model_arguments(args) | given | {"seed": args.seed or 0}
-
-
-def in_flight(args: argparse.Namespace) -> int:
-    """Return the rows that the engine has at once: twice the answers that it generates at once."""
-    if args.in_flight is not None:
-        return int(args.in_flight)
-    return IN_FLIGHT if args.max_num_seqs is None else 2 * int(args.max_num_seqs)
+    return options.model_arguments(args) | sizes | {"seed": args.seed or 0}
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -163,7 +180,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _given(args: argparse.Namespace, kind: Callable[..., Any]) -> dict[str, Any]:
+def given(args: argparse.Namespace, kind: Callable[..., Any]) -> dict[str, Any]:
     """Return the fields of the dataclass ``kind`` that ``args`` give."""
     return {
         field.name: value

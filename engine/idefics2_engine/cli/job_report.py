@@ -9,6 +9,7 @@ from idefics2_engine.jobs.readers.validation import Validation
 from idefics2_engine.jobs.store.job_status import JobStatus
 from idefics2_engine.model_files import printable_path
 
+_MOST_CHANGES = 5
 _RESUME = "the same command continues the job"
 
 
@@ -39,6 +40,12 @@ def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list
     counts, run = result.counts, result.run
     codes = ", ".join(f"{count} {code}" for code, count in sorted(counts.errors.items()))
     lines = [f"moved aside: {printable_path(path)}" for path in result.moved]
+    lines += [
+        f"input {printable_path(Path(path))}: {kind} since the last start"
+        for path, kind in result.input_changes[:_MOST_CHANGES]
+    ]
+    if (more := len(result.input_changes) - _MOST_CHANGES) > 0:
+        lines.append(f"and {more} more inputs differ from those of the last start")
     if result.recovered.damaged:
         lines.append(f"{result.recovered.damaged} damaged lines of the journal were skipped")
     errors = f"{counts.num_errors} errors" + (f" ({codes})" if codes else "")

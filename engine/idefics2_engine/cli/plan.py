@@ -1,7 +1,6 @@
 """The command ``idefics2 plan``, which says what a job will take before it runs."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from idefics2_engine.images.loader import MediaConfig
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
     from idefics2_engine.jobs.readers.job_input import JobInput
@@ -24,14 +22,6 @@ SOME_FAIL = 3
 """The exit code if some rows will fail."""
 _BAD_INPUT = 2
 _SHOWN_IDS = 5
-_MEDIA = (
-    "image_policy",
-    "max_image_pixels",
-    "max_media_bytes",
-    "allowed_media_hosts",
-    "media_timeout",
-    "image_threads",
-)
 _EPILOG = """\
 example:
   idefics2 plan -i questions.jsonl --model HuggingFaceM4/idefics2-8b --rates results.json
@@ -84,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         Idefics2Error: An option or the input is invalid.
     """
+    from idefics2_engine.jobs.job_errors import input_lost
     from idefics2_engine.jobs.readers.job_input import JobInput
     from idefics2_engine.jobs.readers.staged_input import with_staged_input
 
@@ -96,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
             options = with_staged_input(job_options.input_options(args), Path(folder))
             return _print_plan(args, JobInput(options, params), params)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise ConfigError(f"the input cannot be read: {reason}") from error
+            raise input_lost(error) from error
 
 
 def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "SamplingParams") -> int:
@@ -155,7 +145,7 @@ def _prepared(
     from idefics2_engine.sampling.generation_config import GenerationConfig
 
     arguments = job_options.llm_arguments(args)
-    media = job_media(arguments, job_input.media_root)
+    media = job_options.job_media(args, job_input.media_root)
     processor = Processor.load(folder, config, arguments["split_images"], media)
     engine = _engine_config(arguments, config)
     planner = RowPlanner(
@@ -164,7 +154,7 @@ def _prepared(
         GenerationConfig.of_checkpoint(folder, processor.tokenizer),
         engine.max_model_len,
         defaults=params,
-        check=ImageCheck.named(args.check_images),
+        check=ImageCheck(args.check_images),
     )
     dtype = args.dtype
     if dtype == "auto":
@@ -172,18 +162,6 @@ def _prepared(
         dtype = "float32" if args.device == "cpu" else "bfloat16"
     expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
     return planner, PlanOptions(config.text, engine, dtype, expected)
-
-
-def job_media(arguments: Mapping[str, Any], media_root: Path) -> "MediaConfig":
-    """Return the rules for the images of a job, given the arguments of ``LLM``.
-
-    Raises:
-        ConfigError: A value is invalid.
-    """
-    from idefics2_engine.images.loader import media_config
-
-    given = {name: arguments[name] for name in _MEDIA if name in arguments}
-    return media_config(**given, allowed_media_root=media_root)
 
 
 def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineConfig":

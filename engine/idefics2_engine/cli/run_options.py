@@ -2,12 +2,10 @@
 
 import argparse
 import re
-from dataclasses import fields
-from typing import Any
 
 from idefics2_engine.cli import job_options, options
 from idefics2_engine.errors import ConfigError, short_repr
-from idefics2_engine.jobs.job_options import JobOptions
+from idefics2_engine.jobs.job_options import IN_FLIGHT, JobOptions
 
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _EVERY_CODE = ""
@@ -66,7 +64,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--retries",
         metavar="N",
         type=int,
-        default=1,
         help="times that a row is computed again after request_failed, worker_lost or media_fetch "
         "(default: 1)",
     )
@@ -81,14 +78,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-errors",
         metavar="N|P%",
-        default="100%",
         help="end the job when more rows than that are error rows, once it has 200 rows (default: "
         "never)",
     )
     group.add_argument(
         "--on-bad-row",
         choices=("error-row", "stop"),
-        default="error-row",
         help="write an error row for a row that cannot be read (the default), or stop before the "
         "model is loaded",
     )
@@ -108,14 +103,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--max-prepared-bytes",
         metavar="SIZE",
         type=size,
-        default=2 << 30,
         help="limit of the memory of prepared images, such as 500MB (default: 2GiB)",
     )
     group.add_argument(
         "--drain-timeout",
         metavar="S",
         type=float,
-        default=30.0,
         help="seconds that rows in flight get after the first Ctrl-C (default: 30)",
     )
     group.add_argument(
@@ -161,12 +154,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run_options(args: argparse.Namespace, workers: int) -> JobOptions:
     """Return the options of the run; raise ``ConfigError`` if one is invalid."""
-    values: dict[str, Any] = {
-        field.name: getattr(args, field.name)
-        for field in fields(JobOptions)
-        if hasattr(args, field.name)
-    }
-    values["in_flight"] = job_options.in_flight(args) * (1 if args.in_flight else workers)
+    values = job_options.given(args, JobOptions)
+    if args.in_flight is None:
+        # A wrong number of sequences is the engine's error
+        at_once = IN_FLIGHT if args.max_num_seqs is None else 2 * max(1, args.max_num_seqs)
+        values["in_flight"] = at_once * workers
     return JobOptions(**values)
 
 

@@ -40,17 +40,11 @@ class ImageHeader:
     """What is known of an image before its pixels.
 
     Attributes:
-        format: Pillow's name of the file format. ``None`` for pixels in memory.
-        mode: Pillow's mode of the stored pixels.
         size: Width and height in pixels when the image is upright, as the model sees it.
-        orientation: EXIF orientation from 1 to 8.
         fingerprint: SHA-256 of the file, or of the pixels of an image in memory.
     """
 
-    format: str | None
-    mode: str
     size: tuple[int, int]
-    orientation: int
     fingerprint: bytes
 
 
@@ -71,7 +65,7 @@ def read_header(source: ImageSource, config: MediaConfig) -> ImageHeader | None:
     if not isinstance(plain, str | bytes | Path):
         image = load_image(plain, config)
         digest = sha256(np.asarray(image).tobytes()).digest()
-        return ImageHeader(None, image.mode, image.size, 1, digest)
+        return ImageHeader(image.size, digest)
     name, data = named_bytes(plain, config)
     # Processors have instructions for it, so it takes a third of the time of BLAKE2
     digest = sha256(data).digest()
@@ -84,12 +78,12 @@ def read_header(source: ImageSource, config: MediaConfig) -> ImageHeader | None:
             # Pillow turns a TIFF when it is decoded, and damage comes before doubts
             return turns[0] if turns[0] == 1 else loaded_orientation(opened)
 
-        kind, mode, stored = image.format, image.mode, _stored_size(image)
+        stored = _stored_size(image)
         if policy is ImagePolicy.STRICT:
             refuse_doubtful(image, name, certain_orientation)
         turn = turns[0] if turns else _orientation(image, data)
     size = stored[::-1] if turn in _TURNED else stored
-    return ImageHeader(kind, mode, size, turn, digest)
+    return ImageHeader(size, digest)
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:

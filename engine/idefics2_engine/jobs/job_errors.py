@@ -1,10 +1,10 @@
 """Errors of a job's files, with messages for whoever started the job."""
 
-from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.errors import Idefics2Error, short_repr
 
 
 class JobError(Idefics2Error):
-    """The job's folder or its output cannot be used."""
+    """The job's folder, its input or its output cannot be used."""
 
     code = "job"
 
@@ -31,6 +31,12 @@ class OutputLostError(JobError):
     """The journal or the output cannot be written; the job can be resumed."""
 
     code = "output_lost"
+
+
+def input_lost(error: OSError) -> InputLostError:
+    """Return the error of an input that cannot be read, with the file if the system named it."""
+    name = "" if error.filename is None else f" {short_repr(error.filename)}"
+    return InputLostError(f"the input{name} cannot be read: {reason_of(error)}")
 
 
 def reason_of(error: OSError) -> str:

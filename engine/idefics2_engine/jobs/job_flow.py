@@ -118,8 +118,9 @@ class JobFlow:
             in_flight=self._options.in_flight,
             max_prepared_bytes=self._options.max_prepared_bytes,
         )
-        for observer in self._observers:
-            observer.load(engine)
+        with lost_output(self._store.path):
+            for observer in self._observers:
+                observer.load(engine)
         # The engine may be in the middle of a step when the run ends
         threading.Thread(
             target=send_answers,

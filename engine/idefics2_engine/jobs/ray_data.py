@@ -211,10 +211,10 @@ class _Preprocess:
     """Calls the user's function, and packs the inputs that it makes into one binary column."""
 
     def __init__(self, function: RowFunction) -> None:
-        self._function = function
+        self._convert = function
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        made = dict(self._function(dict(row)))
+        made = dict(self._convert(dict(row)))
         # A column of the dataset has a type already
         inputs = {
             name: made[name]
@@ -235,7 +235,7 @@ class _Postprocess:
     """Calls the user's function for answered rows, with the inputs that ``preprocess`` made."""
 
     def __init__(self, function: RowFunction | None, reports_errors: bool) -> None:
-        self._function = function
+        self._convert = function
         self._reports_errors = reports_errors
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -243,8 +243,8 @@ class _Postprocess:
         if row[ERROR]:
             return row
         columns = {**inputs, **row}
-        if self._function is not None:
-            columns = dict(self._function(columns))
+        if self._convert is not None:
+            columns = dict(self._convert(columns))
         if self._reports_errors:
             columns |= {ERROR: "", ERROR_CODE: ""}
         return columns

@@ -7,7 +7,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from idefics2_engine.jobs.job_errors import InputLostError, reason_of
+from idefics2_engine.jobs.job_errors import input_lost
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.row import Row
 
@@ -128,7 +128,7 @@ class RowFeed(Iterator[Row]):
         try:
             row = next(self._rows, None)
         except OSError as error:
-            raise InputLostError(f"the input cannot be read: {reason_of(error)}") from error
+            raise input_lost(error) from error
         finally:
             self.read_seconds += time.perf_counter() - begin
         if row is None:

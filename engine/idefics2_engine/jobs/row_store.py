@@ -165,5 +165,6 @@ def lost_output(path: Path) -> Iterator[None]:
 
 
 def output_lost(path: Path, error: OSError) -> OutputLostError:
-    """Return the error of a file that cannot be written."""
-    return OutputLostError(f"{printable_path(path)}: cannot be written: {reason_of(error)}")
+    """Return the error of a file that cannot be written: that of ``error``, or ``path``."""
+    name = error.filename if isinstance(error.filename, str | Path) else path
+    return OutputLostError(f"{printable_path(Path(name))}: cannot be written: {reason_of(error)}")

@@ -6,20 +6,21 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from idefics2_engine.jobs.job_errors import InputLostError, OutputLostError, reason_of
+from idefics2_engine.jobs.job_errors import JobError, OutputLostError, input_lost
 from idefics2_engine.jobs.job_flow import JobFlow
 from idefics2_engine.jobs.job_observer import JobObserver
 from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts, RunCounts
 from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
 from idefics2_engine.jobs.row_engine import RowEngine
-from idefics2_engine.jobs.row_store import RowStore, output_lost
+from idefics2_engine.jobs.row_store import RowStore, lost_output, output_lost
 from idefics2_engine.jobs.stage_waits import StageWaits, StageWatch
 from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.store.input_files import check_apart
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import JobFolder
 from idefics2_engine.jobs.store.journal import Recovery
+from idefics2_engine.model_files import printable_path
 from idefics2_engine.runtime.stats import EngineStats
 
 EngineFactory = Callable[[], AbstractContextManager[RowEngine]]
@@ -97,7 +98,7 @@ class JobRunner:
         try:
             check_apart(self._out, self._rows.files)
         except OSError as error:
-            raise InputLostError(f"the input cannot be read: {reason_of(error)}") from error
+            raise input_lost(error) from error
         try:
             folder = JobFolder(
                 self._out,
@@ -112,11 +113,15 @@ class JobRunner:
             return JobResult(Ending.OUTPUT_LOST, RowCounts(), message=str(lost))
         with folder:
             changes, moved = tuple(folder.input_changes), tuple(folder.moved)
-            # Without files, only the rows say whether the input is the same
-            is_same = bool(self._job.inputs) and not changes and self._is_described
-            if folder.finished and is_same and self._options.retry_errors is None:
+            if self._is_complete(folder):
+                assert folder.finished is not None
                 counts = RowCounts(rows=folder.finished.rows)
                 return JobResult(Ending.COMPLETE_BEFORE, counts, output=folder.finished)
+            if folder.finished and folder.finished.rows and not folder.has_journal:
+                raise JobError(
+                    f"{printable_path(self._out)}: a job that continues must have a journal, got a "
+                    "merged output; run and merge its shards again (--restart computes all rows)"
+                )
             result = self._run_in(folder)
             result = replace(result, input_changes=changes, moved=moved)
             if result.ending is Ending.COMPLETE and self._on_complete is not None:
@@ -126,6 +131,19 @@ class JobRunner:
                     lost = output_lost(self._out, error)
                     return replace(result, ending=Ending.OUTPUT_LOST, message=str(lost))
             return result
+
+    def _is_complete(self, folder: JobFolder) -> bool:
+        """Return whether there is nothing to do for an output that is there."""
+        # Without files, only the rows say whether the input is the same
+        is_same = bool(self._job.inputs) and not folder.input_changes
+        # What describes the output is made again from the journal
+        is_described = self._is_described or not folder.has_journal
+        return (
+            folder.finished is not None
+            and is_same
+            and is_described
+            and self._options.retry_errors is None
+        )
 
     def _run_in(self, folder: JobFolder) -> JobResult:
         """Run the job in its folder."""
@@ -143,12 +161,14 @@ class JobRunner:
                 flow = JobFlow(store, self._encoding, self._options, self._observers, self._clock)
                 counts, run, recovered = flow.counts, flow.run, store.recovered
                 try:
-                    for observer in self._observers:
-                        observer.begin(counts)
+                    with lost_output(folder.path):
+                        for observer in self._observers:
+                            observer.begin(counts)
                     self._finish_rows(flow)
                 finally:
-                    for observer in self._observers:
-                        observer.end()
+                    with lost_output(folder.path), ExitStack() as stack:
+                        for observer in self._observers:
+                            stack.callback(observer.end)
                 if flow.ending is None:
                     output = store.publish()
                 else:

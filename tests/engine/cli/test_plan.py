@@ -218,7 +218,7 @@ def test_input_that_is_lost_is_an_error(
 
     monkeypatch.setattr(JobInput, "rows", rows)
     assert main(["plan", "-i", write(folder, ROWS)]) == 2
-    assert "the input cannot be read: input/output error" in capsys.readouterr().err
+    assert "the input cannot be read: Input/output error" in capsys.readouterr().err
 
 
 def test_standard_input_is_planned(folder: Path) -> None:

@@ -17,7 +17,6 @@ from idefics2_engine.cli.main import main
 from idefics2_engine.cli.run_options import size
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.job_row import JobRow, RowError
 from paths import ROOT
 from stand_in_run import StandInEngine
 
@@ -193,12 +192,37 @@ def test_lost_summary_is_written_again(tmp_path: Path, engine: StandInEngine) ->
     assert engine.loads == 1
 
 
+def test_finished_job_shows_its_rows(
+    source: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(source)
+    summary = source.with_name("out.jsonl.summary.json")
+    figures = summary.read_text()
+    capsys.readouterr()
+    page = source.with_name("page.html")
+    assert command(source, "--report", str(page), "--show", "2") == 0
+    assert all(text in page.read_text() for text in TEXTS)
+    assert TEXTS[0] in capsys.readouterr().out
+    assert (engine.loads, summary.read_text()) == (1, figures)
+    # The page is there, and the job has nothing to do
+    assert command(source, "--report", str(page)) == 0
+    assert "is complete: 3 rows\n" in capsys.readouterr().out
+    # With fewer rows the summary is another one
+    write(source, TEXTS[:2])
+    assert command(source) == 0
+    assert json.loads(summary.read_text())["rows"]["all"] == 2
+
+
 @pytest.mark.usefixtures("engine")
-def test_summary_counts_the_whole_job_and_the_last_run(tmp_path: Path) -> None:
+def test_summary_counts_the_whole_job_and_the_last_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write(tmp_path / "in.jsonl", TEXTS)
     command(source)
+    assert "since the last start" not in capsys.readouterr().out
     write(source, [*TEXTS, "fourth"])
     assert command(source) == 0
+    assert f"input {source}: grown since the last start" in capsys.readouterr().out
     summary = json.loads((tmp_path / "out.jsonl.summary.json").read_text())
     assert summary["rows"]["all"] == 4
     assert summary["run"]["rows"]["all"] == 1
@@ -254,15 +278,22 @@ def test_lost_standard_output_is_no_error(
 
 
 def test_standard_input(
-    tmp_path: Path, engine: StandInEngine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    engine: StandInEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out.jsonl"
     text = write(tmp_path / "in.jsonl", TEXTS).read_bytes()
     for content in (text, text, b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         assert main(["run", "-i", "-", "-o", str(out)]) == 0
+        assert "is complete: 3 rows" in capsys.readouterr().out
     assert engine.loads == 1
     assert len(output(out)) == 3
+    # It is in the folder that would be moved aside
+    assert main(["run", "-i", "-", "-o", str(out), "--restart"]) == 2
+    assert "standard input, which is kept in the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -322,10 +353,15 @@ def test_demo_questions_are_answered(tmp_path: Path) -> None:
         assert answer["outputs"][0]["text"] == known[tuple(row["images"]), row["prompt"]]
 
 
-@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("more", [[], ["--output-format", "openai"]])
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix: str) -> None:
+def test_merged_shards_are_the_whole_job(
+    tmp_path: Path,
+    more: list[str],
+    suffix: str,
+    engine: StandInEngine,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = write(tmp_path / "in.jsonl", TEXTS, "{")
     outs = [tmp_path / f"{name}.{suffix}" for name in ("whole", "first", "second", "merged")]
     for out, shard in zip(outs, ["0/1", "0/2", "1/2"], strict=False):
@@ -333,20 +369,34 @@ def test_merged_shards_are_the_whole_job(tmp_path: Path, more: list[str], suffix
         assert main([*run_shard, *more]) in (0, 3)
     assert main(["merge", str(outs[1]), str(outs[2]), "-o", str(outs[3])]) == 0
     assert outs[3].read_bytes() == outs[0].read_bytes()
+    asked = engine.asked.total()
+    again = ["run", "-i", str(source), "-o", str(outs[3]), *more]
+    assert main(again) == 0
+    assert "is complete: 4 rows" in capsys.readouterr().out
+    # Its rows are in the journals of the shards, so a run could only compute all of them
+    assert main([*again, "--retry-errors"]) == 2
+    said = "a job that continues must have a journal, got a merged output"
+    assert said in capsys.readouterr().err
+    write(source, [*TEXTS, "more"])
+    assert main(again) == 2
+    assert said in capsys.readouterr().err
+    assert engine.asked.total() == asked
 
 
 def test_images_are_checked_before_the_model_is_loaded(
-    source: Path,
-    engine: StandInEngine,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def image_error(row: JobRow) -> RowError | None:
-        return RowError("image", "media", "is missing") if row.id == "second" else None
-
-    monkeypatch.setattr(job_command, "image_check", lambda *_: image_error)
-    assert command(source, "--on-bad-row", "stop") == 2
-    assert "1 of 3 rows are bad: 1 image" in capsys.readouterr().err
-    assert engine.loads == 0
+    (tmp_path / "a.png").write_bytes(bytes(2000))
+    rows = [{"prompt": name, "images": [f"{name}.png"]} for name in ("a", "none")]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    stop = ("--on-bad-row", "stop")
+    assert command(source, *stop) == 2
+    assert "1 of 2 rows are bad: 1 image" in capsys.readouterr().err
+    # The rules are those of the engine
+    assert command(source, *stop, "--max-media-bytes", "1000") == 2
+    assert "2 of 2 rows are bad: 2 image" in capsys.readouterr().err
+    assert command(source, *stop, "--check-images", "none") == 0
+    assert engine.loads == 1
     # The engine has the last word about a row that goes on
     assert command(source) == 0

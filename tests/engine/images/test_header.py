@@ -120,11 +120,10 @@ def test_headers_have_the_size_of_decoding(policy: ImagePolicy) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WebP", "TIFF"])
-def test_header_tells_format_mode_and_orientation(kind: str) -> None:
+def test_size_is_that_of_the_upright_image(kind: str) -> None:
     for turn in range(1, 9):
         header = read_header(oriented(noise(50, 30), kind, turn), MediaConfig())
         assert header is not None
-        assert (header.format, header.mode, header.orientation) == (kind.upper(), "RGB", turn)
         assert header.size == ((30, 50) if turn > 4 else (50, 30))
 
 
@@ -269,4 +268,4 @@ def test_an_allowed_address_is_not_contacted() -> None:
 def test_pixels_in_memory_have_a_header(source: ImageSource) -> None:
     header = read_header(source, MediaConfig())
     assert header is not None
-    assert (header.format, header.size, header.orientation) == (None, (7, 5), 1)
+    assert header.size == (7, 5)

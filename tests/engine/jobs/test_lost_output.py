@@ -74,14 +74,23 @@ def test_rows_in_flight_are_journalled_when_there_is_room_again(tmp_path: Path, 
     assert out.read_bytes() == expected(texts)
 
 
-def test_failing_observer_is_a_lost_output(tmp_path: Path) -> None:
-    class Full(JobObserver):
-        def finish_row(self, finished: FinishedRow) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("method", ["begin", "load", "finish_row", "end"])
+def test_failing_observer_is_a_lost_output(tmp_path: Path, method: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.stats.jsonl")
 
-    result = run_rows(tmp_path / "out.jsonl", TEXTS, runner_options={"observers": [Full()]})
+    class Ends(JobObserver):
+        has_ended = False
+
+        def end(self) -> None:
+            self.has_ended = True
+
+    full, other = JobObserver(), Ends()
+    setattr(full, method, fail)
+    result = run_rows(tmp_path / "out.jsonl", TEXTS, runner_options={"observers": [full, other]})
     assert result.exit_code == 5
-    assert "No space left" in result.message
+    assert result.message == "out.stats.jsonl: cannot be written: No space left on device"
+    assert other.has_ended
 
 
 PROGRAM = """

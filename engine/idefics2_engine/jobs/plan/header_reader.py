@@ -13,7 +13,9 @@ from typing import Self
 import numpy as np
 
 from idefics2_engine.images.file_cache import FileCache
+from idefics2_engine.images.file_tiles import FileTiles
 from idefics2_engine.images.header import ImageHeader, read_header
+from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource, check_source
 from idefics2_engine.images.reader import ImageReader
 from idefics2_engine.images.tiling import Tile, tile_sizes
@@ -51,8 +53,8 @@ class HeaderReader(ImageReader):
         """Return a reader by the rules of ``processor``."""
         return cls(processor.media, processor.tile_rules, FileCache(), check=check)
 
-    def tiles(self, source: ImageSource, *, in_worker: bool = False) -> list[Tile]:
-        """Return the tiles of one image, without pixels.
+    def read(self, source: ImageSource, *, in_worker: bool = False) -> FileTiles:
+        """Return the tiles of one image, without pixels, and the size that they are made for.
 
         Raises:
             ImageError: As in ``header.read_header``.
@@ -79,9 +81,9 @@ class HeaderReader(ImageReader):
             self._headers[source] = header
         return header
 
-    def _make(self, kind: type[Tile], size: tuple[int, int], name: bytes) -> list[Tile]:
+    def _make(self, kind: type[Tile], size: tuple[int, int], name: bytes) -> FileTiles:
         rules = self.rules
-        return [
+        tiles = [
             kind(
                 np.ndarray((height, width, 3), np.uint8, _ZERO, strides=(0, 0, 0)),
                 rules.patch_size,
@@ -90,6 +92,7 @@ class HeaderReader(ImageReader):
             )
             for place, (width, height) in enumerate(tile_sizes(size, rules.image_config))
         ]
+        return FileTiles(tiles, ImageInfo(*size))
 
 
 def _name_hash(source: ImageSource) -> bytes:

@@ -1,12 +1,11 @@
 """Checks of the images of rows before a job runs: rows whose images the run would refuse."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, cast
 
 from idefics2_engine.caller_errors import about
-from idefics2_engine.errors import ConfigError, Idefics2Error, ImageError
+from idefics2_engine.errors import Idefics2Error, ImageError
 from idefics2_engine.images.header import read_header
 from idefics2_engine.images.loader import ImageSource, MediaConfig, check_source
 from idefics2_engine.jobs.job_row import JobRow, RowError
@@ -23,41 +22,17 @@ class ImageCheck(StrEnum):
     HEADER = "header"
     """Headers are read: the format, the size and the number of pixels."""
 
-    @classmethod
-    def named(cls, name: str) -> "ImageCheck":
-        """Return the check called ``name``.
-
-        Raises:
-            ConfigError: There is no such check.
-        """
-        try:
-            return cls(name)
-        except ValueError:
-            names = ", ".join(repr(check.value) for check in cls)
-            raise ConfigError(f"check_images must be one of {names}, got {name!r}") from None
-
-
-def check_images(
-    rows: Iterable[JobRow], check: ImageCheck | str, media: MediaConfig
-) -> Iterator[JobRow]:
-    """Return ``rows``, lazily, in which rows with images that the run would refuse have that error.
-
-    Nothing is downloaded. A row that has an error already stays as it is.
-
-    Args:
-        rows: Rows of a job.
-        check: What to look at.
-        media: Rules for images, those of the run.
-
-    Raises:
-        ConfigError: There is no such check.
-    """
-    check = ImageCheck.named(check)
-    return (_checked(row, image_error(row, check, media)) for row in rows)
-
 
 def image_error(row: JobRow, check: ImageCheck, media: MediaConfig) -> RowError | None:
-    """Return the error that the first bad image of a row gives, as far as ``check`` looks."""
+    """Return the error that the first bad image of a row gives, as far as ``check`` looks.
+
+    It is the error of the run. Nothing is downloaded, and a row that has an error already gets none.
+
+    Args:
+        row: A row of a job.
+        check: What to look at.
+        media: Rules for images, those of the run.
+    """
     if check is ImageCheck.NONE or row.error is not None:
         return None
     look = read_header if check is ImageCheck.HEADER else check_source
@@ -69,10 +44,6 @@ def image_error(row: JobRow, check: ImageCheck, media: MediaConfig) -> RowError 
         except ImageError as error:
             return row_error_of(error, media.allowed_media_root)
     return None
-
-
-def _checked(row: JobRow, error: RowError | None) -> JobRow:
-    return row if error is None else replace(row, prompt=None, error=error)
 
 
 def images_of(row: JobRow) -> list[ImageSource]:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.errors import short_repr
+from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.images.loader import MAX_BYTES
-from idefics2_engine.jobs.job_errors import JobError
+from idefics2_engine.jobs.optional_libraries import import_extra
 from idefics2_engine.jobs.readers.bad_row import BadRowError
-from idefics2_engine.jobs.readers.named_files import optional_module, printable, reading
+from idefics2_engine.jobs.readers.named_files import printable, reading
 from idefics2_engine.jobs.readers.source import RawRow
 
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
@@ -33,8 +33,8 @@ class HubSource:
             must have at most its ``max_media_bytes``.
 
     Raises:
-        JobError: The name has another form, or ``datasets`` is not installed; on reading: the
-            dataset cannot be found or read.
+        ConfigError: The name has another form, or ``datasets`` is not installed.
+        JobError: On reading: the dataset cannot be found or read.
     """
 
     form = "columns"
@@ -42,13 +42,13 @@ class HubSource:
     def __init__(self, name: str, options: object) -> None:
         found = _NAME.fullmatch(name)
         if found is None:
-            raise JobError(f"{printable(name)}: must be hf:org/name:split")
+            raise ConfigError(f"{printable(name)}: must be hf:org/name:split")
         self.files: tuple[Path, ...] = ()
         self._dataset, self._revision, self._split = found.groups()
         self._shown = f"hf:{name.removeprefix('hf:')}"
         self._needed: tuple[str, ...] | None = getattr(options, "columns_needed", None)
         self._most_bytes: int = getattr(options, "max_media_bytes", MAX_BYTES)
-        self._datasets = optional_module("datasets", "datasets")
+        self._datasets = import_extra("datasets", "datasets")
 
     def __iter__(self) -> Iterator[RawRow]:
         """Yield the rows of the split."""
@@ -87,7 +87,7 @@ class HubSource:
         path = value["path"]
         if value["bytes"] is not None or not isinstance(path, str) or not self._is_own(path):
             return value
-        fsspec = optional_module("fsspec", "remote")
+        fsspec = import_extra("fsspec", "remote")
         try:
             with fsspec.open(path, "rb") as file:
                 content = file.read(self._most_bytes + 1)

@@ -2,18 +2,20 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
-from idefics2_engine.jobs.job_errors import JobError
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers.named_files import (
     Name,
+    is_remote,
     printable,
     reading,
     shown_name,
 )
 from idefics2_engine.jobs.readers.source import RawRow
-from idefics2_engine.jobs.readers.unpacked_files import is_remote
+from idefics2_engine.jobs.store.input_files import InputFile, as_mtime
 
 # Formats that Pillow reads. Files of those that the engine refuses become rows with an error, so
 # that nobody misses them.
@@ -38,8 +40,8 @@ class ImageFolderSource:
         options: Paths in rows are relative to its ``media_root``, or to the folder if it is None.
 
     Raises:
-        JobError: A path is missing, remote or outside ``media_root``; on reading: a folder cannot
-            be listed.
+        ConfigError: A path is missing, remote or outside ``media_root``.
+        JobError: On reading: a folder cannot be listed.
     """
 
     form = "columns"
@@ -48,10 +50,14 @@ class ImageFolderSource:
         root = getattr(options, "media_root", None)
         self._media_root = None if root is None else Path(os.path.realpath(root))
         for name in paths:
-            if is_remote(str(name)) or not os.path.lexists(name):
-                raise JobError(f"{shown_name(name)}: must be a local folder of images, or an image")
+            if is_remote(name) or not os.path.lexists(name):
+                raise ConfigError(
+                    f"{shown_name(name)}: must be a local folder of images, or an image"
+                )
             if self._media_root and not _real_folder(Path(name)).is_relative_to(self._media_root):
-                raise JobError(f"{shown_name(name)}: a folder of images must be in the media root")
+                raise ConfigError(
+                    f"{shown_name(name)}: a folder of images must be in the media root"
+                )
         self.files = tuple(map(Path, paths))
 
     def __iter__(self) -> Iterator[RawRow]:
@@ -73,6 +79,21 @@ class ImageFolderSource:
             image = path.relative_to(self._media_root).as_posix()
         # Without the folder, data:a.png would be data
         return RawRow(place, {"images": [f"./{image}" if ":" in image else image]}, None, below)
+
+
+def identify_folder(path: Path) -> InputFile:
+    """Return the identity of a folder, which changes when an image below it does.
+
+    Raises:
+        JobError: A folder cannot be listed.
+    """
+    size, digest = 0, sha256()
+    for below in _images_below(_real_folder(path)):
+        with reading(path / below):
+            status = os.lstat(path / below)
+        size += status.st_size
+        digest.update(f"{below}\0{status.st_size} {status.st_mtime_ns}\n".encode(errors="replace"))
+    return InputFile(str(path.absolute()), size, as_mtime(digest))
 
 
 def _real_folder(path: Path) -> Path:

@@ -113,13 +113,14 @@ class InputOptions:
             raise ConfigError(f"media_root must be a folder, got {str(self.media_root)!r}")
 
     def read_template(self) -> PromptTemplate | None:
-        """Return the job's prompt. The last newline of a file belongs to the file.
+        """Return the job's prompt. A byte order mark and the last newline belong to the file.
 
         Raises:
             ConfigError: The file cannot be read, or braces have something else than a column.
         """
         if self.prompt_template is not None:
-            return PromptTemplate(read_text(self.prompt_template).removesuffix("\n"))
+            text = read_text(self.prompt_template)
+            return PromptTemplate(text.removeprefix("\ufeff").removesuffix("\n"))
         return None if self.prompt is None else PromptTemplate(self.prompt)
 
     @property

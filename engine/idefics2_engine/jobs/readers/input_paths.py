@@ -2,16 +2,22 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product, zip_longest
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from idefics2_engine.errors import ConfigError, short_repr
-from idefics2_engine.jobs.readers.unpacked_files import COMPRESSIONS, is_remote
-from idefics2_engine.model_files import paths_in, printable_path
+from idefics2_engine.jobs.readers.image_folder import IMAGE_SUFFIXES, identify_folder
+from idefics2_engine.jobs.readers.named_files import is_remote, shown_name
+from idefics2_engine.jobs.readers.unpacked_files import COMPRESSIONS
+from idefics2_engine.jobs.store.input_files import InputFile, identify_inputs
+from idefics2_engine.model_files import paths_in
 
-HUB = "hf:"
+_HUB = "hf:"
+HUB_FORMAT = "hub"
 _FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -20,10 +26,8 @@ _FORMATS = {
     ".tar": "webdataset",
     ".tgz": "webdataset",
 }
-_IMAGES = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}", re.ASCII)
+_MOST_FILES = 100_000
 
 
 class InputName(NamedTuple):
@@ -47,11 +51,31 @@ def find_inputs(names: tuple[str, ...], given_format: str) -> list[InputName]:
     Raises:
         ConfigError: There is none, one is named twice, or a format is unknown.
     """
-    found = [one for name in names for one in _find(name, given_format)]
+    found = [
+        one for name in names for each in expand_ranges(name) for one in _find(each, given_format)
+    ]
     found.sort()
     for one, following in pairwise(found):
         if one.name == following.name:
             raise ConfigError(f"inputs must name each file once, got {short_repr(one.name)} twice")
+    return found
+
+
+def identify_input(one: InputName) -> InputFile:
+    """Return the identity of an input that is not of the hub.
+
+    Raises:
+        JobError: A remote file or a folder cannot be read.
+        OSError: There is no such file.
+    """
+    if is_remote(one.name):
+        from idefics2_engine.jobs.readers.remote_files import identify_remote
+
+        return identify_remote(one.name)
+    path = Path(one.name)
+    if path.is_dir():
+        return identify_folder(path)
+    (found,) = identify_inputs([path.absolute()])
     return found
 
 
@@ -69,9 +93,35 @@ def media_root(inputs: list[InputName]) -> Path:
     return folders.pop()
 
 
+def expand_ranges(name: str) -> list[str]:
+    """Return the names for which one with ranges such as ``{000..012}`` stands, in order.
+
+    A file with exactly that name is itself.
+
+    Raises:
+        ConfigError: There are more than 100,000.
+    """
+    parts = _RANGE.split(name)
+    if len(parts) == 1 or os.path.lexists(name):
+        return [name]
+    texts, ranges = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
+    numbers = [range(int(first), int(last) + 1) for first, last in ranges]
+    if not 0 < prod(map(len, numbers)) <= _MOST_FILES:
+        raise ConfigError(
+            f"{shown_name(name)}: must stand for 1 to {_MOST_FILES} files, with ranges that grow"
+        )
+    names = []
+    for chosen in product(*numbers):
+        shown = [
+            f"{number:0{len(first)}}" for number, (first, _) in zip(chosen, ranges, strict=True)
+        ]
+        names.append("".join(map("".join, zip_longest(texts, shown, fillvalue=""))))
+    return names
+
+
 def _find(name: str, given_format: str) -> Iterator[InputName]:
-    if name.startswith(HUB):
-        yield InputName(name, "hub", None)
+    if name.startswith(_HUB):
+        yield InputName(name, HUB_FORMAT, None)
     elif is_remote(name):
         from idefics2_engine.jobs.readers.remote_files import expand_remote
 
@@ -90,7 +140,7 @@ def _find(name: str, given_format: str) -> Iterator[InputName]:
     elif name == "-":
         raise ConfigError("inputs: standard input must be staged to a file first")
     else:
-        raise ConfigError(f"{printable_path(Path(name))}: must be an input file, got no such file")
+        raise ConfigError(f"{shown_name(name)}: must be an input file, got no such file")
 
 
 def _in_folder(folder: Path, given_format: str) -> Iterator[InputName]:
@@ -106,7 +156,7 @@ def _in_folder(folder: Path, given_format: str) -> Iterator[InputName]:
         files = {path: kind for path, kind in kinds.items() if kind and wanted in ("auto", kind)}
         if len(set(files.values())) > 1:
             raise ConfigError(
-                f"{printable_path(folder)}: must have files of one format, "
+                f"{shown_name(folder)}: must have files of one format, "
                 f"got {', '.join(sorted(set(files.values())))}"
             )
         for path, kind in files.items():
@@ -116,7 +166,7 @@ def _in_folder(folder: Path, given_format: str) -> Iterator[InputName]:
     if given_format in ("auto", "images") and _has_images(folder):
         yield InputName(str(folder), "images", folder)
         return
-    raise ConfigError(f"{printable_path(folder)}: must have input files, got none")
+    raise ConfigError(f"{shown_name(folder)}: must have input files, got none")
 
 
 def _has_images(folder: Path) -> bool:
@@ -127,7 +177,7 @@ def _format(name: str, given: str) -> str:
     found = _known_format(name) if given == "auto" else given
     if found is None:
         raise ConfigError(
-            f"{name if is_remote(name) else printable_path(Path(name))}: the format must be given, "
+            f"{shown_name(name)}: the format must be given, "
             "because the name does not show it (input_format, --input-format)"
         )
     return found
@@ -138,4 +188,4 @@ def _known_format(name: str) -> str | None:
     for suffix in COMPRESSIONS:
         stem = stem.removesuffix(suffix)
     suffix = os.path.splitext(stem)[1]
-    return "images" if suffix in _IMAGES else _FORMATS.get(suffix)
+    return "images" if suffix in IMAGE_SUFFIXES else _FORMATS.get(suffix)

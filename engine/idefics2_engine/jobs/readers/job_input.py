@@ -10,7 +10,12 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.columns_form import ColumnsForm
 from idefics2_engine.jobs.readers.input_options import InputOptions
-from idefics2_engine.jobs.readers.input_paths import find_inputs, media_root
+from idefics2_engine.jobs.readers.input_paths import (
+    HUB_FORMAT,
+    find_inputs,
+    identify_input,
+    media_root,
+)
 from idefics2_engine.jobs.readers.open_sources import open_sources
 from idefics2_engine.jobs.readers.openai_form import OpenAIForm
 from idefics2_engine.jobs.readers.row_builder import RowBuilder
@@ -29,6 +34,7 @@ from idefics2_engine.jobs.readers.row_selection import (
     sampled_numbers,
     select,
 )
+from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.sampling_params import SamplingParams
 
 
@@ -49,11 +55,12 @@ class JobInput:
         template: The job's prompt. None if rows have their own.
 
     Raises:
-        ConfigError: A file cannot be read, options do not fit the files, or a library is missing.
+        JobError: A file cannot be read.
+        ConfigError: Options do not fit the files, or a library is missing.
     """
 
     def __init__(self, options: InputOptions, defaults: SamplingParams) -> None:
-        inputs = find_inputs(options.inputs, options.input_format)
+        self._inputs = inputs = find_inputs(options.inputs, options.input_format)
         self.options = options
         self.media_root: Path = options.media_root or media_root(inputs)
         template = options.read_template()
@@ -81,7 +88,7 @@ class JobInput:
             on_id: Called with the identifier of each row, in order, also of other shards.
 
         Raises:
-            ConfigError: A file cannot be read.
+            JobError: A file cannot be read.
             OSError: Reading fails.
         """
         shard, builder = self.options.shard, self._builder
@@ -110,10 +117,23 @@ class JobInput:
             most: Number of rows to return.
 
         Raises:
-            ConfigError: A file cannot be read.
+            JobError: A file cannot be read.
             OSError: Reading fails.
         """
         return find_repeated(hashes, self._placed_ids(), most)
+
+    def identify(self) -> tuple[InputFile, ...]:
+        """Return the identity of all files that determine the rows.
+
+        It is empty if one is of the hub, because nothing says whether that has changed.
+
+        Raises:
+            JobError: A file that is not on this machine cannot be found.
+            OSError: A file cannot be found.
+        """
+        if any(one.format == HUB_FORMAT for one in self._inputs):
+            return ()
+        return tuple(identify_input(one) for one in self._inputs)
 
     def fingerprint_parts(self) -> dict[str, Any]:
         """Return JSON data for the fingerprint: what the rows depend on beside the files."""

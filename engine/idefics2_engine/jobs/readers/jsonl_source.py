@@ -1,14 +1,13 @@
 """Rows of a JSONL file, line by line."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.json_line import parse_line
+from idefics2_engine.jobs.readers.named_files import local_files, shown_name
 from idefics2_engine.jobs.readers.source import RawRow
-from idefics2_engine.jobs.readers.unpacked_files import is_remote, open_unpacked
-from idefics2_engine.model_files import printable_path
+from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 
 _BOM = b"\xef\xbb\xbf"
 _SKIPPED_AT_ONCE = 1 << 16
@@ -26,9 +25,9 @@ class JsonlSource:
     """
 
     def __init__(self, name: str, form: str | None, max_line_bytes: int) -> None:
-        self.files: tuple[Path, ...] = () if is_remote(name) else (Path(name),)
+        self.files = local_files([name])
         self._name = name
-        self._label = name if is_remote(name) else printable_path(Path(name))
+        self._label = shown_name(name)
         self._most = max_line_bytes
         self.form = form or self._first_form()
 
@@ -36,7 +35,7 @@ class JsonlSource:
         """Yield the rows from the first one; blank lines are none.
 
         Raises:
-            ConfigError: The file cannot be read.
+            JobError: The file cannot be read.
         """
         with open_unpacked(self._name) as file:
             for number, (line, size) in enumerate(_lines(file, self._most), 1):

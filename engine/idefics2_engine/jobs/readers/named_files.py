@@ -1,23 +1,29 @@
 """Files that the operator names: their names in messages, and how they are opened."""
 
-import importlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.jobs.job_errors import JobError
-from idefics2_engine.jobs.readers.unpacked_files import is_remote
 
 Name = Path | str
 """A local path, or the address of a remote file."""
 
+_BUFFER = 1 << 18
+
+
+def is_remote(name: Name) -> bool:
+    """Return whether ``name`` is an address that fsspec opens."""
+    return str(name).startswith(("s3://", "gs://"))
+
 
 def local_files(names: Iterable[Name]) -> tuple[Path, ...]:
     """Return those of ``names`` that are local."""
-    return tuple(Path(name) for name in names if not is_remote(str(name)))
+    return tuple(Path(name) for name in names if not is_remote(name))
 
 
 def base_name(name: Name) -> str:
@@ -39,25 +45,9 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def optional_module(name: str, extra: str) -> Any:
-    """Import a module of an extra.
-
-    Raises:
-        JobError: It is not installed. The message names the extra.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise JobError(
-            f"{package} is needed for this input and not installed: "
-            f"pip install 'idefics2-engine[{extra}]'"
-        ) from error
-
-
 @contextmanager
 def reading(name: Name, where: str = "") -> Iterator[None]:
-    """Convert every exception inside to a ``JobError`` that names the file.
+    """Convert exceptions of the system and of libraries to a ``JobError`` that names the file.
 
     Libraries raise many classes, some with addresses in their messages. The message has the
     class, and the exception is chained.
@@ -71,7 +61,7 @@ def reading(name: Name, where: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except JobError:
+    except Idefics2Error:
         raise
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) else None
@@ -81,31 +71,23 @@ def reading(name: Name, where: str = "") -> Iterator[None]:
         ) from error
 
 
-def check_regular(name: Name) -> None:
-    """Raise ``JobError`` if ``name`` is a local path and not a regular file.
-
-    A job reads its input several times, and a pipe would wait for its writer.
-    """
-    if is_remote(str(name)):
-        return
-    with reading(name):
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            raise JobError(
-                f"{shown_name(name)}: must be a file that can be read twice, "
-                "got a folder, a pipe or a device"
-            )
-
-
 def open_input(name: Name) -> IO[bytes]:
     """Open a regular or a remote file for reading, with its bytes as they are. It can seek.
+
+    A job reads its input several times, so a pipe is refused, without waiting for its writer.
 
     Raises:
         JobError: There is no such file, or it is not regular.
     """
-    check_regular(name)
-    if is_remote(str(name)):
+    if is_remote(name):
         from idefics2_engine.jobs.readers.remote_files import open_remote
 
         return open_remote(str(name))
     with reading(name):
-        return open(name, "rb")
+        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISREG(mode):
+            return open(fd, "rb", buffering=_BUFFER)
+        os.close(fd)
+        got = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise JobError(f"{shown_name(name)}: must be a file that can be read twice, got {got}")

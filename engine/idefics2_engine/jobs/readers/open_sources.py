@@ -10,8 +10,8 @@ from typing import cast
 from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.input_paths import InputName
 from idefics2_engine.jobs.readers.jsonl_source import JsonlSource
+from idefics2_engine.jobs.readers.named_files import is_remote
 from idefics2_engine.jobs.readers.source import Source
-from idefics2_engine.jobs.readers.unpacked_files import is_remote
 
 _READERS = "idefics2_engine.jobs.readers"
 # Each is called with the options, and with the paths or addresses of the files or the hub's name
@@ -28,7 +28,8 @@ def open_sources(inputs: Iterable[InputName], options: InputOptions) -> list[Sou
     """Return the sources of the inputs, in their order; neighbors of one format may share one.
 
     Raises:
-        ConfigError: A file cannot be read, or a library is missing.
+        JobError: A file cannot be read.
+        ConfigError: A library is missing.
     """
     sources: list[Source] = []
     for kind, group in groupby(inputs, key=attrgetter("format")):

@@ -6,9 +6,10 @@ Images that rows name are opened by the engine, which knows no remote storage.
 import hashlib
 from typing import IO, Any, cast
 
-from idefics2_engine.jobs.job_errors import JobError
-from idefics2_engine.jobs.readers.named_files import optional_module, reading, shown_name
-from idefics2_engine.jobs.store.input_files import InputFile
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.optional_libraries import import_extra
+from idefics2_engine.jobs.readers.named_files import reading, shown_name
+from idefics2_engine.jobs.store.input_files import InputFile, as_mtime
 
 # Packages of the file systems. That in memory is for tests.
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": "fsspec"}
@@ -20,7 +21,8 @@ def open_remote(url: str) -> IO[bytes]:
     """Open a remote file for reading. It can seek.
 
     Raises:
-        JobError: There is no such file, or fsspec or the package of its storage is not installed.
+        JobError: There is no such file.
+        ConfigError: fsspec or the package of its storage is not installed.
     """
     with reading(url):
         system, path = _system(url)
@@ -44,9 +46,7 @@ def identify_remote(url: str) -> InputFile:
         version = next((str(info[key]) for key in _ETAGS if info.get(key)), None)
         if version is None:
             version = str(system.modified(path))
-        digest = hashlib.sha256(version.encode()).digest()
-        # A time fits into 63 bits
-        number = int.from_bytes(digest[:8], "little") >> 1
+        number = as_mtime(hashlib.sha256(version.encode()))
         return InputFile(shown_name(url), int(info["size"]), number)
 
 
@@ -54,7 +54,8 @@ def expand_remote(url: str) -> list[str]:
     """Return the files that a URL names, in name order: itself, a folder's, or those of a glob.
 
     Raises:
-        JobError: There are none, or as in ``open_remote``.
+        ConfigError: There are none, or as in ``open_remote``.
+        JobError: The storage cannot be read.
     """
     with reading(url):
         system, path = _system(url)
@@ -65,7 +66,7 @@ def expand_remote(url: str) -> list[str]:
         else:
             found = [path] if system.exists(path) else []
         if not found:
-            raise JobError(f"{shown_name(url)}: must be a file, a folder or a pattern of files")
+            raise ConfigError(f"{shown_name(url)}: must be a file, a folder or a pattern of files")
         scheme = url.partition("://")[0]
         return [f"{scheme}://{one.lstrip('/')}" for one in sorted(found)]
 
@@ -74,16 +75,16 @@ def _system(url: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the path in it."""
     scheme = url.partition("://")[0]
     if scheme not in _PACKAGES or "://" not in url:
-        raise JobError(f"{shown_name(url)}: must be s3://… or gs://…")
+        raise ConfigError(f"{shown_name(url)}: must be s3://… or gs://…")
     # fsspec would open the file of another storage behind it
     if "::" in url:
-        raise JobError(f"{shown_name(url)}: must not have '::'")
-    fsspec = optional_module("fsspec", "remote")
+        raise ConfigError(f"{shown_name(url)}: must not have '::'")
+    fsspec = import_extra("fsspec", "remote")
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES[scheme]
-        raise JobError(
+        raise ConfigError(
             f"{package} is needed for {scheme}:// and not installed: pip install {package}"
         ) from error
     return system, path

@@ -1,5 +1,6 @@
 """Standard input as a file in the job's folder, because a job reads its input several times."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -9,20 +10,17 @@ from typing import BinaryIO
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.store.file_operations import FileOperations
+from idefics2_engine.jobs.store.input_files import STAGED
 from idefics2_engine.model_files import paths_in, printable_path
 
 STDIN = "-"
-_NAME = "stdin"
 _PART = "part"
 _AT_ONCE = 1 << 20
-# First bytes of files whose format is not said
-_MAGIC = {b"\x1f\x8b": "jsonl.gz", b"\x28\xb5\x2f\xfd": "jsonl.zst", b"PAR1": "parquet"}
+# By the first bytes of a file
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+_PARQUET = b"PAR1"
 _SUFFIXES = {"parquet": "parquet", "csv": "csv", "webdataset": "tar"}
-
-
-def is_staged(name: str) -> bool:
-    """Return whether a file of this name in a job's folder is from standard input."""
-    return name.startswith(f"{_NAME}.")
 
 
 def with_staged_input(options: InputOptions, folder: Path) -> InputOptions:
@@ -58,10 +56,11 @@ def stage_stdin(folder: Path, input_format: str = "auto", stream: BinaryIO | Non
         ConfigError: The file is there and has other content, or there is nothing to read.
         OSError: A file cannot be written.
     """
-    part = folder / f"{_NAME}.{_PART}"
-    before = [path for path in paths_in(folder, f"{_NAME}.*") if path != part]
+    part = folder / f"{STAGED}.{_PART}"
+    before = [path for path in paths_in(folder, f"{STAGED}.*") if path != part]
+    source = stream or _standard_input()
     with open(part, "wb") as file:
-        for chunk in _chunks(sys.stdin.buffer if stream is None else stream):
+        for chunk in _chunks(source):
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
@@ -76,17 +75,28 @@ def stage_stdin(folder: Path, input_format: str = "auto", stream: BinaryIO | Non
             f"inputs: standard input must begin like {printable_path(before[0])}, with which the "
             "job began, got something else"
         )
-    path = before[0] if before else folder / f"{_NAME}.{_suffix(part, input_format)}"
+    if before and part.stat().st_size == before[0].stat().st_size:
+        # With another time it would be another input
+        part.unlink()
+        return before[0]
+    path = before[0] if before else folder / f"{STAGED}.{_suffix(part, input_format)}"
     os.replace(part, path)
+    FileOperations().sync_folder(folder)
     return path
+
+
+def _standard_input() -> BinaryIO:
+    """Return standard input, of which nothing is read if it is closed."""
+    is_open = sys.stdin is not None and not sys.stdin.closed
+    return sys.stdin.buffer if is_open else io.BytesIO()
 
 
 def _suffix(path: Path, input_format: str) -> str:
     with open(path, "rb") as file:
         first = file.read(4)
-    if input_format in _SUFFIXES:
-        return _SUFFIXES[input_format]
-    return next((name for magic, name in _MAGIC.items() if first.startswith(magic)), "jsonl")
+    packed = next((suffix for magic, suffix in _PACKED.items() if first.startswith(magic)), "")
+    by_content = "parquet" if first == _PARQUET else "jsonl"
+    return _SUFFIXES.get(input_format, by_content) + packed
 
 
 def _begins_with(path: Path, beginning: Path) -> bool:

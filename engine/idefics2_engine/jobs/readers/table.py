@@ -12,14 +12,13 @@ from typing import Any
 from idefics2_engine.errors import short_repr
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
+from idefics2_engine.jobs.optional_libraries import import_extra
 from idefics2_engine.jobs.readers.arrow_values import read_rows
 from idefics2_engine.jobs.readers.named_files import (
     Name,
     base_name,
-    check_regular,
     local_files,
     open_input,
-    optional_module,
     reading,
     shown_name,
 )
@@ -45,7 +44,8 @@ class ParquetSource:
         options: Its ``columns_needed`` names the columns to read; None is all of them.
 
     Raises:
-        JobError: pyarrow is not installed; on reading: a file is missing or damaged.
+        ConfigError: pyarrow is not installed.
+        JobError: On reading: a file is missing or damaged.
     """
 
     form = "columns"
@@ -53,7 +53,7 @@ class ParquetSource:
     def __init__(self, paths: Sequence[Name], options: object) -> None:
         self._names = tuple(paths)
         self._needed = _columns_needed(options)
-        self._parquet = optional_module("pyarrow.parquet", "parquet")
+        self._parquet = import_extra("pyarrow.parquet", "parquet")
         self.files = local_files(paths)
 
     def __iter__(self) -> Iterator[RawRow]:
@@ -124,8 +124,7 @@ class CsvSource:
     def _rows(self, name: Name) -> Iterator[RawRow]:
         # The limit is the process's, and another user's may be higher
         csv.field_size_limit(max(csv.field_size_limit(), MOST_CHARACTERS))
-        check_regular(name)
-        with open_unpacked(str(name)) as raw:
+        with open_unpacked(name) as raw:
             # Bytes that are not UTF-8 become surrogates, so that they are an error of their row
             text = io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="")
             lines = _Lines(text)

@@ -1,26 +1,20 @@
 """Tar shards as WebDataset writes them: members whose names differ in the extension are a row."""
 
-import os
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby, product, zip_longest
-from math import prod
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 from idefics2_engine.errors import short_repr
 from idefics2_engine.images.loader import MAX_BYTES
-from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.image_folder import IMAGE_SUFFIXES
 from idefics2_engine.jobs.readers.json_line import parse_line
 from idefics2_engine.jobs.readers.named_files import (
     Name,
     base_name,
-    check_regular,
     local_files,
     printable,
-    shown_name,
 )
 from idefics2_engine.jobs.readers.source import RawRow
 from idefics2_engine.jobs.readers.tar_archive import Member, read_members
@@ -28,8 +22,6 @@ from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 
 # WebDataset's own pattern: the key ends at the first dot of the last part
 _NAME = re.compile(r"(?:\./)*((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST_SHARDS = 100_000
 MOST_MEMBERS = 1000
 
 
@@ -46,7 +38,7 @@ class TarShardSource:
     Names without a dot, and with nothing before it, are no rows.
 
     Args:
-        paths: The shards, in order. ``shard-{000..012}.tar`` stands for thirteen.
+        paths: The shards, in order.
         options: The members of a row must have at most its ``max_media_bytes``.
 
     Raises:
@@ -57,16 +49,15 @@ class TarShardSource:
     form = "columns"
 
     def __init__(self, paths: Sequence[Name], options: object) -> None:
-        self._names = [one for name in paths for one in expand_ranges(name)]
+        self._names = tuple(paths)
         self._takes_image = getattr(options, "image_column", None) is None
         self._most_bytes: int = getattr(options, "max_media_bytes", MAX_BYTES)
-        self.files = local_files(self._names)
+        self.files = local_files(paths)
 
     def __iter__(self) -> Iterator[RawRow]:
         """Yield the rows of all shards."""
         for name in self._names:
-            check_regular(name)
-            with open_unpacked(str(name)) as file:
+            with open_unpacked(name) as file:
                 members = (
                     (found[1], found[2], member)
                     for member in read_members(file, name)
@@ -77,33 +68,6 @@ class TarShardSource:
                     for _, extension, member in group:
                         row.add(extension.lower(), member)
                     yield row.finish(f"{base_name(name)}/{key}")
-
-
-def expand_ranges(name: Name) -> list[Name]:
-    """Return the names for which one with ranges such as ``{000..012}`` stands, in order.
-
-    A file with exactly that name is itself.
-
-    Raises:
-        JobError: There are more than 100,000.
-    """
-    parts = _RANGE.split(str(name))
-    if len(parts) == 1 or os.path.lexists(name):
-        return [name]
-    texts, ranges = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
-    numbers = [range(int(first), int(last) + 1) for first, last in ranges]
-    if not 0 < prod(map(len, numbers)) <= _MOST_SHARDS:
-        raise JobError(
-            f"{shown_name(name)}: must stand for 1 to {_MOST_SHARDS} shards, with ranges that grow"
-        )
-    names: list[Name] = []
-    for chosen in product(*numbers):
-        shown = [
-            f"{number:0{len(first)}}" for number, (first, _) in zip(chosen, ranges, strict=True)
-        ]
-        text = "".join(map("".join, zip_longest(texts, shown, fillvalue="")))
-        names.append(Path(text) if isinstance(name, Path) else text)
-    return names
 
 
 class _Row:

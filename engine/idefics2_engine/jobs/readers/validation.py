@@ -2,9 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
-from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.row_ids import IdHashes, RepeatedId
 
@@ -34,15 +35,21 @@ class Validation(NamedTuple):
     empty_columns: tuple[str, ...]
 
 
-def validate(job_input: JobInput, on_row: Callable[[JobRow], None] | None = None) -> Validation:
-    """Read all rows and return what is wrong with them. Images are not read.
+def validate(
+    job_input: JobInput,
+    find_error: Callable[[JobRow], RowError | None] = lambda row: None,
+    on_row: Callable[[JobRow], None] = lambda row: None,
+) -> Validation:
+    """Read all rows and return what is wrong with them.
 
     Args:
         job_input: The input.
+        find_error: Returns the error of a row without one, such as of its images, which are not
+            read here.
         on_row: Called with each row, for what else is to be known of all rows.
 
     Raises:
-        ConfigError: A file cannot be read.
+        JobError: A file cannot be read.
         OSError: Reading fails.
     """
     counts: Counter[str] = Counter()
@@ -52,12 +59,12 @@ def validate(job_input: JobInput, on_row: Callable[[JobRow], None] | None = None
     hashes = IdHashes()
     for row in job_input.rows(hashes.add):
         num_rows += 1
-        if on_row is not None:
-            on_row(row)
-        if row.error is not None:
-            counts[row.error.code] += 1
+        on_row(row)
+        error = row.error or find_error(row)
+        if error is not None:
+            counts[error.code] += 1
             if len(bad_rows) < _MOST_SHOWN:
-                bad_rows.append(row)
+                bad_rows.append(row if row.error else replace(row, error=error))
         elif empty:
             empty -= {name for name, value in row.keep.items() if value is not None}
     num_repeated, repeated = job_input.find_repeated_ids(hashes, _MOST_SHOWN)

@@ -20,17 +20,26 @@ def canonical_json(value: object) -> bytes:
 
 
 def encode_row(row: dict[str, object]) -> bytes:
-    r"""Return the JSON object of a row, in the order of its keys, as UTF-8 in one line.
+    """Return the JSON object of a row as ``row_text`` does, as ``row_bytes``."""
+    return row_bytes(row_text(row))
 
-    Surrogates, which UTF-8 cannot encode, are written as ``\udxxx``. Floats have Python's shortest
-    ``repr``.
+
+def row_text(value: object) -> str:
+    """Return the JSON of ``value`` in one line, objects in the order of their keys.
+
+    Floats have Python's shortest ``repr``.
 
     Raises:
         ValueError: A number is not finite, or a key is not a string.
         TypeError: A value has no JSON.
     """
-    _check_keys(row)
-    return _AS_TEXT.encode(row).encode("utf-8", "backslashreplace")
+    _check_keys(value)
+    return _AS_TEXT.encode(value)
+
+
+def row_bytes(text: str) -> bytes:
+    r"""Return JSON as UTF-8; surrogates, which UTF-8 cannot encode, become ``\udxxx``."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _check_keys(value: object) -> None:

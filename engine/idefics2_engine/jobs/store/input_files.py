@@ -1,5 +1,6 @@
 """The identity of a job's input files, and where its output must not be."""
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import NamedTuple
 
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.model_files import printable_path
+
+STAGED = "stdin"
+"""Name of standard input in a job's folder, without the suffix of its format."""
 
 
 class InputFile(NamedTuple):
@@ -22,6 +26,17 @@ class InputChange(NamedTuple):
 
     path: str
     kind: str
+
+
+def is_staged(name: str) -> bool:
+    """Return whether a file of this name in a job's folder is from standard input."""
+    return name.startswith(f"{STAGED}.")
+
+
+def as_mtime(digest: "hashlib._Hash") -> int:
+    """Return a number in place of a time of change, for what has none that says enough."""
+    # A time fits into 63 bits
+    return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
 def identify_inputs(paths: Iterable[Path]) -> tuple[InputFile, ...]:

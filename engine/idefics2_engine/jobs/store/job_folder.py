@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Self
 
 from idefics2_engine.jobs.job_errors import FingerprintError, JobError
-from idefics2_engine.jobs.readers.staged_input import is_staged
 from idefics2_engine.jobs.store.file_operations import FileOperations, move_aside, replace_file
 from idefics2_engine.jobs.store.fingerprint import difference_table, differences
-from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs
+from idefics2_engine.jobs.store.input_files import InputChange, changed_inputs, is_staged
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription, read_description
 from idefics2_engine.jobs.store.job_lock import LOCK, JobLock
 from idefics2_engine.jobs.store.job_outputs import (
@@ -99,6 +98,11 @@ class JobFolder:
         """Release the lock."""
         self.close()
 
+    @property
+    def has_journal(self) -> bool:
+        """Whether rows were journalled. Those of a merged output are in the journals of its shards."""
+        return any(path.stat().st_size for _, path in journal_segments(self.path))
+
     def publish(self, output: WrittenOutput) -> None:
         """Give the complete and synced ``partial`` its name.
 
@@ -138,8 +142,7 @@ class JobFolder:
 
     def _has_rows(self) -> bool:
         """Return whether anything was journalled or written by the job."""
-        segments = journal_segments(self.path)
-        return any(path.stat().st_size for _, path in segments) or bool(read_outputs(self.path))
+        return self.has_journal or bool(read_outputs(self.path))
 
     def _own_output(self) -> WrittenOutput | None:
         return recognize_output(self.out, read_outputs(self.path))

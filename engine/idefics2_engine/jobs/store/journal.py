@@ -107,7 +107,7 @@ class Journal:
         """Write the record of a finished row; return its number.
 
         Args:
-            row: Place of the row in the input.
+            row: Place of the row among the job's rows, from 0.
             key: SHA-256 of the row's input.
             out: The row's output, a JSON object on one line.
 

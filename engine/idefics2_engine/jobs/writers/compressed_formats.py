@@ -5,7 +5,7 @@ The rows are compressed one after another in one stream, so its bytes depend on 
 
 import zlib
 
-from idefics2_engine.jobs.writers.optional_libraries import import_extra
+from idefics2_engine.jobs.optional_libraries import import_extra
 from idefics2_engine.jobs.writers.output_file import OutputFile
 
 # zlib's number for a gzip header, in which it writes no name and the time 0

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from idefics2_engine.errors import ConfigError, short_repr
+from idefics2_engine.jobs.optional_libraries import import_extra
 from idefics2_engine.jobs.writers.compressed_formats import GzipFormat, ZstdFormat
 from idefics2_engine.jobs.writers.openai_format import OpenAiFormat
-from idefics2_engine.jobs.writers.optional_libraries import import_extra
 from idefics2_engine.jobs.writers.output_file import (
     JsonlFormat,
     MakeFormat,

@@ -4,15 +4,12 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from idefics2_engine import __version__
-from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.store.fingerprint import fingerprint
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_outputs import WrittenOutput
-from idefics2_engine.jobs.writers.own_file import write_json_beside
 from idefics2_engine.jobs.writers.row_error import SECRET
 
 _LIBRARIES = (
@@ -55,17 +52,6 @@ def manifest_of(
         "device": dict(device),
         "command": command_without_secrets(command),
     }
-
-
-def write_manifest(
-    out: Path, fingerprint: str, manifest: Mapping[str, Any], files: FileOperations | None = None
-) -> Path | None:
-    """Write ``OUT.manifest.json`` at once; return where another job's manifest was moved.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    return write_json_beside(files or FileOperations(), out, "manifest", fingerprint, manifest)
 
 
 def library_versions() -> dict[str, str]:

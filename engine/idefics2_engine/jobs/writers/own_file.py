@@ -41,9 +41,20 @@ def replace_own_file(files: FileOperations, path: Path, data: bytes, mark: bytes
 
 
 def write_json_beside(
-    files: FileOperations, out: Path, kind: str, fingerprint: str, content: Mapping[str, Any]
+    out: Path,
+    kind: str,
+    fingerprint: str,
+    content: Mapping[str, Any],
+    files: FileOperations | None = None,
 ) -> Path | None:
-    """Write ``OUT.<kind>.json``, which begins with the job's fingerprint.
+    """Write ``OUT.<kind>.json`` at once, which begins with the job's fingerprint.
+
+    Args:
+        out: The output.
+        kind: ``summary`` or ``manifest``.
+        fingerprint: The job's.
+        content: JSON data.
+        files: Calls of the operating system.
 
     Returns:
         The new name of a file of another job that was moved aside.
@@ -56,7 +67,8 @@ def write_json_beside(
     head = {"kind": f"idefics2 job {kind}", "fingerprint": fingerprint}
     mark = json.dumps(head, indent=1).encode().removesuffix(b"\n}")
     data = json.dumps({**head, **content}, indent=1, allow_nan=False, ensure_ascii=True).encode()
-    return replace_own_file(files, beside(out, f"{kind}.json"), data + b"\n", mark)
+    path = beside(out, f"{kind}.json")
+    return replace_own_file(files or FileOperations(), path, data + b"\n", mark)
 
 
 def _has_mark(path: Path, mark: bytes) -> bool:

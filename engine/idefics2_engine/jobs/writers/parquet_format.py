@@ -13,8 +13,8 @@ import io
 import json
 from typing import Any
 
+from idefics2_engine.jobs.optional_libraries import import_extra
 from idefics2_engine.jobs.store.canonical_json import encode_row
-from idefics2_engine.jobs.writers.optional_libraries import import_extra
 from idefics2_engine.jobs.writers.output_file import OutputFile
 from idefics2_engine.jobs.writers.row_output import SaveOptions
 

@@ -5,15 +5,16 @@ then those of ``SaveOptions`` that were asked for. Nothing in it depends on when
 which other rows the row was answered.
 """
 
-import math
 from dataclasses import dataclass, fields
+from json.encoder import encode_basestring as _quoted
+from math import isfinite, isnan
 from typing import Self
 
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.jobs.job_row import JobRow, RowError
-from idefics2_engine.jobs.store.canonical_json import encode_row
-from idefics2_engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from idefics2_engine.jobs.store.canonical_json import row_bytes, row_text
+from idefics2_engine.outputs import CompletionOutput, RequestOutput
 from idefics2_engine.sampling_params import SamplingParams
 
 
@@ -78,47 +79,66 @@ def encode_error(row: JobRow, error: RowError) -> bytes:
 
 def _encode(
     row: JobRow,
-    answers: list[dict[str, object]],
+    answers: list[str],
     usage: dict[str, int] | None,
     error: RowError | None,
     saved: dict[str, object],
 ) -> bytes:
-    return encode_row(
+    head = row_text({"id": row.id, "row": row.number})
+    rest = row_text(
         {
-            "id": row.id,
-            "row": row.number,
-            "outputs": answers,
             "usage": usage,
             "error": None if error is None else error._asdict(),
             "keep": dict(row.keep),
             **saved,
         }
     )
+    return row_bytes(f'{head[:-1]},"outputs":[{",".join(answers)}],{rest[1:]}')
 
 
-def _answer(answer: CompletionOutput, save: SaveOptions, top: int) -> dict[str, object]:
-    data: dict[str, object] = {"text": answer.text}
+def _answer(answer: CompletionOutput, save: SaveOptions, top: int) -> str:
+    """Return the JSON of an answer."""
+    parts = [f'{{"text":{_quoted(answer.text)}']
     if save.token_ids:
-        data["token_ids"] = answer.token_ids
+        parts.append(f'"token_ids":[{",".join(map(str, answer.token_ids))}]')
     if save.logprobs:
-        data["logprobs"] = None
-        if answer.logprobs is not None:
-            places = zip(answer.token_ids, answer.logprobs, strict=True)
-            data["logprobs"] = [_place(token_id, place, top) for token_id, place in places]
-    return data | {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+        parts.append(f'"logprobs":{_logprobs(answer, top)}')
+    reasons = {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+    return ",".join([*parts, row_text(reasons)[1:]])
 
 
-def _place(token_id: int, place: TokenLogprobs, top: int) -> dict[str, object]:
-    """Return the generated token of a place, and the ``top`` likeliest ones, of which it may be."""
-    tokens = {other: _token(other, one) for other, one in place.items()}
-    likeliest = sorted((one.rank, other) for other, one in place.items() if one.rank <= top)
-    return {**tokens[token_id], "top": [tokens[other] for _, other in likeliest]}
+def _logprobs(answer: CompletionOutput, top: int) -> str:
+    """Return the JSON of log probabilities: of each token, and of the ``top`` likeliest ones.
+
+    An answer has thousands of them, so they are written without a dict for each.
+    """
+    if answer.logprobs is None:
+        return "null"
+    places = []
+    for token_id, place in zip(answer.token_ids, answer.logprobs, strict=True):
+        own, likeliest = "", []
+        for other, one in place.items():
+            rank, logprob = one.rank, one.logprob
+            token = (
+                f'{{"token_id":{other},"token":{_quoted(one.decoded_token)},'
+                f'"logprob":{logprob if isfinite(logprob) else _null(logprob)},"rank":{rank}'
+            )
+            if other == token_id:
+                own = token
+            if rank <= top:
+                likeliest.append((rank, other, token))
+        assert own, "the token of a position is among its tokens"
+        likeliest.sort()
+        tops = ",".join([f"{token}}}" for _, _, token in likeliest])
+        places.append(f'{own},"top":[{tops}]}}')
+    return f"[{','.join(places)}]"
 
 
-def _token(token_id: int, one: Logprob) -> dict[str, object]:
-    # JSON has no infinity
-    logprob = None if math.isinf(one.logprob) else one.logprob
-    return {"token_id": token_id, "token": one.decoded_token, "logprob": logprob, "rank": one.rank}
+def _null(logprob: float) -> str:
+    """Return what stands for an infinite number, which JSON does not have."""
+    if isnan(logprob):
+        raise ValueError("a log probability must be a number, got nan")
+    return "null"
 
 
 def _image_info(info: ImageInfo) -> dict[str, object]:

@@ -2,11 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
-
-from idefics2_engine.jobs.store.file_operations import FileOperations
-from idefics2_engine.jobs.writers.own_file import write_json_beside
 
 
 class RowTotals(Protocol):
@@ -90,17 +86,6 @@ def summary_of(job: RowTotals, run: RowTotals, figures: RunFigures) -> dict[str,
         },
         "bitwise": figures.bitwise,
     }
-
-
-def write_summary(
-    out: Path, fingerprint: str, summary: Mapping[str, Any], files: FileOperations | None = None
-) -> Path | None:
-    """Write ``OUT.summary.json`` at once; return where another job's summary was moved.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    return write_json_beside(files or FileOperations(), out, "summary", fingerprint, summary)
 
 
 def _counts(totals: RowTotals) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.loader import MediaConfig
 from idefics2_engine.jobs.job_row import JobRow, RowError
-from idefics2_engine.jobs.plan.checked_input import CheckedInput
-from idefics2_engine.jobs.plan.image_check import check_images, images_of
+from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.validation import validate
 from idefics2_engine.sampling_params import SamplingParams
 from paths import DEMO
@@ -46,17 +46,12 @@ def test_rows_get_the_error_of_the_run(check: str, refused: int, root: Path) -> 
         + [question("?", good, str(root / name)) for name in NAMES]
         + [{"prompt": "<image>", "multi_modal_data": {"image": str(root / name)}} for name in NAMES]
     )
-    checked = list(check_images(rows, check, media))
-    assert [row.id for row in checked] == [row.id for row in rows]
-    bad = {NAMES[row.number % len(NAMES)] for row in checked if row.error is not None}
+    errors = [image_error(row, ImageCheck(check), media) for row in rows]
+    bad = {NAMES[row.number % len(NAMES)] for row, error in zip(rows, errors, strict=True) if error}
     assert bad == {*NAMES[1 : 1 + refused]}
     run = planner(DEMO, media)
-    for before, after in zip(rows, checked, strict=True):
-        if after.error is None:
-            assert after is before
-        else:
-            assert after.prompt is None
-            assert after.error == run.plan(before).error
+    for row, error in zip(rows, errors, strict=True):
+        assert error is None or error == run.plan(row).error
 
 
 def test_other_rows_pass() -> None:
@@ -65,31 +60,20 @@ def test_other_rows_pass() -> None:
         broken,
         *job_rows(["text", [{"role": "robot"}], {"prompt": "a"}, {"prompt_token_ids": [1]}]),
     ]
-    assert list(check_images(rows, "header", MediaConfig())) == rows
+    assert not any(image_error(row, ImageCheck.HEADER, MediaConfig()) for row in rows)
 
 
-def test_rows_are_checked_lazily(root: Path) -> None:
-    rows = iter(job_rows([question("?", str(root / "good.png"))] * 5))
-    checked = check_images(rows, "exists", MediaConfig())
-    next(checked)
-    assert len(list(rows)) == 4
-
-
-def test_validation_of_a_checked_input_counts_bad_images(root: Path) -> None:
+def test_validation_counts_bad_images(root: Path) -> None:
     lines = [json.dumps({"images": [name], "prompt": "What?"}) for name in NAMES]
     path = root / "in.jsonl"
     path.write_text("\n".join([*lines, "{"]))
     options, media = InputOptions(inputs=(str(path),)), MediaConfig(allowed_media_root=root)
     for check, bad in (("none", 0), ("exists", 4), ("header", 5)):
-        found = validate(CheckedInput(options, SamplingParams(), check, media))
+        find_error = partial(image_error, check=ImageCheck(check), media=media)
+        found = validate(JobInput(options, SamplingParams()), find_error)
         assert (found.num_rows, found.num_bad) == (len(NAMES) + 1, bad + 1)
         assert found.counts.get("image", 0) + found.counts.get("media_not_allowed", 0) == bad
         assert found.num_repeated == 0
-
-
-def test_unknown_check_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"check_images must be one of .*'header', got 'all'"):
-        check_images([], "all", MediaConfig())
 
 
 def test_images_are_found_in_every_form_of_a_prompt() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers.datasets_hub import HubSource
@@ -110,7 +111,7 @@ def test_files_in_a_folder_by_the_library_itself(
     ],
 )
 def test_other_names(name: str) -> None:
-    with pytest.raises(JobError, match=r"must be hf:org/name:split$"):
+    with pytest.raises(ConfigError, match=r"must be hf:org/name:split$"):
         HubSource(name, ALL)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers.image_folder import ImageFolderSource
@@ -112,7 +113,7 @@ def test_paths_are_relative_to_the_media_root(tmp_path: Path) -> None:
             ("x.png", {"images": ["a/x.png"]}),
         ]
     make(tmp_path / "rooter", "x.png")
-    with pytest.raises(JobError, match="rooter: a folder of images must be in the media root"):
+    with pytest.raises(ConfigError, match="rooter: a folder of images must be in the media root"):
         ImageFolderSource((tmp_path / "rooter",), SimpleNamespace(media_root=tmp_path / "root"))
 
 
@@ -134,7 +135,7 @@ def test_files_and_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "s3://bucket/images"])
 def test_other_names(name: str, tmp_path: Path) -> None:
     path = name if ":" in name else tmp_path / name
-    with pytest.raises(JobError, match=f"{name}: must be a local folder of images, or an image"):
+    with pytest.raises(ConfigError, match=f"{name}: must be a local folder of images, or an image"):
         ImageFolderSource((path,), OPTIONS)
 
 

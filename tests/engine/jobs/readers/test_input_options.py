@@ -83,5 +83,9 @@ def test_columns_that_may_have_a_use(tmp_path: Path) -> None:
         "q", prompt_template=file, keep=["x"], image_column="photo", id_column="key"
     )
     assert options.columns_needed == ("key", "photo", "sampling", "title", "x", "year")
+    file.write_bytes(b"\xef\xbb\xbfWhat is\r\n{title}?\r\n")
+    template = options.read_template()
+    assert template is not None
+    assert template.text == "What is\n{title}?"
     with pytest.raises(ConfigError, match=r"no\.txt: cannot be read"):
         input_options("q", prompt_template=tmp_path / "no.txt").read_template()

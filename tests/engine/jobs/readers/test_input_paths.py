@@ -10,10 +10,13 @@ import pytest
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.readers.input_options import InputOptions
-from idefics2_engine.jobs.readers.input_paths import InputName, find_inputs
+from idefics2_engine.jobs.readers.input_paths import InputName, expand_ranges, find_inputs
+from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.open_sources import open_sources
 from idefics2_engine.jobs.readers.source import RawRow
-from job_inputs import input_options, write_rows
+from idefics2_engine.jobs.store.input_files import InputFile
+from job_inputs import DEFAULTS, input_options, write_rows
+from memory_storage import storage_in_memory
 
 READERS = "idefics2_engine.jobs.readers"
 
@@ -35,6 +38,7 @@ def found(folder: Path, *names: str, given: str = "auto") -> list[tuple[str, str
         ("a.jsonl", "jsonl"), ("a.JSONL.gz", "jsonl"), ("a.ndjson.zst", "jsonl"), ("a.csv", "csv"),
         ("a.csv.gz", "csv"), ("a.parquet", "parquet"), ("a.tar", "webdataset"),
         ("a.tar.gz", "webdataset"), ("a.tgz", "webdataset"), ("a.jpg", "images"), ("a.PNG", "images"),
+        ("a.heic", "images"),
     ],
 )  # fmt: skip
 def test_names_show_the_format(tmp_path: Path, name: str, kind: str) -> None:
@@ -145,3 +149,58 @@ def test_remote_names_are_expanded_and_stay_text(monkeypatch: pytest.MonkeyPatch
     assert isinstance(source, StandIn)
     names: Sequence[str] = source.names
     assert names == ["s3://bucket/a.csv", "s3://bucket/b.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{9..11}.tar", ["a-9.tar", "a-10.tar", "a-11.tar"]),
+        ("{00..01}/{8..9}", ["00/8", "00/9", "01/8", "01/9"]),
+        ("s3://b/{099..100}.tar", ["s3://b/099.tar", "s3://b/100.tar"]),
+        ("{a,b}.tar", ["{a,b}.tar"]),
+    ],
+)
+def test_ranges_stand_for_names(name: str, expected: list[str]) -> None:
+    assert expand_ranges(name) == expected
+
+
+@pytest.mark.parametrize("name", ["{2..1}", "{0..100000}", "{0..999}{0..999}", "{1..1}{3..2}"])
+def test_ranges_of_too_many_or_none_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="must stand for 1 to 100000 files"):
+        expand_ranges(name)
+
+
+def test_ranges_of_names_are_inputs(tmp_path: Path) -> None:
+    touch(tmp_path, "s-00.tar", "s-01.tar", "t-{0..1}.tar")
+    shards = [(f"{name}.tar", "webdataset") for name in ("s-00", "s-01", "t-{0..1}")]
+    assert found(tmp_path, "s-{00..01}.tar", "t-{0..1}.tar") == shards
+    with pytest.raises(ConfigError, match=r"s-02\.tar: must be an input file, got no such file"):
+        found(tmp_path, "s-{00..02}.tar")
+
+
+def test_identity_is_of_every_kind_of_input(tmp_path: Path) -> None:
+    touch(tmp_path, "pictures/a.png", "pictures/deep/b.png", "pictures/notes.txt")
+    path = write_rows(tmp_path / "q.jsonl", [{"prompt": "a"}])
+
+    def identity(*names: str) -> list[InputFile]:
+        options = input_options(*names, prompt=None, media_root=tmp_path)
+        return list(JobInput(options, DEFAULTS).identify())
+
+    folder = f"{tmp_path}/pictures"
+    before = identity(str(path), folder)
+    assert before[1] == InputFile(str(path), path.stat().st_size, path.stat().st_mtime_ns)
+    assert identity(str(path), folder) == before
+    # A folder's own time of change says nothing of folders in it
+    touch(tmp_path, "pictures/deep/c.png")
+    with_another = identity(str(path), folder)
+    assert [one.path for one in with_another] == [folder, str(path)]
+    assert with_another[0] != before[0]
+    with storage_in_memory("s3") as storage:
+        storage.pipe("bucket/s-0.jsonl", b"{}")
+        (remote,) = identity("s3://bucket/s-{0..0}.jsonl")
+        storage.pipe("bucket/s-0.jsonl", b"{ }")
+        (later,) = identity("s3://bucket/s-{0..0}.jsonl")
+    assert (remote.path, remote.size, later.size) == ("s3://bucket/s-0.jsonl", 2, 3)
+    # Nothing says whether a dataset has changed
+    assert identity(str(path), "hf:org/name:train") == []

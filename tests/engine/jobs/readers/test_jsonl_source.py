@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.readers.jsonl_source import JsonlSource
 from idefics2_engine.jobs.readers.source import RawRow
 from job_inputs import write_rows
@@ -149,12 +149,12 @@ def test_damaged_packed_files_are_errors(tmp_path: Path, kind: str, damage: str)
         "followed": data + b"rubbish",
     }
     path.write_bytes(damaged[damage])
-    with pytest.raises(ConfigError, match="cannot be unpacked: its compressed data are damaged"):
+    with pytest.raises(JobError, match="cannot be unpacked: its compressed data are damaged"):
         list(JsonlSource(str(path), "plain", LIMIT))
 
 
 def test_files_that_cannot_be_opened_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="got no such file"):
+    with pytest.raises(JobError, match="cannot be read: No such file or directory"):
         JsonlSource(str(tmp_path / "no.jsonl"), None, LIMIT)
     os.mkfifo(tmp_path / "pipe")
     for name, kind in (
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_opened_are_errors(tmp_path: Path) -> None:
         (tmp_path / "pipe", "a pipe"),
         ("/dev/zero", "a pipe"),
     ):
-        with pytest.raises(ConfigError, match=f"must be a file that can be read twice, got {kind}"):
+        with pytest.raises(JobError, match=f"must be a file that can be read twice, got {kind}"):
             JsonlSource(str(name), None, LIMIT)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.readers.job_input import JobInput
-from idefics2_engine.jobs.readers.staged_input import is_staged, stage_stdin, with_staged_input
+from idefics2_engine.jobs.readers.staged_input import stage_stdin, with_staged_input
+from idefics2_engine.jobs.store.input_files import is_staged
 from job_inputs import DEFAULTS, images_of, input_options
 
 ROWS = b'{"prompt": "a", "images": ["x.png"]}\n{"prompt": "b"}\n'
@@ -22,8 +24,11 @@ def stage(folder: Path, content: bytes, kind: str = "auto") -> Path:
 def test_a_job_finds_its_input_again(tmp_path: Path) -> None:
     path = stage(tmp_path, ROWS)
     assert (path, path.read_bytes()) == (tmp_path / "stdin.jsonl", ROWS)
+    os.utime(path, (1, 1))
     assert stage(tmp_path, ROWS) == path
     assert stage(tmp_path, b"") == path
+    # The job's input has not changed
+    assert path.stat().st_mtime == 1
     assert path.read_bytes() == ROWS
     assert stage(tmp_path, ROWS + b"more\n") == path
     assert path.read_bytes() == ROWS + b"more\n"
@@ -40,9 +45,12 @@ def test_other_input_is_refused_and_changes_nothing(tmp_path: Path, other: bytes
     assert path.read_bytes() == ROWS
 
 
-def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="standard input must have rows, got nothing"):
         stage(tmp_path, b"")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="standard input must have rows, got nothing"):
+        stage_stdin(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,6 +67,7 @@ def test_what_a_kill_left_is_written_again(tmp_path: Path) -> None:
         (b"\x28\xb5\x2f\xfd rest", "openai", "stdin.jsonl.zst"),
         (b"PAR1 rest", "auto", "stdin.parquet"),
         (b"a,b\n", "csv", "stdin.csv"),
+        (gzip.compress(b"a,b\n"), "csv", "stdin.csv.gz"),
         (b"tar", "webdataset", "stdin.tar"),
     ],
 )

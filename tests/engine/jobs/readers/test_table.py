@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers import table
@@ -322,7 +323,7 @@ class TestBrokenParquet:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-        with pytest.raises(JobError, match=r"pip install 'idefics2-engine\[parquet\]'"):
+        with pytest.raises(ConfigError, match=r"pip install 'idefics2-engine\[parquet\]'"):
             ParquetSource((tmp_path / "a",), ALL)
 
 

@@ -17,7 +17,7 @@ from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers import tar_shards
 from idefics2_engine.jobs.readers.source import RawRow
-from idefics2_engine.jobs.readers.tar_shards import TarShardSource, expand_ranges
+from idefics2_engine.jobs.readers.tar_shards import TarShardSource
 
 OPTIONS = SimpleNamespace()
 Entry = tuple[str, bytes] | tuple[tarfile.TarInfo, bytes]
@@ -392,30 +392,3 @@ class TestDamage:
         rows, message = rows_until_damage(tmp_path / "s.tar", b"no archive" * 100)
         assert rows == []
         assert message == f"{tmp_path}/s.tar: cannot be read at byte 0: ReadError"
-
-
-class TestRanges:
-    @pytest.mark.parametrize(
-        ("name", "expected"),
-        [
-            ("a.tar", ["a.tar"]),
-            ("a-{9..11}.tar", ["a-9.tar", "a-10.tar", "a-11.tar"]),
-            ("{00..01}/{8..9}", ["00/8", "00/9", "01/8", "01/9"]),
-            ("s3://b/{099..100}.tar", ["s3://b/099.tar", "s3://b/100.tar"]),
-            ("{a,b}.tar", ["{a,b}.tar"]),
-        ],
-    )
-    def test_names(self, name: str, expected: list[str]) -> None:
-        assert expand_ranges(name) == expected
-
-    @pytest.mark.parametrize("name", ["{2..1}", "{0..100000}", "{0..999}{0..999}", "{1..1}{3..2}"])
-    def test_too_many_or_none(self, name: str) -> None:
-        with pytest.raises(JobError, match="must stand for 1 to 100000 shards"):
-            expand_ranges(name)
-
-    def test_files(self, tmp_path: Path) -> None:
-        for name in ("s-0.tar", "s-1.tar", "t-{0..1}.tar"):
-            (tmp_path / name).write_bytes(tar_bytes([("a.png", name.encode())]))
-        source = TarShardSource((tmp_path / "s-{0..1}.tar", tmp_path / "t-{0..1}.tar"), OPTIONS)
-        assert [row.default_id for row in source] == ["s-0.tar/a", "s-1.tar/a", "t-{0..1}.tar/a"]
-        assert [path.name for path in source.files] == ["s-0.tar", "s-1.tar", "t-{0..1}.tar"]

@@ -16,10 +16,10 @@ from idefics2_engine.jobs.store.job_outputs import WrittenOutput
 from idefics2_engine.jobs.writers.manifest import (
     command_without_secrets,
     manifest_of,
-    write_manifest,
 )
+from idefics2_engine.jobs.writers.own_file import write_json_beside
 from idefics2_engine.jobs.writers.stats_file import StatsFile
-from idefics2_engine.jobs.writers.summary import RunFigures, summary_of, write_summary
+from idefics2_engine.jobs.writers.summary import RunFigures, summary_of
 from idefics2_engine.outputs import RequestMetrics
 from job_files import CountedFiles, FailingFiles, Killed, KilledFiles, ShortFiles
 from job_outputs import Totals, job_row, request_output
@@ -36,7 +36,7 @@ def test_summary_has_counts_and_rates(tmp_path: Path) -> None:
     figures = RunFigures(2.0, 1.5, attempts=5, workers=2, patches=99, waits={"read": 0.5})
     summary = summary_of(JOB, RUN, figures)
     out = tmp_path / "out.jsonl"
-    assert write_summary(out, "f1", summary) is None
+    assert write_json_beside(out, "summary", "f1", summary) is None
     got = read(tmp_path / "out.jsonl.summary.json")
     assert got["fingerprint"] == "f1"
     assert got["rows"] == {"all": 10, "answered": 7, "errors": 3}
@@ -72,17 +72,17 @@ def test_run_without_time_has_no_rates() -> None:
 def test_file_of_another_job_is_moved_aside(tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "out.summary.json"
     path.write_text("of the user")
-    assert write_summary(out, "f1", {"n": 1}) == tmp_path / "out.summary.json.1"
+    assert write_json_beside(out, "summary", "f1", {"n": 1}) == tmp_path / "out.summary.json.1"
     # Its own earlier one is replaced
-    assert write_summary(out, "f1", {"n": 2}) is None
+    assert write_json_beside(out, "summary", "f1", {"n": 2}) is None
     assert read(path)["n"] == 2
-    assert write_summary(out, "f2", {"n": 3}) == tmp_path / "out.summary.json.2"
+    assert write_json_beside(out, "summary", "f2", {"n": 3}) == tmp_path / "out.summary.json.2"
     assert [read(path)["n"], read(tmp_path / "out.summary.json.2")["n"]] == [3, 2]
     assert (tmp_path / "out.summary.json.1").read_text() == "of the user"
     # A manifest is no summary, and a link is nobody's
     link = tmp_path / "out.manifest.json"
     link.symlink_to(path)
-    assert write_manifest(out, "f2", {}) == tmp_path / "out.manifest.json.1"
+    assert write_json_beside(out, "manifest", "f2", {}) == tmp_path / "out.manifest.json.1"
     assert read(path)["n"] == 3
 
 
@@ -90,14 +90,14 @@ def test_kill_leaves_the_old_or_the_new_summary(tmp_path: Path) -> None:
     for at in range(6):
         out = tmp_path / str(at) / "out"
         out.parent.mkdir()
-        write_summary(out, "f1", {"n": 1})
+        write_json_beside(out, "summary", "f1", {"n": 1})
         try:
-            write_summary(out, "f1", {"n": 2}, KilledFiles(at, 0.5))
+            write_json_beside(out, "summary", "f1", {"n": 2}, KilledFiles(at, 0.5))
         except Killed:
             assert at < 5
         path = out.with_name("out.summary.json")
         assert read(path)["n"] == (1 if at < 4 else 2)
-        write_summary(out, "f1", {"n": 3})
+        write_json_beside(out, "summary", "f1", {"n": 3})
         assert read(path)["n"] == 3
 
 
@@ -110,7 +110,7 @@ def test_manifest_says_what_the_output_was_made_from(tmp_path: Path) -> None:
     )
     output = WrittenOutput(3, 99, "ab" * 32)
     manifest = manifest_of(job, output, device={"name": "cpu"}, command=["idefics2", "run"])
-    write_manifest(tmp_path / "out", job.fingerprint, manifest)
+    write_json_beside(tmp_path / "out", "manifest", job.fingerprint, manifest)
     got = read(tmp_path / "out.manifest.json")
     assert got["fingerprint"] == job.fingerprint
     assert got["parts"] == job.parts

@@ -1,6 +1,7 @@
 """The JSON object of a row: keys, order, what is saved, and nothing that a run changes."""
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.writers.row_output import SaveOptions, encode_answer, encode_error
-from idefics2_engine.outputs import RequestMetrics
+from idefics2_engine.outputs import Logprob, RequestMetrics
 from idefics2_engine.sampling_params import SamplingParams
 from job_outputs import completion, job_row, request_output
 
@@ -77,6 +78,21 @@ def test_no_likeliest_tokens_are_saved_where_none_are_asked_for() -> None:
 def test_logprobs_that_were_not_asked_for_are_null() -> None:
     data = json.loads(encode_answer(job_row(), request_output(), ALL))
     assert data["outputs"][0]["logprobs"] is None
+
+
+def test_tokens_of_any_text_are_one_line_of_json() -> None:
+    texts = ['"', "\\", "\n\r\u2028", "\0", "é★", '","logprob":-inf', "\ud800"]
+    place = {index: Logprob(-index / 3, index + 1, text) for index, text in enumerate(texts)}
+    answer = replace(completion(), token_ids=[3, 1], logprobs=[place, place])
+    row = job_row(sampling_params=SamplingParams(logprobs=len(texts)))
+    line = encode_answer(row, request_output(answer), ALL)
+    assert len(line.splitlines()) == 1
+    (found,) = json.loads(line)["outputs"]
+    tokens = [token(index, text, -index / 3, index + 1) for index, text in enumerate(texts)]
+    assert found["logprobs"] == [{**tokens[own], "top": tokens} for own in (3, 1)]
+    broken = replace(answer, logprobs=[{3: Logprob(math.nan, 1, "a")}] * 2)
+    with pytest.raises(ValueError, match="must be a number, got nan"):
+        encode_answer(row, request_output(broken), ALL)
 
 
 def test_nothing_that_a_run_changes_is_in_the_row() -> None:

@@ -1,4 +1,4 @@
-"""Import of libraries that only some formats need."""
+"""Import of libraries that only some inputs and outputs need."""
 
 import importlib
 from typing import Any
@@ -14,8 +14,8 @@ def import_extra(module: str, extra: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
         name = module.partition(".")[0]
         raise ConfigError(
-            f"{name} must be installed for this output (pip install 'idefics2-engine[{extra}]')"
-        ) from None
+            f"{name} must be installed for this job (pip install 'idefics2-engine[{extra}]')"
+        ) from error
