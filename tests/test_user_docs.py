@@ -3,6 +3,7 @@
 import inspect
 import re
 import shlex
+from argparse import ArgumentParser, _SubParsersAction
 from dataclasses import fields
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+def command_parser(name: str) -> ArgumentParser:
+    choices = next(
+        action.choices
+        for action in build_parser()._actions
+        if isinstance(action, _SubParsersAction)
+    )
+    parser: ArgumentParser = choices[name]
+    return parser
+
+
 @every_page
 def test_python_blocks_compile(page: Path) -> None:
     for code in blocks(page, "python"):
@@ -53,6 +64,17 @@ def test_parser_accepts_every_documented_command(page: Path) -> None:
             # A folder must exist, and a hub id must not
             words = shlex.split(arguments.replace("path/to/", "org/"), comments=True)
             build_parser().parse_args(words)
+
+
+def test_pages_of_jobs_name_every_option_of_their_commands() -> None:
+    pages = (ROOT / "docs").glob("jobs*.md")
+    named = set(re.findall(r"--[a-z][a-z-]+", " ".join(page.read_text("utf-8") for page in pages)))
+    groups = {"input", "output", "job", "progress", "estimate", "options"}
+    for command in ("run", "plan", "merge"):
+        for group in command_parser(command)._action_groups:
+            if group.title in groups:
+                options = {action.option_strings[-1] for action in group._group_actions}
+                assert options - named <= {"--help", "--input", "--output"}
 
 
 def test_benchmarks_name_the_versions_of_the_constraints() -> None:

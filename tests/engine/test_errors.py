@@ -1,20 +1,33 @@
-"""Error classes: their table in docs/errors.md, their codes, and transfer between processes."""
+"""Error classes: their tables in the docs, their codes, and transfer between processes."""
 
 import pickle
 import re
+from types import ModuleType
 
 import pytest
 
 from idefics2_engine import errors
 from idefics2_engine.errors import Idefics2Error, PromptError, PromptTooLongError
+from idefics2_engine.jobs import job_errors
+from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts
+from idefics2_engine.jobs.writers.row_error import STAGES
 from paths import ROOT
 
 PAGE = ROOT / "docs/errors.md"
-CLASSES: dict[str, type[Idefics2Error]] = {
-    name: value
-    for name, value in vars(errors).items()
-    if isinstance(value, type) and issubclass(value, Idefics2Error)
-}
+
+
+def classes_of(module: ModuleType) -> dict[str, type[Idefics2Error]]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, Idefics2Error)
+        and value.__module__ == module.__name__
+    }
+
+
+CLASSES = classes_of(errors)
+JOB_CLASSES = classes_of(job_errors)
 
 
 def table() -> dict[str, tuple[str, str, str]]:
@@ -27,8 +40,20 @@ def table() -> dict[str, tuple[str, str, str]]:
 
 def test_table_lists_every_class_with_its_code() -> None:
     assert {name: code for name, (code, _, _) in table().items()} == {
-        name: value.code for name, value in CLASSES.items()
+        name: value.code for name, value in (CLASSES | JOB_CLASSES).items()
     }
+
+
+def test_page_of_outputs_lists_every_code_of_a_row_with_its_stage() -> None:
+    page = (ROOT / "docs/jobs-output.md").read_text(encoding="utf-8")
+    section = page.split("\n## Error rows\n")[1].split("\n## ")[0]
+    found: dict[str, str] = {}
+    for codes, stages in re.findall(r"^\| (`.+?`) \| (`.+?`) \|", section, re.MULTILINE):
+        names, stage_names = (re.findall(r"`(\w+)`", cell) for cell in (codes, stages))
+        if len(stage_names) == 1:
+            stage_names *= len(names)
+        found.update(zip(names, stage_names, strict=True))
+    assert found == STAGES
 
 
 def test_classes_share_a_base_and_have_distinct_codes() -> None:
@@ -38,18 +63,26 @@ def test_classes_share_a_base_and_have_distinct_codes() -> None:
     assert len(raised) >= len(CLASSES)
     assert all(issubclass(value, Idefics2Error) for value in raised)
     assert issubclass(Idefics2Error, ValueError)
-    assert len({value.code for value in CLASSES.values()}) == len(CLASSES)
-    assert all("code" in vars(value) for value in CLASSES.values()), "none inherits its parent's"
-    assert all(re.fullmatch("[a-z_]+", value.code) for value in CLASSES.values())
+    every = [*CLASSES.values(), *JOB_CLASSES.values()]
+    assert len({value.code for value in every}) == len(every)
+    assert all("code" in vars(value) for value in every), "none inherits its parent's"
+    assert all(re.fullmatch("[a-z_]+", value.code) for value in every)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+def test_lost_output_ends_a_job_with_the_exit_code_of_the_table() -> None:
+    lost = JobResult(Ending.OUTPUT_LOST, RowCounts())
+    assert table()["OutputLostError"][2] == str(lost.exit_code)
+
+
+# The runner catches OutputLostError
+@pytest.mark.parametrize("name", sorted((CLASSES | JOB_CLASSES).keys() - {"OutputLostError"}))
 def test_exit_codes_match_the_table(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from idefics2_engine.cli import generate, main
 
-    error = PromptTooLongError(9, 9) if name == "PromptTooLongError" else CLASSES[name]("what")
+    make = (CLASSES | JOB_CLASSES)[name]
+    error = PromptTooLongError(9, 9) if name == "PromptTooLongError" else make("what")
 
     def fail(args: object) -> int:
         raise error

@@ -5,20 +5,34 @@ from typing import Any
 
 from idefics2_engine.jobs.job_row import JobRow
 
-_MOST_CHARACTERS = 60
 _HEAD = ("id", "question", "answer")
+_GAP = "  "
+_LEAST_CHARACTERS = 10
+_MOST_CHARACTERS = 60
 
 
-def answer_table(rows: Sequence[tuple[JobRow, Mapping[str, Any]]]) -> list[str]:
-    """Return the lines of a table of rows, each with its row of the output."""
+def answer_table(
+    rows: Sequence[tuple[JobRow, Mapping[str, Any]]], line_width: int | None = None
+) -> list[str]:
+    """Return the lines of a table of rows, each with its row of the output.
+
+    Args:
+        rows: The rows.
+        line_width: Characters of a line of the terminal. ``None`` if it is not one.
+    """
     cells = [_HEAD, *((str(row.id), _question(row), _answer(out)) for row, out in rows)]
-    short = [[_short(cell) for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*short, strict=True)]
+    widths = [min(_MOST_CHARACTERS, max(map(len, column))) for column in zip(*cells, strict=True)]
+    if line_width is not None:
+        room = line_width - len(_GAP) * (len(widths) - 1)
+        while sum(widths) > room and max(widths) > _LEAST_CHARACTERS:
+            widths[widths.index(max(widths))] -= 1
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in short
+        _GAP.join(
+            _short(cell, width).ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in cells
     ]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return [lines[0], _GAP.join("-" * width for width in widths), *lines[1:]]
 
 
 def _question(row: JobRow) -> str:
@@ -41,7 +55,7 @@ def _answer(out: Mapping[str, Any]) -> str:
     return " / ".join(answer["text"] for answer in out["outputs"])
 
 
-def _short(text: str) -> str:
-    """Return ``text`` on one line, without what a terminal would obey."""
+def _short(text: str, width: int) -> str:
+    """Return ``text`` on one line of ``width`` characters, without what a terminal would obey."""
     line = "".join(char if char.isprintable() else " " for char in text)
-    return line if len(line) <= _MOST_CHARACTERS else f"{line[: _MOST_CHARACTERS - 1]}…"
+    return line if len(line) <= width else f"{line[: width - 1]}…"

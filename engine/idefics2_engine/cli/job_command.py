@@ -104,7 +104,8 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         result = runner.run()
     if table := files_beside.table():
         _say([*table, ""])
-    _tell(replace(result, moved=(*result.moved, *files_beside.moved)), out)
+    result = replace(result, moved=(*result.moved, *files_beside.moved))
+    _tell(result, out, None if args.report is None else Path(args.report))
     return result.exit_code
 
 
@@ -130,9 +131,9 @@ def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> I
         return with_staged_input(options, folder)
 
 
-def _tell(result: JobResult, out: Path) -> None:
+def _tell(result: JobResult, out: Path, page: Path | None) -> None:
     """Say how the run ended: on standard error if it is not complete."""
-    lines = job_report.result_lines(result, out)
+    lines = job_report.result_lines(result, out, page)
     if result.message:
         for line in lines:
             print(f"idefics2: {line}", file=sys.stderr)

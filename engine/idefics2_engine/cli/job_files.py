@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ class FilesBeside:
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""
         rows = self._first_rows.in_order()[: self._args.show]
-        return answer_table(rows) if rows else []
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return answer_table(rows, width) if rows else []
 
     def write(self, result: JobResult, job: JobDescription) -> None:
         """Write the files; raise ``OSError`` if one cannot be written."""
@@ -178,13 +180,13 @@ class FilesBeside:
     def _write_page(
         self, summary: Mapping[str, Any], job: JobDescription, device: str
     ) -> Path | None:
-        model = "the demo checkpoint" if self._args.model is None else str(self._args.model)
+        model = "The demo checkpoint" if self._args.model is None else str(self._args.model)
         return write_report(
             Path(self._args.report),
             self._first_rows.in_order(),
             summary,
             job_options.job_media(self._args, self._media_root),
             title=self._out.name,
-            subtitle=f"{model} on {device}",
+            subtitle=f"{model} on {'a CPU' if device == 'cpu' else device}",
             fingerprint=job.fingerprint,
         )

@@ -33,18 +33,23 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         dest="inputs",
         metavar="IN",
         action="append",
-        help="a file of rows, a folder, a glob pattern, s3:// or gs://, hf:org/name:split, or - "
-        "for standard input; repeat it for several, in order",
+        help="a file of rows, a folder, a glob pattern, an address at s3:// or gs://, "
+        "hf:org/name:split, or - for standard input; repeat it for several, which are read in the "
+        "order of their names",
     )
     group.add_argument(
-        "--input-format", choices=FORMATS, help="(default: auto, by the name and the first line)"
+        "--input-format",
+        choices=FORMATS,
+        help="format of the input (default: auto, by its name and, for JSONL, the first row)",
     )
-    group.add_argument("--prompt", metavar="TEXT", help="ask this of every row; {name} is a column")
     group.add_argument(
-        "--prompt-template", metavar="FILE", help="a file with such a text, in place of --prompt"
+        "--prompt",
+        metavar="TEXT",
+        help="ask this of every row; {name} is replaced by the row's column of this name",
     )
+    group.add_argument("--prompt-template", metavar="FILE", help="a file with the text of --prompt")
     for name, default in (
-        ("image", "images, or image in a table"),
+        ("image", "images; in a table also image"),
         ("prompt", "prompt"),
         ("messages", "messages"),
         ("id", "id"),
@@ -52,39 +57,45 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             f"--{name}-column", metavar="COL", help=f"column of the {name} (default: {default})"
         )
+    group.add_argument("--keep", metavar="COL,…", type=names, help="columns to carry to the output")
+    group.add_argument("--limit", metavar="N", type=int, help="only the first N rows")
+    group.add_argument("--sample", metavar="N", type=int, help="only N rows, chosen at random")
     group.add_argument(
-        "--keep", metavar="COL,…", type=names, help="columns that the output carries"
+        "--sample-seed",
+        metavar="N",
+        type=int,
+        help="determines which rows --sample chooses (default: 0)",
     )
-    group.add_argument("--limit", metavar="N", type=int, help="the first N rows only")
-    group.add_argument("--sample", metavar="N", type=int, help="N rows, chosen at random")
-    group.add_argument("--sample-seed", metavar="N", type=int, help="determines which (default: 0)")
     group.add_argument(
-        "--shard", metavar="I/N", help="every N-th row from the I-th, or auto in a Slurm array"
+        "--shard",
+        metavar="I/N",
+        help="only every N-th row from row I, counted from 0; auto is the task of a Slurm array",
     )
     group.add_argument(
         "--on-duplicate-id",
         choices=("error", "suffix"),
-        help="stop at a repeated id (the default), or give it a suffix",
+        help="end at a repeated id (error, the default), or add a suffix to it",
     )
     group.add_argument(
         "--media-root",
         metavar="DIR",
-        help="folder that has all images (default: the folder of the input)",
+        help="folder from which rows may name images (default: the folder of the input)",
     )
     group.add_argument(
         "--hash-media",
         action="store_true",
         default=None,
-        help="compute a row again when the content of its images changes, not their size or time",
+        help="identify images by their content, not by size and time of change",
     )
     group.add_argument(
-        "--check-model", metavar="NAME", help="refuse OpenAI lines that name another model"
+        "--check-model", metavar="NAME", help="refuse OpenAI batch lines that name another model"
     )
     group.add_argument(
         "--check-images",
         choices=_CHECKS,
         default="exists",
-        help="what to look at in images before the model is loaded (default: %(default)s)",
+        help="what to look at in images before the model is loaded: nothing, whether the files are "
+        "there and allowed, or also their headers (default: %(default)s)",
     )
 
 

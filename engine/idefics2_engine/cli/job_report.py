@@ -33,8 +33,8 @@ def validation_lines(validation: Validation) -> list[str]:
     return lines
 
 
-def result_lines(result: JobResult, out: Path) -> list[str]:
-    """Return how a run ended, in sentences, one line each."""
+def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list[str]:
+    """Return how a run ended, in sentences, one line each; ``page`` is that of ``--report``."""
     if result.ending is Ending.COMPLETE_BEFORE:
         return [f"{printable_path(out)} is complete: {result.counts.rows} rows"]
     counts, run = result.counts, result.run
@@ -51,13 +51,16 @@ def result_lines(result: JobResult, out: Path) -> list[str]:
     errors = f"{counts.num_errors} errors" + (f" ({codes})" if codes else "")
     if result.ending is Ending.COMPLETE:
         lines.append(f"{printable_path(out)} is complete: {counts.rows} rows, {errors}")
+        if page is not None:
+            lines.append(f"{printable_path(page)} shows the first rows")
     else:
         lines.append(f"the job ended: {result.message}")
         lines.append(f"{counts.rows} rows are finished, {errors}; {_RESUME}")
+    before = result.from_journal
+    rows = f"{before} rows were in the journal, {run.rows}" if before else f"{run.rows} rows"
     lines.append(
-        f"{result.from_journal} rows were in the journal, {run.rows} were finished in "
-        f"{result.seconds:.1f} s: {run.images} images, {run.prompt_tokens} prompt tokens, "
-        f"{run.completion_tokens} new tokens"
+        f"{rows} were finished in {result.seconds:.1f} s: {run.images} images, "
+        f"{run.prompt_tokens} prompt tokens, {run.completion_tokens} new tokens"
     )
     if run.computed:
         lines.append(result.waits.sentence())

@@ -26,7 +26,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     parser.add_argument(
         "-o", "--output", metavar="OUT", type=Path, required=True, help="the merged output"
     )
-    parser.add_argument("--overwrite", action="store_true", help="move another output at OUT aside")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="rename another output at OUT, and replace it"
+    )
     add_log_options(parser)
     parser.set_defaults(run=run)
 

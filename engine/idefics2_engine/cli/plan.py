@@ -24,7 +24,7 @@ _BAD_INPUT = 2
 _SHOWN_IDS = 5
 _EPILOG = """\
 example:
-  idefics2 plan -i questions.jsonl --model HuggingFaceM4/idefics2-8b --rates h200-latency.json
+  idefics2 plan -i questions.jsonl --model HuggingFaceM4/idefics2-8b --rates results.json
 
 exit codes: 0 all rows can be answered, 3 some will fail, 2 wrong usage or input
 """
@@ -36,8 +36,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "plan",
         help="say what a job will take: rows that fail, tokens, memory, time",
         description="Read the rows of a job and the headers of their images, and say which rows "
-        "will fail, how many images, tokens and pages there are, and how long the job will take. "
-        "The options are those of idefics2 run. Neither a GPU nor the model's weights are needed.",
+        "will fail, how many images, tokens and pages there are, and, with --rates, how long the job "
+        "will take. Most options are those of idefics2 run. Neither a GPU nor the model's weights "
+        "are needed.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -58,7 +59,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "--expected-tokens",
         metavar="N",
         type=int,
-        help="tokens that an answer is expected to have, if that is fewer than it may have",
+        help="tokens that an answer is expected to have, if that is fewer than --max-tokens",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object, not a table")
     job_options.add_engine_options(parser)

@@ -11,9 +11,9 @@ example:
   idefics2 run -i questions.jsonl -o answers.jsonl
   with lines such as {"id": "a1", "images": ["a.jpg"], "prompt": "What is this?"}
 
-exit codes: 0 all rows are answered, 3 done and some are error rows, 2 wrong usage or input, 4 too
-many errors, 5 the output cannot be written, 130 interrupted. After 4, 5, 130 and a kill the same
-command continues the job.
+exit codes: 0 all rows are answered, 3 done and some are error rows, 1 the engine failed, 2 wrong
+usage or input, or another job at OUT, 4 too many errors, 5 the output cannot be written, 130
+interrupted. After 1, 4, 5, 130 and a kill the same command continues the job.
 """
 
 

@@ -15,23 +15,30 @@ RAY_DEFAULT = "auto"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that ``run_options`` reads, and those of ``idefics2 run`` itself."""
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output", metavar="OUT", help="the output, beside its job folder")
+    group.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="the output: .jsonl, .jsonl.gz, .jsonl.zst or .parquet; OUT.job is the job folder",
+    )
     group.add_argument(
         "--output-format",
         choices=("auto", "openai"),
         default="auto",
-        help="openai writes result lines of OpenAI's batch interface (default: by the name)",
+        help="openai: result lines of OpenAI's batches (default: auto, by the name of OUT)",
     )
     group.add_argument(
         "--save",
         metavar="FIELD,…",
         default="",
-        help="token_ids, logprobs, prompt, image_info: fields beside the text",
+        help="more fields of the output: token_ids, logprobs, prompt, image_info",
     )
     group.add_argument(
-        "--stats", action="store_true", help="write a line of times for each row beside OUT"
+        "--stats", action="store_true", help="write times and worker of each row to OUT.stats.jsonl"
     )
-    group.add_argument("--report", metavar="FILE", help="write a page with images and answers")
+    group.add_argument(
+        "--report", metavar="FILE", help="write a page with figures, images and answers"
+    )
     group.add_argument(
         "--show",
         metavar="N",
@@ -40,22 +47,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="print the first N questions and answers at the end",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="move a file at OUT aside that no job made"
+        "--overwrite",
+        action="store_true",
+        help="rename a file at OUT that no job made, and replace it",
     )
 
     group = parser.add_argument_group("job")
     begin = group.add_mutually_exclusive_group()
     begin.add_argument(
-        "--restart", action="store_true", help="move the old job aside and begin again"
+        "--restart", action="store_true", help="rename the old job and its output, and begin again"
     )
     begin.add_argument(
-        "--force-resume", action="store_true", help="resume although model or options differ"
+        "--force-resume", action="store_true", help="continue although the model or options differ"
     )
     group.add_argument(
         "--retries",
         metavar="N",
         type=int,
-        help="compute a row again after request_failed, worker_lost or media_fetch (default: 1)",
+        help="times that a row is computed again after request_failed, worker_lost or media_fetch "
+        "(default: 1)",
     )
     group.add_argument(
         "--retry-errors",
@@ -63,12 +73,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=_EVERY_CODE,
         type=job_options.names,
-        help="compute error rows of an earlier run again; all, or those with these codes",
+        help="compute error rows of an earlier run again: all, or those with these codes",
     )
     group.add_argument(
         "--max-errors",
         metavar="N|P%",
-        help="stop when more rows are errors, once there are 200 rows (default: never)",
+        help="end the job when more rows than that are error rows, once it has 200 rows (default: "
+        "never)",
     )
     group.add_argument(
         "--on-bad-row",
@@ -92,7 +103,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--max-prepared-bytes",
         metavar="SIZE",
         type=size,
-        help="most memory of prepared images, such as 500MB or 2GiB (default: 2GiB)",
+        help="limit of the memory of prepared images, such as 500MB (default: 2GiB)",
     )
     group.add_argument(
         "--drain-timeout",
@@ -103,24 +114,28 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="make saved logprobs independent of other rows as well, on a CPU",
+        help="make saved log probabilities independent of other rows as well, on a CPU only",
     )
     group.add_argument(
         "--workers",
         metavar="N",
-        help="processes or actors that compute, or auto: one a GPU (default: 1; auto with --ray)",
+        help="processes or actors that compute; auto is one for each GPU (default: 1; auto with "
+        "--ray)",
     )
     group.add_argument(
         "--ray",
         metavar="ADDRESS",
         nargs="?",
         const=RAY_DEFAULT,
-        help="compute on actors of a Ray cluster (default: that of RAY_ADDRESS, or a new one)",
+        help="compute on actors of a Ray cluster (default: that of RAY_ADDRESS, one on this "
+        "machine, or a new one)",
     )
 
     group = parser.add_argument_group("progress")
     group.add_argument(
-        "--status", metavar="OUT", help="print how far the job that writes OUT is, and do nothing"
+        "--status",
+        metavar="OUT",
+        help="print how far the job that writes OUT is, and do nothing else",
     )
     group.add_argument(
         "--progress-interval",

@@ -35,13 +35,11 @@ class StageWaits:
     write_seconds: float = 0.0
 
     def sentence(self) -> str:
-        """Return how long each stage waited, in one sentence."""
-        engine = (
-            "" if self.idle_seconds is None else f", the engine {self.idle_seconds:.1f} s for rows"
-        )
+        """Return how long each stage waited, and for what, as one line."""
+        engine = "" if self.idle_seconds is None else f", engine {self.idle_seconds:.1f} s (rows)"
         return (
-            f"of {self.run_seconds:.1f} s, the reader waited {self.window_seconds:.1f} s for the "
-            f"window{engine}, the writer {self.answer_seconds:.1f} s for answers"
+            f"waits: reader {self.window_seconds:.1f} s (window){engine}, "
+            f"writer {self.answer_seconds:.1f} s (answers)"
         )
 
     def advice(self) -> str | None:

@@ -70,7 +70,7 @@ def test_rows_are_answered_in_order(source: Path, capsys: pytest.CaptureFixture[
     assert [row["id"] for row in output(source)] == TEXTS
     said = capsys.readouterr()
     assert "out.jsonl is complete: 3 rows, 0 errors" in said.out
-    assert "0 rows were in the journal, 3 were finished in " in said.out
+    assert "\n3 rows were finished in " in said.out
 
 
 def test_finished_job_says_so(

@@ -53,7 +53,7 @@ def write_report(
     num_rows = summary["rows"]["all"]
     which = "All rows." if len(shown) == num_rows else f"The first {len(shown)} of {num_rows:,}."
     columns = [
-        *(Column("Row", "label"), Column("Pictures", "picture")),
+        *(Column("Row", "label"), Column("Images", "picture")),
         *(Column("Question"), Column("Answer")),
     ]
     tables = [_errors(summary), Table("Rows", columns, shown, which)]
@@ -81,7 +81,7 @@ def _figures(summary: Mapping[str, Any]) -> list[Figure]:
     ]
     # A job that was resumed has rows of earlier runs
     earlier = rows["all"] - run["rows"]["all"]
-    note = f"{earlier:,} rows are of earlier runs" if earlier else _rate(rates["rows"], "rows ")
+    note = f"{earlier:,} rows are of earlier runs" if earlier else _rate(rates["rows"], " rows/s")
     return [*figures, Figure("Time", _duration(run["seconds"]), note)]
 
 
@@ -94,10 +94,10 @@ def _errors(summary: Mapping[str, Any]) -> Table | None:
     return Table("Errors", [Column("Code"), Column("Rows", "number")], rows)
 
 
-def _rate(rate: float | None, what: str = "") -> str:
+def _rate(rate: float | None, unit: str = " a second") -> str:
     if rate is None:
         return ""
-    return f"{rate:,.0f} {what}a second" if rate >= 100 else f"{rate:.3g} {what}a second"
+    return f"{rate:,.0f}{unit}" if rate >= 100 else f"{rate:.3g}{unit}"
 
 
 def _duration(seconds: float) -> str:

@@ -146,10 +146,10 @@ def test_figures_are_on_top(seconds: float, shown: str, tmp_path: Path) -> None:
 
 
 def test_rates_are_not_those_of_earlier_runs(tmp_path: Path) -> None:
-    assert "500 rows a second" in report(tmp_path, [], summary(1000))
+    assert "500 rows/s" in report(tmp_path, [], summary(1000))
     page = report(tmp_path, [], summary(1000, earlier=400))
     assert "400 rows are of earlier runs" in page
-    assert "rows a second" not in page
+    assert "rows/s" not in page
 
 
 def test_page_replaces_only_its_own(tmp_path: Path) -> None:
