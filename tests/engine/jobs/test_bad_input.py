@@ -231,3 +231,32 @@ def test_messages_say_nothing_secret(job: Job) -> None:
 
 def test_another_run_has_the_same_bytes(job: Job) -> None:
     assert job.second == list(job.first.values())
+
+
+WRONG_COLUMNS: dict[str, tuple[str, list[Any]]] = {
+    "numbers as prompts": ("prompt", [5, 6]),
+    "bytes as prompts": ("prompt", [b"SECRET", b"\xff"]),
+    "lists as prompts": ("prompt", [["SECRET"], []]),
+    "numbers as images": ("image", [5, 6]),
+    "lists of numbers as images": ("image", [[1], [2]]),
+    "other structs as images": ("image", [{"pixels": b"SECRET"}, {"pixels": b""}]),
+    "text as an image's bytes": ("image", [{"bytes": "SECRET"}, {"bytes": "U0VDUkVU"}]),
+    "floats as ids": ("id", [0.5, 1.5]),
+    "lists as ids": ("id", [["a"], ["b"]]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_COLUMNS)
+def test_wrong_columns_of_a_table_are_errors_of_their_rows(name: str, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    column, values = WRONG_COLUMNS[name]
+    columns = {"id": ["a", "b"], "prompt": ["x", "y"]} | {column: values}
+    source, out = tmp_path / "in.parquet", tmp_path / "out.jsonl"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table(columns), source)
+    assert main(["run", "-i", str(source), "-o", str(out), "--device", "cpu"]) == 3
+    errors = [json.loads(line)["error"] for line in out.read_text().splitlines()]
+    assert len(errors) == 2
+    for error in errors:
+        assert error["code"] in ("schema", "prompt")
+        assert not LEAK.search(error["message"])
+        assert column in error["message"]
