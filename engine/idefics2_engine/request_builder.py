@@ -214,6 +214,8 @@ class RequestBuilder:
             Idefics2Error: An image cannot be read, or the request does not fit the model.
         """
         begin = time.perf_counter()
+        # The images of such a row may be too many to hold, so they are not read
+        self._check_length(len(row.prompt.token_ids))
         (prompt,) = self.processor.finish([row.prompt], job=job)
         request = self.build(prompt, row.params, request_id=request_id, seed=row.seed)
         request.key = row.key
@@ -240,11 +242,10 @@ class RequestBuilder:
             PromptError: The prompt is empty or too long.
             SamplingError: A parameter does not fit the model.
         """
-        room = self.max_model_len - len(prompt.token_ids)
         if not prompt.token_ids:
             raise PromptError("prompt must have at least one token, got none")
-        if room < 1:
-            raise PromptTooLongError(len(prompt.token_ids), self.max_model_len)
+        self._check_length(len(prompt.token_ids))
+        room = self.max_model_len - len(prompt.token_ids)
         vocab_size = self.config.text.vocab_size
         params.check_vocabulary(vocab_size)
         bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
@@ -298,6 +299,11 @@ class RequestBuilder:
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
             )
         return [self.build(*pair) for pair in zip(prompts, params, strict=True)]
+
+    def _check_length(self, num_tokens: int) -> None:
+        """Raise ``PromptTooLongError`` if so many tokens of a prompt leave no room for an answer."""
+        if num_tokens >= self.max_model_len:
+            raise PromptTooLongError(num_tokens, self.max_model_len)
 
 
 def read_params(params: object) -> SamplingParams:

@@ -1,6 +1,7 @@
 """How long each stage of a job waited, and what to change if the device had nothing to do."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from idefics2_engine.jobs.row_feed import RowFeed
@@ -68,23 +69,34 @@ class StageWatch:
 
     Args:
         stats: Counters of the engine, if it has some.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, stats: EngineStats | None) -> None:
+    def __init__(
+        self, stats: EngineStats | None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._stats = stats
-        self._begin = time.perf_counter()
+        self._clock = clock
+        self._begin = clock()
         self._idle_before = stats.idle_seconds if stats else 0.0
+        self._thread_before = stats.thread_seconds if stats else 0.0
         self._prepare_before = stats.prepare_seconds if stats else 0.0
 
     def waits(self, feed: RowFeed, answer_seconds: float) -> StageWaits:
         """Return the waits so far; ``answer_seconds`` is the time in which the writer waited."""
-        run_seconds, stats = time.perf_counter() - self._begin, self._stats
+        run_seconds, stats = self._clock() - self._begin, self._stats
         return StageWaits(
             run_seconds=run_seconds,
             read_seconds=feed.read_seconds,
             window_seconds=feed.window_seconds,
             prepare_seconds=stats.prepare_seconds - self._prepare_before if stats else 0.0,
-            idle_seconds=stats.idle_seconds - self._idle_before if stats else None,
+            idle_seconds=self._idle(stats, run_seconds) if stats else None,
             answer_seconds=answer_seconds,
             write_seconds=max(0.0, run_seconds - answer_seconds),
         )
+
+    def _idle(self, stats: EngineStats, run_seconds: float) -> float:
+        """Return the time without requests in this run."""
+        # The engine counts its idle time when it ends, so that from before the run is among it
+        before = max(0.0, stats.thread_seconds - self._thread_before - run_seconds)
+        return max(0.0, stats.idle_seconds - self._idle_before - before)

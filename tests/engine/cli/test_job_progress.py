@@ -129,12 +129,17 @@ def test_advice_names_the_option_to_change(waits: StageWaits, option: str | None
 
 def test_waits_are_those_of_this_run() -> None:
     stats = EngineStats(idle_seconds=50.0, prepare_seconds=7.0)
-    watch = StageWatch(stats)
+    times = iter([100.0, 104.0, 104.0])
+    watch = StageWatch(stats, lambda: next(times))
     stats.idle_seconds += 3
     stats.prepare_seconds += 1
     feed = RowFeed([], begin=0, window=1, in_flight=1, find=lambda _: None, on_read=lambda _: None)
     waits = watch.waits(feed, 0.0)
     assert (waits.idle_seconds, waits.prepare_seconds) == (3.0, 1.0)
+    # An engine that others used before counts its idle time until the first row
+    stats.idle_seconds += 20
+    stats.wait_seconds += 1
+    assert watch.waits(feed, 0.0).idle_seconds == 3.0
     assert StageWatch(None).waits(feed, 0.0).idle_seconds is None
 
 
