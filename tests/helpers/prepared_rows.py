@@ -124,6 +124,7 @@ class KeepingEngine:
                     self.most_bytes = max(self.most_bytes, held)
                 for _ in range((len(kept) + 1) // 2):
                     request = kept.popleft()
+                    assert request.key is not None
                     output = answered(Row(request.key, ""), num_answered)
                     rows.done(request.tiles)
                     num_answered += 1
