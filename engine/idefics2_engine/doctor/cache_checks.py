@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from idefics2_engine.checkpoint.shards import weight_paths
 from idefics2_engine.doctor import facts
@@ -137,7 +138,7 @@ def find_cached(machine: Machine, model: str) -> Path | None:
 
 
 def _expanded(machine: Machine, text: str) -> Path:
-    text = os.path.expandvars(text)
+    text = Template(text).safe_substitute(machine.environ)
     if text == "~" or text.startswith("~/"):
         return machine.home / text[2:]
     return Path(text)
@@ -170,7 +171,7 @@ def _lack(snapshot: Path) -> str:
 
 def _existing(folder: Path) -> Path:
     """Return the folder or the nearest one around it that exists."""
-    return next((one for one in (folder, *folder.parents) if one.is_dir()), Path("/"))
+    return next((one for one in (folder, *folder.parents) if os.path.isdir(one)), Path("/"))
 
 
 def _is_writable(folder: Path) -> bool:

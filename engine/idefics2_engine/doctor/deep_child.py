@@ -13,8 +13,8 @@ from typing import Any
 
 from idefics2_engine.doctor.check import Check, Status
 
+# Of each of these operations one small case is compared: a norm, attention, a product with NF4
 _RUN = ("rms_norm", "flash_attention", "nf4_matmul")
-"""Operations of which one small case is compared: a norm, attention, a product with NF4."""
 
 
 def main() -> None:
@@ -70,10 +70,9 @@ def _cuda_check() -> Check:
         first = (str(error).strip().splitlines() or [""])[0]
         found = f"torch sees no GPU: {first:.300}"
         # Without a driver there is nothing to see
-        has_driver = os.path.exists("/proc/driver/nvidia/version")
-        status = Status.PROBLEM if has_driver else Status.WARNING
-        fix = "see the lines driver and gpu"
-        return Check(name, status, found, fix, details)
+        if not os.path.exists("/proc/driver/nvidia/version"):
+            return Check(name, Status.OK, found, details=details)
+        return Check(name, Status.PROBLEM, found, "see the lines driver and gpu", details)
     texts = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

@@ -127,8 +127,9 @@ def _kernels_on(gpu: Gpu, kind: str) -> str:
     if kind == "none":
         return f"{gpu.name}: none, because sm_{gpu.capability} is too old for them"
     text = "Gluon and plain Triton" if kind == "gluon" else "plain Triton"
+    text += f", tuned on {facts.TUNED_ON}"
     if is_measured(gpu):
-        return f"{text}, tuned on {facts.TUNED_ON}, measured on {', '.join(facts.MEASURED_ON)}"
+        return f"{text}, measured on {' and '.join(facts.MEASURED_ON)}"
     if gpu.capability in facts.COMPILED_FOR:
         return f"{text}, compiled in tests for sm_{gpu.capability}, not measured on {gpu.name}"
     return f"{text}, neither compiled in tests for sm_{gpu.capability} nor measured on {gpu.name}"

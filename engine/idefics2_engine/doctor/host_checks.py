@@ -51,9 +51,9 @@ def open_file_limit() -> tuple[int, int] | None:
         return None
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = sys.maxsize
-    return tuple(most if n == resource.RLIM_INFINITY else n for n in (soft, hard))  # type: ignore[return-value]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in limits)
+    return soft, hard
 
 
 def speed_check(seconds: float, *, has_gpu: bool) -> Check:

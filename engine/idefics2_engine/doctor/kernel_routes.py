@@ -21,6 +21,7 @@ from idefics2_kernels.attention import (
     paged_attention_hopper,
     perceiver_attention,
 )
+from idefics2_kernels.attention.tiles import UNBOUNDED
 from idefics2_kernels.catalog import CATALOG, Inputs
 from idefics2_kernels.gpu.target import current_arch, is_hopper
 from idefics2_kernels.nf4 import (
@@ -58,7 +59,7 @@ def launch_configs(arch: int) -> dict[str, dict[str, Any]]:
     """Return the launch options of the attentions and of NF4 products at the 8B model's shapes."""
     vision, perceiver, text = IDEFICS2_8B.vision, IDEFICS2_8B.perceiver, IDEFICS2_8B.text
     groups = text.num_heads // text.num_kv_heads
-    configs = {
+    configs: dict[str, Any] = {
         "flash_attention, vision": flash_attention.launch_config(
             vision.head_dim, _BF16_BYTES, arch
         ),
@@ -106,7 +107,7 @@ def _paged(inputs: Inputs) -> bool:
     # Decoding has a kernel of its own
     if inputs["max_seqlen"] == 1:
         return False
-    left = paged_attention_hopper.MOST_ROWS if inputs["window"] is None else inputs["window"] - 1
+    left = UNBOUNDED if inputs["window"] is None else inputs["window"] - 1
     return paged_attention_hopper.supports(q, k_cache, v_cache, left)
 
 
@@ -118,9 +119,9 @@ def _nf4(inputs: Inputs) -> bool:
     )
 
 
+# The operations that have Gluon kernels, and whether one of these supports a call
 _SUPPORTS: dict[str, Callable[[Inputs], bool]] = {
     "flash_attention": _flash,
     "paged_attention": _paged,
     "nf4_matmul": _nf4,
 }
-"""Operations that have Gluon kernels, and whether one of these supports a call."""

@@ -38,7 +38,7 @@ class Machine:
     @property
     def home(self) -> Path:
         """The user's home folder."""
-        return Path(self.environ.get("HOME") or Path.home())
+        return Path(self.environ.get("HOME") or os.path.expanduser("~"))
 
     def read(self, name: str) -> str | None:
         """Return the text of a file of the system, such as ``proc/meminfo``; ``None`` without."""

@@ -17,8 +17,9 @@ from idefics2_engine.doctor.model_memory import (
 from idefics2_engine.images.worker_pool import POOL_BYTES
 from idefics2_engine.model.config import ModelConfig
 
+# A shorter context has no room for a few split images, of 326 tokens each, and an answer
 _USEFUL_TOKENS = 2048
-"""A prompt with an image that is split has 326 tokens of it."""
+_LABELS = {"bf16": "bf16", "nf4": "NF4"}
 
 
 def memory_checks(
@@ -57,9 +58,6 @@ def gpu_memory_check(config: ModelConfig, model: str, gpus: tuple[Gpu, ...]) -> 
     gpu = min(known, key=_usable)
     status, text, fix = _fits(gpu, needs)
     return Check(name, status, f"{wanted}; {text}", fix, details)
-
-
-_LABELS = {"bf16": "bf16", "nf4": "NF4"}
 
 
 def _usable(gpu: Gpu) -> int:
