@@ -92,7 +92,8 @@ def hub_check(machine: Machine) -> Check:
     }
     where = f"{folder}, {_gb(free)} free"
     is_offline = machine.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    fetch = f"hf download {HUB_MODEL} --include '*.json' '*.jinja' '*.safetensors'"
+    patterns = " ".join(f"--include '*.{end}'" for end in ("json", "jinja", "safetensors"))
+    fetch = f"hf download {HUB_MODEL} {patterns}"
     if is_offline:
         fetch = f"HF_HUB_OFFLINE=0 {fetch}"
     if machine.package("huggingface_hub") is None:

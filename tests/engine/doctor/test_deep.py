@@ -1,14 +1,21 @@
 """The child process that imports torch: what it reports, and how it may end."""
 
 import json
+import sys
+from math import inf
 from pathlib import Path
 
 import pytest
+import torch
 
 from fake_machine import make_machine
 from idefics2_engine.doctor.check import Check, Status
 from idefics2_engine.doctor.deep import NAMES, deep_checks
+from idefics2_engine.doctor.deep_child import child_checks
 from idefics2_engine.doctor.machine import Machine
+from idefics2_kernels.catalog import criterion
+
+HAS_GPU = torch.cuda.is_available()
 
 
 def line(name: str, status: str = "ok") -> str:
@@ -82,41 +89,42 @@ def test_child_does_not_get_the_interpreter_by_accident(tmp_path: Path) -> None:
     assert next(iter(deep_checks(machine, 60.0, program))).found == "OTHER"
 
 
-# The child's own answers to a machine on which something fails
-CHILD = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-{setup}
-from idefics2_engine.doctor.deep_child import main
-main()
-"""
+# The child's own answers to a machine on which something fails, in this process
 
 
-def failing_child(setup: str) -> dict[str, Check]:
-    return {check.name: check for check in deep_checks(Machine(), boot=CHILD.format(setup=setup))}
+def test_torch_that_cannot_be_imported_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (check,) = child_checks()
+    assert (check.name, check.status) == ("torch import", Status.PROBLEM)
+    assert "fails: ModuleNotFoundError" in check.found
+    assert check.fix
 
 
-def test_torch_that_cannot_be_imported_is_a_problem() -> None:
-    checks = failing_child("sys.modules['torch'] = None")
-    assert list(checks) == ["torch import"]
-    assert checks["torch import"].status is Status.PROBLEM
-    assert "ModuleNotFoundError" in checks["torch import"].found
-    assert checks["torch import"].fix
+def test_kernels_that_cannot_be_imported_are_a_problem_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "idefics2_engine.doctor.kernel_routes", None)
+    *_, check = child_checks()
+    assert check.name == "kernels here"
+    assert check.status is (Status.PROBLEM if HAS_GPU else Status.WARNING)
 
 
-def test_wrong_results_are_a_problem() -> None:
-    setup = (
-        "import idefics2_kernels.catalog.criterion as criterion\n"
-        "criterion.case_error = lambda *_: float('inf')"
-    )
-    check = failing_child(f"import os; os.environ['TRITON_INTERPRET'] = '1'\n{setup}")[
-        "kernel results"
-    ]
-    assert check.status is Status.PROBLEM
-    assert "do not trust" in check.fix
+def test_kernels_that_cannot_run_are_a_problem_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> float:
+        raise RuntimeError("PTX was compiled with an unsupported toolchain\nmore")
+
+    monkeypatch.setattr(criterion, "case_error", fail)
+    *_, check = child_checks()
+    assert check.found == "fails: RuntimeError: PTX was compiled with an unsupported toolchain"
+    assert check.status is (Status.PROBLEM if HAS_GPU else Status.WARNING)
 
 
-def test_triton_that_fails_is_a_warning_on_a_cpu() -> None:
-    checks = failing_child("sys.modules['triton'] = None")
-    assert list(checks) == ["torch import", "cuda", "kernels here"]
-    assert checks["kernels here"].status is Status.WARNING
+@pytest.mark.parametrize(("share", "status"), [(1.0, "ok"), (1.01, "problem"), (inf, "problem")])
+def test_wrong_results_are_a_problem(
+    monkeypatch: pytest.MonkeyPatch, share: float, status: str
+) -> None:
+    monkeypatch.setattr(criterion, "case_error", lambda *_arguments: share)
+    *_, check = child_checks()
+    assert (check.name, check.status) == ("kernel results", status)
+    assert ("do not trust" in check.fix) == (status == "problem")
+    assert "Infinity" not in json.dumps(check.to_dict())
