@@ -29,7 +29,7 @@ runtime
 cpu_threads llm_options prefetcher progress_bar request_builder task_threads
 submitter
 llm
-hf jobs
+hf jobs doctor
 idefics2_bench
 cli
 __main__
@@ -72,6 +72,9 @@ NO_TORCH = [
     "idefics2_engine.checkpoint.safetensors_header",
     "idefics2_engine.checkpoint.checksums",
     "idefics2_engine.checkpoint.lora_config",
+    "idefics2_engine.checkpoint.tensor_mapping",
+    "idefics2_engine.doctor.examination",
+    "idefics2_engine.doctor.report",
 ]
 NO_TORCH_WHOLE = ["images", "jobs", "prompts", "scheduling"]
 PACKAGES = {

@@ -8,15 +8,17 @@ rows of another. The embedding and the head have extra rows, which pad the vocab
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from idefics2_engine.checkpoint.nf4_tensors import weight_name
 from idefics2_engine.checkpoint.safetensors_header import StoredTensor
 from idefics2_engine.errors import CheckpointError
 from idefics2_engine.model.config import ModelConfig
-from idefics2_engine.model.idefics2 import Idefics2
-from idefics2_engine.model.linear import SideBySide
 from idefics2_engine.model.quantization import PARTS
 from idefics2_engine.model_files import printable_path
+
+# The map itself must not import torch
+if TYPE_CHECKING:
+    from idefics2_engine.model.idefics2 import Idefics2
 
 EMBEDDING = "model.text_model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -216,6 +218,8 @@ def in_our_names(
     Raises:
         CheckpointError: The names of two tensors are spellings of the same name.
     """
+    from idefics2_engine.checkpoint.nf4_tensors import weight_name
+
     known = {tensor.name for tensor in hub_tensors(replace(config, tie_word_embeddings=False))}
     named: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
@@ -233,8 +237,10 @@ def in_our_names(
     return named
 
 
-def tensor_places(model: Idefics2) -> list[HubTensor]:
+def tensor_places(model: "Idefics2") -> list[HubTensor]:
     """Return ``hub_tensors`` with the parameters of ``model``, which may have ``SideBySide``."""
+    from idefics2_engine.model.linear import SideBySide
+
     placed: list[HubTensor] = []
     before: Counter[str] = Counter()
     for place in hub_tensors(model.config):

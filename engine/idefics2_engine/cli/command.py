@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, generate, merge, plan, quantize, streams
+from idefics2_engine.cli import bench, chat, doctor, generate, merge, plan, quantize, streams
 from idefics2_engine.cli import run as run_command
 from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
@@ -22,9 +22,10 @@ examples:
   idefics2 plan -i questions.jsonl
   idefics2 run -i questions.jsonl -o answers.jsonl
   idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
+  idefics2 doctor
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted,
-141 the reader of the output left; idefics2 run has others, see idefics2 run --help
+141 the reader of the output left; idefics2 run and idefics2 doctor have others, see their --help
 """
 
 
@@ -61,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_parser(commands)
     quantize.add_parser(commands)
     bench.add_parser(commands)
+    doctor.add_parser(commands)
     return parser
 
 

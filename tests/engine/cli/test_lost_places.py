@@ -77,5 +77,5 @@ def test_folder_that_takes_no_files(source: Path, capsys: pytest.CaptureFixture[
     """Also root can make no file in it."""
     assert main(command(source, Path("/proc/self/out.jsonl"))[3:]) == 5
     said = capsys.readouterr().err
-    assert "/proc/self/out.jsonl: cannot be written: " in said
+    assert "/proc/self/out.jsonl.job: cannot be written: " in said
     assert "Traceback" not in said
