@@ -72,10 +72,10 @@ Cell = Sequence[Text | Picture]
 
 @dataclass(frozen=True)
 class Column:
-    """A column; its kind determines how its cells are laid out."""
+    """A column; its kind determines how its cells are laid out. A name is not broken into lines."""
 
     name: str
-    kind: Literal["text", "label", "number", "picture"] = "text"
+    kind: Literal["text", "label", "name", "number", "picture"] = "text"
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class TableRow:
 class Table:
     """A table, which a narrow screen shows as a list if it has more than two columns.
 
+    A folded one is shown when its heading is pressed.
+
     Raises:
         ValueError: A row has more or fewer cells than there are columns.
     """
@@ -98,6 +100,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[TableRow]
     note: str = ""
+    is_folded: bool = False
 
     def __post_init__(self) -> None:
         """Check the number of cells."""

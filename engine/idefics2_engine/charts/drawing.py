@@ -15,13 +15,13 @@ STYLE = Markup("""
 .chart {
   --c-page: #ffffff; --c-text: #1b1f24; --c-muted: #5f6873; --c-grid: #e3e6eb;
   --c-0: #2a78d6; --c-1: #d9480f; --c-2: #0f8a5f; --c-3: #8250df; --c-4: #b7791f; --c-5: #d13f77;
-  --c-6: #0b7f8c; --c-7: #6b7280;
+  --c-6: #0b7f8c; --c-7: #5c7a12;
 }
 @media (prefers-color-scheme: dark) {
   .chart {
     --c-page: #1a1f26; --c-text: #e4e8ee; --c-muted: #98a2af; --c-grid: #2e353f;
     --c-0: #5a9df0; --c-1: #ff8a4c; --c-2: #3ac28e; --c-3: #b291ff; --c-4: #e0b04a; --c-5: #f47ba6;
-    --c-6: #45c1cf; --c-7: #9ca3af;
+    --c-6: #45c1cf; --c-7: #a8c957;
   }
 }
 .chart text {
@@ -29,6 +29,7 @@ STYLE = Markup("""
   font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
 }
 .chart .muted { fill: var(--c-muted); }
+.chart .on-lines { paint-order: stroke; stroke: var(--c-page); stroke-width: 4px; }
 .chart .end { text-anchor: end; }
 .chart .middle { text-anchor: middle; }
 .chart .grid { stroke: var(--c-grid); }

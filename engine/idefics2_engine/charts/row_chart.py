@@ -9,8 +9,10 @@ from idefics2_engine.charts import drawing
 from idefics2_engine.charts.axis import Axis, tick_text
 from idefics2_engine.charts.drawing import Key, Mark
 
-_ROW = 36.0
+_LABEL = 16.0
 _BAR = 13.0
+_LANE = 8.0
+_SPACE = 12.0
 _SIDE = 14.0
 _BOTTOM = 38.0
 _GAP = 10.0
@@ -27,18 +29,20 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dot:
-    """A point of a row."""
+    """A point of a row. Points of one lane are on one line."""
 
     value: float
     mark: Mark
     title: str
+    lane: int = 0
 
 
 @dataclass(frozen=True)
 class ChartRow:
-    """A row: a label above its bars or dots, and a remark at the end of the label's line."""
+    """A row: a label and where it is from, above its bars or dots, and a remark at the end."""
 
     label: str
+    origin: str = ""
     bars: Sequence[Bar] = ()
     dots: Sequence[Dot] = ()
     remark: str = ""
@@ -67,7 +71,11 @@ class RowChart:
     def svg(self, width: float) -> Markup:
         """Draw it ``width`` units wide."""
         parts, top = drawing.legend(self.keys, width)
-        bottom, end = top + len(self.rows) * _ROW, 0.0
+        num_labels = 1 if all(_is_short(row, width) for row in self.rows) else 2
+        lanes = max((dot.lane for row in self.rows for dot in row.dots), default=0)
+        marks = num_labels * _LABEL + 2
+        height = marks + max(_BAR, (lanes + 1) * _LANE) + _SPACE
+        bottom, end = top + len(self.rows) * height, 0.0
 
         def place(value: float) -> float:
             return _SIDE + self.axis.share(value) * (width - 2 * _SIDE)
@@ -85,17 +93,33 @@ class RowChart:
         parts.append(drawing.line(_SIDE, bottom, width - _SIDE, bottom, "axis"))
         parts.append(drawing.text(self.axis.label, width - _SIDE, bottom + 33, "muted end"))
         for index, row in enumerate(self.rows):
-            y = top + index * _ROW
-            parts.append(drawing.text(row.label, _SIDE, y + 13))
-            if row.remark:
-                parts.append(drawing.text(row.remark, width - _SIDE, y + 13, "muted end"))
+            y = top + index * height
+            parts += _label(row, y, width, num_labels)
             begin = 0.0
             for bar in row.bars:
                 left, right = place(begin), place(begin + bar.value)
-                size = right - left
-                parts.append(drawing.bar(left, y + 18, size, _BAR, bar.color, bar.title))
+                at = left, y + marks, right - left, _BAR
+                parts.append(drawing.bar(*at, bar.color, bar.title))
                 begin += bar.value
-            parts += [
-                drawing.mark(dot.mark, place(dot.value), y + 25, dot.title) for dot in row.dots
-            ]
+            for dot in row.dots:
+                at_y = y + marks + dot.lane * _LANE + 5
+                parts.append(drawing.mark(dot.mark, place(dot.value), at_y, dot.title))
         return drawing.drawing(parts, width, bottom + _BOTTOM, self.heading)
+
+
+def _is_short(row: ChartRow, width: float) -> bool:
+    """Return whether label, origin and remark fit on one line."""
+    texts = [text for text in (row.label, row.origin, row.remark) if text]
+    return sum(map(drawing.text_width, texts)) + _GAP * len(texts) <= width - 2 * _SIDE
+
+
+def _label(row: ChartRow, y: float, width: float, num_lines: int) -> list[Markup]:
+    parts = [drawing.text(row.label, _SIDE, y + 13, "on-lines")]
+    if row.origin and num_lines == 1:
+        after = _SIDE + drawing.text_width(row.label) + _GAP
+        parts.append(drawing.text(row.origin, after, y + 13, "muted on-lines"))
+    elif row.origin:
+        parts.append(drawing.text(row.origin, _SIDE, y + _LABEL + 13, "muted on-lines"))
+    if row.remark:
+        parts.append(drawing.text(row.remark, width - _SIDE, y + 13, "muted end on-lines"))
+    return parts
