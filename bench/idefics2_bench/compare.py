@@ -145,16 +145,16 @@ def compare(a: ResultsFile, b: ResultsFile, default_spread: float) -> Comparison
     )
 
 
-def as_table(
-    found: Comparison, a: str, b: str, threshold: float, *, show_all: bool = False
-) -> str:
+def as_table(found: Comparison, a: str, b: str, threshold: float, *, show_all: bool = False) -> str:
     """Return a comparison for the terminal."""
     shown = [c for c in found.ours if show_all or c.verdict != "same"]
     lines = [
         f"{key}: {before} and {after}, so times differ for other reasons too"
         for key, (before, after) in found.machines.items()
     ]
-    counts = {v: sum(c.verdict == v for c in found.ours) for v in ("slower", "faster", "same", "lost")}
+    counts = {
+        v: sum(c.verdict == v for c in found.ours) for v in ("slower", "faster", "same", "lost")
+    }
     if shown:
         cells = [("", a, b, "ratio", "")]
         cells += [
@@ -170,7 +170,9 @@ def as_table(
         widths = [max(len(row[i]) for row in cells) for i in range(5)]
         for row in cells:
             first = row[0].ljust(widths[0])
-            numbers = "  ".join(cell.rjust(w) for cell, w in zip(row[1:4], widths[1:4], strict=True))
+            numbers = "  ".join(
+                cell.rjust(w) for cell, w in zip(row[1:4], widths[1:4], strict=True)
+            )
             lines.append(f"{first}  {numbers}  {row[4]}".rstrip())
         lines.append("")
     lost = f", {counts['lost']} lost" if counts["lost"] else ""

@@ -14,11 +14,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from idefics2_bench.result_charts import OURS, charts_of
+from idefics2_bench.chart_looks import is_kernel, is_ours
+from idefics2_bench.result_charts import charts_of
 from idefics2_bench.results_file import ResultsFile, Row, read_results
 from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.errors import Idefics2Error
-from idefics2_engine.report_page import Cell, Column, Figure, Page, Table, TableRow, Text, render_page
+from idefics2_engine.report_page import (
+    Cell,
+    Column,
+    Figure,
+    Page,
+    Table,
+    TableRow,
+    Text,
+    render_page,
+)
 
 _RATE = "_per_s"
 # Longer tables are folded
@@ -50,12 +60,10 @@ def add_report_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_report(
-    path: Path | None, suite: str, about: Mapping[str, Any], rows: Sequence[Row]
-) -> None:
+def write_report(path: Path | None, about: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write the page of a suite's rows to ``path``, or nothing if it is ``None``."""
-    if path is not None and rows:
-        write_page(path, [ResultsFile(suite, about, rows)])
+    if path is not None:
+        write_page(path, [ResultsFile(path.stem, about, rows)])
 
 
 def write_page(path: Path, files: Sequence[ResultsFile]) -> None:
@@ -92,7 +100,8 @@ def page_of(files: Sequence[ResultsFile]) -> Page:
 
 def _figures(files: Sequence[ResultsFile]) -> list[Figure]:
     rows = [row for file in files for row in file.rows if not file.is_peer(row)]
-    ratios = [row["speedup"] for row in rows if "speedup" in row and row["impl"] in OURS]
+    ours = [row for file in files for row in file.rows if is_ours(file, row)]
+    ratios = [row["speedup"] for row in ours if "speedup" in row]
     failed = sum("ms" not in row for row in rows)
     figures = [
         Figure("Files", f"{len(files)}"),
@@ -119,7 +128,9 @@ def _file_table(files: Sequence[ResultsFile]) -> Table:
     for file in files:
         about = file.machine
         versions = [
-            f"{key} {about[key]}" for key in ("torch", "triton", "python", "driver") if about.get(key)
+            f"{key} {about[key]}"
+            for key in ("torch", "triton", "python", "driver")
+            if about.get(key)
         ]
         ceilings = [
             f"{about[key]} {unit}"
@@ -144,7 +155,7 @@ def _kernel_table(files: Sequence[ResultsFile]) -> Table | None:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for file in files:
         for row in file.rows:
-            if row["impl"] in OURS and ("TFLOPs" in row or "ms" not in row and "model" not in row):
+            if is_kernel(row) and is_ours(file, row):
                 groups.setdefault((row["kernel"], row["impl"], file.name), []).append(row)
     if not groups:
         return None
@@ -180,7 +191,7 @@ def _model_table(files: Sequence[ResultsFile]) -> Table | None:
     rows = []
     for file in files:
         for row in file.rows:
-            if "TFLOPs" in row or ("ms" not in row and "model" not in row):
+            if is_kernel(row):
                 continue
             head = [_cell(row["case"], "strong"), _cell(file.name, "muted"), _cell(row["impl"])]
             rows.append(TableRow([*head, *_model_figures(row)], is_bad="ms" not in row))

@@ -111,10 +111,13 @@ def _problem(row: object) -> str:
     for key in _NAMES:
         if not isinstance(row.get(key), str):
             return f"a text as {key!r}"
-    numbers = {key: row[key] for key in ("ms", *_ENDS[0], *_ENDS[1], "speedup") if key in row}
     rounds = row.get("rounds_ms", [])
-    numbers |= {"rounds_ms": each for each in rounds} if isinstance(rounds, list) else {"rounds_ms": 0}
-    for key, value in numbers.items():
+    if not isinstance(rounds, list):
+        return "a list as 'rounds_ms'"
+    keys = ("ms", *_ENDS[0], *_ENDS[1], "speedup", "peer_ms")
+    numbers = [(key, row[key]) for key in keys if key in row]
+    numbers += [("rounds_ms", each) for each in rounds]
+    for key, value in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"a number as {key!r}"
         if not isfinite(value) or value <= 0:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from idefics2_engine.charts import drawing
 from idefics2_engine.charts.axis import Axis, tick_text
-from idefics2_engine.charts.drawing import Key, Mark
+from idefics2_engine.charts.drawing import Key, Mark, element
 
 _LABEL = 16.0
 _BAR = 13.0
@@ -114,12 +114,14 @@ def _is_short(row: ChartRow, width: float) -> bool:
 
 
 def _label(row: ChartRow, y: float, width: float, num_lines: int) -> list[Markup]:
-    parts = [drawing.text(row.label, _SIDE, y + 13, "on-lines")]
+    first, second = row.label, ""
     if row.origin and num_lines == 1:
-        after = _SIDE + drawing.text_width(row.label) + _GAP
-        parts.append(drawing.text(row.origin, after, y + 13, "muted on-lines"))
+        first = Markup("{}{}").format(row.label, element("tspan", row.origin, dx=8, class_="muted"))
     elif row.origin:
-        parts.append(drawing.text(row.origin, _SIDE, y + _LABEL + 13, "muted on-lines"))
+        second = row.origin
+    parts = [drawing.text(first, _SIDE, y + 13, "on-lines")]
+    if second:
+        parts.append(drawing.text(second, _SIDE, y + _LABEL + 13, "muted on-lines"))
     if row.remark:
         parts.append(drawing.text(row.remark, width - _SIDE, y + 13, "muted end on-lines"))
     return parts
