@@ -135,8 +135,8 @@ def compare(a: ResultsFile, b: ResultsFile, default_spread: float) -> Comparison
         raise ConfigError(f"{a.name} and {b.name} must have timed rows in common, got none")
     return Comparison(
         changes,
-        [_written(name) for name in before if name not in after],
-        [_written(name) for name in after if name not in before],
+        [_short_name(name) for name in before if name not in after],
+        [_short_name(name) for name in after if name not in before],
         {
             key: (a.machine.get(key), b.machine.get(key))
             for key in _SAME_MACHINE
@@ -196,7 +196,7 @@ def as_json(found: Comparison, regressions: Sequence[Change], threshold: float) 
     return {
         "threshold_percent": threshold,
         "rows": [asdict(change) for change in found.changes],
-        "regressions": [_written((c.kernel, c.case, c.impl)) for c in regressions],
+        "regressions": [_short_name((c.kernel, c.case, c.impl)) for c in regressions],
         "peers_ratio": found.peers_ratio,
         "only_a": list(found.only_a),
         "only_b": list(found.only_b),
@@ -223,8 +223,9 @@ def _by_name(file: ResultsFile) -> dict[tuple[str, ...], Row]:
     return {tuple(str(row[key]) for key in names if key in row): row for row in file.rows}
 
 
-def _written(name: Sequence[str]) -> str:
-    return " ".join(name)
+def _short_name(name: Sequence[str]) -> str:
+    """Return kernel, case and implementation, without model and dtype."""
+    return " ".join(name[:3])
 
 
 def _milliseconds(ms: float | None) -> str:

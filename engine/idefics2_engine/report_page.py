@@ -133,7 +133,8 @@ class Page:
 def render_page(page: Page) -> bytes:
     """Return the HTML of a page; characters that HTML cannot have become U+FFFD."""
     drawn = [
-        (chart, {on: chart.svg(width) for on, width in _WIDTHS.items()}) for chart in page.charts
+        (chart, {on: chart.draw(width).svg() for on, width in _WIDTHS.items()})
+        for chart in page.charts
     ]
     return allowed(_template().render(page=page, drawn=drawn, style=STYLE)).encode()
 

@@ -110,7 +110,7 @@ def test_text_is_escaped(chart: Chart, width: float) -> None:
 def test_drawing_has_no_fixed_width_and_nothing_from_outside(chart: Chart) -> None:
     root = parsed(chart)
     assert {"width", "height"}.isdisjoint(root.keys())
-    assert root.get("viewBox", "").startswith("0 0 640 ")
+    assert root.get("viewBox", "").startswith("-14 -14 668 ")
     content = svg_file(chart).decode()
     assert content.count("http") == 1
     assert "url(" not in content
@@ -124,7 +124,7 @@ def test_every_color_has_a_light_and_a_dark_value() -> None:
     assert "prefers-color-scheme: dark" in STYLE
     assert "prefers-color-scheme: dark" in svg_file(plot("a")).decode()
     # A color of a chart is never written out
-    assert "#" not in plot("a").svg(640) + rows("a").svg(640)
+    assert "#" not in plot("a").draw(640).svg() + rows("a").draw(640).svg()
 
 
 def test_page_has_a_drawing_for_screens_and_one_for_phones() -> None:

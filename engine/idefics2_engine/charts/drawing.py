@@ -1,6 +1,6 @@
 """Elements of SVG, in which everything is escaped, and the style of all charts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,6 +28,7 @@ STYLE = Markup("""
   fill: var(--c-text);
   font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
 }
+.chart .page { fill: var(--c-page); }
 .chart .muted { fill: var(--c-muted); }
 .chart .on-lines { paint-order: stroke; stroke: var(--c-page); stroke-width: 4px; }
 .chart .end { text-anchor: end; }
@@ -49,9 +50,32 @@ STYLE = Markup("""
 
 _LINE = 18.0
 _SIDE = 8.0
+# Around a drawing that is a file
+_MARGIN = 14.0
 # The average width of a character as a share of its height
 _CHARACTER = 0.56
 _KEPT_CONTROLS = "\t\n"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart that was drawn at a width.
+
+    Attributes:
+        parts: Its elements.
+        width: Its width in units, of which a character of text is 12 high.
+        height: Its height.
+        name: What is said in its place.
+    """
+
+    parts: Sequence[Markup]
+    width: float
+    height: float
+    name: str
+
+    def svg(self) -> Markup:
+        """Return the drawing for a page with ``STYLE``, as wide as its place there."""
+        return _svg(self.parts, (0, 0, self.width, self.height), self.name)
 
 
 class Chart(Protocol):
@@ -65,8 +89,8 @@ class Chart(Protocol):
     def note(self) -> str:
         """How it is read."""
 
-    def svg(self, width: float) -> Markup:
-        """Draw it ``width`` units wide, of which a character of text is 12 high."""
+    def draw(self, width: float) -> Drawing:
+        """Draw it ``width`` units wide."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ class Key:
 def element(tag: str, *content: str, **attributes: str | float) -> Markup:
     """Return an SVG element; ``class_`` is the attribute ``class``."""
     written = Markup("").join(
-        Markup(' {}="{}"').format(name.rstrip("_"), _written(value))
+        Markup(' {}="{}"').format(name.rstrip("_"), _number_text(value))
         for name, value in attributes.items()
     )
     inside = Markup("").join(escape(allowed(part)) for part in content)
@@ -123,7 +147,7 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 def polyline(points: Iterable[tuple[float, float]], look: Line) -> Markup:
     """Return a line through ``points``."""
-    places = " ".join(f"{_written(x)},{_written(y)}" for x, y in points)
+    places = " ".join(f"{_number_text(x)},{_number_text(y)}" for x, y in points)
     dashes = " dashed" * look.is_dashed
     return element("polyline", points=places, class_=f"line {color_class(look.color)}{dashes}")
 
@@ -137,7 +161,7 @@ def mark(look: Mark, x: float, y: float, title: str = "") -> Markup:
         return element("circle", inside, cx=x, cy=y, r=4, class_=class_)
     if look.shape == "square":
         return element("rect", inside, x=x - 3.5, y=y - 3.5, width=7, height=7, class_=class_)
-    outline = f"M{_written(x)} {_written(y - 5)}l5 5l-5 5l-5 -5z"
+    outline = f"M{_number_text(x)} {_number_text(y - 5)}l5 5l-5 5l-5 -5z"
     return element("path", inside, d=outline, class_=class_)
 
 
@@ -176,20 +200,24 @@ def legend(keys: Iterable[Key], width: float) -> tuple[list[Markup], float]:
     return parts, y + _SIDE if parts else 0.0
 
 
-def drawing(parts: Iterable[Markup], width: float, height: float, name: str) -> Markup:
-    """Return a whole drawing, which is as wide as its place on a page."""
-    size = f"0 0 {_written(width)} {_written(height)}"
-    inside = Markup("\n").join(parts)
-    return element("svg", inside, class_="chart", viewBox=size, role="img", **{"aria-label": name})
-
-
 def svg_file(chart: Chart, width: float = 640) -> bytes:
-    """Return ``chart`` as an SVG file, light or dark as the reader's system."""
-    drawn = chart.svg(width)
-    head = '<svg xmlns="http://www.w3.org/2000/svg"'
-    style = element("style", STYLE)
-    begin, rest = drawn.removeprefix("<svg").split(">", 1)
-    return f"{head}{begin}>{style}{rest}\n".encode()
+    """Return ``chart`` as an SVG file, light or dark as the reader's system.
+
+    It has a background, because the place where it is shown may be the other way round.
+    """
+    drawn = chart.draw(width)
+    corner, size = (-_MARGIN, -_MARGIN), (drawn.width + 2 * _MARGIN, drawn.height + 2 * _MARGIN)
+    page = element(
+        "rect", x=corner[0], y=corner[1], width=size[0], height=size[1], rx=_SIDE, class_="page"
+    )
+    inside = (element("style", STYLE), page, *drawn.parts)
+    file = _svg(inside, (*corner, *size), drawn.name, xmlns="http://www.w3.org/2000/svg")
+    return f"{file}\n".encode()
+
+
+def _svg(parts: Iterable[Markup], box: tuple[float, ...], name: str, **attributes: str) -> Markup:
+    names = {"class": "chart", "viewBox": " ".join(map(_number_text, box)), "role": "img"}
+    return element("svg", Markup("\n").join(parts), **attributes, **names, **{"aria-label": name})
 
 
 def allowed(content: str) -> str:
@@ -211,7 +239,7 @@ class _Allowed(dict[int, int]):
 _ALLOWED = _Allowed()
 
 
-def _written(value: str | float) -> str:
+def _number_text(value: str | float) -> str:
     if isinstance(value, str):
         return allowed(value)
     return f"{value:.1f}".removesuffix(".0")

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from idefics2_engine.charts import drawing
 from idefics2_engine.charts.axis import Axis, tick_text
-from idefics2_engine.charts.drawing import Key, Line, Mark
+from idefics2_engine.charts.drawing import Drawing, Key, Line, Mark
 
 _RIGHT = 14.0
 _BOTTOM = 38.0
@@ -54,7 +52,7 @@ class Plot:
     keys: Sequence[Key] = ()
     note: str = ""
 
-    def svg(self, width: float) -> Markup:
+    def draw(self, width: float) -> Drawing:
         """Draw it ``width`` units wide."""
         parts, used = drawing.legend(self.keys, width)
         top = used + drawing.FONT + 2 * _SPACE
@@ -90,4 +88,4 @@ class Plot:
                     drawing.mark(series.mark, *at, point.title)
                     for at, point in zip(places, series.points, strict=True)
                 ]
-        return drawing.drawing(parts, width, bottom + _BOTTOM, self.heading)
+        return Drawing(parts, width, bottom + _BOTTOM, self.heading)

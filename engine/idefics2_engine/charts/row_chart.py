@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from idefics2_engine.charts import drawing
 from idefics2_engine.charts.axis import Axis, tick_text
-from idefics2_engine.charts.drawing import Key, Mark, element
+from idefics2_engine.charts.drawing import Drawing, Key, Mark, element
 
 _LABEL = 16.0
 _BAR = 13.0
@@ -68,7 +68,7 @@ class RowChart:
     note: str = ""
     reference: float | None = None
 
-    def svg(self, width: float) -> Markup:
+    def draw(self, width: float) -> Drawing:
         """Draw it ``width`` units wide."""
         parts, top = drawing.legend(self.keys, width)
         num_labels = 1 if all(_is_short(row, width) for row in self.rows) else 2
@@ -104,7 +104,7 @@ class RowChart:
             for dot in row.dots:
                 at_y = y + marks + dot.lane * _LANE + 5
                 parts.append(drawing.mark(dot.mark, place(dot.value), at_y, dot.title))
-        return drawing.drawing(parts, width, bottom + _BOTTOM, self.heading)
+        return Drawing(parts, width, bottom + _BOTTOM, self.heading)
 
 
 def _is_short(row: ChartRow, width: float) -> bool:
