@@ -156,7 +156,10 @@ def _against_size(
     *,
     is_log: bool,
 ) -> Plot | None:
-    """Return a line for each file, implementation, precision and context."""
+    """Return a line for each file, implementation, precision and context.
+
+    There is no chart of one size.
+    """
     heading, x_label, y_label = words
     lines: dict[tuple[str, str, bool, int], list[Point]] = {}
     looks: dict[tuple[str, str, bool, int], tuple[Mark, Line]] = {}
@@ -177,9 +180,9 @@ def _against_size(
             title = f"{row['case']}, {row['impl']}, {file.name}: {time_text(row['ms'])}"
             lines.setdefault(line, []).append(Point(x_of(row), y_of(row), title))
     points = [point for own in lines.values() for point in own]
-    if not points:
-        return None
     sizes = sorted({point.x for point in points})
+    if len(sizes) < 2:
+        return None
     values = [point.y for point in points]
     return Plot(
         heading,

@@ -51,7 +51,7 @@ def test_verdict_is_by_the_spread(a: Row, b: Row, verdict: str) -> None:
 
 
 def test_peers_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    beside = {"peer": "cublas", "peer_ms": 2.0, "speedup": 2.0}
+    beside: Row = {"peer": "cublas", "peer_ms": 2.0, "speedup": 2.0}
     a = results(tmp_path, "a", row("c", 1, **beside), row("c", 2, impl="cublas"))
     b = results(tmp_path, "b", row("c", 1, **beside), row("c", 4, impl="cublas"))
     assert run(["bench", "compare", a, b]) == 0

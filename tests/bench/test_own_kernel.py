@@ -143,7 +143,7 @@ def test_function_is_timed_beside_ours_and_the_peers(
     monkeypatch.setattr(kernels, "measure", fake_measure)
     spec = rms_norm_spec(REFERENCE.rms_norm)
     case = next(c for c in spec.cases if c.dtype is torch.float32 and spec.cost(c).bytes > 1000)
-    about = {"copy_TBps": 3.0, "matmul_TFLOPs": 700.0}
+    about: dict[str, object] = {"copy_TBps": 3.0, "matmul_TFLOPs": 700.0}
     rows = kernels.bench_case(spec, ["mine", "triton"], case, about, device, copies=1)
     assert [row["impl"] for row in rows] == ["mine", "triton", "torch"]
     assert rows[0]["speedup"] == 2.0

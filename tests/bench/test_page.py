@@ -158,7 +158,8 @@ def test_memory_of_cases_that_are_the_same_is_one_row() -> None:
 
 def test_files_in_one_chart_have_different_colors_in_all() -> None:
     files = [
-        ResultsFile(name, {}, [step("decode-b1", "triton", 1, 4.0, **BESIDE)]) for name in "abcdef"
+        ResultsFile(name, {}, [step(f"decode-b{n}", "triton", n, 4.0, **BESIDE) for n in (1, 8)])
+        for name in "abcdef"
     ]
     ratios = chart("model-beside-peers", *files)
     assert isinstance(ratios, RowChart)

@@ -50,6 +50,9 @@ def test_log_axis_is_even_in_powers() -> None:
     assert gaps == pytest.approx([gaps[0]] * 4)
     assert 0 < places[0] < 1 - places[-1] + 0.1 < 0.2
     assert log_axis("x", [2.0, 30.0]).ticks == (2, 5, 10, 20)
+    assert log_axis("x", [0.2, 50.0]).ticks == pytest.approx((0.2, 0.5, 1, 2, 5, 10, 20, 50))
+    assert log_axis("x", [0.72, 1.16]).ticks == pytest.approx((0.6, 0.8, 1, 1.2, 1.4))
+    assert log_axis("x", [1.0, 300.0], [1.0, 16.0]).ticks == (1, 16)
 
 
 @pytest.mark.parametrize(
