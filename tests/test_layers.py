@@ -16,7 +16,7 @@ from paths import ROOT
 # own. Packages on one line do not import each other.
 ENGINE = """
 errors
-caller_errors field_checks model_files
+caller_errors charts field_checks model_files
 json_file demo device report_page
 images
 model
@@ -75,8 +75,10 @@ NO_TORCH = [
     "idefics2_engine.checkpoint.tensor_mapping",
     "idefics2_engine.doctor.examination",
     "idefics2_engine.doctor.report",
+    "idefics2_bench.compare",
+    "idefics2_bench.page",
 ]
-NO_TORCH_WHOLE = ["images", "jobs", "prompts", "scheduling"]
+NO_TORCH_WHOLE = ["charts", "images", "jobs", "prompts", "scheduling"]
 PACKAGES = {
     "idefics2_engine": ROOT / "engine/idefics2_engine",
     "idefics2_kernels": ROOT / "kernels/idefics2_kernels",

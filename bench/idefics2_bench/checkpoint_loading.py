@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         print(report.whole_line(row), flush=True)
     report.write_json(options.json, about, rows)
-    model_suite.print_table(about, rows)
+    model_suite.print_table(options, about, rows)
     return 0
 
 

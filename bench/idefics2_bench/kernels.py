@@ -1,11 +1,13 @@
 """Time the catalog's kernels at the model's shapes beside peers: ``idefics2 bench kernels``.
 
     idefics2 bench kernels  # all kernels, as a table
-    idefics2 bench kernels --json h200-kernels.json --plot roofline.svg
+    idefics2 bench kernels --json h200-kernels.json --report h200-kernels.html
     idefics2 bench kernels --kernel flash_attention --case text-causal-16k
     idefics2 bench kernels --kernel rms_norm --base main  # beside the kernel of another commit
+    idefics2 bench kernels --kernel rms_norm --mine my_kernels:rms_norm  # beside one of yours
 
-A kernel whose result is wrong is not timed. A CUDA device is required.
+A kernel whose result is wrong is not timed. A CUDA device is required. With --mine the function is
+first checked on the catalog's small cases, which needs no CUDA device.
 """
 
 import argparse
@@ -22,8 +24,12 @@ from typing import Any
 import torch
 
 from idefics2_bench import machine, report
+from idefics2_bench.chart_looks import MINE
 from idefics2_bench.kernel_peers import prepared
+from idefics2_bench.own_kernel import load_function, print_checks, with_mine
+from idefics2_bench.page import add_report_option, write_report
 from idefics2_bench.timing import Call, Time, measure, num_copies
+from idefics2_engine.errors import Idefics2Error
 from idefics2_kernels.catalog import Case, Inputs, KernelSpec, rows
 from idefics2_kernels.catalog.criterion import case_error
 
@@ -40,31 +46,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 if a kernel's result was wrong, or 2 without a CUDA device.
     """
-    options = _parser().parse_args(argv)
-    if not torch.cuda.is_available():
+    parser = _parser()
+    options = parser.parse_args(argv)
+    mine = None
+    if options.mine:
+        if len(options.kernel or ()) != 1:
+            parser.error("--mine needs the operation that it computes: one --kernel")
+        mine = with_mine(options.kernel[0], load_function(options.mine))
+    has_gpu = torch.cuda.is_available()
+    if mine is None and not has_gpu:
         print("bench: needs a CUDA device, found none", file=sys.stderr)
         return 2
+    checks = [] if mine is None else print_checks(mine, options.mine, options.case, has_gpu)
+    wrong = any(one.verdict in ("wrong", "failed") for one in checks)
+    left_out = {one.case.name for one in checks if one.verdict != "right"}
+    if not has_gpu:
+        print("not timed: needs a CUDA device, found none", file=sys.stderr)
+        return int(wrong)
     about = machine.describe()
     if options.commit:
         about["commit"] = options.commit
     base = _base_rows(options) if options.base else {}
     results: list[Row] = []
-    for (kernel, case_name), members in _chosen(options).items():
+    for (kernel, case_name), members in _chosen(options, parser).items():
         spec, case = members[0][0], members[0][2]
         implementations = [implementation for _, implementation, _ in members]
+        if mine is not None:
+            spec = mine
+            implementations = [MINE] * (case_name not in left_out) + implementations
         moved = spec.cost(case).bytes
         copies = max(1, min(num_copies(moved), _MOST_BYTES // max(1, moved)))
-        for row in bench_case(spec, implementations, case, about, torch.device("cuda"), copies):
+        try:
+            case_rows = bench_case(spec, implementations, case, about, torch.device("cuda"), copies)
+        except RuntimeError as error:
+            if MINE not in implementations:
+                raise
+            raise Idefics2Error(
+                f"--mine: {options.mine} must run in a CUDA graph, where it cannot wait for the "
+                f"device (.item(), .tolist()); {case_name} failed: {error}"
+            ) from error
+        for row in case_rows:
             if (earlier := base.get((kernel, case_name, row["impl"]))) is not None:
                 row |= {"base_ms": earlier, "base_speedup": earlier / row["ms"]}
             results.append(row)
             print(report.line(row), flush=True)
         report.write_json(options.json, about, results)
-    if options.plot is not None:
-        report.plot(options.plot, about, results)
     print()
     print(report.table(about, results))
-    return int(any(row["error"] > 1 for row in results))
+    write_report(options.report, about, results)
+    return int(wrong or any(row["error"] > 1 for row in results))
 
 
 def bench_case(
@@ -128,7 +158,7 @@ def _figures(time: Time, moved: int, flops: int, about: dict[str, Any]) -> Row:
 
 
 def _chosen(
-    options: argparse.Namespace,
+    options: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> dict[tuple[str, str], list[tuple[KernelSpec, str, Case]]]:
     chosen: dict[tuple[str, str], list[tuple[KernelSpec, str, Case]]] = {}
     for spec, implementation, case in rows("model"):
@@ -137,7 +167,7 @@ def _chosen(
         ):
             chosen.setdefault((spec.name, case.name), []).append((spec, implementation, case))
     if not chosen:
-        _parser().error("no kernel has such a case")
+        parser.error("no kernel has such a case")
     return chosen
 
 
@@ -173,9 +203,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--kernel", action="append", help="only this operation; may be repeated")
     add("--case", action="append", help="only this case; may be repeated")
+    add(
+        "--mine",
+        metavar="MODULE:FUNCTION",
+        help="check a function of yours (FILE.py:FUNCTION works too) and time it beside --kernel",
+    )
     add("--base", metavar="REF", help="time the same cases at this commit too")
     add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
-    add("--plot", type=Path, help="file to draw the roofline to, .svg or .png")
+    add_report_option(parser)
     add("--commit", help="what to record as the commit, where there is no git")
     return parser
 

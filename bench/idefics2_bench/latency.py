@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.append({**row, **settings})
             print(report.whole_line(row), flush=True)
         report.write_json(options.json, about, results)
-    model_suite.print_table(about, results)
+    model_suite.print_table(options, about, results)
     return int(any("ms" not in row and "error" not in row for row in results))
 
 

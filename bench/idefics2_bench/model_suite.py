@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from idefics2_bench import machine, report, transformers_peer
+from idefics2_bench.page import add_report_option, write_report
 from idefics2_engine import LLM
 from idefics2_engine.checkpoint.hub import find_model
 from idefics2_engine.demo import DEMO_MODEL
@@ -77,6 +78,7 @@ def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
     )
     peer.add_argument("--no-peer", action="store_true", help="time nothing beside it")
     add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
+    add_report_option(parser)
     add("--commit", help="what to record as the commit, where there is no git")
     return parser
 
@@ -105,10 +107,13 @@ def about(options: argparse.Namespace) -> dict[str, object]:
     return {**described, "commit": options.commit} if options.commit else described
 
 
-def print_table(about: dict[str, object], rows: list[dict[str, Any]]) -> None:
-    """Print ``rows`` as a table."""
+def print_table(
+    options: argparse.Namespace, about: dict[str, object], rows: list[dict[str, Any]]
+) -> None:
+    """Print ``rows`` as a table, and write the page of ``--report`` if it is wanted."""
     print()
     print(report.whole_table(about, rows))
+    write_report(options.report, about, rows)
 
 
 def folder(options: argparse.Namespace) -> Path:

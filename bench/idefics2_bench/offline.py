@@ -139,9 +139,9 @@ class Results:
         """Write all rows, after one has changed."""
         report.write_json(self._path, self._about, self.rows)
 
-    def print_table(self) -> None:
-        """Print all rows as a table."""
-        model_suite.print_table(self._about, self.rows)
+    def print_table(self, options: argparse.Namespace) -> None:
+        """Print all rows as a table, and write them as a page if the options say so."""
+        model_suite.print_table(options, self._about, self.rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 theirs.append({**head, **_run_theirs(peer, case, run, options.peer_batch)})
                 _quote(job.row, theirs)
                 results.add(theirs[-1])
-    results.print_table()
+    results.print_table(options)
     return 0
 
 

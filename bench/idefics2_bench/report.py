@@ -1,4 +1,4 @@
-"""Results as a table, as JSON, as a roofline plot, and as the tables of ``docs/kernels``.
+"""Results as a table, as JSON, and as the tables of ``docs/kernels``.
 
     PYTHONPATH=kernels python bench/idefics2_bench/report.py
 
@@ -125,32 +125,6 @@ def write_json(path: Path | None, about: dict[str, Any], rows: list[Row]) -> Non
             kept = [row for row in old["rows"] if (row["kernel"], row["case"]) not in new]
     text = json.dumps({"machine": about, "rows": [*kept, *rows]}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def plot(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """Draw a roofline plot of the rows that have a peer to ``path``; needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    bandwidth, peak = about["copy_TBps"], about["matmul_TFLOPs"]
-    intensities = [2.0**k for k in range(-4, 15)]
-    axes.loglog(intensities, [min(peak, bandwidth * x) for x in intensities], color="black")
-    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    for kernel in kernels:
-        own = [
-            row for row in rows if row["kernel"] == kernel and row.get("TFLOPs") and "peer" in row
-        ]
-        axes.scatter(
-            [1e3 * row["TFLOPs"] / row["GBps"] for row in own],
-            [row["TFLOPs"] for row in own],
-            label=kernel,
-        )
-    axes.set_xlabel("FLOP per byte")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{about['gpu']}: {bandwidth} TB/s, {peak} TFLOP/s measured")
-    axes.legend(fontsize="small")
-    figure.savefig(path)
 
 
 def kernel_table(results: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""One HTML page of figures and tables with pictures, which needs no network and no scripts.
+"""One HTML page of figures, charts and tables, which needs no network and no scripts.
 
 ``report_page.html`` is its template. Everything that is shown is escaped.
 """
@@ -11,8 +11,11 @@ from typing import Literal
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from idefics2_engine.charts.drawing import STYLE, Chart, allowed
+
 _PICTURES = ("data:image/jpeg;base64,", "data:image/png;base64,", "data:image/webp;base64,")
-_KEPT_CONTROLS = "\t\n"
+# Each chart is drawn for a screen and for a phone, because a drawing's text shrinks with it
+_WIDTHS = {"screen": 640, "phone": 330}
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,10 @@ Cell = Sequence[Text | Picture]
 
 @dataclass(frozen=True)
 class Column:
-    """A column; its kind determines how its cells are laid out."""
+    """A column; its kind determines how its cells are laid out. A name is not broken into lines."""
 
     name: str
-    kind: Literal["text", "label", "number", "picture"] = "text"
+    kind: Literal["text", "label", "name", "number", "picture"] = "text"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class TableRow:
 class Table:
     """A table, which a narrow screen shows as a list if it has more than two columns.
 
+    A folded one is shown when its heading is pressed.
+
     Raises:
         ValueError: A row has more or fewer cells than there are columns.
     """
@@ -95,6 +100,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[TableRow]
     note: str = ""
+    is_folded: bool = False
 
     def __post_init__(self) -> None:
         """Check the number of cells."""
@@ -113,6 +119,7 @@ class Page:
         figures: Numbers above the tables.
         tables: Tables, one below the other.
         marks: Names and contents of ``meta`` elements at the beginning of the file.
+        charts: Charts between the figures and the tables.
     """
 
     title: str
@@ -120,20 +127,16 @@ class Page:
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     marks: Mapping[str, str] = field(default_factory=dict)
+    charts: Sequence[Chart] = ()
 
 
 def render_page(page: Page) -> bytes:
     """Return the HTML of a page; characters that HTML cannot have become U+FFFD."""
-    return _template().render(page=page).translate(_Allowed()).encode()
-
-
-class _Allowed(dict[int, int]):
-    """A table for ``str.translate``: controls and halves of surrogate pairs become U+FFFD."""
-
-    def __missing__(self, code: int) -> int:
-        is_control = (code < 32 and chr(code) not in _KEPT_CONTROLS) or 127 <= code < 160
-        self[code] = 0xFFFD if is_control or 0xD800 <= code < 0xE000 else code
-        return self[code]
+    drawn = [
+        (chart, {on: chart.draw(width).svg() for on, width in _WIDTHS.items()})
+        for chart in page.charts
+    ]
+    return allowed(_template().render(page=page, drawn=drawn, style=STYLE)).encode()
 
 
 @cache

@@ -105,16 +105,6 @@ def test_case_slower_than_its_peer_is_listed() -> None:
     assert len(report.slower_table(rows).splitlines()) == 3
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-def test_roofline_is_drawn(suffix: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / f"roofline{suffix}"
-    row = {"kernel": "k", "case": "a", "TFLOPs": 100.0, "GBps": 500.0, "peer": "p"}
-    report.plot(path, ABOUT, [row])
-    start = path.read_bytes()[:200]
-    assert (b"PNG" in start) if suffix == ".png" else (b"<?xml" in start)
-
-
 def test_spread_is_given_in_percentiles() -> None:
     assert summary([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Time(3.5, 2.0, 5.0)
 
