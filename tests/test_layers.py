@@ -30,6 +30,7 @@ cpu_threads llm_options prefetcher progress_bar request_builder task_threads
 submitter
 llm
 hf jobs doctor
+parity
 idefics2_bench
 cli
 __main__
@@ -60,6 +61,8 @@ NO_TORCH = [
     "idefics2_engine.report_page",
     "idefics2_engine.cpu_threads",
     "idefics2_engine.outputs",
+    "idefics2_engine.parity",
+    "idefics2_engine.parity.paths",
     "idefics2_engine.row",
     "idefics2_engine.sampling_params",
     "idefics2_engine.request_builder",

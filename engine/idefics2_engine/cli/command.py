@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from idefics2_engine import __version__
-from idefics2_engine.cli import bench, chat, doctor, generate, merge, plan, quantize, streams
+from idefics2_engine.cli import (
+    bench,
+    chat,
+    doctor,
+    generate,
+    merge,
+    parity,
+    plan,
+    quantize,
+    streams,
+)
 from idefics2_engine.cli import run as run_command
 from idefics2_engine.cli.log_output import log_output
 from idefics2_engine.cli.streams import OutputLostError
@@ -22,10 +32,11 @@ examples:
   idefics2 plan -i questions.jsonl
   idefics2 run -i questions.jsonl -o answers.jsonl
   idefics2 quantize HuggingFaceM4/idefics2-8b idefics2-8b-nf4
+  idefics2 parity ours:reference transformers
   idefics2 doctor
 
 exit codes: 0 answered, 1 failed while running, 2 wrong usage or input, 130 interrupted,
-141 the reader of the output left; idefics2 run and idefics2 doctor have others, see their --help
+141 the reader of the output left; run, parity and doctor have others, see their --help
 """
 
 
@@ -61,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     run_command.add_parser(commands)
     merge.add_parser(commands)
     quantize.add_parser(commands)
+    parity.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser

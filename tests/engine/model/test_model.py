@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
@@ -18,6 +18,10 @@ from idefics2_engine.hf.padded_forward import forward_padded
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
+from idefics2_engine.parity.our_stages import our_taps
+from idefics2_engine.parity.recorder import Recorder
+from idefics2_engine.parity.stages import unit
+from idefics2_engine.parity.transformers_stages import tile_rows, transformers_taps
 from idefics2_engine.prompts.processor import Processor
 from oracle import (
     CASES,
@@ -31,8 +35,6 @@ from oracle import (
 from tiny_checkpoint import write_checkpoint
 
 RELATIVE = 1e-5
-
-Hook = Callable[[nn.Module, Any, Any], None]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -59,47 +61,8 @@ def make_labels(inputs: dict[str, Tensor], image_token: int) -> Tensor:
 def test_stages_and_logits(case: TinyCase, tmp_path: Path) -> None:
     oracle, model = make_pair(case, tmp_path)
     inputs = oracle_inputs(case)
-    stages: dict[str, list[Tensor]] = {}
-
-    def record(name: str) -> Hook:
-        def hook(_module: nn.Module, _args: object, output: Any) -> None:
-            tensor = getattr(output, "last_hidden_state", output)
-            stages.setdefault(name, []).append(tensor[0] if isinstance(tensor, tuple) else tensor)
-
-        return hook
-
-    theirs = oracle.model
-    theirs.vision_model.embeddings.register_forward_hook(record("their patches"))
-    for i, layer in enumerate(theirs.vision_model.encoder.layers):
-        layer.register_forward_hook(record(f"their vision {i}"))
-    theirs.vision_model.post_layernorm.register_forward_hook(record("their vision"))
-    theirs.connector.modality_projection.register_forward_hook(record("their projection"))
-    for i, layer in enumerate(theirs.connector.perceiver_resampler.layers):
-        layer.register_forward_hook(record(f"their perceiver {i}"))
-    for i, layer in enumerate(theirs.text_model.layers):
-        layer.register_forward_hook(record(f"their text {i}"))
-    for i, layer in enumerate(model.vision.layers):
-        layer.register_forward_hook(record(f"vision {i}"))
-    model.vision.patch_embedding.register_forward_hook(record("patches"))
-    model.vision.register_forward_hook(record("vision"))
-    model.connector.projection.register_forward_hook(record("projection"))
-
-    def sum_of_branch(name: str) -> Hook:
-        def hook(_module: nn.Module, _args: object, output: Any) -> None:
-            stages.setdefault(name, []).append(output[0] + output[1])
-
-        return hook
-
-    for kind, layers in (
-        ("vision", model.vision.layers),
-        ("perceiver", model.connector.perceiver.layers),
-        ("text", model.text.layers),
-    ):
-        for i, layer in enumerate(layers):
-            layer._forward_hooks.clear()
-            layer.register_forward_hook(sum_of_branch(f"{kind} {i}"))
-
-    with torch.no_grad():
+    mine, theirs = Recorder(our_taps(model)), Recorder(transformers_taps(oracle))
+    with torch.no_grad(), mine.recording() as stages, theirs.recording() as their_stages:
         expected = oracle(**inputs)
         images = image_batch(case.make_tiles())
         features = None if images is None else model.image_features(images)
@@ -107,33 +70,26 @@ def test_stages_and_logits(case: TinyCase, tmp_path: Path) -> None:
 
     kept = inputs["attention_mask"].bool()
     assert relative_error(logits, expected.logits[kept]) < RELATIVE
-    for i in range(len(model.text.layers)):
-        assert relative_error(stages[f"text {i}"][0], stages[f"their text {i}"][0][kept]) < RELATIVE
+    assert stages.keys() == their_stages.keys()
+    for stage, (tensor,) in stages.items():
+        if unit(stage) == "token":
+            assert relative_error(tensor, their_stages[stage][0][kept]) < RELATIVE, stage
     if images is None:
         return
     assert features is not None
     assert relative_error(features.flatten(0, 1), expected.image_hidden_states) < RELATIVE
     counts = images.cu_seqlens.diff().tolist()
-    offsets = images.cu_seqlens.tolist()
-
-    def check(ours: str, their: str) -> None:
-        packed, padded = stages[ours][0], stages[their][0]
-        columns = max(w for s in case.tiles for _, w in s) // 14
-        for n, (count, width) in enumerate(zip(counts, images.widths.tolist(), strict=True)):
-            # transformers' rows of patches are as wide as the widest image's
-            at = torch.arange(count)
-            rows = padded[n][at // width * columns + at % width]
-            assert relative_error(packed[offsets[n] : offsets[n + 1]], rows) < RELATIVE, ours
-
-    for i in range(len(model.vision.layers)):
-        check(f"vision {i}", f"their vision {i}")
-    check("vision", "their vision")
-    check("projection", "their projection")
-    for i in range(len(model.connector.perceiver.layers)):
-        assert (
-            relative_error(stages[f"perceiver {i}"][0], stages[f"their perceiver {i}"][0])
-            < RELATIVE
-        )
+    widths = images.widths.tolist()
+    grids = [(count // width, width) for count, width in zip(counts, widths, strict=True)]
+    columns = max(w for s in case.tiles for _, w in s) // 14
+    for stage, (tensor,) in stages.items():
+        (their,) = their_stages[stage]
+        if unit(stage) == "latent":
+            assert relative_error(tensor, their.view(tensor.shape)) < RELATIVE, stage
+        if unit(stage) == "patch":
+            rows = tile_rows(their, grids, columns)
+            for own, other in zip(tensor.split(counts), rows, strict=True):
+                assert relative_error(own, other) < RELATIVE, stage
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -1,0 +1,87 @@
+"""The lines that ``idefics2 parity`` prints for people."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from idefics2_engine.parity.comparison import Comparison, StageResult
+
+_HEADINGS = ("stage", "verdict", "largest", "median", "A/B", "B/A", "largest at")
+
+
+def comparison_lines(comparison: "Comparison") -> list[str]:
+    """Return what was compared, a line for each stage, and the first difference."""
+    lines = [_path_line("A", comparison.a), _path_line("B", comparison.b)]
+    judged = "judged against float64" if comparison.is_judged else "not judged: no float64 leg"
+    count = comparison.num_cases
+    lines += [f"{count} case{'s' if count > 1 else ''}, {judged}", ""]
+    rows = [_HEADINGS, *map(_row, comparison.stages)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column in (0, 1, 6) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.append("")
+    if comparison.logits is not None:
+        found = comparison.logits
+        lines.append(
+            f"best token: {found.top1_agreement:.2%} of {found.num_rows} agree, largest margin "
+            f"where not {found.largest_margin:.2g}; KL at most {found.largest_kl:.2g} nats"
+        )
+    for parting in comparison.partings:
+        names = ["the end" if token is None else str(token) for token in parting.tokens]
+        lines.append(
+            f"case {parting.case}: answers part at token {parting.index}, "
+            f"{names[0]} and {names[1]}, margin {parting.margin:.2g}"
+        )
+    lines.append(headline(comparison))
+    return lines
+
+
+def headline(comparison: "Comparison") -> str:
+    """Return the result in one line."""
+    first = comparison.first_difference
+    if first is not None:
+        where = first.measure.note or place_text(first.measure.place)
+        return f"first difference beyond rounding: {first.stage}{where and f', {where}'}"
+    if comparison.same_bits:
+        return "same bits at every stage"
+    if comparison.within_rounding:
+        return "no difference beyond rounding"
+    return "bits differ, and without a float64 leg rounding is not judged"
+
+
+def place_text(place: Mapping[str, Any]) -> str:
+    """Return where a row is, in words, such as ``case 3, image 0 top left, patch 2 5``."""
+    words: list[str] = []
+    for name, value in place.items():
+        match name:
+            case "token_text":
+                words[-1] += f" {value!r}"
+            case "part":
+                words[-1] += f" {value}"
+            case "patch":
+                words.append(f"patch {value[0]} {value[1]}")
+            case "pixel_row":
+                words.append(f"row {value} of pixels")
+            case _:
+                words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def _path_line(name: str, path: Mapping[str, Any]) -> str:
+    versions = [f"{key} {path[key]}" for key in ("transformers", "torch") if key in path]
+    return f"{name}  {path['path']}: {path['dtype']} on {path['device']}, {', '.join(versions)}"
+
+
+def _row(result: "StageResult") -> tuple[str, ...]:
+    measure = result.measure
+    figures = ["", "", "", ""]
+    if not measure.same_bits and measure.largest:
+        figures[:2] = [f"{measure.largest:.1e}", f"{measure.median:.1e}"]
+    if result.ratios is not None and not measure.same_bits:
+        figures[2:] = [f"{ratio:.2f}" for ratio in result.ratios]
+    where = measure.note or place_text(measure.place)
+    return result.stage, str(result.verdict), *figures, where

@@ -1,0 +1,144 @@
+"""Running one path on all cases, to a recording on disk."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from idefics2_engine import __version__
+from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
+from idefics2_engine.errors import ConfigError
+from idefics2_engine.model.config import ModelConfig
+from idefics2_engine.model_files import printable_path
+from idefics2_engine.parity.case_recording import CaseRecording
+from idefics2_engine.parity.dump import Recording, write_recording
+from idefics2_engine.parity.inputs import Case
+from idefics2_engine.parity.paths import Path
+from idefics2_engine.parity.stages import stage_order
+from idefics2_kernels import Ops
+
+
+@torch_defaults()
+def record(
+    path: Path,
+    folder: pathlib.Path,
+    cases: Sequence[Case],
+    model_folder: pathlib.Path,
+    *,
+    device: str = "auto",
+    max_tokens: int = 16,
+    ops: Ops | None = None,
+    digest: bool = False,
+) -> Recording:
+    """Run a path of ``ours`` or ``transformers`` on ``cases`` and write what it computed.
+
+    Args:
+        path: The path.
+        folder: A new folder for the recording, or an empty one.
+        cases: The inputs.
+        model_folder: The checkpoint.
+        device: Where to compute.
+        max_tokens: Most tokens of an answer.
+        ops: Operations in place of those that the path names.
+        digest: Whether only digests are kept.
+
+    Raises:
+        Idefics2Error: The model, an input or an option is invalid.
+    """
+    found: Iterable[CaseRecording]
+    if path.kind == "ours":
+        from idefics2_engine.parity.our_stages import record_ours
+
+        found = record_ours(
+            model_folder, path, cases, device=device, max_tokens=max_tokens, ops=ops
+        )
+    elif path.kind == "transformers":
+        from idefics2_engine.parity.transformers_stages import record_transformers
+
+        found = record_transformers(model_folder, path, cases, device=device, max_tokens=max_tokens)
+    else:
+        raise ConfigError(f"a path must be ours or transformers to be recorded, got {path}")
+    dtype = str(torch_dtype(path.dtype or "auto", torch_device(device))).removeprefix("torch.")
+    return _write(path, folder, model_folder, dtype, device, found, digest=digest)
+
+
+@torch_defaults()
+def record_reference(
+    weights: Recording,
+    folder: pathlib.Path,
+    cases: Sequence[Case],
+    model_folder: pathlib.Path,
+    *,
+    device: str = "auto",
+    in_float64: bool = True,
+) -> Recording:
+    """Run the reference with the weights and answers of another recording.
+
+    Args:
+        weights: The other recording.
+        folder: A new folder for the recording, or an empty one.
+        cases: The inputs.
+        model_folder: The checkpoint.
+        device: Where to compute.
+        in_float64: Whether to compute in float64, and not in the dtype of ``weights``.
+
+    Raises:
+        Idefics2Error: The model or an input is invalid, or is not that of ``weights``.
+    """
+    from idefics2_engine.parity.reference_stages import record_forced
+
+    if len(cases) != len(weights.cases):
+        raise ConfigError(
+            f"the inputs must be those of {weights.path}, wanted {len(weights.cases)} cases, "
+            f"got {len(cases)}"
+        )
+    own = Path("ours", "reference", weights.dtype, weights.nf4)
+    path = Path("float64") if in_float64 else own
+    found = record_forced(
+        model_folder, own, cases, weights.cases, device=device, in_float64=in_float64
+    )
+    dtype = "float64" if in_float64 else weights.dtype
+    return _write(path, folder, model_folder, dtype, device, found)
+
+
+def _write(
+    path: Path,
+    folder: pathlib.Path,
+    model_folder: pathlib.Path,
+    dtype: str,
+    device: str,
+    found: Iterable[CaseRecording],
+    *,
+    digest: bool = False,
+) -> Recording:
+    about: dict[str, Any] = {
+        "model": printable_path(model_folder),
+        "device": str(torch_device(device)),
+        "idefics2_engine": __version__,
+        "torch": version("torch"),
+    }
+    if path.kind == "transformers":
+        about["transformers"] = version("transformers")
+    order = stage_order(ModelConfig.load(model_folder))
+    # The cases are computed while they are written
+    with _without_tf32():
+        return write_recording(
+            folder, str(path), dtype, path.nf4, order, about, found, digest=digest
+        )
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Compute fp32 in fp32. By default, cuDNN rounds convolutions of transformers to TF32."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
