@@ -2,33 +2,50 @@
 
 import argparse
 from functools import partial
+from typing import NamedTuple
 
 from idefics2_engine.cli import job_options
 from idefics2_engine.cli.job_progress import JobTotals, answer_tokens
 from idefics2_engine.jobs.job_row import JobRow
-from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error
+from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.validation import Validation, validate
 
 
-def check_input(args: argparse.Namespace, job_input: JobInput) -> tuple[Validation, JobTotals]:
-    """Read all rows; return what is wrong with them, and how much there is to do.
+class InputCheck(NamedTuple):
+    """What is known of an input before the model is loaded.
+
+    Attributes:
+        validation: What is wrong with the rows.
+        totals: How much there is to do.
+        has_images: Whether a row has an image.
+    """
+
+    validation: Validation
+    totals: JobTotals
+    has_images: bool
+
+
+def check_input(args: argparse.Namespace, job_input: JobInput) -> InputCheck:
+    """Read all rows of an input, and look at their images as far as the options want.
 
     Raises:
         ConfigError: A rule for images is invalid, or a file cannot be read.
         OSError: Reading fails.
     """
     total: int | None = 0
+    has_images = False
 
-    def count_tokens(row: JobRow) -> None:
-        nonlocal total
+    def look(row: JobRow) -> None:
+        nonlocal total, has_images
         tokens = answer_tokens(row)
         total = None if tokens is None or total is None else total + tokens
+        has_images = has_images or bool(images_of(row))
 
     find_error = partial(
         image_error,
         check=ImageCheck(args.check_images),
         media=job_options.job_media(args, job_input.media_root),
     )
-    validation = validate(job_input, find_error, count_tokens)
-    return validation, JobTotals(validation.num_rows, total)
+    validation = validate(job_input, find_error, look)
+    return InputCheck(validation, JobTotals(validation.num_rows, total), has_images)

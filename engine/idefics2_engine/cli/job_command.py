@@ -17,7 +17,7 @@ from idefics2_engine.cli.job_signals import interrupts_handled
 from idefics2_engine.cli.streams import OutputLostError
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError, input_lost
-from idefics2_engine.jobs.job_result import JobResult
+from idefics2_engine.jobs.job_result import Ending, JobResult
 from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.staged_input import STDIN, with_staged_input
@@ -79,8 +79,11 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     if complete is not None:
         totals = JobTotals(complete.rows, None)
     else:
-        validation, totals = check_input(args, job_input)
-        for line in job_report.validation_lines(validation):
+        validation, totals, has_images = check_input(args, job_input)
+        lines = job_report.validation_lines(validation)
+        if job_input.has_tables and not has_images and validation.num_rows > validation.num_bad:
+            lines.append("no row of the table has an image; --image-column names their column")
+        for line in lines:
             print(f"idefics2: {line}", file=sys.stderr)
         must_stop = validation.num_bad and options.on_bad_row == "stop"
         if must_stop or validation.num_repeated:
@@ -105,7 +108,10 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     if table := files_beside.table():
         _say([*table, ""])
     result = replace(result, moved=(*result.moved, *files_beside.moved))
-    _tell(result, out, None if args.report is None else Path(args.report))
+    if result.ending is Ending.COMPLETE_BEFORE:
+        _say(job_report.complete_lines(out, result.counts.rows, files_beside.num_errors()))
+    else:
+        _tell(result, out, None if args.report is None else Path(args.report))
     return result.exit_code
 
 

@@ -122,6 +122,14 @@ class FilesBeside:
         is_reported = report is None or os.path.exists(report)
         return not self._args.show and is_reported and beside(self._out, "summary.json").exists()
 
+    def num_errors(self) -> int | None:
+        """Return the error rows of the complete output, ``None`` if no summary says it."""
+        try:
+            rows = json.loads(beside(self._out, "summary.json").read_bytes())["rows"]
+            return int(rows["errors"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def table(self) -> list[str]:
         """Return the lines of the table that was asked for, none without ``--show``."""
         rows = self._first_rows.in_order()[: self._args.show]

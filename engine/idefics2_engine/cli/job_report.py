@@ -33,22 +33,35 @@ def validation_lines(validation: Validation) -> list[str]:
     return lines
 
 
+def complete_lines(out: Path, rows: int, num_errors: int | None) -> list[str]:
+    """Return that the job was complete before, with the number of its errors if it is known."""
+    lines = [f"{printable_path(out)} is complete: {rows} rows"]
+    if num_errors:
+        lines[0] += f", {counted(num_errors, 'error')}; --retry-errors computes these again"
+    return lines
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list[str]:
     """Return how a run ended, in sentences, one line each; ``page`` is that of ``--report``."""
-    if result.ending is Ending.COMPLETE_BEFORE:
-        return [f"{printable_path(out)} is complete: {result.counts.rows} rows"]
     counts, run = result.counts, result.run
     codes = ", ".join(f"{count} {code}" for code, count in sorted(counts.errors.items()))
     lines = [f"moved aside: {printable_path(path)}" for path in result.moved]
     lines += [
-        f"input {printable_path(Path(path))}: {kind} since the last start"
+        # The size of a folder says little
+        f"input {printable_path(Path(path))}: {'changed' if os.path.isdir(path) else kind} since "
+        "the last start"
         for path, kind in result.input_changes[:_MOST_CHANGES]
     ]
     if (more := len(result.input_changes) - _MOST_CHANGES) > 0:
         lines.append(f"and {more} more inputs differ from those of the last start")
     if result.recovered.damaged:
         lines.append(f"{result.recovered.damaged} damaged lines of the journal were skipped")
-    errors = f"{counts.num_errors} errors" + (f" ({codes})" if codes else "")
+    errors = counted(counts.num_errors, "error") + (f" ({codes})" if codes else "")
     if result.ending is Ending.COMPLETE:
         lines.append(f"{printable_path(out)} is complete: {counts.rows} rows, {errors}")
         if page is not None:

@@ -119,6 +119,8 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
         streams.print_json(data)
     else:
         print("\n".join(plan_lines(data)))
+        if time is None:
+            print("time: not estimated; --rates FILE takes a results file of idefics2 bench")
     if repeated.num_rows:
         return _BAD_INPUT
     return SOME_FAIL if plan.num_failing else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from idefics2_engine import device
 from idefics2_engine.cli import job_command
@@ -400,3 +401,39 @@ def test_images_are_checked_before_the_model_is_loaded(
     assert engine.loads == 1
     # The engine has the last word about a row that goes on
     assert command(source) == 0
+
+
+def test_table_without_an_image_is_noticed(
+    engine: StandInEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "in.csv").write_text("file,title\na.png,square\n")
+    command = ["run", "-i", str(tmp_path / "in.csv"), "--prompt", "What is {title}?"]
+    assert main([*command, "-o", str(tmp_path / "text.jsonl")]) == 0
+    notice = "no row of the table has an image; --image-column names their column"
+    assert notice in capsys.readouterr().err
+    assert main([*command, "--image-column", "file", "-o", str(tmp_path / "out.jsonl")]) == 0
+    assert notice not in capsys.readouterr().err
+
+
+def test_images_without_a_question_are_refused_before_a_job_is_made(
+    engine: StandInEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/a.png")
+    out = tmp_path / "out.jsonl"
+    assert main(["run", "-i", str(tmp_path / "images"), "-o", str(out)]) == 2
+    assert "must come with a question for all of them" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl.job").exists()
+
+
+def test_complete_job_says_its_errors_again(
+    engine: StandInEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n{\n')
+    command = ["run", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    assert main(command) == 3
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("is complete: 2 rows, 1 error; --retry-errors computes these again\n")

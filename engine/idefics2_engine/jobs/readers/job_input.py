@@ -38,6 +38,8 @@ from idefics2_engine.jobs.readers.row_selection import (
 from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.sampling_params import SamplingParams
 
+# Their columns without a use are ignored, so a wrong name of a column goes unnoticed
+TABLE_FORMATS = ("parquet", "csv", HUB_FORMAT)
 _IDENTIFIED_AT_ONCE = 16
 
 
@@ -68,6 +70,8 @@ class JobInput:
         self.media_root: Path = options.media_root or media_root(inputs)
         template = options.read_template()
         self.template = None if template is None else template.text
+        if template is None and any(one.format == "images" for one in inputs):
+            raise ConfigError("images must come with a question for all of them, got no prompt")
         self._sources = open_sources(inputs, options)
         self.files: tuple[Path, ...] = tuple(
             path for source in self._sources for path in source.files
@@ -160,6 +164,11 @@ class JobInput:
                 options.messages_column,
             ],
         }
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether an input is a table, whose other columns are not looked at."""
+        return any(one.format in TABLE_FORMATS for one in self._inputs)
 
     @cached_property
     def _id_hashes(self) -> IdHashes:

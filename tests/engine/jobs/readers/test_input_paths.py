@@ -184,7 +184,7 @@ def test_identity_is_of_every_kind_of_input(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [{"prompt": "a"}])
 
     def identity(*names: str) -> list[InputFile]:
-        options = input_options(*names, prompt=None, media_root=tmp_path)
+        options = input_options(*names, prompt="What?", media_root=tmp_path)
         return list(JobInput(options, DEFAULTS).identify())
 
     folder = f"{tmp_path}/pictures"

@@ -63,11 +63,11 @@ def test_what_a_kill_left_is_written_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "kind", "name"),
     [
-        (gzip.compress(ROWS), "auto", "stdin.jsonl.gz"),
+        (gzip.compress(ROWS, mtime=0), "auto", "stdin.jsonl.gz"),
         (b"\x28\xb5\x2f\xfd rest", "openai", "stdin.jsonl.zst"),
         (b"PAR1 rest", "auto", "stdin.parquet"),
         (b"a,b\n", "csv", "stdin.csv"),
-        (gzip.compress(b"a,b\n"), "csv", "stdin.csv.gz"),
+        (gzip.compress(b"a,b\n", mtime=0), "csv", "stdin.csv.gz"),
         (b"tar", "webdataset", "stdin.tar"),
     ],
 )
