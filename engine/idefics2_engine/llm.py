@@ -152,6 +152,8 @@ class LLM:
         self._finalizer = weakref.finalize(self, _close, self._thread, self._submitter, self.images)
         self.engine = self._thread.engine
         self.stats = self.engine.stats
+        # A closed object has no engine, and its calls say so
+        self._gate = self.engine.gate
         self.request_builder = RequestBuilder(
             self.processor,
             self.config,
@@ -315,7 +317,7 @@ class LLM:
             threads=self.images.num_threads,
             ahead=in_flight,
             max_bytes=max_bytes,
-            wait_turn=self.engine.gate.wait,
+            wait_turn=self._gate.wait,
         )
         return RowOutputs(self._iterate(rows_ahead, events, shared, bar), rows_ahead.drain)
 
