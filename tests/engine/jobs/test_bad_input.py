@@ -130,14 +130,18 @@ def run(folder: Path, name: str, rows: Rows, root: Path, more: list[str]) -> lis
     return out.read_bytes().splitlines()
 
 
-# How many damaged pictures there are; all with the logprobs, which are the same row by row only
+_LOGPROBS = ["--save", "token_ids,logprobs", "--logprobs", "1", "--deterministic"]
+# How many damaged pictures there are, and the options. Logprobs are the same row by row only, which
+# takes long
 SIZES = {
     "few": (35, 10, ["--save", "token_ids,image_info", "--no-split"]),
-    "all": (5, 500, ["--save", "token_ids,logprobs", "--logprobs", "1", "--deterministic"]),
+    "with-logprobs": (35, 10, [*_LOGPROBS, "--no-split"]),
+    "all": (5, 500, ["--save", "token_ids", "--no-split"]),
 }
+_LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("with-logprobs", "all")]
 
 
-@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["few", *_LONG])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Job:
     step, flips, options = SIZES[request.param]
     folder = tmp_path_factory.mktemp("bad")
