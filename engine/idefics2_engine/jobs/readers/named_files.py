@@ -1,19 +1,14 @@
-"""Files that the operator names: their names in messages, and how they are opened."""
+"""Files that the operator names: their names in messages, and errors of reading them."""
 
-import os
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.jobs.job_errors import JobError
 
 Name = Path | str
 """A local path, or the address of a remote file."""
-
-_BUFFER = 1 << 18
 
 
 def is_remote(name: Name) -> bool:
@@ -69,25 +64,3 @@ def reading(name: Name, where: str = "") -> Iterator[None]:
         raise JobError(
             f"{shown_name(name)}: cannot be read{place}: {reason or type(error).__name__}"
         ) from error
-
-
-def open_input(name: Name) -> IO[bytes]:
-    """Open a regular or a remote file for reading, with its bytes as they are. It can seek.
-
-    A job reads its input several times, so a pipe is refused, without waiting for its writer.
-
-    Raises:
-        JobError: There is no such file, or it is not regular.
-    """
-    if is_remote(name):
-        from idefics2_engine.jobs.readers.remote_files import open_remote
-
-        return open_remote(str(name))
-    with reading(name):
-        fd = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISREG(mode):
-            return open(fd, "rb", buffering=_BUFFER)
-        os.close(fd)
-        got = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise JobError(f"{shown_name(name)}: must be a file that can be read twice, got {got}")

@@ -18,10 +18,10 @@ from idefics2_engine.jobs.readers.named_files import (
     Name,
     base_name,
     local_files,
-    open_input,
     reading,
     shown_name,
 )
+from idefics2_engine.jobs.readers.opened_files import open_input
 from idefics2_engine.jobs.readers.source import RawRow
 from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 

@@ -9,7 +9,8 @@ from typing import IO, Any, BinaryIO, cast
 
 from idefics2_engine.jobs.job_errors import JobError, reason_of
 from idefics2_engine.jobs.optional_libraries import import_extra
-from idefics2_engine.jobs.readers.named_files import Name, open_input, shown_name
+from idefics2_engine.jobs.readers.named_files import Name, shown_name
+from idefics2_engine.jobs.readers.opened_files import open_input
 
 COMPRESSIONS = (".gz", ".zst")
 _BUFFER = 1 << 18
