@@ -101,7 +101,10 @@ class ImageGraphs:
         }
 
     def run(self, encodes: Sequence[Encode]) -> None:
-        """Encode tiles into their entries of the encoder cache, a batch at a time."""
+        """Encode tiles into their entries of the encoder cache, a batch at a time.
+
+        Before a batch this waits for the end of the batch two before it.
+        """
         for batch in batches(encodes, self.max_patches, self.image_sizes[-1]):
             self._run(batch)
 

@@ -31,7 +31,7 @@ from idefics2_engine.scheduling.step import Step
 
 
 class Runner:
-    """Computes the logits of steps without waiting for the device.
+    """Computes the logits of steps without waiting for them.
 
     Args:
         model: The model.
