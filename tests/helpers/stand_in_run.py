@@ -24,6 +24,8 @@ from idefics2_engine.outputs import CompletionOutput, RequestOutput, failed_outp
 from idefics2_engine.row import Row
 
 BAD = RowError("schema", "parse", "must be an object, got a list")
+ROWS = [f"{'bad' if n % 7 == 3 else 'row'} {n}" for n in range(60)]
+GOOD = [text for text in ROWS if text.startswith("row")]
 
 
 def row_key(text: str) -> str:
@@ -249,6 +251,18 @@ class StandInAnswers(Iterator[RequestOutput]):
         self.engine.on_row(str(event.prompt))
 
 
+def runner(out: Path, engine: StandInEngine, texts: Any = ROWS, **options: Any) -> JobRunner:
+    """Return a runner of ``texts``, or of rows that a test holds."""
+    return JobRunner(
+        out,
+        texts if isinstance(texts, StandInRows) else StandInRows(texts),
+        engine,
+        StandInEncoding(),
+        JobDescription({}),
+        JobOptions(**{"in_flight": 4} | options),
+    )
+
+
 def run_rows(
     out: Path,
     texts: Iterable[str],
@@ -271,3 +285,15 @@ def run_rows(
         JobOptions(**options),
         **(runner_options or {}),
     ).run()
+
+
+def read_with(texts: list[str], place: int, call: Any) -> Iterator[str]:
+    """Yield texts; ``call`` is called in front of the one at ``place``."""
+    for index, text in enumerate(texts):
+        if index == place:
+            call()
+        yield text
+
+
+def void(_value: object) -> None:
+    """Drop a value, for a lambda without one."""

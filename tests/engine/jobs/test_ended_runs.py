@@ -1,38 +1,30 @@
 """What ends a run before all rows are finished: too many errors, and interrupts."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import Ending
 from idefics2_engine.jobs.runner import JobRunner
-from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from stand_in_job import num_lines
-from stand_in_run import StandInEncoding, StandInEngine, StandInRows, expected, run_rows
-
-ROWS = [f"{'bad' if n % 7 == 3 else 'row'} {n}" for n in range(60)]
-GOOD = [text for text in ROWS if text.startswith("row")]
+from stand_in_run import (
+    GOOD,
+    StandInEngine,
+    StandInRows,
+    expected,
+    read_with,
+    run_rows,
+    runner,
+    void,
+)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
-
-
-def runner(out: Path, engine: StandInEngine, texts: Any = ROWS, **options: Any) -> JobRunner:
-    return JobRunner(
-        out,
-        texts if isinstance(texts, StandInRows) else StandInRows(texts),
-        engine,
-        StandInEncoding(),
-        JobDescription({}),
-        JobOptions(**{"in_flight": 4} | options),
-    )
 
 
 def test_too_many_errors_end_the_job_after_200_rows(out: Path) -> None:
@@ -130,14 +122,3 @@ def test_keyboard_interrupt_while_the_engine_is_loaded(out: Path) -> None:
 
     job = runner(out, Loading(), GOOD)
     assert job.run().exit_code == 130
-
-
-def read_with(texts: list[str], place: int, call: Any) -> Iterator[str]:
-    for index, text in enumerate(texts):
-        if index == place:
-            call()
-        yield text
-
-
-def void(_value: object) -> None:
-    """Drop a value, for a lambda without one."""

@@ -13,33 +13,28 @@ from idefics2_engine.jobs.job_errors import (
     JobInUseError,
 )
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
-from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import Ending
 from idefics2_engine.jobs.runner import JobRunner
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.outputs import RequestOutput
 from stand_in_job import num_lines
-from stand_in_run import StandInEncoding, StandInEngine, StandInRows, expected, run_rows
-
-ROWS = [f"{'bad' if n % 7 == 3 else 'row'} {n}" for n in range(60)]
-GOOD = [text for text in ROWS if text.startswith("row")]
+from stand_in_run import (
+    GOOD,
+    ROWS,
+    StandInEncoding,
+    StandInEngine,
+    StandInRows,
+    expected,
+    read_with,
+    run_rows,
+    runner,
+)
 
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out.jsonl"
-
-
-def runner(out: Path, engine: StandInEngine, texts: Any = ROWS, **options: Any) -> JobRunner:
-    return JobRunner(
-        out,
-        texts if isinstance(texts, StandInRows) else StandInRows(texts),
-        engine,
-        StandInEncoding(),
-        JobDescription({}),
-        JobOptions(**{"in_flight": 4} | options),
-    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -297,14 +292,3 @@ def fail_at(number: int) -> Any:
             raise RuntimeError("the engine broke")
 
     return answer
-
-
-def read_with(texts: list[str], place: int, call: Any) -> Iterator[str]:
-    for index, text in enumerate(texts):
-        if index == place:
-            call()
-        yield text
-
-
-def void(_value: object) -> None:
-    """Drop a value, for a lambda without one."""
