@@ -18,12 +18,12 @@ class InputCheck(NamedTuple):
     Attributes:
         validation: What is wrong with the rows.
         totals: How much there is to do.
-        has_images: Whether a row has an image.
+        lacks_images: Whether an input is a table and no row has an image.
     """
 
     validation: Validation
     totals: JobTotals
-    has_images: bool
+    lacks_images: bool
 
 
 def check_input(args: argparse.Namespace, job_input: JobInput) -> InputCheck:
@@ -34,13 +34,13 @@ def check_input(args: argparse.Namespace, job_input: JobInput) -> InputCheck:
         OSError: Reading fails.
     """
     total: int | None = 0
-    has_images = False
+    lacks_images = job_input.has_tables
 
     def look(row: JobRow) -> None:
-        nonlocal total, has_images
+        nonlocal total, lacks_images
         tokens = answer_tokens(row)
         total = None if tokens is None or total is None else total + tokens
-        has_images = has_images or bool(images_of(row))
+        lacks_images = lacks_images and not images_of(row)
 
     find_error = partial(
         image_error,
@@ -48,4 +48,4 @@ def check_input(args: argparse.Namespace, job_input: JobInput) -> InputCheck:
         media=job_options.job_media(args, job_input.media_root),
     )
     validation = validate(job_input, find_error, look)
-    return InputCheck(validation, JobTotals(validation.num_rows, total), has_images)
+    return InputCheck(validation, JobTotals(validation.num_rows, total), lacks_images)

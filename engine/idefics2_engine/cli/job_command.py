@@ -79,9 +79,9 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     if complete is not None:
         totals = JobTotals(complete.rows, None)
     else:
-        validation, totals, has_images = check_input(args, job_input)
+        validation, totals, lacks_images = check_input(args, job_input)
         lines = job_report.validation_lines(validation)
-        if job_input.has_tables and not has_images and validation.num_rows > validation.num_bad:
+        if lacks_images and validation.num_rows > validation.num_bad:
             lines.append("no row of the table has an image; --image-column names their column")
         for line in lines:
             print(f"idefics2: {line}", file=sys.stderr)

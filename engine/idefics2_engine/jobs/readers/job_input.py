@@ -39,7 +39,7 @@ from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.sampling_params import SamplingParams
 
 # Their columns without a use are ignored, so a wrong name of a column goes unnoticed
-TABLE_FORMATS = ("parquet", "csv", HUB_FORMAT)
+_TABLE_FORMATS = ("parquet", "csv", HUB_FORMAT)
 _IDENTIFIED_AT_ONCE = 16
 
 
@@ -168,7 +168,7 @@ class JobInput:
     @property
     def has_tables(self) -> bool:
         """Whether an input is a table, whose other columns are not looked at."""
-        return any(one.format in TABLE_FORMATS for one in self._inputs)
+        return any(one.format in _TABLE_FORMATS for one in self._inputs)
 
     @cached_property
     def _id_hashes(self) -> IdHashes:
