@@ -147,7 +147,7 @@ class LLM:
             min_p_first=options.sampling_order == "vllm",
         )
         self._thread = EngineThread(build_engine, self.model.device)
-        self._submitter = Submitter(self._thread, self.images)
+        self._submitter = Submitter(self._thread, self.images, self._thread.engine.gate.wait)
         # They also end when this object is garbage-collected or the process exits
         self._finalizer = weakref.finalize(self, _close, self._thread, self._submitter, self.images)
         self.engine = self._thread.engine

@@ -1,6 +1,7 @@
 """Futures of single rows, for callers on any number of threads and in event loops."""
 
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 
@@ -17,10 +18,18 @@ class Submitter:
 
     Several threads prepare rows. One more thread sets results and runs the callers' callbacks, so
     a slow callback delays neither the engine nor the preparation.
+
+    Args:
+        thread: Runs the engine.
+        images: Reads the rows' images.
+        wait_turn: Called on the preparing threads before each row, to let others go first.
     """
 
-    def __init__(self, thread: EngineThread, images: ImageReader) -> None:
+    def __init__(
+        self, thread: EngineThread, images: ImageReader, wait_turn: Callable[[], None]
+    ) -> None:
         self._thread = thread
+        self._wait_turn = wait_turn
         self._job = images.job()
         self._preparing = TaskThreads("idefics2-submit", images.num_threads)
         self._answering = TaskThreads("idefics2-answer", 1)
@@ -54,6 +63,7 @@ class Submitter:
             self._answering.put(partial(_set_exception, future, error))
 
         def prepare() -> None:
+            self._wait_turn()
             if future.done():
                 return
             try:

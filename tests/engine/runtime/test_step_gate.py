@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from idefics2_engine import LLM, SamplingParams
+from idefics2_engine.request_builder import RequestBuilder
 from idefics2_engine.runtime.step_gate import StepGate
 from idefics2_engine.sampling.sampler import Drawn
 
@@ -63,3 +64,31 @@ def test_gate_is_closed_in_launches_and_open_in_waits(monkeypatch: pytest.Monkey
         assert [output.error for rows in answered for output in rows] == [None, None]
         assert engine.gate.is_open
     assert seen == {"launch": {False}, "wait": {True}}
+
+
+@pytest.mark.parametrize("ask", ["iterate", "submit"])
+def test_each_row_waits_its_turn_before_it_is_prepared(
+    monkeypatch: pytest.MonkeyPatch, ask: str
+) -> None:
+    calls: list[str] = []
+    wait, build = StepGate.wait, RequestBuilder.build_row
+
+    def waiting(gate: StepGate) -> None:
+        calls.append("wait")
+        wait(gate)
+
+    def building(builder: RequestBuilder, *row: Any) -> Any:
+        calls.append("prepare")
+        return build(builder, *row)
+
+    monkeypatch.setattr(StepGate, "wait", waiting)
+    monkeypatch.setattr(RequestBuilder, "build_row", building)
+    with LLM(device="cpu", image_threads=1) as llm:
+        if ask == "iterate":
+            outputs = list(llm.iterate(["a", "b"], GREEDY))
+        else:
+            outputs = [llm.submit(text, GREEDY).result() for text in ("a", "b")]
+    assert [output.error for output in outputs] == [None, None]
+    first, second = (index for index, call in enumerate(calls) if call == "prepare")
+    assert "wait" in calls[:first]
+    assert "wait" in calls[first:second]
