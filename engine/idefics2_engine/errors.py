@@ -78,9 +78,31 @@ class PromptTooLongError(PromptError):
         self.got = got
         self.limit = context - 1
 
-    def __reduce__(self) -> tuple[type["PromptTooLongError"], tuple[int, int]]:
+    def __reduce__(self) -> tuple[type["PromptTooLongError"], tuple[int, ...]]:
         """Support pickling, which rebuilds an exception from constructor arguments."""
         return type(self), (self.got, self.limit + 1)
+
+
+class TooManyImagesError(PromptTooLongError):
+    """The image tokens of a prompt alone leave no room for one token of an answer.
+
+    Attributes:
+        num_images: Images of the prompt.
+    """
+
+    code = "too_many_images"
+
+    def __init__(self, got: int, context: int, num_images: int) -> None:
+        super().__init__(got, context)
+        self.args = (
+            f"images must leave room for an answer within {context} tokens, got {num_images} images "
+            f"and {got} tokens",
+        )
+        self.num_images = num_images
+
+    def __reduce__(self) -> tuple[type["TooManyImagesError"], tuple[int, ...]]:
+        """Support pickling, which rebuilds an exception from constructor arguments."""
+        return type(self), (self.got, self.limit + 1, self.num_images)
 
 
 class SamplingError(Idefics2Error):

@@ -14,6 +14,7 @@ from idefics2_engine.errors import (
     PromptError,
     PromptTooLongError,
     SamplingError,
+    TooManyImagesError,
     short_repr,
 )
 from idefics2_engine.images.loader import ImageSource
@@ -215,7 +216,7 @@ class RequestBuilder:
         """
         begin = time.perf_counter()
         # The images of such a row may be too many to hold, so they are not read
-        self._check_length(len(row.prompt.token_ids))
+        self._check_length(row.prompt.token_ids, len(row.prompt.images))
         (prompt,) = self.processor.finish([row.prompt], job=job)
         request = self.build(prompt, row.params, request_id=request_id, seed=row.seed)
         request.key = row.key
@@ -239,12 +240,12 @@ class RequestBuilder:
             seed: Seed if ``params`` have none. If ``None``, one is drawn.
 
         Raises:
-            PromptError: The prompt is empty or too long.
+            PromptError: The prompt is empty or too long, or its images are too many.
             SamplingError: A parameter does not fit the model.
         """
         if not prompt.token_ids:
             raise PromptError("prompt must have at least one token, got none")
-        self._check_length(len(prompt.token_ids))
+        self._check_length(prompt.token_ids, len(prompt.image_info))
         room = self.max_model_len - len(prompt.token_ids)
         vocab_size = self.config.text.vocab_size
         params.check_vocabulary(vocab_size)
@@ -300,10 +301,13 @@ class RequestBuilder:
             )
         return [self.build(*pair) for pair in zip(prompts, params, strict=True)]
 
-    def _check_length(self, num_tokens: int) -> None:
-        """Raise ``PromptTooLongError`` if so many tokens of a prompt leave no room for an answer."""
-        if num_tokens >= self.max_model_len:
-            raise PromptTooLongError(num_tokens, self.max_model_len)
+    def _check_length(self, token_ids: Sequence[int], num_images: int) -> None:
+        """Raise ``PromptTooLongError`` if a prompt leaves no room for an answer."""
+        if len(token_ids) < self.max_model_len:
+            return
+        if token_ids.count(self.config.image_token_id) >= self.max_model_len:
+            raise TooManyImagesError(len(token_ids), self.max_model_len, num_images)
+        raise PromptTooLongError(len(token_ids), self.max_model_len)
 
 
 def read_params(params: object) -> SamplingParams:

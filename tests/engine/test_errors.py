@@ -7,7 +7,12 @@ from types import ModuleType
 import pytest
 
 from idefics2_engine import errors
-from idefics2_engine.errors import Idefics2Error, PromptError, PromptTooLongError
+from idefics2_engine.errors import (
+    Idefics2Error,
+    PromptError,
+    PromptTooLongError,
+    TooManyImagesError,
+)
 from idefics2_engine.jobs import job_errors
 from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts
 from idefics2_engine.jobs.writers.row_error import STAGES
@@ -82,7 +87,11 @@ def test_exit_codes_match_the_table(
     from idefics2_engine.cli import generate, main
 
     make = (CLASSES | JOB_CLASSES)[name]
-    error = PromptTooLongError(9, 9) if name == "PromptTooLongError" else make("what")
+    with_lengths: dict[str, Idefics2Error] = {
+        "PromptTooLongError": PromptTooLongError(9, 9),
+        "TooManyImagesError": TooManyImagesError(9, 9, 1),
+    }
+    error = with_lengths[name] if name in with_lengths else make("what")
 
     def fail(args: object) -> int:
         raise error
@@ -93,6 +102,18 @@ def test_exit_codes_match_the_table(
     out, err = capsys.readouterr()
     assert f'"code": "{code}"' in out
     assert err == f"idefics2: error: {error}\n"
+
+
+def test_too_many_images_error_is_a_prompt_that_is_too_long() -> None:
+    error = TooManyImagesError(130, 128, 2)
+    reborn: TooManyImagesError = pickle.loads(pickle.dumps(error))
+    for one in (error, reborn):
+        assert (one.got, one.limit, one.num_images) == (130, 127, 2)
+        assert one.code == "too_many_images"
+        assert str(one) == (
+            "images must leave room for an answer within 128 tokens, got 2 images and 130 tokens"
+        )
+    assert isinstance(error, PromptTooLongError)
 
 
 def test_prompt_too_long_error_holds_length_and_limit() -> None:

@@ -79,9 +79,9 @@ def bad_pictures(root: Path) -> Iterator[tuple[str, str, Any, str]]:
     yield "long name", "image", ["x" * 5000], ""
     yield "data that is text", "image", ["data:image/png;base64,U0VDUkVUU0VDUkVU"], ""
     yield "data that is none", "image", ["data:image/png;base64,U0VDUkVUU0VDUkVU*"], ""
-    yield "too many", "prompt_too_long", ["fine.png"] * 40, str(MAX_MODEL_LEN)
+    yield "too many", "too_many_images", ["fine.png"] * 40, str(MAX_MODEL_LEN)
     # They are not opened
-    yield "too many that are missing", "prompt_too_long", ["missing.png"] * 40, str(MAX_MODEL_LEN)
+    yield "too many that are missing", "too_many_images", ["missing.png"] * 40, str(MAX_MODEL_LEN)
     for name, source in {
         "dots": "../SECRET/a.png",
         "absolute": str(outside / "a.png"),
