@@ -12,15 +12,14 @@ from idefics2_engine.cli import (
     chat,
     doctor,
     generate,
-    merge,
     parity,
-    plan,
     quantize,
     streams,
 )
-from idefics2_engine.cli import run as run_command
+from idefics2_engine.cli.jobs import merge, plan
+from idefics2_engine.cli.jobs import run as run_command
 from idefics2_engine.cli.log_output import log_output
-from idefics2_engine.cli.streams import OutputLostError
+from idefics2_engine.cli.streams import StandardOutputError
 from idefics2_engine.errors import Idefics2Error, ImageWarning
 
 _EPILOG = """\
@@ -111,7 +110,7 @@ def run(argv: Sequence[str] | None = None) -> int:
                 raise
             # An error of the last write can still be reported here
             sys.stdout.flush()
-        except OutputLostError as lost:
+        except StandardOutputError as lost:
             if not lost.reader_left:
                 print(f"idefics2: error: {lost}", file=sys.stderr)
             return lost.exit_code

@@ -15,7 +15,7 @@ from idefics2_engine.errors import Idefics2Error, PromptError
 _MOST_TEXT = 16 << 20
 
 
-class OutputLostError(Exception):
+class StandardOutputError(Exception):
     """Standard output cannot be written.
 
     Attributes:
@@ -47,11 +47,11 @@ def guarded() -> Iterator[None]:
     Errors of standard error are ignored.
 
     Raises:
-        OutputLostError: Standard output cannot be written.
+        StandardOutputError: Standard output cannot be written.
     """
 
     def raise_lost(error: OSError) -> NoReturn:
-        raise OutputLostError(error)
+        raise StandardOutputError(error)
 
     def pass_over(error: OSError) -> None:
         """Ignore the error, which cannot be reported."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from idefics2_engine import LLM, SamplingParams
-from idefics2_engine.cli import job_command
+from idefics2_engine.cli.jobs import run_job
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_IMAGES, DEMO_MODEL
 from job_inputs import write_rows
@@ -199,7 +199,7 @@ def one_engine(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self) -> AbstractContextManager[LLM]:
             return nullcontext(demo)
 
-    monkeypatch.setattr(job_command, "EngineChoice", Choice)
+    monkeypatch.setattr(run_job, "EngineChoice", Choice)
 
 
 @pytest.mark.usefixtures("one_engine")

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-from idefics2_engine.cli.job_progress import JobProgress, JobTotals
+from idefics2_engine.cli.jobs.progress import JobProgress, JobTotals
 from idefics2_engine.jobs.job_observer import FinishedRow
 from idefics2_engine.jobs.job_result import RowCounts
 from idefics2_engine.jobs.job_row import JobRow

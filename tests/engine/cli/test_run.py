@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from idefics2_engine import device
-from idefics2_engine.cli import job_command
+from idefics2_engine.cli.jobs import run_job
+from idefics2_engine.cli.jobs.run_options import size
 from idefics2_engine.cli.main import main
-from idefics2_engine.cli.run_options import size
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError
 from paths import ROOT
@@ -41,7 +41,7 @@ class Choice:
 def engine(monkeypatch: pytest.MonkeyPatch) -> StandInEngine:
     found = StandInEngine()
     monkeypatch.setattr(Choice, "engine", found)
-    monkeypatch.setattr(job_command, "EngineChoice", Choice)
+    monkeypatch.setattr(run_job, "EngineChoice", Choice)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from idefics2_engine.cli.job_signals import interrupts_handled
+from idefics2_engine.cli.jobs.signals import interrupts_handled
 from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import JobResult
 from idefics2_engine.jobs.runner import JobRunner

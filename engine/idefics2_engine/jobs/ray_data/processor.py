@@ -7,7 +7,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import ConfigError, PromptError, short_repr
-from idefics2_engine.jobs.ray_columns import (
+from idefics2_engine.jobs.ray_data.columns import (
     ERROR,
     ERROR_CODE,
     INPUTS,
@@ -16,12 +16,10 @@ from idefics2_engine.jobs.ray_columns import (
     pack_error,
     unpack,
 )
-from idefics2_engine.jobs.ray_engine import Idefics2Engine, SubmitEngine, build_llm
+from idefics2_engine.jobs.ray_data.engine import Idefics2Engine, SubmitEngine, build_llm
 
 if TYPE_CHECKING:
     import ray.data
-
-__all__ = ["Idefics2Engine", "Idefics2ProcessorConfig", "Processor", "build_processor"]
 
 RowFunction = Callable[[dict[str, Any]], Mapping[str, Any]]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.cli import job_options, streams
+from idefics2_engine.cli import streams
+from idefics2_engine.cli.jobs import job_options
 from idefics2_engine.cli.log_output import add_log_options
 from idefics2_engine.errors import ConfigError
 

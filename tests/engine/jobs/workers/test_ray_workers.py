@@ -16,8 +16,8 @@ import ray_row_engine
 from idefics2_engine import SamplingParams
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError, PromptError, WorkerLostError
-from idefics2_engine.jobs.ray_workers import RayWorkers
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
+from idefics2_engine.jobs.workers.ray_workers import RayWorkers
 from idefics2_engine.row import Row
 from ray_cluster import local_ray
 from stand_in_engine import NAME, answer, content
@@ -96,7 +96,7 @@ def test_the_demo_model_answers_on_an_actor() -> None:
 def test_a_cluster_is_started_and_left_and_signals_are_the_jobs_own() -> None:
     code = """
 import signal, ray
-from idefics2_engine.jobs.ray_workers import RayWorkers
+from idefics2_engine.jobs.workers.ray_workers import RayWorkers
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.row import Row
 

@@ -4,8 +4,8 @@ import argparse
 from functools import partial
 from typing import NamedTuple
 
-from idefics2_engine.cli import job_options
-from idefics2_engine.cli.job_progress import JobTotals, answer_tokens
+from idefics2_engine.cli.jobs import job_options
+from idefics2_engine.cli.jobs.progress import JobTotals, answer_tokens
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.job_input import JobInput

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.cli import job_options
 from idefics2_engine.cli.answer_table import answer_table
-from idefics2_engine.cli.job_fingerprint import device_name
+from idefics2_engine.cli.jobs import job_options
+from idefics2_engine.cli.jobs.fingerprint import device_name
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from idefics2_engine.cli import job_options, run_options
+from idefics2_engine.cli.jobs import job_options, run_options
 from idefics2_engine.cli.log_output import add_log_options
 
 _EPILOG = """\
@@ -44,6 +44,6 @@ def run(args: argparse.Namespace) -> int:
         Idefics2Error: An option or the input is invalid, or the job cannot be begun or resumed.
     """
     # The help needs none of what a job imports
-    from idefics2_engine.cli import job_command
+    from idefics2_engine.cli.jobs import run_job
 
-    return job_command.run(args)
+    return run_job.run(args)

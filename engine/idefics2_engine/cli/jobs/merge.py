@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         JobError: The shards do not make one job, or a file is in the way.
     """
     # The help needs none of what formats import
-    from idefics2_engine.cli.job_format import format_of
+    from idefics2_engine.cli.jobs.format import format_of
 
     try:
         output = merge_shards(

@@ -12,7 +12,7 @@ from idefics2_engine.jobs.ray_data import Idefics2ProcessorConfig, build_process
 
 def test_ray_is_not_imported_with_the_modules() -> None:
     code = (
-        "import sys, idefics2_engine.jobs.ray_data, idefics2_engine.jobs.ray_workers; "
+        "import sys, idefics2_engine.jobs.ray_data, idefics2_engine.jobs.workers.ray_workers; "
         "print(sys.modules.keys() & {'ray', 'torch', 'pyarrow', 'msgpack'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,10 +6,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.errors import ConfigError, short_repr
-from idefics2_engine.jobs.ray_actor import IN, OUT, RowActor
-from idefics2_engine.jobs.ray_data import check_ray
+from idefics2_engine.jobs.ray_data.processor import check_ray
 from idefics2_engine.jobs.workers.engine_spec import EngineSpec
 from idefics2_engine.jobs.workers.messages import ToWorker
+from idefics2_engine.jobs.workers.ray_actor import IN, OUT, RowActor
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace
 from idefics2_engine.jobs.workers.worker_pool import WorkerPool
 from idefics2_engine.jobs.workers.worker_process import Ended, Put

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from idefics2_engine.errors import Idefics2Error, WorkerLostError
 from idefics2_engine.jobs.death_record import DeathRecord, Verdict
-from idefics2_engine.jobs.ray_columns import (
+from idefics2_engine.jobs.ray_data.columns import (
     input_key,
     row_inputs,
     to_answer,
@@ -80,7 +80,7 @@ class Idefics2Engine:
         """Answer the rows of a batch, a table of Arrow or what Ray can convert to one.
 
         Returns:
-            The table with the columns of ``ray_columns.output_schema``.
+            The table with the columns of ``columns.output_schema``.
 
         Raises:
             Idefics2Error: That of a row, if the engine does not continue on errors.

@@ -3,7 +3,8 @@
 import argparse
 import re
 
-from idefics2_engine.cli import job_options, options
+from idefics2_engine.cli import options
+from idefics2_engine.cli.jobs import job_options
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.jobs.job_options import IN_FLIGHT, JobOptions
 

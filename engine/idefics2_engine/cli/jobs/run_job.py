@@ -6,15 +6,15 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from idefics2_engine.cli import job_options, job_report, run_options
-from idefics2_engine.cli.job_check import check_input
-from idefics2_engine.cli.job_engine import EngineChoice
-from idefics2_engine.cli.job_files import FilesBeside
-from idefics2_engine.cli.job_fingerprint import fingerprint_parts
-from idefics2_engine.cli.job_format import format_of
-from idefics2_engine.cli.job_progress import JobProgress, JobTotals
-from idefics2_engine.cli.job_signals import interrupts_handled
-from idefics2_engine.cli.streams import OutputLostError
+from idefics2_engine.cli.jobs import job_options, report, run_options
+from idefics2_engine.cli.jobs.check import check_input
+from idefics2_engine.cli.jobs.engine import EngineChoice
+from idefics2_engine.cli.jobs.files import FilesBeside
+from idefics2_engine.cli.jobs.fingerprint import fingerprint_parts
+from idefics2_engine.cli.jobs.format import format_of
+from idefics2_engine.cli.jobs.progress import JobProgress, JobTotals
+from idefics2_engine.cli.jobs.signals import interrupts_handled
+from idefics2_engine.cli.streams import StandardOutputError
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_errors import JobError, input_lost
 from idefics2_engine.jobs.job_result import Ending, JobResult
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     as_json = args.log_format == "json"
     if args.status is not None:
         out = Path(args.status)
-        _say(job_report.status_lines(read_status(out), out, as_json=as_json))
+        _say(report.status_lines(read_status(out), out, as_json=as_json))
         return 0
     if not args.inputs or not args.output:
         raise ConfigError("a job must have an input and an output: -i IN -o OUT")
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         totals = JobTotals(complete.rows, None)
     else:
         validation, totals, lacks_images = check_input(args, job_input)
-        lines = job_report.validation_lines(validation)
+        lines = report.validation_lines(validation)
         if lacks_images and validation.num_rows > validation.num_bad:
             lines.append("no row of the table has an image; --image-column names their column")
         for line in lines:
@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         _say([*table, ""])
     result = replace(result, moved=(*result.moved, *files_beside.moved))
     if result.ending is Ending.COMPLETE_BEFORE:
-        _say(job_report.complete_lines(out, result.counts.rows, files_beside.num_errors()))
+        _say(report.complete_lines(out, result.counts.rows, files_beside.num_errors()))
     else:
         _tell(result, out, None if args.report is None else Path(args.report))
     return result.exit_code
@@ -139,7 +139,7 @@ def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> I
 
 def _tell(result: JobResult, out: Path, page: Path | None) -> None:
     """Say how the run ended: on standard error if it is not complete."""
-    lines = job_report.result_lines(result, out, page)
+    lines = report.result_lines(result, out, page)
     if result.message:
         for line in lines:
             print(f"idefics2: {line}", file=sys.stderr)
@@ -149,5 +149,5 @@ def _tell(result: JobResult, out: Path, page: Path | None) -> None:
 
 def _say(lines: list[str]) -> None:
     """Print lines to standard output. A closed one is no error, because the output is a file."""
-    with suppress(OutputLostError):
+    with suppress(StandardOutputError):
         print("\n".join(lines), flush=True)

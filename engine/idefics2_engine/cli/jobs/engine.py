@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.cli import job_options, options, run_options
+from idefics2_engine.cli import options
+from idefics2_engine.cli.jobs import job_options, run_options
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.row_engine import RowEngine
@@ -49,7 +50,7 @@ class EngineChoice:
 
 
 def _ray_workers(spec: EngineSpec, count: int | None, address: str) -> WorkerPool:
-    from idefics2_engine.jobs.ray_workers import RayWorkers
+    from idefics2_engine.jobs.workers.ray_workers import RayWorkers
 
     named = None if address == run_options.RAY_DEFAULT else address
     return RayWorkers(spec, count, address=named)
