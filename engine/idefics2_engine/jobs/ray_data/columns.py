@@ -58,12 +58,22 @@ def pack_error(error: Idefics2Error) -> bytes:
 
 
 def row_inputs(table: "pa.Table") -> list[dict[str, Any]]:
-    """Return the inputs of each row, with ``id`` if there is one."""
+    """Return the inputs of each row, with ``id`` if there is one.
+
+    Messages that ``preprocess`` made replace a prompt and images of the dataset, and a prompt that
+    it made replaces messages.
+    """
     names = [name for name in (*INPUTS, "id", PACKED) if name in table.column_names]
     rows: list[dict[str, Any]] = table.select(names).to_pylist()
     if PACKED in names:
-        rows = [row | unpack(row.pop(PACKED)) for row in rows]
+        rows = [_replaced(row, unpack(row.pop(PACKED))) for row in rows]
     return rows
+
+
+def _replaced(row: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    others = {"messages": ("prompt", "image"), "prompt": ("messages",)}
+    unused = {other for name in made for other in others.get(name, ())}
+    return {name: value for name, value in row.items() if name not in unused} | made
 
 
 def input_key(inputs: Mapping[str, Any]) -> str:

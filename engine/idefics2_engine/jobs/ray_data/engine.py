@@ -60,7 +60,7 @@ class Idefics2Engine:
         deaths_folder: Folder of the files that say which rows were in flight at deaths. If
             ``None``, the machine's folder for temporary files, and an actor that continues on
             another machine begins to count again.
-        build: Loads the model, given ``model_source`` and ``engine_kwargs``.
+        build: Loads the model, called as ``build(model_source, **engine_kwargs)``.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Idefics2ProcessorConfig:
         runtime_env: The environment of actors, as in ``ray.init``.
         deaths_folder: As in ``Idefics2Engine``. A folder that all machines share counts deaths on
             all of them.
-        build: Loads the model, given ``model_source`` and ``engine_kwargs``.
+        build: Loads the model, called as ``build(model_source, **engine_kwargs)``.
 
     Raises:
         ConfigError: A number is too small, or ``engine_kwargs`` name the model.

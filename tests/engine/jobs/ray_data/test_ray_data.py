@@ -13,6 +13,7 @@ from idefics2_engine.jobs.ray_data import (
     Idefics2ProcessorConfig,
     build_processor,
 )
+from idefics2_engine.jobs.ray_data.columns import PACKED, pack, row_inputs
 from ray_stand_in import Crowd, DemoKilledOnce, StandIn, logged
 
 pytest.importorskip("ray.data", reason="Ray is not installed: pip install '.[ray]'")
@@ -176,3 +177,23 @@ def test_columns_of_the_dataset_are_carried(tmp_path: Path) -> None:
     assert {name: row[name] for name in items[0]} == items[0]
     assert row["generated_text"] == "A"
     assert row["metrics"] == {"arrival_time": 1.0, "first_token_time": 2.0, "finished_time": 3.0}
+
+
+def test_inputs_of_preprocess_replace_those_of_the_dataset() -> None:
+    messages = [{"role": "user", "content": "Where?"}]
+    items: list[dict[str, Any]] = [
+        {"id": 0, "prompt": "What?", "image": "a.jpg"},
+        {"id": 1, "messages": messages},
+    ]
+    made: list[dict[str, Any]] = [{"messages": messages}, {"prompt": "Who?"}]
+    packed = [{**item, PACKED: pack(inputs)} for item, inputs in zip(items, made, strict=True)]
+    first, second = packed
+    assert row_inputs(pa.Table.from_pylist([first])) == [{"id": 0, "messages": messages}]
+    assert row_inputs(pa.Table.from_pylist([second])) == [{"id": 1, "prompt": "Who?"}]
+
+
+def test_a_dataset_with_prompts_may_be_asked_with_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Where?"}]
+    process = build_processor(stand_in(tmp_path), lambda row: {"messages": messages})
+    (row,) = process(prompts("What?")).take_all()
+    assert row["__inference_error__"] == ""
