@@ -85,8 +85,8 @@ def cpu_ceilings() -> dict[str, object]:
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
     times = alternate(calls, _CPU_ROUNDS, 1, source.device)
     return {
-        "copy_TBps": 2 * _CPU_COPY_BYTES / times["copy"].ms / 1e9,
-        "matmul_TFLOPs": 2 * _CPU_MATMUL_SIZE**3 / times["matmul"].ms / 1e9,
+        "copy_TBps": round(2 * _CPU_COPY_BYTES / times["copy"].ms / 1e9, 5),
+        "matmul_TFLOPs": round(2 * _CPU_MATMUL_SIZE**3 / times["matmul"].ms / 1e9, 4),
     }
 
 

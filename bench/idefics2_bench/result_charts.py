@@ -1,18 +1,18 @@
-"""Charts of results files: rooflines, ratios to peers, steps against sizes, time and memory.
+"""Charts of results files: the list of all, and ratios to peers.
 
 A file's rows have one color in all charts that show several files.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Literal
 
 from idefics2_bench.bar_charts import memory, offline_time
 from idefics2_bench.chart_looks import (
     LOOKS,
     MINE,
     NamedChart,
+    file_keys,
     is_kernel,
     is_ours,
     kind_of,
@@ -20,9 +20,11 @@ from idefics2_bench.chart_looks import (
 )
 from idefics2_bench.results_file import ResultsFile, Row
 from idefics2_bench.roofline import rooflines
-from idefics2_engine.charts.axis import linear_axis, log_axis
-from idefics2_engine.charts.drawing import Key, Line, Mark
-from idefics2_engine.charts.plot import Plot, Point, Series
+from idefics2_bench.size_charts import size_charts
+from idefics2_bench.step_charts import step_charts
+from idefics2_bench.steps.parts import KERNEL as STEPS
+from idefics2_engine.charts.axis import log_axis
+from idefics2_engine.charts.drawing import Key
 from idefics2_engine.charts.row_chart import ChartRow, Dot, RowChart
 
 
@@ -33,9 +35,8 @@ def charts_of(files: Sequence[ResultsFile]) -> list[NamedChart]:
     for name, chart in (
         ("kernels-beside-peers", _kernel_ratios(files, colors)),
         ("model-beside-peers", _model_ratios(files, colors)),
-        ("decode-step", _decode_step(files, colors)),
-        ("decode-tokens", _decode_tokens(files, colors)),
-        ("prefill-tokens", _prefill_tokens(files, colors)),
+        *size_charts(files, colors),
+        *step_charts(files),
         ("offline-time", offline_time(files)),
         ("memory", memory(files)),
     ):
@@ -57,6 +58,8 @@ def _colors(files: Sequence[ResultsFile]) -> dict[str, int]:
 def _suite(row: Row) -> str:
     if row["kernel"] == "images":
         return "images"
+    if row["kernel"] == STEPS:
+        return "steps"
     return "kernels" if is_kernel(row) else "model"
 
 
@@ -109,101 +112,5 @@ def _ratios(
     values = [dot.value for dots in labeled.values() for dot in dots]
     rows = [ChartRow(name, dots=dots) for name, dots in labeled.items()]
     axis = log_axis("times as fast as the fastest peer", [*values, 1.0])
-    keys = [*_file_keys(lanes, colors), *([Key((LOOKS[MINE],), MINE)] * has_mine)]
+    keys = [*file_keys(lanes, colors), *([Key((LOOKS[MINE],), MINE)] * has_mine)]
     return RowChart(heading, axis, rows, keys, note, reference=1.0)
-
-
-def _decode_step(files: Sequence[ResultsFile], colors: Mapping[str, int]) -> Plot | None:
-    return _against_size(
-        *(files, colors),
-        "step",
-        lambda row: float(row["batch"]),
-        lambda row: float(row["ms"]),
-        ("Decode step", "sequences", "ms a step"),
-        is_log=True,
-    )
-
-
-def _decode_tokens(files: Sequence[ResultsFile], colors: Mapping[str, int]) -> Plot | None:
-    return _against_size(
-        *(files, colors),
-        "step",
-        lambda row: float(row["batch"]),
-        lambda row: 1e3 * row["new_tokens"] / row["ms"],
-        ("Decode throughput", "sequences", "new tokens a second"),
-        is_log=False,
-    )
-
-
-def _prefill_tokens(files: Sequence[ResultsFile], colors: Mapping[str, int]) -> Plot | None:
-    return _against_size(
-        *(files, colors),
-        "prefill",
-        lambda row: float(row["text_tokens"]),
-        lambda row: 1e3 * row["text_tokens"] / row["ms"],
-        ("Prefill throughput", "tokens of the prompt", "tokens a second"),
-        is_log=False,
-    )
-
-
-def _against_size(
-    files: Sequence[ResultsFile],
-    colors: Mapping[str, int],
-    kernel: str,
-    x_of: Callable[[Row], float],
-    y_of: Callable[[Row], float],
-    words: tuple[str, str, str],
-    *,
-    is_log: bool,
-) -> Plot | None:
-    """Return a line for each file, implementation, precision and context.
-
-    There is no chart of one size.
-    """
-    heading, x_label, y_label = words
-    lines: dict[tuple[str, str, bool, int], list[Point]] = {}
-    looks: dict[tuple[str, str, bool, int], tuple[Mark, Line]] = {}
-    shown: dict[str, None] = {}
-    kinds: dict[str, Mark] = {}
-    for file in files:
-        for row in file.timed:
-            if row["kernel"] != kernel or not {"batch", "text_tokens", "new_tokens"} <= row.keys():
-                continue
-            is_nf4, is_peer = row["case"].endswith("-nf4"), file.is_peer(row)
-            shown[file.name] = None
-            color = colors[file.name]
-            look = Mark(color, _shape(row["impl"], is_nf4), is_hollow=is_peer)
-            who = row["impl"] if is_peer else "the engine in NF4" if is_nf4 else "the engine"
-            kinds.setdefault(who, Mark(None, look.shape, look.is_hollow))
-            line = (file.name, row["impl"], is_nf4, int(row.get("context", 0)))
-            looks[line] = look, Line(color, is_dashed=is_peer)
-            title = f"{row['case']}, {row['impl']}, {file.name}: {time_text(row['ms'])}"
-            lines.setdefault(line, []).append(Point(x_of(row), y_of(row), title))
-    points = [point for own in lines.values() for point in own]
-    sizes = sorted({point.x for point in points})
-    if len(sizes) < 2:
-        return None
-    values = [point.y for point in points]
-    return Plot(
-        heading,
-        log_axis(x_label, sizes, sizes),
-        log_axis(y_label, values) if is_log else linear_axis(y_label, values),
-        [
-            Series(sorted(own, key=lambda point: point.x), *looks[line])
-            for line, own in sorted(lines.items(), key=lambda item: not looks[item[0]][0].is_hollow)
-        ],
-        [*_file_keys(shown, colors), *(Key((mark,), who) for who, mark in kinds.items())],
-        "Peers are hollow.",
-    )
-
-
-def _shape(impl: str, is_nf4: bool) -> Literal["circle", "square", "diamond"]:
-    if is_nf4:
-        return "square"
-    return "diamond" if impl.endswith("compiled") else "circle"
-
-
-def _file_keys(shown: Iterable[str], colors: Mapping[str, int]) -> list[Key]:
-    """Return the legend of files, unless there is only one."""
-    keys = [Key((Mark(colors[name]),), name) for name in shown]
-    return keys if len(keys) > 1 else []

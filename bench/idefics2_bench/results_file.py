@@ -19,6 +19,9 @@ _NAMES = ("kernel", "case", "impl")
 # The fields that give the two ends of a row's spread, in milliseconds
 _ENDS = (("ms_p20", "ms_p80"), ("ms_min", "ms_max"))
 
+# Figures of a part of a step
+_PART = ("calls", "bytes", "flops", "floor_ms")
+
 
 @dataclass(frozen=True)
 class ResultsFile:
@@ -111,10 +114,12 @@ def _problem(row: object) -> str:
     for key in _NAMES:
         if not isinstance(row.get(key), str):
             return f"a text as {key!r}"
+    if row["kernel"] == "steps" and not isinstance(row.get("operation"), str):
+        return "a text as 'operation'"
     rounds = row.get("rounds_ms", [])
     if not isinstance(rounds, list):
         return "a list as 'rounds_ms'"
-    keys = ("ms", *_ENDS[0], *_ENDS[1], "speedup", "peer_ms")
+    keys = ("ms", *_ENDS[0], *_ENDS[1], "speedup", "peer_ms", *_PART)
     numbers = [(key, row[key]) for key in keys if key in row]
     numbers += [("rounds_ms", each) for each in rounds]
     for key, value in numbers:

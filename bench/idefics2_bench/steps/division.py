@@ -13,15 +13,9 @@ import torch
 from idefics2_bench.steps.device_trace import Work, partners, scope, spent, trace, work_of
 from idefics2_bench.steps.model_steps import ModelStep
 from idefics2_bench.steps.operation_calls import Call, WatchedOps
+from idefics2_bench.steps.parts import BETWEEN, OTHER, OUTSIDE
 from idefics2_bench.timing import captured
 from idefics2_engine.errors import Idefics2Error
-
-OTHER = "other kernels"
-"""Kernels that no operation launched: the embedding, copies, the choice of a token."""
-BETWEEN = "between kernels"
-"""Time of the device in which no kernel ran."""
-OUTSIDE = "outside operations"
-"""What a CPU did between the operations."""
 
 _CALL, _ROUND = "idefics2 call ", "idefics2 round "
 

@@ -6,14 +6,10 @@ from typing import Any
 
 from idefics2_bench.steps.division import Division
 from idefics2_bench.steps.operation_calls import Call
+from idefics2_bench.steps.parts import WHOLE
 from idefics2_bench.timing import Time, summary
 
 Row = dict[str, Any]
-
-KERNEL = "steps"
-"""``kernel`` of the rows."""
-WHOLE = "whole step"
-"""``operation`` of the row of a step."""
 
 
 def rows_of(

@@ -26,7 +26,8 @@ from idefics2_bench.page import write_report
 from idefics2_bench.steps.division import divide
 from idefics2_bench.steps.model_steps import model_step
 from idefics2_bench.steps.operation_calls import WatchedOps
-from idefics2_bench.steps.step_rows import KERNEL, WHOLE, Row, rows_of, table
+from idefics2_bench.steps.parts import KERNEL, WHOLE
+from idefics2_bench.steps.step_rows import Row, rows_of, table
 from idefics2_bench.timing import Time, alternate, measure
 from idefics2_bench.workloads import Counts, misfit
 from idefics2_engine.jobs.plan.latency_case import LatencyCase, latency_case
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.device.startswith("cuda") and options.ops == "reference":
+        parser.error("--ops on a GPU must be triton, whose steps can be captured, got reference")
     about = model_suite.about(options)
     if "copy_TBps" not in about:
         about |= machine.cpu_ceilings()
