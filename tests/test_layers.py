@@ -80,6 +80,7 @@ NO_TORCH = [
     "idefics2_engine.doctor.report",
     "idefics2_bench.compare",
     "idefics2_bench.page",
+    "idefics2_bench.steps.parts",
 ]
 NO_TORCH_WHOLE = ["charts", "images", "jobs", "prompts", "scheduling"]
 PACKAGES = {

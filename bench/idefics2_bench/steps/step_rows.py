@@ -68,10 +68,14 @@ def table(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for row in rows:
         if row["operation"] == WHOLE:
+            name = f"{row['case']}, {row['impl']}, {row['model']}, {row['dtype']}"
+            if lines:
+                lines.append("")
+            if "ms" not in row:
+                lines.append(f"{name}: WRONG: the result is not finite")
+                continue
             lines += [
-                *([""] if lines else []),
-                f"{row['case']}, {row['impl']}, {row['model']}, {row['dtype']}: "
-                f"{row['ms']:.3f} ms, floor {row['floor_ms']:.3f} ms, "
+                f"{name}: {row['ms']:.3f} ms, floor {row['floor_ms']:.3f} ms, "
                 f"{row['over_floor']:.2f} x; traced {row['traced_ms']:.3f} ms",
                 "",
                 "| operation | calls | ms | share | MB | GFLOP | floor, ms | of | x floor |",
