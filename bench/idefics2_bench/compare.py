@@ -223,7 +223,8 @@ def as_json(found: Comparison, regressions: Sequence[Change], threshold: float) 
 
 
 def _change(a: Row, b: Row, is_peer: bool, default_spread: float) -> Change:
-    names = (*(a.get(key, "") for key in _SHOWN), is_part(a), is_peer)
+    kernel, case, impl, operation = (str(a.get(key, "")) for key in _SHOWN)
+    names = (kernel, case, impl, operation, is_part(a), is_peer)
     if "ms" not in b:
         return Change(*names, a["ms"], None, None, "lost")
     (a_low, a_high), (b_low, b_high) = (_ends(row, default_spread) for row in (a, b))

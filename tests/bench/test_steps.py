@@ -168,7 +168,7 @@ def test_trace_of_torch_s_profiler_is_divided(tiny: Path, monkeypatch: pytest.Mo
     watched = WatchedOps(REFERENCE)
     llm = LLM(tiny, device="cpu", split_images=False, ops=watched.ops)
     step = model_step(latency_case("decode-b2-s20"), llm.model)
-    profiled, traced = device_trace.profile, device_trace.trace
+    profile, traced = torch.profiler.profile, device_trace.trace
 
     def with_kernels(run: Callable[[], object]) -> list[Event]:
         """Trace ``run`` on the CPU, and add a kernel a call to the scopes that are there."""
@@ -185,7 +185,7 @@ def test_trace_of_torch_s_profiler_is_divided(tiny: Path, monkeypatch: pytest.Mo
         return events
 
     monkeypatch.setattr(
-        device_trace, "profile", lambda activities: profiled(activities=activities[:1])
+        torch.profiler, "profile", lambda activities: profile(activities=activities[:1])
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(division, "captured", _Replayed)

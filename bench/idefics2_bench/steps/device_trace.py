@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
 Event = Mapping[str, Any]
 
@@ -57,7 +57,9 @@ class Spent:
 
 def trace(run: Callable[[], object]) -> list[Event]:
     """Run ``run`` and return the events of its trace, in the format of Chrome's traces."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    ) as profiler:
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +100,8 @@ def work_of(events: Iterable[Event], prefix: str) -> list[Work]:
     begins = [begin for begin, _, _ in scopes]
     found = []
     for event in sorted(device, key=lambda event: float(event["ts"])):
-        at = launches.get(event.get("args", {}).get("correlation"), event["ts"])
+        launch = launches.get(event.get("args", {}).get("correlation"))
+        at = float(event["ts"]) if launch is None else launch
         place = bisect_right(begins, at) - 1
         inside = place >= 0 and at <= scopes[place][1]
         name = scopes[place][2] if inside else None

@@ -60,7 +60,8 @@ def _text_step(model: Idefics2, sequences: int, tokens: int, context: int) -> Mo
     ).to(model.device)
 
     def step() -> Tensor:
-        largest, _tokens = model(batch, None, cache.layers).max(-1)
+        logits: Tensor = model(batch, None, cache.layers)
+        largest, _tokens = logits.max(-1)
         return largest
 
     return step

@@ -74,9 +74,11 @@ def table(rows: Sequence[Row]) -> str:
             if "ms" not in row:
                 lines.append(f"{name}: WRONG: the result is not finite")
                 continue
+            unmatched = row.get("unmatched", 0)
             lines += [
                 f"{name}: {row['ms']:.3f} ms, floor {row['floor_ms']:.3f} ms, "
-                f"{row['over_floor']:.2f} x; traced {row['traced_ms']:.3f} ms",
+                f"{row['over_floor']:.2f} x; traced {row['traced_ms']:.3f} ms"
+                + (f"; {unmatched} kernels without a partner" if unmatched else ""),
                 "",
                 "| operation | calls | ms | share | MB | GFLOP | floor, ms | of | x floor |",
                 "|---|---:|---:|---:|---:|---:|---:|---|---:|",

@@ -80,8 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     results: list[Row] = []
     with torch.inference_mode():
         # A profiler may slow down what runs after it, so all steps are timed before the first trace
-        times = {case.name: _timed(case, model, options.rounds) for case in fitting}
+        times = {}
         for case in fitting:
+            _free(model)
+            times[case.name] = _timed(case, model, options.rounds)
+        for case in fitting:
+            _free(model)
             head = {"kernel": KERNEL, "case": model_suite.case_name(case.name, options)}
             head |= {"impl": options.ops}
             for row in bench_case(case, model, watched, times[case.name], about, options.rounds):
@@ -128,12 +132,14 @@ def _timed(case: LatencyCase, model: Idefics2, rounds: int) -> Time | None:
         return None
     if model.device.type != "cuda":
         return alternate({KERNEL: step}, rounds, 1, model.device)[KERNEL]
-    time = measure({KERNEL: [step]})[KERNEL]
-    # The next case's KV cache and graph need the memory of this one's
-    del step
+    return measure({KERNEL: [step]})[KERNEL]
+
+
+def _free(model: Idefics2) -> None:
+    """Free the KV cache and the graph of the case before."""
     gc.collect()
-    torch.cuda.empty_cache()
-    return time
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _parser() -> argparse.ArgumentParser:
