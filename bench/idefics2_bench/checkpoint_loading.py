@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
     head: Row = {"kernel": "load", "case": model_suite.case_name("load", options)}
-    head |= model_suite.settings_of(llm.model, options)
+    head |= model_suite.settings_of(llm, options)
     with TemporaryDirectory() as temporary:
         folder = model_suite.folder(options)
         if options.random_weights is not None:

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     llm = model_suite.load(
         options, max_model_len=PAGE_SIZE, max_num_seqs=1, kv_cache_tokens=PAGE_SIZE
     )
-    settings = model_suite.settings_of(llm.model, options) | model_suite.memory_of(llm)
+    settings = model_suite.settings_of(llm, options) | model_suite.memory_of(llm)
     # The compiled peer is a second model on the same weights, so the other one stays eager
     names = ([options.peer] if options.peer else []) + [COMPILED_PEER] * options.peer_compile
     folder = model_suite.folder(options)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from idefics2_bench import machine, report, transformers_peer
-from idefics2_bench.page import add_report_option, write_report
+from idefics2_bench.results.page import add_report_option, write_report
 from idefics2_engine import LLM
 from idefics2_engine.checkpoint.hub import find_model
 from idefics2_engine.demo import DEMO_MODEL
@@ -178,7 +178,12 @@ def case_name(name: str, options: argparse.Namespace) -> str:
     return f"{name}-{options.quantization}" if options.quantization else name
 
 
-def settings_of(model: Idefics2, options: argparse.Namespace) -> dict[str, str]:
+def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
+    """Return the name and the dtype of the model for a row."""
+    return network_settings(llm.model, options)
+
+
+def network_settings(model: Idefics2, options: argparse.Namespace) -> dict[str, str]:
     """Return the name and the dtype of the model for a row."""
     weights = options.random_weights or options.model or "demo"
     name = Path(weights).name if Path(weights).is_dir() else str(weights)

@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Case(name, count, options.shrink, WORKLOADS[name].processor(llm.processor))
         for name, count in chosen
     ]
-    settings = model_suite.settings_of(llm.model, options)
+    settings = model_suite.settings_of(llm, options)
     heads = [
         {
             "kernel": "offline",

@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from idefics2_bench.page import page_of, write_report
-from idefics2_bench.result_charts import charts_of
-from idefics2_bench.results_file import ResultsFile, Row, read_results
+from idefics2_bench.results.page import page_of, write_report
+from idefics2_bench.results.result_charts import charts_of
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results
 from idefics2_engine.charts.drawing import Chart, svg_file
 from idefics2_engine.charts.plot import Plot
 from idefics2_engine.charts.row_chart import RowChart

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bench_command import CPU, bench
-from idefics2_bench.compare import compare
 from idefics2_bench.latency import OurSteps
-from idefics2_bench.page import page_of
-from idefics2_bench.result_charts import charts_of
-from idefics2_bench.results_file import ResultsFile, Row, read_results
+from idefics2_bench.results.compare import compare
+from idefics2_bench.results.page import page_of
+from idefics2_bench.results.result_charts import charts_of
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results
 from idefics2_bench.steps import device_trace, division
 from idefics2_bench.steps.device_trace import Event, Work, partners, spent, work_of
 from idefics2_bench.steps.division import divide, division_of

@@ -1,6 +1,7 @@
 """The names of rows of steps, and the families of their parts. It must not import torch."""
 
-from idefics2_bench.results_file import Row
+from collections.abc import Mapping
+from typing import Any
 
 KERNEL = "steps"
 """``kernel`` of all rows of steps."""
@@ -30,7 +31,7 @@ _FAMILIES = {
 }
 
 
-def is_part(row: Row) -> bool:
+def is_part(row: Mapping[str, Any]) -> bool:
     """Return whether ``row`` is of a part of a step."""
     return row["kernel"] == KERNEL and row.get("operation") != WHOLE
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from idefics2_bench import machine, model_suite, report
-from idefics2_bench.page import write_report
+from idefics2_bench.results.page import write_report
 from idefics2_bench.steps.division import divide
 from idefics2_bench.steps.model_steps import model_step
 from idefics2_bench.steps.operation_calls import WatchedOps
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(problem)
         else:
             print(f"{problem}: left out", file=sys.stderr)
-    settings = model_suite.settings_of(model, options)
+    settings = model_suite.network_settings(model, options)
     results: list[Row] = []
     with torch.inference_mode():
         # A profiler may slow down what runs after it, so all steps are timed before the first trace

@@ -12,8 +12,8 @@ _SUITES = {
     "steps": "steps.suite",
     "load": "checkpoint_loading",
     "offline": "offline",
-    "report": "page",
-    "compare": "compare",
+    "report": "results.page",
+    "compare": "results.compare",
 }
 
 

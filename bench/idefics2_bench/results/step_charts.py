@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from idefics2_bench.chart_looks import time_text
-from idefics2_bench.results_file import ResultsFile, Row
+from idefics2_bench.results.chart_looks import time_text
+from idefics2_bench.results.results_file import ResultsFile, Row
 from idefics2_bench.steps.parts import BETWEEN, FAMILIES, KERNEL, OTHER, OUTSIDE, WHOLE, family
 from idefics2_engine.charts.axis import linear_axis
 from idefics2_engine.charts.drawing import Key, Mark

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from idefics2_bench.chart_looks import is_kernel, is_ours
-from idefics2_bench.result_charts import charts_of
-from idefics2_bench.results_file import ResultsFile, Row, read_results
-from idefics2_bench.step_charts import steps_table
+from idefics2_bench.results.chart_looks import is_kernel, is_ours
+from idefics2_bench.results.result_charts import charts_of
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results
+from idefics2_bench.results.step_charts import steps_table
 from idefics2_bench.steps.parts import is_part
 from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.errors import Idefics2Error

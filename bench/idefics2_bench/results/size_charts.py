@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from idefics2_bench.chart_looks import file_keys, time_text
-from idefics2_bench.results_file import ResultsFile, Row
+from idefics2_bench.results.chart_looks import file_keys, time_text
+from idefics2_bench.results.results_file import ResultsFile, Row
 from idefics2_engine.charts.axis import linear_axis, log_axis
 from idefics2_engine.charts.drawing import Key, Line, Mark
 from idefics2_engine.charts.plot import Plot, Point, Series

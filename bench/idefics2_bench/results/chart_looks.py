@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from idefics2_bench.results_file import ResultsFile, Row
+from idefics2_bench.results.results_file import ResultsFile, Row
 from idefics2_engine.charts.drawing import Chart, Key, Mark
 
 MINE = "mine"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
-from idefics2_bench.bar_charts import memory, offline_time
-from idefics2_bench.chart_looks import (
+from idefics2_bench.results.bar_charts import memory, offline_time
+from idefics2_bench.results.chart_looks import (
     LOOKS,
     MINE,
     NamedChart,
@@ -18,10 +18,10 @@ from idefics2_bench.chart_looks import (
     kind_of,
     time_text,
 )
-from idefics2_bench.results_file import ResultsFile, Row
-from idefics2_bench.roofline import rooflines
-from idefics2_bench.size_charts import size_charts
-from idefics2_bench.step_charts import step_charts
+from idefics2_bench.results.results_file import ResultsFile, Row
+from idefics2_bench.results.roofline import rooflines
+from idefics2_bench.results.size_charts import size_charts
+from idefics2_bench.results.step_charts import step_charts
 from idefics2_bench.steps.parts import KERNEL as STEPS
 from idefics2_engine.charts.axis import log_axis
 from idefics2_engine.charts.drawing import Key

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from idefics2_bench.steps.parts import KERNEL as STEPS
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.plan.device_rates import PEER
 from idefics2_engine.json_file import read_json
@@ -114,7 +115,7 @@ def _problem(row: object) -> str:
     for key in _NAMES:
         if not isinstance(row.get(key), str):
             return f"a text as {key!r}"
-    if row["kernel"] == "steps" and not isinstance(row.get("operation"), str):
+    if row["kernel"] == STEPS and not isinstance(row.get("operation"), str):
         return "a text as 'operation'"
     rounds = row.get("rounds_ms", [])
     if not isinstance(rounds, list):

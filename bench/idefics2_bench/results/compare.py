@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from idefics2_bench.results_file import ResultsFile, Row, read_results, spread
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results, spread
 from idefics2_bench.steps.parts import is_part
 from idefics2_engine.errors import ConfigError
 
