@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,18 +262,15 @@ def test_nf4_has_its_own_products(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_step_that_is_not_finite_has_no_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return REFERENCE.linear(x, *rest) * float("nan")
+    def spoiled(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return REFERENCE.linear(x, weight, bias) * float("nan")
 
-    monkeypatch.setattr("idefics2_bench.steps.suite.REFERENCE", _with_linear(spoiled))
+    spoiled_ops = replace(REFERENCE, linear=spoiled)
+    monkeypatch.setattr("idefics2_bench.steps.suite.REFERENCE", spoiled_ops)
     options = ["--model", str(tiny), "--case", "decode-b2-s20"]
     assert main(["bench", "steps", *CPU, *options]) == 1
-
-
-def _with_linear(linear: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(REFERENCE, linear=linear)
 
 
 @pytest.mark.parametrize(

@@ -86,15 +86,15 @@ def _one_step(file: ResultsFile, whole: Row, parts: Sequence[Row]) -> RowChart:
     rows = []
     for part in long:
         share = f"{part['ms'] / total:.0%}"
-        title = f"{part['operation']}: {time_text(part['ms'])}, {share}"
+        calls = f", {part['calls']} calls" if "calls" in part else ""
+        title = f"{part['operation']}: {time_text(part['ms'])}, {share}{calls}"
         bars = [Bar(part["ms"], _COLORS[family(part["operation"])], title)]
-        calls = f"{part['calls']} calls" if part.get("calls", 0) > 1 else ""
         if "floor_ms" not in part:
-            rows.append(ChartRow(part["operation"], calls, bars, remark=share))
+            rows.append(ChartRow(part["operation"], "", bars, remark=share))
             continue
         dots = [Dot(part["floor_ms"], _FLOOR, f"floor {time_text(part['floor_ms'])}")]
-        remark = f"{share}, {part['ms'] / part['floor_ms']:.2f} x floor"
-        rows.append(ChartRow(part["operation"], calls, bars, dots, remark))
+        remark = f"{share}, {part['ms'] / part['floor_ms']:.3g} x floor"
+        rows.append(ChartRow(part["operation"], "", bars, dots, remark))
     if short:
         ms = sum(part["ms"] for part in short)
         names = ", ".join(part["operation"] for part in short)
