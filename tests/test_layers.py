@@ -78,8 +78,9 @@ NO_TORCH = [
     "idefics2_engine.checkpoint.tensor_mapping",
     "idefics2_engine.doctor.examination",
     "idefics2_engine.doctor.report",
-    "idefics2_bench.compare",
-    "idefics2_bench.page",
+    "idefics2_bench.results.compare",
+    "idefics2_bench.results.page",
+    "idefics2_bench.steps.parts",
 ]
 NO_TORCH_WHOLE = ["charts", "images", "jobs", "prompts", "scheduling"]
 PACKAGES = {

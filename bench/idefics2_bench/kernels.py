@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from idefics2_bench import machine, report
-from idefics2_bench.chart_looks import MINE
 from idefics2_bench.kernel_peers import prepared
 from idefics2_bench.own_kernel import load_function, print_checks, with_mine
-from idefics2_bench.page import add_report_option, write_report
+from idefics2_bench.results.chart_looks import MINE
+from idefics2_bench.results.page import add_report_option, write_report
 from idefics2_bench.timing import Call, Time, measure, num_copies
 from idefics2_engine.errors import Idefics2Error
 from idefics2_kernels.catalog import Case, Inputs, KernelSpec, rows

@@ -32,7 +32,7 @@ from idefics2_bench import model_suite, report, transformers_peer
 from idefics2_bench.latency_peers import COMPILED_PEER, CONTENDERS
 from idefics2_bench.model_suite import Loaded
 from idefics2_bench.timing import alternate
-from idefics2_bench.workloads import STEPS_IN_A_ROW, Counts, text_tokens, tiles
+from idefics2_bench.workloads import STEPS_IN_A_ROW, Counts, misfit, text_tokens, tiles
 from idefics2_engine import SamplingParams
 from idefics2_engine.jobs.plan.latency_case import LATENCY_CASES, LatencyCase, latency_case
 from idefics2_engine.model.batch import ImageBatch
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = {name: transformers_peer.transformers_model(llm.model, folder) for name in names}
     results: list[Row] = []
     for case in cases:
-        if (problem := misfit(case, llm, options.steps)) is not None:
+        if (problem := misfit(case, llm.config, _new_tokens(case, options.steps))) is not None:
             if options.case:
                 parser.error(problem)
             print(f"{problem}: left out", file=sys.stderr)
@@ -104,31 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any("ms" not in row and "error" not in row for row in results))
 
 
-def misfit(case: LatencyCase, llm: Loaded, steps: int) -> str | None:
-    """Return why the model cannot run ``case``, or ``None`` if it can."""
-    text, vision = llm.config.text, llm.config.vision
-    if case.kernel == "image":
-        longest = max(max(size) for size in case.sizes)
-        if longest // vision.patch_size > vision.grid:
-            return (
-                f"{case.name}: the model's images have at most {vision.image_size} pixels a side, "
-                f"got {longest}"
-            )
-        return None
-    new = 1
-    if case.kernel == "step":
-        new = _most_new_tokens(_rounds(case, steps))
-    wanted = case.length + new
-    if wanted > text.max_positions:
-        return (
-            f"{case.name}: the model must have {wanted} positions for it, got {text.max_positions}"
-        )
-    return None
-
-
 def _rounds(case: LatencyCase, steps: int) -> int:
     """Return the number of timed calls of ``case`` for the option ``steps``."""
     return -(-steps // STEPS_IN_A_ROW) if case.kernel == "step" else min(steps, _MOST_ROUNDS)
+
+
+def _new_tokens(case: LatencyCase, steps: int) -> int:
+    """Return the new tokens of a sequence of ``case`` for the option ``steps``."""
+    return _most_new_tokens(_rounds(case, steps)) if case.kernel == "step" else 1
 
 
 def _most_new_tokens(rounds: int) -> int:
@@ -175,7 +158,7 @@ def bench_case(
         times = alternate(calls, rounds, _WARM_UP, llm.model.device)
     if case.kernel == "step":
         times = {name: time.shared_by(STEPS_IN_A_ROW) for name, time in times.items()}
-    counts = _counts(case, llm)
+    counts = Counts.of(case, llm.config)
     rows = []
     for name in (*contenders, *errors):
         row: Row = {"kernel": case.kernel, "case": case.name, "impl": name}
@@ -329,20 +312,6 @@ _OURS: dict[str, Callable[..., Contender]] = {
     "prefill": OurPrefill,
     "image": OurImages,
 }
-
-
-def _counts(case: LatencyCase, llm: Loaded) -> Counts:
-    """Count the work of ``case``: of one decode step, prompt, or pass over the images."""
-    if case.kernel == "step":
-        return Counts(new_tokens=case.batch)
-    if case.kernel == "prefill":
-        return Counts(text_tokens=case.length, new_tokens=1)
-    side = llm.config.vision.patch_size
-    return Counts(
-        images=case.batch,
-        patches=sum((height // side) * (width // side) for height, width in case.sizes),
-        image_tokens=case.batch * llm.config.perceiver.num_latents,
-    )
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

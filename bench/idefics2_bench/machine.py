@@ -11,12 +11,15 @@ from time import perf_counter
 
 import torch
 
-from idefics2_bench.timing import measure
+from idefics2_bench.timing import alternate, measure
 
 # Larger copies are slower in CUDA graphs
 _COPY_BYTES = 1 << 28
 _COPIES = 4
 _MATMUL_SIZE = 8192
+_CPU_COPY_BYTES = 1 << 26
+_CPU_MATMUL_SIZE = 768
+_CPU_ROUNDS = 5
 _LOOP_TURNS = 10**7
 
 
@@ -72,6 +75,19 @@ def matmul_rate() -> float:
     a, b = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     time = measure({"matmul": [lambda: a @ b]})["matmul"]
     return 2 * _MATMUL_SIZE**3 / time.ms / 1e9
+
+
+def cpu_ceilings() -> dict[str, object]:
+    """Return the bandwidth of a copy (TB/s) and the rate of an fp32 product (TFLOP/s) on the CPU."""
+    source = torch.ones(_CPU_COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(_CPU_MATMUL_SIZE, _CPU_MATMUL_SIZE) for _ in range(2))
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    times = alternate(calls, _CPU_ROUNDS, 1, source.device)
+    return {
+        "copy_TBps": round(2 * _CPU_COPY_BYTES / times["copy"].ms / 1e9, 5),
+        "matmul_TFLOPs": round(2 * _CPU_MATMUL_SIZE**3 / times["matmul"].ms / 1e9, 4),
+    }
 
 
 def _cpu() -> str:

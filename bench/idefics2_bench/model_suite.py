@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from idefics2_bench import machine, report, transformers_peer
-from idefics2_bench.page import add_report_option, write_report
+from idefics2_bench.results.page import add_report_option, write_report
 from idefics2_engine import LLM
 from idefics2_engine.checkpoint.hub import find_model
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.jobs.plan.device_rates import PEER
+from idefics2_engine.llm_options import LLMOptions, load_model
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.engine import Engine
-from idefics2_kernels import REFERENCE, TRITON
+from idefics2_kernels import REFERENCE, TRITON, Ops
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class LoadedModel:
 Loaded = LLM | LoadedModel
 
 
-def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
+def parser(
+    suite: str, description: str | None, *, has_peer: bool = True
+) -> argparse.ArgumentParser:
     """Return the parser of ``idefics2 bench <suite>``, for ``resolve`` and ``load``."""
     parser = argparse.ArgumentParser(
         prog=f"idefics2 bench {suite}",
@@ -70,13 +73,16 @@ def parser(suite: str, description: str | None) -> argparse.ArgumentParser:
         help="quantize linear layers; nothing is timed beside it, as the peer would need weights "
         "of its own",
     )
-    peer = parser.add_mutually_exclusive_group()
-    peer.add_argument(
-        "--peer",
-        choices=(PEER,),
-        help="what to time beside it, on the same weights (default: transformers, if installed)",
-    )
-    peer.add_argument("--no-peer", action="store_true", help="time nothing beside it")
+    if has_peer:
+        peer = parser.add_mutually_exclusive_group()
+        peer.add_argument(
+            "--peer",
+            choices=(PEER,),
+            help="what to time beside it, on the same weights (default: transformers, if installed)",
+        )
+        peer.add_argument("--no-peer", action="store_true", help="time nothing beside it")
+    else:
+        parser.set_defaults(peer=None, no_peer=True)
     add("--json", type=Path, help="file to write the rows to; rows there of other cases are kept")
     add_report_option(parser)
     add("--commit", help="what to record as the commit, where there is no git")
@@ -136,6 +142,21 @@ def load(options: argparse.Namespace, **settings: Any) -> LLM:
     )
 
 
+def load_network(options: argparse.Namespace, ops: Ops) -> Idefics2:
+    """Build the model of ``options`` alone, without an engine, with ``ops``."""
+    path = folder(options)
+    settings = LLMOptions(
+        model=path,
+        load_format="auto" if options.random_weights is None else "dummy",
+        device=options.device,
+        dtype=options.dtype,
+        quantization=options.quantization,
+        ops=ops,
+    )
+    device, config = torch.device(options.device), ModelConfig.load(path)
+    return load_model(settings, config, device, path, None, settings.to_quantize)
+
+
 @contextmanager
 def watched_logits(engine: Engine) -> Iterator[list[Tensor]]:
     """Yield a list to which each step of ``engine`` appends a copy of its logits (rows, V)."""
@@ -159,10 +180,15 @@ def case_name(name: str, options: argparse.Namespace) -> str:
 
 def settings_of(llm: LLM, options: argparse.Namespace) -> dict[str, str]:
     """Return the name and the dtype of the model for a row."""
+    return network_settings(llm.model, options)
+
+
+def network_settings(model: Idefics2, options: argparse.Namespace) -> dict[str, str]:
+    """Return the name and the dtype of the model for a row."""
     weights = options.random_weights or options.model or "demo"
     name = Path(weights).name if Path(weights).is_dir() else str(weights)
     kind = " (random weights)" if options.random_weights is not None else ""
-    return {"model": f"{name}{kind}", "dtype": str(llm.model.dtype).removeprefix("torch.")}
+    return {"model": f"{name}{kind}", "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def memory_of(llm: LLM) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from idefics2_bench.chart_looks import MINE
+from idefics2_bench.results.chart_looks import MINE
 from idefics2_engine.errors import Idefics2Error
 from idefics2_kernels.catalog import CATALOG, Case, KernelSpec
 from idefics2_kernels.catalog.criterion import case_error

@@ -40,7 +40,7 @@ def measure(calls: Mapping[str, list[Call]]) -> dict[str, Time]:
 
     An implementation's calls must do the same on different inputs.
     """
-    graphs = {name: _captured(own) for name, own in calls.items()}
+    graphs = {name: captured(own) for name, own in calls.items()}
     replays = {name: _replays(graph) for name, graph in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(max(replays.values())):
@@ -99,7 +99,8 @@ def num_copies(bytes_each: int) -> int:
     return max(1, min(64, -(-3 * cache // max(1, bytes_each))))
 
 
-def _captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
+def captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of ``calls``, the first two of which run before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

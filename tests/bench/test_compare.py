@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from idefics2_bench.compare import compare
-from idefics2_bench.results_file import ResultsFile
+from idefics2_bench.results.compare import compare
+from idefics2_bench.results.results_file import ResultsFile
 from idefics2_engine.cli.command import run
 from paths import ROOT
 

@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from idefics2_bench.page import page_of, write_report
-from idefics2_bench.result_charts import charts_of
-from idefics2_bench.results_file import ResultsFile, Row, read_results
+from idefics2_bench.results.page import page_of, write_report
+from idefics2_bench.results.result_charts import charts_of
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results
 from idefics2_engine.charts.drawing import Chart, svg_file
 from idefics2_engine.charts.plot import Plot
 from idefics2_engine.charts.row_chart import RowChart
@@ -126,6 +126,32 @@ def test_decode_step_has_a_line_for_each_precision_and_peer() -> None:
     assert times.x.ticks == (1, 32)
 
 
+def test_context_and_batch_are_apart() -> None:
+    rows = [
+        *(step(f"decode-b{n}", "triton", n, 4.0, context=200) for n in (1, 8)),
+        *(step(f"decode-b8-s{n}", "triton", 8, n / 100, context=n) for n in (400, 800)),
+    ]
+    file = ResultsFile("f", {}, rows)
+    batches, contexts = chart("decode-step", file), chart("decode-context", file)
+    assert isinstance(batches, Plot)
+    assert isinstance(contexts, Plot)
+    assert [[p.x for p in s.points] for s in batches.series] == [[1, 8]]
+    assert [[(p.x, p.y) for p in s.points] for s in contexts.series] == [
+        [(200, 2000), (400, 2000), (800, 1000)]
+    ]
+
+
+def test_image_throughput_is_by_the_size_of_an_image() -> None:
+    rows = [
+        {**step(f"image-{side}-b8", "triton", 8, ms), "kernel": "image", "images": 8, "patches": n}
+        for side, n, ms in ((224, 2048, 4.0), (448, 8192, 16.0))
+    ]
+    mixed = {**rows[0], "case": "image-mixed-b8", "patches": 9000}
+    plot = chart("image-size", ResultsFile("f", {}, [*rows, mixed]))
+    assert isinstance(plot, Plot)
+    assert [(p.x, p.y) for s in plot.series for p in s.points] == [(256, 2000), (1024, 500)]
+
+
 def test_offline_time_is_that_of_a_request() -> None:
     seconds = {"decode": 1.0, "text": 0.0, "image": 2.0, "idle": 0.5}
     job = {
@@ -189,7 +215,7 @@ def test_page_of_all_recorded_results_needs_nothing_else(tmp_path: Path) -> None
     charts = {path.stem for path in folder.iterdir()}
     assert charts == {
         *("roofline-1", "roofline-2", "kernels-beside-peers", "model-beside-peers"),
-        *("decode-step", "decode-tokens", "prefill-tokens", "offline-time", "memory"),
+        *("decode-step", "decode-tokens", "prefill-tokens", "image-size", "offline-time", "memory"),
     }
     for path in folder.iterdir():
         root = ElementTree.fromstring(path.read_bytes())

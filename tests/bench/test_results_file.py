@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from idefics2_bench.results_file import ResultsFile, read_results, spread
+from idefics2_bench.results.results_file import ResultsFile, read_results, spread
 from idefics2_engine.errors import ConfigError
 from paths import ROOT
 

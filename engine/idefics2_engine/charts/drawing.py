@@ -39,6 +39,7 @@ STYLE = Markup("""
 .chart .dashed { stroke-dasharray: 4 4; }
 .chart .mark { fill: currentcolor; stroke: var(--c-page); stroke-width: 0.75; }
 .chart .hollow { fill: none; stroke: currentcolor; stroke-width: 1.5; }
+.chart .tick { fill: var(--c-text); stroke: var(--c-page); stroke-width: 1; }
 .chart .bar { fill: currentcolor; stroke: var(--c-page); stroke-width: 1; }
 .chart .plain { color: var(--c-muted); }
 .chart .c0 { color: var(--c-0); } .chart .c1 { color: var(--c-1); }
@@ -100,12 +101,12 @@ class Mark:
     Attributes:
         color: The number of a color, of which there are ``NUM_COLORS``. More begin again. ``None``
             is the color of muted text.
-        shape: Its shape.
+        shape: Its shape. A tick is a line across a bar, in the color of text.
         is_hollow: Whether only its outline is drawn.
     """
 
     color: int | None = 0
-    shape: Literal["circle", "square", "diamond"] = "circle"
+    shape: Literal["circle", "square", "diamond", "tick"] = "circle"
     is_hollow: bool = False
 
 
@@ -161,6 +162,8 @@ def mark(look: Mark, x: float, y: float, title: str = "") -> Markup:
         return element("circle", inside, cx=x, cy=y, r=4, class_=class_)
     if look.shape == "square":
         return element("rect", inside, x=x - 3.5, y=y - 3.5, width=7, height=7, class_=class_)
+    if look.shape == "tick":
+        return element("rect", inside, x=x - 1.5, y=y - 7, width=3, height=16, class_="tick")
     outline = f"M{_number_text(x)} {_number_text(y - 5)}l5 5l-5 5l-5 -5z"
     return element("path", inside, d=outline, class_=class_)
 

@@ -9,10 +9,11 @@ from idefics2_engine.cli.log_output import add_log_options, log_output
 _SUITES = {
     "kernels": "kernels",
     "latency": "latency",
+    "steps": "steps.suite",
     "load": "checkpoint_loading",
     "offline": "offline",
-    "report": "page",
-    "compare": "compare",
+    "report": "results.page",
+    "compare": "results.compare",
 }
 
 
@@ -22,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "bench",
         help="time the kernels or the whole model on this machine",
         description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), "
-        "load (a checkpoint) or offline (many requests). Or show results files: report (a page) and "
+        "steps (divided by operation), load (a checkpoint) or offline (many requests). Or show results files: report (a page) and "
         "compare (what got slower). `idefics2 bench SUITE --help` lists its options. -v and "
         "--log-level may come before or after the suite.",
         allow_abbrev=False,

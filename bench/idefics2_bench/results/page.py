@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from idefics2_bench.chart_looks import is_kernel, is_ours
-from idefics2_bench.result_charts import charts_of
-from idefics2_bench.results_file import ResultsFile, Row, read_results
+from idefics2_bench.results.chart_looks import is_kernel, is_ours
+from idefics2_bench.results.result_charts import charts_of
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results
+from idefics2_bench.results.step_charts import steps_table
+from idefics2_bench.steps.parts import is_part
 from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.report_page import (
@@ -88,7 +90,7 @@ def write_charts(folder: Path, files: Sequence[ResultsFile]) -> None:
 def page_of(files: Sequence[ResultsFile]) -> Page:
     """Return the page of ``files``."""
     machines = dict.fromkeys(_machine(file) for file in files)
-    tables = [_file_table(files), _kernel_table(files), _model_table(files)]
+    tables = [_file_table(files), _kernel_table(files), _model_table(files), steps_table(files)]
     return Page(
         "Benchmarks",
         ", ".join(machines),
@@ -183,7 +185,7 @@ def _kernel_table(files: Sequence[ResultsFile]) -> Table | None:
 
 
 def _model_table(files: Sequence[ResultsFile]) -> Table | None:
-    """Return all rows that are not of kernels."""
+    """Return all rows that are neither of kernels nor of parts of steps."""
     columns = [
         *(Column("Case", "name"), Column("File"), Column("Implementation")),
         *(Column("ms", "number"), Column("In a second"), Column("x peer", "number")),
@@ -191,7 +193,7 @@ def _model_table(files: Sequence[ResultsFile]) -> Table | None:
     rows = []
     for file in files:
         for row in file.rows:
-            if is_kernel(row):
+            if is_kernel(row) or is_part(row):
                 continue
             head = [_cell(row["case"], "strong"), _cell(file.name, "muted"), _cell(row["impl"])]
             rows.append(TableRow([*head, *_model_figures(row)], is_bad="ms" not in row))

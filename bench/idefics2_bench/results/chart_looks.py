@@ -1,9 +1,10 @@
 """What all charts of results share: which rows they show, and how these look."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from idefics2_bench.results_file import ResultsFile, Row
-from idefics2_engine.charts.drawing import Chart, Mark
+from idefics2_bench.results.results_file import ResultsFile, Row
+from idefics2_engine.charts.drawing import Chart, Key, Mark
 
 MINE = "mine"
 """The name of a user's implementation in rows of kernels."""
@@ -45,3 +46,9 @@ def kind_of(file: ResultsFile, row: Row) -> str:
 def time_text(ms: float) -> str:
     """Return a time with its unit."""
     return f"{ms * 1e3:.4g} us" if ms < 1 else f"{ms:.4g} ms"
+
+
+def file_keys(shown: Iterable[str], colors: Mapping[str, int]) -> list[Key]:
+    """Return the legend of files, unless there is only one."""
+    keys = [Key((Mark(colors[name]),), name) for name in shown]
+    return keys if len(keys) > 1 else []

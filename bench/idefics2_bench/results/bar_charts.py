@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from idefics2_bench.results_file import ResultsFile, Row
+from idefics2_bench.results.results_file import ResultsFile, Row
 from idefics2_engine.charts.axis import linear_axis
 from idefics2_engine.charts.drawing import Key, Mark
 from idefics2_engine.charts.row_chart import Bar, ChartRow, RowChart

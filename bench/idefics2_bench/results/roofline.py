@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 
-from idefics2_bench.chart_looks import KERNELS, LOOKS, MINE, NamedChart, kind_of
-from idefics2_bench.results_file import ResultsFile, Row
+from idefics2_bench.results.chart_looks import KERNELS, LOOKS, MINE, NamedChart, kind_of
+from idefics2_bench.results.results_file import ResultsFile, Row
 from idefics2_engine.charts.axis import log_axis
 from idefics2_engine.charts.drawing import Key, Line, Mark
 from idefics2_engine.charts.plot import Plot, Point, Series

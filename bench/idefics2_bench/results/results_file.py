@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from idefics2_bench.steps.parts import KERNEL as STEPS
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.plan.device_rates import PEER
 from idefics2_engine.json_file import read_json
@@ -18,6 +19,9 @@ Row = dict[str, Any]
 _NAMES = ("kernel", "case", "impl")
 # The fields that give the two ends of a row's spread, in milliseconds
 _ENDS = (("ms_p20", "ms_p80"), ("ms_min", "ms_max"))
+
+# Figures of a part of a step
+_PART = ("calls", "bytes", "flops", "floor_ms")
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,12 @@ def _problem(row: object) -> str:
     for key in _NAMES:
         if not isinstance(row.get(key), str):
             return f"a text as {key!r}"
+    if row["kernel"] == STEPS and not isinstance(row.get("operation"), str):
+        return "a text as 'operation'"
     rounds = row.get("rounds_ms", [])
     if not isinstance(rounds, list):
         return "a list as 'rounds_ms'"
-    keys = ("ms", *_ENDS[0], *_ENDS[1], "speedup", "peer_ms")
+    keys = ("ms", *_ENDS[0], *_ENDS[1], "speedup", "peer_ms", *_PART)
     numbers = [(key, row[key]) for key in keys if key in row]
     numbers += [("rounds_ms", each) for each in rounds]
     for key, value in numbers:

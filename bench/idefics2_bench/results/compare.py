@@ -8,7 +8,7 @@ percentile, or the fastest to the slowest round. A row without a spread has that
 peers are not judged. Their median ratio shows how much of a difference is the machine's.
 
 The exit code is 1 if a row of ours is slower than its spread and by more than --threshold, or has
-no time any more.
+no time any more. Parts of steps are listed, but only whole steps count.
 """
 
 import argparse
@@ -20,9 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from idefics2_bench.results_file import ResultsFile, Row, read_results, spread
+from idefics2_bench.results.results_file import ResultsFile, Row, read_results, spread
+from idefics2_bench.steps.parts import is_part
 from idefics2_engine.errors import ConfigError
 
+# What names a row in a table. ``operation`` is the part of a step, and empty for other rows
+_SHOWN = ("kernel", "case", "impl", "operation")
 _SAME_MACHINE = ("gpu", "cpu", "driver", "torch", "triton", "python")
 
 Verdict = Literal["slower", "faster", "same", "lost"]
@@ -36,6 +39,8 @@ class Change:
         kernel: The operation or the suite.
         case: The case.
         impl: The implementation.
+        operation: The part of a step, in rows of ``idefics2 bench steps``.
+        is_part: Whether it is a part, and not a whole step.
         is_peer: Whether it is a peer's row.
         a_ms: Its time in the first file.
         b_ms: Its time in the second one, or ``None`` if it failed or was wrong there.
@@ -46,11 +51,18 @@ class Change:
     kernel: str
     case: str
     impl: str
+    operation: str
+    is_part: bool
     is_peer: bool
     a_ms: float
     b_ms: float | None
     ratio: float | None
     verdict: Verdict
+
+    @property
+    def name(self) -> str:
+        """How the row is called in a table."""
+        return _short_name((self.kernel, self.case, self.impl, self.operation))
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,18 @@ class Comparison:
         return statistics.median(ratios) if ratios else None
 
     def regressions(self, threshold: float) -> list[Change]:
-        """Return our rows that are lost, or slower than their spread and by over ``threshold``."""
+        """Return our rows that are lost, or slower than their spread and by over ``threshold``.
+
+        Parts of steps are left out. A part of a few microseconds says little, and its step has a row.
+        """
         return [
             change
             for change in self.ours
-            if change.verdict == "lost"
-            or (change.verdict == "slower" and (change.ratio or 0) > 1 + threshold)
+            if not change.is_part
+            and (
+                change.verdict == "lost"
+                or (change.verdict == "slower" and (change.ratio or 0) > 1 + threshold)
+            )
         ]
 
 
@@ -159,7 +177,7 @@ def as_table(found: Comparison, a: str, b: str, threshold: float, *, show_all: b
         cells = [("", a, b, "ratio", "")]
         cells += [
             (
-                " ".join((change.kernel, change.case, change.impl)),
+                change.name,
                 _milliseconds(change.a_ms),
                 _milliseconds(change.b_ms),
                 f"{change.ratio:.3f}" if change.ratio else "",
@@ -196,7 +214,7 @@ def as_json(found: Comparison, regressions: Sequence[Change], threshold: float) 
     return {
         "threshold_percent": threshold,
         "rows": [asdict(change) for change in found.changes],
-        "regressions": [_short_name((c.kernel, c.case, c.impl)) for c in regressions],
+        "regressions": [change.name for change in regressions],
         "peers_ratio": found.peers_ratio,
         "only_a": list(found.only_a),
         "only_b": list(found.only_b),
@@ -205,7 +223,8 @@ def as_json(found: Comparison, regressions: Sequence[Change], threshold: float) 
 
 
 def _change(a: Row, b: Row, is_peer: bool, default_spread: float) -> Change:
-    names = (a["kernel"], a["case"], a["impl"], is_peer)
+    kernel, case, impl, operation = (str(a.get(key, "")) for key in _SHOWN)
+    names = (kernel, case, impl, operation, is_part(a), is_peer)
     if "ms" not in b:
         return Change(*names, a["ms"], None, None, "lost")
     (a_low, a_high), (b_low, b_high) = (_ends(row, default_spread) for row in (a, b))
@@ -219,13 +238,13 @@ def _ends(row: Row, default_spread: float) -> tuple[float, float]:
 
 def _by_name(file: ResultsFile) -> dict[tuple[str, ...], Row]:
     # Times of different models are not compared
-    names = ("kernel", "case", "impl", "model", "dtype")
-    return {tuple(str(row[key]) for key in names if key in row): row for row in file.rows}
+    names = (*_SHOWN, "model", "dtype")
+    return {tuple(str(row.get(key, "")) for key in names): row for row in file.rows}
 
 
 def _short_name(name: Sequence[str]) -> str:
-    """Return kernel, case and implementation, without model and dtype."""
-    return " ".join(name[:3])
+    """Return the name without model and dtype."""
+    return " ".join(filter(None, name[: len(_SHOWN)]))
 
 
 def _milliseconds(ms: float | None) -> str:
