@@ -23,6 +23,7 @@ from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.staged_input import STDIN, with_staged_input
 from idefics2_engine.jobs.row_encoding import OutputEncoding
 from idefics2_engine.jobs.runner import JobRunner
+from idefics2_engine.jobs.shadow.shadow_rows import ShadowRows
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.store.job_lock import JobLock
@@ -71,7 +72,10 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     model = "demo" if args.model is None else str(args.model)
     job = JobDescription(parts, job_input.identify(), {"model": model})
     encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
-    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
+    shadow = None
+    if args.shadow is not None:
+        shadow = ShadowRows(out, args.shadow, seed=args.seed or 0, fingerprint=job.fingerprint)
+    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers, shadow)
     is_described = files_beside.are_there
     begins_again = options.restart or options.retry_errors is not None or not is_described
     complete = None if begins_again else complete_output(out, job)
@@ -100,6 +104,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         job,
         options,
         observers=[progress, *files_beside.observers],
+        shadow=shadow,
         on_complete=files_beside.write,
         is_described=is_described,
     )
