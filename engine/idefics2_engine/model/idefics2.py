@@ -82,7 +82,7 @@ class Idefics2(nn.Module):
         twin = copy.deepcopy(self, {id(value): value for value in shared})
         for module in twin.modules():
             if hasattr(module, "ops"):
-                module.ops = ops
+                module.ops = ops  # type: ignore[assignment]
         return twin
 
     def set_nf4(self, name: str, weight: NF4Weight) -> None:

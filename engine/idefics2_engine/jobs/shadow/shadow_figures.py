@@ -6,7 +6,7 @@ from typing import Any
 from idefics2_engine.agreement.token_agreement import TokenAgreement
 from idefics2_engine.jobs.shadow.row_choice import ChosenRow
 
-_WORST = 10
+_WORST = 5
 
 
 def shadow_figures(chosen: Sequence[ChosenRow]) -> dict[str, Any]:
@@ -38,18 +38,17 @@ def shadow_figures(chosen: Sequence[ChosenRow]) -> dict[str, Any]:
 def shadow_sentence(figures: Mapping[str, Any]) -> str:
     """Return the figures of ``shadow_figures`` as a sentence for the operator."""
     rows, greedy = figures["rows"], figures["greedy"]
+    parts = [f"reference path: {rows['compared']} of {rows['chosen']} chosen rows compared"]
     if not rows["compared"]:
-        return f"none of {rows['chosen']} chosen rows was compared with the reference path"
-    parts = [
-        f"{rows['compared']} of {rows['chosen']} chosen rows were compared with the reference path",
-        f"of {figures['tokens']} tokens {percentage(figures['top1_agreement'])} have the same best "
-        f"token, KL at most {figures['largest_kl']:.2g}",
-    ]
+        return parts[0]
+    parts[0] += f", {figures['tokens']} tokens"
+    parts.append(
+        f"the best token is the same for {percentage(figures['top1_agreement'])}, "
+        f"KL at most {figures['largest_kl']:.2g}"
+    )
     if greedy["tokens"]:
-        parts.append(
-            f"of {greedy['tokens']} greedy tokens {percentage(greedy['top1_agreement'])} are the "
-            "reference's best"
-        )
+        share = percentage(greedy["top1_agreement"])
+        parts.append(f"of {greedy['tokens']} greedy tokens {share} are the reference's best")
     if figures["not_finite"]:
         parts.append(f"{figures['not_finite']} tokens have logits that are not finite")
     return "; ".join(parts)

@@ -87,8 +87,8 @@ def _figures(summary: Mapping[str, Any]) -> list[Figure]:
     shadow = summary.get("shadow")
     if shadow is not None and shadow["rows"]["compared"]:
         share, is_bad = percentage(shadow["top1_agreement"]), shadow["not_finite"] > 0
-        note = f"of {shadow['tokens']:,} tokens, same best"
-        figures.append(Figure("As the reference", share, note, is_bad=is_bad))
+        note = f"on {shadow['tokens']:,} tokens"
+        figures.append(Figure("Reference agrees", share, note, is_bad=is_bad))
     return figures
 
 
