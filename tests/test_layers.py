@@ -56,6 +56,7 @@ NO_TORCH = [
     "idefics2_engine.field_checks",
     "idefics2_engine.caller_errors",
     "idefics2_engine.model_files",
+    "idefics2_engine.agreement.token_agreement",
     "idefics2_engine.json_file",
     "idefics2_engine.demo",
     "idefics2_engine.report_page",

@@ -6,7 +6,6 @@ import re
 from idefics2_engine.cli import job_options, options
 from idefics2_engine.errors import ConfigError, short_repr
 from idefics2_engine.jobs.job_options import IN_FLIGHT, JobOptions
-from idefics2_engine.jobs.shadow.shadow_size import shadow_size
 
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _EVERY_CODE = ""
@@ -50,7 +49,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shadow",
         metavar="N|P%",
-        type=shadow_size,
         help="at the end, compare N of the answered rows, or P%% of them, with the reference path, "
         "one at least and otherwise for 2%% of the time; summary and report say how far they agree",
     )

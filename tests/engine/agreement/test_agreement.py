@@ -18,7 +18,7 @@ from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles
 from idefics2_engine.model.batch import ImageBatch, TextBatch
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import Quantization
-from idefics2_kernels import REFERENCE, TRITON, Ops
+from idefics2_kernels import REFERENCE, TRITON, NF4Weight, Ops
 from oracle import GRID, PATCH
 from pictures import noise
 from tiny_checkpoint import IMAGE, LATENTS
@@ -143,7 +143,8 @@ def test_logits_that_are_not_finite_are_counted(model: Idefics2, tiles: list[Til
 
 @torch.no_grad()
 def test_greedy_tokens_are_the_best_that_are_not_barred(model: Idefics2) -> None:
-    ids, best = [1, 77, 78], []
+    ids = [1, 77, 78]
+    best: list[int] = []
     for _ in range(3):
         logits = model(TextBatch.from_ids([ids + best]))[-1]
         best.append(int(logits.argmax()))
@@ -183,15 +184,14 @@ def test_other_operations_share_the_weights(checkpoint: Path, quantization: str 
     assert {ops(one) for one, _ in pairs} - {None} == {TRITON}
     for (_, one), (_, two) in zip(loaded.named_parameters(), twin.named_parameters(), strict=True):
         assert one is two
-    if quantization is not None:
-        shared = [
-            (vars(one)[name], vars(two)[name])
-            for one, two in pairs
-            for name in ("_weight", "_stacked")
-            if vars(one).get(name) is not None
-        ]
-        assert shared
-        assert all(one is two for one, two in shared)
+    weights = [
+        (value, vars(two)[name])
+        for one, two in pairs
+        for name, value in vars(one).items()
+        if isinstance(value, NF4Weight)
+    ]
+    assert bool(weights) == (quantization is not None)
+    assert all(one is two for one, two in weights)
     assert twin.num_bytes == loaded.num_bytes
 
 
