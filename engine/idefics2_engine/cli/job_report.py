@@ -79,7 +79,7 @@ def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list
     if run.computed:
         lines.append(result.waits.sentence())
     if result.ending is Ending.COMPLETE and result.shadow is not None:
-        lines.append(shadow_sentence(result.shadow))
+        lines.append(f"reference path: {shadow_sentence(result.shadow)}")
     if (advice := result.waits.advice()) is not None:
         lines.append(advice)
     return lines

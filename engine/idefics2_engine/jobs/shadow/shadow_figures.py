@@ -36,15 +36,16 @@ def shadow_figures(chosen: Sequence[ChosenRow]) -> dict[str, Any]:
 
 
 def shadow_sentence(figures: Mapping[str, Any]) -> str:
-    """Return the figures of ``shadow_figures`` as a sentence for the operator."""
-    rows, greedy = figures["rows"], figures["greedy"]
-    parts = [f"reference path: {rows['compared']} of {rows['chosen']} chosen rows compared"]
+    """Return the figures of ``shadow_figures`` in one line."""
+    rows, greedy, mean = figures["rows"], figures["greedy"], figures["mean_kl"]
+    parts = [f"{rows['compared']} of {rows['chosen']} chosen rows compared"]
     if not rows["compared"]:
         return parts[0]
     parts[0] += f", {figures['tokens']} tokens"
     parts.append(
         f"the best token is the same for {percentage(figures['top1_agreement'])}, "
-        f"KL at most {figures['largest_kl']:.2g}"
+        f"KL {'-' if mean is None else format(mean, '.2g')} on average and at most "
+        f"{figures['largest_kl']:.2g}"
     )
     if greedy["tokens"]:
         share = percentage(greedy["top1_agreement"])

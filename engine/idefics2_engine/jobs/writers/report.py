@@ -106,17 +106,19 @@ def _shadow(summary: Mapping[str, Any]) -> Table | None:
     shadow = summary.get("shadow")
     if shadow is None or not shadow["rows"]["compared"]:
         return None
-    names = ("Tokens", "Same best token", "Largest KL", "Largest margin")
+    names = ("Same best token", "Largest KL", "Largest margin")
     columns = [Column("Row", "label"), *(Column(name, "number") for name in names)]
     rows = []
     for one in shadow["worst"]:
         values = (
-            *(f"{one['tokens']:,}", percentage(one["top1_agreement"])),
-            *(f"{one['largest_kl']:.2g}", f"{one['largest_margin']:.2g}"),
+            f"{percentage(one['top1_agreement'])} of {one['tokens']:,}",
+            f"{one['largest_kl']:.2g}",
+            f"{one['largest_margin']:.2g}",
         )
         cells = [[Text(str(one["id"]), "strong")], *([Text(value)] for value in values)]
         rows.append(TableRow(cells, is_bad=one["not_finite"] > 0))
-    return Table("Compared with the reference path", columns, rows, shadow_sentence(shadow) + ".")
+    note = f"{shadow_sentence(shadow)}. The rows that differ most:"
+    return Table("Compared with the reference path", columns, rows, note)
 
 
 def _rate(rate: float | None, unit: str = " a second") -> str:
