@@ -1,5 +1,6 @@
 """Rows of a run are compared at its end: which, how many, and what an end in the middle leaves."""
 
+import errno
 import json
 import logging
 from collections.abc import Sequence
@@ -301,3 +302,24 @@ def test_prompts_are_those_of_the_rows(out: Path) -> None:
     run(out, Engine())
     (row,) = found
     assert (row.key, row.prompt) == (BY_RANK[0], ROWS[int(BY_RANK[0][4:])])
+
+
+class LostFile(FileOperations):
+    """Opens the file, and writes to it ``count`` times."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def write(self, fd: int, data: memoryview) -> int:
+        self.count -= 1
+        if self.count < 0:
+            raise OSError(errno.ENOSPC, "no space")
+        return super().write(fd, data)
+
+
+def test_full_disk_ends_the_run_as_one_of_the_output_does(out: Path) -> None:
+    result = run(out, ReplayingEngine(), shadow_of(out, files=LostFile(1)))
+    assert (result.ending, result.exit_code) == (Ending.OUTPUT_LOST, 5)
+    assert result.counts.rows > 0
+    assert run(out, ReplayingEngine()).exit_code == 3
+    assert out.read_bytes() == expected(ROWS)
