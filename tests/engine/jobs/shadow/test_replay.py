@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from idefics2_engine import LLM, Row, SamplingParams
+from idefics2_engine.agreement import answer_comparison
 from idefics2_engine.agreement.token_agreement import TokenAgreement
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError, WorkerLostError
@@ -105,6 +107,28 @@ def test_row_that_cannot_be_read_is_an_error(llm: LLM) -> None:
     assert outputs[0].error is not None
     assert outputs[0].error.code == "image"
     assert agreement(outputs[1]).tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA"), "request_failed", "needs more memory than there is"),
+        (RuntimeError("broken"), "internal", "cannot be compared, got RuntimeError"),
+    ],
+)
+def test_row_that_the_reference_cannot_compute_is_an_error(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, raised: Exception, code: str, text: str
+) -> None:
+    asked = answered(llm, rows()[:1])
+
+    def fail(*_args: object, **_options: object) -> TokenAgreement:
+        raise raised
+
+    monkeypatch.setattr(answer_comparison, "compare_answers", fail)
+    (output,) = replay_rows(llm, asked)
+    assert output.error is not None
+    assert output.error.code == code
+    assert text in str(output.error)
 
 
 def weaker_paged_attention(*args: Any, **options: Any) -> Tensor:
