@@ -20,7 +20,7 @@ caller_errors charts field_checks model_files
 json_file demo device report_page
 images
 model
-checkpoint prompts
+agreement checkpoint prompts
 outputs sampling_params
 row
 scheduling
@@ -44,7 +44,7 @@ ops variants
 catalog
 """
 # Of jobs, these packages stand on each other in this order
-JOBS = ["store", "writers", "readers", "plan"]
+JOBS = ["store", "shadow", "writers", "readers", "plan"]
 # The specification knows one file of the kernels: the format of a weight
 EXCEPTIONS = {("reference", "idefics2_kernels.nf4.nf4_weight")}
 # These import torch only inside a function, where it is loaded anyway
@@ -56,6 +56,7 @@ NO_TORCH = [
     "idefics2_engine.field_checks",
     "idefics2_engine.caller_errors",
     "idefics2_engine.model_files",
+    "idefics2_engine.agreement.token_agreement",
     "idefics2_engine.json_file",
     "idefics2_engine.demo",
     "idefics2_engine.report_page",

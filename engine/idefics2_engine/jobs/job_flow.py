@@ -168,12 +168,13 @@ class JobFlow:
             try:
                 event = self._events.get(timeout=seconds)
             except Empty:
-                self._tick()
+                self.tick()
                 continue
             self.answer_seconds += time.perf_counter() - begin
             return event
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Do what is done about every second: sync the journal, and show progress."""
         try:
             self._store.tick()
             with lost_output(self._store.path):
@@ -221,6 +222,8 @@ class JobFlow:
             except Exception:
                 _logger.exception("%s: the answer cannot be written as JSON", row.place)
                 out = self._encoding.error(row, _UNWRITABLE)
+            else:
+                self._tell_answer(row, output)
         else:
             error = self._encoding.error_of(output.error)
             repeats = self._repeats.get(row.index, 0)
@@ -234,6 +237,14 @@ class JobFlow:
                 return
             out = self._encoding.error(row, error)
         self._finish(row, out, answer=output)
+
+    def _tell_answer(self, row: JobRow, output: RequestOutput) -> None:
+        try:
+            with lost_output(self._store.path):
+                for observer in self._observers:
+                    observer.answer_row(row, output)
+        except OutputLostError as lost:
+            self.end(Ending.OUTPUT_LOST, str(lost))
 
     def _finish(
         self,

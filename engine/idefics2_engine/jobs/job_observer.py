@@ -37,6 +37,9 @@ class JobObserver:
     def load(self, engine: RowEngine) -> None:
         """The engine is there and has no rows yet."""
 
+    def answer_row(self, row: JobRow, output: RequestOutput) -> None:
+        """A row was answered without an error, and is not journalled yet."""
+
     def finish_row(self, finished: FinishedRow) -> None:
         """A row was journalled or found in the journal. Its counts are up to date."""
 

@@ -51,15 +51,25 @@ def error_limit(value: object) -> ErrorLimit:
     """Accept a limit, a number of rows, and text such as ``5`` or ``2.5%``."""
     if isinstance(value, ErrorLimit):
         return value
+    found = rows_or_percent(value)
+    return ErrorLimit(rows=found) if isinstance(found, int) else ErrorLimit(share=found)
+
+
+def rows_or_percent(value: object) -> int | float:
+    """Return a number of rows as an integer, or the share of a percentage such as ``2.5%``.
+
+    Raises:
+        MismatchError: The value is neither.
+    """
     wanted = "a number of rows or a percentage such as 5%"
     if isinstance(value, str):
         if percent := _PERCENT.fullmatch(value.strip()):
             if float(percent[1]) > 100:
                 raise MismatchError(wanted, short_repr(value))
-            return ErrorLimit(share=float(percent[1]) / 100)
+            return float(percent[1]) / 100
         value = int(value) if re.fullmatch(r"\d{1,10}", value.strip()) else value
     try:
-        return ErrorLimit(rows=Whole(0, _MOST_ROWS)(value))
+        return Whole(0, _MOST_ROWS)(value)
     except MismatchError:
         raise MismatchError(wanted, short_repr(value)) from None
 

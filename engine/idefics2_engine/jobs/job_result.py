@@ -93,9 +93,11 @@ class JobResult:
         ending: How it ended.
         counts: Counts of all finished rows.
         run: Counts of those that this run finished.
-        seconds: Duration, without loading the model.
+        seconds: Duration, without loading the model and comparing rows.
         load_seconds: Time in which the model was loaded. 0 if it was not needed.
         waits: How long each stage waited.
+        shadow: Agreement of rows that were compared with the reference path. ``None`` without
+            ``ShadowRows``.
         message: Why the job did not complete. Empty if it did.
         output: The complete output.
         recovered: What was found in the journal on start.
@@ -109,6 +111,7 @@ class JobResult:
     seconds: float = 0.0
     load_seconds: float = 0.0
     waits: StageWaits = field(default_factory=StageWaits)
+    shadow: Mapping[str, Any] | None = None
     message: str = ""
     output: WrittenOutput | None = None
     recovered: Recovery = _NOTHING

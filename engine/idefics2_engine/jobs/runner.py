@@ -1,7 +1,7 @@
 """A run of a job, which begins or resumes it and ends with one row of output for each input row."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +11,11 @@ from idefics2_engine.jobs.job_flow import JobFlow
 from idefics2_engine.jobs.job_observer import JobObserver
 from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts, RunCounts
+from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
 from idefics2_engine.jobs.row_engine import RowEngine
 from idefics2_engine.jobs.row_store import RowStore, lost_output, output_lost
+from idefics2_engine.jobs.shadow.shadow_rows import ShadowRows
 from idefics2_engine.jobs.stage_waits import StageWaits, StageWatch
 from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.store.input_files import check_apart
@@ -38,6 +40,7 @@ class JobRunner:
         job: What the job is, with its fingerprint.
         options: How to run it.
         observers: Are told what happens.
+        shadow: Rows that are compared with the reference path when all rows are answered.
         on_complete: Called with the result and the job when the output has its name, before the
             job's lock is released. An ``OSError`` ends the run as one of the output does.
         is_described: Whether what ``on_complete`` makes is there. If it is not, the rows of a job
@@ -56,6 +59,7 @@ class JobRunner:
         options: JobOptions | None = None,
         *,
         observers: Sequence[JobObserver] = (),
+        shadow: ShadowRows | None = None,
         on_complete: Callable[[JobResult, JobDescription], None] | None = None,
         is_described: bool = True,
         files: FileOperations | None = None,
@@ -67,7 +71,9 @@ class JobRunner:
         self._encoding = encoding
         self._job = job
         self._options = options or JobOptions()
-        self._observers = observers
+        self._observers = [*observers, *([] if shadow is None else [shadow])]
+        self._shadow = shadow
+        self._is_comparing = False
         self._on_complete = on_complete
         self._is_described = is_described
         self._files = files
@@ -83,6 +89,9 @@ class JobRunner:
             Whether the run takes notice. It cannot while the job is opened and while the engine is
             loaded, where ``KeyboardInterrupt`` on its thread ends it.
         """
+        if self._is_comparing:
+            assert self._shadow is not None
+            return self._shadow.stop()
         flow = self._flow
         if flow is not None:
             flow.interrupt()
@@ -178,13 +187,15 @@ class JobRunner:
                 ending, message = Ending.OUTPUT_LOST, str(lost)
         finally:
             self._flow = None
+        shadow_seconds = 0.0 if self._shadow is None else self._shadow.run.seconds
         return JobResult(
             ending,
             counts,
             run,
-            seconds=time.perf_counter() - begin - self._load_seconds,
+            seconds=time.perf_counter() - begin - self._load_seconds - shadow_seconds,
             load_seconds=self._load_seconds,
             waits=self._waits,
+            shadow=None if self._shadow is None else self._shadow.figures(),
             message=message,
             output=output,
             recovered=recovered,
@@ -195,7 +206,8 @@ class JobRunner:
         self._flow = flow
         rows = self._rows.rows()
         first = flow.settle(rows)
-        if first is None:
+        is_due = self._shadow is not None and self._shadow.is_due
+        if flow.ending is not None or (first is None and not is_due):
             return
         begin = time.perf_counter()
         with ExitStack() as stack:
@@ -207,11 +219,30 @@ class JobRunner:
                 flow.end(Ending.INTERRUPTED, "interrupted")
                 return
             self._flow = flow
-            self._load_seconds = time.perf_counter() - begin
-            stats = getattr(engine, "stats", None)
-            watch = StageWatch(stats if isinstance(stats, EngineStats) else None)
-            try:
-                flow.answer(engine, rows, first)
-            finally:
-                assert flow.feed is not None
-                self._waits = watch.waits(flow.feed, flow.answer_seconds)
+            loaded = time.perf_counter()
+            self._load_seconds = loaded - begin
+            if first is not None:
+                self._answer(flow, engine, rows, first)
+            if flow.ending is None:
+                self._compare(flow, engine, time.perf_counter() - loaded)
+
+    def _answer(
+        self, flow: JobFlow, engine: RowEngine, rows: Iterator[JobRow], first: JobRow
+    ) -> None:
+        stats = getattr(engine, "stats", None)
+        watch = StageWatch(stats if isinstance(stats, EngineStats) else None)
+        try:
+            flow.answer(engine, rows, first)
+        finally:
+            assert flow.feed is not None
+            self._waits = watch.waits(flow.feed, flow.answer_seconds)
+
+    def _compare(self, flow: JobFlow, engine: RowEngine, seconds: float) -> None:
+        """Compare rows with the reference path, when the run took ``seconds`` to answer all."""
+        if self._shadow is None:
+            return
+        self._is_comparing = True
+        try:
+            self._shadow.compare(engine, seconds, flow.tick)
+        finally:
+            self._is_comparing = False

@@ -1,5 +1,6 @@
 """The whole network: vision tower, connector, text model and head."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -71,6 +72,18 @@ class Idefics2(nn.Module):
             for part in m.weight.tensors.values()
         ]
         return sum(tensor.nbytes for tensor in (*self.parameters(), *parts))
+
+    def with_ops(self, ops: Ops) -> "Idefics2":
+        """Return a model that computes with ``ops`` and shares this one's weights."""
+        values = [value for module in self.modules() for value in vars(module).values()]
+        weights = [value for value in values if isinstance(value, Tensor | NF4Weight)]
+        shared = [*self.parameters(), *weights]
+        # What is in the memo is not copied
+        twin = copy.deepcopy(self, {id(value): value for value in shared})
+        for module in twin.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops  # type: ignore[assignment]
+        return twin
 
     def set_nf4(self, name: str, weight: NF4Weight) -> None:
         """Set the weight of the NF4 layer called ``name``.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from idefics2_engine.agreement.logits import compare_logits
 from idefics2_engine.parity import stages
 from idefics2_engine.parity.measure import Legs, common_length
 
@@ -68,17 +69,15 @@ def measure_logits(legs: Legs) -> LogitsMeasure | None:
         if rows is None:
             return None
         a, b, truth = rows
-        log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-        divergences.append((log_a.exp() * (log_a - log_b)).sum(-1).clamp(min=0))
-        best_a, best_b = a.argmax(-1), b.argmax(-1)
-        agreed += int((best_a == best_b).sum())
-        for row in (best_a != best_b).nonzero().flatten().tolist():
-            pair = truth[row, best_a[row]], truth[row, best_b[row]]
-            margin = float((pair[0] - pair[1]).abs())
+        found = compare_logits(a, b, truth)
+        divergences.append(found.kl)
+        agreed += int(found.agrees.sum())
+        for row in (~found.agrees).nonzero().flatten().tolist():
+            margin = float(found.margins[row])
             largest_margin = max(largest_margin, margin)
             if len(disagreements) < _EXAMPLES:
                 place = legs.a.cases[case].place(stages.LOGITS, 0, row)
-                best = [int(best_a[row]), int(best_b[row])]
+                best = [int(found.best_a[row]), int(found.best_b[row])]
                 disagreements.append({"case": case, **place, "best": best, "margin": margin})
     kl = torch.cat(divergences)
     count = len(kl)

@@ -15,6 +15,7 @@ from idefics2_engine.cli.jobs.fingerprint import device_name
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.shadow.shadow_rows import ShadowRows
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.writers.manifest import manifest_of
@@ -86,6 +87,7 @@ class FilesBeside:
         media_root: Folder of the images.
         save: What the output has besides text.
         workers: Processes that compute.
+        shadow: Rows that are compared with the reference path.
 
     Attributes:
         observers: Must be told what happens.
@@ -99,12 +101,14 @@ class FilesBeside:
         media_root: Path,
         save: SaveOptions,
         workers: int,
+        shadow: ShadowRows | None = None,
     ) -> None:
         self._args = args
         self._out = out
         self._media_root = media_root
         self._save = save
         self._workers = workers
+        self._shadow = shadow
         self._first_rows = FirstRows(max(args.show, REPORT_ROWS if args.report else 0))
         self.observers: Sequence[JobObserver] = [
             *([RowStatistics(out, restart=args.restart)] if args.stats else []),
@@ -140,7 +144,8 @@ class FilesBeside:
         """Write the files; raise ``OSError`` if one cannot be written."""
         assert result.output is not None
         device = device_name(self._args)
-        summary = summary_of(result.counts, result.run, self._figures(result, device))
+        figures = self._figures(result, device)
+        summary = summary_of(result.counts, result.run, figures, result.shadow)
         moved = []
         # A run that only shows rows leaves the figures of the run that computed them
         if result.run.rows or not self._is_written(summary, job):
@@ -182,6 +187,7 @@ class FilesBeside:
             },
             advice=waits.advice(),
             # Logits move in their last bits with the rows of a product
+            shadow=None if self._shadow is None else self._shadow.run._asdict(),
             bitwise=device == "cpu" and (self._args.deterministic or not self._save.logprobs),
         )
 

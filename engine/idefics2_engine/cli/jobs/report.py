@@ -6,6 +6,7 @@ from pathlib import Path
 
 from idefics2_engine.jobs.job_result import Ending, JobResult
 from idefics2_engine.jobs.readers.validation import Validation
+from idefics2_engine.jobs.shadow.shadow_figures import shadow_sentence
 from idefics2_engine.jobs.store.job_status import JobStatus
 from idefics2_engine.model_files import printable_path
 
@@ -77,6 +78,8 @@ def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list
     )
     if run.computed:
         lines.append(result.waits.sentence())
+    if result.ending is Ending.COMPLETE and result.shadow is not None:
+        lines.append(f"reference path: {shadow_sentence(result.shadow)}")
     if (advice := result.waits.advice()) is not None:
         lines.append(advice)
     return lines

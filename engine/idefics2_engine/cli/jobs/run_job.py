@@ -23,6 +23,8 @@ from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.staged_input import STDIN, with_staged_input
 from idefics2_engine.jobs.row_encoding import OutputEncoding
 from idefics2_engine.jobs.runner import JobRunner
+from idefics2_engine.jobs.shadow.shadow_rows import ShadowRows
+from idefics2_engine.jobs.shadow.shadow_size import shadow_size
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.store.job_lock import JobLock
@@ -67,11 +69,15 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     save = saved_fields(args.save, args.output_format, given.keep)
     engine = EngineChoice(args, job_input)
     options = run_options.run_options(args, engine.workers)
+    size = None if args.shadow is None else shadow_size(args.shadow)
     parts = fingerprint_parts(args, job_input, params, save)
     model = "demo" if args.model is None else str(args.model)
     job = JobDescription(parts, job_input.identify(), {"model": model})
     encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
-    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
+    shadow = None
+    if size is not None:
+        shadow = ShadowRows(out, size, seed=args.seed or 0, fingerprint=job.fingerprint)
+    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers, shadow)
     is_described = files_beside.are_there
     begins_again = options.restart or options.retry_errors is not None or not is_described
     complete = None if begins_again else complete_output(out, job)
@@ -100,6 +106,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         job,
         options,
         observers=[progress, *files_beside.observers],
+        shadow=shadow,
         on_complete=files_beside.write,
         is_described=is_described,
     )

@@ -48,6 +48,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="print the first N questions and answers at the end",
     )
     group.add_argument(
+        "--shadow",
+        metavar="N|P%",
+        help="at the end, compare N of the answered rows, or P%% of them, with the reference path, "
+        "one at least and otherwise for 2%% of the time; summary and report say how far they agree",
+    )
+    group.add_argument(
         "--overwrite",
         action="store_true",
         help="rename a file at OUT that no job made, and replace it",

@@ -26,10 +26,11 @@ class Build(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """To a worker: iterate over rows that come next."""
+    """To a worker: iterate over rows that come next, or replay them with the reference."""
 
     in_flight: int
     max_prepared_bytes: int
+    is_replay: bool = False
 
 
 class Rows(NamedTuple):

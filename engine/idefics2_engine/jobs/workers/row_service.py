@@ -4,9 +4,11 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from queue import SimpleQueue
+from typing import cast
 
 from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.jobs.row_engine import RowEngine
+from idefics2_engine.jobs.shadow.replay import AnsweredRow, replay_rows
 from idefics2_engine.jobs.workers.messages import (
     Begin,
     BuildFailed,
@@ -23,7 +25,7 @@ _MOST_CHARACTERS = 500
 def answer_rows(
     engine: RowEngine, begin: Begin, inbox: SimpleQueue[ToWorker], worker: int
 ) -> Iterator[RequestOutput]:
-    """Answer the rows of ``inbox`` until they end; ``request_id`` is a row's number."""
+    """Answer or replay the rows of ``inbox`` until they end; ``request_id`` is a row's number."""
     # By place among the rows of this worker
     numbers: dict[str, int] = {}
 
@@ -35,9 +37,14 @@ def answer_rows(
                 place += 1
                 yield pickle.loads(payload)
 
-    for output in engine.iterate(
-        rows(), in_flight=begin.in_flight, max_prepared_bytes=begin.max_prepared_bytes
-    ):
+    outputs: Iterator[RequestOutput]
+    if begin.is_replay:
+        outputs = replay_rows(engine, cast(Iterator[AnsweredRow], rows()))
+    else:
+        outputs = engine.iterate(
+            rows(), in_flight=begin.in_flight, max_prepared_bytes=begin.max_prepared_bytes
+        )
+    for output in outputs:
         yield _numbered(output, numbers.pop(output.request_id), worker)
 
 

@@ -156,12 +156,31 @@ class WorkerPool:
             ConfigError: ``in_flight`` or ``max_prepared_bytes`` is not a positive integer.
             RuntimeError: The pool was closed, or another iterator of it is not finished.
         """
-        if not self._finalizer.alive:
-            raise RuntimeError(_CLOSED)
         if in_flight is None:
             in_flight = 2 * self._spec.max_num_seqs * self.num_workers
         in_flight = check("in_flight", in_flight, Whole(1), ConfigError)
         max_bytes = check("max_prepared_bytes", max_prepared_bytes, Whole(1), ConfigError)
+        return self._outputs(prompts, in_flight, max_bytes)
+
+    def replay(self, rows: Iterable[Row]) -> RowOutputs:
+        """Compare each worker with the reference on answered rows, one row at a time.
+
+        Args:
+            rows: The rows, ``AnsweredRow``. They are read when a worker has time for them.
+
+        Returns:
+            An iterator as of ``iterate``, with the outputs of ``replay_rows``.
+
+        Raises:
+            RuntimeError: As in ``iterate``.
+        """
+        return self._outputs(rows, self.num_workers, MAX_PREPARED_BYTES, is_replay=True)
+
+    def _outputs(
+        self, prompts: Iterable[Row], in_flight: int, max_bytes: int, *, is_replay: bool = False
+    ) -> RowOutputs:
+        if not self._finalizer.alive:
+            raise RuntimeError(_CLOSED)
 
         def put(row: LeasedRow | RequestOutput | None) -> None:
             events.put(_FromReader(reader, row))
@@ -172,6 +191,7 @@ class WorkerPool:
         begin = Begin(
             max(1, -(-in_flight // self.num_workers)),
             max(1, max_bytes // self.num_workers),
+            is_replay,
         )
         return RowOutputs(self._iterate(reader, begin), reader.drain)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from idefics2_engine.images.loader import MediaConfig
 from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.shadow.shadow_figures import percentage, shadow_sentence
 from idefics2_engine.jobs.store.file_operations import FileOperations
 from idefics2_engine.jobs.writers.own_file import replace_own_file
 from idefics2_engine.jobs.writers.row_view import RowViews
@@ -56,7 +57,7 @@ def write_report(
         *(Column("Row", "label"), Column("Images", "picture")),
         *(Column("Question"), Column("Answer")),
     ]
-    tables = [_errors(summary), Table("Rows", columns, shown, which)]
+    tables = [_errors(summary), _shadow(summary), Table("Rows", columns, shown, which)]
     page = Page(
         title,
         subtitle,
@@ -82,7 +83,13 @@ def _figures(summary: Mapping[str, Any]) -> list[Figure]:
     # A job that was resumed has rows of earlier runs
     earlier = rows["all"] - run["rows"]["all"]
     note = f"{earlier:,} rows are of earlier runs" if earlier else _rate(rates["rows"], " rows/s")
-    return [*figures, Figure("Time", _duration(run["seconds"]), note)]
+    figures.append(Figure("Time", _duration(run["seconds"]), note))
+    shadow = summary.get("shadow")
+    if shadow is not None and shadow["rows"]["compared"]:
+        share, is_bad = percentage(shadow["top1_agreement"]), shadow["not_finite"] > 0
+        note = f"on {shadow['tokens']:,} tokens"
+        figures.append(Figure("Reference agrees", share, note, is_bad=is_bad))
+    return figures
 
 
 def _errors(summary: Mapping[str, Any]) -> Table | None:
@@ -92,6 +99,26 @@ def _errors(summary: Mapping[str, Any]) -> Table | None:
     counts = sorted(summary["errors"].items(), key=lambda pair: (-pair[1], pair[0]))
     rows = [TableRow([[Text(code)], [Text(f"{count:,}")]]) for code, count in counts]
     return Table("Errors", [Column("Code"), Column("Rows", "number")], rows)
+
+
+def _shadow(summary: Mapping[str, Any]) -> Table | None:
+    """Return the rows that differ most from the reference, or ``None`` if none was compared."""
+    shadow = summary.get("shadow")
+    if shadow is None or not shadow["rows"]["compared"]:
+        return None
+    names = ("Same best token", "Largest KL", "Largest margin")
+    columns = [Column("Row", "label"), *(Column(name, "number") for name in names)]
+    rows = []
+    for one in shadow["worst"]:
+        values = (
+            f"{percentage(one['top1_agreement'])} of {one['tokens']:,}",
+            f"{one['largest_kl']:.2g}",
+            f"{one['largest_margin']:.2g}",
+        )
+        cells = [[Text(str(one["id"]), "strong")], *([Text(value)] for value in values)]
+        rows.append(TableRow(cells, is_bad=one["not_finite"] > 0))
+    note = f"{shadow_sentence(shadow)}. The rows that differ most:"
+    return Table("Compared with the reference path", columns, rows, note)
 
 
 def _rate(rate: float | None, unit: str = " a second") -> str:

@@ -45,6 +45,7 @@ class RunFigures:
         patches: Patches of images that were encoded or found. ``None`` if that is not known.
         waits: Seconds that each stage waited, by its name. ``None`` if that is not known.
         advice: Which option to change. ``None`` if the device did not starve.
+        shadow: What comparing rows with the reference path took. ``None`` if none was asked for.
         bitwise: Whether another run gives the same bytes.
     """
 
@@ -55,16 +56,23 @@ class RunFigures:
     patches: int | None = None
     waits: Mapping[str, float | None] = field(default_factory=dict)
     advice: str | None = None
+    shadow: Mapping[str, Any] | None = None
     bitwise: bool = False
 
 
-def summary_of(job: RowTotals, run: RowTotals, figures: RunFigures) -> dict[str, Any]:
+def summary_of(
+    job: RowTotals,
+    run: RowTotals,
+    figures: RunFigures,
+    shadow: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the content of a summary.
 
     Args:
         job: Counts of all rows of the output.
         run: Counts of rows that the last run computed, which rates are of.
         figures: What the last run was like.
+        shadow: Agreement of rows with the reference path. ``None`` if none was asked for.
     """
     return {
         **_counts(job),
@@ -83,8 +91,10 @@ def summary_of(job: RowTotals, run: RowTotals, figures: RunFigures) -> dict[str,
             },
             "waits": dict(figures.waits),
             "advice": figures.advice,
+            **({} if figures.shadow is None else {"shadow": dict(figures.shadow)}),
         },
         "bitwise": figures.bitwise,
+        **({} if shadow is None else {"shadow": dict(shadow)}),
     }
 
 

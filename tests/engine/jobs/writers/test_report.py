@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from idefics2_engine.agreement.token_agreement import TokenAgreement
 from idefics2_engine.images.loader import media_config
 from idefics2_engine.jobs.job_row import JobRow
+from idefics2_engine.jobs.shadow.row_choice import ChosenRow
+from idefics2_engine.jobs.shadow.shadow_figures import shadow_figures
 from idefics2_engine.jobs.writers.report import write_report
 from idefics2_engine.jobs.writers.row_error import make_row_error
 from idefics2_engine.jobs.writers.row_output import SaveOptions, encode_answer, encode_error
@@ -164,3 +167,29 @@ def test_page_replaces_only_its_own(tmp_path: Path) -> None:
 def test_equal_rows_give_an_equal_page(tmp_path: Path) -> None:
     pairs = [answered(0, question(file(noise(50, 40), "PNG")))]
     assert report(tmp_path, pairs) == report(tmp_path, pairs)
+
+
+def compared(**agreement: Any) -> dict[str, Any]:
+    found = TokenAgreement(**agreement)
+    chosen = ChosenRow(0.1, job_row(3), ((1, 2),), found)
+    return shadow_figures([chosen, ChosenRow(0.2, job_row(4), ((5,),))])
+
+
+def test_rows_on_the_reference_path_are_shown(tmp_path: Path) -> None:
+    figures = compared(tokens=30_000, same_best=29_999, largest_kl=0.125, largest_margin=0.0625)
+    page = report(tmp_path, [answered(0, "?")], summary(1) | {"shadow": figures})
+    for text in ("Reference agrees", "on 30,000 tokens", "Compared with the reference path"):
+        assert text in page
+    # It is all of them only if it is 1
+    assert "&gt; 99.99% of 30,000" in page
+    assert "1 of 2 chosen rows compared, 30000 tokens" in page
+    assert '<div class="bad"><dt>Reference' not in page
+    broken = compared(tokens=2, not_finite=2)
+    page = report(tmp_path, [answered(0, "?")], summary(1) | {"shadow": broken})
+    assert '<div class="bad"><dt>Reference' in page
+    assert "2 tokens have logits that are not finite" in page
+
+
+def test_without_compared_rows_there_is_no_table(tmp_path: Path) -> None:
+    page = report(tmp_path, [answered(0, "?")], summary(1) | {"shadow": shadow_figures([])})
+    assert "eference" not in page
