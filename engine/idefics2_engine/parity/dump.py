@@ -129,7 +129,7 @@ def write_recording(
         path: The path, as it was given.
         dtype: Name of the dtype that it computes in.
         nf4: Whether its layers are in NF4.
-        order: Stages in order.
+        order: Stages in order. Others of the cases are not written.
         about: Model, device and versions.
         cases: The cases.
         digest: Whether a part is kept as its ``Digest`` only.
@@ -146,6 +146,8 @@ def write_recording(
         tensors: dict[str, Tensor] = {}
         own: dict[str, list[str]] = {}
         for stage, parts in case.stages.items():
+            if stage not in order:
+                continue
             own[stage] = []
             for number, part in enumerate(parts):
                 name = f"{stage}/{number}"
