@@ -9,16 +9,15 @@ from typing import Any
 from idefics2_engine.device import torch_device
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.llm_options import model_folder
-from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.parity import stages
 from idefics2_engine.parity.alike import check_alike, check_inputs
 from idefics2_engine.parity.bisection import Bisection
 from idefics2_engine.parity.dump import Recording, check_new, write_digest
-from idefics2_engine.parity.inner_stages import recorded_order
+from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case, default_cases
 from idefics2_engine.parity.logits import LogitsMeasure, Parting, find_partings, measure_logits
 from idefics2_engine.parity.measure import Legs, StageMeasure, measure_answers, measure_stage
-from idefics2_engine.parity.operations import CalledOperations, check_operations, path_ops
+from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.record import record, record_reference
 from idefics2_engine.parity.transformers_stages import check_installed
@@ -157,22 +156,22 @@ def compare(
     kinds = [path.kind for path in paths]
     if kinds == ["float64", "float64"]:
         raise ConfigError("one of the paths must not be float64, got float64 twice")
-    for name, given in (("ops", ops), ("swap", swap), ("bisect", bisect)):
+    for name, given in (("ops", ops), ("bisect", bisect)):
         if given and kinds[0] != "ours":
             raise ConfigError(f"{name} must come with a path of ours as A, got {paths[0]}")
+    check_swap(paths[0], swap)
     needs_exact = float64 or "float64" in kinds
     if bisect and not needs_exact:
         raise ConfigError("bisect must come with the float64 leg, got none")
     if save is not None and kinds[0] not in ("ours", "transformers"):
         raise ConfigError(f"a path must be ours or transformers to be saved, got {paths[0]}")
     # What would fail late is looked at before anything is computed
-    check_operations(swap)
     if save is not None:
         check_new(save)
     if "transformers" in kinds:
         check_installed()
     folder = model_folder(model, None)
-    order = recorded_order(ModelConfig.load(folder), inside)
+    order = stages_of(folder, inside)
     called = CalledOperations(ops or path_ops(paths[0], torch_device(device))) if bisect else None
     of_a: dict[str, Any] = {"ops": ops if called is None else called.ops, "swap": swap}
     inputs = default_cases() if cases is None else list(cases)

@@ -6,6 +6,7 @@ projection, so it includes the rotary positions. ``projection`` and ``mlp`` are 
 are added to the residual. Keys of the text model are those before the rotary positions.
 """
 
+import pathlib
 from collections.abc import Iterable
 
 from idefics2_engine.errors import ConfigError, short_repr
@@ -39,14 +40,15 @@ def inner_stages(layer: str) -> list[str]:
     return [f"{layer} {part}" for part in parts]
 
 
-def recorded_order(config: ModelConfig, inside: Iterable[str] = ()) -> list[str]:
-    """Return the stages of a model in order, with those inside the layers of ``inside``.
+def stages_of(folder: pathlib.Path, inside: Iterable[str] = ()) -> list[str]:
+    """Return the stages of the checkpoint in ``folder`` in order.
 
-    ``inside`` has names of layers, or ``ALL``.
+    Those inside the layers that ``inside`` names are among them, or those inside ``ALL`` layers.
 
     Raises:
-        ConfigError: The model has no such layer.
+        ConfigError: The model has no such layer, or its config is invalid.
     """
+    config = ModelConfig.load(folder)
     order = stages.stage_order(config)
     layers = [stage for stage in order if stages.is_layer(stage)]
     wanted = set(inside)

@@ -32,9 +32,11 @@ def path_ops(path: Path, device: torch.device) -> Ops:
     return known[path.implementation]
 
 
-def check_operations(names: Iterable[str]) -> None:
-    """Raise ``ConfigError`` unless all ``names`` are operations."""
+def check_swap(path: Path, names: Iterable[str]) -> None:
+    """Raise ``ConfigError`` unless ``names`` are operations of ``path`` that can be swapped."""
     for name in names:
+        if path.kind != "ours":
+            raise ConfigError(f"swap must come with a path of ours as A, got {path}")
         if name not in OPERATIONS:
             raise ConfigError(
                 f"an operation to swap must be one of {', '.join(OPERATIONS)}, "
@@ -43,13 +45,7 @@ def check_operations(names: Iterable[str]) -> None:
 
 
 def swapped(ops: Ops, names: Iterable[str]) -> Ops:
-    """Return ``ops`` with the reference's operations for ``names``.
-
-    Raises:
-        ConfigError: A name is no operation.
-    """
-    names = list(names)
-    check_operations(names)
+    """Return ``ops`` with the reference's operations for ``names``."""
     return replace(ops, **{name: getattr(REFERENCE, name) for name in names})
 
 

@@ -12,14 +12,13 @@ import torch
 from idefics2_engine import __version__
 from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.parity.case_recording import CaseRecording
 from idefics2_engine.parity.dump import Recording, write_recording
+from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case
-from idefics2_engine.parity.operations import path_ops, swapped
+from idefics2_engine.parity.operations import check_swap, path_ops, swapped
 from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.stages import stage_order
 from idefics2_kernels import Ops
 
 
@@ -54,8 +53,9 @@ def record(
     Raises:
         Idefics2Error: The model, an input or an option is invalid.
     """
+    check_swap(path, swap)
     found: Iterable[CaseRecording]
-    order = stage_order(ModelConfig.load(model_folder)) if order is None else list(order)
+    order = stages_of(model_folder) if order is None else list(order)
     if path.kind == "ours":
         from idefics2_engine.parity.our_stages import record_ours
 
