@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options, streams
 from idefics2_engine.cli.log_output import add_log_options
+from idefics2_engine.cli.parity_golden import add_golden_options, run_golden
 from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ examples:
   idefics2 parity ours:triton:bf16 transformers:bf16 --model HuggingFaceM4/idefics2-8b
   idefics2 parity ours:reference --save before
   idefics2 parity ours:reference before --bitwise
+  idefics2 parity ours:triton ours:reference --inside "text layer 2" --bisect
 
-exit codes: 0 no difference beyond rounding, 1 a stage differs, 2 wrong usage or input
+exit codes: 0 no difference beyond rounding, 1 a stage or a golden answer differs, 2 wrong usage or
+input
 """
 
 
@@ -65,6 +68,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     group.add_argument(
         "--threads", metavar="N", type=options.positive, help="threads that compute on a CPU"
     )
+    add_golden_options(parser.add_argument_group("golden answers"))
     _add_search_options(parser.add_argument_group("search"))
     _add_verdict_options(parser.add_argument_group("comparison"))
     add_log_options(parser)
@@ -171,6 +175,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         Idefics2Error: A path, an option, the model or an input is invalid.
     """
+    if args.golden is not None:
+        return run_golden(args)
     if args.digest and args.save is None:
         raise ConfigError("--digest must come with --save, got none")
     if args.bisect and args.save is not None and args.b is None:

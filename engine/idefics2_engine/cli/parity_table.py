@@ -1,6 +1,6 @@
 """The lines that ``idefics2 parity`` prints for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ _HEADINGS = ("stage", "verdict", "largest", "median", "A/B", "B/A", "largest at"
 
 def comparison_lines(comparison: "Comparison") -> list[str]:
     """Return what was compared, a line for each stage, and the first difference."""
-    lines = [_path_line("A", comparison.a), _path_line("B", comparison.b)]
+    lines = [path_line("A", comparison.a), path_line("B", comparison.b)]
     judged = "judged against float64" if comparison.is_judged else "not judged: no float64 leg"
     count = comparison.num_cases
     lines += [f"{count} case{'s' if count > 1 else ''}, {judged}", ""]
@@ -63,7 +63,7 @@ def bisection_line(bisection: "Bisection") -> str:
     count = bisection.trials
     trials = f"({count} trial{'s' if count > 1 else ''})" if count else "(no trial)"
     found = [
-        f"swapping {' and '.join(one.operations)} makes {one.stage} within rounding"
+        f"swapping {_listed(one.operations)} makes {one.stage} within rounding"
         for one in bisection.explanations
         if one.operations
     ]
@@ -73,7 +73,7 @@ def bisection_line(bisection: "Bisection") -> str:
             "weights, inputs or code outside the operations"
         )
     elif len(found) == 1:
-        found = [f"swapping {' and '.join(bisection.operations)} makes every stage within rounding"]
+        found = [f"swapping {_listed(bisection.operations)} makes every stage within rounding"]
     else:
         found.append("then every stage is within rounding")
     return f"{'; '.join(found)} {trials}"
@@ -97,7 +97,14 @@ def place_text(place: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _path_line(name: str, path: Mapping[str, Any]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    """Return names as ``a, b and c``."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def path_line(name: str, path: Mapping[str, Any]) -> str:
+    """Return what computed a side, in one line."""
     versions = [f"{key} {path[key]}" for key in ("transformers", "torch") if key in path]
     swap = [f"with the reference's {', '.join(path['swap'])}"] if "swap" in path else []
     about = [f"{path['dtype']} on {path['device']}", *swap, *versions]

@@ -248,23 +248,14 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
         ratios = None if measure.note is not None else error_ratios(measure, eps)
         results.append(StageResult(stage, verdict, measure, ratios))
     return Comparison(
-        _description(legs.a),
-        _description(legs.b),
+        legs.a.describe(),
+        legs.b.describe(),
         len(legs.a.cases),
         legs.exact is not None,
         results,
         logits,
         partings,
     )
-
-
-def _description(recording: Recording) -> dict[str, Any]:
-    return {
-        "path": recording.path,
-        "dtype": recording.dtype,
-        "nf4": recording.nf4,
-        **recording.about,
-    }
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

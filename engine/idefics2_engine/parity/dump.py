@@ -83,6 +83,10 @@ class Recording:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{printable_path(file)}: is no recording of parity") from error
 
+    def describe(self) -> dict[str, Any]:
+        """Return path, dtype, model and versions as JSON data."""
+        return {"path": self.path, "dtype": self.dtype, "nf4": self.nf4, **self.about}
+
     def parts(self, case: int, stage: str) -> list[Part]:
         """Read the parts of a stage of a case; none if the path has no such stage.
 

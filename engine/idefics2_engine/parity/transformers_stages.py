@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -131,12 +132,15 @@ def record_transformers(
     """
     model = load_transformers(folder, path, device)
     processor = load_processor(folder)
-    splits = processor.image_processor.do_image_splitting
+    splits, size = processor.image_processor.do_image_splitting, processor.image_processor.size
     patch = model.config.vision_config.patch_size
     recorder = Recorder.of_stages(transformers_taps(model), order)
     for case in cases:
         split = splits if case.split is None else case.split
         processor.image_processor.do_image_splitting = split
+        processor.image_processor.size = replace(
+            size, longest_edge=case.longest_edge or size.longest_edge
+        )
         images = [_read_image(source) for source in case.images]
         inputs = processor(
             text=[_prompt_text(processor, case)],
