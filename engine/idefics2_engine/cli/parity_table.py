@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from idefics2_engine.parity.bisection import Bisection
     from idefics2_engine.parity.comparison import Comparison, StageResult
+    from idefics2_engine.parity.search.bisection import Bisection
 
 _HEADINGS = ("stage", "verdict", "largest", "median", "A/B", "B/A", "largest at")
 

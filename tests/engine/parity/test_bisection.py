@@ -12,14 +12,14 @@ from torch import Tensor
 from idefics2_engine.cli.parity_table import bisection_line, comparison_lines
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model import text
-from idefics2_engine.parity.bisection import Bisection, Explanation, bisect, smallest_set
 from idefics2_engine.parity.comparison import Comparison, StageResult
 from idefics2_engine.parity.dump import Recording
 from idefics2_engine.parity.inputs import Case
 from idefics2_engine.parity.measure import StageMeasure
-from idefics2_engine.parity.trials import explain
+from idefics2_engine.parity.search.bisection import Bisection, Explanation, bisect, smallest_set
+from idefics2_engine.parity.search.trials import explain
 from idefics2_engine.parity.verdict import Verdict
-from idefics2_kernels import REFERENCE, ROW_BY_ROW
+from idefics2_kernels import REFERENCE, ROW_BY_ROW, TRITON
 from parity_recordings import compare_on_cpu, first_stage, record_path
 
 TEXT = [Case.raw("a")]
@@ -160,7 +160,7 @@ def test_two_wrong_operations_are_found_together(short_theirs: Path) -> None:
 
 
 def test_operations_that_were_not_called_are_not_tried(short_theirs: Path) -> None:
-    ops = replace(REFERENCE, silu_mul=gate_and_up_swapped, patches=ROW_BY_ROW.linear)
+    ops = replace(REFERENCE, silu_mul=gate_and_up_swapped, patches=TRITON.patches)
     found = compare_on_cpu("ours", short_theirs, cases=TEXT, ops=ops, bisect=True)
     # One trial explains the stage, and one looks at the stages after it
     assert found.bisection == Bisection((Explanation("text layer 0", ("silu_mul",)),), 2)

@@ -14,9 +14,9 @@ import torch
 
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.parity import Comparison, compare
-from idefics2_engine.parity.bisection import Explanation
 from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case
+from idefics2_engine.parity.search.bisection import Explanation
 from idefics2_kernels import ROW_BY_ROW, TRITON, Ops
 from mutants import PACKAGE, mutations
 from parity_recordings import TOKENS, first_stage, record_path

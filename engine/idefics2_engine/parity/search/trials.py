@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.bisection import Bisection, bisect
+from idefics2_engine.parity.search.bisection import Bisection, bisect
 from idefics2_engine.parity.verdict import Verdict
 
 if TYPE_CHECKING:
