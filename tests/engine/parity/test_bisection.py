@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +158,21 @@ def test_two_wrong_operations_are_found_together(short_theirs: Path) -> None:
     (explanation,) = found.bisection.explanations
     assert explanation.stage == "text layer 0"
     assert set(explanation.operations) == {"rms_norm", "add_rms_norm"}
+
+
+def wrong_after_the_prompt(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    out = REFERENCE.paged_attention(q, *args, **kwargs)
+    return out * 1.1 if len(q) == 1 else out
+
+
+def test_answers_of_trials_are_judged_by_those_of_b(short_theirs: Path) -> None:
+    """With one fault A answers other tokens, so that the other fault is seen only without it."""
+    ops = replace(REFERENCE, silu_mul=gate_and_up_swapped, paged_attention=wrong_after_the_prompt)
+    found = compare_on_cpu("ours", short_theirs, cases=TEXT, ops=ops, bisect=True)
+    assert found.partings[0].index == 0
+    assert found.bisection is not None
+    assert set(found.bisection.operations) == {"silu_mul", "paged_attention"}
+    assert found.bisection.unexplained is None
 
 
 def test_operations_that_were_not_called_are_not_tried(short_theirs: Path) -> None:
