@@ -2,8 +2,8 @@
 
 They are where all implementations have the same tensor, also if they compute several at once:
 before and after the linear layers. ``attention`` is the heads' outputs side by side, before the
-projection, so it includes the rotary positions. ``projection`` and ``mlp`` are branches, before they
-are added to the residual. Keys of the text model are those before the rotary positions.
+projection, so it includes the rotary positions. ``projection`` and ``mlp`` are branches, before
+they are added to the residual. Keys of the text model are those before the rotary positions.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""The operations of a path: those it names, those that are replaced by the reference's, those it calls."""
+"""The operations of a path: which it has, which the reference replaces, and which it calls."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace

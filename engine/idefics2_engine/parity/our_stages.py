@@ -162,7 +162,8 @@ def model_stages(
 ) -> dict[str, list[Tensor]]:
     """Return the parts of each stage that hooks ``found``, and the logits if there are any.
 
-    Logits are those of every token, and need the hook of the text model's norm. The engine encodes equal tiles once, in the order in which they first occur.
+    Logits are those of every token, and need the hook of the text model's norm. The engine encodes
+    equal tiles once, in the order in which they first occur.
     """
     encoded_once = unique_tiles(tiles)
     lengths = len(recording.prompt_ids), len(recording.answer_ids)

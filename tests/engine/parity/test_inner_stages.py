@@ -1,4 +1,4 @@
-"""Stages inside layers: they are the same tensors in all implementations, and name what is wrong."""
+"""Stages inside layers are the same tensors in all implementations, and name what is wrong."""
 
 from dataclasses import replace
 from pathlib import Path

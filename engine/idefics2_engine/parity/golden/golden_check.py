@@ -27,9 +27,9 @@ class GoldenResult:
     Attributes:
         name: Name of the case.
         text: The answer.
-        parts_at: Index of the first token that is not the golden answer's. ``None`` if there is none.
-        tokens: Texts of this token in the answer and in the golden one. ``None`` where an answer has
-            ended, and for the golden one if only its text is known.
+        parts_at: Index of the first token that is not the golden answer's, if any.
+        tokens: Texts of this token in the answer and in the golden one. ``None`` where an answer
+            has ended, and for the golden one if only its text is known.
         golden_text: The golden answer.
         golden_logprob: Log probability with which the golden token was published, if it was.
         skipped: Why the case was not computed, if so.

@@ -2,9 +2,9 @@
 
 A trial replaces some operations of A by the reference's, and looks whether a stage still differs.
 The search starts at the first stage that differs. It tries all operations together, then each
-alone, and then looks for a smallest set by delta debugging (Zeller and Hildebrandt, "Simplifying and
-isolating failure-inducing input", 2002). The next stage that differs is explained in the same way,
-until none does.
+alone, and then looks for a smallest set by delta debugging (Zeller and Hildebrandt, "Simplifying
+and isolating failure-inducing input", 2002). The next stage that differs is explained in the same
+way, until none does.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from idefics2_engine.parity.comparison import Comparison
 
 Rerun = Callable[[Sequence[str], Sequence[str], int], "Comparison"]
-"""Compares again, given the operations to replace in A, the stages, and most tokens of an answer."""
+"""Compares again with operations of A replaced, the given stages, and most tokens of an answer."""
 
 
 def explain(
@@ -54,7 +54,7 @@ def _needed(stage: str) -> list[str]:
 
 
 def _likeliest_first(first: str | None, called: Sequence[str]) -> list[str]:
-    """Return the operations in the order in which they are tried, none for a stage of the inputs."""
+    """Return the operations in the order of their trials, none for a stage of the inputs."""
     if first is None or first in stages.INPUTS:
         return []
     # The operations that the text model alone calls are called last
