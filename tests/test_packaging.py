@@ -42,6 +42,8 @@ def test_wheel(tmp_path: Path) -> None:
         "idefics2_kernels",
     }
     assert {"idefics2_engine/py.typed", "idefics2_kernels/py.typed"} <= names
+    golden = ROOT / "engine/idefics2_engine/parity/golden"
+    assert {f"idefics2_engine/parity/golden/{p.name}" for p in golden.glob("*.json")} <= names
     for folder, inside in (("demo", "demo"), ("images", "demo_images")):
         files = {p.name for p in (ROOT / "examples" / folder).iterdir()}
         assert files

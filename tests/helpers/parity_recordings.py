@@ -18,15 +18,14 @@ TOKENS = 3
 
 def record_path(path: str, folder: Path, model: Path = DEMO_MODEL, **settings: Any) -> Recording:
     """Record a path on ``CASES`` on the CPU."""
-    return record(
-        ParityPath.parse(path), folder, CASES, model, device="cpu", max_tokens=TOKENS, **settings
-    )
+    settings = {"cases": CASES, "device": "cpu", "max_tokens": TOKENS, **settings}
+    return record(ParityPath.parse(path), folder, model_folder=model, **settings)
 
 
 def compare_on_cpu(a: str | Path, b: str | Path, **settings: Any) -> Comparison:
     """Compare two paths or recordings on ``CASES`` on the CPU."""
-    settings = {"cases": CASES, **settings}
-    return compare(str(a), str(b), device="cpu", max_tokens=TOKENS, **settings)
+    settings = {"cases": CASES, "device": "cpu", "max_tokens": TOKENS, **settings}
+    return compare(str(a), str(b), **settings)
 
 
 def first_stage(comparison: Comparison) -> str | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import options, streams
 from idefics2_engine.cli.log_output import add_log_options
+from idefics2_engine.cli.parity_golden import add_golden_options, run_golden
 from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ examples:
   idefics2 parity ours:triton:bf16 transformers:bf16 --model HuggingFaceM4/idefics2-8b
   idefics2 parity ours:reference --save before
   idefics2 parity ours:reference before --bitwise
+  idefics2 parity ours:triton ours:reference --inside "text layer 2" --bisect
 
-exit codes: 0 no difference beyond rounding, 1 a stage differs, 2 wrong usage or input
+exit codes: 0 no difference beyond rounding, 1 a stage or a golden answer differs, 2 wrong usage or
+input
 """
 
 
@@ -65,6 +68,8 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     group.add_argument(
         "--threads", metavar="N", type=options.positive, help="threads that compute on a CPU"
     )
+    add_golden_options(parser.add_argument_group("golden answers"))
+    _add_search_options(parser.add_argument_group("search"))
     _add_verdict_options(parser.add_argument_group("comparison"))
     add_log_options(parser)
     parser.set_defaults(run=run)
@@ -102,6 +107,30 @@ def _add_input_options(group: "argparse._ArgumentGroup") -> None:
         type=options.positive,
         default=16,
         help="most tokens in an answer (default: %(default)s)",
+    )
+
+
+def _add_search_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--inside",
+        metavar="LAYER",
+        action="append",
+        default=[],
+        help="also compare the stages inside a layer, such as 'text layer 2', or inside all; "
+        "repeat it for several",
+    )
+    group.add_argument(
+        "--swap",
+        metavar="OP",
+        action="append",
+        default=[],
+        help="replace an operation of A, such as rms_norm, by the reference's; repeat it for "
+        "several",
+    )
+    group.add_argument(
+        "--bisect",
+        action="store_true",
+        help="find the operations of A that explain the differences",
     )
 
 
@@ -146,12 +175,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         Idefics2Error: A path, an option, the model or an input is invalid.
     """
+    if args.golden is not None:
+        return run_golden(args)
     if args.digest and args.save is None:
         raise ConfigError("--digest must come with --save, got none")
+    if args.bisect and args.save is not None and args.b is None:
+        raise ConfigError("--bisect must come with a path B, got none")
     from idefics2_engine.cli.parity_table import comparison_lines
     from idefics2_engine.cpu_threads import set_cpu_threads
     from idefics2_engine.parity import Path as ParityPath
     from idefics2_engine.parity import compare
+    from idefics2_engine.parity.inner_stages import stages_of
     from idefics2_engine.parity.record import record
 
     path = ParityPath.parse(args.a)
@@ -167,6 +201,8 @@ def run(args: argparse.Namespace) -> int:
             folder,
             device=args.device,
             max_tokens=args.max_tokens,
+            swap=args.swap,
+            order=stages_of(folder, args.inside),
             digest=args.digest,
         )
         print(f"{args.save}: {len(recording.cases)} cases of {path}, {recording.dtype}")
@@ -180,6 +216,9 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         max_tokens=args.max_tokens,
         float64=args.float64,
+        swap=args.swap,
+        bisect=args.bisect,
+        inside=args.inside,
         save=args.save,
         digest=args.digest,
         **given,

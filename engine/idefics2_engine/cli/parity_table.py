@@ -1,17 +1,18 @@
 """The lines that ``idefics2 parity`` prints for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from idefics2_engine.parity.comparison import Comparison, StageResult
+    from idefics2_engine.parity.search.bisection import Bisection
 
 _HEADINGS = ("stage", "verdict", "largest", "median", "A/B", "B/A", "largest at")
 
 
 def comparison_lines(comparison: "Comparison") -> list[str]:
     """Return what was compared, a line for each stage, and the first difference."""
-    lines = [_path_line("A", comparison.a), _path_line("B", comparison.b)]
+    lines = [path_line("A", comparison.a), path_line("B", comparison.b)]
     judged = "judged against float64" if comparison.is_judged else "not judged: no float64 leg"
     count = comparison.num_cases
     lines += [f"{count} case{'s' if count > 1 else ''}, {judged}", ""]
@@ -37,6 +38,8 @@ def comparison_lines(comparison: "Comparison") -> list[str]:
             f"{names[0]} and {names[1]}, margin {parting.margin:.2g}"
         )
     lines.append(headline(comparison))
+    if comparison.bisection is not None:
+        lines.append(bisection_line(comparison.bisection))
     return lines
 
 
@@ -51,6 +54,29 @@ def headline(comparison: "Comparison") -> str:
     if comparison.within_rounding:
         return "no difference beyond rounding"
     return "bits differ, and without a float64 leg rounding is not judged"
+
+
+def bisection_line(bisection: "Bisection") -> str:
+    """Return which operations explain the differences, in one line."""
+    if not bisection.explanations:
+        return "nothing to bisect: no stage differs"
+    count = bisection.trials
+    trials = f"({count} trial{'s' if count > 1 else ''})" if count else "(no trial)"
+    found = [
+        f"swapping {_listed(one.operations)} makes {one.stage} within rounding"
+        for one in bisection.explanations
+        if one.operations
+    ]
+    if bisection.unexplained is not None:
+        found.append(
+            f"no operation explains {bisection.unexplained}: "
+            "weights, inputs or code outside the operations"
+        )
+    elif len(found) == 1:
+        found = [f"swapping {_listed(bisection.operations)} makes every stage within rounding"]
+    else:
+        found.append("then every stage is within rounding")
+    return f"{'; '.join(found)} {trials}"
 
 
 def place_text(place: Mapping[str, Any]) -> str:
@@ -71,9 +97,18 @@ def place_text(place: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _path_line(name: str, path: Mapping[str, Any]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    """Return names as ``a, b and c``."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def path_line(name: str, path: Mapping[str, Any]) -> str:
+    """Return what computed a side, in one line."""
     versions = [f"{key} {path[key]}" for key in ("transformers", "torch") if key in path]
-    return f"{name}  {path['path']}: {path['dtype']} on {path['device']}, {', '.join(versions)}"
+    swap = [f"with the reference's {', '.join(path['swap'])}"] if "swap" in path else []
+    about = [f"{path['dtype']} on {path['device']}", *swap, *versions]
+    return f"{name}  {path['path']}: {', '.join(about)}"
 
 
 def _row(result: "StageResult") -> tuple[str, ...]:

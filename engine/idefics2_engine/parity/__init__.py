@@ -11,12 +11,19 @@ import importlib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from idefics2_engine.parity.comparison import Comparison, compare
+    from idefics2_engine.parity.golden.golden_check import check_golden
     from idefics2_engine.parity.inputs import Case
     from idefics2_engine.parity.paths import Path
 
-__all__ = ["Case", "Comparison", "Path", "compare"]
+__all__ = ["Case", "Comparison", "Path", "check_golden", "compare"]
 
-_HOMES = {"Case": "inputs", "Comparison": "comparison", "Path": "paths", "compare": "comparison"}
+_HOMES = {
+    "Case": "inputs",
+    "Comparison": "comparison",
+    "Path": "paths",
+    "check_golden": "golden.golden_check",
+    "compare": "comparison",
+}
 
 
 def __getattr__(name: str) -> object:

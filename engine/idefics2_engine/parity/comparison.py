@@ -2,23 +2,28 @@
 
 import pathlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
+from idefics2_engine.device import torch_device
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.llm_options import model_folder
 from idefics2_engine.parity import stages
+from idefics2_engine.parity.alike import check_alike, check_inputs
 from idefics2_engine.parity.dump import Recording, check_new, write_digest
+from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case, default_cases
 from idefics2_engine.parity.logits import LogitsMeasure, Parting, find_partings, measure_logits
 from idefics2_engine.parity.measure import Legs, StageMeasure, measure_answers, measure_stage
+from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.record import record, record_reference
+from idefics2_engine.parity.search.bisection import Bisection
+from idefics2_engine.parity.search.trials import explain
 from idefics2_engine.parity.transformers_stages import check_installed
 from idefics2_engine.parity.verdict import RATIO, Verdict, error_ratios, judge
+from idefics2_engine.parity.yardstick import epsilon, with_yardstick
 from idefics2_kernels import Ops
 
 
@@ -52,6 +57,7 @@ class Comparison:
         stages: A result for each stage, in order.
         logits: How the logits differ. ``None`` if one side is a digest.
         partings: Where answers part.
+        bisection: What explains the differences. ``None`` if it was not searched for.
     """
 
     a: dict[str, Any]
@@ -61,6 +67,7 @@ class Comparison:
     stages: list[StageResult]
     logits: LogitsMeasure | None
     partings: list[Parting]
+    bisection: Bisection | None = None
 
     @property
     def first_difference(self) -> StageResult | None:
@@ -102,6 +109,7 @@ class Comparison:
             ],
             "logits": None if self.logits is None else _finite(asdict(self.logits)),
             "partings": [_finite(asdict(one)) for one in self.partings],
+            "bisection": None if self.bisection is None else asdict(self.bisection),
         }
 
 
@@ -116,6 +124,9 @@ def compare(
     float64: bool = True,
     ratio: float = RATIO,
     ops: Ops | None = None,
+    swap: Sequence[str] = (),
+    bisect: bool = False,
+    inside: Sequence[str] = (),
     save: pathlib.Path | None = None,
     digest: bool = False,
 ) -> Comparison:
@@ -131,6 +142,9 @@ def compare(
         float64: Whether to run the float64 leg, without which rounding cannot be judged.
         ratio: Ratio of the errors of A and B against float64 that is still rounding.
         ops: Operations of A in place of those that its path names.
+        swap: Operations of A that are replaced by the reference's, such as ``"rms_norm"``.
+        bisect: Whether to find the operations of A that explain the differences.
+        inside: Layers whose inner stages are compared, such as ``"text layer 2"``, or ``"all"``.
         save: New folder for the recording of A.
         digest: Whether ``save`` keeps only digests of the tensors.
 
@@ -142,8 +156,13 @@ def compare(
     kinds = [path.kind for path in paths]
     if kinds == ["float64", "float64"]:
         raise ConfigError("one of the paths must not be float64, got float64 twice")
-    if ops is not None and kinds[0] != "ours":
-        raise ConfigError(f"ops must come with a path of ours as A, got {paths[0]}")
+    for name, given in (("ops", ops), ("bisect", bisect)):
+        if given and kinds[0] != "ours":
+            raise ConfigError(f"{name} must come with a path of ours as A, got {paths[0]}")
+    check_swap(paths[0], swap)
+    needs_exact = float64 or "float64" in kinds
+    if bisect and not needs_exact:
+        raise ConfigError("bisect must come with the float64 leg, got none")
     if save is not None and kinds[0] not in ("ours", "transformers"):
         raise ConfigError(f"a path must be ours or transformers to be saved, got {paths[0]}")
     # What would fail late is looked at before anything is computed
@@ -152,6 +171,9 @@ def compare(
     if "transformers" in kinds:
         check_installed()
     folder = model_folder(model, None)
+    order = stages_of(folder, inside)
+    called = CalledOperations(ops or path_ops(paths[0], torch_device(device))) if bisect else None
+    of_a: dict[str, Any] = {"ops": ops if called is None else called.ops, "swap": swap}
     inputs = default_cases() if cases is None else list(cases)
     if not inputs:
         raise ConfigError("cases must be at least one, got none")
@@ -169,62 +191,58 @@ def compare(
                     folder,
                     device=device,
                     max_tokens=max_tokens,
-                    ops=ops if name == "a" else None,
+                    order=order,
+                    **(of_a if name == "a" else {}),
                 )
         if save is not None and digest:
             write_digest(found["a"], save)
-        # One of the paths is not float64
-        first = found.get("a") or found["b"]
-        needs_exact = float64 or "float64" in kinds
+        # One of the paths is not float64. With B's answers, the float64 leg serves A with other
+        # operations as well, which may give other answers.
+        weights, answers = found.get("a") or found["b"], found.get("b") or found["a"]
         exact = None
         if needs_exact:
-            exact = record_reference(first, scratch / "float64", inputs, folder, device=device)
+            exact = record_reference(
+                weights, scratch / "float64", inputs, answers, folder, device=device
+            )
         a_leg, b_leg = (found.get(name, exact) for name in "ab")
         assert a_leg is not None
         assert b_leg is not None
         legs = Legs(a_leg, b_leg, exact)
-        _check_alike(legs)
-        _check_inputs(legs)
-        legs = _with_yardstick(legs, inputs, folder, scratch, device)
-        return _compare(legs, ratio)
+        check_alike(legs, order)
+        check_inputs(legs)
+        legs = with_yardstick(legs, inputs, answers, folder, scratch, device)
+        result = _compare(legs, ratio)
+        if called is None:
+            return result
 
+        def rerun(names: Sequence[str], stages: Sequence[str], tokens: int) -> Comparison:
+            with TemporaryDirectory(dir=scratch) as trial:
+                again = record(
+                    paths[0],
+                    pathlib.Path(trial),
+                    inputs,
+                    folder,
+                    device=device,
+                    max_tokens=tokens,
+                    ops=ops,
+                    swap=[*swap, *names],
+                    order=stages,
+                )
+                return _compare(replace(legs, a=again), ratio)
 
-def _with_yardstick(
-    legs: Legs,
-    inputs: Sequence[Case],
-    folder: pathlib.Path,
-    scratch: pathlib.Path,
-    device: str,
-) -> Legs:
-    """Return ``legs`` with what two sides of different dtypes are compared with."""
-    a, b, exact = legs.a, legs.b, legs.exact
-    if exact is None or (a.dtype, a.nf4) == (b.dtype, b.nf4):
-        return legs
-    narrow = max((leg for leg in (a, b) if leg is not exact), key=lambda leg: _eps(leg.dtype))
-    if exact in (a, b) and _is_reference(narrow):
-        # The reference cannot be its own yardstick
-        return Legs(a, b)
-    yardstick = record_reference(
-        narrow, scratch / "yardstick", inputs, folder, device=device, in_float64=False
-    )
-    return Legs(a, b, exact, yardstick)
-
-
-def _is_reference(recording: Recording) -> bool:
-    kind, *parts = recording.path.split(":")
-    is_default = not {"triton", "reference", "deterministic"}.intersection(parts)
-    return kind == "ours" and (
-        "reference" in parts or (is_default and recording.about["device"] == "cpu")
-    )
+        candidates = called.other_than_reference()
+        return replace(result, bisection=explain(result, candidates, rerun, max_tokens))
 
 
 def _compare(legs: Legs, ratio: float) -> Comparison:
     dtypes = [leg.dtype for leg in (legs.a, legs.b) if leg.dtype != "float64"]
-    eps = max(map(_eps, dtypes))
+    eps = max(map(epsilon, dtypes))
     logits, partings = measure_logits(legs), find_partings(legs)
     parted = [parting.case for parting in partings]
     results = []
     for stage in legs.a.order:
+        if stage not in legs.b.order:
+            continue
         if stage in (stages.TOKENS, stages.TEXT):
             measure = measure_answers(legs, stage, parted)
         else:
@@ -233,55 +251,14 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
         ratios = None if measure.note is not None else error_ratios(measure, eps)
         results.append(StageResult(stage, verdict, measure, ratios))
     return Comparison(
-        _description(legs.a),
-        _description(legs.b),
+        legs.a.describe(),
+        legs.b.describe(),
         len(legs.a.cases),
         legs.exact is not None,
         results,
         logits,
         partings,
     )
-
-
-def _description(recording: Recording) -> dict[str, Any]:
-    return {
-        "path": recording.path,
-        "dtype": recording.dtype,
-        "nf4": recording.nf4,
-        **recording.about,
-    }
-
-
-def _eps(dtype: str) -> float:
-    return torch.finfo(getattr(torch, dtype)).eps
-
-
-def _check_alike(legs: Legs) -> None:
-    """Raise ``ConfigError`` unless A and B are recordings of one model and as many inputs."""
-    if legs.a.order != legs.b.order:
-        raise ConfigError("the paths must have the same stages, got those of different models")
-    if len(legs.a.cases) != len(legs.b.cases):
-        raise ConfigError(
-            f"the paths must have the same inputs, got {len(legs.a.cases)} and {len(legs.b.cases)}"
-        )
-
-
-def _check_inputs(legs: Legs) -> None:
-    """Raise ``ConfigError`` unless the float64 leg has the inputs of A or of B.
-
-    A path may prepare its inputs wrongly, but not both in the same way. With other inputs, the
-    errors of both sides would be large and their ratio would say nothing.
-    """
-    exact = legs.exact
-    if exact is None:
-        return
-    for case in range(len(exact.cases)):
-        for stage in (stages.DECODE, stages.TILES, stages.TOKEN_IDS):
-            wanted = [leg.hashes[case].get(stage) for leg in (legs.a, legs.b)]
-            if exact.hashes[case].get(stage) not in wanted:
-                raise ConfigError(
-                    f"case {case}: the inputs must be those of the recordings, got another {stage}"
-                )
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,10 @@ class Recording:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{printable_path(file)}: is no recording of parity") from error
 
+    def describe(self) -> dict[str, Any]:
+        """Return path, dtype, model and versions as JSON data."""
+        return {"path": self.path, "dtype": self.dtype, "nf4": self.nf4, **self.about}
+
     def parts(self, case: int, stage: str) -> list[Part]:
         """Read the parts of a stage of a case; none if the path has no such stage.
 
@@ -129,7 +133,7 @@ def write_recording(
         path: The path, as it was given.
         dtype: Name of the dtype that it computes in.
         nf4: Whether its layers are in NF4.
-        order: Stages in order.
+        order: Stages in order. Others of the cases are not written.
         about: Model, device and versions.
         cases: The cases.
         digest: Whether a part is kept as its ``Digest`` only.
@@ -146,6 +150,8 @@ def write_recording(
         tensors: dict[str, Tensor] = {}
         own: dict[str, list[str]] = {}
         for stage, parts in case.stages.items():
+            if stage not in order:
+                continue
             own[stage] = []
             for number, part in enumerate(parts):
                 name = f"{stage}/{number}"

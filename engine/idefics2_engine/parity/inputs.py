@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from idefics2_engine.demo import DEMO_IMAGES
@@ -21,12 +21,14 @@ class Case:
         text: A raw prompt with ``<image>`` for each image. ``None`` for a conversation.
         turns: Messages whose image parts have no source. ``None`` for a raw prompt.
         split: Whether each image is split. If ``None``, the checkpoint decides.
+        longest_edge: Pixels to which images are scaled down. If ``None``, the checkpoint decides.
     """
 
     images: tuple[ImageSource, ...]
     text: str | None = None
     turns: tuple[Mapping[str, Any], ...] | None = None
     split: bool | None = None
+    longest_edge: int | None = None
 
     @classmethod
     def question(
@@ -125,19 +127,35 @@ def row_cases(rows: pathlib.Path, split: bool | None = None) -> list[Case]:
 
 
 class Processors:
-    """Processors of one checkpoint, with and without splitting."""
+    """Processors of one checkpoint, with and without splitting, for images of any longest edge."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         from idefics2_engine.model.config import ModelConfig
 
         self.config = ModelConfig.load(folder)
         self._folder = folder
-        self._loaded: dict[bool | None, Processor] = {}
+        self._loaded: dict[tuple[bool | None, int | None], Processor] = {}
 
     def of(self, case: Case) -> Processor:
-        """Return the processor for ``case``."""
-        if case.split not in self._loaded:
-            self._loaded[case.split] = Processor.load(
-                self._folder, self.config, case.split, MediaConfig()
-            )
-        return self._loaded[case.split]
+        """Return the processor for ``case``.
+
+        Raises:
+            ConfigError: The case's longest edge is below the checkpoint's shortest edge.
+        """
+        key = case.split, case.longest_edge
+        if key not in self._loaded:
+            processor = Processor.load(self._folder, self.config, case.split, MediaConfig())
+            self._loaded[key] = _scaling_to(processor, case.longest_edge)
+        return self._loaded[key]
+
+
+def _scaling_to(processor: Processor, longest_edge: int | None) -> Processor:
+    if longest_edge is None:
+        return processor
+    config = processor.image_config
+    if longest_edge < config.shortest_edge:
+        raise ConfigError(
+            f"longest_edge must be at least the shortest edge {config.shortest_edge}, "
+            f"got {longest_edge}"
+        )
+    return replace(processor, image_config=replace(config, longest_edge=longest_edge))

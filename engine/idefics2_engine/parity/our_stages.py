@@ -11,7 +11,6 @@ from torch import Tensor
 
 from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.device import torch_device, torch_dtype
-from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.loader import load_image
 from idefics2_engine.images.tiling import Tile, normalize
 from idefics2_engine.model.idefics2 import Idefics2
@@ -23,6 +22,7 @@ from idefics2_engine.parity.case_recording import (
     pixel_matrix,
     token_parts,
 )
+from idefics2_engine.parity.inner_taps import our_inner_taps
 from idefics2_engine.parity.inputs import Case, Processors
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recorder import Recorder, Tap
@@ -32,13 +32,14 @@ from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
 from idefics2_engine.runtime.engine import Engine
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_kernels import REFERENCE, ROW_BY_ROW, TRITON, Ops
+from idefics2_kernels import Ops
 
 
 def our_taps(model: Idefics2) -> dict[str, Tap]:
     """Return where each stage of our model is read.
 
     A layer returns a branch and the residual that the next norm adds it to. The stage is the sum.
+    The stages inside the layers are among them.
     """
 
     def total(pair: tuple[Tensor, ...]) -> Tensor:
@@ -59,32 +60,15 @@ def our_taps(model: Idefics2) -> dict[str, Tap]:
         (stages.text_layer, text.layers),
     ):
         taps |= {name(i): Tap(layer, total) for i, layer in enumerate(layers)}
-    return taps
+    return taps | our_inner_taps(model)
 
 
-def path_ops(path: Path, device: torch.device) -> Ops:
-    """Return the implementation of the operations that ``path`` names.
-
-    Raises:
-        ConfigError: Kernels are asked for on a CPU without Triton's interpreter.
-    """
-    from triton import knobs
-
-    if path.implementation == "triton" and device.type == "cpu" and not knobs.runtime.interpret:
-        raise ConfigError(
-            "ours:triton must run on a CUDA device, or with TRITON_INTERPRET=1, got a CPU"
-        )
-    default = TRITON if device.type == "cuda" else REFERENCE
-    known = {"triton": TRITON, "reference": REFERENCE, "deterministic": ROW_BY_ROW, None: default}
-    return known[path.implementation]
-
-
-def load_model(folder: pathlib.Path, path: Path, device_name: str, ops: Ops | None) -> Idefics2:
-    """Load the model of a path; ``ops`` replaces the operations that ``path`` names."""
+def load_model(folder: pathlib.Path, path: Path, device_name: str, ops: Ops) -> Idefics2:
+    """Load the model of a path, which calls ``ops``."""
     device = torch_device(device_name)
     return load_checkpoint(
         folder,
-        ops or path_ops(path, device),
+        ops,
         device,
         torch_dtype(path.dtype or "auto", device),
         quantization=Quantization.from_arguments("nf4" if path.nf4 else None, None, True),
@@ -122,12 +106,13 @@ def record_ours(
     folder: pathlib.Path,
     path: Path,
     cases: Sequence[Case],
+    order: Sequence[str],
+    ops: Ops,
     *,
     device: str = "auto",
     max_tokens: int = 16,
-    ops: Ops | None = None,
 ) -> Iterator[CaseRecording]:
-    """Answer each case alone in the engine, and yield its stages.
+    """Answer each case alone in the engine, and yield the stages in ``order``.
 
     Raises:
         Idefics2Error: The model, a prompt or an image is invalid, or a request failed.
@@ -150,7 +135,7 @@ def record_ours(
     engine = Engine(model, processor.tokenizer, processor.image_config, generation, config)
     builder = RequestBuilder(processor, model.config, generation, length, seed=0)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    recorder = Recorder(our_taps(model))
+    recorder = Recorder.of_stages(our_taps(model), order)
     for case, prompt in zip(cases, prompts, strict=True):
         request = builder.build(prompt, params)
         # Nothing of the case before is reused
@@ -175,9 +160,10 @@ def model_stages(
     tiles: Sequence[Tile],
     recording: CaseRecording,
 ) -> dict[str, list[Tensor]]:
-    """Return the parts of each stage that hooks ``found``, and the logits of every token.
+    """Return the parts of each stage that hooks ``found``, and the logits if there are any.
 
-    The engine encodes equal tiles once, in the order in which they first occur.
+    Logits are those of every token, and need the hook of the text model's norm. The engine encodes
+    equal tiles once, in the order in which they first occur.
     """
     encoded_once = unique_tiles(tiles)
     lengths = len(recording.prompt_ids), len(recording.answer_ids)
@@ -193,6 +179,8 @@ def model_stages(
         names = [tile.fingerprint for tile in encoded_once]
         encoded = dict(zip(names, whole.split(sizes), strict=True))
         parts[stage] = [encoded[tile.fingerprint] for tile in tiles]
+    if stages.TEXT_NORM not in parts:
+        return parts
     with torch.inference_mode():
         hidden = torch.cat(parts[stages.TEXT_NORM]).to(model.device)
         logits = model.logits(hidden).cpu()

@@ -1,9 +1,10 @@
 """Running one path on all cases, to a recording on disk."""
 
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ import torch
 from idefics2_engine import __version__
 from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.parity.case_recording import CaseRecording
 from idefics2_engine.parity.dump import Recording, write_recording
+from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case
+from idefics2_engine.parity.operations import check_swap, path_ops, swapped
 from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.stages import stage_order
 from idefics2_kernels import Ops
 
 
@@ -31,6 +32,8 @@ def record(
     device: str = "auto",
     max_tokens: int = 16,
     ops: Ops | None = None,
+    swap: Sequence[str] = (),
+    order: Sequence[str] | None = None,
     digest: bool = False,
 ) -> Recording:
     """Run a path of ``ours`` or ``transformers`` on ``cases`` and write what it computed.
@@ -43,26 +46,34 @@ def record(
         device: Where to compute.
         max_tokens: Most tokens of an answer.
         ops: Operations in place of those that the path names.
+        swap: Names of operations that are replaced by the reference's.
+        order: Stages to record. If ``None``, all but those inside layers.
         digest: Whether only digests are kept.
 
     Raises:
         Idefics2Error: The model, an input or an option is invalid.
     """
+    check_swap(path, swap)
     found: Iterable[CaseRecording]
+    order = stages_of(model_folder) if order is None else list(order)
     if path.kind == "ours":
         from idefics2_engine.parity.our_stages import record_ours
 
+        own = swapped(ops or path_ops(path, torch_device(device)), swap)
         found = record_ours(
-            model_folder, path, cases, device=device, max_tokens=max_tokens, ops=ops
+            model_folder, path, cases, order, own, device=device, max_tokens=max_tokens
         )
     elif path.kind == "transformers":
         from idefics2_engine.parity.transformers_stages import record_transformers
 
-        found = record_transformers(model_folder, path, cases, device=device, max_tokens=max_tokens)
+        found = record_transformers(
+            model_folder, path, cases, order, device=device, max_tokens=max_tokens
+        )
     else:
         raise ConfigError(f"a path must be ours or transformers to be recorded, got {path}")
     dtype = str(torch_dtype(path.dtype or "auto", torch_device(device))).removeprefix("torch.")
-    return _write(path, folder, model_folder, dtype, device, found, digest=digest)
+    more = {"swap": list(swap)} if swap else {}
+    return _write(path, folder, model_folder, dtype, device, order, found, more, digest=digest)
 
 
 @torch_defaults()
@@ -70,38 +81,41 @@ def record_reference(
     weights: Recording,
     folder: pathlib.Path,
     cases: Sequence[Case],
+    answers: Recording,
     model_folder: pathlib.Path,
     *,
     device: str = "auto",
     in_float64: bool = True,
 ) -> Recording:
-    """Run the reference with the weights and answers of another recording.
+    """Run the reference with the weights and answers of other recordings.
 
     Args:
-        weights: The other recording.
+        weights: The recording whose dtype and quantization the weights have, and whose stages are
+            recorded.
         folder: A new folder for the recording, or an empty one.
         cases: The inputs.
+        answers: The recording whose answers are given to the model.
         model_folder: The checkpoint.
         device: Where to compute.
         in_float64: Whether to compute in float64, and not in the dtype of ``weights``.
 
     Raises:
-        Idefics2Error: The model or an input is invalid, or is not that of ``weights``.
+        Idefics2Error: The model or an input is invalid, or is not that of ``answers``.
     """
     from idefics2_engine.parity.reference_stages import record_forced
 
-    if len(cases) != len(weights.cases):
+    if len(cases) != len(answers.cases):
         raise ConfigError(
-            f"the inputs must be those of {weights.path}, wanted {len(weights.cases)} cases, "
+            f"the inputs must be those of {answers.path}, wanted {len(answers.cases)} cases, "
             f"got {len(cases)}"
         )
     own = Path("ours", "reference", weights.dtype, weights.nf4)
     path = Path("float64") if in_float64 else own
     found = record_forced(
-        model_folder, own, cases, weights.cases, device=device, in_float64=in_float64
+        model_folder, own, cases, answers.cases, weights.order, device=device, in_float64=in_float64
     )
     dtype = "float64" if in_float64 else weights.dtype
-    return _write(path, folder, model_folder, dtype, device, found)
+    return _write(path, folder, model_folder, dtype, device, weights.order, found)
 
 
 def _write(
@@ -110,7 +124,9 @@ def _write(
     model_folder: pathlib.Path,
     dtype: str,
     device: str,
+    order: Sequence[str],
     found: Iterable[CaseRecording],
+    more: Mapping[str, Any] = MappingProxyType({}),
     *,
     digest: bool = False,
 ) -> Recording:
@@ -122,11 +138,11 @@ def _write(
     }
     if path.kind == "transformers":
         about["transformers"] = version("transformers")
-    order = stage_order(ModelConfig.load(model_folder))
+    about |= more
     # The cases are computed while they are written
     with _without_tf32():
         return write_recording(
-            folder, str(path), dtype, path.nf4, order, about, found, digest=digest
+            folder, str(path), dtype, path.nf4, list(order), about, found, digest=digest
         )
 
 

@@ -53,17 +53,19 @@ def record_forced(
     weights: Path,
     cases: Sequence[Case],
     answers: Sequence[CaseRecording],
+    order: Sequence[str],
     *,
     device: str = "auto",
     in_float64: bool = True,
 ) -> Iterator[CaseRecording]:
-    """Compute each case with the given answer on the reference, and yield its stages.
+    """Compute each case with the given answer on the reference, and yield the stages in ``order``.
 
     Args:
         folder: The checkpoint.
         weights: The path whose dtype and quantization the weights have.
         cases: The cases.
         answers: Recordings of another path, whose answers are given to the model.
+        order: The stages.
         device: Where to compute.
         in_float64: Whether to compute in float64, and not in the weights' own dtype.
 
@@ -74,7 +76,7 @@ def record_forced(
     model = load_model(folder, weights, device, WIDENING)
     if in_float64:
         widen_model(model)
-    recorder = Recorder(our_taps(model))
+    recorder = Recorder.of_stages(our_taps(model), order)
     for case, answer in zip(cases, answers, strict=True):
         processor = processors.of(case)
         prompt = case.process(processor)

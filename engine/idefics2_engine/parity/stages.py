@@ -20,7 +20,13 @@ LOGITS = "logits"
 TOKENS = "tokens"
 TEXT = "text"
 
-EXACT = (DECODE, TILES, TOKEN_IDS, TOKENS, TEXT)
+OF_PATCHES = "patches"
+"""Part of the names of the perceiver's stages whose rows are patches, not latents."""
+
+INPUTS = (DECODE, TILES, TOKEN_IDS)
+"""Stages that are computed before any operation of the model."""
+
+EXACT = (*INPUTS, TOKENS, TEXT)
 """Stages without rounding. Tokens may still part where two logits are nearly equal."""
 
 
@@ -60,12 +66,22 @@ def stage_order(config: ModelConfig) -> list[str]:
     ]
 
 
+def is_layer(stage: str) -> bool:
+    """Return whether ``stage`` is the output of a layer."""
+    return stage.partition(" layer ")[2].isdecimal()
+
+
+def is_inside(stage: str) -> bool:
+    """Return whether ``stage`` is inside a layer, such as ``text layer 2 attention``."""
+    return " layer " in stage and not is_layer(stage)
+
+
 def unit(stage: str) -> str:
     """Return what a row of ``stage`` is: ``pixels``, ``patch``, ``latent`` or ``token``."""
     if stage in (DECODE, TILES):
         return "pixels"
     if stage.startswith("perceiver"):
-        return "latent"
+        return "patch" if f" {OF_PATCHES} " in stage else "latent"
     if stage == PROJECTION or stage.startswith(("patch", "vision")):
         return "patch"
     return "token"

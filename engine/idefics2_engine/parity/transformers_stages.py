@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,7 @@ from idefics2_engine.parity.case_recording import (
     pixel_matrix,
     token_parts,
 )
+from idefics2_engine.parity.inner_taps import transformers_inner_taps
 from idefics2_engine.parity.inputs import Case
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recorder import Recorder, Tap
@@ -51,7 +53,7 @@ def transformers_taps(model: Any) -> dict[str, Tap]:
         (stages.text_layer, text.layers),
     ):
         taps |= {name(i): Tap(layer, hidden) for i, layer in enumerate(layers)}
-    return taps
+    return taps | transformers_inner_taps(model)
 
 
 def tile_rows(padded: Tensor, grids: Sequence[tuple[int, int]], columns: int) -> list[Tensor]:
@@ -118,23 +120,27 @@ def record_transformers(
     folder: pathlib.Path,
     path: Path,
     cases: Sequence[Case],
+    order: Sequence[str],
     *,
     device: str = "auto",
     max_tokens: int = 16,
 ) -> Iterator[CaseRecording]:
-    """Answer each case alone with transformers' ``generate``, and yield its stages.
+    """Answer each case alone with transformers' ``generate``, and yield the stages in ``order``.
 
     Raises:
         ConfigError: transformers is missing.
     """
     model = load_transformers(folder, path, device)
     processor = load_processor(folder)
-    splits = processor.image_processor.do_image_splitting
+    splits, size = processor.image_processor.do_image_splitting, processor.image_processor.size
     patch = model.config.vision_config.patch_size
-    recorder = Recorder(transformers_taps(model))
+    recorder = Recorder.of_stages(transformers_taps(model), order)
     for case in cases:
         split = splits if case.split is None else case.split
         processor.image_processor.do_image_splitting = split
+        processor.image_processor.size = replace(
+            size, longest_edge=case.longest_edge or size.longest_edge
+        )
         images = [_read_image(source) for source in case.images]
         inputs = processor(
             text=[_prompt_text(processor, case)],
@@ -172,7 +178,7 @@ def record_transformers(
 def _model_stages(
     model: Any, found: dict[str, list[Tensor]], recording: CaseRecording, columns: int
 ) -> dict[str, list[Tensor]]:
-    """Return the parts of each stage that hooks ``found``, and the logits of every token."""
+    """Return the parts of each stage that hooks ``found``, and the logits if there are any."""
     lengths = len(recording.prompt_ids), len(recording.answer_ids)
     parts: dict[str, list[Tensor]] = {}
     for stage, tensors in found.items():
@@ -185,6 +191,8 @@ def _model_stages(
                 parts[stage] = list(tensors[0].reshape(len(recording.grids), -1, hidden))
             case _:
                 parts[stage] = tile_rows(tensors[0], recording.grids, columns)
+    if stages.TEXT_NORM not in parts:
+        return parts
     with torch.inference_mode():
         hidden_states = torch.cat(parts[stages.TEXT_NORM]).to(model.device)
         logits = model.lm_head(hidden_states).cpu()

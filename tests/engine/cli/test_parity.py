@@ -63,6 +63,29 @@ def test_headline_names_stage_and_place(saved: Path, capsys: pytest.CaptureFixtu
     assert last.startswith("first difference beyond rounding: text layer 0, case 0, token ")
 
 
+def test_difference_is_found_inside_a_layer_and_explained(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = ("--inside", "text layer 0")
+    assert parity("ours:reference", "--save", tmp_path / "b", *inside, *SMALL) == 0
+    paths = ("ours:deterministic", tmp_path / "b")
+    # Every difference counts, so that swapping what is not the reference explains it
+    options = ("--ratio", "1e-9", "--bisect", *inside, *SMALL)
+    capsys.readouterr()
+    assert parity(*paths, "--json", *options) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["first_difference"] == "text layer 0 queries"
+    explanations = result["bisection"]["explanations"]
+    assert explanations[0] == {"stage": "text layer 0 queries", "operations": ["linear"]}
+    assert result["bisection"]["trials"] > len(explanations)
+    found = [name for one in explanations for name in one["operations"]]
+    swap = [word for name in found for word in ("--swap", name)]
+    assert parity(*paths, *swap, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"with the reference's {', '.join(found)}" in lines[0]
+    assert lines[-1] == "nothing to bisect: no stage differs"
+
+
 def test_images_prompts_and_rows_are_inputs(tmp_path: Path) -> None:
     image = DEMO_IMAGES / "sign.png"
     more = ("--max-tokens", "1", "--device", "cpu")
@@ -88,6 +111,11 @@ def test_images_prompts_and_rows_are_inputs(tmp_path: Path) -> None:
         (["ours", "--digest"], "--digest must come with --save"),
         (["ours", "--image", "a.png"], "must come with --prompt"),
         (["ours", "--rows", "a", "--raw"], "--rows must come without"),
+        (["ours", "--swap", "rmsnorm"], "an operation to swap must be one of linear, "),
+        (["transformers", "--swap", "linear", "--save", "x"], "swap must come with a path of ours"),
+        (["ours", "--bisect", "--save", "x"], "--bisect must come with a path B"),
+        (["ours", "--bisect", "--no-float64"], "bisect must come with the float64 leg"),
+        (["ours", "--inside", "layer 2"], "a layer to look inside must be all or one from vision"),
         (["ours", "--ratio", "0"], "expected a number above 0"),
         (["ours", "--prompt", "a", "--image", "missing.png"], "cannot be read as an image"),
         (["float64", "--save", "x", "--prompt", "a"], "must be ours or transformers"),

@@ -161,9 +161,10 @@ def test_fp32_is_fp32_while_a_path_runs() -> None:
 
 
 @pytest.mark.long
-def test_kernels_are_within_rounding() -> None:
+def test_kernels_are_within_rounding(device: torch.device) -> None:
     """The interpreter takes 15 s for two tokens."""
-    comparison = compare_on_cpu("ours:triton", "ours:reference", cases=[Case.raw("a")])
+    paths = "ours:triton:fp32", "ours:reference:fp32"
+    comparison = compare_on_cpu(*paths, cases=[Case.raw("a")], device=device.type)
     assert comparison.within_rounding
     assert not comparison.same_bits
 

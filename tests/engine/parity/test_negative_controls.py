@@ -15,6 +15,7 @@ from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.images import tiling
 from idefics2_engine.model import text
 from idefics2_engine.parity.dump import Recording
+from idefics2_engine.parity.search.bisection import Bisection, Explanation
 from idefics2_engine.parity.verdict import Verdict
 from idefics2_kernels import REFERENCE
 from parity_recordings import compare_on_cpu, first_stage, record_path
@@ -78,10 +79,13 @@ MUTATED: dict[str, tuple[str, Any, str]] = {
 
 
 @pytest.mark.parametrize("name", MUTATED)
-def test_mutated_operation_is_named(name: str, theirs: Path, tmp_path: Path) -> None:
+def test_mutated_operation_is_named(name: str, theirs: Path) -> None:
     operation, wrong, stage = MUTATED[name]
-    record_path("ours:reference", tmp_path / "a", ops=replace(REFERENCE, **{operation: wrong}))
-    assert first_stage(compare_on_cpu(tmp_path / "a", theirs)) == stage
+    ops = replace(REFERENCE, **{operation: wrong})
+    comparison = compare_on_cpu("ours:reference", theirs, ops=ops, bisect=True)
+    assert first_stage(comparison) == stage
+    assert comparison.bisection is not None
+    assert comparison.bisection.explanations == (Explanation(stage, (operation,)),)
 
 
 def swapped_boxes(width: int, height: int) -> list[tiling.Box]:
@@ -153,6 +157,13 @@ def test_changed_eps_is_named(name: str, theirs: Path, tmp_path: Path) -> None:
     part, changes, stage = EPS[name]
     record_path("ours:reference", tmp_path / "a", other_config(tmp_path / "other", part, **changes))
     assert first_stage(compare_on_cpu(tmp_path / "a", theirs)) == stage
+
+
+def test_changed_eps_is_not_the_fault_of_an_operation(theirs: Path, tmp_path: Path) -> None:
+    part, changes, stage = EPS["vision"]
+    model = other_config(tmp_path / "other", part, **changes)
+    comparison = compare_on_cpu("ours:deterministic", theirs, model=model, bisect=True)
+    assert comparison.bisection == Bisection((Explanation(stage, ()),), 1)
 
 
 def test_other_choice_of_tokens_is_named(ours: Path, theirs: Path, tmp_path: Path) -> None:

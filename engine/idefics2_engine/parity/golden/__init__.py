@@ -1,0 +1,1 @@
+"""Golden files: answers that others have published or that an earlier version gave."""
