@@ -12,6 +12,7 @@ from typing import Any
 from idefics2_bench.jobs.apart import Ended, run_apart
 from idefics2_bench.jobs.stand_in import MODEL, NUM_IMAGES, input_path, read_input, write_input
 from idefics2_engine.images.loader import MediaConfig
+from idefics2_engine.images.source_check import SourceCheck
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error
 from idefics2_engine.jobs.readers.validation import validate
 
@@ -44,7 +45,8 @@ def main() -> None:
     folder, limit = Path(sys.argv[1]), int(sys.argv[2])
     media = MediaConfig(allowed_media_root=folder)
     job_input = read_input(folder, limit)
-    found = validate(job_input, lambda row: image_error(row, ImageCheck.EXISTS, media))
+    check_file = SourceCheck(media)
+    found = validate(job_input, lambda row: image_error(row, ImageCheck.EXISTS, media, check_file))
     if found.num_rows != limit or found.num_bad:
         sys.exit(f"{limit} good rows must be found, got {found}")
 

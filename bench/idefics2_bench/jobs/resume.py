@@ -8,7 +8,7 @@ As a program it resumes the job in ``FOLDER`` and prints the figures as JSON.
 import json
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from idefics2_bench.jobs.stand_in import (
     write_input,
 )
 from idefics2_engine import Row
+from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.row_encoding import OutputEncoding
 from idefics2_engine.jobs.runner import JobRunner
@@ -44,6 +45,31 @@ def resume_row(folder: Path, count: int) -> Figures:
     if figures["num_computed"] != 1:
         raise RuntimeError(f"one row must be computed, got {figures['num_computed']}")
     return {"impl": "resume", **MODEL, "rows": count, **figures}
+
+
+class TimedInput:
+    """Measures how long the rows of an input take to read.
+
+    Attributes:
+        files: Those of the input.
+        seconds: Time in which rows were read.
+    """
+
+    def __init__(self, rows: JobInput) -> None:
+        self.files = rows.files
+        self.seconds = 0.0
+        self._input = rows
+
+    def rows(self) -> Iterator[JobRow]:
+        """Yield the rows."""
+        rows = self._input.rows()
+        while True:
+            begin = time.perf_counter()
+            row = next(rows, None)
+            self.seconds += time.perf_counter() - begin
+            if row is None:
+                return
+            yield row
 
 
 class FirstRow(StandInEngine):
@@ -73,15 +99,24 @@ def main() -> None:
     """Resume the job of the folder that the command line names."""
     folder = Path(sys.argv[1])
     job_input = read_input(folder)
+    rows = TimedInput(job_input)
     engine = FirstRow()
     result = JobRunner(
         folder / "out.jsonl",
-        job_input,
+        rows,
         engine,
         OutputEncoding(SaveOptions(), JsonlFormat, job_input.media_root),
         _description(job_input),
     ).run()
-    print(json.dumps({**engine.figures, "num_computed": result.run.computed}))
+    print(
+        json.dumps(
+            {
+                **engine.figures,
+                "input_seconds": rows.seconds,
+                "num_computed": result.run.computed,
+            }
+        )
+    )
 
 
 def _journal_rows(folder: Path, count: int) -> None:

@@ -16,6 +16,7 @@ from idefics2_bench.offline_workloads import offline_requests
 from idefics2_bench.time_report import time_figures
 from idefics2_bench.timing import synchronize
 from idefics2_engine import LLM, Row, SamplingParams, llm_options
+from idefics2_engine.images.source_check import SourceCheck
 from idefics2_engine.jobs.fingerprint_parts import sampling_parts
 from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import JobResult
@@ -214,7 +215,8 @@ def check_input(job_input: JobInput, llm: LLM) -> None:
         RuntimeError: A row is bad.
     """
     media = llm.processor.media
-    found = validate(job_input, lambda row: image_error(row, ImageCheck.EXISTS, media))
+    check_file = SourceCheck(media)
+    found = validate(job_input, lambda row: image_error(row, ImageCheck.EXISTS, media, check_file))
     if found.num_bad or found.num_repeated:
         raise RuntimeError(f"all rows must be good, got {found.counts}")
 
