@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.002
 _MOST_SECONDS = 300.0
 
 
-def first_row(folder: Path, rounds: int) -> Figures:
+def first_row(folder: Path, rounds: int, count: int = _ROWS) -> Figures:
     """Run the demo job in new processes and watch its journal; the first run only warms caches.
 
     Returns:
@@ -31,14 +31,14 @@ def first_row(folder: Path, rounds: int) -> Figures:
     images = sorted(path.name for path in DEMO_IMAGES.iterdir() if path.suffix == ".png")
     lines = [
         json.dumps({"id": number, "images": [images[number % len(images)]], "prompt": _QUESTION})
-        for number in range(_ROWS)
+        for number in range(count)
     ]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _once(folder, 0)
     runs = sorted((_once(folder, turn) for turn in range(1, rounds + 1)), key=lambda one: one["ms"])
     median = runs[(rounds - 1) // 2]
     names = {"impl": "reference", "model": "demo", "dtype": "float32"}
-    return {**names, "rows": _ROWS, **median, "rounds_ms": [one["ms"] for one in runs]}
+    return {**names, "rows": count, **median, "rounds_ms": [one["ms"] for one in runs]}
 
 
 def _once(folder: Path, turn: int) -> dict[str, float]:

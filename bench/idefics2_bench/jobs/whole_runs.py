@@ -71,7 +71,7 @@ class WholeRuns:
         for turn in range(self._options.rounds):
             # The order changes, so that a machine that gets slower slows both
             for is_run in (False, True) if turn % 2 == 0 else (True, False):
-                with self._ready_llm() as llm:
+                with self._ready_llm(count) as llm:
                     if is_run:
                         runs.append(self._run(llm, count))
                     else:
@@ -88,7 +88,7 @@ class WholeRuns:
         """Answer ``count`` rows through the runner, with one thread for images."""
         runs = []
         for _ in range(self._options.rounds):
-            with self._ready_llm(image_threads=1) as llm:
+            with self._ready_llm(count, image_threads=1) as llm:
                 runs.append(self._run(llm, count))
         run = _median(runs)
         run["says_starved"] = run["advice"] is not None
@@ -98,8 +98,8 @@ class WholeRuns:
     def _row(self, impl: str, figures: Figures) -> Figures:
         return {"impl": impl, **self._settings, **figures}
 
-    def _ready_llm(self, **arguments: Any) -> LLM:
-        """Return an ``LLM`` with empty caches that has answered other requests."""
+    def _ready_llm(self, count: int, **arguments: Any) -> LLM:
+        """Return an ``LLM`` without the rows in its caches that has answered other requests."""
         options = self._options
         with patch("idefics2_engine.llm.load_model", self._load):
             llm = model_suite.load(
@@ -112,7 +112,7 @@ class WholeRuns:
         self._settings = model_suite.settings_of(llm, options)
         shrink = max(options.shrink, _WARM_UP_SHRINK)
         requests = offline_requests(
-            "mixed", llm.processor, _WARM_UP_REQUESTS, _WARM_UP_SEED, shrink
+            "mixed", llm.processor, min(_WARM_UP_REQUESTS, count), _WARM_UP_SEED, shrink
         )
         prompts = [
             (request.prompt(), SamplingParams(temperature=0.0, max_tokens=request.max_tokens))
