@@ -8,7 +8,7 @@ Cases, where N is a number of rows:
 
 - ``run-N``: rows of the workload ``mixed`` of ``bench offline``, as JPEG files and JSONL, through
   the runner of ``idefics2 run`` and through ``LLM.iterate``, on the same rows with empty caches
-- ``run-N-one-thread``: the runner with one thread for images
+- ``run-N-one-thread``: the runner with one thread and no process for images
 - ``journal-N``: rows with and without a journal, at 5,000 rows a second and at full speed, with a
   stand-in for the model
 - ``resume-N``: from the start of a job with N journalled rows to its first new row, with a stand-in

@@ -85,10 +85,11 @@ class WholeRuns:
         return [self._row(self._options.ops, run), self._row(ITERATE, iteration)]
 
     def one_thread(self, count: int) -> list[Figures]:
-        """Answer ``count`` rows through the runner, with one thread for images."""
+        """Answer ``count`` rows through the runner, with one thread and no process for images."""
         runs = []
         for _ in range(self._options.rounds):
-            with self._ready_llm(count, image_threads=1) as llm:
+            # With processes, which are the default on a GPU, one thread would not be alone
+            with self._ready_llm(count, image_threads=1, image_workers=0) as llm:
                 runs.append(self._run(llm, count))
         run = _median(runs)
         run["says_starved"] = run["advice"] is not None
