@@ -121,11 +121,10 @@ def main() -> None:
 
 def _journal_rows(folder: Path, count: int) -> None:
     job_input = read_input(folder)
-    # One sync at the end is enough here
-    lazily = {"sync_bytes": 1 << 40, "sync_seconds": 1e9}
     with (
         JobFolder(folder / "out.jsonl", _description(job_input)) as job,
-        Journal(job.path, **lazily) as journal,
+        # One sync at the end is enough here
+        Journal(job.path, sync_bytes=1 << 40, sync_seconds=1e9) as journal,
     ):
         for row in job_input.rows():
             if row.index < count:
