@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from idefics2_engine.jobs.job_errors import OutputLostError
 from idefics2_engine.jobs.job_events import Event, Events, Interrupted, send_answers
@@ -206,10 +207,11 @@ class JobFlow:
         except OutputLostError as lost:
             self.end(Ending.OUTPUT_LOST, str(lost))
             return True
-        error = json.loads(out)["error"]
+        data = parsed_row(out)
+        error = data["error"]
         if row.error is None and error is not None and self._options.is_retried(error["code"]):
             return False
-        self._finish(row, out, record)
+        self._finish(row, out, record, data=data)
         return True
 
     def _take_answer(self, output: RequestOutput) -> None:
@@ -252,8 +254,9 @@ class JobFlow:
         out: bytes,
         record: int | None = None,
         answer: RequestOutput | None = None,
+        data: dict[str, Any] | None = None,
     ) -> None:
-        """Journal a row, unless it is in a record, and write it."""
+        """Journal a row, unless it is in a record, and write it; ``data`` is ``out``, if parsed."""
         try:
             if record is None:
                 self._store.add(row, out)
@@ -264,7 +267,7 @@ class JobFlow:
             if self._store.find(row) is None:
                 self._held.append((row, out))
                 return
-        data = json.loads(out)
+        data = parsed_row(out) if data is None else data
         self.counts.add(data)
         if record is None:
             self.run.add(data)
@@ -307,7 +310,13 @@ class JobFlow:
             for row, out in held:
                 self._store.add(row, out)
                 for counts in (self.counts, self.run):
-                    counts.add(json.loads(out))
+                    counts.add(parsed_row(out))
         except OutputLostError:
             # The next run computes the others
             pass
+
+
+def parsed_row(out: bytes) -> dict[str, Any]:
+    """Return a row of the output, which is UTF-8; ``json`` would guess the encoding of bytes."""
+    data: dict[str, Any] = json.loads(out.decode())
+    return data

@@ -1,8 +1,8 @@
 """The journal of a job and its ordered output, as one place to which finished rows go."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -151,17 +151,29 @@ class RowStore:
         return output
 
 
-@contextmanager
-def lost_output(path: Path) -> Iterator[None]:
-    """Raise ``OutputLostError`` about ``path`` for errors of the operating system and of a job."""
-    try:
-        yield
-    except OSError as error:
-        raise output_lost(path, error) from error
-    except OutputLostError:
-        raise
-    except JobError as error:
-        raise OutputLostError(str(error)) from error
+class lost_output:  # noqa: N801
+    """Raises ``OutputLostError`` about ``path`` for errors of the operating system and of a job.
+
+    It is a context manager, and a class because each row enters several of them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Replace an error."""
+        if isinstance(error, OSError):
+            raise output_lost(self._path, error) from error
+        if isinstance(error, JobError) and not isinstance(error, OutputLostError):
+            raise OutputLostError(str(error)) from error
 
 
 def output_lost(path: Path, error: OSError) -> OutputLostError:

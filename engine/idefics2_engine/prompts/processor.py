@@ -1,8 +1,9 @@
 """The processor, which converts prompts, conversations and images to token ids and tiles."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -189,7 +190,7 @@ class Processor:
         """Process a raw prompt like ``prompt``, but leave the images to ``finish``."""
         check_text(text)
         images = _as_list(images)
-        token_ids = self.tokenizer.encode(self._expand(text, len(images)))
+        token_ids = self._expanded_ids(text, len(images), self.tokenizer.encode)
         return PromptDraft(text, token_ids, images, self.media)
 
     def token_prompt(
@@ -265,7 +266,8 @@ class Processor:
         bos = self.tokenizer.bos
         # Some templates write the bos token themselves
         add_bos = bos is None or not marked.startswith(bos)
-        token_ids = self.tokenizer.encode_marked(self._expand(marked, len(sources)), add_bos)
+        encode = partial(self.tokenizer.encode_marked, add_bos=add_bos)
+        token_ids = self._expanded_ids(marked, len(sources), encode)
         return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
 
     def image_reader(self, workers: WorkerPool | None = None) -> ImageReader:
@@ -401,14 +403,32 @@ class Processor:
                 mask[i, j, :h, :w] = 1
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
-    def _expand(self, text: str, images: int) -> str:
-        """Expand the placeholders of ``text``, of which there must be as many as images."""
+    def _expanded_ids(
+        self, text: str, images: int, encode: Callable[[str], list[int]]
+    ) -> list[int]:
+        """Return the ids of ``text`` with expanded placeholders, as many as there are images.
+
+        The tokenizer reads one ``<image>`` a tile, and its id is repeated. It would need more time
+        for the others than for the rest of a prompt.
+        """
         placeholders = text.count(IMAGE)
         if placeholders != images:
             raise PromptError(
                 f"prompt: must have one {IMAGE} for each image, wanted {images}, got {placeholders}"
             )
-        return expand_placeholders(text, self.image_seq_len, self.image_config.tiles_per_image)
+        per_image, image_id = self.image_config.tiles_per_image, self.tokenizer.image_id
+        ids = encode(expand_placeholders(text, 1, per_image))
+        if ids.count(image_id) != images * per_image:
+            # A tokenizer that finds the token elsewhere reads the whole text
+            return encode(expand_placeholders(text, self.image_seq_len, per_image))
+        expanded: list[int] = []
+        begin = 0
+        for _ in range(images * per_image):
+            place = ids.index(image_id, begin)
+            expanded += ids[begin:place]
+            expanded += [image_id] * self.image_seq_len
+            begin = place + 1
+        return expanded + ids[begin:]
 
     def _collapse(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` with each image as one placeholder."""

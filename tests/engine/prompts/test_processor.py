@@ -367,3 +367,28 @@ def test_tokenizer_of_another_model_is_refused(changes: dict[str, Any], message:
     config = json.loads((EIGHT_B / "config.json").read_text())
     with pytest.raises(ConfigError, match=message):
         Processor.load(EIGHT_B, ModelConfig.from_dict(config | changes))
+
+
+@SPLIT
+def test_the_tokenizer_reads_one_image_token_a_tile(
+    split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = engine_processor(split)
+    tokenizer = processor.tokenizer
+    texts: list[str] = []
+    encode = tokenizer.encode
+
+    def watched(text: str) -> list[int]:
+        texts.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    tiles = 2 * (5 if split else 1)
+    ids = processor.draft_prompt("a<image> b<image>c", [noise(4, 4)] * 2).token_ids
+    assert [text.count("<image>") for text in texts] == [tiles]
+    assert ids.count(tokenizer.image_id) == 64 * tiles
+    # Where the counts do not fit, the whole text is read
+    monkeypatch.setattr(tokenizer, "encode", lambda text: [*watched(text), tokenizer.image_id])
+    longer = processor.draft_prompt("a<image> b<image>c", [noise(4, 4)] * 2).token_ids
+    assert [text.count("<image>") for text in texts[1:]] == [tiles, 64 * tiles]
+    assert longer == [*ids, tokenizer.image_id]

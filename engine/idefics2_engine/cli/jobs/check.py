@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from idefics2_engine.cli.jobs import job_options
 from idefics2_engine.cli.jobs.progress import JobTotals, answer_tokens
+from idefics2_engine.images.source_check import SourceCheck
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.job_input import JobInput
@@ -42,10 +43,12 @@ def check_input(args: argparse.Namespace, job_input: JobInput) -> InputCheck:
         total = None if tokens is None or total is None else total + tokens
         lacks_images = lacks_images and not images_of(row)
 
+    media = job_options.job_media(args, job_input.media_root)
     find_error = partial(
         image_error,
         check=ImageCheck(args.check_images),
-        media=job_options.job_media(args, job_input.media_root),
+        media=media,
+        check_file=SourceCheck(media),
     )
     validation = validate(job_input, find_error, look)
     return InputCheck(validation, JobTotals(validation.num_rows, total), lacks_images)

@@ -22,8 +22,8 @@ from idefics2_engine.images.tiling import Tile, tile_sizes
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.prompts.processor import Processor
 
-# Headers of files that many rows name are read once, as long as so many are kept
-_KEPT_HEADERS = 1 << 16
+# Files that many rows name are looked at once, as long as so many are kept
+_KEPT_FILES = 1 << 16
 _LONGEST_NAME = 4096
 # All pixels are this byte
 _ZERO = b"\0"
@@ -46,7 +46,7 @@ class HeaderReader(ImageReader):
     """
 
     check: ImageCheck = ImageCheck.HEADER
-    _headers: dict[str | Path, ImageHeader] = field(default_factory=dict)
+    _files: dict[str | Path, FileTiles] = field(default_factory=dict)
 
     @classmethod
     def of(cls, processor: Processor, check: ImageCheck) -> Self:
@@ -59,6 +59,18 @@ class HeaderReader(ImageReader):
         Raises:
             ImageError: As in ``header.read_header``.
         """
+        # A data URI is long
+        if not isinstance(source, str | Path) or len(str(source)) > _LONGEST_NAME:
+            return self._read(source)
+        found = self._files.get(source)
+        if found is None:
+            found = self._read(source)
+            if len(self._files) >= _KEPT_FILES:
+                self._files.clear()
+            self._files[source] = found
+        return found
+
+    def _read(self, source: ImageSource) -> FileTiles:
         header = self._header(source)
         if header is not None:
             return self._make(Tile, header.size, header.fingerprint)
@@ -67,19 +79,11 @@ class HeaderReader(ImageReader):
         return self._make(UnreadTile, (side, side), _name_hash(source))
 
     def _header(self, source: ImageSource) -> ImageHeader | None:
-        if self.check is not ImageCheck.HEADER:
-            if self.check is ImageCheck.EXISTS:
-                check_source(source, self.media)
-            return None
-        # A data URI is long
-        if not isinstance(source, str | Path) or len(str(source)) > _LONGEST_NAME:
+        if self.check is ImageCheck.HEADER:
             return read_header(source, self.media)
-        header = self._headers.get(source) or read_header(source, self.media)
-        if len(self._headers) >= _KEPT_HEADERS:
-            self._headers.clear()
-        if header is not None:
-            self._headers[source] = header
-        return header
+        if self.check is ImageCheck.EXISTS:
+            check_source(source, self.media)
+        return None
 
     def _make(self, kind: type[Tile], size: tuple[int, int], name: bytes) -> FileTiles:
         rules = self.rules

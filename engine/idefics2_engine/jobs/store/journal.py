@@ -20,7 +20,12 @@ from idefics2_engine.jobs.store.file_operations import (
     write_all,
 )
 from idefics2_engine.jobs.store.journal_index import JournalIndex
-from idefics2_engine.jobs.store.journal_record import check_key, decode_record, encode_record
+from idefics2_engine.jobs.store.journal_record import (
+    check_key,
+    decode_record,
+    encode_record,
+    find_record,
+)
 
 SEGMENT_BYTES = 64 << 20
 SYNC_BYTES = 4 << 20
@@ -277,7 +282,8 @@ def scan_segments(
     for place, (segment, path) in enumerate(segments):
         offset = 0
         for line in files.lines(path):
-            record = decode_record(line)
+            # Its output is not copied, since a journal may have millions of lines
+            record = find_record(line)
             if record is not None:
                 start, length = offset + record.start, len(line) - record.start
                 index.add(record.row, record.key, segment, start, length)

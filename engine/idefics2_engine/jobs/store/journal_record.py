@@ -8,6 +8,7 @@ digits, and ``out`` is an object on one line. ``crc`` is the CRC-32 of zip and E
 """
 
 import re
+from binascii import unhexlify
 from typing import NamedTuple
 from zlib import crc32
 
@@ -28,6 +29,15 @@ class Record(NamedTuple):
     row: int
     key: bytes
     out: bytes
+    start: int
+
+
+class RecordSpan(NamedTuple):
+    """A record in a line; ``start`` is where it begins, and ``begin`` where its output does."""
+
+    row: int
+    key: bytes
+    begin: int
     start: int
 
 
@@ -66,17 +76,27 @@ def decode_record(line: bytes) -> Record | None:
     good record is ignored. Inside of a record ``out`` cannot be mistaken for one, because the sum
     of the outer record is at its end.
     """
-    end = _END.search(line, max(0, len(line) - _END_BYTES))
+    span = find_record(line)
+    if span is None:
+        return None
+    return Record(span.row, span.key, line[span.begin : len(line) - _END_BYTES], span.start)
+
+
+def find_record(line: bytes) -> RecordSpan | None:
+    """Return where the record is that ``decode_record`` returns, without a copy of its output."""
+    last = len(line) - _END_BYTES
+    end = _END.match(line, last) if last >= 0 else None
     if end is None:
         return None
+    crc = int(end[1], 16)
     start = 0
     while start >= 0:
         head = _RECORD.match(line, start)
-        if head is not None:
-            body = memoryview(line)[start : end.start()]
-            if crc32(body) == int(end[1], 16) and (row := int(head[1])) < MOST_ROWS:
-                return Record(
-                    row, bytes.fromhex(head[2].decode()), line[head.end() : end.start()], start
-                )
+        if (
+            head is not None
+            and crc32(memoryview(line)[start:last]) == crc
+            and (row := int(head[1])) < MOST_ROWS
+        ):
+            return RecordSpan(row, unhexlify(head[2]), head.end(), start)
         start = line.find(_START, start + 1)
     return None

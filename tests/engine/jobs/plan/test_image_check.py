@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from idefics2_engine.images.loader import MediaConfig
+from idefics2_engine.images.source_check import SourceCheck
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.input_options import InputOptions
@@ -47,6 +48,8 @@ def test_rows_get_the_error_of_the_run(check: str, refused: int, root: Path) -> 
         + [{"prompt": "<image>", "multi_modal_data": {"image": str(root / name)}} for name in NAMES]
     )
     errors = [image_error(row, ImageCheck(check), media) for row in rows]
+    faster = SourceCheck(media)
+    assert errors == [image_error(row, ImageCheck(check), media, faster) for row in rows]
     bad = {NAMES[row.number % len(NAMES)] for row, error in zip(rows, errors, strict=True) if error}
     assert bad == {*NAMES[1 : 1 + refused]}
     run = planner(DEMO, media)

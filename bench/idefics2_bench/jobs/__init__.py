@@ -1,0 +1,1 @@
+"""Figures of offline jobs: ``idefics2 bench jobs``."""
