@@ -80,7 +80,8 @@ def test_cost_of_the_journal_is_beside_a_job_without_one(tmp_path: Path) -> None
     assert ours["peer_ms"] == other["ms"]
     assert ours["lost_share"] == pytest.approx(1 - other["ms"] / ours["ms"])
     assert ours["busy_share"] == pytest.approx(5000 * ours["journal_us_per_row"] / 1e6)
-    assert ours["journal_cpu_us_per_row"] > 0
+    more = ours["full_speed_cpu_seconds"] - other["full_speed_cpu_seconds"]
+    assert ours["journal_cpu_us_per_row"] == pytest.approx(1e6 * more / 40)
     assert other["journal_us_per_row"] == 0
     assert ours["syncs"] > other["syncs"]
     for folder in ("journal-0", "no-journal-2"):

@@ -24,10 +24,10 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "bench",
         help="time the kernels or the whole model on this machine",
         description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), "
-        "steps (divided by operation), load (a checkpoint), offline (many requests) or jobs (the runner "
-        "of idefics2 run). Or show results files: report (a page) and compare (what got slower). "
-        "`idefics2 bench SUITE --help` lists its options. -v and "
-        "--log-level may come before or after the suite.",
+        "steps (divided by operation), load (a checkpoint), offline (many requests) or jobs "
+        "(idefics2 run). Or show results files: report (a page) and compare (what got slower). "
+        "`idefics2 bench SUITE --help` lists its options. -v and --log-level may come before or "
+        "after the suite.",
         allow_abbrev=False,
     )
     parser.add_argument("suite", choices=tuple(_SUITES))

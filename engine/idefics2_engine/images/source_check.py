@@ -14,7 +14,7 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 
 
 
 class SourceCheck:
-    """Checks images as ``loader.check_source`` does, with the same errors.
+    """Checks images as ``loader.check_source`` does, with the same errors; thread-safe.
 
     Folders are resolved once, and a file that was good is not looked at again, as long as so many
     are kept. What is not plainly good is left to ``check_source``.

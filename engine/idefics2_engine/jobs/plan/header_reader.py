@@ -6,6 +6,7 @@ own code and gets the same tiles, tokens and errors.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Self
@@ -16,14 +17,15 @@ from idefics2_engine.images.file_cache import FileCache
 from idefics2_engine.images.file_tiles import FileTiles
 from idefics2_engine.images.header import ImageHeader, read_header
 from idefics2_engine.images.image_info import ImageInfo
-from idefics2_engine.images.loader import ImageSource, check_source
+from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.images.reader import ImageReader
+from idefics2_engine.images.source_check import SourceCheck
 from idefics2_engine.images.tiling import Tile, tile_sizes
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.prompts.processor import Processor
 
-# Files that many rows name are looked at once, as long as so many are kept
-_KEPT_FILES = 1 << 16
+# Headers of files that many rows name are read once, as long as so many are kept
+_KEPT_HEADERS = 1 << 16
 _LONGEST_NAME = 4096
 # All pixels are this byte
 _ZERO = b"\0"
@@ -46,7 +48,7 @@ class HeaderReader(ImageReader):
     """
 
     check: ImageCheck = ImageCheck.HEADER
-    _files: dict[str | Path, FileTiles] = field(default_factory=dict)
+    _headers: dict[str | Path, ImageHeader] = field(default_factory=dict)
 
     @classmethod
     def of(cls, processor: Processor, check: ImageCheck) -> Self:
@@ -59,18 +61,6 @@ class HeaderReader(ImageReader):
         Raises:
             ImageError: As in ``header.read_header``.
         """
-        # A data URI is long
-        if not isinstance(source, str | Path) or len(str(source)) > _LONGEST_NAME:
-            return self._read(source)
-        found = self._files.get(source)
-        if found is None:
-            found = self._read(source)
-            if len(self._files) >= _KEPT_FILES:
-                self._files.clear()
-            self._files[source] = found
-        return found
-
-    def _read(self, source: ImageSource) -> FileTiles:
         header = self._header(source)
         if header is not None:
             return self._make(Tile, header.size, header.fingerprint)
@@ -78,12 +68,24 @@ class HeaderReader(ImageReader):
         side = 2 * self.rules.image_config.longest_edge
         return self._make(UnreadTile, (side, side), _name_hash(source))
 
+    @cached_property
+    def _check_file(self) -> SourceCheck:
+        return SourceCheck(self.media)
+
     def _header(self, source: ImageSource) -> ImageHeader | None:
-        if self.check is ImageCheck.HEADER:
+        if self.check is not ImageCheck.HEADER:
+            if self.check is ImageCheck.EXISTS:
+                self._check_file(source)
+            return None
+        # A data URI is long
+        if not isinstance(source, str | Path) or len(str(source)) > _LONGEST_NAME:
             return read_header(source, self.media)
-        if self.check is ImageCheck.EXISTS:
-            check_source(source, self.media)
-        return None
+        header = self._headers.get(source) or read_header(source, self.media)
+        if len(self._headers) >= _KEPT_HEADERS:
+            self._headers.clear()
+        if header is not None:
+            self._headers[source] = header
+        return header
 
     def _make(self, kind: type[Tile], size: tuple[int, int], name: bytes) -> FileTiles:
         rules = self.rules
