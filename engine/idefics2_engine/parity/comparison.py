@@ -17,8 +17,10 @@ from idefics2_engine.parity.logits import LogitsMeasure, Parting, find_partings,
 from idefics2_engine.parity.measure import Legs, StageMeasure, measure_answers, measure_stage
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.record import record, record_reference
+from idefics2_engine.parity.row_differences import RowDifferences
 from idefics2_engine.parity.transformers_stages import check_installed
 from idefics2_engine.parity.verdict import RATIO, Verdict, error_ratios, judge
+from idefics2_engine.parity.worst_cases import WorstCase, worst_cases
 from idefics2_kernels import Ops
 
 
@@ -52,6 +54,7 @@ class Comparison:
         stages: A result for each stage, in order.
         logits: How the logits differ. ``None`` if one side is a digest.
         partings: Where answers part.
+        worst_cases: The differences of every row, of the worst cases. None if one side is a digest.
     """
 
     a: dict[str, Any]
@@ -61,6 +64,7 @@ class Comparison:
     stages: list[StageResult]
     logits: LogitsMeasure | None
     partings: list[Parting]
+    worst_cases: list[WorstCase]
 
     @property
     def first_difference(self) -> StageResult | None:
@@ -223,15 +227,17 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
     eps = max(map(_eps, dtypes))
     logits, partings = measure_logits(legs), find_partings(legs)
     parted = [parting.case for parting in partings]
+    differences = RowDifferences()
     results = []
     for stage in legs.a.order:
         if stage in (stages.TOKENS, stages.TEXT):
             measure = measure_answers(legs, stage, parted)
         else:
-            measure = measure_stage(legs, stage)
+            measure = measure_stage(legs, stage, differences)
         verdict = judge(measure, eps, partings, ratio)
         ratios = None if measure.note is not None else error_ratios(measure, eps)
         results.append(StageResult(stage, verdict, measure, ratios))
+    differing = [one.measure for one in results if one.verdict is Verdict.DIFFERS]
     return Comparison(
         _description(legs.a),
         _description(legs.b),
@@ -240,6 +246,7 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
         results,
         logits,
         partings,
+        worst_cases(legs, differences, differing, partings),
     )
 
 
@@ -248,6 +255,7 @@ def _description(recording: Recording) -> dict[str, Any]:
         "path": recording.path,
         "dtype": recording.dtype,
         "nf4": recording.nf4,
+        "digest": recording.is_digest,
         **recording.about,
     }
 

@@ -1,0 +1,124 @@
+"""The heat map of a case by tokens and by the layers that compute them."""
+
+from collections.abc import Collection, Sequence
+from itertools import groupby
+
+import numpy as np
+
+from idefics2_engine.charts.heat_map import HeatColumn, HeatMap, HeatRow
+from idefics2_engine.charts.shades import Shades
+from idefics2_engine.parity import stages
+from idefics2_engine.parity.row_differences import Rows
+from idefics2_engine.parity.worst_cases import WorstCase
+from idefics2_engine.prompts.tokenizer import IMAGE
+
+# Longer maps have several tokens in a row
+_MOST_ROWS = 64
+# So many equal tokens and more are one row
+_LEAST_RUN = 3
+_LABELS = {
+    stages.PERCEIVER_NORM: ("latents", "pn"),
+    stages.TEXT_EMBEDDING: ("embed", "e"),
+    stages.TEXT_NORM: ("norm", "n"),
+    stages.LOGITS: ("logits", "l"),
+}
+_NOTE = (
+    "Columns: perceiver layers (p0, …) and norm (pn), embedding (e), text layers (0, …), norm (n), "
+    "logits (l). The latents of images are beside their tokens."
+)
+
+
+def token_map(
+    worst: WorstCase, order: Sequence[str], differing: Collection[str], shades: Shades
+) -> HeatMap:
+    """Return the map of a case.
+
+    Args:
+        worst: The case.
+        order: Stages of the model.
+        differing: Those that differ beyond rounding.
+        shades: The scale.
+    """
+    values = {
+        stage: rows for stage in order if (rows := _token_values(worst, stage, order)) is not None
+    }
+    texts = worst.recording.token_texts
+    groups = _groups(texts)
+    matrix = np.full((len(groups), len(values)), np.nan, np.float32)
+    columns = []
+    for index, (stage, rows) in enumerate(values.items()):
+        for row, (begin, end) in enumerate(groups):
+            # fmax takes the number where one of two is NaN
+            matrix[row, index] = np.fmax.reduce(rows[begin:end])
+        columns.append(_column(stage, rows, texts, stage in differing))
+    rows_shown = [_row(texts, begin, end) for begin, end in groups]
+    heading = f"Case {worst.case}: tokens by layers"
+    return HeatMap(heading, rows_shown, columns, matrix, shades, _NOTE, "differs beyond rounding")
+
+
+def _token_values(worst: WorstCase, stage: str, order: Sequence[str]) -> Rows | None:
+    """Return the difference of each token at a stage, NaN where there is none.
+
+    ``None`` if the stage is not one of tokens, or a stage of latents in a case without images.
+    """
+    parts = worst.differences.get(stage, [])
+    length = len(worst.recording.ids)
+    found = np.full(length, np.nan, np.float32)
+    unit = stages.unit(stage)
+    if unit == "token" and stage not in stages.EXACT:
+        for begin, part in zip((0, len(worst.recording.prompt_ids)), parts, strict=False):
+            found[begin : begin + len(part)] = part
+        return found
+    if unit == "latent" and stage in order:
+        places = [i for i, text in enumerate(worst.recording.token_texts) if text == IMAGE]
+        latents = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        # An answer may have this token, too, and a part that cannot be compared has no rows
+        if len(latents) and len(latents) <= len(places):
+            found[places[: len(latents)]] = latents
+            return found
+    return None
+
+
+def _groups(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return begins and ends of the tokens that are a row together."""
+    groups: list[tuple[int, int]] = []
+    begin = 0
+    for _, run in groupby(texts):
+        end = begin + len(list(run))
+        if end - begin >= _LEAST_RUN:
+            groups.append((begin, end))
+        else:
+            groups += [(i, i + 1) for i in range(begin, end)]
+        begin = end
+    each = -(-len(groups) // _MOST_ROWS)
+    return [
+        (several[0][0], several[-1][1])
+        for i in range(0, len(groups), each)
+        if (several := groups[i : i + each])
+    ]
+
+
+def _row(texts: Sequence[str], begin: int, end: int) -> HeatRow:
+    first = texts[begin]
+    if end - begin == 1:
+        return HeatRow(f"{begin} {_quoted(first)}", f"token {begin} {first!r}")
+    same = len(set(texts[begin:end])) == 1
+    label = f"{begin} {_quoted(first)} {'x' if same else '…'} {end - begin}"
+    return HeatRow(label, f"tokens {begin} to {end - 1}, the first is {first!r}")
+
+
+def _quoted(text: str) -> str:
+    """Return a token as it is written on an axis: quoted only where it would not be seen."""
+    shown = repr(text)
+    return text if text.strip() == text and text and shown[1:-1] == text else shown
+
+
+def _column(stage: str, rows: Rows, texts: Sequence[str], is_marked: bool) -> HeatColumn:
+    label, short = _LABELS.get(stage, (stage.rpartition("layer ")[2] or stage,) * 2)
+    if stage.startswith("perceiver layer"):
+        label = short = f"p{label}"
+    title = stage
+    if not np.isnan(rows).all():
+        worst = int(np.nanargmax(rows))
+        title += f": at most {rows[worst]:.1e}, token {worst} {texts[worst]!r}"
+    return HeatColumn(label, short, title, is_marked)
