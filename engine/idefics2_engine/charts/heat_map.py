@@ -14,7 +14,7 @@ _ROW = 15.0
 _LINE = 18.0
 _MARK = 4.0
 _GAP = 6.0
-_MOST_LABEL = 0.34
+_MOST_LABEL = 0.36
 _BOTTOM = 8.0
 
 

@@ -12,14 +12,16 @@ from markupsafe import Markup
 from idefics2_engine.charts import drawing
 from idefics2_engine.charts.drawing import element
 
-NUM_SHADES = 8
+NUM_SHADES = 12
 """Shades of ``STYLE``, ``--h-0`` for the smallest values."""
 
 _SAME = NUM_SHADES
 _NOTHING = -1
-_LEAST_DECADES = 4
+# Steps in decades; the first that fits counts
+_STEPS = (1 / 3, 1 / 2, 2 / 3, 1, 2, 4)
 _BOX = 12.0
 _LINE = 18.0
+_SPACE = 6.0
 
 Values = npt.NDArray[np.floating[Any]]
 """Numbers that are at least 0. NaN is no value."""
@@ -43,12 +45,11 @@ class Shades:
     def spanning(cls, low: float, high: float, label: str) -> "Shades":
         """Return a scale from the power of ten below ``low`` to ``high``, or beyond it.
 
-        It has at least four decades, so that values near ``low`` look alike. Its steps are half a
-        decade or whole ones.
+        It has at least four decades, so that values near ``low`` look alike.
         """
         begin = math.floor(math.log10(low))
-        needed = math.log10(high) - begin if 0 < high < math.inf else _LEAST_DECADES
-        step = max(_LEAST_DECADES / NUM_SHADES, math.ceil(needed / NUM_SHADES * 2) / 2)
+        needed = math.log10(high) - begin if 0 < high < math.inf else 0.0
+        step = next((step for step in _STEPS if step * NUM_SHADES >= needed), _STEPS[-1])
         return cls(10.0**begin, step, label)
 
     def of(self, values: Values) -> npt.NDArray[np.int8]:
@@ -67,11 +68,14 @@ class Shades:
         top, each = _LINE, width / NUM_SHADES
         for shade in range(NUM_SHADES):
             parts.append(box(shade * each, top, each, _BOX, f"h{shade}"))
+        end = 0.0
         for step in range(1, NUM_SHADES):
             power = math.log10(self.low) + step * self.decades
-            if abs(power - round(power)) < 1e-6:
-                at = step * each, top + _BOX + 14
-                parts.append(drawing.text(power_text(round(power)), *at, "muted middle"))
+            x, written = step * each, power_text(round(power))
+            half = drawing.text_width(written) / 2
+            if abs(power - round(power)) < 1e-6 and x - half >= end:
+                parts.append(drawing.text(written, x, top + _BOX + 14, "muted middle"))
+                end = x + half + _SPACE
         return parts, top + _BOX + _LINE
 
 
@@ -93,8 +97,10 @@ def cells(shades: npt.NDArray[np.int8], x: float, y: float, width: float, height
                 left, right = (f"{x + i * each_x:.1f}" for i in (begin, end))
                 lines.setdefault(shade, []).append(f"M{left} {at}H{right}")
             begin = end
+    # Coordinates are rounded, and there must be no gap between rows
+    thick = {"stroke-width": each_y + 0.2}
     paths = [
-        element("path", d="".join(own), class_=f"cells {_class(shade)}", **{"stroke-width": each_y})
+        element("path", d="".join(own), class_=f"cells {_class(shade)}", **thick)
         for shade, own in sorted(lines.items())
     ]
     return Markup("\n").join(paths)

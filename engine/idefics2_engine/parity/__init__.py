@@ -12,11 +12,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from idefics2_engine.parity.comparison import Comparison, compare
     from idefics2_engine.parity.inputs import Case
+    from idefics2_engine.parity.page.report import write_heat_maps, write_report
     from idefics2_engine.parity.paths import Path
 
-__all__ = ["Case", "Comparison", "Path", "compare"]
+__all__ = ["Case", "Comparison", "Path", "compare", "write_heat_maps", "write_report"]
 
-_HOMES = {"Case": "inputs", "Comparison": "comparison", "Path": "paths", "compare": "comparison"}
+_HOMES = {
+    "Case": "inputs",
+    "Comparison": "comparison",
+    "Path": "paths",
+    "compare": "comparison",
+    "write_heat_maps": "page.report",
+    "write_report": "page.report",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,6 +1,6 @@
 """The heat maps of a comparison, each with the name of its file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from idefics2_engine.parity.page.picture_maps import picture_maps
 from idefics2_engine.parity.page.token_map import token_map
 from idefics2_engine.parity.verdict import Verdict
 
-_LABEL = "Difference of A and B, relative to the row's largest value"
+_LABEL = "Difference, relative to the row's largest value"
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,33 @@ class NamedMap:
 
 
 def heat_maps(comparison: Comparison) -> list[NamedMap]:
-    """Return the maps of the worst cases, the worst first; none if every bit is the same."""
-    if comparison.same_bits:
+    """Return the maps of the worst cases, the worst first."""
+    if why_no_maps(comparison) is not None:
         return []
     order = [one.stage for one in comparison.stages]
     differing = {one.stage for one in comparison.stages if one.verdict is Verdict.DIFFERS}
     shades = _shades(comparison)
-    maps = []
+    maps: list[NamedMap] = []
     for worst in comparison.worst_cases:
         name = f"case-{worst.case}"
         pictures = [
             NamedMap(f"{name}-image-{image}", worst.case, chart)
             for image, chart in picture_maps(worst, order, differing, shades).items()
         ]
-        tokens = NamedMap(f"{name}-tokens", worst.case, token_map(worst, order, differing, shades))
-        maps += [tokens, *pictures]
+        tokens = token_map(worst, order, differing, shades)
+        # The note would be the same beside each map
+        tokens = replace(tokens, note="" if maps else tokens.note)
+        maps += [NamedMap(f"{name}-tokens", worst.case, tokens), *pictures]
     return maps
+
+
+def why_no_maps(comparison: Comparison) -> str | None:
+    """Return why there are no maps of a comparison, ``None`` if there are some."""
+    digests = [name.upper() for name in "ab" if getattr(comparison, name)["digest"]]
+    if digests:
+        verb = "is a digest" if len(digests) == 1 else "are digests"
+        return f"{' and '.join(digests)} {verb}, without the values of rows"
+    return "there is no difference to show" if comparison.same_bits else None
 
 
 def _shades(comparison: Comparison) -> Shades:

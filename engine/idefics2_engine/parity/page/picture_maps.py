@@ -1,6 +1,6 @@
 """Heat maps of patches over their picture: where, and from which layer on, A and B differ."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 
 from idefics2_engine.charts.picture_map import Overlay, Panel, PictureMap
 from idefics2_engine.charts.shades import Shades, pooled
@@ -15,12 +15,12 @@ _MOST_CELLS = 40
 
 
 def picture_maps(
-    worst: WorstCase, order: Sequence[str], differing: Collection[str], shades: Shades
+    worst: WorstCase, order: Sequence[str], differing: Set[str], shades: Shades
 ) -> dict[int, PictureMap]:
-    """Return the maps of at most two pictures of a case, the worst first, by their numbers.
+    """Return maps of the worst pictures of a case, the worst first, by their numbers.
 
-    A map has three stages: the first that differs, the one with the largest difference, and the
-    last. The four quarters of a picture are laid over it, beside the whole one.
+    These are two pictures, or one if no stage of patches differs. A map has three stages: the first
+    that differs, the one with the largest difference, and the last. The four quarters of a picture are laid over it, beside the whole one.
 
     Args:
         worst: The case.
@@ -38,15 +38,15 @@ def picture_maps(
             at_first = _largest(worst, first, tiles) if first in own else 0.0
             at_any = max(_largest(worst, stage, tiles) for stage in own)
             found[image] = (at_first, at_any), own
-    order_of_images = sorted(found, key=lambda image: found[image][0], reverse=True)
+    worst_first = sorted(found, key=lambda image: found[image][0], reverse=True)
     return {
         image: _picture_map(worst, image, found[image][1], differing, shades)
-        for image in order_of_images[:_MOST_IMAGES]
+        for image in worst_first[: 1 if first is None else _MOST_IMAGES]
     }
 
 
 def _picture_map(
-    worst: WorstCase, image: int, own: Sequence[str], differing: Collection[str], shades: Shades
+    worst: WorstCase, image: int, own: Sequence[str], differing: Set[str], shades: Shades
 ) -> PictureMap:
     tiles = _tiles(worst, image)
     views = {"": tiles}
@@ -60,8 +60,8 @@ def _picture_map(
         ]
         for stage in shown
     ]
-    note = f"{len(shown)} of {len(own)} stages with patches: the first that differs, the worst and "
-    note += "the last."
+    differs = ", among them the first that differs" if differing & set(shown) else ""
+    note = f"{len(shown)} of {len(own)} stages with patches{differs}."
     if max(max(worst.recording.grids[tile]) for tile in tiles) > _MOST_CELLS // len(views):
         note += " A cell is the largest of several patches."
     picture = worst.pictures[image]
@@ -71,9 +71,7 @@ def _picture_map(
     return PictureMap(heading, picture.source, height / width, panels, shades, note, mark)
 
 
-def _chosen(
-    worst: WorstCase, own: Sequence[str], tiles: range, differing: Collection[str]
-) -> list[str]:
+def _chosen(worst: WorstCase, own: Sequence[str], tiles: range, differing: Set[str]) -> list[str]:
     """Return the stages that are shown, in order."""
     first = next((stage for stage in own if stage in differing), own[0])
     largest = max(own, key=lambda stage: _largest(worst, stage, tiles))
@@ -86,16 +84,13 @@ def _chosen(
 def _panel(
     worst: WorstCase, stage: str, view: str, tiles: range, is_marked: bool, most: int
 ) -> Panel:
-    overlays = [
-        Overlay(
-            worst.pictures[tile // worst.recording.tiles_per_image].tiles[
-                tile % worst.recording.tiles_per_image
-            ],
-            pooled(worst.differences[stage][tile].reshape(worst.recording.grids[tile]), most),
-        )
-        for tile in tiles
-    ]
-    return Panel(stage, f"{view}{_largest(worst, stage, tiles):.1e}", overlays, is_marked)
+    places = [place for picture in worst.pictures for place in picture.tiles]
+    overlays = []
+    for tile in tiles:
+        rows = worst.differences[stage][tile].reshape(worst.recording.grids[tile])
+        overlays.append(Overlay(places[tile], pooled(rows, most)))
+    largest = _largest(worst, stage, tiles)
+    return Panel(stage, f"{view}{largest:.1e}" if largest else f"{view}equal", overlays, is_marked)
 
 
 def _tiles(worst: WorstCase, image: int) -> range:

@@ -7,8 +7,9 @@ from typing import Any
 from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.model_files import printable_path
+from idefics2_engine.parity import stages
 from idefics2_engine.parity.comparison import Comparison, StageResult
-from idefics2_engine.parity.page.heat_maps import heat_maps
+from idefics2_engine.parity.page.heat_maps import heat_maps, why_no_maps
 from idefics2_engine.parity.verdict import Verdict
 from idefics2_engine.parity.words import headline, place_text
 from idefics2_engine.report_page import (
@@ -36,14 +37,21 @@ def write_report(comparison: Comparison, path: str | pathlib.Path) -> None:
     _write(pathlib.Path(path), render_page(page_of(comparison)))
 
 
-def write_heat_maps(comparison: Comparison, folder: str | pathlib.Path) -> None:
+def write_heat_maps(comparison: Comparison, folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Write each heat map of a comparison as an SVG file into ``folder``, which is made if needed.
+
+    Returns:
+        The files. There are none if every bit is the same, or if one side is a digest.
 
     Raises:
         Idefics2Error: A file cannot be written.
     """
-    for named in heat_maps(comparison):
-        _write(pathlib.Path(folder) / f"{named.name}.svg", svg_file(named.chart))
+    files = {
+        pathlib.Path(folder) / f"{named.name}.svg": named.chart for named in heat_maps(comparison)
+    }
+    for file, chart in files.items():
+        _write(file, svg_file(chart))
+    return list(files)
 
 
 def page_of(comparison: Comparison) -> Page:
@@ -52,8 +60,8 @@ def page_of(comparison: Comparison) -> Page:
     tables = [
         _partings(comparison),
         _disagreements(comparison),
-        _stages(comparison),
         _sides(comparison),
+        _stages(comparison),
     ]
     line = headline(comparison)
     return Page(
@@ -79,7 +87,8 @@ def _figures(comparison: Comparison) -> list[Figure]:
         verdict: sum(one.verdict is verdict for one in comparison.stages) for verdict in Verdict
     }
     passed = counts[Verdict.SAME_BITS] + counts[Verdict.WITHIN_ROUNDING]
-    listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    words = {**{verdict: str(verdict) for verdict in Verdict}, Verdict.DIFFERS: "with differences"}
+    listed = ", ".join(f"{count} {words[verdict]}" for verdict, count in counts.items() if count)
     figures = [found, Figure("Stages that pass", f"{passed} of {len(comparison.stages)}", listed)]
     logits = comparison.logits
     if logits is not None:
@@ -90,20 +99,18 @@ def _figures(comparison: Comparison) -> list[Figure]:
             Figure("Same best token", f"{logits.top1_agreement:.2%}", tokens),
             Figure("Largest KL", f"{logits.largest_kl:.2g}", f"mean {logits.mean_kl:.2g}, in nats"),
         ]
-    parted = len(comparison.partings)
-    answers = f"{comparison.num_cases - parted} of {comparison.num_cases}"
-    return [*figures, Figure("Same answers", answers)]
+    # Answers to unequal prompts are not counted
+    if all(one.measure.note is None for one in comparison.stages if one.stage == stages.TOKENS):
+        same = comparison.num_cases - len(comparison.partings)
+        figures.append(Figure("Same answers", f"{same} of {comparison.num_cases}"))
+    return figures
 
 
 def _maps_figure(comparison: Comparison, shown: set[int]) -> Figure:
     """Return how many cases have heat maps, and which have none."""
-    digests = [name for name in "ab" if getattr(comparison, name)["digest"]]
-    if digests:
-        names = " and ".join(name.upper() for name in digests)
-        verb = "is a digest" if len(digests) == 1 else "are digests"
-        return Figure("Cases with maps", "0", f"{names} {verb}, without the values of rows")
-    if comparison.same_bits:
-        return Figure("Cases with maps", "0", "there is no difference to show")
+    reason = why_no_maps(comparison)
+    if reason is not None:
+        return Figure("Cases with maps", "0", reason)
     left_out = [str(case) for case in range(comparison.num_cases) if case not in shown]
     note = f"the worst first, without {', '.join(left_out)}" if left_out else "the worst first"
     return Figure("Cases with maps", f"{len(shown)} of {comparison.num_cases}", note)
@@ -146,7 +153,9 @@ def _stage(result: StageResult) -> TableRow:
     if not measure.same_bits and measure.largest:
         figures[:2] = [_cell(f"{measure.largest:.1e}"), _cell(f"{measure.median:.1e}")]
     if result.ratios is not None and not measure.same_bits:
-        figures[2:] = [_cell(f"{ratio:.2f}") for ratio in result.ratios]
+        figures[2:] = [
+            _cell(f"{ratio:.2f}" if ratio < 100 else f"{ratio:.1e}") for ratio in result.ratios
+        ]
     verdict = _cell(str(result.verdict), "error strong" if is_bad else "muted")
     where = _cell(measure.note or place_text(measure.place))
     return TableRow([_cell(result.stage, "strong"), verdict, *figures, where], is_bad)
@@ -174,7 +183,9 @@ def _partings(comparison: Comparison) -> Table | None:
 
 def _disagreements(comparison: Comparison) -> Table | None:
     """Return the first tokens with another best successor, or ``None`` if there are none."""
-    found: Sequence[Mapping[str, Any]] = comparison.logits.disagreements if comparison.logits else []
+    found: Sequence[Mapping[str, Any]] = (
+        comparison.logits.disagreements if comparison.logits else []
+    )
     columns = [Column("Token", "label"), *(Column(name, "number") for name in ("A", "B", "Margin"))]
     rows = []
     for one in found:
@@ -193,4 +204,6 @@ def _write(path: pathlib.Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise Idefics2Error(f"{printable_path(path)}: cannot be written: {error.strerror}") from None
+        raise Idefics2Error(
+            f"{printable_path(path)}: cannot be written: {error.strerror}"
+        ) from None

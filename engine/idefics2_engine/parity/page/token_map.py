@@ -42,7 +42,9 @@ def token_map(
     values = {
         stage: rows for stage in order if (rows := _token_values(worst, stage, order)) is not None
     }
-    texts = worst.recording.token_texts
+    # The last token of an answer is not computed
+    answered = max(len(worst.recording.answer_ids) - 1, 0)
+    texts = worst.recording.token_texts[: len(worst.recording.prompt_ids) + answered]
     groups = _groups(texts)
     matrix = np.full((len(groups), len(values)), np.nan, np.float32)
     columns = []
