@@ -1,6 +1,7 @@
 """Charts: places of values, escaped text, no fixed width, light and dark."""
 
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import cast
 from xml.etree import ElementTree
@@ -52,7 +53,12 @@ def pictures(text: str = "", source: str | None = None) -> PictureMap:
     return PictureMap(text, source, 0.5, panels, shades, text, text)
 
 
-CHARTS = {"plot": plot, "rows": rows, "heat map": heat, "pictures": pictures}
+CHARTS: dict[str, Callable[[str], Chart]] = {
+    "plot": plot,
+    "rows": rows,
+    "heat map": heat,
+    "pictures": pictures,
+}
 
 
 def parsed(chart: Chart, width: float = 640) -> ElementTree.Element:
@@ -122,7 +128,7 @@ def test_bars_are_as_long_as_their_values() -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", CHARTS)
 def test_text_is_escaped(kind: str, width: float) -> None:
-    chart: Chart = CHARTS[kind](EVIL)
+    chart = CHARTS[kind](EVIL)
     root = parsed(chart, width)
     assert not elements(root, "script")
     assert kind == "pictures" or CLEAN in [title.text for title in elements(root, "title")]
@@ -133,7 +139,7 @@ def test_text_is_escaped(kind: str, width: float) -> None:
 
 @pytest.mark.parametrize("kind", CHARTS)
 def test_drawing_has_no_fixed_width_and_nothing_from_outside(kind: str) -> None:
-    chart: Chart = CHARTS[kind]("a")
+    chart = CHARTS[kind]("a")
     root = parsed(chart)
     assert {"width", "height"}.isdisjoint(root.keys())
     assert root.get("viewBox", "").startswith("-14 -14 668 ")

@@ -17,7 +17,7 @@ SOURCE = "data:image/jpeg;base64,AAAA"
 
 def luminance(color: str) -> float:
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    return float(0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2)
 
 
 def test_shades_are_steps_of_a_logarithmic_scale() -> None:

@@ -109,8 +109,9 @@ class PictureMap:
             parts.append(box(x, y, width, _MARK, "c1"))
         y += _MARK + 1
         if self.source is not None:
-            size = {"width": width, "height": height, "preserveAspectRatio": "none"}
-            parts.append(element("image", href=self.source, x=x, y=y, **size))
+            place = {"x": x, "y": y, "width": width, "height": height}
+            stretched = {"preserveAspectRatio": "none"}
+            parts.append(element("image", href=self.source, **place, **stretched))
         drawn = [
             cells(
                 self.shades.of(overlay.values),

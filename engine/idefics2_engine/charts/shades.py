@@ -126,7 +126,8 @@ def pooled(values: Values, most: int) -> Values:
     padded[:rows, :columns] = values
     blocks = padded.reshape(padded.shape[0] // each, each, padded.shape[1] // each, each)
     # fmax takes the number where one of two is NaN
-    return np.fmax.reduce(np.fmax.reduce(blocks, axis=3), axis=1)
+    largest: Values = np.fmax.reduce(np.fmax.reduce(blocks, axis=3), axis=1)
+    return largest
 
 
 def power_text(power: int) -> str:

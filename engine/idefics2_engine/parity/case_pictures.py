@@ -12,7 +12,7 @@ from idefics2_engine.images.tiling import QUARTERS, split_boxes
 from idefics2_engine.parity import stages
 from idefics2_engine.parity.measure import Legs
 
-_PIXELS = 240
+_PIXELS = 200
 _JPEG_QUALITY = 60
 
 Box = tuple[float, float, float, float]
@@ -23,7 +23,7 @@ class CasePicture:
     """A picture, and where its tiles are.
 
     Attributes:
-        source: A gray JPEG file as a data URI, at most 240 pixels to a side.
+        source: A gray JPEG file as a data URI, at most 200 pixels to a side.
         size: Width and height of the picture.
         tiles: Left, top, right and bottom of the patches of each tile, as shares of the picture.
     """

@@ -11,7 +11,7 @@ from idefics2_engine.parity.worst_cases import WorstCase
 _MOST_STAGES = 3
 _MOST_IMAGES = 2
 # Of a panel, along a side
-_MOST_CELLS = 40
+_MOST_CELLS = 32
 
 
 def picture_maps(
