@@ -123,5 +123,6 @@ class PictureMap:
             for overlay in panel.overlays
         ]
         parts.append(element("g", *drawn, class_="over"))
-        parts.append(element("rect", x=x, y=y, width=width, height=height, class_="frame"))
+        inside = {"x": x + 0.5, "y": y + 0.5, "width": width - 1, "height": height - 1}
+        parts.append(element("rect", **inside, class_="frame"))
         return parts

@@ -64,8 +64,8 @@ class Shades:
 
     def legend(self, width: float) -> tuple[list[Markup], float]:
         """Return the elements of the legend, and its height."""
-        parts = [drawing.text(self.label, 0, _BOX)]
-        top, each = _LINE, width / NUM_SHADES
+        parts = [drawing.text(self.label, 0, _LINE)]
+        top, each = _LINE + _SPACE, width / NUM_SHADES
         for shade in range(NUM_SHADES):
             parts.append(box(shade * each, top, each, _BOX, f"h{shade}"))
         end = 0.0

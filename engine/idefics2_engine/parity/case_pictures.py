@@ -10,7 +10,7 @@ from torch import Tensor
 
 from idefics2_engine.images.tiling import QUARTERS, split_boxes
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.measure import Legs
+from idefics2_engine.parity.dump import Recording
 
 _PIXELS = 200
 _JPEG_QUALITY = 60
@@ -33,22 +33,18 @@ class CasePicture:
     tiles: list[Box]
 
 
-def case_pictures(legs: Legs, case: int) -> list[CasePicture]:
-    """Return the pictures of a case; none if all recordings of it are digests."""
-    for leg in (legs.a, legs.b, legs.exact):
-        parts = [] if leg is None else leg.parts(case, stages.DECODE)
-        images = [part for part in parts if isinstance(part, Tensor)]
-        if leg is not None and images:
-            own = leg.cases[case]
-            tiles = [tuple(part.shape) for part in leg.parts(case, stages.TILES)]
-            sizes = [(width // 3, height) for height, width in tiles]
-            covered = _covered(sizes, own.grids)
-            each = own.tiles_per_image
-            return [
-                _picture(image, covered[index * each : (index + 1) * each])
-                for index, image in enumerate(images)
-            ]
-    return []
+def case_pictures(recording: Recording, case: int) -> list[CasePicture]:
+    """Return the pictures of a case; none if the recording is a digest."""
+    parts = recording.parts(case, stages.DECODE)
+    images = [part for part in parts if isinstance(part, Tensor)]
+    tiles = [tuple(part.shape) for part in recording.parts(case, stages.TILES)]
+    sizes = [(width // 3, height) for height, width in tiles]
+    covered = _covered(sizes, recording.cases[case].grids)
+    each = recording.cases[case].tiles_per_image
+    return [
+        _picture(image, covered[index * each : (index + 1) * each])
+        for index, image in enumerate(images)
+    ]
 
 
 def _covered(

@@ -54,6 +54,6 @@ def worst_cases(
 
     order = sorted(range(len(legs.a.cases)), key=badness, reverse=True)
     return [
-        WorstCase(case, legs.a.cases[case], differences.of(case), case_pictures(legs, case))
+        WorstCase(case, legs.a.cases[case], differences.of(case), case_pictures(legs.a, case))
         for case in order[:MOST_CASES]
     ]

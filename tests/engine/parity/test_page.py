@@ -14,7 +14,7 @@ from idefics2_engine.charts.heat_map import HeatMap
 from idefics2_engine.charts.picture_map import PictureMap
 from idefics2_engine.images import tiling
 from idefics2_engine.parity import Comparison, stages, write_heat_maps, write_report
-from idefics2_engine.parity.case_pictures import CasePicture
+from idefics2_engine.parity.case_pictures import CasePicture, case_pictures
 from idefics2_engine.parity.case_recording import CaseRecording
 from idefics2_engine.parity.dump import Recording, write_digest, write_recording
 from idefics2_engine.parity.measure import Legs, StageMeasure, measure_stage
@@ -94,6 +94,17 @@ def test_patches_of_a_fault_are_the_darkest(swapped: Comparison) -> None:
     # The quarters are a quarter each, from the top left on
     corners = [overlay.place[:2] for overlay in quarters.overlays]
     assert corners == [(0, 0), (0.5, 0), (0, 0.5), (0.5, 0.5)]
+
+
+def test_patches_cover_a_picture_up_to_its_last_whole_one(tmp_path: Path) -> None:
+    case = CaseRecording([1], [2], "", ["a", "b"], [(7, 7)], 1)
+    pixels = torch.zeros(100, 99 * 3, dtype=torch.uint8)
+    case.stages = {"decode": [pixels], "tiles": [pixels.float()]}
+    recording = write_recording(tmp_path, "ours", "float32", False, [*case.stages], {}, [case])
+    (picture,) = case_pictures(recording, 0)
+    assert picture.size == (99, 100)
+    # Patches of 14 pixels
+    assert picture.tiles == [pytest.approx((0, 0, 98 / 99, 98 / 100))]
 
 
 def test_tokens_of_a_fault_are_marked(swapped: Comparison) -> None:

@@ -1,6 +1,7 @@
 """Heat maps of patches over their picture: where, and from which layer on, A and B differ."""
 
 from collections.abc import Sequence, Set
+from dataclasses import replace
 
 from idefics2_engine.charts.picture_map import Overlay, Panel, PictureMap
 from idefics2_engine.charts.shades import Shades, pooled
@@ -20,7 +21,8 @@ def picture_maps(
     """Return maps of the worst pictures of a case, the worst first, by their numbers.
 
     These are two pictures, or one if no stage of patches differs. A map has three stages: the first
-    that differs, the one with the largest difference, and the last. The four quarters of a picture are laid over it, beside the whole one.
+    that differs, the one with the largest difference, and the last. The four quarters of a picture
+    are laid over it, beside the whole one.
 
     Args:
         worst: The case.
@@ -39,10 +41,14 @@ def picture_maps(
             at_any = max(_largest(worst, stage, tiles) for stage in own)
             found[image] = (at_first, at_any), own
     worst_first = sorted(found, key=lambda image: found[image][0], reverse=True)
-    return {
-        image: _picture_map(worst, image, found[image][1], differing, shades)
-        for image in worst_first[: 1 if first is None else _MOST_IMAGES]
+    shown = worst_first[: 1 if first is None else _MOST_IMAGES]
+    maps = {
+        image: _picture_map(worst, image, found[image][1], differing, shades) for image in shown
     }
+    if len(shown) == len(worst.pictures):
+        return maps
+    which = f" The worst {len(shown)} of {len(worst.pictures)} images."
+    return {image: replace(chart, note=f"{chart.note}{which}") for image, chart in maps.items()}
 
 
 def _picture_map(

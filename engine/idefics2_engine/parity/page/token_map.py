@@ -39,9 +39,7 @@ def token_map(
         differing: Those that differ beyond rounding.
         shades: The scale.
     """
-    values = {
-        stage: rows for stage in order if (rows := _token_values(worst, stage, order)) is not None
-    }
+    values = {stage: rows for stage in order if (rows := _token_values(worst, stage)) is not None}
     # The last token of an answer is not computed
     answered = max(len(worst.recording.answer_ids) - 1, 0)
     texts = worst.recording.token_texts[: len(worst.recording.prompt_ids) + answered]
@@ -58,10 +56,10 @@ def token_map(
     return HeatMap(heading, rows_shown, columns, matrix, shades, _NOTE, "differs beyond rounding")
 
 
-def _token_values(worst: WorstCase, stage: str, order: Sequence[str]) -> Rows | None:
+def _token_values(worst: WorstCase, stage: str) -> Rows | None:
     """Return the difference of each token at a stage, NaN where there is none.
 
-    ``None`` if the stage is not one of tokens, or a stage of latents in a case without images.
+    ``None`` if its rows are neither tokens nor the latents of all images.
     """
     parts = worst.differences.get(stage, [])
     length = len(worst.recording.ids)
@@ -71,12 +69,12 @@ def _token_values(worst: WorstCase, stage: str, order: Sequence[str]) -> Rows | 
         for begin, part in zip((0, len(worst.recording.prompt_ids)), parts, strict=False):
             found[begin : begin + len(part)] = part
         return found
-    if unit == "latent" and stage in order:
-        places = [i for i, text in enumerate(worst.recording.token_texts) if text == IMAGE]
-        latents = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        # An answer may have this token, too, and a part that cannot be compared has no rows
-        if len(latents) and len(latents) <= len(places):
-            found[places[: len(latents)]] = latents
+    if unit == "latent":
+        prompt = worst.recording.token_texts[: len(worst.recording.prompt_ids)]
+        places = [i for i, text in enumerate(prompt) if text == IMAGE]
+        # A part that cannot be compared has no rows
+        if places and sum(map(len, parts)) == len(places):
+            found[places] = np.concatenate(parts)
             return found
     return None
 
