@@ -70,7 +70,7 @@ class HeatMap:
         parts, top = self.shades.legend(width)
         keys, top = _keys(self, top)
         longest = max(drawing.text_width(row.label) for row in self.rows)
-        left = min(longest + _GAP, _MOST_LABEL * width)
+        left = min(longest + 2 * _GAP, _MOST_LABEL * width)
         each = (width - left) / len(self.columns)
         top += _LINE
         height = _ROW * len(self.rows)

@@ -240,5 +240,13 @@ def test_page_of_a_large_model_is_small(swapped: Comparison) -> None:
     assert figures(large)["Cases with maps"][1].endswith("without 6, 7, 8, 9, 10, 11")
     drawn = charts(large)
     assert isinstance(drawn["case-0-tokens"], HeatMap)
-    assert len(drawn["case-0-tokens"].rows) <= 64
+    labels = [row.label for row in drawn["case-0-tokens"].rows]
+    assert len(labels) <= 64
+    # Each image keeps a row of its own, and other tokens share rows
+    assert [label for label in labels if "<image>" in label][:2] == [
+        "2 <image> x 64",
+        "67 <image> x 64",
+    ]
+    assert sum("<image>" in label for label in labels) == 10
+    assert sum(int(label.split()[-1]) for label in labels if "…" in label or " x " in label) > 900
     assert all(len(svg_file(chart)) < 256_000 for chart in drawn.values())

@@ -80,22 +80,34 @@ def _token_values(worst: WorstCase, stage: str) -> Rows | None:
 
 
 def _groups(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return begins and ends of the tokens that are a row together."""
-    groups: list[tuple[int, int]] = []
-    begin = 0
-    for _, run in groupby(texts):
-        end = begin + len(list(run))
-        if end - begin >= _LEAST_RUN:
-            groups.append((begin, end))
-        else:
-            groups += [(i, i + 1) for i in range(begin, end)]
+    """Return begins and ends of the tokens that are a row together.
+
+    Other tokens share rows before the runs of two images do.
+    """
+    runs, begin = [], 0
+    for _, same in groupby(texts):
+        end = begin + len(list(same))
+        runs.append((begin, end))
         begin = end
-    each = -(-len(groups) // _MOST_ROWS)
-    return [
-        (several[0][0], several[-1][1])
-        for i in range(0, len(groups), each)
-        if (several := groups[i : i + each])
-    ]
+    each = 1
+    while len(groups := _cut(runs, each)) > _MOST_ROWS and each < len(texts):
+        each *= 2
+    several = -(-len(groups) // _MOST_ROWS)
+    chunks = [groups[i : i + several] for i in range(0, len(groups), several)]
+    return [(chunk[0][0], chunk[-1][1]) for chunk in chunks]
+
+
+def _cut(runs: Sequence[tuple[int, int]], each: int) -> list[tuple[int, int]]:
+    """Return the long runs, and ``each`` tokens at a time of what is between them."""
+    groups: list[tuple[int, int]] = []
+    for is_long, own in groupby(runs, lambda run: run[1] - run[0] >= _LEAST_RUN):
+        stretch = list(own)
+        begin, end = stretch[0][0], stretch[-1][1]
+        if is_long:
+            groups += stretch
+        else:
+            groups += [(i, min(i + each, end)) for i in range(begin, end, each)]
+    return groups
 
 
 def _row(texts: Sequence[str], begin: int, end: int) -> HeatRow:
