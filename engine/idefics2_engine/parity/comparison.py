@@ -223,8 +223,7 @@ def _is_reference(recording: Recording) -> bool:
 
 
 def _compare(legs: Legs, ratio: float) -> Comparison:
-    dtypes = [leg.dtype for leg in (legs.a, legs.b) if leg.dtype != "float64"]
-    eps = max(map(_eps, dtypes))
+    eps = max(_eps(leg.dtype) for leg in (legs.a, legs.b) if leg.dtype != "float64")
     logits, partings = measure_logits(legs), find_partings(legs)
     parted = [parting.case for parting in partings]
     differences = RowDifferences()

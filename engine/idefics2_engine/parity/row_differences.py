@@ -24,7 +24,8 @@ class RowDifferences:
         rows = np.zeros(0) if differences is None else differences.numpy()
         # Of a part with other shapes, nothing is known. A float64 beyond float32 is infinite
         with np.errstate(over="ignore"):
-            self._parts(case).setdefault(stage, []).append(rows.astype(np.float32))
+            kept = rows.astype(np.float32)
+        self._cases.setdefault(case, {}).setdefault(stage, []).append(kept)
 
     def of(self, case: int) -> dict[str, list[Rows]]:
         """Return the differences of the parts of each stage of a case."""
@@ -37,6 +38,3 @@ class RowDifferences:
             (float(part.max()) for stage in stages for part in own.get(stage, []) if len(part)),
             default=0.0,
         )
-
-    def _parts(self, case: int) -> dict[str, list[Rows]]:
-        return self._cases.setdefault(case, {})
