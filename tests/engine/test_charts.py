@@ -1,16 +1,21 @@
 """Charts: places of values, escaped text, no fixed width, light and dark."""
 
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from typing import cast
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from idefics2_engine.charts.axis import Axis, linear_axis, log_axis
 from idefics2_engine.charts.drawing import NUM_COLORS, STYLE, Chart, Key, Line, Mark, svg_file
+from idefics2_engine.charts.heat_map import HeatColumn, HeatMap, HeatRow
+from idefics2_engine.charts.picture_map import Overlay, Panel, PictureMap
 from idefics2_engine.charts.plot import Plot, Point, Series
 from idefics2_engine.charts.row_chart import Bar, ChartRow, Dot, RowChart
+from idefics2_engine.charts.shades import NUM_SHADES, Shades
 from idefics2_engine.report_page import Page, render_page
 
 EVIL = "<script>alert('\"&amp;')</script>\x00\ud800\uffff"
@@ -32,6 +37,28 @@ def rows(text: str = "") -> RowChart:
     )
     axis = linear_axis(text, [5.0])
     return RowChart(text, axis, [row], [Key((Mark(0, "square"),), text)], text, reference=1.0)
+
+
+def heat(text: str = "") -> HeatMap:
+    shades = Shades.spanning(1e-7, 1.0, text)
+    columns = [HeatColumn(text, text, text, is_marked=True)]
+    values = np.array([[0.0], [0.1], [np.nan]])
+    return HeatMap(text, [HeatRow(text, text)] * 3, columns, values, shades, text, text)
+
+
+def pictures(text: str = "", source: str | None = None) -> PictureMap:
+    shades = Shades.spanning(1e-7, 1.0, text)
+    overlays = [Overlay((0, 0, 1, 1), np.array([[1e-5, 0.1]]))]
+    panels = [[Panel(text, text, overlays, is_marked=True)]]
+    return PictureMap(text, source, 0.5, panels, shades, text, text)
+
+
+CHARTS: dict[str, Callable[[str], Chart]] = {
+    "plot": plot,
+    "rows": rows,
+    "heat map": heat,
+    "pictures": pictures,
+}
 
 
 def parsed(chart: Chart, width: float = 640) -> ElementTree.Element:
@@ -99,18 +126,20 @@ def test_bars_are_as_long_as_their_values() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("chart", [plot(EVIL), rows(EVIL)], ids=["plot", "rows"])
-def test_text_is_escaped(chart: Chart, width: float) -> None:
+@pytest.mark.parametrize("kind", CHARTS)
+def test_text_is_escaped(kind: str, width: float) -> None:
+    chart = CHARTS[kind](EVIL)
     root = parsed(chart, width)
     assert not elements(root, "script")
-    assert CLEAN in [title.text for title in elements(root, "title")]
+    assert kind == "pictures" or CLEAN in [title.text for title in elements(root, "title")]
     assert "<script" not in svg_file(chart, width).decode()
     assert root.get("aria-label") == CLEAN
     assert b"<script" not in render_page(Page("t", charts=[chart]))
 
 
-@pytest.mark.parametrize("chart", [plot("a"), rows("a")], ids=["plot", "rows"])
-def test_drawing_has_no_fixed_width_and_nothing_from_outside(chart: Chart) -> None:
+@pytest.mark.parametrize("kind", CHARTS)
+def test_drawing_has_no_fixed_width_and_nothing_from_outside(kind: str) -> None:
+    chart = CHARTS[kind]("a")
     root = parsed(chart)
     assert {"width", "height"}.isdisjoint(root.keys())
     assert root.get("viewBox", "").startswith("-14 -14 668 ")
@@ -121,13 +150,15 @@ def test_drawing_has_no_fixed_width_and_nothing_from_outside(chart: Chart) -> No
 
 
 def test_every_color_has_a_light_and_a_dark_value() -> None:
-    for name in (*map(str, range(NUM_COLORS)), "page", "text", "muted", "grid"):
-        first, second = re.findall(rf"--c-{name}: (#[0-9a-f]{{6}});", STYLE)
+    colors = [f"c-{name}" for name in (*range(NUM_COLORS), "page", "text", "muted", "grid")]
+    for name in (*colors, *(f"h-{shade}" for shade in range(NUM_SHADES))):
+        first, second = re.findall(rf"--{name}: (#[0-9a-f]{{6}});", STYLE)
         assert first != second
     assert "prefers-color-scheme: dark" in STYLE
     assert "prefers-color-scheme: dark" in svg_file(plot("a")).decode()
     # A color of a chart is never written out
-    assert "#" not in plot("a").draw(640).svg() + rows("a").draw(640).svg()
+    for make in CHARTS.values():
+        assert "#" not in make("a").draw(640).svg()
 
 
 def test_page_has_a_drawing_for_screens_and_one_for_phones() -> None:

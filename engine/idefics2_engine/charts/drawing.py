@@ -16,12 +16,16 @@ STYLE = Markup("""
   --c-page: #ffffff; --c-text: #1b1f24; --c-muted: #5f6873; --c-grid: #e3e6eb;
   --c-0: #2a78d6; --c-1: #d9480f; --c-2: #0f8a5f; --c-3: #8250df; --c-4: #b7791f; --c-5: #d13f77;
   --c-6: #0b7f8c; --c-7: #5c7a12;
+  --h-0: #fdf0c4; --h-1: #fce19e; --h-2: #face7d; --h-3: #f8b660; --h-4: #f39853; --h-5: #eb794a;
+  --h-6: #dc5848; --h-7: #c63e4e; --h-8: #ab2957; --h-9: #891e5a; --h-10: #651755; --h-11: #40114b;
 }
 @media (prefers-color-scheme: dark) {
   .chart {
     --c-page: #1a1f26; --c-text: #e4e8ee; --c-muted: #98a2af; --c-grid: #2e353f;
     --c-0: #5a9df0; --c-1: #ff8a4c; --c-2: #3ac28e; --c-3: #b291ff; --c-4: #e0b04a; --c-5: #f47ba6;
     --c-6: #45c1cf; --c-7: #a8c957;
+    --h-0: #352a63; --h-1: #4e2b74; --h-2: #6a2d7e; --h-3: #8a3082; --h-4: #a9387d; --h-5: #c64473;
+    --h-6: #df5864; --h-7: #ef7557; --h-8: #f9964f; --h-9: #fbb758; --h-10: #fcd67b; --h-11: #fdf4b2;
   }
 }
 .chart text {
@@ -41,11 +45,23 @@ STYLE = Markup("""
 .chart .hollow { fill: none; stroke: currentcolor; stroke-width: 1.5; }
 .chart .tick { fill: var(--c-text); stroke: var(--c-page); stroke-width: 1; }
 .chart .bar { fill: currentcolor; stroke: var(--c-page); stroke-width: 1; }
+.chart .cells { fill: none; stroke: currentcolor; shape-rendering: crispedges; }
+.chart .box { fill: currentcolor; }
+.chart .over { opacity: 0.7; }
+.chart .frame { fill: none; stroke: var(--c-muted); stroke-width: 0.75; }
+.chart .hover { fill: transparent; }
 .chart .plain { color: var(--c-muted); }
+.chart .same { color: var(--c-grid); }
 .chart .c0 { color: var(--c-0); } .chart .c1 { color: var(--c-1); }
 .chart .c2 { color: var(--c-2); } .chart .c3 { color: var(--c-3); }
 .chart .c4 { color: var(--c-4); } .chart .c5 { color: var(--c-5); }
 .chart .c6 { color: var(--c-6); } .chart .c7 { color: var(--c-7); }
+.chart .h0 { color: var(--h-0); } .chart .h1 { color: var(--h-1); }
+.chart .h2 { color: var(--h-2); } .chart .h3 { color: var(--h-3); }
+.chart .h4 { color: var(--h-4); } .chart .h5 { color: var(--h-5); }
+.chart .h6 { color: var(--h-6); } .chart .h7 { color: var(--h-7); }
+.chart .h8 { color: var(--h-8); } .chart .h9 { color: var(--h-9); }
+.chart .h10 { color: var(--h-10); } .chart .h11 { color: var(--h-11); }
 """)
 """Rules for all charts of a page or a file."""
 
@@ -183,6 +199,12 @@ def color_class(color: int | None) -> str:
 def text_width(content: str) -> float:
     """Return about the width of a text."""
     return _CHARACTER * FONT * len(content)
+
+
+def shortened(content: str, width: float) -> str:
+    """Return a text that is at most about ``width`` wide, cut with an ellipsis if needed."""
+    most = max(1, int(width / (_CHARACTER * FONT)))
+    return content if len(content) <= most else f"{content[: most - 1]}…"
 
 
 def legend(keys: Iterable[Key], width: float) -> tuple[list[Markup], float]:

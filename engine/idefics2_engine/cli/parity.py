@@ -1,6 +1,7 @@
 """The command ``idefics2 parity``, which says at which stage two paths part."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from idefics2_engine.cli.parity_golden import add_golden_options, run_golden
 from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from idefics2_engine.parity import Case
+    from idefics2_engine.parity import Case, Comparison
 
 _DIFFERS = 1
 _EPILOG = """\
@@ -24,6 +25,7 @@ with bfloat16, float16 or float32 (bf16, fp16, fp32) for dtype
 examples:
   idefics2 parity
   idefics2 parity ours:triton:bf16 transformers:bf16 --model HuggingFaceM4/idefics2-8b
+  idefics2 parity --report parity.html
   idefics2 parity ours:reference --save before
   idefics2 parity ours:reference before --bitwise
   idefics2 parity ours:triton ours:reference --inside "text layer 2" --bisect
@@ -71,6 +73,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
     add_golden_options(parser.add_argument_group("golden answers"))
     _add_search_options(parser.add_argument_group("search"))
     _add_verdict_options(parser.add_argument_group("comparison"))
+    _add_output_options(parser.add_argument_group("output"))
     add_log_options(parser)
     parser.set_defaults(run=run)
 
@@ -156,7 +159,34 @@ def _add_verdict_options(group: "argparse._ArgumentGroup") -> None:
         action="store_true",
         help="keep only hashes, norms of rows and 64 elements of each tensor",
     )
+
+
+def _add_output_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--json", action="store_true", help="print a JSON object, not a table")
+    group.add_argument(
+        "--report",
+        metavar="FILE",
+        type=_page,
+        help="write an HTML page with heat maps of the worst cases, by tokens and by patches",
+    )
+    group.add_argument(
+        "--svg", metavar="DIR", type=_folder, help="write the heat maps as SVG files, too"
+    )
+
+
+def _page(text: str) -> Path:
+    """Return the path of a page, whose folder is checked before the paths run."""
+    path = Path(text).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return path
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a folder or a new one, got the file {text!r}")
+    return path
 
 
 def _ratio(text: str) -> float:
@@ -194,6 +224,8 @@ def run(args: argparse.Namespace) -> int:
     folder = options.model_folder(args.model)
     set_cpu_threads(folder, args.threads)
     if args.save is not None and other is None:
+        if args.report is not None or args.svg is not None:
+            raise ConfigError("--report and --svg must come with two paths, got one")
         recording = record(
             path,
             args.save,
@@ -227,8 +259,24 @@ def run(args: argparse.Namespace) -> int:
         streams.print_json(result.to_dict())
     else:
         print("\n".join(comparison_lines(result)))
+    _write_files(args, result)
     passed = result.same_bits if args.bitwise else result.first_difference is None
     return 0 if passed else _DIFFERS
+
+
+def _write_files(args: argparse.Namespace, result: "Comparison") -> None:
+    """Write the page and the heat maps that ``args`` ask for.
+
+    Raises:
+        Idefics2Error: A file cannot be written.
+    """
+    from idefics2_engine.parity import write_heat_maps, write_report
+    from idefics2_engine.parity.page.heat_maps import why_no_maps
+
+    if args.report is not None:
+        write_report(result, args.report)
+    if args.svg is not None and not write_heat_maps(result, args.svg):
+        print(f"idefics2: no heat maps were written: {why_no_maps(result)}", file=sys.stderr)
 
 
 def _cases(args: argparse.Namespace) -> "list[Case]":

@@ -28,6 +28,8 @@ _ABSENT: dict[str, tuple[str, Any]] = {
     "bitwise": ("--bitwise", False),
     "save": ("--save", None),
     "digest": ("--digest", False),
+    "report": ("--report", None),
+    "svg": ("--svg", None),
 }
 
 

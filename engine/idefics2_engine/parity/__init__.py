@@ -13,9 +13,18 @@ if TYPE_CHECKING:
     from idefics2_engine.parity.comparison import Comparison, compare
     from idefics2_engine.parity.golden.golden_check import check_golden
     from idefics2_engine.parity.inputs import Case
+    from idefics2_engine.parity.page.report import write_heat_maps, write_report
     from idefics2_engine.parity.paths import Path
 
-__all__ = ["Case", "Comparison", "Path", "check_golden", "compare"]
+__all__ = [
+    "Case",
+    "Comparison",
+    "Path",
+    "check_golden",
+    "compare",
+    "write_heat_maps",
+    "write_report",
+]
 
 _HOMES = {
     "Case": "inputs",
@@ -23,6 +32,8 @@ _HOMES = {
     "Path": "paths",
     "check_golden": "golden.golden_check",
     "compare": "comparison",
+    "write_heat_maps": "page.report",
+    "write_report": "page.report",
 }
 
 

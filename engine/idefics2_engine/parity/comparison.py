@@ -19,10 +19,12 @@ from idefics2_engine.parity.measure import Legs, StageMeasure, measure_answers, 
 from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.record import record, record_reference
+from idefics2_engine.parity.row_differences import RowDifferences
 from idefics2_engine.parity.search.bisection import Bisection
 from idefics2_engine.parity.search.trials import explain
 from idefics2_engine.parity.transformers_stages import check_installed
 from idefics2_engine.parity.verdict import RATIO, Verdict, error_ratios, judge
+from idefics2_engine.parity.worst_cases import WorstCase, worst_cases
 from idefics2_engine.parity.yardstick import epsilon, with_yardstick
 from idefics2_kernels import Ops
 
@@ -57,6 +59,8 @@ class Comparison:
         stages: A result for each stage, in order.
         logits: How the logits differ. ``None`` if one side is a digest.
         partings: Where answers part.
+        worst_cases: The differences of every row, of the worst cases. Empty if one side is a
+            digest.
         bisection: What explains the differences. ``None`` if it was not searched for.
     """
 
@@ -67,6 +71,7 @@ class Comparison:
     stages: list[StageResult]
     logits: LogitsMeasure | None
     partings: list[Parting]
+    worst_cases: list[WorstCase]
     bisection: Bisection | None = None
 
     @property
@@ -239,6 +244,7 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
     eps = max(map(epsilon, dtypes))
     logits, partings = measure_logits(legs), find_partings(legs)
     parted = [parting.case for parting in partings]
+    differences = RowDifferences()
     results = []
     for stage in legs.a.order:
         if stage not in legs.b.order:
@@ -246,10 +252,11 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
         if stage in (stages.TOKENS, stages.TEXT):
             measure = measure_answers(legs, stage, parted)
         else:
-            measure = measure_stage(legs, stage)
+            measure = measure_stage(legs, stage, differences)
         verdict = judge(measure, eps, partings, ratio)
         ratios = None if measure.note is not None else error_ratios(measure, eps)
         results.append(StageResult(stage, verdict, measure, ratios))
+    differing = [one.measure for one in results if one.verdict is Verdict.DIFFERS]
     return Comparison(
         legs.a.describe(),
         legs.b.describe(),
@@ -258,6 +265,7 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
         results,
         logits,
         partings,
+        worst_cases(legs, differences, differing, partings),
     )
 
 

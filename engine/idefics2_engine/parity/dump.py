@@ -85,7 +85,13 @@ class Recording:
 
     def describe(self) -> dict[str, Any]:
         """Return path, dtype, model and versions as JSON data."""
-        return {"path": self.path, "dtype": self.dtype, "nf4": self.nf4, **self.about}
+        return {
+            "path": self.path,
+            "dtype": self.dtype,
+            "nf4": self.nf4,
+            "digest": self.is_digest,
+            **self.about,
+        }
 
     def parts(self, case: int, stage: str) -> list[Part]:
         """Read the parts of a stage of a case; none if the path has no such stage.

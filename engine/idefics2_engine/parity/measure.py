@@ -10,6 +10,7 @@ from torch import Tensor
 from idefics2_engine.parity import stages
 from idefics2_engine.parity.digest import Digest
 from idefics2_engine.parity.dump import Part, Recording
+from idefics2_engine.parity.row_differences import RowDifferences
 
 _TINY = 1e-300
 
@@ -56,8 +57,10 @@ class Legs:
     yardstick: Recording | None = None
 
 
-def measure_stage(legs: Legs, stage: str) -> StageMeasure:
-    """Compare A and B at ``stage``, part by part."""
+def measure_stage(
+    legs: Legs, stage: str, differences: RowDifferences | None = None
+) -> StageMeasure:
+    """Compare A and B at ``stage``, part by part, and keep the ``differences`` of rows if wanted."""
     measure = StageMeasure(stage)
     rows: list[Tensor] = []
     if legs.exact is not None and stage not in stages.EXACT:
@@ -78,6 +81,8 @@ def measure_stage(legs: Legs, stage: str) -> StageMeasure:
             if stage in stages.EXACT:
                 exact = yardstick = None
             found = _measure_part(measure, own_a, own_b, exact, yardstick, counts[part])
+            if differences is not None:
+                differences.keep(case, stage, None if found is None else found[0])
             if found is None:
                 shapes = f"shapes {_shape(own_a)} and {_shape(own_b)}"
                 _mark_unlike(measure, case, shapes, legs.a.cases[case].place(stage, part, 0))

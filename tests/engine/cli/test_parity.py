@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from idefics2_engine.cli.main import main
-from idefics2_engine.cli.parity_table import place_text
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.parity.dump import Recording
+from idefics2_engine.parity.words import place_text
+from page_check import check_page
 
 SMALL = ["--prompt", "Is there a star?", "--max-tokens", "2", "--device", "cpu"]
 
@@ -104,6 +105,25 @@ def test_images_prompts_and_rows_are_inputs(tmp_path: Path) -> None:
     assert a.hashes == b.hashes
 
 
+def test_page_and_heat_maps_are_written(saved: Path, tmp_path: Path) -> None:
+    page, folder = tmp_path / "page.html", tmp_path / "new" / "maps"
+    files = ("--report", page, "--svg", folder)
+    assert parity("ours:deterministic", saved, "--ratio", "1e-9", *files, *SMALL) == 1
+    content = page.read_text(encoding="utf-8")
+    check_page(content)
+    assert "First difference beyond rounding: text layer 0, case 0, token " in content
+    assert [path.name for path in folder.iterdir()] == ["case-0-tokens.svg"]
+
+
+def test_equal_paths_have_no_heat_maps(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parity("ours:reference", saved, "--svg", tmp_path / "maps", *SMALL) == 0
+    assert not (tmp_path / "maps").exists()
+    message = "no heat maps were written: there is no difference to show"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,6 +136,10 @@ def test_images_prompts_and_rows_are_inputs(tmp_path: Path) -> None:
         (["ours", "--bisect", "--save", "x"], "--bisect must come with a path B"),
         (["ours", "--bisect", "--no-float64"], "bisect must come with the float64 leg"),
         (["ours", "--inside", "layer 2"], "a layer to look inside must be all or one from vision"),
+        (["ours", "--report", "/none/page.html"], "expected a file in a folder that exists"),
+        (["ours", "--report", "/"], "expected a file in a folder that exists"),
+        (["ours", "--svg", __file__], "expected a folder or a new one"),
+        (["ours", "--save", "x", "--svg", "y"], "must come with two paths, got one"),
         (["ours", "--ratio", "0"], "expected a number above 0"),
         (["ours", "--prompt", "a", "--image", "missing.png"], "cannot be read as an image"),
         (["float64", "--save", "x", "--prompt", "a"], "must be ours or transformers"),

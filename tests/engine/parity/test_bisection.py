@@ -195,7 +195,7 @@ def test_difference_outside_the_operations_is_not_explained(
 def test_no_operation_is_tried_for_an_input() -> None:
     """Tiles are prepared before the first operation is called."""
     result = StageResult("tiles", Verdict.DIFFERS, StageMeasure("tiles"), None)
-    comparison = Comparison({}, {}, 1, True, [result], None, [])
+    comparison = Comparison({}, {}, 1, True, [result], None, [], [])
 
     def rerun(*_: object) -> Comparison:
         raise AssertionError("nothing must be computed")
@@ -209,7 +209,7 @@ def test_trial_computes_only_what_its_stage_needs() -> None:
 
     def comparison(*names: str) -> Comparison:
         results = [StageResult(n, Verdict.DIFFERS, StageMeasure(n), None) for n in names]
-        return Comparison({}, {}, 1, True, results, None, [])
+        return Comparison({}, {}, 1, True, results, None, [], [])
 
     def rerun(names: Sequence[str], order: Sequence[str], max_tokens: int) -> Comparison:
         asked.append((list(names), list(order), max_tokens))
