@@ -6,8 +6,8 @@ from typing import Any
 from idefics2_engine.demo import DEMO_IMAGES, DEMO_MODEL
 from idefics2_engine.parity import Case, Comparison, compare
 from idefics2_engine.parity import Path as ParityPath
-from idefics2_engine.parity.dump import Recording
-from idefics2_engine.parity.record import record
+from idefics2_engine.parity.recording.dump import Recording
+from idefics2_engine.parity.recording.record import record
 
 CASES = (
     Case.question("Where is the star?", [DEMO_IMAGES / "shapes.png"]),

@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> int:
     from idefics2_engine.parity import Path as ParityPath
     from idefics2_engine.parity import compare
     from idefics2_engine.parity.inner_stages import stages_of
-    from idefics2_engine.parity.record import record
+    from idefics2_engine.parity.recording.record import record
 
     path = ParityPath.parse(args.a)
     other = None if args.b is None else ParityPath.parse(args.b)

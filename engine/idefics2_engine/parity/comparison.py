@@ -10,22 +10,32 @@ from idefics2_engine.device import torch_device
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.llm_options import model_folder
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.alike import check_alike, check_inputs
-from idefics2_engine.parity.dump import Recording, check_new, write_digest
 from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case, default_cases
-from idefics2_engine.parity.logits import LogitsMeasure, Parting, find_partings, measure_logits
-from idefics2_engine.parity.measure import Legs, StageMeasure, measure_answers, measure_stage
+from idefics2_engine.parity.measures.alike import check_alike, check_inputs
+from idefics2_engine.parity.measures.logits import (
+    LogitsMeasure,
+    Parting,
+    find_partings,
+    measure_logits,
+)
+from idefics2_engine.parity.measures.measure import (
+    Legs,
+    StageMeasure,
+    measure_answers,
+    measure_stage,
+)
+from idefics2_engine.parity.measures.row_differences import RowDifferences
+from idefics2_engine.parity.measures.verdict import RATIO, Verdict, error_ratios, judge
+from idefics2_engine.parity.measures.worst_cases import WorstCase, worst_cases
+from idefics2_engine.parity.measures.yardstick import epsilon, with_yardstick
 from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
 from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.record import record, record_reference
-from idefics2_engine.parity.row_differences import RowDifferences
+from idefics2_engine.parity.recording.dump import Recording, check_new, write_digest
+from idefics2_engine.parity.recording.record import record, record_reference
+from idefics2_engine.parity.recording.transformers_stages import check_installed
 from idefics2_engine.parity.search.bisection import Bisection
 from idefics2_engine.parity.search.trials import explain
-from idefics2_engine.parity.transformers_stages import check_installed
-from idefics2_engine.parity.verdict import RATIO, Verdict, error_ratios, judge
-from idefics2_engine.parity.worst_cases import WorstCase, worst_cases
-from idefics2_engine.parity.yardstick import epsilon, with_yardstick
 from idefics2_kernels import Ops
 
 

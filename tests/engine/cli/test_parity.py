@@ -7,7 +7,7 @@ import pytest
 
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_IMAGES
-from idefics2_engine.parity.dump import Recording
+from idefics2_engine.parity.recording.dump import Recording
 from idefics2_engine.parity.words import place_text
 from page_check import check_page
 

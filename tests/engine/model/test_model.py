@@ -18,10 +18,10 @@ from idefics2_engine.hf.padded_forward import forward_padded
 from idefics2_engine.model.batch import TextBatch
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
-from idefics2_engine.parity.our_stages import our_taps
-from idefics2_engine.parity.recorder import Recorder
+from idefics2_engine.parity.recording.our_stages import our_taps
+from idefics2_engine.parity.recording.recorder import Recorder
+from idefics2_engine.parity.recording.transformers_stages import tile_rows, transformers_taps
 from idefics2_engine.parity.stages import unit
-from idefics2_engine.parity.transformers_stages import tile_rows, transformers_taps
 from idefics2_engine.prompts.processor import Processor
 from oracle import (
     CASES,

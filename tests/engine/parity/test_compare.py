@@ -12,12 +12,12 @@ from idefics2_engine.checkpoint.loader import load_checkpoint
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model.batch import TextBatch
-from idefics2_engine.parity.dump import Recording
 from idefics2_engine.parity.inputs import Case, Processors, default_cases
-from idefics2_engine.parity.our_stages import our_taps
-from idefics2_engine.parity.recorder import Recorder
+from idefics2_engine.parity.measures.verdict import Verdict
+from idefics2_engine.parity.recording.dump import Recording
+from idefics2_engine.parity.recording.our_stages import our_taps
+from idefics2_engine.parity.recording.recorder import Recorder
 from idefics2_engine.parity.stages import stage_order
-from idefics2_engine.parity.verdict import Verdict
 from idefics2_kernels import REFERENCE
 from parity_recordings import CASES, compare_on_cpu
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.dump import Recording
 from idefics2_engine.parity.inner_stages import inner_stages, stages_of
 from idefics2_engine.parity.inputs import Processors
-from idefics2_engine.parity.verdict import Verdict
+from idefics2_engine.parity.measures.verdict import Verdict
+from idefics2_engine.parity.recording.dump import Recording
 from idefics2_kernels import REFERENCE
 from parity_recordings import CASES, compare_on_cpu, first_stage, record_path
 

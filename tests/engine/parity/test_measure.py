@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from idefics2_engine.parity.case_recording import CaseRecording, id_matrix
-from idefics2_engine.parity.dump import Recording, write_recording
-from idefics2_engine.parity.logits import find_partings, measure_logits
-from idefics2_engine.parity.measure import Legs, measure_answers, measure_stage
-from idefics2_engine.parity.verdict import PEER_FACTOR, RATIO, Verdict, error_ratios, judge
+from idefics2_engine.parity.measures.logits import find_partings, measure_logits
+from idefics2_engine.parity.measures.measure import Legs, measure_answers, measure_stage
+from idefics2_engine.parity.measures.verdict import PEER_FACTOR, RATIO, Verdict, error_ratios, judge
+from idefics2_engine.parity.recording.case_recording import CaseRecording, id_matrix
+from idefics2_engine.parity.recording.dump import Recording, write_recording
 
 EPS = torch.finfo(torch.float32).eps
 STAGE = "text layer 0"

@@ -14,9 +14,9 @@ from torch import Tensor
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.images import tiling
 from idefics2_engine.model import text
-from idefics2_engine.parity.dump import Recording
+from idefics2_engine.parity.measures.verdict import Verdict
+from idefics2_engine.parity.recording.dump import Recording
 from idefics2_engine.parity.search.bisection import Bisection, Explanation
-from idefics2_engine.parity.verdict import Verdict
 from idefics2_kernels import REFERENCE
 from parity_recordings import compare_on_cpu, first_stage, record_path
 

@@ -14,14 +14,14 @@ from idefics2_engine.charts.heat_map import HeatMap
 from idefics2_engine.charts.picture_map import PictureMap
 from idefics2_engine.images import tiling
 from idefics2_engine.parity import Comparison, stages, write_heat_maps, write_report
-from idefics2_engine.parity.case_pictures import CasePicture, case_pictures
-from idefics2_engine.parity.case_recording import CaseRecording
-from idefics2_engine.parity.dump import Recording, write_digest, write_recording
-from idefics2_engine.parity.measure import Legs, StageMeasure, measure_stage
+from idefics2_engine.parity.measures.case_pictures import CasePicture, case_pictures
+from idefics2_engine.parity.measures.measure import Legs, StageMeasure, measure_stage
+from idefics2_engine.parity.measures.row_differences import RowDifferences
+from idefics2_engine.parity.measures.worst_cases import MOST_CASES, WorstCase, worst_cases
 from idefics2_engine.parity.page.heat_maps import heat_maps
 from idefics2_engine.parity.page.report import page_of
-from idefics2_engine.parity.row_differences import RowDifferences
-from idefics2_engine.parity.worst_cases import MOST_CASES, WorstCase, worst_cases
+from idefics2_engine.parity.recording.case_recording import CaseRecording
+from idefics2_engine.parity.recording.dump import Recording, write_digest, write_recording
 from idefics2_engine.report_page import render_page
 from page_check import check_page
 from parity_recordings import CASES, compare_on_cpu, record_path

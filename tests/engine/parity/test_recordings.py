@@ -9,8 +9,8 @@ from torch import Tensor
 from idefics2_engine.demo import DEMO_IMAGES
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.parity import Case
-from idefics2_engine.parity.digest import SAMPLES, Digest
-from idefics2_engine.parity.dump import Part, Recording
+from idefics2_engine.parity.recording.digest import SAMPLES, Digest
+from idefics2_engine.parity.recording.dump import Part, Recording
 from parity_recordings import CASES, TOKENS, compare_on_cpu, first_stage, record_path
 
 

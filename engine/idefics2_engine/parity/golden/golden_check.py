@@ -10,11 +10,11 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.llm_options import model_folder
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.case_recording import CaseRecording
 from idefics2_engine.parity.golden.golden_file import GoldenCase, GoldenFile
 from idefics2_engine.parity.inputs import Case, Processors
 from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.record import record
+from idefics2_engine.parity.recording.case_recording import CaseRecording
+from idefics2_engine.parity.recording.record import record
 from idefics2_engine.prompts.tokenizer import Tokenizer
 
 _NF4 = "nf4"

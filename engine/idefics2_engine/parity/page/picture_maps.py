@@ -7,7 +7,7 @@ from idefics2_engine.charts.picture_map import Overlay, Panel, PictureMap
 from idefics2_engine.charts.shades import Shades, pooled
 from idefics2_engine.images.tiling import QUARTERS
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.worst_cases import WorstCase
+from idefics2_engine.parity.measures.worst_cases import WorstCase
 
 _MOST_STAGES = 3
 _MOST_IMAGES = 2

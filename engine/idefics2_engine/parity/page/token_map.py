@@ -8,8 +8,8 @@ import numpy as np
 from idefics2_engine.charts.heat_map import HeatColumn, HeatMap, HeatRow
 from idefics2_engine.charts.shades import Shades
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.row_differences import Rows
-from idefics2_engine.parity.worst_cases import WorstCase
+from idefics2_engine.parity.measures.row_differences import Rows
+from idefics2_engine.parity.measures.worst_cases import WorstCase
 from idefics2_engine.prompts.tokenizer import IMAGE
 
 # Longer maps have several tokens in a row

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from idefics2_engine.parity import stages
+from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.search.bisection import Bisection, bisect
-from idefics2_engine.parity.verdict import Verdict
 
 if TYPE_CHECKING:
     from idefics2_engine.parity.comparison import Comparison

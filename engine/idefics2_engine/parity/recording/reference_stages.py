@@ -14,17 +14,17 @@ from torch import Tensor
 from idefics2_engine.model.batch import ImageBatch, TextBatch
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import Linear
-from idefics2_engine.parity.case_recording import CaseRecording
 from idefics2_engine.parity.inputs import Case, Processors
-from idefics2_engine.parity.our_stages import (
+from idefics2_engine.parity.paths import Path
+from idefics2_engine.parity.recording.case_recording import CaseRecording
+from idefics2_engine.parity.recording.our_stages import (
     load_model,
     model_stages,
     our_taps,
     prompt_recording,
     unique_tiles,
 )
-from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.recorder import Recorder
+from idefics2_engine.parity.recording.recorder import Recorder
 from idefics2_kernels import REFERENCE
 
 

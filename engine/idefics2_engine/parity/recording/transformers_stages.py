@@ -14,16 +14,16 @@ from idefics2_engine.device import torch_device, torch_dtype
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.tiling import QUARTERS
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.case_recording import (
+from idefics2_engine.parity.inputs import Case
+from idefics2_engine.parity.paths import Path
+from idefics2_engine.parity.recording.case_recording import (
     CaseRecording,
     id_matrix,
     pixel_matrix,
     token_parts,
 )
-from idefics2_engine.parity.inner_taps import transformers_inner_taps
-from idefics2_engine.parity.inputs import Case
-from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.recorder import Recorder, Tap
+from idefics2_engine.parity.recording.inner_taps import transformers_inner_taps
+from idefics2_engine.parity.recording.recorder import Recorder, Tap
 
 
 def transformers_taps(model: Any) -> dict[str, Tap]:

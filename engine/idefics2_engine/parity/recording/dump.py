@@ -16,9 +16,9 @@ from torch import Tensor
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.json_file import read_json
 from idefics2_engine.model_files import printable_path
-from idefics2_engine.parity.case_recording import CaseRecording
-from idefics2_engine.parity.digest import Digest, part_sha256
 from idefics2_engine.parity.paths import DESCRIPTION
+from idefics2_engine.parity.recording.case_recording import CaseRecording
+from idefics2_engine.parity.recording.digest import Digest, part_sha256
 
 _FORMAT = 1
 

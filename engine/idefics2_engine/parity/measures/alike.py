@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.measure import Legs
+from idefics2_engine.parity.measures.measure import Legs
 
 
 def check_alike(legs: Legs, wanted: Iterable[str]) -> None:

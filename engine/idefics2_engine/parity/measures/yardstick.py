@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from idefics2_engine.parity.dump import Recording
 from idefics2_engine.parity.inputs import Case
-from idefics2_engine.parity.measure import Legs
-from idefics2_engine.parity.record import record_reference
+from idefics2_engine.parity.measures.measure import Legs
+from idefics2_engine.parity.recording.dump import Recording
+from idefics2_engine.parity.recording.record import record_reference
 
 
 def epsilon(dtype: str) -> float:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from idefics2_engine.parity.case_pictures import CasePicture, case_pictures
-from idefics2_engine.parity.case_recording import CaseRecording
-from idefics2_engine.parity.logits import Parting
-from idefics2_engine.parity.measure import Legs, StageMeasure
-from idefics2_engine.parity.row_differences import RowDifferences, Rows
+from idefics2_engine.parity.measures.case_pictures import CasePicture, case_pictures
+from idefics2_engine.parity.measures.logits import Parting
+from idefics2_engine.parity.measures.measure import Legs, StageMeasure
+from idefics2_engine.parity.measures.row_differences import RowDifferences, Rows
+from idefics2_engine.parity.recording.case_recording import CaseRecording
 
 MOST_CASES = 6
 """Cases whose rows a comparison keeps, so that its size does not depend on the inputs."""

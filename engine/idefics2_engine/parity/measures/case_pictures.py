@@ -10,7 +10,7 @@ from torch import Tensor
 
 from idefics2_engine.images.tiling import QUARTERS, split_boxes
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.dump import Recording
+from idefics2_engine.parity.recording.dump import Recording
 
 _PIXELS = 200
 _JPEG_QUALITY = 60
@@ -34,7 +34,9 @@ class CasePicture:
 
 
 def case_pictures(recording: Recording, case: int) -> list[CasePicture]:
-    """Return the pictures of a case; none if the recording is a digest."""
+    """Return the pictures of a case; none if the recording is a digest or lacks image stages."""
+    if not {stages.DECODE, stages.TILES} <= set(recording.order):
+        return []
     parts = recording.parts(case, stages.DECODE)
     images = [part for part in parts if isinstance(part, Tensor)]
     tiles = [tuple(part.shape) for part in recording.parts(case, stages.TILES)]

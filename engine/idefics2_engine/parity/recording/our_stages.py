@@ -16,16 +16,16 @@ from idefics2_engine.images.tiling import Tile, normalize
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.case_recording import (
+from idefics2_engine.parity.inputs import Case, Processors
+from idefics2_engine.parity.paths import Path
+from idefics2_engine.parity.recording.case_recording import (
     CaseRecording,
     id_matrix,
     pixel_matrix,
     token_parts,
 )
-from idefics2_engine.parity.inner_taps import our_inner_taps
-from idefics2_engine.parity.inputs import Case, Processors
-from idefics2_engine.parity.paths import Path
-from idefics2_engine.parity.recorder import Recorder, Tap
+from idefics2_engine.parity.recording.inner_taps import our_inner_taps
+from idefics2_engine.parity.recording.recorder import Recorder, Tap
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor
 from idefics2_engine.request_builder import RequestBuilder
 from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig

@@ -13,12 +13,12 @@ from idefics2_engine import __version__
 from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model_files import printable_path
-from idefics2_engine.parity.case_recording import CaseRecording
-from idefics2_engine.parity.dump import Recording, write_recording
 from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case
 from idefics2_engine.parity.operations import check_swap, path_ops, swapped
 from idefics2_engine.parity.paths import Path
+from idefics2_engine.parity.recording.case_recording import CaseRecording
+from idefics2_engine.parity.recording.dump import Recording, write_recording
 from idefics2_kernels import Ops
 
 
@@ -57,14 +57,14 @@ def record(
     found: Iterable[CaseRecording]
     order = stages_of(model_folder) if order is None else list(order)
     if path.kind == "ours":
-        from idefics2_engine.parity.our_stages import record_ours
+        from idefics2_engine.parity.recording.our_stages import record_ours
 
         own = swapped(ops or path_ops(path, torch_device(device)), swap)
         found = record_ours(
             model_folder, path, cases, order, own, device=device, max_tokens=max_tokens
         )
     elif path.kind == "transformers":
-        from idefics2_engine.parity.transformers_stages import record_transformers
+        from idefics2_engine.parity.recording.transformers_stages import record_transformers
 
         found = record_transformers(
             model_folder, path, cases, order, device=device, max_tokens=max_tokens
@@ -102,7 +102,7 @@ def record_reference(
     Raises:
         Idefics2Error: The model or an input is invalid, or is not that of ``answers``.
     """
-    from idefics2_engine.parity.reference_stages import record_forced
+    from idefics2_engine.parity.recording.reference_stages import record_forced
 
     if len(cases) != len(answers.cases):
         raise ConfigError(

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.logits import Parting
-from idefics2_engine.parity.measure import StageMeasure
+from idefics2_engine.parity.measures.logits import Parting
+from idefics2_engine.parity.measures.measure import StageMeasure
 from idefics2_kernels.catalog.criterion import RATIO
 
 __all__ = ["PEER_FACTOR", "RATIO", "Verdict", "error_ratios", "judge"]

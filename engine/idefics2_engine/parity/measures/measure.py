@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.digest import Digest
-from idefics2_engine.parity.dump import Part, Recording
-from idefics2_engine.parity.row_differences import RowDifferences
+from idefics2_engine.parity.measures.row_differences import RowDifferences
+from idefics2_engine.parity.recording.digest import Digest
+from idefics2_engine.parity.recording.dump import Part, Recording
 
 _TINY = 1e-300
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from idefics2_engine.agreement.logits import compare_logits
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.measure import Legs, common_length
+from idefics2_engine.parity.measures.measure import Legs, common_length
 
 _EXAMPLES = 5
 

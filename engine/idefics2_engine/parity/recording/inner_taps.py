@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.parity import inner_stages as inner
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.recorder import Tap
+from idefics2_engine.parity.recording.recorder import Tap
 
 
 def our_inner_taps(model: Idefics2) -> dict[str, Tap]:
