@@ -99,7 +99,7 @@ class LLM:
         double_quant: bool = True,
         split_images: bool | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         max_num_batched_tokens: int = 8192,
         enable_prefix_caching: bool = True,
         kv_cache_tokens: int | None = None,

@@ -49,6 +49,7 @@ from idefics2_engine.runtime.config import (
     LENGTH,
     PAGE_SIZE,
     EngineConfig,
+    default_num_seqs,
     model_length,
 )
 from idefics2_engine.runtime.memory_profile import kv_cache_tokens as measured_kv_cache_tokens
@@ -113,7 +114,8 @@ class LLMOptions:
             checkpoint decides.
         max_model_len: Most tokens of a prompt and its answer together. If ``None``, the model's
             positions.
-        max_num_seqs: Most answers that are generated at once.
+        max_num_seqs: Most answers that are generated at once. If ``None``, 256 on a CUDA device and
+            64 on a CPU.
         max_num_batched_tokens: Most tokens of one forward pass. Longer prompts need several passes.
         enable_prefix_caching: Whether to keep the KV cache of prompts for later prompts that start
             with the same tokens and images.
@@ -165,7 +167,7 @@ class LLMOptions:
     double_quant: bool = checked(flag, True)
     split_images: bool | None = checked(OrNone(flag), None)
     max_model_len: int | None = checked(OrNone(LENGTH), None)
-    max_num_seqs: int = checked(AT_ONCE, 64)
+    max_num_seqs: int | None = checked(OrNone(AT_ONCE), None)
     max_num_batched_tokens: int = checked(AT_ONCE, 8192)
     enable_prefix_caching: bool = checked(flag, True)
     kv_cache_tokens: int | None = checked(OrNone(CACHE_TOKENS), None)
@@ -244,21 +246,22 @@ def engine_config(options: LLMOptions, config: ModelConfig, device: torch.device
     Raises:
         ConfigError: A size does not fit the model or another size.
     """
+    has_cuda = device.type == "cuda"
     length = model_length(options.max_model_len, config.text.max_positions)
+    max_num_seqs = options.max_num_seqs or default_num_seqs(on_gpu=has_cuda)
     kv_cache_tokens = options.kv_cache_tokens
     if kv_cache_tokens is None:
         whole_pages = -(-length // PAGE_SIZE) * PAGE_SIZE
-        wanted = options.max_num_seqs * whole_pages
+        wanted = max_num_seqs * whole_pages
         kv_cache_tokens = max(whole_pages, min(_KV_CACHE_TOKENS, wanted))
     if kv_cache_tokens < length:
         raise ConfigError(
             f"kv_cache_tokens must be at least max_model_len {length}, got {kv_cache_tokens}"
         )
-    has_cuda = device.type == "cuda"
     on_reference = options.ops_on(device) is REFERENCE
     return EngineConfig(
         max_model_len=length,
-        max_num_seqs=options.max_num_seqs,
+        max_num_seqs=max_num_seqs,
         kv_cache_tokens=kv_cache_tokens,
         max_num_batched_tokens=options.max_num_batched_tokens,
         prefix_caching=options.enable_prefix_caching,

@@ -37,7 +37,7 @@ BAD: dict[str, list[Any]] = {
     "double_quant": [*FLAG, None],
     "split_images": FLAG,
     "max_model_len": [1, *COUNT],
-    "max_num_seqs": [None, *COUNT],
+    "max_num_seqs": COUNT,
     "max_num_batched_tokens": [None, *COUNT],
     "enable_prefix_caching": [*FLAG, None],
     "kv_cache_tokens": COUNT,

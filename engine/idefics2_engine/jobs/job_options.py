@@ -18,12 +18,13 @@ from idefics2_engine.field_checks import (
     flag,
     text,
 )
+from idefics2_engine.runtime.config import default_num_seqs
 
 RETRIED_CODES = frozenset({"media_fetch", "request_failed", "worker_lost"})
 """Errors that may go away: a row with one of them is computed again by itself."""
 
-# Twice the answers that ``LLM`` generates at once by default
-IN_FLIGHT = 128
+IN_FLIGHT = 2 * default_num_seqs(on_gpu=True)
+"""Rows in flight by default."""
 # The window holds so many times the rows in flight, so that one slow row does not stop the reading
 _WINDOWS_PER_IN_FLIGHT = 16
 _LEAST_ROWS = 200

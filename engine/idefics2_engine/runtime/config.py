@@ -14,6 +14,9 @@ LENGTH = Whole(2, 1 << 20)
 CACHE_TOKENS = Whole(1, 2**31 - 1)
 """Tokens of the KV cache."""
 
+_NUM_SEQS_GPU = 256
+_NUM_SEQS_CPU = 64
+
 # A page is the unit of allocation in the KV cache, in tokens
 PAGE_SIZE = 64
 
@@ -54,6 +57,15 @@ class EngineConfig:
     def num_pages(self) -> int:
         """Pages of the KV cache."""
         return -(-self.kv_cache_tokens // self.page_size)
+
+
+def default_num_seqs(*, on_gpu: bool) -> int:
+    """Return the answers at once where no number is given.
+
+    A GPU reads its weights once a step, so its rate grows with the number. A CPU has reached its
+    rate with fewer.
+    """
+    return _NUM_SEQS_GPU if on_gpu else _NUM_SEQS_CPU
 
 
 def model_length(max_model_len: int | None, positions: int) -> int:

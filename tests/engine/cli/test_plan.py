@@ -135,7 +135,7 @@ def test_table_names_rows_codes_and_pages(folder: Path, capsys: pytest.CaptureFi
         "p95",
         "media_not_allowed: 1 row, such as",
         "the longest prompt has 9,0",
-        "KV cache with 64 sequences at once: likely",
+        "KV cache with 256 sequences at once: likely",
         "on NVIDIA H100 80GB HBM3 with idefics2-8b (random weights)",
     ):
         assert words in said, said

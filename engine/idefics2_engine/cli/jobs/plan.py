@@ -144,13 +144,15 @@ def _prepared(
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.row_planner import RowPlanner
     from idefics2_engine.prompts.processor import Processor
-    from idefics2_engine.runtime.config import AT_ONCE
+    from idefics2_engine.runtime.config import AT_ONCE, default_num_seqs
     from idefics2_engine.sampling.generation_config import GenerationConfig
 
     arguments = job_options.llm_arguments(args)
     media = job_options.job_media(args, job_input.media_root)
     processor = Processor.load(folder, config, arguments["split_images"], media)
-    engine = _engine_config(arguments, config)
+    # A plan may be made where the GPU of the job is not
+    on_gpu = args.device != "cpu"
+    engine = _engine_config(arguments, config, default_num_seqs(on_gpu=on_gpu))
     planner = RowPlanner(
         processor,
         config,
@@ -161,13 +163,14 @@ def _prepared(
     )
     dtype = args.dtype
     if dtype == "auto":
-        # A plan may be made where the GPU of the job is not
-        dtype = "float32" if args.device == "cpu" else "bfloat16"
+        dtype = "bfloat16" if on_gpu else "float32"
     expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
     return planner, PlanOptions(config.text, engine, dtype, expected)
 
 
-def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineConfig":
+def _engine_config(
+    arguments: dict[str, Any], config: "ModelConfig", num_seqs: int
+) -> "EngineConfig":
     """Return the sizes of the runtime. The KV cache has 0 tokens if its size is not given."""
     from idefics2_engine.field_checks import OrNone, check
     from idefics2_engine.runtime.config import (
@@ -185,7 +188,7 @@ def _engine_config(arguments: dict[str, Any], config: "ModelConfig") -> "EngineC
     tokens = given("kv_cache_tokens", OrNone(CACHE_TOKENS), None)
     return EngineConfig(
         max_model_len=model_length(length, config.text.max_positions),
-        max_num_seqs=given("max_num_seqs", AT_ONCE, 64),
+        max_num_seqs=given("max_num_seqs", AT_ONCE, num_seqs),
         kv_cache_tokens=tokens or 0,
         max_num_batched_tokens=given("max_num_batched_tokens", AT_ONCE, 8192),
     )

@@ -6,7 +6,9 @@ import re
 from idefics2_engine.cli import options
 from idefics2_engine.cli.jobs import job_options
 from idefics2_engine.errors import ConfigError, short_repr
-from idefics2_engine.jobs.job_options import IN_FLIGHT, JobOptions
+from idefics2_engine.jobs.job_options import JobOptions
+from idefics2_engine.jobs.workers.worker_place import visible_devices
+from idefics2_engine.runtime.config import default_num_seqs
 
 _SIZE = re.compile(r"(\d{1,15})\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _EVERY_CODE = ""
@@ -163,9 +165,12 @@ def run_options(args: argparse.Namespace, workers: int) -> JobOptions:
     """Return the options of the run; raise ``ConfigError`` if one is invalid."""
     values = job_options.given(args, JobOptions)
     if args.in_flight is None:
+        at_once = args.max_num_seqs
+        if at_once is None:
+            on_gpu = args.device != "cpu" and (args.ray is not None or bool(visible_devices()))
+            at_once = default_num_seqs(on_gpu=on_gpu)
         # A wrong number of sequences is the engine's error
-        at_once = IN_FLIGHT if args.max_num_seqs is None else 2 * max(1, args.max_num_seqs)
-        values["in_flight"] = at_once * workers
+        values["in_flight"] = 2 * max(1, at_once) * workers
     return JobOptions(**values)
 
 

@@ -34,8 +34,9 @@ class Idefics2ProcessorConfig:
         concurrency: Actors: their number, or the smallest and the largest one.
         batch_size: Rows of a batch.
         max_concurrent_batches: Batches that an actor answers at once.
-        max_tasks_in_flight_per_actor: Tasks that Ray Data sends to an actor ahead. If ``None``,
-            Ray Data's default, twice ``max_concurrent_batches``.
+        max_tasks_in_flight_per_actor: Tasks that Ray Data sends to an actor, those that it runs
+            among them. If ``None``, one more than ``max_concurrent_batches``: more would wait at
+            one actor while another has none.
         should_continue_on_error: Whether a row without an answer becomes an error row. If not, its
             error ends the execution.
         max_task_retries: How often Ray repeats a task whose actor died. A row that kills its actor
@@ -87,6 +88,11 @@ class Idefics2ProcessorConfig:
         sizes = self.concurrency
         least, most = sizes if isinstance(sizes, tuple) else (sizes, sizes)
         return {"min_size": least, "max_size": most}
+
+    @property
+    def tasks_in_flight(self) -> int:
+        """Most tasks at an actor."""
+        return self.max_tasks_in_flight_per_actor or self.max_concurrent_batches + 1
 
     @property
     def gpus(self) -> float:
@@ -142,7 +148,7 @@ class Processor:
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
                 **config.pool_size,
-                max_tasks_in_flight_per_actor=config.max_tasks_in_flight_per_actor,
+                max_tasks_in_flight_per_actor=config.tasks_in_flight,
                 max_concurrent_calls_per_actor=config.max_concurrent_batches,
             ),
             udf_modifying_row_count=False,

@@ -7,10 +7,9 @@ from typing import Any
 
 from idefics2_engine.jobs.row_engine import RowEngine
 from idefics2_engine.jobs.workers.worker_place import WorkerPlace
+from idefics2_engine.runtime.config import default_num_seqs
 
 LLM_NAME = "idefics2_engine.llm:LLM"
-# Those of LLM, whose module imports torch
-MAX_NUM_SEQS = 64
 _MOST_IMAGE_PROCESSES = 8
 
 
@@ -32,10 +31,10 @@ class EngineSpec:
         """The device as an argument of ``LLM``."""
         return str(self.arguments.get("device", "auto"))
 
-    @property
-    def max_num_seqs(self) -> int:
-        """Answers that one engine generates at once."""
-        return int(self.arguments.get("max_num_seqs", MAX_NUM_SEQS))
+    def max_num_seqs(self, *, on_gpu: bool) -> int:
+        """Return the answers that one engine generates at once."""
+        given = self.arguments.get("max_num_seqs")
+        return default_num_seqs(on_gpu=on_gpu) if given is None else int(given)
 
 
 def build_engine(spec: EngineSpec, place: WorkerPlace) -> RowEngine:

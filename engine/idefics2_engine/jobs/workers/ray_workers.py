@@ -62,7 +62,9 @@ class RayWorkers(WorkerPool):
             count = 1 if num_gpus == 0 else max(1, self._cluster.total_gpus())
         # Ray chooses machine and device
         places = [WorkerPlace(number, None, 1, num_cpus) for number in range(count)]
-        super().__init__(spec, places=places, start=self._cluster.start)
+        super().__init__(
+            spec, places=places, on_gpu=spec.device != "cpu", start=self._cluster.start
+        )
 
     def close(self) -> None:
         """Kill the actors, and leave the cluster. A second call does nothing."""

@@ -67,6 +67,7 @@ class WorkerPool:
         count: Processes. If ``None``, one for each GPU, and one on a CPU.
         threads: Threads of each process. If ``None``, its share of the cores.
         places: Where each worker computes, in place of ``count`` and ``threads``.
+        on_gpu: Whether workers compute on GPUs. If ``None``, whether any place is one.
         start: Starts a worker. If ``None``, it is a process of this machine.
 
     Attributes:
@@ -80,10 +81,13 @@ class WorkerPool:
         *,
         threads: int | None = None,
         places: list[WorkerPlace] | None = None,
+        on_gpu: bool | None = None,
         start: Start | None = None,
     ) -> None:
         self.places = places or place_workers(count, spec.device, threads=threads)
-        self._spec = spec
+        if on_gpu is None:
+            on_gpu = any(place.device is not None for place in self.places)
+        self._at_once = spec.max_num_seqs(on_gpu=on_gpu)
         self._events: _Events = SimpleQueue()
         self._is_running = False
 
@@ -157,7 +161,7 @@ class WorkerPool:
             RuntimeError: The pool was closed, or another iterator of it is not finished.
         """
         if in_flight is None:
-            in_flight = 2 * self._spec.max_num_seqs * self.num_workers
+            in_flight = 2 * self._at_once * self.num_workers
         in_flight = check("in_flight", in_flight, Whole(1), ConfigError)
         max_bytes = check("max_prepared_bytes", max_prepared_bytes, Whole(1), ConfigError)
         return self._outputs(prompts, in_flight, max_bytes)

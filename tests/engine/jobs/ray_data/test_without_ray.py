@@ -36,6 +36,12 @@ def test_an_actor_has_a_gpu_unless_it_computes_on_the_cpu() -> None:
     assert Idefics2ProcessorConfig(num_gpus=0.5).gpus == 0.5
 
 
+def test_an_actor_has_little_more_than_the_batches_that_it_answers_at_once() -> None:
+    assert Idefics2ProcessorConfig().tasks_in_flight == 9
+    assert Idefics2ProcessorConfig(max_concurrent_batches=2).tasks_in_flight == 3
+    assert Idefics2ProcessorConfig(max_tasks_in_flight_per_actor=20).tasks_in_flight == 20
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

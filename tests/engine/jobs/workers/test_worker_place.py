@@ -7,7 +7,6 @@ import pytest
 
 from idefics2_engine.jobs.workers.engine_spec import (
     LLM_NAME,
-    MAX_NUM_SEQS,
     EngineSpec,
 )
 from idefics2_engine.jobs.workers.worker_place import place_workers, visible_devices
@@ -96,7 +95,9 @@ def test_defaults_are_those_of_llm() -> None:
     from idefics2_engine import llm
     from idefics2_engine.llm_options import LLMOptions
 
-    assert MAX_NUM_SEQS == LLMOptions().max_num_seqs == EngineSpec().max_num_seqs
-    assert EngineSpec({"max_num_seqs": 3}).max_num_seqs == 3
+    assert LLMOptions().max_num_seqs is None
+    assert EngineSpec().max_num_seqs(on_gpu=False) == 64
+    assert EngineSpec().max_num_seqs(on_gpu=True) == 256
+    assert EngineSpec({"max_num_seqs": 3}).max_num_seqs(on_gpu=True) == 3
     assert MAX_PREPARED_BYTES == llm.MAX_PREPARED_BYTES
     assert f"{llm.LLM.__module__}:{llm.LLM.__name__}" == LLM_NAME

@@ -248,7 +248,7 @@ def test_worker_has_its_environment_and_no_torch(
         assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "1"
         # Neither torch nor the caller's main module
         assert (got["has_torch"], got["main"]) == (False, None)
-        assert (got["in_flight"], got["max_prepared_bytes"]) == (128, 500_000)
+        assert (got["in_flight"], got["max_prepared_bytes"]) == (512, 500_000)
 
 
 def test_rows_are_read_as_they_are_needed(pool: WorkerPool) -> None:
