@@ -18,10 +18,11 @@ from idefics2_engine.images.file_cache import FileCache
 from idefics2_engine.images.file_tiles import TileRules
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, own_image
+from idefics2_engine.images.padded_pixels import padded_pixels
 from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.images.settings import PROCESSOR, image_settings
-from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles, normalize
+from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles
 from idefics2_engine.images.worker_pool import WorkerPool
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model.config import ModelConfig
@@ -387,21 +388,8 @@ class Processor:
             arrays["input_ids"][row, columns] = prompt.token_ids
             arrays["attention_mask"][row, columns] = 1
         if any(prompt.tiles for prompt in prompts):
-            arrays |= self._padded_pixels([prompt.tiles for prompt in prompts])
+            arrays |= padded_pixels([prompt.tiles for prompt in prompts], self.image_config)
         return arrays
-
-    def _padded_pixels(self, tiles: Sequence[Sequence[Tile]]) -> dict[str, npt.NDArray[Any]]:
-        sizes = [tile.pixels.shape[:2] for row in tiles for tile in row]
-        height, width = (max(side) for side in zip(*sizes, strict=True))
-        shape = len(tiles), max(len(row) for row in tiles)
-        pixels = np.zeros((*shape, 3, height, width), dtype=np.float32)
-        mask = np.zeros((*shape, height, width), dtype=np.int64)
-        for i, row in enumerate(tiles):
-            for j, tile in enumerate(row):
-                h, w, _ = tile.pixels.shape
-                pixels[i, j, :, :h, :w] = normalize(tile, self.image_config)
-                mask[i, j, :h, :w] = 1
-        return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
     def _expanded_ids(
         self, text: str, images: int, encode: Callable[[str], list[int]]

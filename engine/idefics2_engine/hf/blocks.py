@@ -1,0 +1,241 @@
+"""transformers' modules with this package's operations.
+
+Each class has the name of the class that it extends, so that whatever asks for a name or for the
+class itself finds it: PEFT's ``target_modules``, ``_no_split_modules``, ``isinstance``. Parameters
+are unchanged. ``forward`` is transformers' own where ``Operations.for_call`` returns none.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.idefics2 import modeling_idefics2
+from transformers.models.mistral import modeling_mistral
+
+from idefics2_engine.hf.attention import NAME
+from idefics2_engine.hf.operations import operations_of
+from idefics2_engine.hf.packed_rows import PackedRows
+
+
+class MistralRMSNorm(modeling_mistral.MistralRMSNorm):
+    """The RMS norm of the text model."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize ``hidden_states`` (..., hidden)."""
+        ops = operations_of(self).for_call(hidden_states, self.weight)
+        if ops is None:
+            return super().forward(hidden_states)
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class Idefics2RMSNorm(modeling_idefics2.Idefics2RMSNorm):
+    """The RMS norm of the perceiver."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize ``hidden_states`` (..., hidden)."""
+        ops = operations_of(self).for_call(hidden_states, self.weight)
+        if ops is None:
+            return super().forward(hidden_states)
+        return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LayerNorm(nn.LayerNorm):
+    """The layer norm of the vision tower."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` (..., hidden)."""
+        ops = operations_of(self).for_call(input, self.weight, self.bias)
+        if ops is None:
+            return super().forward(input)
+        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+class Idefics2VisionMLP(modeling_idefics2.Idefics2VisionMLP):
+    """The MLP of the vision tower."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``hidden_states`` (..., hidden) to (..., hidden)."""
+        inner = self.fc1(hidden_states)
+        ops = operations_of(self).for_call(inner)
+        inner = self.activation_fn(inner) if ops is None else ops.gelu_tanh(inner)
+        out: Tensor = self.fc2(inner)
+        return out
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor | None:
+    """Return silu(gate) * up of ``x`` (..., F), or ``None`` where transformers' own must run."""
+    ops = operations_of(mlp).for_call(x, module=mlp)
+    if ops is None:
+        return None
+    gate, up = mlp.gate_proj, mlp.up_proj
+    if not (_is_plain(gate) and _is_plain(up)):
+        return ops.silu_mul(torch.cat([gate(x), up(x)], dim=-1))
+    # Both products are written to one memory, which saves a copy
+    width = gate.out_features
+    rows = x.flatten(0, -2)
+    gate_up = x.new_empty(len(rows), 2 * width)
+    torch.mm(rows, gate.weight.t(), out=gate_up[:, :width])
+    torch.mm(rows, up.weight.t(), out=gate_up[:, width:])
+    return ops.silu_mul(gate_up).view(*x.shape[:-1], width)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether ``layer`` does nothing but multiply by its weight."""
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        # Quantized and distributed weights are of types of their own
+        and type(layer.weight) is nn.Parameter
+        # accelerate's hooks set a ``forward`` of their own
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
+class MistralMLP(modeling_mistral.MistralMLP):
+    """The gated MLP of the text model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., hidden) to (..., hidden)."""
+        transformers_own: Any = super().forward
+        inner = _gated(self, x)
+        out: Tensor = transformers_own(x) if inner is None else self.down_proj(inner)
+        return out
+
+
+class Idefics2MLP(modeling_idefics2.Idefics2MLP):
+    """The gated MLP of the projection and of the perceiver."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., hidden) to (..., output)."""
+        transformers_own: Any = super().forward
+        inner = _gated(self, x)
+        out: Tensor = transformers_own(x) if inner is None else self.down_proj(inner)
+        return out
+
+
+class RotaryTable(NamedTuple):
+    """Rotary angles of a batch, in fp32, whatever the model's dtype."""
+
+    # (1 or B, S, D): D/2 cosines, then D/2 sines
+    cos_sin: Tensor
+    # (B * S,): the row of the flattened ``cos_sin`` for each token
+    rows: Tensor
+
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (1 or B, S, D) each, as transformers passes them."""
+        cos, sin = (torch.cat([half, half], -1).to(dtype) for half in self.cos_sin.chunk(2, -1))
+        return cos, sin
+
+
+class MistralRotaryEmbedding(modeling_mistral.MistralRotaryEmbedding):
+    """The angles of a batch, computed once for all layers."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        """Return the ``RotaryTable`` of ``x`` (B, S, hidden), or transformers' cosines and sines.
+
+        ``position_ids`` are (1 or B, S).
+        """
+        transformers_own: Any = super().forward
+        if operations_of(self).for_call(x) is None:
+            return transformers_own(x, position_ids)
+        # transformers rounds to the dtype of its first argument
+        cos, sin = transformers_own(x.new_empty(0, dtype=torch.float32), position_ids)
+        half = cos.shape[-1] // 2
+        cos_sin = torch.cat([cos[..., :half], sin[..., :half]], dim=-1)
+        rows = torch.arange(cos_sin[..., 0].numel(), device=x.device)
+        return RotaryTable(cos_sin, rows.view(cos_sin.shape[:2]).expand(len(x), -1).flatten())
+
+
+class MistralAttention(modeling_mistral.MistralAttention):
+    """The attention of the text model, with positions from a ``RotaryTable``."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map ``hidden_states`` (B, S, hidden) to (B, S, hidden), as transformers' ``forward``."""
+        table = position_embeddings
+        ops = operations_of(self).for_call(hidden_states, module=self)
+        if ops is None or not isinstance(table, RotaryTable):
+            if isinstance(table, RotaryTable):
+                table = table.rounded(hidden_states.dtype)
+            return super().forward(hidden_states, table, attention_mask, past_key_values, **kwargs)
+        B, S, _ = hidden_states.shape
+        q, k, v = (
+            layer(hidden_states).view(B, S, -1, self.head_dim)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rotated = ops.rotary(
+            q.flatten(0, 1), k.flatten(0, 1), table.rows, table.cos_sin.flatten(0, 1)
+        )
+        q, k = (t.unflatten(0, (B, S)) for t in rotated)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
+            str(self.config._attn_implementation), modeling_mistral.eager_attention_forward
+        )
+        out, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=getattr(self.config, "sliding_window", None),
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(B, S, -1)), weights
+
+
+class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
+    """The layers of the vision tower, which compute no padding."""
+
+    def forward(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Encode ``inputs_embeds`` (N, P, hidden), of which ``attention_mask`` (N, P) is kept.
+
+        Padding of the result is zero.
+        """
+        config = self.config
+        wants_states = kwargs.get("output_hidden_states", config.output_hidden_states)
+        if (
+            attention_mask is None
+            or attention_mask.ndim != 2
+            or config._attn_implementation != NAME
+            # Hooks would record the states of packed rows
+            or wants_states
+            # Dropout is transformers', on padded rows
+            or self.training
+            or operations_of(self).for_call(inputs_embeds, module=self) is None
+        ):
+            return super().forward(inputs_embeds, attention_mask, **kwargs)
+        rows = PackedRows.from_mask(attention_mask)
+        out: Any = super().forward(rows.pack(inputs_embeds)[None], rows, **kwargs)
+        out.last_hidden_state = rows.unpack(out.last_hidden_state[0])
+        return out
+
+
+class Idefics2Connector(modeling_idefics2.Idefics2Connector):
+    """The projection, which computes no padding, and the perceiver."""
+
+    def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map features (N, P, vision hidden), of which a mask (N, P) is kept, to (N, L, hidden)."""
+        transformers_own: Any = super().forward
+        out: Tensor
+        if operations_of(self).for_call(image_hidden_states, module=self) is None:
+            out = transformers_own(image_hidden_states, attention_mask)
+            return out
+        rows = PackedRows.from_mask(attention_mask)
+        features = rows.unpack(self.modality_projection(rows.pack(image_hidden_states)))
+        out = self.perceiver_resampler(context=features, attention_mask=attention_mask)
+        return out

@@ -1,0 +1,87 @@
+"""Rows of a padded batch without their padding, and their places in the batch."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The kept tokens of B rows of S tokens, which follow each other without padding.
+
+    Attributes:
+        shape: (B, S).
+        places: (T,) int64, the places of the kept tokens in the flattened batch. ``None`` if all
+            are kept.
+        cu_seqlens: (B + 1,) int32, the start of each row and the end of the last.
+        max_seqlen: The most kept tokens of a row.
+        has_gaps: Whether a row has padding between kept tokens. Distances then differ from those
+            in the padded batch.
+    """
+
+    shape: tuple[int, int]
+    places: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    has_gaps: bool
+
+    @classmethod
+    def whole(cls, B: int, S: int, device: torch.device) -> "PackedRows":
+        """Return the rows of a batch without padding."""
+        offsets = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=device)
+        return cls((B, S), None, offsets[: B + 1], S, False)
+
+    @classmethod
+    def from_mask(cls, kept: Tensor) -> "PackedRows":
+        """Build from the mask ``kept`` (B, S), which is true or not zero for kept tokens."""
+        kept = kept.bool()
+        B, S = kept.shape
+        lengths = kept.sum(1)
+        # A run begins at each kept token whose predecessor is not kept
+        runs = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
+        # One transfer from the device for all three
+        total, longest, most_runs = torch.stack([lengths.sum(), lengths.max(), runs.max()]).tolist()
+        if total == B * S:
+            return cls.whole(B, S, kept.device)
+        offsets = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        places = kept.flatten().nonzero()[:, 0]
+        return cls((B, S), places, offsets, longest, most_runs > 1)
+
+    def to(self, device: torch.device | str) -> "PackedRows":
+        """Return the same on ``device``; accelerate calls this between layers on several GPUs."""
+        places = None if self.places is None else self.places.to(device)
+        return replace(self, places=places, cu_seqlens=self.cu_seqlens.to(device))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Map ``x`` (B, S, ...) to its kept tokens (T, ...)."""
+        flat: Tensor = x.flatten(0, 1)
+        return flat if self.places is None else flat[self.places]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Map ``packed`` (T, ...) to (B, S, ...), with zeros for padding."""
+        B, S = self.shape
+        if self.places is not None:
+            flat = packed.new_zeros(B * S, *packed.shape[1:])
+            flat[self.places] = packed
+            packed = flat
+        return packed.view(B, S, *packed.shape[1:])
+
+
+class RowsOfMasks:
+    """The packed rows of masks that do not change, computed once for all layers."""
+
+    def __init__(self) -> None:
+        self._rows: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def remember(self, mask: Tensor) -> None:
+        """Compute the rows of ``mask`` once from now on. It must not change."""
+        self._rows[mask] = {}
+
+    def rows(self, mask: Tensor, length: int) -> PackedRows:
+        """Return the rows of the first ``length`` columns of ``mask`` (B, S)."""
+        known: dict[int, PackedRows] = self._rows.get(mask, {})
+        if length not in known:
+            known[length] = PackedRows.from_mask(mask[:, :length])
+        return known[length]
