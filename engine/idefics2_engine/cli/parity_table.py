@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from idefics2_engine.parity.words import headline, place_text
 
 if TYPE_CHECKING:
-    from idefics2_engine.parity.comparison import Comparison, StageResult
+    from idefics2_engine.parity.result import Comparison, StageResult
     from idefics2_engine.parity.search.bisection import Bisection
 
 _HEADINGS = ("stage", "verdict", "largest", "median", "A/B", "B/A", "largest at")

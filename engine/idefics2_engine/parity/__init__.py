@@ -10,11 +10,12 @@ import importlib
 # Type checkers treat this name like typing.TYPE_CHECKING. Defining it avoids importing typing
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from idefics2_engine.parity.comparison import Comparison, compare
+    from idefics2_engine.parity.comparison import compare
     from idefics2_engine.parity.golden.golden_check import check_golden
     from idefics2_engine.parity.inputs import Case
     from idefics2_engine.parity.page.report import write_heat_maps, write_report
     from idefics2_engine.parity.paths import Path
+    from idefics2_engine.parity.result import Comparison
 
 __all__ = [
     "Case",
@@ -28,7 +29,7 @@ __all__ = [
 
 _HOMES = {
     "Case": "inputs",
-    "Comparison": "comparison",
+    "Comparison": "result",
     "Path": "paths",
     "check_golden": "golden.golden_check",
     "compare": "comparison",

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,118 +14,26 @@ from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case, default_cases
 from idefics2_engine.parity.measures.alike import check_alike, check_inputs
 from idefics2_engine.parity.measures.logits import (
-    LogitsMeasure,
-    Parting,
     find_partings,
     measure_logits,
 )
 from idefics2_engine.parity.measures.measure import (
     Legs,
-    StageMeasure,
     measure_answers,
     measure_stage,
 )
 from idefics2_engine.parity.measures.row_differences import RowDifferences
 from idefics2_engine.parity.measures.verdict import RATIO, Verdict, error_ratios, judge
-from idefics2_engine.parity.measures.worst_cases import WorstCase, worst_cases
+from idefics2_engine.parity.measures.worst_cases import worst_cases
 from idefics2_engine.parity.measures.yardstick import epsilon, with_yardstick
 from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recording.dump import Recording, check_new, write_digest
 from idefics2_engine.parity.recording.record import record, record_reference
 from idefics2_engine.parity.recording.transformers_stages import check_installed
-from idefics2_engine.parity.search.bisection import Bisection
+from idefics2_engine.parity.result import Comparison, StageResult
 from idefics2_engine.parity.search.trials import explain
 from idefics2_kernels import Ops
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """What was found at a stage.
-
-    Attributes:
-        stage: Its name.
-        verdict: How A and B compare.
-        measure: The figures.
-        ratios: Errors of A and B against float64, as multiples of their yardstick's. ``None``
-            without a float64 leg, and for stages without rounding.
-    """
-
-    stage: str
-    verdict: Verdict
-    measure: StageMeasure
-    ratios: tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of ``compare``.
-
-    Attributes:
-        a: Path, dtype, model and versions of A.
-        b: The same of B.
-        num_cases: Number of inputs.
-        is_judged: Whether there was a float64 leg.
-        stages: A result for each stage, in order.
-        logits: How the logits differ. ``None`` if one side is a digest.
-        partings: Where answers part.
-        worst_cases: The differences of every row, of the worst cases. Empty if one side is a
-            digest.
-        bisection: What explains the differences. ``None`` if it was not searched for.
-    """
-
-    a: dict[str, Any]
-    b: dict[str, Any]
-    num_cases: int
-    is_judged: bool
-    stages: list[StageResult]
-    logits: LogitsMeasure | None
-    partings: list[Parting]
-    worst_cases: list[WorstCase]
-    bisection: Bisection | None = None
-
-    @property
-    def first_difference(self) -> StageResult | None:
-        """The first stage whose difference is beyond rounding, if any."""
-        return next((one for one in self.stages if one.verdict is Verdict.DIFFERS), None)
-
-    @property
-    def within_rounding(self) -> bool:
-        """Whether every stage has the same bits or differs within rounding."""
-        passed = (Verdict.SAME_BITS, Verdict.WITHIN_ROUNDING)
-        return all(one.verdict in passed for one in self.stages)
-
-    @property
-    def same_bits(self) -> bool:
-        """Whether every stage has the same bits."""
-        return all(one.verdict is Verdict.SAME_BITS for one in self.stages)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON data. Infinite figures are ``None``."""
-        first = self.first_difference
-        return {
-            "a": self.a,
-            "b": self.b,
-            "cases": self.num_cases,
-            "judged": self.is_judged,
-            "first_difference": None if first is None else first.stage,
-            "within_rounding": self.within_rounding,
-            "same_bits": self.same_bits,
-            "stages": [
-                _finite(
-                    {
-                        "verdict": str(one.verdict),
-                        "ratio_a": None if one.ratios is None else one.ratios[0],
-                        "ratio_b": None if one.ratios is None else one.ratios[1],
-                        **asdict(one.measure),
-                    }
-                )
-                for one in self.stages
-            ],
-            "logits": None if self.logits is None else _finite(asdict(self.logits)),
-            "partings": [_finite(asdict(one)) for one in self.partings],
-            "bisection": None if self.bisection is None else asdict(self.bisection),
-        }
 
 
 def compare(
@@ -277,11 +185,3 @@ def _compare(legs: Legs, ratio: float) -> Comparison:
         partings,
         worst_cases(legs, differences, differing, partings),
     )
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    infinite = (float("inf"), float("-inf"))
-    return {
-        name: None if isinstance(value, float) and (value in infinite or value != value) else value
-        for name, value in values.items()
-    }

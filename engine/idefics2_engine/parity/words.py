@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from idefics2_engine.parity.comparison import Comparison
+    from idefics2_engine.parity.result import Comparison
 
 
 def headline(comparison: "Comparison") -> str:

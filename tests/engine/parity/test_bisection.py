@@ -13,11 +13,11 @@ from torch import Tensor
 from idefics2_engine.cli.parity_table import bisection_line, comparison_lines
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model import text
-from idefics2_engine.parity.comparison import Comparison, StageResult
 from idefics2_engine.parity.inputs import Case
 from idefics2_engine.parity.measures.measure import StageMeasure
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.recording.dump import Recording
+from idefics2_engine.parity.result import Comparison, StageResult
 from idefics2_engine.parity.search.bisection import Bisection, Explanation, bisect, smallest_set
 from idefics2_engine.parity.search.trials import explain
 from idefics2_kernels import REFERENCE, ROW_BY_ROW, TRITON

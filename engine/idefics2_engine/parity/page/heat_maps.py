@@ -7,10 +7,10 @@ import torch
 
 from idefics2_engine.charts.drawing import Chart
 from idefics2_engine.charts.shades import Shades
-from idefics2_engine.parity.comparison import Comparison
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.page.picture_maps import picture_maps
 from idefics2_engine.parity.page.token_map import token_map
+from idefics2_engine.parity.result import Comparison
 
 _LABEL = "Difference, relative to the row's largest value"
 

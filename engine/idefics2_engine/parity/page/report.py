@@ -8,9 +8,9 @@ from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.errors import Idefics2Error
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.parity import stages
-from idefics2_engine.parity.comparison import Comparison, StageResult
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.page.heat_maps import heat_maps, why_no_maps
+from idefics2_engine.parity.result import Comparison, StageResult
 from idefics2_engine.parity.words import headline, place_text
 from idefics2_engine.report_page import (
     Cell,

@@ -1,21 +1,18 @@
 """Trials of a bisection: A again with some operations replaced, as far as a stage needs it."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from idefics2_engine.parity import stages
 from idefics2_engine.parity.measures.verdict import Verdict
+from idefics2_engine.parity.result import Comparison
 from idefics2_engine.parity.search.bisection import Bisection, bisect
 
-if TYPE_CHECKING:
-    from idefics2_engine.parity.comparison import Comparison
-
-Rerun = Callable[[Sequence[str], Sequence[str], int], "Comparison"]
+Rerun = Callable[[Sequence[str], Sequence[str], int], Comparison]
 """Compares again with operations of A replaced, the given stages, and most tokens of an answer."""
 
 
 def explain(
-    comparison: "Comparison", called: Sequence[str], rerun: Rerun, max_tokens: int
+    comparison: Comparison, called: Sequence[str], rerun: Rerun, max_tokens: int
 ) -> Bisection:
     """Find the operations that explain why the stages of ``comparison`` differ.
 
@@ -41,7 +38,7 @@ def explain(
     return bisect(first, _likeliest_first(first, called), differs, next_difference)
 
 
-def _first(comparison: "Comparison") -> str | None:
+def _first(comparison: Comparison) -> str | None:
     first = comparison.first_difference
     return None if first is None else first.stage
 
