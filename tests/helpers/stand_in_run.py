@@ -74,8 +74,10 @@ class StandInRows:
         self.files = files
         self.num_read = 0
 
-    def rows(self) -> Iterator[JobRow]:
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         for index, text in enumerate(self.texts):
+            if index < begin:
+                continue
             self.num_read += 1
             bad = is_bad(text)
             yield JobRow(

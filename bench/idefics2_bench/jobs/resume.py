@@ -60,9 +60,9 @@ class TimedInput:
         self.seconds = 0.0
         self._input = rows
 
-    def rows(self) -> Iterator[JobRow]:
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         """Yield the rows."""
-        rows = self._input.rows()
+        rows = self._input.rows(begin=begin)
         while True:
             begin = time.perf_counter()
             row = next(rows, None)

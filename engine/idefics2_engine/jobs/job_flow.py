@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -15,7 +15,8 @@ from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_options import RETRIED_CODES, JobOptions
 from idefics2_engine.jobs.job_result import Ending, RowCounts, RunCounts
 from idefics2_engine.jobs.job_row import JobRow, RowError
-from idefics2_engine.jobs.job_rows import RowEncoding
+from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
+from idefics2_engine.jobs.known_rows import KnownRows
 from idefics2_engine.jobs.row_engine import Answers, RowEngine
 from idefics2_engine.jobs.row_feed import RowFeed, RowRead
 from idefics2_engine.jobs.row_store import RowStore, lost_output
@@ -46,7 +47,8 @@ class JobFlow:
         ending: Why the run ends before all rows are finished. ``None`` if it does not.
         message: The same, for the operator.
         feed: The rows that the engine reads, once it is there.
-        answer_seconds: Time in which this thread waited for events.
+        known: Rows of the journal that are not compared with the input yet.
+        answer_seconds: Time in which this thread waited for events, or compared rows meanwhile.
     """
 
     def __init__(
@@ -62,16 +64,20 @@ class JobFlow:
         self.ending: Ending | None = None
         self.message = ""
         self.feed: RowFeed | None = None
+        self.known = KnownRows()
         self.answer_seconds = 0.0
         self._store = store
         self._encoding = encoding
         self._options = options
         self._observers = observers
         self._clock = clock
+        self._ticked = clock()
         self._events: Events = SimpleQueue()
         self._interrupts = 0
         self._answers: Answers | None = None
         self._deadline: float | None = None
+        # Those that follow the first one that needs the engine
+        self._rows: Iterator[JobRow] = iter(())
         # The rows that the engine has, by id, and how often it was asked again for some of them
         self._in_flight: dict[str | int, JobRow] = {}
         self._repeats: dict[int, int] = {}
@@ -83,12 +89,24 @@ class JobFlow:
         self._interrupts += 1
         self._events.put(Interrupted())
 
-    def settle(self, rows: Iterator[JobRow]) -> JobRow | None:
+    def settle(self, rows: JobRows) -> JobRow | None:
         """Finish rows that need no engine; return the first one that needs it, or ``None``.
 
-        The run may have to end instead.
+        Rows that the journal has at the beginning are left to ``answer``, if a row behind them
+        needs the engine. The run may have to end instead.
         """
-        for row in rows:
+        begin = self._store.first_missing
+        self.known = KnownRows(rows.rows(), begin, most_open=self._options.in_flight)
+        self._rows = rows.rows(begin=begin)
+        first = self._settle()
+        if first is None and self.ending is None and begin:
+            self.known = KnownRows()
+            self._rows = islice(rows.rows(), begin)
+            first = self._settle()
+        return first
+
+    def _settle(self) -> JobRow | None:
+        for row in self._rows:
             record = self._store.find(row)
             if self._interrupts:
                 self.end(Ending.INTERRUPTED, "interrupted")
@@ -98,15 +116,15 @@ class JobFlow:
                 return row
         return None
 
-    def answer(self, engine: RowEngine, rows: Iterator[JobRow], first: JobRow) -> None:
-        """Finish ``first`` and the rows behind it with the engine, unless the run has to end.
+    def answer(self, engine: RowEngine, first: JobRow) -> None:
+        """Finish all rows with the engine, from ``first`` on, unless the run has to end.
 
         Raises:
             InputLostError: The input cannot be read. All rows before are finished.
             Exception: The engine raised it.
         """
         self.feed = RowFeed(
-            chain([first], rows),
+            chain([first], self._rows),
             begin=first.index,
             window=self._options.window_rows,
             in_flight=self._options.in_flight,
@@ -134,6 +152,8 @@ class JobFlow:
             # The reading thread must not wait for commands forever
             self.feed.drain()
         self._journal_held()
+        if self.known.error is not None:
+            raise self.known.error
         is_short = not self.feed.has_ended or self._store.next_row < self.feed.num_read
         if self.ending is None and is_short:
             raise RuntimeError(
@@ -166,16 +186,36 @@ class JobFlow:
                 seconds = min(seconds, self._deadline - self._clock())
                 if seconds <= 0:
                     return None
+            is_checking = self.ending is None and self.known.may_read
             try:
-                event = self._events.get(timeout=seconds)
+                event = self._events.get(timeout=0.0 if is_checking else seconds)
             except Empty:
-                self.tick()
+                if is_checking:
+                    self._check_known()
+                if not is_checking or not 0 <= self._clock() - self._ticked < TICK_SECONDS:
+                    self.tick()
                 continue
             self.answer_seconds += time.perf_counter() - begin
             return event
 
+    def _check_known(self) -> None:
+        """Finish a few rows that the journal has, or have them computed if it has others."""
+        assert self.feed is not None
+        for row in self.known.read():
+            record = self._store.find(row)
+            if not self._finish_known(row, record):
+                self.known.open(row)
+                self.run.computed += 1
+                self._in_flight[row.id] = row
+                self.feed.repeat(row)
+            if self.ending is not None:
+                return
+        if self.known.error is not None:
+            self._drain()
+
     def tick(self) -> None:
         """Do what is done about every second: sync the journal, and show progress."""
+        self._ticked = self._clock()
         try:
             self._store.tick()
             with lost_output(self._store.path):
@@ -280,12 +320,14 @@ class JobFlow:
                     observer.finish_row(FinishedRow(row, data, answer, attempts))
         except OutputLostError as lost:
             self.end(Ending.OUTPUT_LOST, str(lost))
+        self.known.close(row)
         if self.feed is not None:
             if answer is not None:
                 self.feed.finish()
             self.feed.advance(self._store.next_row)
         limit, errors = self._options.max_errors, self.counts.num_errors
-        if limit.is_exceeded(errors, self.counts.rows):
+        # Rows of the journal are counted as answered until they are compared
+        if limit.is_exceeded(errors, self.counts.rows + self.known.num_left):
             self.end(
                 Ending.TOO_MANY_ERRORS,
                 f"{errors} of {self.counts.rows} rows are errors, at most {limit} are allowed "
@@ -298,6 +340,10 @@ class JobFlow:
             return
         self.ending, self.message = ending, message
         self._deadline = self._clock() + self._options.drain_timeout
+        self._drain()
+
+    def _drain(self) -> None:
+        """Have the engine read no more rows."""
         if self.feed is not None:
             self.feed.drain()
         if self._answers is not None:

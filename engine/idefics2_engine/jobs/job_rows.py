@@ -17,10 +17,10 @@ class JobRows(Protocol):
     def files(self) -> Sequence[Path]:
         """Local files that the rows come from."""
 
-    def rows(self) -> Iterator[JobRow]:
-        """Return the rows, read lazily; every call returns the same ones.
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
+        """Return the rows from index ``begin`` on, read lazily; every call returns the same ones.
 
-        The iterator may be used on another thread than the one that called this.
+        Several iterators may be used at once, on other threads than the one that called this.
         """
 
 

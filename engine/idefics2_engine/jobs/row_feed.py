@@ -32,9 +32,9 @@ class RowFeed(Iterator[Row]):
     threads send it commands, because an interrupt could leave a lock locked.
 
     Args:
-        rows: The rows from the first one that is not written, in the order of ``index``.
-        begin: Index of that row.
-        window: Rows that are read ahead of the first one that is not written.
+        rows: The rows from ``begin`` on, in the order of ``index``.
+        begin: Index of the first one. Those before it need not be written.
+        window: Rows that are read ahead of the first one of them that is not written.
         in_flight: Most rows that the engine has got and that are not finished.
         find: Returns the record of a row in the journal. It is called on the reading thread.
         on_read: Called with each row that is read, on the reading thread.
@@ -139,7 +139,8 @@ class RowFeed(Iterator[Row]):
         return row
 
     def _advance(self, next_row: int) -> None:
-        self._next_row = next_row
+        # Rows before those of the feed may be written after them
+        self._next_row = max(self._next_row, next_row)
 
     def _finish(self) -> None:
         self._num_in_flight -= 1

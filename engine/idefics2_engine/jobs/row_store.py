@@ -89,6 +89,11 @@ class RowStore:
         return self._journal.recovered
 
     @property
+    def first_missing(self) -> int:
+        """The first row without a record in the journal. Those before it may have other keys."""
+        return self._journal.first_missing
+
+    @property
     def next_row(self) -> int:
         """The first row that is not written."""
         return self._writer.next_row

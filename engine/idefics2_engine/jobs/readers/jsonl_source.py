@@ -6,7 +6,7 @@ from typing import BinaryIO
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.json_line import parse_line
 from idefics2_engine.jobs.readers.named_files import local_files, shown_name
-from idefics2_engine.jobs.readers.source import RawRow
+from idefics2_engine.jobs.readers.source import UNREAD, RawRow
 from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 
 _BOM = b"\xef\xbb\xbf"
@@ -37,8 +37,22 @@ class JsonlSource:
         Raises:
             JobError: The file cannot be read.
         """
+        return self.rows_behind(0)
+
+    def rows_behind(self, count: int) -> Iterator[RawRow]:
+        """Yield ``UNREAD`` for each of the first ``count`` rows, then the other rows.
+
+        Raises:
+            JobError: The file cannot be read.
+        """
         with open_unpacked(self._name) as file:
             for number, (line, size) in enumerate(_lines(file, self._most), 1):
+                if count:
+                    # A line that is too long is a row as well
+                    if line is None or not line.isspace():
+                        count -= 1
+                        yield UNREAD
+                    continue
                 place = f"{self._label}: line {number}"
                 try:
                     if line is None:
