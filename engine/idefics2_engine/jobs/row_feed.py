@@ -61,6 +61,7 @@ class RowFeed(Iterator[Row]):
         self.read_seconds = 0.0
         self.window_seconds = 0.0
         self._rows = iter(rows)
+        self._begin = begin
         self._window = window
         self._most_in_flight = in_flight
         self._find = find
@@ -74,7 +75,9 @@ class RowFeed(Iterator[Row]):
 
     def advance(self, next_row: int) -> None:
         """Say that all rows before ``next_row`` are written."""
-        self._commands.put(partial(self._advance, next_row))
+        # The reading thread is not woken for rows in front of its own
+        if next_row > self._begin:
+            self._commands.put(partial(self._advance, next_row))
 
     def finish(self) -> None:
         """Say that one more row that the engine got is finished."""
@@ -139,8 +142,7 @@ class RowFeed(Iterator[Row]):
         return row
 
     def _advance(self, next_row: int) -> None:
-        # Rows before those of the feed may be written after them
-        self._next_row = max(self._next_row, next_row)
+        self._next_row = next_row
 
     def _finish(self) -> None:
         self._num_in_flight -= 1

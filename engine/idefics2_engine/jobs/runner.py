@@ -159,6 +159,7 @@ class JobRunner:
         begin = time.perf_counter()
         ending, message, output = Ending.COMPLETE, "", None
         counts, run, recovered = RowCounts(), RunCounts(), Recovery(0, 0, 0)
+        flow: JobFlow | None = None
         try:
             with RowStore(
                 folder,
@@ -199,6 +200,7 @@ class JobRunner:
             message=message,
             output=output,
             recovered=recovered,
+            num_unchecked=0 if flow is None else flow.known.num_left,
         )
 
     def _finish_rows(self, flow: JobFlow) -> None:

@@ -49,7 +49,7 @@ class JsonlSource:
             for number, (line, size) in enumerate(_lines(file, self._most), 1):
                 if count:
                     # A line that is too long is a row as well
-                    if line is None or not line.isspace():
+                    if line is None or not _is_blank(line):
                         count -= 1
                         yield UNREAD
                     continue
@@ -59,7 +59,7 @@ class JsonlSource:
                         raise BadRowError(
                             "json", f"line must have at most {self._most} bytes, got {size}"
                         )
-                    if line and not line.isspace():
+                    if not _is_blank(line):
                         yield RawRow(place, parse_line(line))
                 except BadRowError as error:
                     yield RawRow(place, None, error.row_error)
@@ -69,7 +69,7 @@ class JsonlSource:
             for number, (line, _) in enumerate(_lines(file, self._most)):
                 if number == _MOST_LOOKED_AT:
                     break
-                if line and not line.isspace():
+                if line is not None and not _is_blank(line):
                     try:
                         keys = parse_line(line).keys()
                     except BadRowError:
@@ -77,6 +77,10 @@ class JsonlSource:
                     is_openai = "body" in keys and bool(keys & {"custom_id", "url", "method"})
                     return "openai" if is_openai else "plain"
         return "plain"
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line or line.isspace()
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[bytes | None, int]]:
