@@ -26,9 +26,7 @@ class KnownRows:
         error: Why no more can be read.
     """
 
-    def __init__(
-        self, rows: Iterable[JobRow] = (), count: int = 0, *, most_open: int = 1
-    ) -> None:
+    def __init__(self, rows: Iterable[JobRow] = (), count: int = 0, *, most_open: int = 1) -> None:
         self.num_left = count
         self.error: JobError | None = None
         self._rows = islice(rows, count)
