@@ -46,6 +46,7 @@ def picture(number: int) -> bytes:
 class PictureRows:
     """Rows about one image each, which is made when the row is read."""
 
+    can_skip = True
     files: tuple[Path, ...] = ()
 
     def __init__(self, count: int) -> None:

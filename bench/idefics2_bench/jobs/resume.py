@@ -52,11 +52,13 @@ class TimedInput:
 
     Attributes:
         files: Those of the input.
+        can_skip: The input's.
         seconds: Time in which rows were read.
     """
 
     def __init__(self, rows: JobInput) -> None:
         self.files = rows.files
+        self.can_skip = rows.can_skip
         self.seconds = 0.0
         self._input = rows
 

@@ -89,10 +89,12 @@ class StandInRows:
     Attributes:
         count: Rows.
         files: None.
+        can_skip: Whether ``rows`` may begin anywhere.
     """
 
     count: int
     files: tuple[Path, ...] = ()
+    can_skip: bool = True
 
     def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         """Yield the rows."""

@@ -95,9 +95,9 @@ class JobFlow:
         """Finish rows that need no engine; return the first one that needs it, or ``None``.
 
         Rows that the journal has at the beginning are left to ``answer``, if a row behind them
-        needs the engine. The run may have to end instead.
+        needs the engine and is reached without reading them. The run may have to end instead.
         """
-        begin = self._store.first_missing
+        begin = self._store.first_missing if rows.can_skip else 0
         self.known = KnownRows(rows.rows(), begin, most_open=self._options.in_flight)
         self._rows = rows.rows(begin=begin)
         first = self._settle()

@@ -17,6 +17,10 @@ class JobRows(Protocol):
     def files(self) -> Sequence[Path]:
         """Local files that the rows come from."""
 
+    @property
+    def can_skip(self) -> bool:
+        """Whether ``rows`` has rows before ``begin`` for much less than it costs to read them."""
+
     def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         """Return the rows from index ``begin`` on, read lazily; every call returns the same ones.
 

@@ -70,6 +70,16 @@ def test_all_new_rows_are_answered_before_a_known_one_is_read(out: Path) -> None
     assert (result.from_journal, result.run.rows) == (len(KNOWN), len(NEW))
 
 
+def test_input_that_must_be_read_in_order_is_read_once(out: Path) -> None:
+    rows = StandInRows([*KNOWN, *NEW])
+    rows.can_skip = False
+    engine = StandInEngine()
+    assert runner(out, engine, rows).run().exit_code == 3
+    assert out.read_bytes() == expected([*KNOWN, *NEW])
+    assert rows.num_read == len(KNOWN) + len(NEW)
+    assert set(engine.asked) == set(NEW)
+
+
 def test_new_rows_stop_a_window_behind_the_known_ones(out: Path) -> None:
     rows = HeldRows([*KNOWN, *NEW])
     read: list[int] = []

@@ -36,7 +36,7 @@ from idefics2_engine.jobs.readers.row_selection import (
     sampled_numbers,
     select,
 )
-from idefics2_engine.jobs.readers.source import rows_behind
+from idefics2_engine.jobs.readers.source import SkippingSource, rows_behind
 from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.sampling_params import SamplingParams
 
@@ -124,6 +124,12 @@ class JobInput:
                     yield builder.build(
                         row.raw, row.form, index=index, number=row.number, row_id=row_id
                     )
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether rows before ``begin`` cost little. Remote files would be transferred twice."""
+        is_local = all(one.folder is not None for one in self._inputs)
+        return is_local and all(isinstance(one, SkippingSource) for one in self._sources)
 
     def find_repeated_ids(self, hashes: IdHashes, most: int) -> RepeatedIds:
         """Return rows of the whole job whose identifier an earlier row has, the first ``most``.

@@ -45,10 +45,10 @@ UNREAD = RawRow("", None)
 
 @runtime_checkable
 class SkippingSource(Source, Protocol):
-    """A source that can count rows for less than it costs to read them."""
+    """A source whose rows cost little if their content is not asked for."""
 
     def rows_behind(self, count: int) -> Iterator[RawRow]:
-        """Yield ``UNREAD`` for each of the first ``count`` rows, then the other rows."""
+        """Yield all rows, of which the first ``count`` may be ``UNREAD``."""
 
 
 def rows_behind(source: Source, count: int) -> Iterator[RawRow]:
