@@ -66,9 +66,9 @@ class TimedInput:
         """Yield the rows."""
         rows = self._input.rows(begin=begin)
         while True:
-            begin = time.perf_counter()
+            started = time.perf_counter()
             row = next(rows, None)
-            self.seconds += time.perf_counter() - begin
+            self.seconds += time.perf_counter() - started
             if row is None:
                 return
             yield row

@@ -24,6 +24,7 @@ from stand_in_run import (
     expected,
     run_rows,
     runner,
+    void,
 )
 
 KNOWN = [f"{'bad' if n % 7 == 3 else 'row'} {n}" for n in range(60)]
@@ -42,6 +43,10 @@ class HeldRows(StandInRows):
         super().__init__(texts)
         self.is_free = threading.Event()
         self.on_known = on_known
+
+    def free_before(self, answer: int) -> Callable[[int], None]:
+        """Return a function of the number of an answer, which lets known rows be read."""
+        return lambda number: void(number >= answer and self.is_free.set())
 
     def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         for row in super().rows(begin=begin):
@@ -62,7 +67,7 @@ def out(tmp_path: Path) -> Path:
 
 def test_all_new_rows_are_answered_before_a_known_one_is_read(out: Path) -> None:
     rows = HeldRows([*KNOWN, *NEW])
-    engine = StandInEngine(on_answer=lambda number: number < len(NEW) - 1 or rows.is_free.set())
+    engine = StandInEngine(on_answer=rows.free_before(len(NEW) - 1))
     result = runner(out, engine, rows, window=len(NEW), in_flight=len(NEW)).run()
     assert result.exit_code == 3
     assert out.read_bytes() == expected([*KNOWN, *NEW])
@@ -84,7 +89,7 @@ def test_new_rows_stop_a_window_behind_the_known_ones(out: Path) -> None:
     rows = HeldRows([*KNOWN, *NEW])
     read: list[int] = []
     rows.on_known = lambda _index: read.append(engine.asked.total())
-    engine = StandInEngine(on_answer=lambda number: number < 4 or rows.is_free.set())
+    engine = StandInEngine(on_answer=rows.free_before(4))
     assert runner(out, engine, rows, window=5, in_flight=5).run().exit_code == 3
     assert set(read) == {5}
     assert out.read_bytes() == expected([*KNOWN, *NEW])
@@ -150,7 +155,7 @@ def test_known_rows_that_cannot_be_read_cost_none_that_is_in_flight(out: Path) -
             raise OSError(5, "Input/output error")
 
     rows = HeldRows([*KNOWN, *NEW], fail)
-    engine = StandInEngine(on_answer=lambda number: number < 4 or rows.is_free.set())
+    engine = StandInEngine(on_answer=rows.free_before(4))
     with pytest.raises(InputLostError, match="Input/output error"):
         runner(out, engine, rows, in_flight=5).run()
     assert num_lines(job_path(out)) == len(KNOWN) + engine.asked.total()
@@ -187,7 +192,7 @@ def test_share_of_errors_is_one_of_all_rows(tmp_path: Path, limit: object, code:
     rows = HeldRows([*known, *new])
     failures = {text: ["image"] for text in new[:51]}
     engine = StandInEngine(
-        failures=failures, on_answer=lambda number: number < 250 or rows.is_free.set()
+        failures=failures, on_answer=rows.free_before(250)
     )
     job = runner(out, engine, rows, max_errors=limit, window=300, in_flight=300)
     assert job.run().exit_code == code
