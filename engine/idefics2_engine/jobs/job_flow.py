@@ -80,6 +80,8 @@ class JobFlow:
         self._deadline: float | None = None
         # Those that follow the first one that needs the engine
         self._rows: Iterator[JobRow] = iter(())
+        # The first row of the feed that is not finished
+        self._reached = 0
         # The rows that the engine has, by id, and how often it was asked again for some of them
         self._in_flight: dict[str | int, JobRow] = {}
         self._repeats: dict[int, int] = {}
@@ -125,6 +127,7 @@ class JobFlow:
             InputLostError: The input cannot be read. All rows before are finished.
             Exception: The engine raised it.
         """
+        self._reached = first.index
         self.feed = RowFeed(
             chain([first], self._rows),
             begin=first.index,
@@ -326,14 +329,15 @@ class JobFlow:
         if self.feed is not None:
             if answer is not None:
                 self.feed.finish()
-            self.feed.advance(self._store.next_row)
+            self._reached = self._store.first_unfinished(self._reached)
+            self.feed.advance(self._reached, self._store.next_row)
         limit, errors = self._options.max_errors, self.counts.num_errors
         # Rows of the journal are counted as answered until they are compared
-        if limit.is_exceeded(errors, self.counts.rows + self.known.num_left):
+        rows = self.counts.rows + self.known.num_left
+        if limit.is_exceeded(errors, rows):
             self.end(
                 Ending.TOO_MANY_ERRORS,
-                f"{errors} of {self.counts.rows} rows are errors, at most {limit} are allowed "
-                "(--max-errors)",
+                f"{errors} of {rows} rows are errors, at most {limit} are allowed (--max-errors)",
             )
 
     def end(self, ending: Ending, message: str) -> None:

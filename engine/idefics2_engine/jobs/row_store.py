@@ -98,6 +98,10 @@ class RowStore:
         """The first row that is not written."""
         return self._writer.next_row
 
+    def first_unfinished(self, begin: int) -> int:
+        """Return the first row from ``begin`` on that is not finished."""
+        return self._writer.first_unfinished(begin)
+
     @property
     def num_in_memory(self) -> int:
         """Finished rows that wait in memory."""

@@ -13,11 +13,13 @@ from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import Ending
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.known_rows import KnownRows
+from idefics2_engine.jobs.row_feed import RowFeed
 from idefics2_engine.jobs.runner import JobRunner
 from idefics2_engine.jobs.store.job_description import JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from stand_in_job import num_lines
 from stand_in_run import (
+    GOOD,
     StandInEncoding,
     StandInEngine,
     StandInRows,
@@ -46,7 +48,12 @@ class HeldRows(StandInRows):
 
     def free_before(self, answer: int) -> Callable[[int], None]:
         """Return a function of the number of an answer, which lets known rows be read."""
-        return lambda number: void(number >= answer and self.is_free.set())
+
+        def free(number: int) -> None:
+            if number >= answer:
+                self.is_free.set()
+
+        return free
 
     def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         for row in super().rows(begin=begin):
@@ -85,14 +92,49 @@ def test_input_that_must_be_read_in_order_is_read_once(out: Path) -> None:
     assert set(engine.asked) == set(NEW)
 
 
-def test_new_rows_stop_a_window_behind_the_known_ones(out: Path) -> None:
-    rows = HeldRows([*KNOWN, *NEW])
+def test_known_row_that_is_computed_again_stops_no_new_row(out: Path) -> None:
+    texts = ["changed", *KNOWN[1:], *NEW]
+    engine = StandInEngine(held={"changed": len(NEW)})
+    assert runner(out, engine, texts, window=3).run().exit_code == 3
+    assert out.read_bytes() == expected(texts)
+    assert engine.asked.total() == 1 + len(NEW)
+
+
+@pytest.mark.parametrize("begin", [0, len(GOOD)])
+def test_window_begins_at_the_first_row_that_is_not_finished(begin: int) -> None:
+    """Rows before those of the feed, which are written late, do not stop it."""
     read: list[int] = []
-    rows.on_known = lambda _index: read.append(engine.asked.total())
-    engine = StandInEngine(on_answer=rows.free_before(4))
-    assert runner(out, engine, rows, window=5, in_flight=5).run().exit_code == 3
-    assert set(read) == {5}
-    assert out.read_bytes() == expected([*KNOWN, *NEW])
+    feed = RowFeed(
+        StandInRows([*GOOD, *NEW]).rows(begin=begin),
+        begin=begin,
+        window=3,
+        in_flight=9,
+        find=lambda row: None,
+        on_read=lambda one: read.append(one.row.index - begin),
+    )
+    for finished in range(5):
+        feed.advance(begin + finished, finished if begin else begin + finished)
+        while len(read) < finished + 3:
+            next(feed)
+    assert read == list(range(7))
+    feed.drain()
+    assert not list(feed)
+
+
+def test_feed_ends_when_the_rows_before_it_are_written() -> None:
+    rows = list(StandInRows([*GOOD, *NEW]).rows())
+    last = len(rows) - 1
+    feed = RowFeed(
+        rows[last:], begin=last, window=3, in_flight=9, find=lambda row: None, on_read=void
+    )
+    assert next(feed).key == rows[last].id
+    feed.finish()
+    feed.advance(last + 1, last)
+    feed.repeat(rows[last - 1])
+    assert next(feed).key == rows[last - 1].id
+    feed.finish()
+    feed.advance(last + 1, last + 1)
+    assert not list(feed)
 
 
 @pytest.mark.parametrize("in_flight", [1, 3])
@@ -191,9 +233,7 @@ def test_share_of_errors_is_one_of_all_rows(tmp_path: Path, limit: object, code:
     out.unlink()
     rows = HeldRows([*known, *new])
     failures = {text: ["image"] for text in new[:51]}
-    engine = StandInEngine(
-        failures=failures, on_answer=rows.free_before(250)
-    )
+    engine = StandInEngine(failures=failures, on_answer=rows.free_before(250))
     job = runner(out, engine, rows, max_errors=limit, window=300, in_flight=300)
     assert job.run().exit_code == code
 
