@@ -1,6 +1,5 @@
 """The flow of rows through a run: from the input to the engine, and from it to the row store."""
 
-import json
 import logging
 import threading
 import time
@@ -9,17 +8,18 @@ from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from idefics2_engine.jobs.finished_rows import FinishedRows, parsed_row
 from idefics2_engine.jobs.job_errors import OutputLostError
 from idefics2_engine.jobs.job_events import Event, Events, Interrupted, send_answers
-from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
+from idefics2_engine.jobs.job_observer import JobObserver
 from idefics2_engine.jobs.job_options import RETRIED_CODES, JobOptions
-from idefics2_engine.jobs.job_result import Ending, RowCounts, RunCounts
+from idefics2_engine.jobs.job_result import Ending
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
 from idefics2_engine.jobs.known_rows import KnownRows
 from idefics2_engine.jobs.row_engine import Answers, RowEngine
 from idefics2_engine.jobs.row_feed import RowFeed, RowRead
-from idefics2_engine.jobs.row_store import RowStore, lost_output
+from idefics2_engine.jobs.row_store import RowStore
 from idefics2_engine.outputs import RequestOutput
 
 _logger = logging.getLogger(__name__)
@@ -61,8 +61,10 @@ class JobFlow:
         observers: Sequence[JobObserver] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.counts = RowCounts()
-        self.run = RunCounts()
+        self._finished = FinishedRows(
+            store, observers, lambda message: self.end(Ending.OUTPUT_LOST, message)
+        )
+        self.counts, self.run = self._finished.counts, self._finished.run
         self.ending: Ending | None = None
         self.message = ""
         self.feed: RowFeed | None = None
@@ -71,7 +73,6 @@ class JobFlow:
         self._store = store
         self._encoding = encoding
         self._options = options
-        self._observers = observers
         self._clock = clock
         self._ticked = clock()
         self._events: Events = SimpleQueue()
@@ -85,8 +86,6 @@ class JobFlow:
         # The rows that the engine has, by id, and how often it was asked again for some of them
         self._in_flight: dict[str | int, JobRow] = {}
         self._repeats: dict[int, int] = {}
-        # Finished rows that could not be journalled
-        self._held: list[tuple[JobRow, bytes]] = []
 
     def interrupt(self) -> None:
         """End softly, at once if called again. Any thread and signal handler may call this."""
@@ -141,9 +140,7 @@ class JobFlow:
             in_flight=self._options.in_flight,
             max_prepared_bytes=self._options.max_prepared_bytes,
         )
-        with lost_output(self._store.path):
-            for observer in self._observers:
-                observer.load(engine)
+        self._finished.load(engine)
         # The engine may be in the middle of a step when the run ends
         threading.Thread(
             target=send_answers,
@@ -156,7 +153,7 @@ class JobFlow:
         finally:
             # The reading thread must not wait for commands forever
             self.feed.drain()
-        self._journal_held()
+        self._finished.journal_held()
         if self.known.error is not None:
             raise self.known.error
         is_short = not self.feed.has_ended or self._store.next_row < self.feed.num_read
@@ -221,13 +218,7 @@ class JobFlow:
     def tick(self) -> None:
         """Do what is done about every second: sync the journal, and show progress."""
         self._ticked = self._clock()
-        try:
-            self._store.tick()
-            with lost_output(self._store.path):
-                for observer in self._observers:
-                    observer.tick()
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
+        self._finished.tick()
 
     def _take_row(self, read: RowRead) -> None:
         """Finish a row that was read, unless the engine gets it."""
@@ -270,7 +261,7 @@ class JobFlow:
                 _logger.exception("%s: the answer cannot be written as JSON", row.place)
                 out = self._encoding.error(row, _UNWRITABLE)
             else:
-                self._tell_answer(row, output)
+                self._finished.tell_answer(row, output)
         else:
             error = self._encoding.error_of(output.error)
             repeats = self._repeats.get(row.index, 0)
@@ -285,14 +276,6 @@ class JobFlow:
             out = self._encoding.error(row, error)
         self._finish(row, out, answer=output)
 
-    def _tell_answer(self, row: JobRow, output: RequestOutput) -> None:
-        try:
-            with lost_output(self._store.path):
-                for observer in self._observers:
-                    observer.answer_row(row, output)
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
-
     def _finish(
         self,
         row: JobRow,
@@ -302,29 +285,10 @@ class JobFlow:
         data: dict[str, Any] | None = None,
     ) -> None:
         """Journal a row, unless it is in a record, and write it; ``data`` is ``out``, if parsed."""
-        try:
-            if record is None:
-                self._store.add(row, out)
-            else:
-                self._store.add_record(row, record, out)
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
-            if self._store.find(row) is None:
-                self._held.append((row, out))
-                return
-        data = parsed_row(out) if data is None else data
-        self.counts.add(data)
-        if record is None:
-            self.run.add(data)
-        if answer is not None:
-            self.run.patches += answer.num_patches
-        attempts = 0 if answer is None else self._repeats.pop(row.index, 0) + 1
-        try:
-            with lost_output(self._store.path):
-                for observer in self._observers:
-                    observer.finish_row(FinishedRow(row, data, answer, attempts))
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
+        attempts = 0 if answer is None else self._repeats.get(row.index, 0) + 1
+        if not self._finished.add(row, out, record, answer, data, attempts):
+            return
+        self._repeats.pop(row.index, None)
         self.known.close(row)
         if self.feed is not None:
             if answer is not None:
@@ -354,21 +318,3 @@ class JobFlow:
             self.feed.drain()
         if self._answers is not None:
             self._answers.drain()
-
-    def _journal_held(self) -> None:
-        """Try again to journal rows, for which there may be room by now."""
-        held, self._held = self._held, []
-        try:
-            for row, out in held:
-                self._store.add(row, out)
-                for counts in (self.counts, self.run):
-                    counts.add(parsed_row(out))
-        except OutputLostError:
-            # The next run computes the others
-            pass
-
-
-def parsed_row(out: bytes) -> dict[str, Any]:
-    """Return a row of the output, which is UTF-8; ``json`` would guess the encoding of bytes."""
-    data: dict[str, Any] = json.loads(out.decode())
-    return data
