@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from idefics2_engine.jobs.job_errors import JobError, input_lost
+from idefics2_engine.jobs.job_errors import InputLostError, JobError, input_lost
 from idefics2_engine.jobs.job_row import JobRow
 
 # Events of the engine wait meanwhile, for a millisecond or two
@@ -17,7 +17,7 @@ class KnownRows:
     stops while ``most_open`` of them are not finished.
 
     Args:
-        rows: The rows, in order. The input may end before the last one.
+        rows: The rows, in order.
         count: How many they are.
         most_open: Most rows that are computed again at once.
 
@@ -44,17 +44,17 @@ class KnownRows:
             if not self.may_read:
                 return
             try:
-                row = next(self._rows, None)
+                row = next(self._rows)
             except OSError as error:
-                self.error = input_lost(error)
+                self._end(input_lost(error))
             except JobError as error:
-                self.error = error
+                self._end(error)
+            except StopIteration:
+                # Rows behind these were read before
+                self._end(InputLostError("the input changed while it was read, and has fewer rows"))
             else:
-                if row is not None:
-                    self.num_left -= 1
-                    yield row
-                    continue
-            self.num_left = 0
+                self.num_left -= 1
+                yield row
 
     def open(self, row: JobRow) -> None:
         """Say that a row is computed again."""
@@ -63,3 +63,6 @@ class KnownRows:
     def close(self, row: JobRow) -> None:
         """Say that a row is finished, which may be any row of the job."""
         self._open.discard(row.index)
+
+    def _end(self, error: JobError) -> None:
+        self.num_left, self.error = 0, error

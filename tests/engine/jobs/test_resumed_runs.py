@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from idefics2_engine.cli.jobs.report import result_lines
 from idefics2_engine.jobs.job_errors import InputLostError, JobError
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_options import JobOptions
@@ -218,6 +220,8 @@ def test_interrupt_before_known_rows_are_read(out: Path) -> None:
     result = job.run()
     assert (result.ending, result.exit_code) == (Ending.INTERRUPTED, 130)
     assert result.counts.rows - result.run.rows + result.num_unchecked == len(KNOWN)
+    said = f"{result.num_unchecked} more rows in the journal were not looked at"
+    assert (said in result_lines(result, out)) == (result.num_unchecked > 0)
     assert num_lines(job_path(out)) == len(KNOWN) + result.run.rows
     run_rows(out, [*KNOWN, *NEW])
     assert out.read_bytes() == expected([*KNOWN, *NEW])
@@ -244,6 +248,17 @@ def test_known_rows_alone_need_no_engine(out: Path) -> None:
     assert out.read_bytes() == expected(KNOWN)
     run_rows(out, KNOWN[:20], engine)
     assert engine.loads == 0
+
+
+def test_input_that_becomes_shorter_ends_the_run(out: Path) -> None:
+    class Shorter(StandInRows):
+        def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
+            return super().rows(begin=begin) if begin else islice(super().rows(), 40)
+
+    with pytest.raises(InputLostError, match="changed while it was read"):
+        runner(out, StandInEngine(), Shorter([*KNOWN, *NEW]), window=4).run()
+    run_rows(out, [*KNOWN, *NEW])
+    assert out.read_bytes() == expected([*KNOWN, *NEW])
 
 
 def test_damaged_input_ends_the_reading_of_known_rows() -> None:
