@@ -46,13 +46,14 @@ def picture(number: int) -> bytes:
 class PictureRows:
     """Rows about one image each, which is made when the row is read."""
 
+    can_skip = True
     files: tuple[Path, ...] = ()
 
     def __init__(self, count: int) -> None:
         self.count = count
 
-    def rows(self) -> Iterator[JobRow]:
-        for number in range(self.count):
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
+        for number in range(begin, self.count):
             image = {"type": "image", "image": picture(number)}
             content = [image, {"type": "text", "text": f"Row {number}?"}]
             key = row_key(str(number))

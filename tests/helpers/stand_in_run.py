@@ -69,13 +69,17 @@ def expected(texts: Sequence[str], errors: Mapping[str, str] | None = None) -> b
 class StandInRows:
     """Rows of texts. A text that begins with ``bad`` is a bad row."""
 
+    can_skip = True
+
     def __init__(self, texts: Iterable[str], files: tuple[Path, ...] = ()) -> None:
         self.texts = texts
         self.files = files
         self.num_read = 0
 
-    def rows(self) -> Iterator[JobRow]:
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         for index, text in enumerate(self.texts):
+            if index < begin:
+                continue
             self.num_read += 1
             bad = is_bad(text)
             yield JobRow(

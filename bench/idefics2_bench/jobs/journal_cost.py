@@ -40,6 +40,7 @@ class NoJournal:
     """Has no rows and keeps none."""
 
     recovered = Recovery(0, 0, 0)
+    first_missing = 0
 
     def __init__(
         self,

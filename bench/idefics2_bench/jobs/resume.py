@@ -52,21 +52,23 @@ class TimedInput:
 
     Attributes:
         files: Those of the input.
+        can_skip: The input's.
         seconds: Time in which rows were read.
     """
 
     def __init__(self, rows: JobInput) -> None:
         self.files = rows.files
+        self.can_skip = rows.can_skip
         self.seconds = 0.0
         self._input = rows
 
-    def rows(self) -> Iterator[JobRow]:
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         """Yield the rows."""
-        rows = self._input.rows()
+        rows = self._input.rows(begin=begin)
         while True:
-            begin = time.perf_counter()
+            started = time.perf_counter()
             row = next(rows, None)
-            self.seconds += time.perf_counter() - begin
+            self.seconds += time.perf_counter() - started
             if row is None:
                 return
             yield row
@@ -75,9 +77,10 @@ class TimedInput:
 class FirstRow(StandInEngine):
     """Measures until it is given its first row, which is the first new one."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: TimedInput) -> None:
         super().__init__()
         self.figures: Figures = {}
+        self._rows = rows
         self._memory = resident_bytes()
         self._cpu = time.process_time()
         self._begin = time.perf_counter()
@@ -85,14 +88,20 @@ class FirstRow(StandInEngine):
     def _answers(self, prompts: Iterable[Row]) -> Generator[RequestOutput, None, None]:
         for place, row in enumerate(prompts):
             if not place:
-                seconds = time.perf_counter() - self._begin
-                self.figures = {
-                    "ms": 1e3 * seconds,
-                    "cpu_seconds": time.process_time() - self._cpu,
-                    "grown_MB": (resident_bytes() - self._memory) / 1e6,
-                    "peak_grown_MB": (peak_bytes() - self._memory) / 1e6,
-                }
+                self.figures = {**self._figures(), "input_seconds": self._rows.seconds}
             yield stand_in_answer(row, place)
+
+    def complete(self) -> None:
+        """Add what the whole run took, which ends now."""
+        self.figures |= {f"complete_{name}": one for name, one in self._figures().items()}
+
+    def _figures(self) -> Figures:
+        return {
+            "ms": 1e3 * (time.perf_counter() - self._begin),
+            "cpu_seconds": time.process_time() - self._cpu,
+            "grown_MB": (resident_bytes() - self._memory) / 1e6,
+            "peak_grown_MB": (peak_bytes() - self._memory) / 1e6,
+        }
 
 
 def main() -> None:
@@ -100,7 +109,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     job_input = read_input(folder)
     rows = TimedInput(job_input)
-    engine = FirstRow()
+    engine = FirstRow(rows)
     result = JobRunner(
         folder / "out.jsonl",
         rows,
@@ -108,15 +117,8 @@ def main() -> None:
         OutputEncoding(SaveOptions(), JsonlFormat, job_input.media_root),
         _description(job_input),
     ).run()
-    print(
-        json.dumps(
-            {
-                **engine.figures,
-                "input_seconds": rows.seconds,
-                "num_computed": result.run.computed,
-            }
-        )
-    )
+    engine.complete()
+    print(json.dumps({**engine.figures, "num_computed": result.run.computed}))
 
 
 def _journal_rows(folder: Path, count: int) -> None:

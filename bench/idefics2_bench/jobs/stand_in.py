@@ -89,14 +89,16 @@ class StandInRows:
     Attributes:
         count: Rows.
         files: None.
+        can_skip: Whether ``rows`` may begin anywhere.
     """
 
     count: int
     files: tuple[Path, ...] = ()
+    can_skip: bool = True
 
-    def rows(self) -> Iterator[JobRow]:
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
         """Yield the rows."""
-        for index in range(self.count):
+        for index in range(begin, self.count):
             key = sha256(str(index).encode()).hexdigest()
             yield JobRow(index, index, index, key, f"row {index}", "What is this?")
 

@@ -1,29 +1,32 @@
 """The flow of rows through a run: from the input to the engine, and from it to the row store."""
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from idefics2_engine.jobs.finished_rows import FinishedRows, parsed_row
 from idefics2_engine.jobs.job_errors import OutputLostError
 from idefics2_engine.jobs.job_events import Event, Events, Interrupted, send_answers
-from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
+from idefics2_engine.jobs.job_observer import JobObserver
 from idefics2_engine.jobs.job_options import RETRIED_CODES, JobOptions
-from idefics2_engine.jobs.job_result import Ending, RowCounts, RunCounts
+from idefics2_engine.jobs.job_result import Ending
 from idefics2_engine.jobs.job_row import JobRow, RowError
-from idefics2_engine.jobs.job_rows import RowEncoding
+from idefics2_engine.jobs.job_rows import JobRows, RowEncoding
+from idefics2_engine.jobs.known_rows import KnownRows
 from idefics2_engine.jobs.row_engine import Answers, RowEngine
 from idefics2_engine.jobs.row_feed import RowFeed, RowRead
-from idefics2_engine.jobs.row_store import RowStore, lost_output
+from idefics2_engine.jobs.row_store import RowStore
 from idefics2_engine.outputs import RequestOutput
 
 _logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
+# The engine's thread gets Python's lock meanwhile. Without a pause it made a step in 120 ms, not 10
+_PAUSE_SECONDS = 0.0002
 _UNWRITABLE = RowError("internal", "engine", "the answer cannot be written as JSON")
 
 
@@ -46,7 +49,8 @@ class JobFlow:
         ending: Why the run ends before all rows are finished. ``None`` if it does not.
         message: The same, for the operator.
         feed: The rows that the engine reads, once it is there.
-        answer_seconds: Time in which this thread waited for events.
+        known: Rows of the journal that are not compared with the input yet.
+        answer_seconds: Time in which this thread waited for events, or compared rows meanwhile.
     """
 
     def __init__(
@@ -57,38 +61,55 @@ class JobFlow:
         observers: Sequence[JobObserver] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.counts = RowCounts()
-        self.run = RunCounts()
+        self._finished = FinishedRows(
+            store, observers, lambda message: self.end(Ending.OUTPUT_LOST, message)
+        )
+        self.counts, self.run = self._finished.counts, self._finished.run
         self.ending: Ending | None = None
         self.message = ""
         self.feed: RowFeed | None = None
+        self.known = KnownRows()
         self.answer_seconds = 0.0
         self._store = store
         self._encoding = encoding
         self._options = options
-        self._observers = observers
         self._clock = clock
+        self._ticked = clock()
         self._events: Events = SimpleQueue()
         self._interrupts = 0
         self._answers: Answers | None = None
         self._deadline: float | None = None
+        # Those that follow the first one that needs the engine
+        self._rows: Iterator[JobRow] = iter(())
+        # The first row of the feed that is not finished
+        self._reached = 0
         # The rows that the engine has, by id, and how often it was asked again for some of them
         self._in_flight: dict[str | int, JobRow] = {}
         self._repeats: dict[int, int] = {}
-        # Finished rows that could not be journalled
-        self._held: list[tuple[JobRow, bytes]] = []
 
     def interrupt(self) -> None:
         """End softly, at once if called again. Any thread and signal handler may call this."""
         self._interrupts += 1
         self._events.put(Interrupted())
 
-    def settle(self, rows: Iterator[JobRow]) -> JobRow | None:
+    def settle(self, rows: JobRows) -> JobRow | None:
         """Finish rows that need no engine; return the first one that needs it, or ``None``.
 
-        The run may have to end instead.
+        Rows that the journal has at the beginning are left to ``answer``, if a row behind them
+        needs the engine and is reached without reading them. The run may have to end instead.
         """
-        for row in rows:
+        begin = self._store.first_missing if rows.can_skip else 0
+        self.known = KnownRows(rows.rows(), begin, most_open=self._options.in_flight)
+        self._rows = rows.rows(begin=begin)
+        first = self._settle()
+        if first is None and self.ending is None and begin:
+            self.known = KnownRows()
+            self._rows = islice(rows.rows(), begin)
+            first = self._settle()
+        return first
+
+    def _settle(self) -> JobRow | None:
+        for row in self._rows:
             record = self._store.find(row)
             if self._interrupts:
                 self.end(Ending.INTERRUPTED, "interrupted")
@@ -98,15 +119,16 @@ class JobFlow:
                 return row
         return None
 
-    def answer(self, engine: RowEngine, rows: Iterator[JobRow], first: JobRow) -> None:
-        """Finish ``first`` and the rows behind it with the engine, unless the run has to end.
+    def answer(self, engine: RowEngine, first: JobRow) -> None:
+        """Finish all rows with the engine, from ``first`` on, unless the run has to end.
 
         Raises:
             InputLostError: The input cannot be read. All rows before are finished.
             Exception: The engine raised it.
         """
+        self._reached = first.index
         self.feed = RowFeed(
-            chain([first], rows),
+            chain([first], self._rows),
             begin=first.index,
             window=self._options.window_rows,
             in_flight=self._options.in_flight,
@@ -118,9 +140,7 @@ class JobFlow:
             in_flight=self._options.in_flight,
             max_prepared_bytes=self._options.max_prepared_bytes,
         )
-        with lost_output(self._store.path):
-            for observer in self._observers:
-                observer.load(engine)
+        self._finished.load(engine)
         # The engine may be in the middle of a step when the run ends
         threading.Thread(
             target=send_answers,
@@ -133,7 +153,9 @@ class JobFlow:
         finally:
             # The reading thread must not wait for commands forever
             self.feed.drain()
-        self._journal_held()
+        self._finished.journal_held()
+        if self.known.error is not None:
+            raise self.known.error
         is_short = not self.feed.has_ended or self._store.next_row < self.feed.num_read
         if self.ending is None and is_short:
             raise RuntimeError(
@@ -166,23 +188,37 @@ class JobFlow:
                 seconds = min(seconds, self._deadline - self._clock())
                 if seconds <= 0:
                     return None
+            is_checking = self.ending is None and self.known.may_read
             try:
-                event = self._events.get(timeout=seconds)
+                event = self._events.get(timeout=_PAUSE_SECONDS if is_checking else seconds)
             except Empty:
-                self.tick()
+                if is_checking:
+                    self._check_known()
+                if not is_checking or not 0 <= self._clock() - self._ticked < TICK_SECONDS:
+                    self.tick()
                 continue
             self.answer_seconds += time.perf_counter() - begin
             return event
 
+    def _check_known(self) -> None:
+        """Finish a few rows that the journal has, or have them computed if it has others."""
+        assert self.feed is not None
+        for row in self.known.read():
+            record = self._store.find(row)
+            if not self._finish_known(row, record):
+                self.known.open(row)
+                self.run.computed += 1
+                self._in_flight[row.id] = row
+                self.feed.repeat(row)
+            if self.ending is not None:
+                return
+        if self.known.error is not None:
+            self._drain()
+
     def tick(self) -> None:
         """Do what is done about every second: sync the journal, and show progress."""
-        try:
-            self._store.tick()
-            with lost_output(self._store.path):
-                for observer in self._observers:
-                    observer.tick()
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
+        self._ticked = self._clock()
+        self._finished.tick()
 
     def _take_row(self, read: RowRead) -> None:
         """Finish a row that was read, unless the engine gets it."""
@@ -225,7 +261,7 @@ class JobFlow:
                 _logger.exception("%s: the answer cannot be written as JSON", row.place)
                 out = self._encoding.error(row, _UNWRITABLE)
             else:
-                self._tell_answer(row, output)
+                self._finished.tell_answer(row, output)
         else:
             error = self._encoding.error_of(output.error)
             repeats = self._repeats.get(row.index, 0)
@@ -240,14 +276,6 @@ class JobFlow:
             out = self._encoding.error(row, error)
         self._finish(row, out, answer=output)
 
-    def _tell_answer(self, row: JobRow, output: RequestOutput) -> None:
-        try:
-            with lost_output(self._store.path):
-                for observer in self._observers:
-                    observer.answer_row(row, output)
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
-
     def _finish(
         self,
         row: JobRow,
@@ -257,39 +285,23 @@ class JobFlow:
         data: dict[str, Any] | None = None,
     ) -> None:
         """Journal a row, unless it is in a record, and write it; ``data`` is ``out``, if parsed."""
-        try:
-            if record is None:
-                self._store.add(row, out)
-            else:
-                self._store.add_record(row, record, out)
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
-            if self._store.find(row) is None:
-                self._held.append((row, out))
-                return
-        data = parsed_row(out) if data is None else data
-        self.counts.add(data)
-        if record is None:
-            self.run.add(data)
-        if answer is not None:
-            self.run.patches += answer.num_patches
-        attempts = 0 if answer is None else self._repeats.pop(row.index, 0) + 1
-        try:
-            with lost_output(self._store.path):
-                for observer in self._observers:
-                    observer.finish_row(FinishedRow(row, data, answer, attempts))
-        except OutputLostError as lost:
-            self.end(Ending.OUTPUT_LOST, str(lost))
+        attempts = 0 if answer is None else self._repeats.get(row.index, 0) + 1
+        if not self._finished.add(row, out, record, answer, data, attempts):
+            return
+        self._repeats.pop(row.index, None)
+        self.known.close(row)
         if self.feed is not None:
             if answer is not None:
                 self.feed.finish()
-            self.feed.advance(self._store.next_row)
+            self._reached = self._store.first_unfinished(self._reached)
+            self.feed.advance(self._reached, self._store.next_row)
         limit, errors = self._options.max_errors, self.counts.num_errors
-        if limit.is_exceeded(errors, self.counts.rows):
+        # Rows of the journal are counted as answered until they are compared
+        rows = self.counts.rows + self.known.num_left
+        if limit.is_exceeded(errors, rows):
             self.end(
                 Ending.TOO_MANY_ERRORS,
-                f"{errors} of {self.counts.rows} rows are errors, at most {limit} are allowed "
-                "(--max-errors)",
+                f"{errors} of {rows} rows are errors, at most {limit} are allowed (--max-errors)",
             )
 
     def end(self, ending: Ending, message: str) -> None:
@@ -298,25 +310,11 @@ class JobFlow:
             return
         self.ending, self.message = ending, message
         self._deadline = self._clock() + self._options.drain_timeout
+        self._drain()
+
+    def _drain(self) -> None:
+        """Have the engine read no more rows."""
         if self.feed is not None:
             self.feed.drain()
         if self._answers is not None:
             self._answers.drain()
-
-    def _journal_held(self) -> None:
-        """Try again to journal rows, for which there may be room by now."""
-        held, self._held = self._held, []
-        try:
-            for row, out in held:
-                self._store.add(row, out)
-                for counts in (self.counts, self.run):
-                    counts.add(parsed_row(out))
-        except OutputLostError:
-            # The next run computes the others
-            pass
-
-
-def parsed_row(out: bytes) -> dict[str, Any]:
-    """Return a row of the output, which is UTF-8; ``json`` would guess the encoding of bytes."""
-    data: dict[str, Any] = json.loads(out.decode())
-    return data

@@ -103,6 +103,8 @@ class JobResult:
         recovered: What was found in the journal on start.
         input_changes: Input files that differ from those of the last start.
         moved: What was moved aside, under its new names.
+        num_unchecked: Rows of the journal that were not compared with the input before the run
+            ended. They are in no count.
     """
 
     ending: Ending
@@ -117,6 +119,7 @@ class JobResult:
     recovered: Recovery = _NOTHING
     input_changes: tuple[InputChange, ...] = ()
     moved: tuple[Path, ...] = ()
+    num_unchecked: int = 0
 
     @property
     def from_journal(self) -> int:

@@ -17,10 +17,14 @@ class JobRows(Protocol):
     def files(self) -> Sequence[Path]:
         """Local files that the rows come from."""
 
-    def rows(self) -> Iterator[JobRow]:
-        """Return the rows, read lazily; every call returns the same ones.
+    @property
+    def can_skip(self) -> bool:
+        """Whether ``rows`` has rows before ``begin`` for much less than it costs to read them."""
 
-        The iterator may be used on another thread than the one that called this.
+    def rows(self, *, begin: int = 0) -> Iterator[JobRow]:
+        """Return the rows from index ``begin`` on, read lazily; every call returns the same ones.
+
+        Several iterators may be used at once, on other threads than the one that called this.
         """
 
 

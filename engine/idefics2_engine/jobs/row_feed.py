@@ -32,9 +32,9 @@ class RowFeed(Iterator[Row]):
     threads send it commands, because an interrupt could leave a lock locked.
 
     Args:
-        rows: The rows from the first one that is not written, in the order of ``index``.
-        begin: Index of that row.
-        window: Rows that are read ahead of the first one that is not written.
+        rows: The rows from ``begin`` on, in the order of ``index``.
+        begin: Index of the first one. Those before it may be unwritten, and are repeated at most.
+        window: Rows that are read ahead of the first one of them that is not finished.
         in_flight: Most rows that the engine has got and that are not finished.
         find: Returns the record of a row in the journal. It is called on the reading thread.
         on_read: Called with each row that is read, on the reading thread.
@@ -61,6 +61,7 @@ class RowFeed(Iterator[Row]):
         self.read_seconds = 0.0
         self.window_seconds = 0.0
         self._rows = iter(rows)
+        self._begin = self._finished = begin
         self._window = window
         self._most_in_flight = in_flight
         self._find = find
@@ -68,13 +69,17 @@ class RowFeed(Iterator[Row]):
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # Only the reading thread uses the following attributes
         self._next_row = begin
+        self._num_written = 0
         self._num_in_flight = 0
         self._is_drained = False
         self._again: deque[JobRow] = deque()
 
-    def advance(self, next_row: int) -> None:
-        """Say that all rows before ``next_row`` are written."""
-        self._commands.put(partial(self._advance, next_row))
+    def advance(self, finished: int, written: int) -> None:
+        """Say that its rows before ``finished`` are, and that all rows before ``written`` are."""
+        # The reading thread is not woken for each row in front of its own
+        if finished > self._finished or written > self._begin:
+            self._finished = finished
+            self._commands.put(partial(self._advance, finished, written))
 
     def finish(self) -> None:
         """Say that one more row that the engine got is finished."""
@@ -112,7 +117,7 @@ class RowFeed(Iterator[Row]):
         while True:
             while not self._commands.empty():
                 self._commands.get()()
-            if self._is_drained or (self.has_ended and self._next_row >= self.num_read):
+            if self._is_drained or (self.has_ended and self._num_written >= self.num_read):
                 return False
             is_window_full = self.num_read >= self._next_row + self._window
             has_room = self._num_in_flight < self._most_in_flight
@@ -138,8 +143,8 @@ class RowFeed(Iterator[Row]):
         self.num_read += 1
         return row
 
-    def _advance(self, next_row: int) -> None:
-        self._next_row = next_row
+    def _advance(self, finished: int, written: int) -> None:
+        self._next_row, self._num_written = finished, written
 
     def _finish(self) -> None:
         self._num_in_flight -= 1

@@ -89,9 +89,18 @@ class RowStore:
         return self._journal.recovered
 
     @property
+    def first_missing(self) -> int:
+        """The first row without a record in the journal. Those before it may have other keys."""
+        return self._journal.first_missing
+
+    @property
     def next_row(self) -> int:
         """The first row that is not written."""
         return self._writer.next_row
+
+    def first_unfinished(self, begin: int) -> int:
+        """Return the first row from ``begin`` on that is not finished."""
+        return self._writer.first_unfinished(begin)
 
     @property
     def num_in_memory(self) -> int:

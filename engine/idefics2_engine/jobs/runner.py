@@ -1,7 +1,7 @@
 """A run of a job, which begins or resumes it and ends with one row of output for each input row."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +159,7 @@ class JobRunner:
         begin = time.perf_counter()
         ending, message, output = Ending.COMPLETE, "", None
         counts, run, recovered = RowCounts(), RunCounts(), Recovery(0, 0, 0)
+        flow: JobFlow | None = None
         try:
             with RowStore(
                 folder,
@@ -199,13 +200,13 @@ class JobRunner:
             message=message,
             output=output,
             recovered=recovered,
+            num_unchecked=0 if flow is None else flow.known.num_left,
         )
 
     def _finish_rows(self, flow: JobFlow) -> None:
         """Finish all rows, or as many as there are before the run has to end."""
         self._flow = flow
-        rows = self._rows.rows()
-        first = flow.settle(rows)
+        first = flow.settle(self._rows)
         is_due = self._shadow is not None and self._shadow.is_due
         if flow.ending is not None or (first is None and not is_due):
             return
@@ -222,17 +223,15 @@ class JobRunner:
             loaded = time.perf_counter()
             self._load_seconds = loaded - begin
             if first is not None:
-                self._answer(flow, engine, rows, first)
+                self._answer(flow, engine, first)
             if flow.ending is None:
                 self._compare(flow, engine, time.perf_counter() - loaded)
 
-    def _answer(
-        self, flow: JobFlow, engine: RowEngine, rows: Iterator[JobRow], first: JobRow
-    ) -> None:
+    def _answer(self, flow: JobFlow, engine: RowEngine, first: JobRow) -> None:
         stats = getattr(engine, "stats", None)
         watch = StageWatch(stats if isinstance(stats, EngineStats) else None)
         try:
-            flow.answer(engine, rows, first)
+            flow.answer(engine, first)
         finally:
             assert flow.feed is not None
             self._waits = watch.waits(flow.feed, flow.answer_seconds)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from idefics2_engine import device
 from idefics2_engine.cli.jobs import run_job
+from idefics2_engine.cli.jobs.check import check_input
 from idefics2_engine.cli.jobs.run_options import size
 from idefics2_engine.cli.main import main
 from idefics2_engine.demo import DEMO_IMAGES
@@ -401,6 +402,36 @@ def test_images_are_checked_before_the_model_is_loaded(
     assert engine.loads == 1
     # The engine has the last word about a row that goes on
     assert command(source) == 0
+
+
+def test_an_unchanged_input_is_checked_once(
+    source: Path, engine: StandInEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[object] = []
+
+    def check(*args: Any) -> Any:
+        checks.append(args)
+        return check_input(*args)
+
+    def checks_of(*more: str) -> int:
+        before = len(checks)
+        source.with_name("out.jsonl").unlink(missing_ok=True)
+        assert command(source, *more) == 0
+        assert [row["id"] for row in output(source)] == texts
+        return len(checks) - before
+
+    monkeypatch.setattr(run_job, "check_input", check)
+    texts = TEXTS
+    assert checks_of() == 1
+    assert checks_of() == 0
+    assert checks_of("--on-bad-row", "stop") == 1
+    assert checks_of("--check-images", "header") == 1
+    assert checks_of("--check-images", "header") == 0
+    texts = [*TEXTS, "more"]
+    write(source, texts)
+    assert checks_of("--check-images", "header") == 1
+    assert checks_of("--check-images", "header", "--restart") == 1
+    assert engine.asked.total() == 2 * len(texts)
 
 
 def test_table_without_an_image_is_noticed(

@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from idefics2_engine.cli.jobs import job_options
@@ -11,6 +12,8 @@ from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.validation import Validation, validate
+from idefics2_engine.jobs.store.job_description import JobDescription
+from idefics2_engine.jobs.store.job_status import same_job
 
 
 class InputCheck(NamedTuple):
@@ -25,6 +28,17 @@ class InputCheck(NamedTuple):
     validation: Validation
     totals: JobTotals
     lacks_images: bool
+
+
+def checked_before(args: argparse.Namespace, job: JobDescription) -> JobTotals | None:
+    """Return what a job has in all, if its last start checked exactly this input in this way."""
+    before = same_job(Path(args.output), job)
+    if before is None or args.restart or args.on_bad_row == "stop":
+        return None
+    rows, tokens = (before.options.get(name) for name in ("rows", "answer_tokens"))
+    if before.options.get("check_images") != args.check_images or not isinstance(rows, int):
+        return None
+    return JobTotals(rows, tokens)
 
 
 def check_input(args: argparse.Namespace, job_input: JobInput) -> InputCheck:

@@ -70,6 +70,8 @@ def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list
     else:
         lines.append(f"the job ended: {result.message}")
         lines.append(f"{counts.rows} rows are finished, {errors}; {_RESUME}")
+    if result.num_unchecked:
+        lines.append(f"{result.num_unchecked} more rows in the journal were not looked at")
     before = result.from_journal
     rows = f"{before} rows were in the journal, {run.rows}" if before else f"{run.rows} rows"
     lines.append(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from idefics2_engine.cli.jobs import job_options, report, run_options
-from idefics2_engine.cli.jobs.check import check_input
+from idefics2_engine.cli.jobs.check import check_input, checked_before
 from idefics2_engine.cli.jobs.engine import EngineChoice
 from idefics2_engine.cli.jobs.files import FilesBeside
 from idefics2_engine.cli.jobs.fingerprint import fingerprint_parts
@@ -84,6 +84,9 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     # The rows of a complete job were checked before
     if complete is not None:
         totals = JobTotals(complete.rows, None)
+    elif (known := checked_before(args, job)) is not None:
+        totals = known
+        print("idefics2: the input is the one that was checked before", file=sys.stderr)
     else:
         validation, totals, lacks_images = check_input(args, job_input)
         lines = report.validation_lines(validation)
@@ -94,7 +97,9 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         must_stop = validation.num_bad and options.on_bad_row == "stop"
         if must_stop or validation.num_repeated:
             return 2
-    job = replace(job, options={"rows": totals.rows, "model": model})
+    checked = {"rows": totals.rows, "answer_tokens": totals.answer_tokens}
+    checked["check_images"] = args.check_images
+    job = replace(job, options={**checked, "model": model})
     progress = JobProgress(
         totals, interval=args.progress_interval, as_json=args.log_format == "json"
     )

@@ -68,6 +68,10 @@ class ImageFolderSource:
             for below in images:
                 yield self._row(folder, below)
 
+    def rows_behind(self, count: int) -> Iterator[RawRow]:
+        """Yield all rows, none of which is read."""
+        return iter(self)
+
     def _row(self, folder: Path, below: str) -> RawRow:
         place = printable(f"{folder.name}/{below}")
         path = folder / below

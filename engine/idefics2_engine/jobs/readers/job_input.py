@@ -1,5 +1,6 @@
 """The input of a job: all its rows, lazily, and the same ones each time."""
 
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,7 @@ from idefics2_engine.jobs.readers.row_selection import (
     sampled_numbers,
     select,
 )
+from idefics2_engine.jobs.readers.source import SkippingSource, rows_behind
 from idefics2_engine.jobs.store.input_files import InputFile
 from idefics2_engine.sampling_params import SamplingParams
 
@@ -86,13 +88,17 @@ class JobInput:
         }
         self._builder = RowBuilder(forms, defaults, options.keep)
 
-    def rows(self, on_id: Callable[[RowId], None] | None = None) -> Iterator[JobRow]:
-        """Yield the rows of the job, or of its shard, from the first one.
+    def rows(
+        self, on_id: Callable[[RowId], None] | None = None, *, begin: int = 0
+    ) -> Iterator[JobRow]:
+        """Yield the rows of the job, or of its shard, from index ``begin`` on.
 
         Repeated identifiers are replaced if the options say so, and otherwise not looked for.
 
         Args:
-            on_id: Called with the identifier of each row, in order, also of other shards.
+            on_id: Called with the identifier of each row, in order, also of other shards and of
+                rows before ``begin``.
+            begin: Index of the first row.
 
         Raises:
             JobError: A file cannot be read.
@@ -102,19 +108,28 @@ class JobInput:
         unique = None
         if self.options.on_duplicate_id == "suffix":
             unique = IdSuffixes(self._id_hashes).unique
-        for position, row in enumerate(self._selected()):
+        needs_ids = unique is not None or on_id is not None
+        first = 0 if needs_ids else self._number_at(begin * shard.num_parts)
+        for position, row in enumerate(self._selected(first)):
             index, part = divmod(position, shard.num_parts)
+            is_wanted = part == shard.part and index >= begin
             # Identifiers of other shards count, so that all shards together are the whole job
-            if part == shard.part or unique is not None or on_id is not None:
+            if is_wanted or needs_ids:
                 row_id = builder.row_id(row.raw, row.form, row.number)
                 if unique is not None:
                     row_id = unique(row_id)
                 if on_id is not None:
                     on_id(row_id)
-                if part == shard.part:
+                if is_wanted:
                     yield builder.build(
                         row.raw, row.form, index=index, number=row.number, row_id=row_id
                     )
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether rows before ``begin`` cost little. Remote files would be transferred twice."""
+        is_local = all(one.folder is not None for one in self._inputs)
+        return is_local and all(isinstance(one, SkippingSource) for one in self._sources)
 
     def find_repeated_ids(self, hashes: IdHashes, most: int) -> RepeatedIds:
         """Return rows of the whole job whose identifier an earlier row has, the first ``most``.
@@ -183,7 +198,7 @@ class JobInput:
         size = self.options.sample
         if size is None:
             return None
-        num_rows = sum(1 for _ in self._numbered())
+        num_rows = sum(1 for _ in self._numbered(sys.maxsize))
         return sampled_numbers(num_rows, size, self.options.sample_seed)
 
     def _placed_ids(self) -> Iterator[PlacedId]:
@@ -191,12 +206,19 @@ class JobInput:
             row_id = self._builder.row_id(row.raw, row.form, row.number)
             yield PlacedId(row_id, row.raw.place)
 
-    def _selected(self) -> Iterator[NumberedRow]:
-        return select(self._numbered(), self._sampled, self.options.limit)
+    def _number_at(self, position: int) -> int:
+        """Return the number of the row at a position among the selected ones, which may not be."""
+        if self._sampled is None:
+            return position
+        return self._sampled[position] if position < len(self._sampled) else sys.maxsize
 
-    def _numbered(self) -> Iterator[NumberedRow]:
+    def _selected(self, first: int = 0) -> Iterator[NumberedRow]:
+        return select(self._numbered(first), self._sampled, self.options.limit)
+
+    def _numbered(self, first: int = 0) -> Iterator[NumberedRow]:
+        """Yield all rows; the content of those whose number is below ``first`` is not asked for."""
         number = 0
         for source in self._sources:
-            for raw in source:
+            for raw in rows_behind(source, max(0, first - number)):
                 yield NumberedRow(number, raw, source.form)
                 number += 1

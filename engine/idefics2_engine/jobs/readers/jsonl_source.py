@@ -6,7 +6,7 @@ from typing import BinaryIO
 from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.json_line import parse_line
 from idefics2_engine.jobs.readers.named_files import local_files, shown_name
-from idefics2_engine.jobs.readers.source import RawRow
+from idefics2_engine.jobs.readers.source import UNREAD, RawRow
 from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 
 _BOM = b"\xef\xbb\xbf"
@@ -37,15 +37,29 @@ class JsonlSource:
         Raises:
             JobError: The file cannot be read.
         """
+        return self.rows_behind(0)
+
+    def rows_behind(self, count: int) -> Iterator[RawRow]:
+        """Yield ``UNREAD`` for each of the first ``count`` rows, then the other rows.
+
+        Raises:
+            JobError: The file cannot be read.
+        """
         with open_unpacked(self._name) as file:
             for number, (line, size) in enumerate(_lines(file, self._most), 1):
+                if count:
+                    # A line that is too long is a row as well
+                    if line is None or not _is_blank(line):
+                        count -= 1
+                        yield UNREAD
+                    continue
                 place = f"{self._label}: line {number}"
                 try:
                     if line is None:
                         raise BadRowError(
                             "json", f"line must have at most {self._most} bytes, got {size}"
                         )
-                    if line and not line.isspace():
+                    if not _is_blank(line):
                         yield RawRow(place, parse_line(line))
                 except BadRowError as error:
                     yield RawRow(place, None, error.row_error)
@@ -55,7 +69,7 @@ class JsonlSource:
             for number, (line, _) in enumerate(_lines(file, self._most)):
                 if number == _MOST_LOOKED_AT:
                     break
-                if line and not line.isspace():
+                if line is not None and not _is_blank(line):
                     try:
                         keys = parse_line(line).keys()
                     except BadRowError:
@@ -63,6 +77,10 @@ class JsonlSource:
                     is_openai = "body" in keys and bool(keys & {"custom_id", "url", "method"})
                     return "openai" if is_openai else "plain"
         return "plain"
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line or line.isspace()
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[bytes | None, int]]:

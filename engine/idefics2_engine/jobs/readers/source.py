@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from idefics2_engine.jobs.job_row import RowError
 
@@ -37,3 +37,20 @@ class Source(Protocol):
 
     def __iter__(self) -> Iterator[RawRow]:
         """Yield the rows from the first one."""
+
+
+UNREAD = RawRow("", None)
+"""In place of a row whose content is not asked for."""
+
+
+@runtime_checkable
+class SkippingSource(Source, Protocol):
+    """A source whose rows cost little if their content is not asked for."""
+
+    def rows_behind(self, count: int) -> Iterator[RawRow]:
+        """Yield all rows, of which the first ``count`` may be ``UNREAD``."""
+
+
+def rows_behind(source: Source, count: int) -> Iterator[RawRow]:
+    """Yield all rows of a source. The content of the first ``count`` is not asked for."""
+    return source.rows_behind(count) if isinstance(source, SkippingSource) else iter(source)

@@ -7,6 +7,7 @@ cannot be read is a ``JobError``, after the rows in front of the damage.
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 from idefics2_engine.errors import short_repr
@@ -22,7 +23,7 @@ from idefics2_engine.jobs.readers.named_files import (
     shown_name,
 )
 from idefics2_engine.jobs.readers.opened_files import open_input
-from idefics2_engine.jobs.readers.source import RawRow
+from idefics2_engine.jobs.readers.source import UNREAD, RawRow
 from idefics2_engine.jobs.readers.unpacked_files import open_unpacked
 
 # A batch of Parquet is decoded at once. More rows than this are hardly faster.
@@ -58,10 +59,16 @@ class ParquetSource:
 
     def __iter__(self) -> Iterator[RawRow]:
         """Yield the rows of all files."""
-        for name in self._names:
-            yield from self._rows(name)
+        return self.rows_behind(0)
 
-    def _rows(self, name: Name) -> Iterator[RawRow]:
+    def rows_behind(self, count: int) -> Iterator[RawRow]:
+        """Yield ``UNREAD`` for rows of row groups of which no row is behind the first ``count``."""
+        for name in self._names:
+            for row in self._rows(name, count):
+                count -= 1
+                yield row
+
+    def _rows(self, name: Name, unread: int) -> Iterator[RawRow]:
         number = 0
         with open_input(name) as raw:
             with reading(name):
@@ -75,8 +82,14 @@ class ParquetSource:
             _check_names(there, name)
             columns = there if self._needed is None else [n for n in self._needed if n in there]
             for group in range(file.metadata.num_row_groups):
+                description = file.metadata.row_group(group)
+                end = number + description.num_rows
+                if number < end <= unread:
+                    yield from repeat(UNREAD, description.num_rows)
+                    number = end
+                    continue
                 batches = file.iter_batches(
-                    batch_size=rows_a_batch(file.metadata.row_group(group)),
+                    batch_size=rows_a_batch(description),
                     row_groups=[group],
                     columns=columns,
                     use_threads=False,
@@ -90,6 +103,12 @@ class ParquetSource:
                     for values, error in rows:
                         yield RawRow(f"{base_name(name)}: row {number}", values, error)
                         number += 1
+                # Another iterator may have counted them by the description
+                if number != end:
+                    raise JobError(
+                        f"{shown_name(name)}: must have {end} rows up to row group {group}, "
+                        f"got {number}"
+                    )
             if number != file.metadata.num_rows:
                 raise JobError(
                     f"{shown_name(name)}: must have {file.metadata.num_rows} rows, got {number}"
@@ -120,6 +139,10 @@ class CsvSource:
         """Yield the rows of all files."""
         for name in self._names:
             yield from self._rows(name)
+
+    def rows_behind(self, count: int) -> Iterator[RawRow]:
+        """Yield all rows. Most of the cost is finding where they begin."""
+        return iter(self)
 
     def _rows(self, name: Name) -> Iterator[RawRow]:
         # The limit is the process's, and another user's may be higher

@@ -53,12 +53,24 @@ def complete_output(out: Path, job: JobDescription) -> WrittenOutput | None:
 
     An input without an identity may have changed, so its job is never known to be complete.
     """
-    folder = job_path(out)
+    if same_job(out, job) is None:
+        return None
     try:
-        before = read_description(folder)
-        outputs = read_outputs(folder)
+        outputs = read_outputs(job_path(out))
+    except JobError:
+        return None
+    own = recognize_output(out, outputs)
+    return own if outputs and own == outputs[-1] else None
+
+
+def same_job(out: Path, job: JobDescription) -> JobDescription | None:
+    """Return the job as it was started last, if its fingerprint and its input are those of ``job``.
+
+    An input without an identity is never known to be the same.
+    """
+    try:
+        before = read_description(job_path(out))
     except JobError:
         return None
     is_same = before.fingerprint == job.fingerprint and before.inputs == job.inputs
-    own = recognize_output(out, outputs) if job.inputs and is_same else None
-    return own if outputs and own == outputs[-1] else None
+    return before if job.inputs and is_same else None

@@ -108,6 +108,11 @@ class Journal:
         """Rows with at least one record."""
         return self._index.num_rows
 
+    @property
+    def first_missing(self) -> int:
+        """The first row without a record. Those before it have one with any key."""
+        return self._index.first_missing()
+
     def append(self, row: int, key: str, out: bytes) -> int:
         """Write the record of a finished row; return its number.
 

@@ -29,6 +29,13 @@ class JournalIndex:
         """Return the number of records."""
         return len(self._places)
 
+    def first_missing(self) -> int:
+        """Return the first row without a record."""
+        try:
+            return self._last_of_row.index(_NONE)
+        except ValueError:
+            return len(self._last_of_row)
+
     def add(self, row: int, key: bytes, segment: int, offset: int, length: int) -> int:
         """Add the newest record; return its number."""
         if row >= len(self._last_of_row):

@@ -61,6 +61,12 @@ class OrderedWriter:
         """Rows that wait in memory."""
         return len(self._in_memory)
 
+    def first_unfinished(self, begin: int) -> int:
+        """Return the first row from ``begin`` on that is not finished."""
+        while begin < len(self._finished) and self._finished[begin] != _MISSING:
+            begin += 1
+        return begin
+
     def finish_row(self, row: int, record: int, out: bytes | None = None) -> None:
         """Write a row and those that waited for it, or let it wait.
 

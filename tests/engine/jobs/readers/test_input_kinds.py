@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from idefics2_engine.images.loader import MediaConfig, load_image
-from job_inputs import images_of, read_rows, text_of, write_rows
+from job_inputs import comparable, images_of, job_input, read_rows, text_of, write_rows
 from pictures import file, noise
 
 NAMES = ("stars", "moons & suns", "ünïcode")
@@ -87,9 +87,22 @@ def test_rows_are_the_same(folder: Path, write: Callable[[Path], Path]) -> None:
     assert sizes == [[(number, 2)] for number in range(3, 3 + len(NAMES))]
 
 
+@pytest.mark.parametrize("write", [plain, packed, openai, table, parquet, shard])
+def test_rows_from_a_place_on(folder: Path, write: Callable[[Path], Path]) -> None:
+    whole = job_input(write(folder))
+    rows = [comparable(row) for row in whole.rows()]
+    for begin in range(len(rows) + 2):
+        assert [comparable(row) for row in whole.rows(begin=begin)] == rows[begin:]
+    # A shard is read member by member
+    assert whole.can_skip == (write is not shard)
+
+
 def test_a_folder_of_images_has_rows_for_a_prompt(folder: Path) -> None:
     rows = read_rows(folder, prompt="What is this?")
     assert [row.id for row in rows] == sorted(f"{name}.png" for name in NAMES)
     assert {text_of(row) for row in rows} == {"What is this?"}
+    images = job_input(folder, prompt="What is this?")
+    assert images.can_skip
+    assert [row.id for row in images.rows(begin=1)] == [row.id for row in rows[1:]]
     media = MediaConfig(allowed_media_root=folder)
     assert all(load_image(images_of(row)[0], media).size[1] == 2 for row in rows)

@@ -82,6 +82,9 @@ def test_shards_together_are_the_whole_job(
     num_rows = sum(map(len, files))
     assert len(rows) == min(num_rows, sample or num_rows, limit or num_rows)
     assert [row[0] for row in rows] == list(range(len(rows)))
+    begin = len(rows) // 2
+    assert [comparable(row) for row in whole.rows(begin=begin)] == rows[begin:]
+    assert not list(whole.rows(begin=len(rows)))
     numbers = [row[1] for row in rows]
     assert numbers == sorted(set(numbers))
     if sample is None:
@@ -92,6 +95,8 @@ def test_shards_together_are_the_whole_job(
     for part in range(num_parts):
         found = list(job_input(folder, **options, shard=f"{part}/{num_parts}").rows())
         assert [row.index for row in found] == list(range(len(found)))
+        other = job_input(folder, **options, shard=f"{part}/{num_parts}").rows(begin=1)
+        assert [comparable(row) for row in other] == [comparable(row) for row in found[1:]]
         # The place in the whole job follows from the place in the shard
         parts += [(row.index * num_parts + part, *comparable(row)[1:]) for row in found]
     assert sorted(parts, key=lambda row: int(row[0])) == rows
@@ -123,6 +128,9 @@ def test_rows_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     parsed.clear()
     assert len(list(job_input(path, limit=5, input_format="jsonl").rows())) == 5
     assert len(parsed) == 5
+    parsed.clear()
+    assert [text_of(row) for row in found.rows(begin=97)] == ["97", "98", "99"]
+    assert len(parsed) == 3
 
 
 def test_memory_does_not_grow_with_rows(tmp_path: Path) -> None:

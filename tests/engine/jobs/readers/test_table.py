@@ -22,7 +22,7 @@ from idefics2_engine.jobs.job_errors import JobError
 from idefics2_engine.jobs.job_row import RowError
 from idefics2_engine.jobs.readers import table
 from idefics2_engine.jobs.readers.arrow_values import UnreadableValue
-from idefics2_engine.jobs.readers.source import RawRow
+from idefics2_engine.jobs.readers.source import UNREAD, RawRow
 from idefics2_engine.jobs.readers.table import CsvSource, ParquetSource
 
 ALL = SimpleNamespace(columns_needed=None)
@@ -167,6 +167,28 @@ class TestParquet:
         places = [f"b.parquet: row {number}" for number in range(150)] + ["a.parquet: row 0"]
         assert [row.place for row in rows] == places
         assert {row.default_id for row in rows} == {None}
+
+    def test_row_groups_in_front_of_a_row_are_not_read(self, tmp_path: Path) -> None:
+        first = write(tmp_path / "a.parquet", {"x": list(range(150))}, row_group_size=70)
+        second = write(tmp_path / "b.parquet", {"x": list(range(9))}, row_group_size=4)
+        source = ParquetSource((first, second), ALL)
+        rows = list(source)
+        for count, unread in [
+            (0, 0),
+            (69, 0),
+            (70, 70),
+            (149, 140),
+            (154, 154),
+            (157, 154),
+            (159, 159),
+        ]:
+            found = list(source.rows_behind(count))
+            is_read = [row is not UNREAD for row in found]
+            # The last row group of the first file is read for a row of its own alone
+            whole = [True] * 159
+            whole[:unread] = [False] * unread
+            assert is_read == whole
+            assert found[unread:] == rows[unread:]
 
     def test_only_needed_columns_are_read(self, tmp_path: Path) -> None:
         path = write(
