@@ -77,6 +77,8 @@ class RequestBuilder:
         self._seed = seed
         self._seeds = random.Random(seed)
         self._ids = itertools.count()
+        # Rows of a job often share their parameters, which are checked once
+        self._last_checked: tuple[SamplingParams | None, tuple[tuple[int, ...], ...]] = (None, ())
 
     def draw_seed(self) -> int:
         """Draw the seed of a request that has none."""
@@ -247,18 +249,14 @@ class RequestBuilder:
             raise PromptError("prompt must have at least one token, got none")
         self._check_length(prompt.token_ids, len(prompt.image_info))
         room = self.max_model_len - len(prompt.token_ids)
-        vocab_size = self.config.text.vocab_size
-        params.check_vocabulary(vocab_size)
-        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
-        words = (*self.generation.bad_words_ids, *bad_words)
-        check_choice(params, words, self.generation.eos_token_ids, vocab_size)
+        bad_words = self._bad_words(params)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         if params.min_tokens > max_tokens:
             raise SamplingError(
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
-        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
+        check_entries(params, len(prompt.token_ids), max_tokens, self.config.text.vocab_size)
         # A seed is drawn even if the request has its own, so that the seeds of other requests do
         # not depend on it
         drawn = self.draw_seed() if seed is None else seed
@@ -300,6 +298,21 @@ class RequestBuilder:
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
             )
         return [self.build(*pair) for pair in zip(prompts, params, strict=True)]
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of bad words; check all that does not depend on the prompt."""
+        known, bad_words = self._last_checked
+        if params is known:
+            return bad_words
+        vocab_size = self.config.text.vocab_size
+        params.check_vocabulary(vocab_size)
+        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
+        words = (*self.generation.bad_words_ids, *bad_words)
+        check_choice(params, words, self.generation.eos_token_ids, vocab_size)
+        # A caller could change a dict
+        if params.logit_bias is None:
+            self._last_checked = params, bad_words
+        return bad_words
 
     def _check_length(self, token_ids: Sequence[int], num_images: int) -> None:
         """Raise ``PromptTooLongError`` if a prompt leaves no room for an answer."""

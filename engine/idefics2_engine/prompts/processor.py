@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -35,6 +35,9 @@ from idefics2_engine.prompts.tokenizer import (
     expand_placeholders,
 )
 
+# So many rendered conversations of at most so many characters are kept with their tokens
+_KEPT_CHATS = 256
+_LONGEST_KEPT = 4096
 # These iterables are text or have no order, so they are not lists of token ids
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
 
@@ -81,6 +84,8 @@ class PromptDraft:
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
         """
+        if all(type(image) is str or type(image) is bytes for image in self.images):
+            return replace(self, images=tuple(self.images))
         owned: dict[int, ImageSource] = {}
         for index, image in enumerate(self.images):
             if id(image) not in owned:
@@ -263,12 +268,9 @@ class Processor:
             )
         turns, sources = read_messages(messages, _as_list(images), name)
         marked = self.template.render(turns, add_generation_prompt)
-        bos = self.tokenizer.bos
-        # Some templates write the bos token themselves
-        add_bos = bos is None or not marked.startswith(bos)
-        encode = partial(self.tokenizer.encode_marked, add_bos=add_bos)
-        token_ids = self._expanded_ids(marked, len(sources), encode)
-        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
+        read = self._read_chat if len(marked) <= _LONGEST_KEPT else self._encode_chat
+        prompt, token_ids = read(marked, len(sources))
+        return PromptDraft(prompt, token_ids.copy(), sources, self.media)
 
     def image_reader(self, workers: WorkerPool | None = None) -> ImageReader:
         """Return a reader of images for requests.
@@ -408,27 +410,55 @@ class Processor:
     ) -> list[int]:
         """Return the ids of ``text`` with expanded placeholders, as many as there are images.
 
-        The tokenizer reads one ``<image>`` a tile, and its id is repeated. It would need more time
-        for the others than for the rest of a prompt.
+        The tokenizer reads one tile of one ``<image>`` for each image, whose ids are then repeated.
+        It would need more time for the others than for the rest of a prompt.
         """
         placeholders = text.count(IMAGE)
         if placeholders != images:
             raise PromptError(
                 f"prompt: must have one {IMAGE} for each image, wanted {images}, got {placeholders}"
             )
-        per_image, image_id = self.image_config.tiles_per_image, self.tokenizer.image_id
-        ids = encode(expand_placeholders(text, 1, per_image))
-        if ids.count(image_id) != images * per_image:
-            # A tokenizer that finds the token elsewhere reads the whole text
-            return encode(expand_placeholders(text, self.image_seq_len, per_image))
+        ids = encode(expand_placeholders(text, 1, 1))
+        image_id, fake_id = self.tokenizer.image_id, self.tokenizer.fake_image_id
+        own = self._image_ids
         expanded: list[int] = []
-        begin = 0
-        for _ in range(images * per_image):
+        begin = found = 0
+        for _ in range(ids.count(image_id)):
             place = ids.index(image_id, begin)
+            if own is None or ids[place - 1 : place + 2] != [fake_id, image_id, fake_id]:
+                break
             expanded += ids[begin:place]
-            expanded += [image_id] * self.image_seq_len
+            expanded += own
             begin = place + 1
+            found += 1
+        if found != images or image_id in ids[begin:]:
+            # A tokenizer that finds the tokens elsewhere reads the whole text
+            per_image = self.image_config.tiles_per_image
+            return encode(expand_placeholders(text, self.image_seq_len, per_image))
         return expanded + ids[begin:]
+
+    @cached_property
+    def _image_ids(self) -> list[int] | None:
+        """Ids of an image without its first and last one, ``None`` if they cannot be repeated."""
+        per_image, fake_id = self.image_config.tiles_per_image, self.tokenizer.fake_image_id
+        tile = [self.tokenizer.image_id] * self.image_seq_len
+        own = [*tile, *[fake_id, *tile] * (per_image - 1)]
+        text = expand_placeholders(IMAGE * 2, self.image_seq_len, per_image)
+        ids = self.tokenizer.encode_marked(text, add_bos=False)
+        return own if ids == [fake_id, *own, fake_id, *own, fake_id] else None
+
+    def _encode_chat(self, marked: str, images: int) -> tuple[str, list[int]]:
+        """Return the text and the ids of a rendered conversation."""
+        bos = self.tokenizer.bos
+        # Some templates write the bos token themselves
+        add_bos = bos is None or not marked.startswith(bos)
+        encode = partial(self.tokenizer.encode_marked, add_bos=add_bos)
+        return self.tokenizer.unmark(marked), self._expanded_ids(marked, images, encode)
+
+    @cached_property
+    def _read_chat(self) -> Callable[[str, int], tuple[str, list[int]]]:
+        """``_encode_chat``, which keeps recent results: many rows ask the same about other images."""
+        return lru_cache(_KEPT_CHATS)(self._encode_chat)
 
     def _collapse(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` with each image as one placeholder."""
