@@ -3,9 +3,9 @@
 import itertools
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.errors import (
@@ -20,7 +20,12 @@ from idefics2_engine.errors import (
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.model.config import ModelConfig
-from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.prompts.processor import (
+    ProcessedPrompt,
+    Processor,
+    PromptDraft,
+    RenderedChat,
+)
 from idefics2_engine.row import Conversation, Prompt, Row, row_seed
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
 from idefics2_engine.sampling.generation_config import GenerationConfig
@@ -28,6 +33,8 @@ from idefics2_engine.sampling.logprob_bounds import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,15 @@ class RowDraft:
 
     prompt: PromptDraft
     params: SamplingParams
+    seed: int
+    key: str | int | None
+
+
+class _OpenedRow(NamedTuple):
+    """A row whose conversation has no tokens yet, and its parameters as they were given."""
+
+    prompt: RenderedChat | PromptDraft
+    params: object
     seed: int
     key: str | int | None
 
@@ -178,6 +194,23 @@ class RequestBuilder:
             Idefics2Error: The row is malformed, or reading it raised any exception, which is
                 chained.
         """
+        return self._read_opened(self._open_row(row, shared, index))
+
+    def read_rows(
+        self, rows: Iterable[tuple[object, int]], shared: SamplingParams
+    ) -> list[RowDraft | Exception]:
+        """Read rows with their places like ``read_row``; return the error of a row in its place.
+
+        All conversations are rendered, then all are tokenized. One kind of work at a time takes
+        less time, because the processor's caches have its data.
+        """
+        opened = [_caught(self._open_row, row, shared, index) for row, index in rows]
+        return [
+            one if isinstance(one, Exception) else _caught(self._read_opened, one) for one in opened
+        ]
+
+    def _open_row(self, row: object, shared: SamplingParams, index: int | None) -> "_OpenedRow":
+        """Do the part of ``read_row`` before the tokens."""
         key = row_key(row)
         place = index if key is None else key
         seed = self.draw_seed() if place is None else row_seed(self._seed, place)
@@ -193,8 +226,18 @@ class RequestBuilder:
                         f"got {len(row)} elements"
                     )
                 prompt, params = row
-            draft = self.read(cast(Prompt | Conversation, prompt))
-            return RowDraft(draft.owned(), read_params(params), seed, key)
+            if is_conversation(prompt):
+                opened = self.processor.render_chat(cast(Conversation, prompt))
+                return _OpenedRow(opened, params, seed, key)
+            return _OpenedRow(self.read_prompt(cast(Prompt, prompt)), params, seed, key)
+
+    def _read_opened(self, opened: "_OpenedRow") -> RowDraft:
+        """Do the rest of ``read_row``."""
+        prompt, params, seed, key = opened
+        with caller_code("row", PromptError):
+            if isinstance(prompt, RenderedChat):
+                prompt = self.processor.encode_chat(prompt)
+            return RowDraft(prompt.owned(), read_params(params), seed, key)
 
     def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
         """Read the images of ``drafts``, which errors call ``name``.
@@ -358,6 +401,13 @@ def row_error(error: BaseException) -> Idefics2Error:
     internal = InternalError(f"prompt: could not be prepared, got {type(error).__name__}")
     internal.__cause__ = error
     return internal
+
+
+def _caught(function: Callable[..., Result], *arguments: object) -> Result | Exception:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
 
 
 def _listed(name: str, values: Any) -> list[Any]:

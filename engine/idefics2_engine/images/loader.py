@@ -3,10 +3,10 @@
 import os
 import re
 import stat
-from functools import cache
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Union

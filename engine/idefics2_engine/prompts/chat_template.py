@@ -89,7 +89,10 @@ class ChatTemplate:
         )
         given = [part["text"] for turn in messages for part in turn["content"] if "text" in part]
         texts = [self._tokenizer.mark_typed(text) for text in given]
-        if sum(map(len, structure)) <= _MOST_PARTS and max(map(len, texts), default=0) <= LONGEST_TEXT:
+        if (
+            sum(map(len, structure)) <= _MOST_PARTS
+            and max(map(len, texts), default=0) <= LONGEST_TEXT
+        ):
             slotted = self._slotted(structure, add_generation_prompt)
             if slotted is not None:
                 return slotted.fill(texts)

@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,18 @@ class PromptDraft:
                 with about(f"images[{index}]" if len(self.images) > 1 else None):
                     owned[id(image)] = own_image(image, self.media)
         return replace(self, images=[owned[id(image)] for image in self.images])
+
+
+class RenderedChat(NamedTuple):
+    """A conversation whose text has no tokens yet.
+
+    Attributes:
+        marked: Text for ``Tokenizer.encode_marked``.
+        images: Sources of the images.
+    """
+
+    marked: str
+    images: list[ImageSource]
 
 
 @dataclass(frozen=True)
@@ -261,16 +273,30 @@ class Processor:
 
         Errors call the conversation ``name``.
         """
+        return self.encode_chat(self.render_chat(messages, images, add_generation_prompt, name))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | ImageSource = (),
+        add_generation_prompt: bool = True,
+        name: str = "messages",
+    ) -> RenderedChat:
+        """Process messages like ``draft_chat``, but leave the tokens to ``encode_chat``."""
         if self.template is None:
             raise PromptError(
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
                 "so it takes plain prompts only"
             )
         turns, sources = read_messages(messages, _as_list(images), name)
-        marked = self.template.render(turns, add_generation_prompt)
+        return RenderedChat(self.template.render(turns, add_generation_prompt), sources)
+
+    def encode_chat(self, chat: RenderedChat) -> PromptDraft:
+        """Return the draft of a rendered conversation."""
+        marked, images = chat
         read = self._read_chat if len(marked) <= _LONGEST_KEPT else self._encode_chat
-        prompt, token_ids = read(marked, len(sources))
-        return PromptDraft(prompt, token_ids.copy(), sources, self.media)
+        prompt, token_ids = read(marked, len(images))
+        return PromptDraft(prompt, token_ids.copy(), images, self.media)
 
     def image_reader(self, workers: WorkerPool | None = None) -> ImageReader:
         """Return a reader of images for requests.

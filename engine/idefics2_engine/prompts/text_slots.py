@@ -7,7 +7,7 @@ so a template that gets through writes the same for any text.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 LONGEST_TEXT = 2**12
 """Most characters of a text in a slot. A rendering with slots is bounded as if all were so long."""
@@ -104,4 +104,3 @@ class SlottedText:
         for place, index in self._slots:
             pieces[place] = texts[index]
         return "".join(pieces)
-

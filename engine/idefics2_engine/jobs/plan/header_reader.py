@@ -4,7 +4,7 @@ It takes the place of the engine's ``ImageReader``, so that a plan prepares rows
 own code and gets the same tiles, tokens and errors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import blake2b
@@ -25,6 +25,8 @@ from idefics2_engine.images.tiling import ImageConfig, Tile, tile_sizes
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.prompts.processor import Processor
 
+# Tiles of files that rows name are made once, as long as so many are kept
+_KEPT_FILES = 1 << 13
 # Headers of files that many rows name are read once, as long as so many are kept
 _KEPT_HEADERS = 1 << 16
 _LONGEST_NAME = 4096
@@ -64,6 +66,15 @@ class HeaderReader(ImageReader):
         Raises:
             ImageError: As in ``header.read_header``.
         """
+        if type(source) is str and len(source) <= _LONGEST_NAME:
+            return self._read_named(source)
+        return self._read(source)
+
+    @cached_property
+    def _read_named(self) -> Callable[[str], FileTiles]:
+        return lru_cache(_KEPT_FILES)(self._read)
+
+    def _read(self, source: ImageSource) -> FileTiles:
         header = self._header(source)
         if header is not None:
             return self._make(Tile, header.size, header.fingerprint)

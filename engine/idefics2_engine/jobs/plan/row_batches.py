@@ -1,6 +1,6 @@
 """Batches of rows, bounded by rows and by what they hold in memory."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from idefics2_engine.jobs.job_row import JobRow

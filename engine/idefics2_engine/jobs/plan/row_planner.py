@@ -12,7 +12,7 @@ from idefics2_engine.jobs.plan.row_batches import row_batches
 from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.request_builder import RequestBuilder, row_error
+from idefics2_engine.request_builder import RequestBuilder, RowDraft, row_error
 from idefics2_engine.runtime.config import PAGE_SIZE
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling_params import SamplingParams
@@ -102,16 +102,44 @@ class RowPlanner:
         self._builder = RequestBuilder(
             processor, config, generation, max_model_len, seed=0, reader=self._reader
         )
+        # It has no workers, so all rows may be one job
+        self._job = self._reader.job()
         self._defaults = defaults
         self._media_root = processor.media.allowed_media_root
 
     def plan(self, row: JobRow) -> PlannedRow:
         """Prepare a row as the engine does, without decoding its images."""
-        if row.error is not None:
-            return PlannedRow(row, row.error)
+        return self.plan_batch([row])[0]
+
+    def plan_all(self, rows: Iterable[JobRow]) -> Iterator[PlannedRow]:
+        """Plan ``rows``, lazily and in order."""
+        for batch in row_batches(rows):
+            yield from self.plan_batch(batch)
+
+    def plan_batch(self, rows: Sequence[JobRow]) -> list[PlannedRow]:
+        """Plan ``rows``, whose headers are read in threads."""
+        good = [row for row in rows if row.error is None]
+        drafts = self._builder.read_rows(
+            [(row.to_engine(), row.number) for row in good], self._defaults
+        )
+        planned = iter(self._finish(list(zip(good, drafts, strict=True))))
+        return [next(planned) if row.error is None else PlannedRow(row, row.error) for row in rows]
+
+    def _finish(self, drafts: Sequence[tuple[JobRow, RowDraft | Exception]]) -> list[PlannedRow]:
+        threads = min(self._reader.num_threads, -(-len(drafts) // _ROWS_OF_THREAD))
+        if threads < 2 or self._reader.check is ImageCheck.NONE:
+            return [self._plan(*draft) for draft in drafts]
+        parts = [drafts[at : at + _ROWS_OF_THREAD] for at in range(0, len(drafts), _ROWS_OF_THREAD)]
+        with ThreadPoolExecutor(threads, "idefics2-plan") as pool:
+            planned = pool.map(lambda part: [self._plan(*draft) for draft in part], parts)
+            return [one for part in planned for one in part]
+
+    def _plan(self, row: JobRow, draft: RowDraft | Exception) -> PlannedRow:
+        """Build the request of a row that was read, or return its error."""
         try:
-            draft = self._builder.read_row(row.to_engine(), self._defaults, row.number)
-            request = self._builder.build_row(draft, "", self._reader.job())
+            if isinstance(draft, Exception):
+                raise draft
+            request = self._builder.build_row(draft, "", self._job)
         except Exception as raised:
             error = row_error(raised)
             longest = error.got if isinstance(error, PromptTooLongError) else 0
@@ -132,21 +160,6 @@ class RowPlanner:
             num_answers=request.params.n,
             page_names=_page_names(request),
         )
-
-    def plan_all(self, rows: Iterable[JobRow]) -> Iterator[PlannedRow]:
-        """Plan ``rows``, lazily and in order."""
-        for batch in row_batches(rows):
-            yield from self.plan_batch(batch)
-
-    def plan_batch(self, rows: Sequence[JobRow]) -> list[PlannedRow]:
-        """Plan ``rows``, whose headers are read in threads."""
-        threads = min(self._reader.num_threads, -(-len(rows) // _ROWS_OF_THREAD))
-        if threads < 2 or self._reader.check is ImageCheck.NONE:
-            return [self.plan(row) for row in rows]
-        parts = [rows[at : at + _ROWS_OF_THREAD] for at in range(0, len(rows), _ROWS_OF_THREAD)]
-        with ThreadPoolExecutor(threads, "idefics2-plan") as pool:
-            planned = pool.map(lambda part: [self.plan(row) for row in part], parts)
-            return [one for part in planned for one in part]
 
 
 def _page_names(request: Request) -> list[bytes]:

@@ -130,8 +130,8 @@ def check_equal(planned: PlannedRow, request: Request) -> None:
     assert planned.error is None
     assert planned.num_prompt == len(request.prompt_token_ids)
     assert planned.max_tokens == request.max_tokens
-    assert [(item.begin, item.end, item.tile.grid) for item in planned.items] == [
-        (item.begin, item.end, item.tile.grid) for item in request.images
+    assert [(tile.begin, tile.end, tile.num_patches) for tile in planned.tiles] == [
+        (item.begin, item.end, item.tile.num_patches) for item in request.images
     ]
 
 
