@@ -21,26 +21,26 @@ class SlotPiece(str):
     """The place of a text in the output of a template.
 
     Attributes:
-        index: The number of the text in the conversation.
+        number: The number of the text in the conversation.
     """
 
-    __slots__ = ("index",)
+    __slots__ = ("number",)
 
-    index: int
+    number: int
 
 
 class Slot:
     """Stands for a text that may only be passed on, or be written as it is.
 
     Args:
-        index: The number of the text in the conversation.
+        number: The number of the text in the conversation.
     """
 
     __slots__ = ("_piece",)
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, number: int) -> None:
         self._piece = SlotPiece()
-        self._piece.index = index
+        self._piece.number = number
 
     def _refuse(self, *_values: object) -> NoReturn:
         raise SlotError
@@ -91,7 +91,7 @@ class SlottedText:
         literal: list[str] = []
         for piece in pieces:
             if type(piece) is SlotPiece:
-                self._slots.append((len(self._pieces) + 1, piece.index))
+                self._slots.append((len(self._pieces) + 1, piece.number))
                 self._pieces += ["".join(literal), ""]
                 literal = []
             else:
@@ -101,6 +101,6 @@ class SlottedText:
     def fill(self, texts: Sequence[str]) -> str:
         """Return the output with each text in its slot."""
         pieces = self._pieces.copy()
-        for place, index in self._slots:
-            pieces[place] = texts[index]
+        for place, number in self._slots:
+            pieces[place] = texts[number]
         return "".join(pieces)

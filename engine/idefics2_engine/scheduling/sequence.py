@@ -114,11 +114,11 @@ def add_page_names(
     """Add the names of the full pages of ``token_ids`` that ``names`` lacks."""
     for begin in range(len(names) * page_size, len(token_ids) - page_size + 1, page_size):
         end = begin + page_size
-        digest = blake2b(names[-1] if begin else b"", digest_size=16)
-        digest.update(array("q", token_ids[begin:end]))
+        named = [names[-1] if begin else b"", array("q", token_ids[begin:end]).tobytes()]
         for item in items_between(images, begin, end):
-            digest.update(item.tile.fingerprint + array("q", [item.begin - begin]).tobytes())
-        names.append(digest.digest())
+            place = item.begin - begin
+            named += item.tile.fingerprint, place.to_bytes(8, "little", signed=True)
+        names.append(blake2b(b"".join(named), digest_size=16).digest())
 
 
 class Sequence:

@@ -1,5 +1,6 @@
 """Processes that plan the rows of a long job, of which this process reads and counts the rows."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -99,14 +100,15 @@ def plan_in_processes(
     batches = row_batches(rows)
     for batch in batches if count < 2 else islice(batches, first_batches):
         yield from planner.plan_batch(batch)
-    if (batch := next(batches, [])) == []:
+    following = next(batches, None)
+    if following is None:
         return
     pool = ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), initializer=_start, initargs=(recipe,)
     )
     try:
         planned: deque[tuple[list[JobRow], Future[list[Counted]]]] = deque()
-        for batch in chain([batch], batches):
+        for batch in chain([following], batches):
             planned.append((batch, pool.submit(_plan, [_sent(row) for row in batch])))
             if len(planned) > _AT_ONCE * count:
                 yield from _received(*planned.popleft())
@@ -137,6 +139,8 @@ def _start(recipe: PlannerRecipe) -> None:
     # An interrupt is the matter of the process that reads rows
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _planner = recipe.build()
+    # What is here stays, so collections need not look at it
+    gc.freeze()
 
 
 def _plan(rows: list[Sent | None]) -> list[Counted]:

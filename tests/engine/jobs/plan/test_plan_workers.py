@@ -1,7 +1,9 @@
 """Plans of long jobs in several processes: equal to those of one process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +60,7 @@ class EndedPool:
         pools.append(self)
 
     def submit(self, *_: object) -> None:
-        raise plan_workers.BrokenProcessPool
+        raise BrokenProcessPool
 
     def shutdown(self, cancel_futures: bool) -> None:
         self.is_shut = cancel_futures
@@ -78,7 +80,7 @@ def test_a_process_that_ended_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
 def test_batches_are_bounded_by_rows_and_by_bytes() -> None:
     read = []
 
-    def counted(prompts: list[object]) -> Iterator[JobRow]:
+    def counted(prompts: Iterable[Any]) -> Iterator[JobRow]:
         for row in job_rows(prompts):
             read.append(row)
             yield row
