@@ -29,10 +29,9 @@ def row_batches(rows: Iterable[JobRow]) -> Iterator[list[JobRow]]:
 
 def _size(value: Any) -> int:
     """Return the characters and bytes in a prompt of a reader."""
-    if isinstance(value, str | bytes):
+    kind = type(value)
+    if kind is str or kind is bytes:
         return len(value)
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return 0
-    return sum([_size(one) for one in value])
+    if kind is dict:
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if kind is list else 0
