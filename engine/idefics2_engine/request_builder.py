@@ -201,10 +201,14 @@ class RequestBuilder:
     ) -> list[RowDraft | Exception]:
         """Read rows with their places like ``read_row``; return the error of a row in its place.
 
-        All conversations are rendered, then all are tokenized. One kind of work at a time takes
-        less time, because the processor's caches have its data.
+        All conversations are rendered, then all are tokenized, which takes less time.
         """
         opened = [_caught(self._open_row, row, shared, index) for row, index in rows]
+        self.processor.prepare_chats(
+            one.prompt
+            for one in opened
+            if isinstance(one, _OpenedRow) and isinstance(one.prompt, RenderedChat)
+        )
         return [
             one if isinstance(one, Exception) else _caught(self._read_opened, one) for one in opened
         ]

@@ -57,6 +57,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         names = {f"{name}_token": getattr(tokenizer, name) for name in _NAMED_TOKENS}
         self._tokens = {name: token for name, token in names.items() if token is not None}
+        # What a template draws at random differs between conversations of one structure
+        self._may_share = "random" not in source
         self._slotted = lru_cache(_KEPT_STRUCTURES)(self._find_slotted)
 
     @classmethod
@@ -90,7 +92,8 @@ class ChatTemplate:
         given = [part["text"] for turn in messages for part in turn["content"] if "text" in part]
         texts = [self._tokenizer.mark_typed(text) for text in given]
         if (
-            sum(map(len, structure)) <= _MOST_PARTS
+            self._may_share
+            and sum(map(len, structure)) <= _MOST_PARTS
             and max(map(len, texts), default=0) <= LONGEST_TEXT
         ):
             slotted = self._slotted(structure, add_generation_prompt)

@@ -291,6 +291,11 @@ class Processor:
         turns, sources = read_messages(messages, _as_list(images), name)
         return RenderedChat(self.template.render(turns, add_generation_prompt), sources)
 
+    def prepare_chats(self, chats: Iterable[RenderedChat]) -> None:
+        """Tokenize rendered conversations at once, for the next calls of ``encode_chat``."""
+        texts = {expand_placeholders(chat.marked, 1, 1) for chat in chats}
+        self.tokenizer.prepare([*texts])
+
     def encode_chat(self, chat: RenderedChat) -> PromptDraft:
         """Return the draft of a rendered conversation."""
         marked, images = chat

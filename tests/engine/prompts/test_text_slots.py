@@ -145,6 +145,15 @@ def test_a_text_that_the_template_looks_at_has_no_slot(source: str) -> None:
     assert template._find_slotted(structure, True) is None
 
 
+def test_a_template_that_draws_at_random_is_rendered_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = ChatTemplate("{{ [1, 2] | random }}{{ messages[0].content[0].text }}", tokenizer())
+    monkeypatch.setattr(template, "_slotted", None)
+    found = {template.render(conversation(("a",))[1:], True) for _ in range(100)}
+    assert found == {"1a", "2a"}
+
+
 def test_a_slot_counts_as_the_longest_text_that_it_may_hold() -> None:
     """A rendering with slots is refused where one with texts could be."""
     many = every_part("{% for i in range(COUNT) %}{{ part.text }}{% endfor %}")

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -138,9 +139,18 @@ def _start(recipe: PlannerRecipe) -> None:
     global _planner
     # An interrupt is the matter of the process that reads rows
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _planner = recipe.build()
     # What is here stays, so collections need not look at it
     gc.freeze()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    # A parent that was killed has not told the pool to end
+    os._exit(1)
 
 
 def _plan(rows: list[Sent | None]) -> list[Counted]:
