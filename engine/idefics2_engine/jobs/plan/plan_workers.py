@@ -140,6 +140,8 @@ def _start(recipe: PlannerRecipe) -> None:
     # An interrupt is the matter of the process that reads rows
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Each core has a process, so the tokenizer needs no threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _planner = recipe.build()
     # What is here stays, so collections need not look at it
     gc.freeze()
