@@ -449,23 +449,28 @@ class Processor:
             raise PromptError(
                 f"prompt: must have one {IMAGE} for each image, wanted {images}, got {placeholders}"
             )
-        ids = encode(expand_placeholders(text, 1, 1))
-        image_id, fake_id = self.tokenizer.image_id, self.tokenizer.fake_image_id
-        own = self._image_ids
-        expanded: list[int] = []
-        begin = found = 0
-        for _ in range(ids.count(image_id)):
-            place = ids.index(image_id, begin)
-            if own is None or ids[place - 1 : place + 2] != [fake_id, image_id, fake_id]:
-                break
-            expanded += ids[begin:place]
-            expanded += own
-            begin = place + 1
-            found += 1
-        if found != images or image_id in ids[begin:]:
+        expanded = self._with_all_tiles(encode(expand_placeholders(text, 1, 1)), images)
+        if expanded is None:
             # A tokenizer that finds the tokens elsewhere reads the whole text
             per_image = self.image_config.tiles_per_image
             return encode(expand_placeholders(text, self.image_seq_len, per_image))
+        return expanded
+
+    def _with_all_tiles(self, ids: list[int], images: int) -> list[int] | None:
+        """Return ``ids`` with all ids of each image, ``None`` unless one stands for each."""
+        image_id, fake_id = self.tokenizer.image_id, self.tokenizer.fake_image_id
+        own = self._image_ids
+        if own is None or ids.count(image_id) != images:
+            return None
+        expanded: list[int] = []
+        begin = 0
+        for _ in range(images):
+            place = ids.index(image_id, begin)
+            if ids[place - 1 : place + 2] != [fake_id, image_id, fake_id]:
+                return None
+            expanded += ids[begin:place]
+            expanded += own
+            begin = place + 1
         return expanded + ids[begin:]
 
     @cached_property
