@@ -3,9 +3,9 @@
 import itertools
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from idefics2_engine.caller_errors import about, caller_code
 from idefics2_engine.errors import (
@@ -20,7 +20,12 @@ from idefics2_engine.errors import (
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.model.config import ModelConfig
-from idefics2_engine.prompts.processor import ProcessedPrompt, Processor, PromptDraft
+from idefics2_engine.prompts.processor import (
+    ProcessedPrompt,
+    Processor,
+    PromptDraft,
+    RenderedChat,
+)
 from idefics2_engine.row import Conversation, Prompt, Row, row_seed
 from idefics2_engine.sampling.bad_words import bad_words_ids, check_choice
 from idefics2_engine.sampling.generation_config import GenerationConfig
@@ -28,6 +33,8 @@ from idefics2_engine.sampling.logprob_bounds import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,15 @@ class RowDraft:
 
     prompt: PromptDraft
     params: SamplingParams
+    seed: int
+    key: str | int | None
+
+
+class _OpenedRow(NamedTuple):
+    """A row whose conversation has no tokens yet, and its parameters as they were given."""
+
+    prompt: RenderedChat | PromptDraft
+    params: object
     seed: int
     key: str | int | None
 
@@ -77,6 +93,8 @@ class RequestBuilder:
         self._seed = seed
         self._seeds = random.Random(seed)
         self._ids = itertools.count()
+        # Rows of a job often share their parameters, which are checked once
+        self._last_checked: tuple[SamplingParams | None, tuple[tuple[int, ...], ...]] = (None, ())
 
     def draw_seed(self) -> int:
         """Draw the seed of a request that has none."""
@@ -176,6 +194,27 @@ class RequestBuilder:
             Idefics2Error: The row is malformed, or reading it raised any exception, which is
                 chained.
         """
+        return self._read_opened(self._open_row(row, shared, index))
+
+    def read_rows(
+        self, rows: Iterable[tuple[object, int]], shared: SamplingParams
+    ) -> list[RowDraft | Exception]:
+        """Read rows with their places like ``read_row``; return the error of a row in its place.
+
+        All conversations are rendered, then all are tokenized, which takes less time.
+        """
+        opened = [_caught(self._open_row, row, shared, index) for row, index in rows]
+        self.processor.prepare_chats(
+            one.prompt
+            for one in opened
+            if isinstance(one, _OpenedRow) and isinstance(one.prompt, RenderedChat)
+        )
+        return [
+            one if isinstance(one, Exception) else _caught(self._read_opened, one) for one in opened
+        ]
+
+    def _open_row(self, row: object, shared: SamplingParams, index: int | None) -> "_OpenedRow":
+        """Do the part of ``read_row`` before the tokens."""
         key = row_key(row)
         place = index if key is None else key
         seed = self.draw_seed() if place is None else row_seed(self._seed, place)
@@ -191,8 +230,18 @@ class RequestBuilder:
                         f"got {len(row)} elements"
                     )
                 prompt, params = row
-            draft = self.read(cast(Prompt | Conversation, prompt))
-            return RowDraft(draft.owned(), read_params(params), seed, key)
+            if is_conversation(prompt):
+                opened = self.processor.render_chat(cast(Conversation, prompt))
+                return _OpenedRow(opened, params, seed, key)
+            return _OpenedRow(self.read_prompt(cast(Prompt, prompt)), params, seed, key)
+
+    def _read_opened(self, opened: "_OpenedRow") -> RowDraft:
+        """Do the rest of ``read_row``."""
+        prompt, params, seed, key = opened
+        with caller_code("row", PromptError):
+            if isinstance(prompt, RenderedChat):
+                prompt = self.processor.encode_chat(prompt)
+            return RowDraft(prompt.owned(), read_params(params), seed, key)
 
     def finish(self, drafts: Sequence[PromptDraft], name: str = "prompts") -> list[ProcessedPrompt]:
         """Read the images of ``drafts``, which errors call ``name``.
@@ -247,18 +296,14 @@ class RequestBuilder:
             raise PromptError("prompt must have at least one token, got none")
         self._check_length(prompt.token_ids, len(prompt.image_info))
         room = self.max_model_len - len(prompt.token_ids)
-        vocab_size = self.config.text.vocab_size
-        params.check_vocabulary(vocab_size)
-        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
-        words = (*self.generation.bad_words_ids, *bad_words)
-        check_choice(params, words, self.generation.eos_token_ids, vocab_size)
+        bad_words = self._bad_words(params)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         if params.min_tokens > max_tokens:
             raise SamplingError(
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
-        check_entries(params, len(prompt.token_ids), max_tokens, vocab_size)
+        check_entries(params, len(prompt.token_ids), max_tokens, self.config.text.vocab_size)
         # A seed is drawn even if the request has its own, so that the seeds of other requests do
         # not depend on it
         drawn = self.draw_seed() if seed is None else seed
@@ -300,6 +345,21 @@ class RequestBuilder:
                 f"sampling_params must be one or as many as the {len(prompts)} prompts, got {len(params)}"
             )
         return [self.build(*pair) for pair in zip(prompts, params, strict=True)]
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Return the token ids of bad words; check all that does not depend on the prompt."""
+        known, bad_words = self._last_checked
+        if params is known:
+            return bad_words
+        vocab_size = self.config.text.vocab_size
+        params.check_vocabulary(vocab_size)
+        bad_words = bad_words_ids(params.bad_words, self.processor.tokenizer)
+        words = (*self.generation.bad_words_ids, *bad_words)
+        check_choice(params, words, self.generation.eos_token_ids, vocab_size)
+        # A caller could change a dict
+        if params.logit_bias is None:
+            self._last_checked = params, bad_words
+        return bad_words
 
     def _check_length(self, token_ids: Sequence[int], num_images: int) -> None:
         """Raise ``PromptTooLongError`` if a prompt leaves no room for an answer."""
@@ -345,6 +405,13 @@ def row_error(error: BaseException) -> Idefics2Error:
     internal = InternalError(f"prompt: could not be prepared, got {type(error).__name__}")
     internal.__cause__ = error
     return internal
+
+
+def _caught(function: Callable[..., Result], *arguments: object) -> Result | Exception:
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
 
 
 def _listed(name: str, values: Any) -> list[Any]:

@@ -1,9 +1,9 @@
 """Rows of ``LLM.iterate`` and ``LLM.submit``: prompts with keys, by which they are known."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from json.encoder import encode_basestring_ascii
 from numbers import Integral
 from typing import Any
 
@@ -47,7 +47,9 @@ class Row:
 
 def row_seed(seed: int, row: str | int) -> int:
     """Return 63 bits that depend only on the job's seed and the row's key or index."""
-    digest = blake2b(json.dumps([seed, row]).encode(), digest_size=8).digest()
+    name = encode_basestring_ascii(row) if isinstance(row, str) else row
+    # A list in JSON
+    digest = blake2b(f"[{seed}, {name}]".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

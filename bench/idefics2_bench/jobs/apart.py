@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from idefics2_bench.jobs.memory import peak_bytes
+from idefics2_bench.jobs.memory import family_peak_bytes
 from idefics2_engine.errors import Idefics2Error
 
 # Between two looks at the memory of a program
@@ -23,8 +23,8 @@ class Ended:
 
     Attributes:
         seconds: Duration, with the start of Python.
-        cpu_seconds: CPU time of all its threads.
-        peak_bytes: Most memory that it had.
+        cpu_seconds: CPU time of all its threads, and of the processes that it started.
+        peak_bytes: Most memory that it had, with the processes that it started.
         output: What it printed.
     """
 
@@ -90,4 +90,4 @@ class _Peak:
 
     def _look(self) -> None:
         while not self._has_ended.wait(_LOOK_SECONDS):
-            self.num_bytes = max(self.num_bytes, peak_bytes(self._process))
+            self.num_bytes = max(self.num_bytes, family_peak_bytes(self._process))

@@ -16,6 +16,18 @@ def peak_bytes(process: int | str = "self") -> int:
     return _status(process, "VmHWM:")
 
 
+def family_peak_bytes(process: int) -> int:
+    """Return the sum of ``peak_bytes`` of a process and of all that it started."""
+    started: list[str] = []
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            started += children.read_text(encoding="utf-8").split()
+        except OSError:
+            # The thread has ended
+            continue
+    return peak_bytes(process) + sum(family_peak_bytes(int(one)) for one in started)
+
+
 def _status(process: int | str, name: str) -> int:
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()

@@ -6,6 +6,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from math import inf
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Union
@@ -119,7 +120,13 @@ class MediaConfig:
     @property
     def num_threads(self) -> int:
         """Number of images that are read in parallel."""
-        return self.image_threads or min(MAX_THREADS, os.cpu_count() or 1)
+        return self.image_threads or min(MAX_THREADS, _num_cpus())
+
+
+@cache
+def _num_cpus() -> int:
+    # Asking the system takes as long as tokenizing a prompt
+    return os.cpu_count() or 1
 
 
 def media_config(

@@ -30,6 +30,8 @@ def read_all(
             have not started are canceled, and running ones are not awaited.
     """
     keep_blocks(threads)
+    if len(sources) == 1:
+        return [read(0)]
     # Maps the id of a source to the first index at which it occurs
     first: dict[int, int] = {}
     for index, source in enumerate(sources):

@@ -1,6 +1,8 @@
 """Chat templates, which convert conversations to prompts."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,17 @@ from idefics2_engine.errors import ConfigError, PromptError
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model_files import is_there, read_text
 from idefics2_engine.prompts.template_sandbox import Sandbox
+from idefics2_engine.prompts.text_slots import LONGEST_TEXT, Slot, SlottedText
 from idefics2_engine.prompts.tokenizer import Tokenizer
 
 # Templates refer to these as bos_token and so on
 _NAMED_TOKENS = ("bos", "eos", "pad", "unk")
+# Renderings with slots are kept for so many structures, each of so many roles and parts
+_KEPT_STRUCTURES = 256
+_MOST_PARTS = 64
+
+Structure = tuple[tuple[str, ...], ...]
+"""The role and the kinds of parts of each message: all that a template gets besides texts."""
 
 BUILT_IN_TEMPLATE = """\
 {%- for message in messages -%}
@@ -46,6 +55,11 @@ class ChatTemplate:
         except Exception as error:
             raise ConfigError(f"chat template: {type(error).__name__}: {error!s:.200}") from None
         self._tokenizer = tokenizer
+        names = {f"{name}_token": getattr(tokenizer, name) for name in _NAMED_TOKENS}
+        self._tokens = {name: token for name, token in names.items() if token is not None}
+        # What a template draws at random differs between conversations of one structure
+        self._may_share = "random" not in source
+        self._slotted = lru_cache(_KEPT_STRUCTURES)(self._find_slotted)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
@@ -72,33 +86,63 @@ class ChatTemplate:
             PromptError: The template rejects the conversation, fails, or exceeds the limits of
                 ``template_sandbox`` on time or memory.
         """
-        marked = [
-            {
-                "role": self._tokenizer.mark_typed(message["role"]),
-                "content": [self._mark_part(part) for part in message["content"]],
-            }
-            for message in messages
-        ]
-        names = {f"{name}_token": getattr(self._tokenizer, name) for name in _NAMED_TOKENS}
-        size = sum(len(part.get("text", "")) for turn in messages for part in turn["content"])
+        structure = tuple(
+            (turn["role"], *(part["type"] for part in turn["content"])) for turn in messages
+        )
+        given = [part["text"] for turn in messages for part in turn["content"] if "text" in part]
+        texts = [self._tokenizer.mark_typed(text) for text in given]
+        if (
+            self._may_share
+            and sum(map(len, structure)) <= _MOST_PARTS
+            and max(map(len, texts), default=0) <= LONGEST_TEXT
+        ):
+            slotted = self._slotted(structure, add_generation_prompt)
+            if slotted is not None:
+                return slotted.fill(texts)
         try:
-            with self._sandbox.bounds(size):
+            with self._sandbox.bounds(sum(map(len, given))):
                 return self._template.render(
-                    messages=marked,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **{name: token for name, token in names.items() if token is not None},
+                    self._variables(structure, texts, add_generation_prompt)
                 )
         # A template is a program and may raise any error
         except Exception as error:
             said = self._tokenizer.unmark(str(error))
             raise PromptError(f"chat template: {type(error).__name__}: {said:.500}") from error
 
-    def _mark_part(self, part: Mapping[str, str]) -> dict[str, str]:
-        if part["type"] == "text":
-            return {"type": "text", "text": self._tokenizer.mark_typed(part["text"])}
-        return {"type": "image"}
+    def _find_slotted(
+        self, structure: Structure, add_generation_prompt: bool
+    ) -> SlottedText | None:
+        """Return what the template writes for all texts, ``None`` if it looks at them."""
+        slots = map(Slot, itertools.count())
+        variables = self._variables(structure, slots, add_generation_prompt)
+        try:
+            return self._sandbox.render_slots(self._template, variables)
+        except Exception:
+            # Rendering with the texts themselves raises the error, if it is not about slots
+            return None
+
+    def _variables(
+        self, structure: Structure, texts: Iterable[object], add_generation_prompt: bool
+    ) -> dict[str, Any]:
+        """Return what the template is called with: a conversation with ``texts``, in order."""
+        rest = iter(texts)
+        turns = [
+            {
+                "role": self._tokenizer.mark_typed(role),
+                "content": [
+                    {"type": "text", "text": next(rest)} if kind == "text" else {"type": kind}
+                    for kind in kinds
+                ],
+            }
+            for role, *kinds in structure
+        ]
+        return {
+            "messages": turns,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._tokens,
+        }
 
 
 def _find_template(folder: Path) -> str | None:

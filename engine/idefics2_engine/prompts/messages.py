@@ -102,6 +102,14 @@ def _read_message(message: Any, where: str) -> tuple[dict[str, Any], list[ImageS
 
 def _given(value: Any) -> Any:
     """Return a mapping as a dict without ``None`` values, and other values unchanged."""
+    if type(value) is dict:
+        # An array may be a value, so the values are not compared
+        for one in value.values():
+            if one is None:
+                break
+        else:
+            # The usual case, which needs no copy
+            return value
     if not isinstance(value, Mapping):
         return value
     return {key: one for key, one in value.items() if one is not None}

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,9 @@ from idefics2_engine.prompts.tokenizer import (
     expand_placeholders,
 )
 
+# So many rendered conversations of at most so many characters are kept with their tokens
+_KEPT_CHATS = 256
+_LONGEST_KEPT = 4096
 # These iterables are text or have no order, so they are not lists of token ids
 _NO_LIST = (str, bytes, bytearray, memoryview, Mapping, Set)
 
@@ -82,12 +85,26 @@ class PromptDraft:
         Raises:
             ImageError: An image cannot be read; the message says which, if there are several.
         """
+        if all(type(image) is str or type(image) is bytes for image in self.images):
+            return replace(self, images=tuple(self.images))
         owned: dict[int, ImageSource] = {}
         for index, image in enumerate(self.images):
             if id(image) not in owned:
                 with about(f"images[{index}]" if len(self.images) > 1 else None):
                     owned[id(image)] = own_image(image, self.media)
         return replace(self, images=[owned[id(image)] for image in self.images])
+
+
+class RenderedChat(NamedTuple):
+    """A conversation whose text has no tokens yet.
+
+    Attributes:
+        marked: Text for ``Tokenizer.encode_marked``.
+        images: Sources of the images.
+    """
+
+    marked: str
+    images: list[ImageSource]
 
 
 @dataclass(frozen=True)
@@ -257,19 +274,35 @@ class Processor:
 
         Errors call the conversation ``name``.
         """
+        return self.encode_chat(self.render_chat(messages, images, add_generation_prompt, name))
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[ImageSource] | ImageSource = (),
+        add_generation_prompt: bool = True,
+        name: str = "messages",
+    ) -> RenderedChat:
+        """Process messages like ``draft_chat``, but leave the tokens to ``encode_chat``."""
         if self.template is None:
             raise PromptError(
                 "chat: this checkpoint has neither a chat template nor <end_of_utterance>, "
                 "so it takes plain prompts only"
             )
         turns, sources = read_messages(messages, _as_list(images), name)
-        marked = self.template.render(turns, add_generation_prompt)
-        bos = self.tokenizer.bos
-        # Some templates write the bos token themselves
-        add_bos = bos is None or not marked.startswith(bos)
-        encode = partial(self.tokenizer.encode_marked, add_bos=add_bos)
-        token_ids = self._expanded_ids(marked, len(sources), encode)
-        return PromptDraft(self.tokenizer.unmark(marked), token_ids, sources, self.media)
+        return RenderedChat(self.template.render(turns, add_generation_prompt), sources)
+
+    def prepare_chats(self, chats: Iterable[RenderedChat]) -> None:
+        """Tokenize rendered conversations at once, for the next calls of ``encode_chat``."""
+        texts = {expand_placeholders(chat.marked, 1, 1) for chat in chats}
+        self.tokenizer.prepare([*texts])
+
+    def encode_chat(self, chat: RenderedChat) -> PromptDraft:
+        """Return the draft of a rendered conversation."""
+        marked, images = chat
+        read = self._read_chat if len(marked) <= _LONGEST_KEPT else self._encode_chat
+        prompt, token_ids = read(marked, len(images))
+        return PromptDraft(prompt, token_ids.copy(), images, self.media)
 
     def image_reader(self, workers: WorkerPool | None = None) -> ImageReader:
         """Return a reader of images for requests.
@@ -396,27 +429,60 @@ class Processor:
     ) -> list[int]:
         """Return the ids of ``text`` with expanded placeholders, as many as there are images.
 
-        The tokenizer reads one ``<image>`` a tile, and its id is repeated. It would need more time
-        for the others than for the rest of a prompt.
+        The tokenizer reads one tile of one ``<image>`` for each image, whose ids are then repeated.
+        It would need more time for the others than for the rest of a prompt.
         """
         placeholders = text.count(IMAGE)
         if placeholders != images:
             raise PromptError(
                 f"prompt: must have one {IMAGE} for each image, wanted {images}, got {placeholders}"
             )
-        per_image, image_id = self.image_config.tiles_per_image, self.tokenizer.image_id
-        ids = encode(expand_placeholders(text, 1, per_image))
-        if ids.count(image_id) != images * per_image:
-            # A tokenizer that finds the token elsewhere reads the whole text
+        expanded = self._with_all_tiles(encode(expand_placeholders(text, 1, 1)), images)
+        if expanded is None:
+            # A tokenizer that finds the tokens elsewhere reads the whole text
+            per_image = self.image_config.tiles_per_image
             return encode(expand_placeholders(text, self.image_seq_len, per_image))
+        return expanded
+
+    def _with_all_tiles(self, ids: list[int], images: int) -> list[int] | None:
+        """Return ``ids`` with all ids of each image, ``None`` unless one stands for each."""
+        image_id, fake_id = self.tokenizer.image_id, self.tokenizer.fake_image_id
+        own = self._image_ids
+        if own is None or ids.count(image_id) != images:
+            return None
         expanded: list[int] = []
         begin = 0
-        for _ in range(images * per_image):
+        for _ in range(images):
             place = ids.index(image_id, begin)
+            if ids[place - 1 : place + 2] != [fake_id, image_id, fake_id]:
+                return None
             expanded += ids[begin:place]
-            expanded += [image_id] * self.image_seq_len
+            expanded += own
             begin = place + 1
         return expanded + ids[begin:]
+
+    @cached_property
+    def _image_ids(self) -> list[int] | None:
+        """Ids of an image without its first and last one, ``None`` if they cannot be repeated."""
+        per_image, fake_id = self.image_config.tiles_per_image, self.tokenizer.fake_image_id
+        tile = [self.tokenizer.image_id] * self.image_seq_len
+        own = [*tile, *[fake_id, *tile] * (per_image - 1)]
+        text = expand_placeholders(IMAGE * 2, self.image_seq_len, per_image)
+        ids = self.tokenizer.encode_marked(text, add_bos=False)
+        return own if ids == [fake_id, *own, fake_id, *own, fake_id] else None
+
+    def _encode_chat(self, marked: str, images: int) -> tuple[str, list[int]]:
+        """Return the text and the ids of a rendered conversation."""
+        bos = self.tokenizer.bos
+        # Some templates write the bos token themselves
+        add_bos = bos is None or not marked.startswith(bos)
+        encode = partial(self.tokenizer.encode_marked, add_bos=add_bos)
+        return self.tokenizer.unmark(marked), self._expanded_ids(marked, images, encode)
+
+    @cached_property
+    def _read_chat(self) -> Callable[[str, int], tuple[str, list[int]]]:
+        """``_encode_chat``, which keeps recent results: many rows ask the same about other images."""
+        return lru_cache(_KEPT_CHATS)(self._encode_chat)
 
     def _collapse(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` with each image as one placeholder."""

@@ -17,6 +17,8 @@ from typing import Any
 import jinja2
 from jinja2.runtime import LoopContext
 
+from idefics2_engine.prompts.text_slots import LONGEST_TEXT, Slot
+
 # The longest time of one rendering. An ordinary conversation takes less than a thousandth of it
 SECONDS = 0.5
 # A value may have this many characters, and _SIZE_FACTOR more for each one of the conversation. All
@@ -95,6 +97,8 @@ class Budget:
                 total += _ELEMENT_SIZE * len(value)
             elif isinstance(value, _MaterializedIterator):
                 total += value.size
+            elif type(value) is Slot:
+                total += LONGEST_TEXT
             elif isinstance(value, _CONTAINERS):
                 total += _ELEMENT_SIZE * len(value)
                 rest += value

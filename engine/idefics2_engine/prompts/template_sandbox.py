@@ -40,6 +40,14 @@ from idefics2_engine.prompts.template_budget import (
     product_of_sizes,
     sum_of_sizes,
 )
+from idefics2_engine.prompts.text_slots import (
+    LONGEST_TEXT,
+    Slot,
+    SlotPiece,
+    SlottedText,
+    WrittenSlot,
+    refuse_slots,
+)
 
 # Templates on the hub have up to about 30,000 characters
 MAX_SOURCE = 2**16
@@ -113,6 +121,11 @@ def _bounded_value(value: Any) -> Any:
     return value
 
 
+def _written_value(value: Any) -> Any:
+    value = _bounded_value(value)
+    return WrittenSlot(value) if type(value) is Slot else value
+
+
 def _bounded_text(values: tuple[Any, ...]) -> str:
     budget = current.get()
     budget.allow(sum_of_sizes(budget, list(values)))
@@ -158,7 +171,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols", _Generation],
-            finalize=_bounded_value,
+            finalize=_written_value,
         )
         self.globals["raise_exception"] = _raise_exception
         self.globals["namespace"] = _Namespace
@@ -198,6 +211,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
         finally:
             current.reset(token)
 
+    def render_slots(self, template: jinja2.Template, variables: dict[str, Any]) -> SlottedText:
+        """Return what ``template`` writes for ``variables`` in which texts are slots.
+
+        Raises:
+            Exception: As in rendering. The template looks at a text, or it would be refused if
+                texts were long.
+        """
+        with self.bounds(0):
+            budget = current.get()
+            kept, total = [], 0
+            for piece in template.root_render_func(template.new_context(variables)):
+                size = LONGEST_TEXT if type(piece) is SlotPiece else len(piece)
+                budget.allow(size)
+                total += size
+                kept.append(piece)
+            budget.allow(total)
+        return SlottedText(kept)
+
     def concat(self, pieces: Iterable[str]) -> str:
         """Join the output, at the end and for each macro and block."""
         budget = current.get()
@@ -205,6 +236,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for piece in pieces:
             budget.allow(len(piece))
             kept.append(piece)
+        # The template could look at the joined text
+        refuse_slots(kept)
         budget.allow(sum(map(len, kept)))
         return "".join(kept)
 
@@ -234,6 +267,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Return ``obj[argument]``."""
+        refuse_slots((obj, argument))
         current.get().look()
         return super().getitem(obj, argument)
 
@@ -241,6 +275,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Call a macro, a method or a function."""
         budget = current.get()
         budget.look()
+        refuse_slots((__obj, *args, *kwargs.values()))
         # The sandbox wraps str.format
         method = getattr(__obj, "__wrapped__", __obj)
         owner = getattr(method, "__self__", None)
@@ -277,6 +312,7 @@ def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[
     @wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
         budget = current.get()
+        refuse_slots((*args, *kwargs.values()))
         budget.allow(estimate(budget, [*args[skipped:], *kwargs.values()]))
         result = budget.materialize(function(*args, **kwargs))
         if estimate is not no_size:
@@ -289,6 +325,7 @@ def _bound_filter(function: Callable[..., Any], estimate: Estimate) -> Callable[
 def _watch_test(function: Any) -> Any:
     @wraps(function)
     def watched(*args: Any, **kwargs: Any) -> Any:
+        refuse_slots((*args, *kwargs.values()))
         current.get().look()
         return function(*args, **kwargs)
 

@@ -72,6 +72,22 @@ class TokenLibrary:
             raise _translated(
                 error, PromptError, "text: must be one that this tokenizer can read"
             ) from None
+        return self._own_ids(ids)
+
+    def encode_all(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """Return the ids of ``texts`` by text, computed at once; none if the library fails on one.
+
+        The library does not look for the characters of each token here, which takes a third of the
+        time of ``encode``.
+        """
+        try:
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            _translated(error, PromptError, "")
+            return {}
+        return {text: self._own_ids(one.ids) for text, one in zip(texts, found, strict=True)}
+
+    def _own_ids(self, ids: list[int]) -> list[int]:
         return [self._spelled.get(id, id) for id in ids] if self._spelled else ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:

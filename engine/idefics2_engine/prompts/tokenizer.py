@@ -38,6 +38,8 @@ class Tokenizer:
             ConfigError: They contradict each other or lack what Idefics2 needs.
         """
         self._library = TokenLibrary(_with_marks(description))
+        # Ids of the texts of the last batch
+        self._prepared: dict[str, list[int]] = {}
         added = self._library.added_tokens.items()
         self._special = {token.content: id for id, token in added if token.special}
         starts = "".join(sorted({token[0] for token in self._special}))
@@ -136,8 +138,12 @@ class Tokenizer:
 
     def encode_marked(self, text: str, add_bos: bool = True) -> list[int]:
         """Return the ids of ``text``, whose typed parts are results of ``mark_typed``."""
-        ids = self._library.encode(text)
-        return [*self._prefix, *ids] if add_bos else ids
+        ids = self._prepared.get(text) or self._library.encode(text)
+        return [*self._prefix, *ids] if add_bos else [*ids]
+
+    def prepare(self, marked: Sequence[str]) -> None:
+        """Tokenize texts at once, in less time, for the next calls of ``encode_marked``."""
+        self._prepared = self._library.encode_all(marked)
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the ids of typed ``text``, without control tokens and ``<s>``."""

@@ -108,6 +108,19 @@ class Request:
         )
 
 
+def add_page_names(
+    names: list[bytes], token_ids: list[int], images: Items[ImageItem], page_size: int
+) -> None:
+    """Add the names of the full pages of ``token_ids`` that ``names`` lacks."""
+    for begin in range(len(names) * page_size, len(token_ids) - page_size + 1, page_size):
+        end = begin + page_size
+        named = [names[-1] if begin else b"", array("q", token_ids[begin:end]).tobytes()]
+        for item in items_between(images, begin, end):
+            place = item.begin - begin
+            named += item.tile.fingerprint, place.to_bytes(8, "little", signed=True)
+        names.append(blake2b(b"".join(named), digest_size=16).digest())
+
+
 class Sequence:
     """One answer: tokens of the prompt, generated tokens, and the rules that end it.
 
@@ -238,16 +251,7 @@ class Sequence:
 
     def page_names(self, page_size: int) -> list[bytes]:
         """Return a name for each full page, written or not: a chain of 128-bit hashes."""
-        token_ids = self.token_ids
-        for begin in range(
-            len(self._page_names) * page_size, len(token_ids) - page_size + 1, page_size
-        ):
-            end = begin + page_size
-            digest = blake2b(self._page_names[-1] if begin else b"", digest_size=16)
-            digest.update(array("q", token_ids[begin:end]))
-            for item in items_between(self.request.images, begin, end):
-                digest.update(item.tile.fingerprint + array("q", [item.begin - begin]).tobytes())
-            self._page_names.append(digest.digest())
+        add_page_names(self._page_names, self.token_ids, self.request.images, page_size)
         return self._page_names
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:

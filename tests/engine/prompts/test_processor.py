@@ -370,7 +370,7 @@ def test_tokenizer_of_another_model_is_refused(changes: dict[str, Any], message:
 
 
 @SPLIT
-def test_the_tokenizer_reads_one_image_token_a_tile(
+def test_the_tokenizer_reads_one_image_token_an_image(
     split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor = engine_processor(split)
@@ -383,12 +383,12 @@ def test_the_tokenizer_reads_one_image_token_a_tile(
         return encode(text)
 
     monkeypatch.setattr(tokenizer, "encode", watched)
-    tiles = 2 * (5 if split else 1)
+    images, tiles = 2, 2 * (5 if split else 1)
     ids = processor.draft_prompt("a<image> b<image>c", [noise(4, 4)] * 2).token_ids
-    assert [text.count("<image>") for text in texts] == [tiles]
+    assert [text.count("<image>") for text in texts] == [images]
     assert ids.count(tokenizer.image_id) == 64 * tiles
     # Where the counts do not fit, the whole text is read
     monkeypatch.setattr(tokenizer, "encode", lambda text: [*watched(text), tokenizer.image_id])
     longer = processor.draft_prompt("a<image> b<image>c", [noise(4, 4)] * 2).token_ids
-    assert [text.count("<image>") for text in texts[1:]] == [tiles, 64 * tiles]
+    assert [text.count("<image>") for text in texts[1:]] == [images, 64 * tiles]
     assert longer == [*ids, tokenizer.image_id]

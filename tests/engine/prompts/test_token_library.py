@@ -60,6 +60,15 @@ def test_panic_on_a_bad_word_is_a_sampling_error() -> None:
         bad_words_ids(["red", CATASTROPHE], tokenizer)
 
 
+def test_texts_of_a_batch_with_a_panic_are_tokenized_alone() -> None:
+    tokenizer = Tokenizer(after_split(), SETTINGS)
+    wanted = tokenizer.encode("hello")
+    tokenizer.prepare(["hello", CATASTROPHE])
+    assert tokenizer.encode("hello") == wanted
+    with pytest.raises(PromptError, match="text: must be one"):
+        tokenizer.encode(CATASTROPHE)
+
+
 def test_bare_exception_is_a_prompt_error() -> None:
     """A word that the model does not know raises an error if the tokenizer has no token for it."""
     words: dict[str, Any] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}

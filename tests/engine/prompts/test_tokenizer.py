@@ -16,7 +16,7 @@ from idefics2_engine.prompts.chat_template import BUILT_IN_TEMPLATE, ChatTemplat
 from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.prompts.messages import read_messages
 from idefics2_engine.prompts.tokenizer import Tokenizer, expand_placeholders
-from paths import EIGHT_B
+from paths import DEMO, EIGHT_B
 from tokenizer_kinds import CONTROL, DESCRIPTIONS, SETTINGS, byte_level_description, description
 
 CASES = json.loads((EIGHT_B / "tokenizer_cases.json").read_text())
@@ -478,3 +478,21 @@ def test_detokenizer_restarts_after_flush() -> None:
     ids = build().encode("two words", add_bos=False)
     for _ in range(2):
         assert "".join([*map(detokenizer.add, ids), detokenizer.flush()]) == "two words"
+
+
+@pytest.mark.parametrize("folder", [DEMO, EIGHT_B], ids=["demo", "8b"])
+def test_prepared_texts_have_the_ids_of_single_ones(folder: Path) -> None:
+    texts = [
+        "User:<image> a b<end_of_utterance>\nAssistant:",
+        "",
+        " ",
+        "a\n\n b",
+        "é你🙂",
+        "x" * 500,
+    ]
+    prepared, alone = Tokenizer.load(folder), Tokenizer.load(folder)
+    marked = [*texts, *map(alone.mark_typed, texts)]
+    prepared.prepare(marked)
+    for text in [*marked, "not prepared"]:
+        for add_bos in (False, True):
+            assert prepared.encode_marked(text, add_bos) == alone.encode_marked(text, add_bos)

@@ -12,7 +12,7 @@ from idefics2_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
-    from idefics2_engine.jobs.plan.row_planner import RowPlanner
+    from idefics2_engine.jobs.plan.plan_workers import PlannerRecipe
     from idefics2_engine.jobs.readers.job_input import JobInput
     from idefics2_engine.jobs.readers.row_ids import RepeatedIds
     from idefics2_engine.model.config import ModelConfig
@@ -98,13 +98,14 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
     from idefics2_engine.demo import DEMO_MODEL
     from idefics2_engine.jobs.plan.job_plan import plan_job
     from idefics2_engine.jobs.plan.plan_table import plan_lines
+    from idefics2_engine.jobs.plan.plan_workers import plan_in_processes, usable_cores
     from idefics2_engine.jobs.plan.time_estimate import MeasuredRates
     from idefics2_engine.jobs.readers.row_ids import IdHashes
     from idefics2_engine.model.config import ModelConfig
 
     folder = DEMO_MODEL if args.model is None else find_model_config(args.model)
     config = ModelConfig.load(folder)
-    planner, options = _prepared(args, folder, config, job_input, params)
+    recipe, options = _prepared(args, folder, config, job_input, params)
     quantization = "nf4" if config.is_quantized else args.quantization
     rates = None
     if args.rates:
@@ -112,7 +113,7 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
     hashes = IdHashes()
     # On a terminal only
     rows = tqdm(job_input.rows(hashes.add), unit="row", leave=False, disable=None)
-    plan = plan_job(rows, planner, options)
+    plan = plan_job(plan_in_processes(rows, recipe, usable_cores()), options)
     repeated = job_input.find_repeated_ids(hashes, _SHOWN_IDS)
     time = None if rates is None else plan.estimate(rates)
     data = plan.to_dict(time) | {"repeated_ids": _repeated(repeated)}
@@ -133,30 +134,26 @@ def _prepared(
     config: "ModelConfig",
     job_input: "JobInput",
     params: "SamplingParams",
-) -> tuple["RowPlanner", "PlanOptions"]:
-    """Return the planner of rows and the options of the plan, for the checkpoint in ``folder``.
+) -> tuple["PlannerRecipe", "PlanOptions"]:
+    """Return the planner's recipe and the options of the plan, for the checkpoint in ``folder``.
 
     Raises:
-        ConfigError: An option or a file of the checkpoint is invalid.
+        ConfigError: An option is invalid.
     """
     from idefics2_engine.field_checks import OrNone, check
     from idefics2_engine.jobs.plan.image_check import ImageCheck
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
-    from idefics2_engine.jobs.plan.row_planner import RowPlanner
-    from idefics2_engine.prompts.processor import Processor
+    from idefics2_engine.jobs.plan.plan_workers import PlannerRecipe
     from idefics2_engine.runtime.config import AT_ONCE, default_num_seqs
-    from idefics2_engine.sampling.generation_config import GenerationConfig
 
     arguments = job_options.llm_arguments(args)
-    media = job_options.job_media(args, job_input.media_root)
-    processor = Processor.load(folder, config, arguments["split_images"], media)
     # A plan may be made where the GPU of the job is not
     on_gpu = args.device != "cpu"
     engine = _engine_config(arguments, config, default_num_seqs(on_gpu=on_gpu))
-    planner = RowPlanner(
-        processor,
-        config,
-        GenerationConfig.of_checkpoint(folder, processor.tokenizer),
+    recipe = PlannerRecipe(
+        folder,
+        arguments["split_images"],
+        job_options.job_media(args, job_input.media_root),
         engine.max_model_len,
         defaults=params,
         check=ImageCheck(args.check_images),
@@ -165,7 +162,7 @@ def _prepared(
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
     expected = check("expected_tokens", args.expected_tokens, OrNone(AT_ONCE), ConfigError)
-    return planner, PlanOptions(config.text, engine, dtype, expected)
+    return recipe, PlanOptions(config.text, engine, dtype, expected)
 
 
 def _engine_config(

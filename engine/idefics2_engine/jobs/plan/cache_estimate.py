@@ -3,8 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from idefics2_engine.images.tiling import Tile
-from idefics2_engine.jobs.plan.row_planner import PlannedRow
+from idefics2_engine.jobs.plan.row_planner import PlannedRow, PlannedTile
 from idefics2_engine.runtime.config import PAGE_SIZE
 
 
@@ -37,11 +36,11 @@ class CacheEstimate:
         self._pages = RecentNames(num_pages)
         self._tiles = RecentNames(num_tiles)
 
-    def add(self, row: PlannedRow) -> tuple[int, list[Tile]]:
+    def add(self, row: PlannedRow) -> tuple[int, list[PlannedTile]]:
         """Return the cached tokens of the next row's prompt, and the tiles to encode for it."""
         # A page is found only behind pages that are found
         known = [self._pages.use(name) for name in row.page_names]
         num_found = known.index(False) if False in known else len(known)
         cached = num_found * PAGE_SIZE
-        rest = [item.tile for item in row.items if item.end > cached]
-        return cached, [tile for tile in rest if not self._tiles.use(tile.fingerprint)]
+        rest = [tile for tile in row.tiles if tile.end > cached]
+        return cached, [tile for tile in rest if not self._tiles.use(tile.name)]

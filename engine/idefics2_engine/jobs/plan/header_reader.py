@@ -4,14 +4,15 @@ It takes the place of the engine's ``ImageReader``, so that a plan prepares rows
 own code and gets the same tiles, tokens and errors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from idefics2_engine.images.file_cache import FileCache
 from idefics2_engine.images.file_tiles import FileTiles
@@ -20,13 +21,17 @@ from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.images.reader import ImageReader
 from idefics2_engine.images.source_check import SourceCheck
-from idefics2_engine.images.tiling import Tile, tile_sizes
+from idefics2_engine.images.tiling import ImageConfig, Tile, tile_sizes
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.prompts.processor import Processor
 
+# Tiles of files that rows name are made once, as long as so many are kept
+_KEPT_FILES = 1 << 13
 # Headers of files that many rows name are read once, as long as so many are kept
 _KEPT_HEADERS = 1 << 16
 _LONGEST_NAME = 4096
+# Sizes of images whose tiles are kept, which have no pixels in memory
+_KEPT_SIZES = 4096
 # All pixels are this byte
 _ZERO = b"\0"
 
@@ -61,12 +66,21 @@ class HeaderReader(ImageReader):
         Raises:
             ImageError: As in ``header.read_header``.
         """
+        if type(source) is str and len(source) <= _LONGEST_NAME:
+            return self._read_named(source)
+        return self._read(source)
+
+    @cached_property
+    def _read_named(self) -> Callable[[str], FileTiles]:
+        return lru_cache(_KEPT_FILES)(self._read)
+
+    def _read(self, source: ImageSource) -> FileTiles:
         header = self._header(source)
         if header is not None:
             return self._make(Tile, header.size, header.fingerprint)
         # The whole and the quarters of an image of this size have the longest edges
         side = 2 * self.rules.image_config.longest_edge
-        return self._make(UnreadTile, (side, side), _name_hash(source))
+        return self._make(UnreadTile, (side, side), _identity(source))
 
     @cached_property
     def _check_file(self) -> SourceCheck:
@@ -89,21 +103,24 @@ class HeaderReader(ImageReader):
 
     def _make(self, kind: type[Tile], size: tuple[int, int], name: bytes) -> FileTiles:
         rules = self.rules
+        digest = blake2b(name, digest_size=15).digest()
         tiles = [
-            kind(
-                np.ndarray((height, width, 3), np.uint8, _ZERO, strides=(0, 0, 0)),
-                rules.patch_size,
-                rules.grid_side,
-                blake2b(name, digest_size=16, salt=bytes([place])).digest(),
-            )
-            for place, (width, height) in enumerate(tile_sizes(size, rules.image_config))
+            kind(pixels, rules.patch_size, rules.grid_side, digest + bytes((place,)))
+            for place, pixels in enumerate(_blank_tiles(size, rules.image_config))
         ]
         return FileTiles(tiles, ImageInfo(*size))
 
 
-def _name_hash(source: ImageSource) -> bytes:
-    """Return a hash that equal names and equal bytes share."""
+@lru_cache(_KEPT_SIZES)
+def _blank_tiles(size: tuple[int, int], config: ImageConfig) -> list[npt.NDArray[np.uint8]]:
+    return [
+        np.ndarray((height, width, 3), np.uint8, _ZERO, strides=(0, 0, 0))
+        for width, height in tile_sizes(size, config)
+    ]
+
+
+def _identity(source: ImageSource) -> bytes:
+    """Return bytes that equal names and equal bytes share."""
     if isinstance(source, Mapping):
         source = next((one for one in source.values() if one is not None), b"")
-    data = source if isinstance(source, bytes) else str(source).encode(errors="surrogatepass")
-    return blake2b(data, digest_size=16).digest()
+    return source if isinstance(source, bytes) else str(source).encode(errors="surrogatepass")

@@ -5,12 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.cache_estimate import CacheEstimate
 from idefics2_engine.jobs.plan.device_rates import Work
 from idefics2_engine.jobs.plan.distribution import Distribution
 from idefics2_engine.jobs.plan.kv_estimate import KvEstimate
-from idefics2_engine.jobs.plan.row_planner import PlannedRow, RowPlanner
+from idefics2_engine.jobs.plan.row_planner import PlannedRow
 from idefics2_engine.jobs.plan.time_estimate import MeasuredRates, TimeEstimate
 from idefics2_engine.model.config import TextConfig
 from idefics2_engine.runtime.config import PAGE_SIZE, EngineConfig
@@ -124,12 +123,13 @@ class JobPlan:
             self.longest_unfit = max(self.longest_unfit, row.longest)
             return
         self.num_unread += row.num_unread
+        num_image = row.num_image
         values = (
             row.num_images,
-            len(row.items),
+            len(row.tiles),
             row.num_patches,
-            row.num_image,
-            row.num_prompt - row.num_image,
+            num_image,
+            row.num_prompt - num_image,
             row.num_prompt,
             row.max_tokens,
         )
@@ -137,7 +137,7 @@ class JobPlan:
             self.counts[name].add(value)
         cached, tiles = self._caches.add(row)
         self.num_cached += cached
-        self._encoded.update(tile.num_patches for tile in tiles)
+        self._encoded.update([tile.num_patches for tile in tiles])
         expected = min(row.max_tokens, self.options.expected_tokens or row.max_tokens)
         self._answers[expected] += row.num_answers
         held = row.num_prompt - cached
@@ -193,9 +193,9 @@ class JobPlan:
         }
 
 
-def plan_job(rows: Iterable[JobRow], planner: RowPlanner, options: PlanOptions) -> JobPlan:
+def plan_job(rows: Iterable[PlannedRow], options: PlanOptions) -> JobPlan:
     """Return the plan of a job with ``rows``, which are read once."""
     plan = JobPlan(options)
-    for row in planner.plan_all(rows):
+    for row in rows:
         plan.add(row)
     return plan

@@ -2,31 +2,43 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from typing import NamedTuple
 
 from idefics2_engine.errors import PromptTooLongError
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.header_reader import HeaderReader, UnreadTile
 from idefics2_engine.jobs.plan.image_check import ImageCheck
+from idefics2_engine.jobs.plan.row_batches import row_batches
 from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.model.config import ModelConfig
-from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.prompts.processor import Processor
-from idefics2_engine.request_builder import RequestBuilder, row_error
+from idefics2_engine.request_builder import RequestBuilder, RowDraft, row_error
 from idefics2_engine.runtime.config import PAGE_SIZE
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling_params import SamplingParams
-from idefics2_engine.scheduling.placeholders import ImageItem
-from idefics2_engine.scheduling.sequence import Request
-from idefics2_engine.scheduling.sequence import Sequence as Answer
+from idefics2_engine.scheduling.sequence import Request, add_page_names
 
-# Rows that threads plan before the first of them is used
-_BATCH = 512
+# Rows that a thread plans at a time
+_ROWS_OF_THREAD = 16
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
+class PlannedTile(NamedTuple):
+    """A tile of a prompt.
+
+    Attributes:
+        name: Equal tiles have equal names.
+        num_patches: Its patches.
+        begin: Its first token in the prompt.
+        end: One more than its last token.
+    """
+
+    name: bytes
+    num_patches: int
+    begin: int
+    end: int
+
+
+class PlannedRow(NamedTuple):
     """One row and what it takes.
 
     Attributes:
@@ -35,9 +47,8 @@ class PlannedRow:
         longest: Tokens of a prompt that does not fit.
         num_images: Images of the prompt.
         num_unread: Those whose size is not known, which count as the largest ones.
-        items: Its tiles and their places among the tokens.
+        tiles: Its tiles, in order.
         num_prompt: Tokens of the prompt, image tokens included.
-        num_image: Image tokens of the prompt.
         max_tokens: Most tokens of each answer.
         num_answers: Answers.
         page_names: Names of the prompt's full pages. Equal prefixes have equal names.
@@ -48,9 +59,8 @@ class PlannedRow:
     longest: int = 0
     num_images: int = 0
     num_unread: int = 0
-    items: Sequence[ImageItem] = ()
+    tiles: Sequence[PlannedTile] = ()
     num_prompt: int = 0
-    num_image: int = 0
     max_tokens: int = 0
     num_answers: int = 1
     page_names: Sequence[bytes] = ()
@@ -58,7 +68,12 @@ class PlannedRow:
     @property
     def num_patches(self) -> int:
         """Patches of all tiles."""
-        return sum(item.tile.num_patches for item in self.items)
+        return sum([tile.num_patches for tile in self.tiles])
+
+    @property
+    def num_image(self) -> int:
+        """Image tokens of the prompt."""
+        return sum([tile.end - tile.begin for tile in self.tiles])
 
 
 class RowPlanner:
@@ -87,53 +102,71 @@ class RowPlanner:
         self._builder = RequestBuilder(
             processor, config, generation, max_model_len, seed=0, reader=self._reader
         )
+        # It has no workers, so all rows may be one job
+        self._job = self._reader.job()
         self._defaults = defaults
         self._media_root = processor.media.allowed_media_root
 
-    @property
-    def num_threads(self) -> int:
-        """Threads that read headers at once."""
-        return self._reader.num_threads
-
     def plan(self, row: JobRow) -> PlannedRow:
         """Prepare a row as the engine does, without decoding its images."""
-        if row.error is not None:
-            return PlannedRow(row, row.error)
+        return self.plan_batch([row])[0]
+
+    def plan_all(self, rows: Iterable[JobRow]) -> Iterator[PlannedRow]:
+        """Plan ``rows``, lazily and in order."""
+        for batch in row_batches(rows):
+            yield from self.plan_batch(batch)
+
+    def plan_batch(self, rows: Sequence[JobRow]) -> list[PlannedRow]:
+        """Plan ``rows``, whose headers are read in threads."""
+        good = [row for row in rows if row.error is None]
+        drafts = self._builder.read_rows(
+            [(row.to_engine(), row.number) for row in good], self._defaults
+        )
+        planned = iter(self._finish(list(zip(good, drafts, strict=True))))
+        return [next(planned) if row.error is None else PlannedRow(row, row.error) for row in rows]
+
+    def _finish(self, drafts: Sequence[tuple[JobRow, RowDraft | Exception]]) -> list[PlannedRow]:
+        threads = min(self._reader.num_threads, -(-len(drafts) // _ROWS_OF_THREAD))
+        if threads < 2 or self._reader.check is ImageCheck.NONE:
+            return [self._plan(*draft) for draft in drafts]
+        parts = [drafts[at : at + _ROWS_OF_THREAD] for at in range(0, len(drafts), _ROWS_OF_THREAD)]
+        with ThreadPoolExecutor(threads, "idefics2-plan") as pool:
+            planned = pool.map(lambda part: [self._plan(*draft) for draft in part], parts)
+            return [one for part in planned for one in part]
+
+    def _plan(self, row: JobRow, draft: RowDraft | Exception) -> PlannedRow:
+        """Build the request of a row that was read, or return its error."""
         try:
-            draft = self._builder.read_row(row.to_engine(), self._defaults, row.number)
-            request = self._builder.build_row(draft, "", self._reader.job())
+            if isinstance(draft, Exception):
+                raise draft
+            request = self._builder.build_row(draft, "", self._job)
         except Exception as raised:
             error = row_error(raised)
             longest = error.got if isinstance(error, PromptTooLongError) else 0
             return PlannedRow(row, row_error_of(error, self._media_root), longest)
-        tiles = [item.tile for item in request.images]
         num_images = len(draft.prompt.images)
-        num_unread = sum(isinstance(tile, UnreadTile) for tile in tiles)
-        per_image = len(tiles) // max(1, num_images)
+        num_unread = sum([isinstance(item.tile, UnreadTile) for item in request.images])
+        per_image = len(request.images) // max(1, num_images)
         return PlannedRow(
             row,
             num_images=num_images,
             num_unread=num_unread // max(1, per_image),
-            items=request.images,
+            tiles=[
+                PlannedTile(item.tile.fingerprint, item.tile.num_patches, item.begin, item.end)
+                for item in request.images
+            ],
             num_prompt=len(request.prompt_token_ids),
-            num_image=sum(item.end - item.begin for item in request.images),
             max_tokens=request.max_tokens,
             num_answers=request.params.n,
-            page_names=self._page_names(request),
+            page_names=_page_names(request),
         )
 
-    def plan_all(self, rows: Iterable[JobRow]) -> Iterator[PlannedRow]:
-        """Plan ``rows`` in threads, lazily and in order."""
-        rest = iter(rows)
-        with ThreadPoolExecutor(self.num_threads, "idefics2-plan") as pool:
-            while batch := list(islice(rest, _BATCH)):
-                yield from pool.map(self.plan, batch)
 
-    def _page_names(self, request: Request) -> list[bytes]:
-        if request.params.prompt_logprobs is not None:
-            # Their prompts are computed, whatever a cache has
-            return []
-        tokenizer = self._builder.processor.tokenizer
-        answer = Answer(request, 0, frozenset(), Detokenizer(tokenizer, True))
-        # The last token of a prompt is always computed
-        return answer.page_names(PAGE_SIZE)[: (len(request.prompt_token_ids) - 1) // PAGE_SIZE]
+def _page_names(request: Request) -> list[bytes]:
+    if request.params.prompt_logprobs is not None:
+        # Their prompts are computed, whatever a cache has
+        return []
+    names: list[bytes] = []
+    # The last token of a prompt is always computed
+    add_page_names(names, request.prompt_token_ids[:-1], request.images, PAGE_SIZE)
+    return names

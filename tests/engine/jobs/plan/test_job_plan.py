@@ -63,7 +63,9 @@ def test_counts_are_those_of_the_run(split: bool, tmp_path: Path) -> None:
     rows = mixed_rows(tmp_path)
     media: dict[str, Any] = {"allowed_media_root": tmp_path, "max_image_pixels": 500 * 500}
     rules = MediaConfig(**media)
-    plan = plan_job(rows, planner(DEMO, rules, split=split, max_model_len=2048), plan_options())
+    plan = plan_job(
+        planner(DEMO, rules, split=split, max_model_len=2048).plan_all(rows), plan_options()
+    )
     sizes: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 4, "kv_cache_tokens": 8192}
     with LLM(DEMO, device="cpu", split_images=split, **sizes, **media) as llm:
         pages = WatchedPages(llm)
@@ -93,7 +95,9 @@ def test_counts_are_those_of_the_run(split: bool, tmp_path: Path) -> None:
 def test_examples_name_place_and_id(tmp_path: Path) -> None:
     rows = job_rows([question("?", str(tmp_path / "none.png"))] * 5)
     media = MediaConfig(allowed_media_root=tmp_path)
-    found = plan_job(rows, planner(DEMO, media), plan_options()).to_dict()["failures"]["image"]
+    found = plan_job(planner(DEMO, media).plan_all(rows), plan_options()).to_dict()["failures"][
+        "image"
+    ]
     assert found["rows"] == 5
     assert [one["place"] for one in found["examples"]] == [f"in.jsonl: line {n}" for n in (1, 2, 3)]
     assert found["examples"][0]["id"] == "row-0"
@@ -103,7 +107,7 @@ def test_examples_name_place_and_id(tmp_path: Path) -> None:
 def test_longest_prompt_that_does_not_fit_is_told() -> None:
     rows = job_rows([question("word " * n) for n in (10, 5000, 6000)])
     plan = plan_job(
-        rows, planner(DEMO, MediaConfig(), max_model_len=2048), plan_options()
+        planner(DEMO, MediaConfig(), max_model_len=2048).plan_all(rows), plan_options()
     ).to_dict()
     assert plan["rows"]["failing"] == 2
     assert plan["longest_unfit_prompt"] > 6000
@@ -114,7 +118,9 @@ def test_expected_tokens_shorten_answers_but_not_the_bound() -> None:
     options = plan_options()
     short = PlanOptions(options.text, options.engine, "float32", expected_tokens=3)
     rows = job_rows([question(f"Row {n}?") for n in range(8)], SamplingParams(max_tokens=600))
-    whole, brief = (plan_job(rows, planner(DEMO, MediaConfig()), one) for one in (options, short))
+    whole, brief = (
+        plan_job(planner(DEMO, MediaConfig()).plan_all(rows), one) for one in (options, short)
+    )
     assert whole.work.answers == {600: 8}
     assert brief.work.answers == {3: 8}
     pages = [plan.to_dict()["kv_cache"]["peak_pages"] for plan in (whole, brief)]
@@ -124,14 +130,16 @@ def test_expected_tokens_shorten_answers_but_not_the_bound() -> None:
 
 def test_bytes_follow_from_the_model_and_the_dtype() -> None:
     (row,) = job_rows([question("?")])
-    kv = plan_job([row], planner(DEMO, MediaConfig()), plan_options()).to_dict()["kv_cache"]
+    kv = plan_job(planner(DEMO, MediaConfig()).plan_all([row]), plan_options()).to_dict()[
+        "kv_cache"
+    ]
     text = ModelConfig.load(DEMO).text
     assert kv["page_bytes"] == 64 * 2 * text.num_layers * text.num_kv_heads * text.head_dim * 4
     assert kv["peak_bytes"]["bound"] == kv["peak_pages"]["bound"] * kv["page_bytes"]
 
 
 def test_a_job_without_rows_has_a_plan() -> None:
-    data = plan_job([], planner(DEMO, MediaConfig()), plan_options()).to_dict()
+    data = plan_job([], plan_options()).to_dict()
     assert data["rows"] == {"total": 0, "answered": 0, "failing": 0}
     assert set(data["counts"]) == set(QUANTITIES)
     assert data["kv_cache"]["peak_pages"] == {"likely": 0, "bound": 0}
@@ -163,7 +171,7 @@ def test_a_plan_needs_no_torch() -> None:
         "from planned_rows import job_rows, planner, question\n"
         "row, = job_rows([question('?', Path(sys.argv[3]))])\n"
         "planned = planner(Path(sys.argv[2]), MediaConfig(), split=True).plan(row)\n"
-        "assert planned.error is None and len(planned.items) == 5, planned\n"
+        "assert planned.error is None and len(planned.tiles) == 5, planned\n"
         "assert not {'torch', 'triton'} & sys.modules.keys()\n"
     )
     helpers = Path(__file__).parents[3] / "helpers"

@@ -130,8 +130,8 @@ def check_equal(planned: PlannedRow, request: Request) -> None:
     assert planned.error is None
     assert planned.num_prompt == len(request.prompt_token_ids)
     assert planned.max_tokens == request.max_tokens
-    assert [(item.begin, item.end, item.tile.grid) for item in planned.items] == [
-        (item.begin, item.end, item.tile.grid) for item in request.images
+    assert [(tile.begin, tile.end, tile.num_patches) for tile in planned.tiles] == [
+        (item.begin, item.end, item.tile.num_patches) for item in request.images
     ]
 
 
@@ -237,3 +237,15 @@ def test_equal_prefixes_have_equal_page_names(folder: Path) -> None:
     # All positions of a prompt are computed if their log probabilities are wanted
     (scored,) = job_rows(texts[:1], SamplingParams(prompt_logprobs=1))
     assert planner(DEMO, MediaConfig(), split=False).plan(scored).page_names == []
+
+
+def test_rows_of_a_batch_are_planned_as_alone(folder: Path, split: bool) -> None:
+    texts = ("Equal?", "Equal?", "<image>?", "a\ufdd0\ufdd1b", "  two  words\n", "", "é" * 300)
+    image = file(noise(64, 64), "PNG")
+    rows = job_rows(
+        [question(text, *[image] * (number % 3)) for number, text in enumerate(texts)]
+        + [question("half \ud800"), "raw <image>", {"prompt_token_ids": [1, 5]}]
+    )
+    together = planner(DEMO, media(folder), split=split).plan_batch(rows)
+    assert [one.error is None for one in together] == [True] * 7 + [False, False, True]
+    assert together == [planner(DEMO, media(folder), split=split).plan(row) for row in rows]
