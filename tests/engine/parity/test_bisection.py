@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from idefics2_engine.cli.parity_table import bisection_line, comparison_lines
+from idefics2_engine.cli.parity_table import comparison_lines
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model import text
 from idefics2_engine.parity.inputs import Case
 from idefics2_engine.parity.measures.measure import StageMeasure
 from idefics2_engine.parity.measures.verdict import Verdict
+from idefics2_engine.parity.page.report import page_of
 from idefics2_engine.parity.recording.dump import Recording
 from idefics2_engine.parity.result import Comparison, StageResult
 from idefics2_engine.parity.search.bisection import Bisection, Explanation, bisect, smallest_set
 from idefics2_engine.parity.search.trials import explain
+from idefics2_engine.parity.words import bisection_line
 from idefics2_kernels import REFERENCE, ROW_BY_ROW, TRITON
 from parity_recordings import compare_on_cpu, first_stage, record_path
 
@@ -148,6 +150,7 @@ def test_wrong_operation_is_found_among_right_ones(short_theirs: Path) -> None:
     assert found.bisection is not None
     assert found.bisection.explanations == (Explanation("text layer 0", ("silu_mul",)),)
     assert comparison_lines(found)[-1].startswith("swapping silu_mul makes every stage within")
+    assert "Swapping silu_mul makes every stage within rounding (" in page_of(found).subtitle
     assert found.to_dict()["bisection"]["explanations"][0]["operations"] == ("silu_mul",)
 
 

@@ -125,7 +125,8 @@ def test_tokens_of_a_fault_are_marked(swapped: Comparison) -> None:
 
 def test_page_names_the_first_difference(swapped: Comparison, clean: Comparison) -> None:
     page = page_of(swapped)
-    assert page.subtitle.startswith("First difference beyond rounding: patch embedding, case 0, ")
+    headline = "First difference beyond rounding: patch embedding, largest at case 0, "
+    assert page.subtitle.startswith(headline)
     assert figures(swapped)["First difference"] == ("patch embedding", "beyond rounding")
     bad = {table.heading: [row for row in table.rows if row.is_bad] for table in page.tables}
     assert bad["Stages"]

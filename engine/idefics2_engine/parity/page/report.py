@@ -11,7 +11,7 @@ from idefics2_engine.parity import stages
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.page.heat_maps import heat_maps, why_no_maps
 from idefics2_engine.parity.result import Comparison, StageResult
-from idefics2_engine.parity.words import headline, place_text
+from idefics2_engine.parity.words import bisection_line, headline, place_text
 from idefics2_engine.report_page import (
     Cell,
     Column,
@@ -63,10 +63,12 @@ def page_of(comparison: Comparison) -> Page:
         _sides(comparison),
         _stages(comparison),
     ]
-    line = headline(comparison)
+    lines = [headline(comparison)]
+    if comparison.bisection is not None:
+        lines.append(bisection_line(comparison.bisection))
     return Page(
         f"{comparison.a['path']} and {comparison.b['path']}",
-        f"{line[0].upper()}{line[1:]}.",
+        " ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
         [*_figures(comparison), _maps_figure(comparison, {named.case for named in maps})],
         [table for table in tables if table is not None],
         charts=[named.chart for named in maps],
