@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.parity.words import bisection_line, headline, place_text
+from idefics2_engine.parity.words import bisection_line, headline, place_text, replaced_text
 
 if TYPE_CHECKING:
     from idefics2_engine.parity.result import Comparison, StageResult
@@ -47,9 +47,8 @@ def comparison_lines(comparison: "Comparison") -> list[str]:
 def path_line(name: str, path: Mapping[str, Any]) -> str:
     """Return what computed a side, in one line."""
     versions = [f"{key} {path[key]}" for key in ("transformers", "torch") if key in path]
-    swap = [f"with the reference's {', '.join(path['swap'])}"] if "swap" in path else []
-    about = [f"{path['dtype']} on {path['device']}", *swap, *versions]
-    return f"{name}  {path['path']}: {', '.join(about)}"
+    about = [f"{path['dtype']} on {path['device']}", replaced_text(path), *versions]
+    return f"{name}  {path['path']}: {', '.join(filter(None, about))}"
 
 
 def _row(result: "StageResult") -> tuple[str, ...]:

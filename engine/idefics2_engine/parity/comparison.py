@@ -6,7 +6,6 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from idefics2_engine.device import torch_device
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.llm_options import model_folder
 from idefics2_engine.parity import stages
@@ -26,7 +25,7 @@ from idefics2_engine.parity.measures.row_differences import RowDifferences
 from idefics2_engine.parity.measures.verdict import RATIO, Verdict, error_ratios, judge
 from idefics2_engine.parity.measures.worst_cases import worst_cases
 from idefics2_engine.parity.measures.yardstick import epsilon, with_yardstick
-from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
+from idefics2_engine.parity.operations import CalledOperations, check_swap
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recording.dump import Recording, check_new, write_digest
 from idefics2_engine.parity.recording.record import record, record_reference
@@ -95,8 +94,8 @@ def compare(
         check_installed()
     folder = model_folder(model, None)
     order = stages_of(folder, inside)
-    called = CalledOperations(ops or path_ops(paths[0], torch_device(device))) if bisect else None
-    of_a: dict[str, Any] = {"ops": ops if called is None else called.ops, "swap": swap}
+    called = CalledOperations() if bisect else None
+    of_a: dict[str, Any] = {"ops": ops, "swap": swap, "called": called}
     inputs = default_cases() if cases is None else list(cases)
     if not inputs:
         raise ConfigError("cases must be at least one, got none")

@@ -51,6 +51,16 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(before)} and {last}" if before else last
 
 
+def replaced_text(side: Mapping[str, Any]) -> str:
+    """Return which operations of a side are not those that its path names, if any."""
+    words = []
+    if side.get("replaced"):
+        words.append(f"operations replaced: {', '.join(side['replaced'])}")
+    if side.get("swap"):
+        words.append(f"with the reference's {', '.join(side['swap'])}")
+    return ", ".join(words)
+
+
 def place_text(place: Mapping[str, Any]) -> str:
     """Return where a row is, in words, such as ``case 3, image 0 top left, patch 2 5``."""
     words: list[str] = []

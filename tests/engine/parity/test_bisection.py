@@ -151,6 +151,19 @@ def test_wrong_operation_is_found_among_right_ones(short_theirs: Path) -> None:
     assert found.bisection.explanations == (Explanation("text layer 0", ("silu_mul",)),)
     assert comparison_lines(found)[-1].startswith("swapping silu_mul makes every stage within")
     assert "Swapping silu_mul makes every stage within rounding (" in page_of(found).subtitle
+
+
+def test_sides_say_which_operations_are_not_the_paths(short_theirs: Path) -> None:
+    ops = replace(REFERENCE, silu_mul=gate_and_up_swapped, rms_norm=scaled_norm)
+    settings = {"cases": TEXT, "ops": ops, "swap": ["rms_norm"], "bisect": True}
+    found = compare_on_cpu("ours:reference", short_theirs, **settings)
+    assert found.a["replaced"] == ["silu_mul"]
+    said = "operations replaced: silu_mul, with the reference's rms_norm"
+    assert said in comparison_lines(found)[0]
+    (sides,) = (table for table in page_of(found).tables if table.heading == "Sides")
+    assert [part.text for part in sides.rows[0].cells[1]] == ["ours:reference", said]
+    same = compare_on_cpu("ours:reference", short_theirs, cases=TEXT, ops=REFERENCE)
+    assert "replaced" not in comparison_lines(same)[0]
     assert found.to_dict()["bisection"]["explanations"][0]["operations"] == ("silu_mul",)
 
 

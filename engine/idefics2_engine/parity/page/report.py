@@ -11,7 +11,7 @@ from idefics2_engine.parity import stages
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.page.heat_maps import heat_maps, why_no_maps
 from idefics2_engine.parity.result import Comparison, StageResult
-from idefics2_engine.parity.words import bisection_line, headline, place_text
+from idefics2_engine.parity.words import bisection_line, headline, place_text, replaced_text
 from idefics2_engine.report_page import (
     Cell,
     Column,
@@ -126,7 +126,8 @@ def _sides(comparison: Comparison) -> Table:
     rows = []
     for name, side in (("A", comparison.a), ("B", comparison.b)):
         dtype = side["dtype"] + (", weights in NF4" if side["nf4"] else "")
-        path = [Text(side["path"]), *_cell("a digest" if side["digest"] else "", "muted")]
+        remarks = [replaced_text(side), "a digest" if side["digest"] else ""]
+        path = [Text(side["path"]), *(Text(one, "muted") for one in remarks if one)]
         versions = ", ".join(f"{key} {side[key]}" for key in _VERSIONS if key in side)
         cells = [_cell(dtype), _cell(side["device"]), _cell(side["model"]), _cell(versions)]
         rows.append(TableRow([_cell(name, "strong"), path, *cells]))

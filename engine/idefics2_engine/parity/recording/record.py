@@ -15,7 +15,13 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case
-from idefics2_engine.parity.operations import check_swap, path_ops, swapped
+from idefics2_engine.parity.operations import (
+    CalledOperations,
+    check_swap,
+    path_ops,
+    replaced,
+    swapped,
+)
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recording.case_recording import CaseRecording
 from idefics2_engine.parity.recording.dump import Recording, write_recording
@@ -33,6 +39,7 @@ def record(
     max_tokens: int = 16,
     ops: Ops | None = None,
     swap: Sequence[str] = (),
+    called: CalledOperations | None = None,
     order: Sequence[str] | None = None,
     digest: bool = False,
 ) -> Recording:
@@ -47,6 +54,7 @@ def record(
         max_tokens: Most tokens of an answer.
         ops: Operations in place of those that the path names.
         swap: Names of operations that are replaced by the reference's.
+        called: Notes the operations that are called.
         order: Stages to record. If ``None``, all but those inside layers.
         digest: Whether only digests are kept.
 
@@ -55,11 +63,17 @@ def record(
     """
     check_swap(path, swap)
     found: Iterable[CaseRecording]
+    about = {"swap": list(swap)} if swap else {}
     order = stages_of(model_folder) if order is None else list(order)
     if path.kind == "ours":
         from idefics2_engine.parity.recording.our_stages import record_ours
 
         own = swapped(ops or path_ops(path, torch_device(device)), swap)
+        if ops is not None:
+            others = replaced(path, ops, torch_device(device))
+            about["replaced"] = [name for name in others if name not in swap]
+        if called is not None:
+            own = called.noting(own)
         found = record_ours(
             model_folder, path, cases, order, own, device=device, max_tokens=max_tokens
         )
@@ -72,8 +86,7 @@ def record(
     else:
         raise ConfigError(f"a path must be ours or transformers to be recorded, got {path}")
     dtype = str(torch_dtype(path.dtype or "auto", torch_device(device))).removeprefix("torch.")
-    more = {"swap": list(swap)} if swap else {}
-    return _write(path, folder, model_folder, dtype, device, order, found, more, digest=digest)
+    return _write(path, folder, model_folder, dtype, device, order, found, about, digest=digest)
 
 
 @torch_defaults()
