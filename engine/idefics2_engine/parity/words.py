@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from idefics2_engine.parity.result import Comparison
+    from idefics2_engine.parity.result import Comparison, StageResult
     from idefics2_engine.parity.search.bisection import Bisection
 
 
@@ -12,14 +12,19 @@ def headline(comparison: "Comparison") -> str:
     """Return the result in one line."""
     first = comparison.first_difference
     if first is not None:
-        place = place_text(first.measure.place)
-        where = first.measure.note or (place and f"largest at {place}")
-        return f"first difference beyond rounding: {first.stage}{where and f', {where}'}"
+        return f"first difference beyond rounding: {first}"
     if comparison.same_bits:
         return "same bits at every stage"
     if comparison.within_rounding:
         return "no difference beyond rounding"
     return "bits differ, and without a float64 leg rounding is not judged"
+
+
+def stage_text(result: "StageResult") -> str:
+    """Return a stage and where its largest difference is, or why it cannot be compared."""
+    place = place_text(result.measure.place)
+    where = result.measure.note or (place and f"largest at {place}")
+    return f"{result.stage}{where and f', {where}'}"
 
 
 def bisection_line(bisection: "Bisection") -> str:

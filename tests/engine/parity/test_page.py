@@ -135,6 +135,16 @@ def test_page_names_the_first_difference(swapped: Comparison, clean: Comparison)
     assert not [row for table in page_of(clean).tables for row in table.rows if row.is_bad]
 
 
+def test_result_is_printed_in_one_line(swapped: Comparison) -> None:
+    first = swapped.first_difference
+    place = "patch embedding, largest at case 0, image 0 "
+    assert str(first).startswith(place)
+    assert str(swapped) == f"first difference beyond rounding: {first}"
+    # As pytest shows it if an assertion fails
+    assert len(repr(swapped)) < 3000
+    assert len(repr(swapped.worst_cases)) < 200
+
+
 def test_page_needs_nothing_else_and_is_escaped(swapped: Comparison, tmp_path: Path) -> None:
     evil = [
         replace(worst, recording=replace(worst.recording, token_texts=[EVIL] * 200))

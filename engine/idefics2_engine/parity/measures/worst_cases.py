@@ -1,7 +1,7 @@
 """The cases in which A and B are furthest apart, row by row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from idefics2_engine.parity.measures.case_pictures import CasePicture, case_pictures
 from idefics2_engine.parity.measures.logits import Parting
@@ -26,9 +26,9 @@ class WorstCase:
     """
 
     case: int
-    recording: CaseRecording
-    differences: dict[str, list[Rows]]
-    pictures: list[CasePicture]
+    recording: CaseRecording = field(repr=False)
+    differences: dict[str, list[Rows]] = field(repr=False)
+    pictures: list[CasePicture] = field(repr=False)
 
 
 def worst_cases(
