@@ -1,5 +1,6 @@
 """The comparison of two paths, stage by stage."""
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -114,6 +115,7 @@ def compare(
                     device=device,
                     max_tokens=max_tokens,
                     order=order,
+                    label=f"{name.upper()} {path}",
                     **(of_a if name == "a" else {}),
                 )
         if save is not None and digest:
@@ -137,6 +139,8 @@ def compare(
         if called is None:
             return result
 
+        numbers = itertools.count(1)
+
         def rerun(names: Sequence[str], stages: Sequence[str], tokens: int) -> Comparison:
             with TemporaryDirectory(dir=scratch) as trial:
                 again = record(
@@ -149,11 +153,16 @@ def compare(
                     ops=ops,
                     swap=[*swap, *names],
                     order=stages,
+                    label=f"trial {next(numbers)}, {_few(names)} swapped",
                 )
                 return _compare(replace(legs, a=again), ratio)
 
         candidates = called.other_than_reference()
         return replace(result, bisection=explain(result, candidates, rerun, max_tokens))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} operations"
 
 
 def _compare(legs: Legs, ratio: float) -> Comparison:

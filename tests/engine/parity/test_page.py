@@ -157,7 +157,13 @@ def test_page_needs_nothing_else_and_is_escaped(swapped: Comparison, tmp_path: P
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     check_page(content)
     assert content.count("<svg") == 2 * 3
+    (tmp_path / "maps").mkdir()
+    for name in ("case-9-tokens.svg", "case-9-image-1.svg", "case-study.svg"):
+        (tmp_path / "maps" / name).touch()
     files = write_heat_maps(swapped, tmp_path / "maps")
+    # Maps of an earlier comparison are gone, and other files are not
+    (tmp_path / "maps" / "case-study.svg").unlink()
+    assert set((tmp_path / "maps").iterdir()) == set(files)
     assert {path.stem for path in files} == charts(swapped).keys()
     assert all(b"prefers-color-scheme: dark" in path.read_bytes() for path in files)
 

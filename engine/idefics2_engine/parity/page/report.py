@@ -1,6 +1,7 @@
 """A comparison as one page, and its heat maps as files."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from idefics2_engine.report_page import (
 
 # A longer table of stages is folded
 _MOST_ROWS = 40
+# Of the files of heat maps
+_MAP_NAME = re.compile(r"case-\d+-(tokens|image-\d+)\.svg")
 _VERSIONS = ("idefics2_engine", "transformers", "torch")
 
 
@@ -40,15 +43,20 @@ def write_report(comparison: Comparison, path: str | pathlib.Path) -> None:
 def write_heat_maps(comparison: Comparison, folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Write each heat map of a comparison as an SVG file into ``folder``, which is made if needed.
 
+    Maps that are there already are removed, so that none is of another comparison.
+
     Returns:
         The files. There are none if every bit is the same, or if one side is a digest.
 
     Raises:
-        Idefics2Error: A file cannot be written.
+        Idefics2Error: A file cannot be written or removed.
     """
     files = {
         pathlib.Path(folder) / f"{named.name}.svg": named.chart for named in heat_maps(comparison)
     }
+    for old in pathlib.Path(folder).glob("case-*.svg"):
+        if _MAP_NAME.fullmatch(old.name):
+            _remove(old)
     for file, chart in files.items():
         _write(file, svg_file(chart))
     return list(files)
@@ -200,6 +208,15 @@ def _disagreements(comparison: Comparison) -> Table | None:
 
 def _cell(text: str, style: str = "") -> Cell:
     return [Text(text, style)] if text else []
+
+
+def _remove(path: pathlib.Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise Idefics2Error(
+            f"{printable_path(path)}: cannot be removed: {error.strerror}"
+        ) from None
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:

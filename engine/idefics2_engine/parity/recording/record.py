@@ -1,5 +1,6 @@
 """Running one path on all cases, to a recording on disk."""
 
+import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from idefics2_engine import __version__
 from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
@@ -27,6 +29,8 @@ from idefics2_engine.parity.recording.case_recording import CaseRecording
 from idefics2_engine.parity.recording.dump import Recording, write_recording
 from idefics2_kernels import Ops
 
+_logger = logging.getLogger(__name__)
+
 
 @torch_defaults()
 def record(
@@ -42,6 +46,7 @@ def record(
     called: CalledOperations | None = None,
     order: Sequence[str] | None = None,
     digest: bool = False,
+    label: str | None = None,
 ) -> Recording:
     """Run a path of ``ours`` or ``transformers`` on ``cases`` and write what it computed.
 
@@ -57,6 +62,7 @@ def record(
         called: Notes the operations that are called.
         order: Stages to record. If ``None``, all but those inside layers.
         digest: Whether only digests are kept.
+        label: What its progress bar and the log call it. If ``None``, the path.
 
     Raises:
         Idefics2Error: The model, an input or an option is invalid.
@@ -86,6 +92,7 @@ def record(
     else:
         raise ConfigError(f"a path must be ours or transformers to be recorded, got {path}")
     dtype = str(torch_dtype(path.dtype or "auto", torch_device(device))).removeprefix("torch.")
+    found = _with_progress(found, len(cases), label or str(path))
     return _write(path, folder, model_folder, dtype, device, order, found, about, digest=digest)
 
 
@@ -128,7 +135,16 @@ def record_reference(
         model_folder, own, cases, answers.cases, weights.order, device=device, in_float64=in_float64
     )
     dtype = "float64" if in_float64 else weights.dtype
+    found = _with_progress(found, len(cases), "float64" if in_float64 else f"{own} as yardstick")
     return _write(path, folder, model_folder, dtype, device, weights.order, found)
+
+
+def _with_progress(
+    found: Iterable[CaseRecording], count: int, label: str
+) -> Iterator[CaseRecording]:
+    """Yield cases while they are computed, below a progress bar if standard error is a terminal."""
+    _logger.info("computing %s, %d case%s", label, count, "s" if count > 1 else "")
+    yield from tqdm(found, label, count, unit="case", leave=False, disable=None, dynamic_ncols=True)
 
 
 def _write(
