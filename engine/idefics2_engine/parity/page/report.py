@@ -69,7 +69,6 @@ def page_of(comparison: Comparison) -> Page:
         _partings(comparison),
         _disagreements(comparison),
         _sides(comparison),
-        _stages(comparison),
     ]
     lines = [headline(comparison)]
     if comparison.bisection is not None:
@@ -80,6 +79,7 @@ def page_of(comparison: Comparison) -> Page:
         [*_figures(comparison), _maps_figure(comparison, {named.case for named in maps})],
         [table for table in tables if table is not None],
         charts=[named.chart for named in maps],
+        first_tables=[_stages(comparison)],
     )
 
 
