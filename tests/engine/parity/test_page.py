@@ -13,7 +13,7 @@ from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.charts.heat_map import HeatMap
 from idefics2_engine.charts.picture_map import PictureMap
 from idefics2_engine.images import tiling
-from idefics2_engine.parity import Comparison, stages, write_heat_maps, write_report
+from idefics2_engine.parity import Case, Comparison, stages, write_heat_maps, write_report
 from idefics2_engine.parity.measures.case_pictures import CasePicture, case_pictures
 from idefics2_engine.parity.measures.measure import Legs, StageMeasure, measure_stage
 from idefics2_engine.parity.measures.row_differences import RowDifferences
@@ -198,6 +198,19 @@ def text_cases(folder: Path, largest: list[float]) -> Legs:
             write_recording(folder / name, name, "float32", False, ["text layer 0"], {}, cases)
         )
     return Legs(*sides)
+
+
+def test_maps_are_named_by_what_is_asked(swapped: Comparison) -> None:
+    headings = {name: chart.heading for name, chart in charts(swapped).items()}
+    assert headings == {
+        "case-0-tokens": 'Case 0, "Where is the star?", 1 image: tokens by layers',
+        "case-0-image-0": 'Case 0, "Where is the star?", 1 image: patches of image 0',
+        "case-1-tokens": 'Case 1, "a": tokens by layers',
+    }
+    long = replace(swapped.worst_cases[0].recording, question="a" * 99)
+    assert f'"{"a" * 47}…"' in replace(swapped.worst_cases[0], recording=long).title
+    raw = Case.raw("<image>The <image>\nend", ["a.png", "b.png"])
+    assert raw.asked == "The end"
 
 
 def test_worst_cases_are_first_and_few(tmp_path: Path) -> None:
