@@ -184,6 +184,9 @@ def test_sides_say_which_operations_are_not_the_paths(short_theirs: Path) -> Non
     assert said in comparison_lines(found)[0]
     (sides,) = (table for table in page_of(found).tables if table.heading == "Sides")
     assert list(sides.rows[0].cells[1]) == [Text("ours:reference"), Text(said, "muted")]
+    # With another operation A is not the reference, by which it can be judged
+    exact = compare_on_cpu("ours:reference", "float64", cases=TEXT, ops=ops)
+    assert exact.first_difference is not None
     same = compare_on_cpu("ours:reference", short_theirs, cases=TEXT, ops=REFERENCE)
     assert "replaced" not in comparison_lines(same)[0]
     assert found.to_dict()["bisection"]["explanations"][0]["operations"] == ("silu_mul",)
