@@ -120,6 +120,7 @@ class Page:
         tables: Tables, one below the other.
         marks: Names and contents of ``meta`` elements at the beginning of the file.
         charts: Charts between the figures and the tables.
+        first_tables: Tables between the figures and the charts.
     """
 
     title: str
@@ -128,6 +129,7 @@ class Page:
     tables: Sequence[Table] = ()
     marks: Mapping[str, str] = field(default_factory=dict)
     charts: Sequence[Chart] = ()
+    first_tables: Sequence[Table] = ()
 
 
 def render_page(page: Page) -> bytes:

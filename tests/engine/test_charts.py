@@ -182,6 +182,16 @@ def test_long_labels_are_on_two_lines_on_a_phone() -> None:
             assert 0 <= at < width
 
 
+def test_label_of_a_panel_is_whole_on_a_phone() -> None:
+    label = "perceiver layer 0 patches keys"
+    values = np.array([[0.1]])
+    panels = [[Panel(label, "", [Overlay((0, 0, 1, 1), values)])] * 2]
+    chart = PictureMap("", None, 1.0, panels, Shades.spanning(1e-7, 1.0, ""))
+    texts = [text.text or "" for text in elements(parsed(chart, min(WIDTHS)), "text")]
+    assert " ".join(texts).count(label) == 2
+    assert label not in texts
+
+
 def test_legend_is_broken_where_it_is_too_wide() -> None:
     keys = [Key((Mark(i),), f"a name of a file, {i}") for i in range(6)]
     chart = Plot("", log_axis("x", []), linear_axis("y", []), [], keys)

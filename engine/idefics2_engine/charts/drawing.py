@@ -1,5 +1,6 @@
 """Elements of SVG, in which everything is escaped, and the style of all charts."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -205,6 +206,11 @@ def shortened(content: str, width: float) -> str:
     """Return a text that is at most about ``width`` wide, cut with an ellipsis if needed."""
     most = max(1, int(width / (_CHARACTER * FONT)))
     return content if len(content) <= most else f"{content[: most - 1]}…"
+
+
+def wrapped(content: str, width: float) -> list[str]:
+    """Return the lines of a text that are at most about ``width`` wide each."""
+    return textwrap.wrap(content, max(1, int(width / (_CHARACTER * FONT)))) or [""]
 
 
 def legend(keys: Iterable[Key], width: float) -> tuple[list[Markup], float]:

@@ -35,8 +35,8 @@ class Panel:
     """One picture with cells on it.
 
     Attributes:
-        label: A line above it.
-        remark: A second line.
+        label: A text above it, in lines as wide as the panel.
+        remark: A line below the label.
         overlays: The cells.
         is_marked: Whether there is a line above it.
     """
@@ -91,20 +91,23 @@ class PictureMap:
             panels = [panel for same in zip(*self.panels, strict=True) for panel in same]
         each = (width - (in_line - 1) * _SPACE) / in_line
         shown = min(each, each * _MOST_ASPECT / self.aspect)
-        height = 2 * _LINE + 2 * _MARK + shown * self.aspect + _SPACE
+        labels = max(len(drawing.wrapped(panel.label, each)) for panel in panels)
+        lines = labels + 1
+        height = lines * _LINE + 2 * _MARK + shown * self.aspect + _SPACE
         for index, panel in enumerate(panels):
             row, column = divmod(index, in_line)
-            parts += self._panel(panel, column * (each + _SPACE), top + row * height, each, shown)
-        lines = -(-len(panels) // in_line)
-        return Drawing(parts, width, top + lines * height + _BOTTOM, self.heading)
+            x, y = column * (each + _SPACE), top + row * height
+            own = drawing.wrapped(panel.label, each)
+            parts += [drawing.text(line, x, y + (i + 1) * _LINE) for i, line in enumerate(own)]
+            remark = drawing.shortened(panel.remark, each)
+            parts.append(drawing.text(remark, x, y + (len(own) + 1) * _LINE, "muted"))
+            parts += self._picture(panel, x, y + lines * _LINE + _MARK, shown)
+        rows = -(-len(panels) // in_line)
+        return Drawing(parts, width, top + rows * height + _BOTTOM, self.heading)
 
-    def _panel(self, panel: Panel, x: float, y: float, room: float, width: float) -> list[Markup]:
+    def _picture(self, panel: Panel, x: float, y: float, width: float) -> list[Markup]:
         height = width * self.aspect
-        parts = [
-            drawing.text(drawing.shortened(panel.label, room), x, y + _LINE),
-            drawing.text(drawing.shortened(panel.remark, room), x, y + 2 * _LINE, "muted"),
-        ]
-        y += 2 * _LINE + _MARK
+        parts = []
         if panel.is_marked:
             parts.append(box(x, y, width, _MARK, "c1"))
         y += _MARK + 1

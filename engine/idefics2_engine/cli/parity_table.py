@@ -1,13 +1,12 @@
 """The lines that ``idefics2 parity`` prints for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.parity.words import headline, place_text
+from idefics2_engine.parity.words import bisection_line, headline, place_text, replaced_text
 
 if TYPE_CHECKING:
     from idefics2_engine.parity.result import Comparison, StageResult
-    from idefics2_engine.parity.search.bisection import Bisection
 
 _HEADINGS = ("stage", "verdict", "largest", "median", "A/B", "B/A", "largest at")
 
@@ -45,41 +44,11 @@ def comparison_lines(comparison: "Comparison") -> list[str]:
     return lines
 
 
-def bisection_line(bisection: "Bisection") -> str:
-    """Return which operations explain the differences, in one line."""
-    if not bisection.explanations:
-        return "nothing to bisect: no stage differs"
-    count = bisection.trials
-    trials = f"({count} trial{'s' if count > 1 else ''})" if count else "(no trial)"
-    found = [
-        f"swapping {_listed(one.operations)} makes {one.stage} within rounding"
-        for one in bisection.explanations
-        if one.operations
-    ]
-    if bisection.unexplained is not None:
-        found.append(
-            f"no operation explains {bisection.unexplained}: "
-            "weights, inputs or code outside the operations"
-        )
-    elif len(found) == 1:
-        found = [f"swapping {_listed(bisection.operations)} makes every stage within rounding"]
-    else:
-        found.append("then every stage is within rounding")
-    return f"{'; '.join(found)} {trials}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return names as ``a, b and c``."""
-    *before, last = names
-    return f"{', '.join(before)} and {last}" if before else last
-
-
 def path_line(name: str, path: Mapping[str, Any]) -> str:
     """Return what computed a side, in one line."""
     versions = [f"{key} {path[key]}" for key in ("transformers", "torch") if key in path]
-    swap = [f"with the reference's {', '.join(path['swap'])}"] if "swap" in path else []
-    about = [f"{path['dtype']} on {path['device']}", *swap, *versions]
-    return f"{name}  {path['path']}: {', '.join(about)}"
+    about = [f"{path['dtype']} on {path['device']}", replaced_text(path), *versions]
+    return f"{name}  {path['path']}: {', '.join(filter(None, about))}"
 
 
 def _row(result: "StageResult") -> tuple[str, ...]:

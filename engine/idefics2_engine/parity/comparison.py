@@ -1,12 +1,12 @@
 """The comparison of two paths, stage by stage."""
 
+import itertools
 import pathlib
 from collections.abc import Sequence
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from idefics2_engine.device import torch_device
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.llm_options import model_folder
 from idefics2_engine.parity import stages
@@ -26,7 +26,7 @@ from idefics2_engine.parity.measures.row_differences import RowDifferences
 from idefics2_engine.parity.measures.verdict import RATIO, Verdict, error_ratios, judge
 from idefics2_engine.parity.measures.worst_cases import worst_cases
 from idefics2_engine.parity.measures.yardstick import epsilon, with_yardstick
-from idefics2_engine.parity.operations import CalledOperations, check_swap, path_ops
+from idefics2_engine.parity.operations import CalledOperations, check_swap
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recording.dump import Recording, check_new, write_digest
 from idefics2_engine.parity.recording.record import record, record_reference
@@ -95,8 +95,8 @@ def compare(
         check_installed()
     folder = model_folder(model, None)
     order = stages_of(folder, inside)
-    called = CalledOperations(ops or path_ops(paths[0], torch_device(device))) if bisect else None
-    of_a: dict[str, Any] = {"ops": ops if called is None else called.ops, "swap": swap}
+    called = CalledOperations() if bisect else None
+    of_a: dict[str, Any] = {"ops": ops, "swap": swap, "called": called}
     inputs = default_cases() if cases is None else list(cases)
     if not inputs:
         raise ConfigError("cases must be at least one, got none")
@@ -115,6 +115,7 @@ def compare(
                     device=device,
                     max_tokens=max_tokens,
                     order=order,
+                    label=f"{name.upper()} {path}",
                     **(of_a if name == "a" else {}),
                 )
         if save is not None and digest:
@@ -138,6 +139,8 @@ def compare(
         if called is None:
             return result
 
+        numbers = itertools.count(1)
+
         def rerun(names: Sequence[str], stages: Sequence[str], tokens: int) -> Comparison:
             with TemporaryDirectory(dir=scratch) as trial:
                 again = record(
@@ -150,11 +153,16 @@ def compare(
                     ops=ops,
                     swap=[*swap, *names],
                     order=stages,
+                    label=f"trial {next(numbers)}, {_few(names)} swapped",
                 )
                 return _compare(replace(legs, a=again), ratio)
 
         candidates = called.other_than_reference()
         return replace(result, bisection=explain(result, candidates, rerun, max_tokens))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} operations"
 
 
 def _compare(legs: Legs, ratio: float) -> Comparison:

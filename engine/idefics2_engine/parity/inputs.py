@@ -10,6 +10,7 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.images.loader import ImageSource, MediaConfig
 from idefics2_engine.prompts.messages import read_messages
 from idefics2_engine.prompts.processor import ProcessedPrompt, Processor
+from idefics2_engine.prompts.tokenizer import IMAGE
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,14 @@ class Case:
         images = (prompt.get("multi_modal_data") or {}).get("image", [])
         several = images if isinstance(images, list | tuple) else [images]
         return cls.raw(prompt["prompt"], several, split)
+
+    @property
+    def asked(self) -> str:
+        """The text of the prompt, or of the last message, without its images."""
+        if self.turns is None:
+            return " ".join((self.text or "").replace(IMAGE, " ").split())
+        parts = self.turns[-1]["content"] if self.turns else ()
+        return " ".join(" ".join(part.get("text", "") for part in parts).split())
 
     def process(self, processor: Processor) -> ProcessedPrompt:
         """Return token ids and tiles; raise ``PromptError`` or ``ImageError`` as ``processor``."""

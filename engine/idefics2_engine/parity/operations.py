@@ -27,6 +27,16 @@ def path_ops(path: Path, device: torch.device) -> Ops:
         raise ConfigError(
             "ours:triton must run on a CUDA device, or with TRITON_INTERPRET=1, got a CPU"
         )
+    return _named_ops(path, device)
+
+
+def replaced(path: Path, ops: Ops, device: torch.device) -> list[str]:
+    """Return the names of the operations in ``ops`` that are not those that ``path`` names."""
+    named = _named_ops(path, device)
+    return [name for name in OPERATIONS if getattr(ops, name) is not getattr(named, name)]
+
+
+def _named_ops(path: Path, device: torch.device) -> Ops:
     default = TRITON if device.type == "cuda" else REFERENCE
     known = {"triton": TRITON, "reference": REFERENCE, "deterministic": ROW_BY_ROW, None: default}
     return known[path.implementation]
@@ -50,15 +60,14 @@ def swapped(ops: Ops, names: Iterable[str]) -> Ops:
 
 
 class CalledOperations:
-    """Notes which operations are called, in the order of their first call.
+    """Notes which operations are called, in the order of their first call."""
 
-    Attributes:
-        ops: The operations that are noted.
-    """
-
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self) -> None:
         self._called: dict[str, Callable[..., Any]] = {}
-        self.ops = replace(ops, **{name: self._noted(name, ops) for name in OPERATIONS})
+
+    def noting(self, ops: Ops) -> Ops:
+        """Return ``ops`` whose calls are noted."""
+        return replace(ops, **{name: self._noted(name, ops) for name in OPERATIONS})
 
     def _noted(self, name: str, ops: Ops) -> Callable[..., Any]:
         operation: Callable[..., Any] = getattr(ops, name)

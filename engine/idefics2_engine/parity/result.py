@@ -1,6 +1,6 @@
 """The result of a comparison."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from idefics2_engine.parity.measures.logits import LogitsMeasure, Parting
@@ -8,6 +8,7 @@ from idefics2_engine.parity.measures.measure import StageMeasure
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.measures.worst_cases import WorstCase
 from idefics2_engine.parity.search.bisection import Bisection
+from idefics2_engine.parity.words import headline, stage_text
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class StageResult:
     verdict: Verdict
     measure: StageMeasure
     ratios: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        """Return the stage and where its largest difference is."""
+        return stage_text(self)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,15 @@ class Comparison:
     b: dict[str, Any]
     num_cases: int
     is_judged: bool
-    stages: list[StageResult]
+    stages: list[StageResult] = field(repr=False)
     logits: LogitsMeasure | None
     partings: list[Parting]
-    worst_cases: list[WorstCase]
+    worst_cases: list[WorstCase] = field(repr=False)
     bisection: Bisection | None = None
+
+    def __str__(self) -> str:
+        """Return the result in one line."""
+        return headline(self)
 
     @property
     def first_difference(self) -> StageResult | None:

@@ -1,23 +1,69 @@
-"""What people read of a comparison: its result in one line, and places in words."""
+"""What people read of a comparison: its result in lines, and places in words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from idefics2_engine.parity.result import Comparison
+    from idefics2_engine.parity.result import Comparison, StageResult
+    from idefics2_engine.parity.search.bisection import Bisection
 
 
 def headline(comparison: "Comparison") -> str:
     """Return the result in one line."""
     first = comparison.first_difference
     if first is not None:
-        where = first.measure.note or place_text(first.measure.place)
-        return f"first difference beyond rounding: {first.stage}{where and f', {where}'}"
+        return f"first difference beyond rounding: {first}"
     if comparison.same_bits:
         return "same bits at every stage"
     if comparison.within_rounding:
         return "no difference beyond rounding"
     return "bits differ, and without a float64 leg rounding is not judged"
+
+
+def stage_text(result: "StageResult") -> str:
+    """Return a stage and where its largest difference is, or why it cannot be compared."""
+    place = place_text(result.measure.place)
+    where = result.measure.note or (place and f"largest at {place}")
+    return f"{result.stage}{where and f', {where}'}"
+
+
+def bisection_line(bisection: "Bisection") -> str:
+    """Return which operations explain the differences, in one line."""
+    if not bisection.explanations:
+        return "nothing to bisect: no stage differs"
+    count = bisection.trials
+    trials = f"({count} trial{'s' if count > 1 else ''})" if count else "(no trial)"
+    found = [
+        f"swapping {_listed(one.operations)} makes {one.stage} within rounding"
+        for one in bisection.explanations
+        if one.operations
+    ]
+    if bisection.unexplained is not None:
+        found.append(
+            f"no operation explains {bisection.unexplained}: "
+            "weights, inputs or code outside the operations"
+        )
+    elif len(found) == 1:
+        found = [f"swapping {_listed(bisection.operations)} makes every stage within rounding"]
+    else:
+        found.append("then every stage is within rounding")
+    return f"{'; '.join(found)} {trials}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as ``a, b and c``."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def replaced_text(side: Mapping[str, Any]) -> str:
+    """Return which operations of a side are not those that its path names, if any."""
+    words = []
+    if side.get("replaced"):
+        words.append(f"operations replaced: {', '.join(side['replaced'])}")
+    if side.get("swap"):
+        words.append(f"with the reference's {', '.join(side['swap'])}")
+    return ", ".join(words)
 
 
 def place_text(place: Mapping[str, Any]) -> str:

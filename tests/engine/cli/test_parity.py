@@ -61,7 +61,8 @@ def test_difference_is_exit_code_1(saved: Path, capsys: pytest.CaptureFixture[st
 def test_headline_names_stage_and_place(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity("ours:deterministic", saved, "--ratio", "1e-9", *SMALL) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("first difference beyond rounding: text layer 0, case 0, token ")
+    wanted = "first difference beyond rounding: text layer 0, largest at case 0, token "
+    assert last.startswith(wanted)
 
 
 def test_difference_is_found_inside_a_layer_and_explained(
@@ -111,7 +112,7 @@ def test_page_and_heat_maps_are_written(saved: Path, tmp_path: Path) -> None:
     assert parity("ours:deterministic", saved, "--ratio", "1e-9", *files, *SMALL) == 1
     content = page.read_text(encoding="utf-8")
     check_page(content)
-    assert "First difference beyond rounding: text layer 0, case 0, token " in content
+    assert "First difference beyond rounding: text layer 0, largest at case 0, token " in content
     assert [path.name for path in folder.iterdir()] == ["case-0-tokens.svg"]
 
 

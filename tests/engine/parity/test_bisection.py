@@ -1,5 +1,7 @@
 """Operations that are swapped, and the search for those that explain a difference."""
 
+import io
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -10,16 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from idefics2_engine.cli.parity_table import bisection_line, comparison_lines
+from idefics2_engine.cli.parity_table import comparison_lines
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.model import text
 from idefics2_engine.parity.inputs import Case
 from idefics2_engine.parity.measures.measure import StageMeasure
 from idefics2_engine.parity.measures.verdict import Verdict
+from idefics2_engine.parity.page.report import page_of
 from idefics2_engine.parity.recording.dump import Recording
 from idefics2_engine.parity.result import Comparison, StageResult
 from idefics2_engine.parity.search.bisection import Bisection, Explanation, bisect, smallest_set
 from idefics2_engine.parity.search.trials import explain
+from idefics2_engine.parity.words import bisection_line
+from idefics2_engine.report_page import Text
 from idefics2_kernels import REFERENCE, ROW_BY_ROW, TRITON
 from parity_recordings import compare_on_cpu, first_stage, record_path
 
@@ -148,6 +153,42 @@ def test_wrong_operation_is_found_among_right_ones(short_theirs: Path) -> None:
     assert found.bisection is not None
     assert found.bisection.explanations == (Explanation("text layer 0", ("silu_mul",)),)
     assert comparison_lines(found)[-1].startswith("swapping silu_mul makes every stage within")
+    assert "Swapping silu_mul makes every stage within rounding (" in page_of(found).subtitle
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_names_each_leg_and_trial(
+    short_theirs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    caplog.set_level("INFO", "idefics2_engine.parity")
+    ops = replace(REFERENCE, silu_mul=gate_and_up_swapped)
+    compare_on_cpu("ours:reference", "ours", cases=TEXT, ops=ops, bisect=True)
+    labels = ["A ours:reference", "B ours", "float64"]
+    labels += [f"trial {number}, silu_mul swapped" for number in (1, 2)]
+    assert caplog.messages == [f"computing {label}, 1 case" for label in labels]
+    assert all(f"{label}:   0%" in terminal.getvalue() for label in labels)
+
+
+def test_sides_say_which_operations_are_not_the_paths(short_theirs: Path) -> None:
+    ops = replace(REFERENCE, silu_mul=gate_and_up_swapped, rms_norm=scaled_norm)
+    settings = {"cases": TEXT, "ops": ops, "swap": ["rms_norm"], "bisect": True}
+    found = compare_on_cpu("ours:reference", short_theirs, **settings)
+    assert found.a["replaced"] == ["silu_mul"]
+    said = "operations replaced: silu_mul, with the reference's rms_norm"
+    assert said in comparison_lines(found)[0]
+    (sides,) = (table for table in page_of(found).tables if table.heading == "Sides")
+    assert list(sides.rows[0].cells[1]) == [Text("ours:reference"), Text(said, "muted")]
+    # With another operation A is not the reference, by which it can be judged
+    exact = compare_on_cpu("ours:reference", "float64", cases=TEXT, ops=ops)
+    assert exact.first_difference is not None
+    same = compare_on_cpu("ours:reference", short_theirs, cases=TEXT, ops=REFERENCE)
+    assert "replaced" not in comparison_lines(same)[0]
     assert found.to_dict()["bisection"]["explanations"][0]["operations"] == ("silu_mul",)
 
 

@@ -13,7 +13,7 @@ from idefics2_engine.charts.drawing import svg_file
 from idefics2_engine.charts.heat_map import HeatMap
 from idefics2_engine.charts.picture_map import PictureMap
 from idefics2_engine.images import tiling
-from idefics2_engine.parity import Comparison, stages, write_heat_maps, write_report
+from idefics2_engine.parity import Case, Comparison, stages, write_heat_maps, write_report
 from idefics2_engine.parity.measures.case_pictures import CasePicture, case_pictures
 from idefics2_engine.parity.measures.measure import Legs, StageMeasure, measure_stage
 from idefics2_engine.parity.measures.row_differences import RowDifferences
@@ -125,13 +125,25 @@ def test_tokens_of_a_fault_are_marked(swapped: Comparison) -> None:
 
 def test_page_names_the_first_difference(swapped: Comparison, clean: Comparison) -> None:
     page = page_of(swapped)
-    assert page.subtitle.startswith("First difference beyond rounding: patch embedding, case 0, ")
+    headline = "First difference beyond rounding: patch embedding, largest at case 0, "
+    assert page.subtitle.startswith(headline)
     assert figures(swapped)["First difference"] == ("patch embedding", "beyond rounding")
-    bad = {table.heading: [row for row in table.rows if row.is_bad] for table in page.tables}
-    assert bad["Stages"]
+    (stage_table,) = page.first_tables
+    assert stage_table.heading == "Stages"
+    assert [row for row in stage_table.rows if row.is_bad]
     assert figures(clean)["Differences"] == ("none", "beyond rounding")
     assert figures(clean)["Cases with maps"] == ("1 of 1", "the worst first")
-    assert not [row for table in page_of(clean).tables for row in table.rows if row.is_bad]
+    assert not [row for table in page_of(clean).first_tables for row in table.rows if row.is_bad]
+
+
+def test_result_is_printed_in_one_line(swapped: Comparison) -> None:
+    first = swapped.first_difference
+    place = "patch embedding, largest at case 0, image 0 "
+    assert str(first).startswith(place)
+    assert str(swapped) == f"first difference beyond rounding: {first}"
+    # As pytest shows it if an assertion fails
+    assert len(repr(swapped)) < 3000
+    assert len(repr(swapped.worst_cases)) < 200
 
 
 def test_page_needs_nothing_else_and_is_escaped(swapped: Comparison, tmp_path: Path) -> None:
@@ -146,7 +158,13 @@ def test_page_needs_nothing_else_and_is_escaped(swapped: Comparison, tmp_path: P
     content = (tmp_path / "page.html").read_text(encoding="utf-8")
     check_page(content)
     assert content.count("<svg") == 2 * 3
+    (tmp_path / "maps").mkdir()
+    for name in ("case-9-tokens.svg", "case-9-image-1.svg", "case-study.svg"):
+        (tmp_path / "maps" / name).touch()
     files = write_heat_maps(swapped, tmp_path / "maps")
+    # Maps of an earlier comparison are gone, and other files are not
+    (tmp_path / "maps" / "case-study.svg").unlink()
+    assert set((tmp_path / "maps").iterdir()) == set(files)
     assert {path.stem for path in files} == charts(swapped).keys()
     assert all(b"prefers-color-scheme: dark" in path.read_bytes() for path in files)
 
@@ -180,6 +198,19 @@ def text_cases(folder: Path, largest: list[float]) -> Legs:
             write_recording(folder / name, name, "float32", False, ["text layer 0"], {}, cases)
         )
     return Legs(*sides)
+
+
+def test_maps_are_named_by_what_is_asked(swapped: Comparison) -> None:
+    headings = {name: chart.heading for name, chart in charts(swapped).items()}
+    assert headings == {
+        "case-0-tokens": 'Case 0, "Where is the star?", 1 image: tokens by layers',
+        "case-0-image-0": 'Case 0, "Where is the star?", 1 image: patches of image 0',
+        "case-1-tokens": 'Case 1, "a": tokens by layers',
+    }
+    long = replace(swapped.worst_cases[0].recording, question="a" * 99)
+    assert f'"{"a" * 47}…"' in replace(swapped.worst_cases[0], recording=long).title
+    raw = Case.raw("<image>The <image>\nend", ["a.png", "b.png"])
+    assert raw.asked == "The end"
 
 
 def test_worst_cases_are_first_and_few(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The cases in which A and B are furthest apart, row by row."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from idefics2_engine.parity.measures.case_pictures import CasePicture, case_pictures
 from idefics2_engine.parity.measures.logits import Parting
@@ -11,6 +11,9 @@ from idefics2_engine.parity.recording.case_recording import CaseRecording
 
 MOST_CASES = 6
 """Cases whose rows a comparison keeps, so that its size does not depend on the inputs."""
+
+# Characters of a question in a title
+_MOST_ASKED = 48
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,19 @@ class WorstCase:
     """
 
     case: int
-    recording: CaseRecording
-    differences: dict[str, list[Rows]]
-    pictures: list[CasePicture]
+    recording: CaseRecording = field(repr=False)
+    differences: dict[str, list[Rows]] = field(repr=False)
+    pictures: list[CasePicture] = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """Its number, what is asked, if it is known, and how many pictures it has."""
+        asked = self.recording.question
+        if len(asked) > _MOST_ASKED:
+            asked = f"{asked[: _MOST_ASKED - 1]}…"
+        count = len(self.pictures)
+        images = f"{count} image{'s' if count > 1 else ''}" if count else ""
+        return ", ".join(filter(None, [f"Case {self.case}", asked and f'"{asked}"', images]))
 
 
 def worst_cases(

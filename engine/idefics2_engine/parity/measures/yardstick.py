@@ -41,6 +41,5 @@ def with_yardstick(
 def _is_reference(recording: Recording) -> bool:
     kind, *parts = recording.path.split(":")
     is_default = not {"triton", "reference", "deterministic"}.intersection(parts)
-    return kind == "ours" and (
-        "reference" in parts or (is_default and recording.about["device"] == "cpu")
-    )
+    is_named = "reference" in parts or (is_default and recording.about["device"] == "cpu")
+    return kind == "ours" and is_named and not recording.about.get("replaced")

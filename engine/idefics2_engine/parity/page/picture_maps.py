@@ -72,7 +72,7 @@ def _picture_map(
         note += " A cell is the largest of several patches."
     picture = worst.pictures[image]
     width, height = picture.size
-    heading = f"Case {worst.case}, image {image}: patches"
+    heading = f"{worst.title}: patches of image {image}"
     mark = "differs beyond rounding"
     return PictureMap(heading, picture.source, height / width, panels, shades, note, mark)
 

@@ -1,6 +1,7 @@
 """A comparison as one page, and its heat maps as files."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from idefics2_engine.parity import stages
 from idefics2_engine.parity.measures.verdict import Verdict
 from idefics2_engine.parity.page.heat_maps import heat_maps, why_no_maps
 from idefics2_engine.parity.result import Comparison, StageResult
-from idefics2_engine.parity.words import headline, place_text
+from idefics2_engine.parity.words import bisection_line, headline, place_text, replaced_text
 from idefics2_engine.report_page import (
     Cell,
     Column,
@@ -25,6 +26,8 @@ from idefics2_engine.report_page import (
 
 # A longer table of stages is folded
 _MOST_ROWS = 40
+# Of the files of heat maps
+_MAP_NAME = re.compile(r"case-\d+-(tokens|image-\d+)\.svg")
 _VERSIONS = ("idefics2_engine", "transformers", "torch")
 
 
@@ -40,15 +43,20 @@ def write_report(comparison: Comparison, path: str | pathlib.Path) -> None:
 def write_heat_maps(comparison: Comparison, folder: str | pathlib.Path) -> list[pathlib.Path]:
     """Write each heat map of a comparison as an SVG file into ``folder``, which is made if needed.
 
+    Maps that are there already are removed, so that none is of another comparison.
+
     Returns:
         The files. There are none if every bit is the same, or if one side is a digest.
 
     Raises:
-        Idefics2Error: A file cannot be written.
+        Idefics2Error: A file cannot be written or removed.
     """
     files = {
         pathlib.Path(folder) / f"{named.name}.svg": named.chart for named in heat_maps(comparison)
     }
+    for old in pathlib.Path(folder).glob("case-*.svg"):
+        if _MAP_NAME.fullmatch(old.name):
+            _remove(old)
     for file, chart in files.items():
         _write(file, svg_file(chart))
     return list(files)
@@ -61,15 +69,17 @@ def page_of(comparison: Comparison) -> Page:
         _partings(comparison),
         _disagreements(comparison),
         _sides(comparison),
-        _stages(comparison),
     ]
-    line = headline(comparison)
+    lines = [headline(comparison)]
+    if comparison.bisection is not None:
+        lines.append(bisection_line(comparison.bisection))
     return Page(
         f"{comparison.a['path']} and {comparison.b['path']}",
-        f"{line[0].upper()}{line[1:]}.",
+        " ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
         [*_figures(comparison), _maps_figure(comparison, {named.case for named in maps})],
         [table for table in tables if table is not None],
         charts=[named.chart for named in maps],
+        first_tables=[_stages(comparison)],
     )
 
 
@@ -124,7 +134,8 @@ def _sides(comparison: Comparison) -> Table:
     rows = []
     for name, side in (("A", comparison.a), ("B", comparison.b)):
         dtype = side["dtype"] + (", weights in NF4" if side["nf4"] else "")
-        path = [Text(side["path"]), *_cell("a digest" if side["digest"] else "", "muted")]
+        remarks = [replaced_text(side), "a digest" if side["digest"] else ""]
+        path = [Text(side["path"]), *(Text(one, "muted") for one in remarks if one)]
         versions = ", ".join(f"{key} {side[key]}" for key in _VERSIONS if key in side)
         cells = [_cell(dtype), _cell(side["device"]), _cell(side["model"]), _cell(versions)]
         rows.append(TableRow([_cell(name, "strong"), path, *cells]))
@@ -197,6 +208,15 @@ def _disagreements(comparison: Comparison) -> Table | None:
 
 def _cell(text: str, style: str = "") -> Cell:
     return [Text(text, style)] if text else []
+
+
+def _remove(path: pathlib.Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise Idefics2Error(
+            f"{printable_path(path)}: cannot be removed: {error.strerror}"
+        ) from None
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:

@@ -52,7 +52,7 @@ def token_map(
             matrix[row, index] = np.fmax.reduce(rows[begin:end])
         columns.append(_column(stage, rows, texts, stage in differing))
     rows_shown = [_row(texts, begin, end) for begin, end in groups]
-    heading = f"Case {worst.case}: tokens by layers"
+    heading = f"{worst.title}: tokens by layers"
     return HeatMap(heading, rows_shown, columns, matrix, shades, _NOTE, "differs beyond rounding")
 
 

@@ -25,6 +25,7 @@ class CaseRecording:
         token_texts: Text of each token of prompt and answer.
         grids: Rows and columns of patches of each tile.
         tiles_per_image: Tiles of each image.
+        question: What was asked, empty if it is not known.
         stages: Parts of each stage, matrices.
     """
 
@@ -34,6 +35,7 @@ class CaseRecording:
     token_texts: list[str]
     grids: list[tuple[int, int]]
     tiles_per_image: int
+    question: str = ""
     stages: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property

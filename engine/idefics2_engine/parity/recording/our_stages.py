@@ -89,6 +89,7 @@ def prompt_recording(
         ],
         grids=[tile.grid for tile in prompt.tiles],
         tiles_per_image=config.tiles_per_image,
+        question=case.asked,
     )
     images = [load_image(source, processor.media) for source in case.images]
     recording.stages = {

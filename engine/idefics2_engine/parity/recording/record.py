@@ -1,5 +1,6 @@
 """Running one path on all cases, to a recording on disk."""
 
+import logging
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from idefics2_engine import __version__
 from idefics2_engine.device import torch_defaults, torch_device, torch_dtype
@@ -15,11 +17,19 @@ from idefics2_engine.errors import ConfigError
 from idefics2_engine.model_files import printable_path
 from idefics2_engine.parity.inner_stages import stages_of
 from idefics2_engine.parity.inputs import Case
-from idefics2_engine.parity.operations import check_swap, path_ops, swapped
+from idefics2_engine.parity.operations import (
+    CalledOperations,
+    check_swap,
+    path_ops,
+    replaced,
+    swapped,
+)
 from idefics2_engine.parity.paths import Path
 from idefics2_engine.parity.recording.case_recording import CaseRecording
 from idefics2_engine.parity.recording.dump import Recording, write_recording
 from idefics2_kernels import Ops
+
+_logger = logging.getLogger(__name__)
 
 
 @torch_defaults()
@@ -33,8 +43,10 @@ def record(
     max_tokens: int = 16,
     ops: Ops | None = None,
     swap: Sequence[str] = (),
+    called: CalledOperations | None = None,
     order: Sequence[str] | None = None,
     digest: bool = False,
+    label: str | None = None,
 ) -> Recording:
     """Run a path of ``ours`` or ``transformers`` on ``cases`` and write what it computed.
 
@@ -47,19 +59,27 @@ def record(
         max_tokens: Most tokens of an answer.
         ops: Operations in place of those that the path names.
         swap: Names of operations that are replaced by the reference's.
+        called: Notes the operations that are called.
         order: Stages to record. If ``None``, all but those inside layers.
         digest: Whether only digests are kept.
+        label: What its progress bar and the log call it. If ``None``, the path.
 
     Raises:
         Idefics2Error: The model, an input or an option is invalid.
     """
     check_swap(path, swap)
     found: Iterable[CaseRecording]
+    about = {"swap": list(swap)} if swap else {}
     order = stages_of(model_folder) if order is None else list(order)
     if path.kind == "ours":
         from idefics2_engine.parity.recording.our_stages import record_ours
 
         own = swapped(ops or path_ops(path, torch_device(device)), swap)
+        if ops is not None:
+            others = replaced(path, ops, torch_device(device))
+            about["replaced"] = [name for name in others if name not in swap]
+        if called is not None:
+            own = called.noting(own)
         found = record_ours(
             model_folder, path, cases, order, own, device=device, max_tokens=max_tokens
         )
@@ -72,8 +92,8 @@ def record(
     else:
         raise ConfigError(f"a path must be ours or transformers to be recorded, got {path}")
     dtype = str(torch_dtype(path.dtype or "auto", torch_device(device))).removeprefix("torch.")
-    more = {"swap": list(swap)} if swap else {}
-    return _write(path, folder, model_folder, dtype, device, order, found, more, digest=digest)
+    found = _with_progress(found, len(cases), label or str(path))
+    return _write(path, folder, model_folder, dtype, device, order, found, about, digest=digest)
 
 
 @torch_defaults()
@@ -115,7 +135,16 @@ def record_reference(
         model_folder, own, cases, answers.cases, weights.order, device=device, in_float64=in_float64
     )
     dtype = "float64" if in_float64 else weights.dtype
+    found = _with_progress(found, len(cases), "float64" if in_float64 else f"{own} as yardstick")
     return _write(path, folder, model_folder, dtype, device, weights.order, found)
+
+
+def _with_progress(
+    found: Iterable[CaseRecording], count: int, label: str
+) -> Iterator[CaseRecording]:
+    """Yield cases while they are computed, below a progress bar if standard error is a terminal."""
+    _logger.info("computing %s, %d case%s", label, count, "s" if count > 1 else "")
+    yield from tqdm(found, label, count, unit="case", leave=False, disable=None, dynamic_ncols=True)
 
 
 def _write(

@@ -163,6 +163,7 @@ def record_transformers(
             token_texts=[tokenizer.decode([i]) for i in output],
             grids=grids,
             tiles_per_image=QUARTERS + 1 if split else 1,
+            question=case.asked,
         )
         recording.stages = {
             stages.DECODE: [pixel_matrix(np.asarray(image)) for image in images],
