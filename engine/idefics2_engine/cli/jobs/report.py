@@ -81,7 +81,8 @@ def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list
     if run.computed:
         lines.append(result.waits.sentence())
     if result.ending is Ending.COMPLETE and result.shadow is not None:
-        lines.append(f"reference path: {shadow_sentence(result.shadow)}")
+        assert result.shadow_run is not None
+        lines.append(f"reference path: {shadow_sentence(result.shadow, result.shadow_run)}")
     if (advice := result.waits.advice()) is not None:
         lines.append(advice)
     return lines
