@@ -226,8 +226,8 @@ def test_interrupt_ends_the_comparison_and_not_the_job(out: Path) -> None:
     assert out.read_bytes() == expected(ROWS)
     assert result.shadow is not None
     assert result.shadow_run is not None
-    said = shadow_sentence(result.shadow, result.shadow_run)
-    assert "skipped: comparing was ended)" in said
+    sentence = shadow_sentence(result.shadow, result.shadow_run)
+    assert "skipped: comparing was ended)" in sentence
 
 
 @pytest.mark.usefixtures("no_limit")
