@@ -244,6 +244,7 @@ def test_forms_of_the_output(tmp_path: Path) -> None:
 def test_status(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(source.with_name("out.jsonl"))
     assert main(["run", "--status", out]) == 2
+    assert f"there is no job for {out}" in capsys.readouterr().err
     command(source)
     capsys.readouterr()
     assert main(["run", "--status", out]) == 0
