@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         print("idefics2: the input is the one that was checked before", file=sys.stderr)
     else:
         validation, totals, lacks_images = check_input(args, job_input)
-        lines = report.validation_lines(validation)
+        lines = report.validation_lines(validation, job_input.media_root)
         if lacks_images and validation.num_rows > validation.num_bad:
             lines.append("no row of the table has an image; --image-column names their column")
         for line in lines:
