@@ -98,7 +98,7 @@ class JobResult:
         waits: How long each stage waited.
         shadow: Agreement of rows that were compared with the reference path. ``None`` without
             ``ShadowRows``.
-        shadow_run: What the run spent on comparing them.
+        shadow_run: What the run spent on comparing them, the fields of ``ShadowRun``.
         message: Why the job did not complete. Empty if it did.
         output: The complete output.
         recovered: What was found in the journal on start.
