@@ -11,6 +11,7 @@ import pytest
 
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.cli.command import build_parser
+from idefics2_engine.jobs.ray_data import Idefics2ProcessorConfig
 from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,4 +97,12 @@ def test_docs_name_every_sampling_parameter_with_its_default() -> None:
     params = SamplingParams()
     assert rows("docs/sampling.md", "Parameters") == {
         field.name: repr(getattr(params, field.name)) for field in fields(params)
+    }
+
+
+def test_docs_name_every_field_of_rays_config_with_its_default() -> None:
+    config = Idefics2ProcessorConfig()
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    assert rows("docs/jobs-ray.md", "Fields of Idefics2ProcessorConfig") == {
+        name: value.__name__ if callable(value) else repr(value) for name, value in values.items()
     }

@@ -132,6 +132,13 @@ class WorkerLostError(Idefics2Error):
     code = "worker_lost"
 
 
+def install_extras(*extras: str) -> str:
+    """Return how to install extras of this package, which is on no index."""
+    names = ",".join(extras)
+    noun = "extra" if len(extras) == 1 else "extras"
+    return f"install the {noun} {names!r} (in the checkout: pip install '.[{names}]')"
+
+
 def short_repr(value: object) -> str:
     """Return a shortened ``repr`` of plain data, or the type's name for any other object."""
     return _SHORT.repr(value)[:_MOST_CHARACTERS]

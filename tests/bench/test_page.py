@@ -246,6 +246,7 @@ def test_wrong_kernels_and_failed_cases_are_marked() -> None:
     failed = {"kernel": "step", "case": "decode-b1", "impl": "triton", "error": "oom", "model": "m"}
     page = page_of([ResultsFile("f", GPU, [*KERNELS, wrong, failed])])
     assert [figure.value for figure in page.figures if figure.is_bad] == ["2"]
+    assert "At least as fast as the fastest peer" in [figure.label for figure in page.figures]
     bad = {table.heading: [row for row in table.rows if row.is_bad] for table in page.tables}
     assert {heading: len(rows) for heading, rows in bad.items()} == {
         **{"Files": 0, "Kernels": 1, "The whole model": 1}

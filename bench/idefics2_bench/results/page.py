@@ -114,7 +114,11 @@ def _figures(files: Sequence[ResultsFile]) -> list[Figure]:
         median = statistics.median(ratios)
         figures += [
             Figure("Median over the fastest peer", f"{median:.2f} x", f"{len(ratios)} cases"),
-            Figure("At least as fast as it", f"{faster / len(ratios):.0%}", f"{faster} cases"),
+            Figure(
+                "At least as fast as the fastest peer",
+                f"{faster / len(ratios):.0%}",
+                f"{faster} cases",
+            ),
         ]
     if failed:
         figures.append(Figure("Wrong or failed", f"{failed}", is_bad=True))

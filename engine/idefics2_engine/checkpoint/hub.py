@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from idefics2_engine.checkpoint.shards import ADAPTER_WEIGHTS, join_names, weight_paths
-from idefics2_engine.errors import ConfigError, Idefics2Error
+from idefics2_engine.errors import ConfigError, Idefics2Error, install_extras
 from idefics2_engine.images.settings import image_settings
 from idefics2_engine.model_files import (
     ADAPTER_CONFIG,
@@ -129,7 +129,7 @@ def _from_hub(kind: _Kind, repo: str, revision: str | None) -> Path:
     except ImportError:
         raise ConfigError(
             f"{kind.name} {named}: there is no such folder, and for the hub huggingface_hub is missing: "
-            "pip install 'idefics2-engine[hub]'"
+            + install_extras("hub")
         ) from None
 
     def snapshot(**options: Any) -> Path:

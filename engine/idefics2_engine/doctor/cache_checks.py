@@ -13,7 +13,7 @@ from idefics2_engine.doctor import facts
 from idefics2_engine.doctor.check import Check, Status
 from idefics2_engine.doctor.machine import Machine
 from idefics2_engine.doctor.model_memory import IDEFICS2_8B, download_bytes
-from idefics2_engine.errors import Idefics2Error
+from idefics2_engine.errors import Idefics2Error, install_extras
 from idefics2_engine.model_files import CONFIG, read_text
 
 HUB_MODEL = "HuggingFaceM4/idefics2-8b"
@@ -97,7 +97,7 @@ def hub_check(machine: Machine) -> Check:
     if is_offline:
         fetch = f"HF_HUB_OFFLINE=0 {fetch}"
     if machine.package("huggingface_hub") is None:
-        fetch = f"pip install 'idefics2-engine[hub]' && {fetch}"
+        fetch = f"{install_extras('hub')}, then {fetch}"
     if broken:
         one = broken[0]
         found = f"{where}; {one.name} is not whole: {one.lack}"

@@ -122,7 +122,8 @@ def host_memory_check(machine: Machine, config: ModelConfig, model: str, *, has_
         fix = "nothing for the demo checkpoint; use a GPU or a larger host for this model"
         return Check(name, Status.WARNING, text, fix, details)
     if free < need:
-        return Check(name, Status.WARNING, text, "--dtype bfloat16", details)
+        fix = "add --dtype bfloat16 to idefics2 run"
+        return Check(name, Status.WARNING, text, fix, details)
     return Check(name, Status.OK, text, details=details)
 
 

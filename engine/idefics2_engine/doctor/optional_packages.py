@@ -4,6 +4,7 @@ from idefics2_engine.doctor import facts
 from idefics2_engine.doctor.check import Check, Status
 from idefics2_engine.doctor.machine import Machine
 from idefics2_engine.doctor.packages import is_older
+from idefics2_engine.errors import install_extras
 
 
 def optional_packages_check(machine: Machine) -> Check:
@@ -28,7 +29,7 @@ def optional_packages_check(machine: Machine) -> Check:
     parts = [", ".join(present)] if present else []
     parts += [f"too old: {', '.join(old)}"] if old else []
     parts += [f"not installed: {', '.join(missing)}"] if missing else []
-    fix = f"pip install 'idefics2-engine[{','.join(extras)}]'" if extras else ""
+    fix = install_extras(*extras) if extras else ""
     if extras and not old:
         fix = f"if you need them: {fix}"
     status = Status.WARNING if old else Status.OK

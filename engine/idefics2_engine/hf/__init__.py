@@ -11,6 +11,8 @@ import importlib
 from importlib.metadata import version
 from importlib.util import find_spec
 
+from idefics2_engine.errors import install_extras
+
 # Type checkers treat this name like typing.TYPE_CHECKING. Defining it avoids importing typing
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,14 +48,13 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if find_spec("transformers") is None:
         raise ImportError(
-            f"{__name__}.{name} needs transformers, got none: "
-            "pip install 'idefics2-engine[transformers]'"
+            f"{__name__}.{name} needs transformers, got none: " + install_extras("transformers")
         )
     installed = version("transformers")
     if tuple(map(int, installed.split(".")[:2])) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise ImportError(
             f"{__name__}.{name} needs transformers {oldest} or newer, got {installed}: "
-            "pip install 'idefics2-engine[transformers]'"
+            + install_extras("transformers")
         )
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -98,6 +98,7 @@ class JobResult:
         waits: How long each stage waited.
         shadow: Agreement of rows that were compared with the reference path. ``None`` without
             ``ShadowRows``.
+        shadow_run: What the run spent on comparing them, the fields of ``ShadowRun``.
         message: Why the job did not complete. Empty if it did.
         output: The complete output.
         recovered: What was found in the journal on start.
@@ -114,6 +115,7 @@ class JobResult:
     load_seconds: float = 0.0
     waits: StageWaits = field(default_factory=StageWaits)
     shadow: Mapping[str, Any] | None = None
+    shadow_run: Mapping[str, Any] | None = None
     message: str = ""
     output: WrittenOutput | None = None
     recovered: Recovery = _NOTHING

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from idefics2_engine.errors import ConfigError
+from idefics2_engine.errors import ConfigError, install_extras
 
 
 def import_extra(module: str, extra: str) -> Any:
@@ -17,5 +17,5 @@ def import_extra(module: str, extra: str) -> Any:
     except ImportError as error:
         name = module.partition(".")[0]
         raise ConfigError(
-            f"{name} must be installed for this job (pip install 'idefics2-engine[{extra}]')"
+            f"{name} must be installed for this job, got none: {install_extras(extra)}"
         ) from error

@@ -197,6 +197,7 @@ class JobRunner:
             load_seconds=self._load_seconds,
             waits=self._waits,
             shadow=None if self._shadow is None else self._shadow.figures(),
+            shadow_run=None if self._shadow is None else self._shadow.run._asdict(),
             message=message,
             output=output,
             recovered=recovered,

@@ -223,7 +223,7 @@ def test_missing_extra_is_an_error(
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert find_model(tmp_path) == tmp_path
-    with pytest.raises(ConfigError, match=r"pip install 'idefics2-engine\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[hub\]'"):
         find_model("org/name")
 
 

@@ -100,6 +100,23 @@ def test_bad_rows_become_error_rows(
     assert engine.asked.total() == 3
 
 
+@pytest.mark.usefixtures("engine")
+def test_folder_of_missing_images_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": f"{i}", "images": [f"{i}.png"], "prompt": "?"} for i in range(2)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert command(source, "--on-bad-row", "stop") == 2
+    said = capsys.readouterr().err
+    assert said.count("cannot be read as an image: no such file") == 2
+    hint = f"images are looked for in {tmp_path}; --media-root names another folder"
+    assert said.count(hint) == 1
+    source.write_text("{")
+    assert command(source, "--on-bad-row", "stop") == 2
+    assert "--media-root" not in capsys.readouterr().err
+
+
 def test_bad_rows_can_stop_the_job_before_the_model_is_loaded(
     tmp_path: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +261,7 @@ def test_forms_of_the_output(tmp_path: Path) -> None:
 def test_status(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(source.with_name("out.jsonl"))
     assert main(["run", "--status", out]) == 2
+    assert f"there is no job for {out}" in capsys.readouterr().err
     command(source)
     capsys.readouterr()
     assert main(["run", "--status", out]) == 0

@@ -34,6 +34,8 @@ def check(out: Path, said: str, rows: int) -> None:
     assert found["run"]["shadow"]["compared"] == rows
     assert found["run"]["shadow"]["seconds"] > 0
     assert f"reference path: {rows} of {rows} chosen rows compared, " in said
+    assert shadow["same_operations"]
+    assert "on a CPU both are the reference" in said
 
 
 def test_figures_are_in_the_summary_and_on_the_page(
@@ -49,6 +51,10 @@ def test_figures_are_in_the_summary_and_on_the_page(
     # A run that only shows rows leaves the figures
     before = summary(out)
     assert run(out, "--show", "1") == 0
+    assert summary(out) == before
+    capsys.readouterr()
+    assert run(out, "--shadow", "2") == 0
+    assert "--shadow has no effect on a complete job" in capsys.readouterr().out
     assert summary(out) == before
     # The answers do not depend on it
     plain = tmp_path / "b.jsonl"

@@ -67,7 +67,8 @@ def test_hub_without_idefics2_says_how_to_get_it(tmp_path: Path, disk: dict[str,
 
 def test_hub_without_its_client_is_installed_first(tmp_path: Path, disk: dict[str, int]) -> None:
     machine = make_machine(tmp_path, versions={**VERSIONS, "huggingface_hub": None})
-    assert hub_check(machine).fix.startswith("pip install 'idefics2-engine[hub]' && hf download")
+    wanted = "install the extra 'hub' (in the checkout: pip install '.[hub]'), then hf download"
+    assert hub_check(machine).fix.startswith(wanted)
 
 
 def test_hub_with_an_incomplete_model_is_a_warning(tmp_path: Path, disk: dict[str, int]) -> None:

@@ -141,9 +141,14 @@ def test_optional_packages_that_are_missing_or_old(tmp_path: Path) -> None:
     check = optional_packages_check(make_machine(tmp_path / "a", versions=versions))
     assert check.status is Status.OK
     assert check.found.endswith("not installed: zstandard, ray")
-    assert check.fix == "if you need them: pip install 'idefics2-engine[parquet,ray]'"
+    assert check.fix == (
+        "if you need them: install the extras 'parquet,ray' "
+        "(in the checkout: pip install '.[parquet,ray]')"
+    )
     versions = {**VERSIONS, "datasets": "3.9"}
     check = optional_packages_check(make_machine(tmp_path / "b", versions=versions))
     assert check.status is Status.WARNING
     assert "too old: datasets 3.9 (needs 4.0)" in check.found
-    assert check.fix == "pip install 'idefics2-engine[datasets]'"
+    assert check.fix == (
+        "install the extra 'datasets' (in the checkout: pip install '.[datasets]')"
+    )

@@ -126,7 +126,7 @@ def test_a_small_model_fits_everywhere() -> None:
         (100, True, "ok", ""),
         (3, True, "warning", "max_prepared_bytes"),
         (100, False, "ok", ""),
-        (20, False, "warning", "--dtype bfloat16"),
+        (20, False, "warning", "add --dtype bfloat16 to idefics2 run"),
         (10, False, "warning", "demo checkpoint"),
     ],
 )

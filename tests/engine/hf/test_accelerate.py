@@ -412,8 +412,8 @@ class TestClass:
 
     def test_missing_or_old_transformers_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value, wanted in (
-            ("version", "5.16.2", r"5\.17 or newer, got 5\.16\.2.*engine\[transformers\]"),
-            ("find_spec", None, r"got none.*engine\[transformers\]"),
+            ("version", "5.16.2", r"5\.17 or newer, got 5\.16\.2.*pip install .\.\[transformers\]"),
+            ("find_spec", None, r"got none.*pip install .\.\[transformers\]"),
         ):
             monkeypatch.setattr(idefics2_engine.hf, name, lambda _, value=value: value)
             with pytest.raises(ImportError, match=wanted):

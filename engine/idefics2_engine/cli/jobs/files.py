@@ -15,7 +15,6 @@ from idefics2_engine.cli.jobs.fingerprint import device_name
 from idefics2_engine.jobs.job_observer import FinishedRow, JobObserver
 from idefics2_engine.jobs.job_result import JobResult, RowCounts
 from idefics2_engine.jobs.job_row import JobRow
-from idefics2_engine.jobs.shadow.shadow_rows import ShadowRows
 from idefics2_engine.jobs.store.job_description import JOB_JSON, JobDescription
 from idefics2_engine.jobs.store.job_folder import job_path
 from idefics2_engine.jobs.writers.manifest import manifest_of
@@ -87,7 +86,6 @@ class FilesBeside:
         media_root: Folder of the images.
         save: What the output has besides text.
         workers: Processes that compute.
-        shadow: Rows that are compared with the reference path.
 
     Attributes:
         observers: Must be told what happens.
@@ -101,14 +99,12 @@ class FilesBeside:
         media_root: Path,
         save: SaveOptions,
         workers: int,
-        shadow: ShadowRows | None = None,
     ) -> None:
         self._args = args
         self._out = out
         self._media_root = media_root
         self._save = save
         self._workers = workers
-        self._shadow = shadow
         self._first_rows = FirstRows(max(args.show, REPORT_ROWS if args.report else 0))
         self.observers: Sequence[JobObserver] = [
             *([RowStatistics(out, restart=args.restart)] if args.stats else []),
@@ -187,7 +183,7 @@ class FilesBeside:
             },
             advice=waits.advice(),
             # Logits move in their last bits with the rows of a product
-            shadow=None if self._shadow is None else self._shadow.run._asdict(),
+            shadow=result.shadow_run,
             bitwise=device == "cpu" and (self._args.deterministic or not self._save.logprobs),
         )
 

@@ -1,5 +1,6 @@
 """What ``idefics2 run`` says before and after a job, and about the job of another process."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,11 +12,13 @@ from idefics2_engine.jobs.store.job_status import JobStatus
 from idefics2_engine.model_files import printable_path
 
 _MOST_CHANGES = 5
+# The end of the message of an image that is not there
+_NO_FILE = os.strerror(errno.ENOENT).lower()
 _RESUME = "the same command continues the job"
 
 
-def validation_lines(validation: Validation) -> list[str]:
-    """Return what is wrong with the input, one line each."""
+def validation_lines(validation: Validation, media_root: Path) -> list[str]:
+    """Return what is wrong with the input, one line each; images are below ``media_root``."""
     lines = []
     if validation.num_bad:
         codes = ", ".join(f"{count} {code}" for code, count in validation.counts.items())
@@ -25,6 +28,11 @@ def validation_lines(validation: Validation) -> list[str]:
             lines.append(f"  {row.place}: {row.error.code}: {row.error.message}")
         if validation.num_bad > len(validation.bad_rows):
             lines.append(f"  and {validation.num_bad - len(validation.bad_rows)} more")
+        if any(row.error and row.error.message.endswith(_NO_FILE) for row in validation.bad_rows):
+            lines.append(
+                f"images are looked for in {printable_path(media_root)}; --media-root names another "
+                "folder"
+            )
     if validation.num_repeated:
         lines.append(f"{validation.num_repeated} rows have the id of an earlier row:")
         lines += [f"  {one.id!r}: {one.first} and {one.second}" for one in validation.repeated]
@@ -81,7 +89,8 @@ def result_lines(result: JobResult, out: Path, page: Path | None = None) -> list
     if run.computed:
         lines.append(result.waits.sentence())
     if result.ending is Ending.COMPLETE and result.shadow is not None:
-        lines.append(f"reference path: {shadow_sentence(result.shadow)}")
+        assert result.shadow_run is not None
+        lines.append(f"reference path: {shadow_sentence(result.shadow, result.shadow_run)}")
     if (advice := result.waits.advice()) is not None:
         lines.append(advice)
     return lines

@@ -10,7 +10,7 @@ from idefics2_engine.cli.jobs import job_options, report, run_options
 from idefics2_engine.cli.jobs.check import check_input, checked_before
 from idefics2_engine.cli.jobs.engine import EngineChoice
 from idefics2_engine.cli.jobs.files import FilesBeside
-from idefics2_engine.cli.jobs.fingerprint import fingerprint_parts
+from idefics2_engine.cli.jobs.fingerprint import device_name, fingerprint_parts
 from idefics2_engine.cli.jobs.format import format_of
 from idefics2_engine.cli.jobs.progress import JobProgress, JobTotals
 from idefics2_engine.cli.jobs.signals import interrupts_handled
@@ -76,8 +76,14 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
     shadow = None
     if size is not None:
-        shadow = ShadowRows(out, size, seed=args.seed or 0, fingerprint=job.fingerprint)
-    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers, shadow)
+        shadow = ShadowRows(
+            out,
+            size,
+            seed=args.seed or 0,
+            fingerprint=job.fingerprint,
+            same_operations=_is_reference(args),
+        )
+    files_beside = FilesBeside(args, out, job_input.media_root, save, engine.workers)
     is_described = files_beside.are_there
     begins_again = options.restart or options.retry_errors is not None or not is_described
     complete = None if begins_again else complete_output(out, job)
@@ -89,7 +95,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         print("idefics2: the input is the one that was checked before", file=sys.stderr)
     else:
         validation, totals, lacks_images = check_input(args, job_input)
-        lines = report.validation_lines(validation)
+        lines = report.validation_lines(validation, job_input.media_root)
         if lacks_images and validation.num_rows > validation.num_bad:
             lines.append("no row of the table has an image; --image-column names their column")
         for line in lines:
@@ -121,10 +127,20 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         _say([*table, ""])
     result = replace(result, moved=(*result.moved, *files_beside.moved))
     if result.ending is Ending.COMPLETE_BEFORE:
-        _say(report.complete_lines(out, result.counts.rows, files_beside.num_errors()))
+        lines = report.complete_lines(out, result.counts.rows, files_beside.num_errors())
+        if shadow is not None:
+            lines.append("--shadow has no effect on a complete job; --restart computes it again")
+        _say(lines)
     else:
         _tell(result, out, None if args.report is None else Path(args.report))
     return result.exit_code
+
+
+def _is_reference(args: argparse.Namespace) -> bool:
+    """Return whether the engine's operations are the reference, which they are on a CPU."""
+    # The actors of a cluster may have other devices than this machine
+    name = args.device if args.ray is not None else device_name(args)
+    return name == "cpu" and not args.deterministic
 
 
 def _with_stdin(options: InputOptions, out: Path, args: argparse.Namespace) -> InputOptions:

@@ -52,8 +52,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--shadow",
         metavar="N|P%",
-        help="at the end, compare N of the answered rows, or P%% of them, with the reference path, "
-        "one at least and otherwise for 2%% of the time; summary and report say how far they agree",
+        help="at the end, compare N of the answered rows, or about P%% of them, with the reference "
+        "path, one at least and otherwise for 2%% of the time; summary and report say how far they "
+        "agree",
     )
     group.add_argument(
         "--overwrite",

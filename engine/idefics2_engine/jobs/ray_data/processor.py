@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from idefics2_engine.errors import ConfigError, PromptError, short_repr
+from idefics2_engine.errors import ConfigError, PromptError, install_extras, short_repr
 from idefics2_engine.jobs.ray_data.columns import (
     ERROR,
     ERROR_CODE,
@@ -195,8 +195,7 @@ def check_ray() -> None:
         import ray.data  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Ray Data is needed, got an environment without it: "
-            f"pip install 'idefics2-engine[ray]' ({error})"
+            f"Ray Data is needed, got an environment without it: {install_extras('ray')}; {error}"
         ) from error
 
 

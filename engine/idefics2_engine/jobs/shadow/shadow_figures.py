@@ -9,10 +9,11 @@ from idefics2_engine.jobs.shadow.row_choice import ChosenRow
 _WORST = 5
 
 
-def shadow_figures(chosen: Sequence[ChosenRow]) -> dict[str, Any]:
+def shadow_figures(chosen: Sequence[ChosenRow], *, same_operations: bool = False) -> dict[str, Any]:
     """Return the agreement of chosen rows, as JSON data.
 
-    ``worst`` are the rows with the largest divergences, the largest first.
+    ``worst`` are the rows with the largest divergences, the largest first. ``same_operations``
+    says whether the engine's operations are the reference.
     """
     compared = [(one, one.agreement) for one in chosen if one.agreement is not None]
     total = TokenAgreement()
@@ -21,6 +22,7 @@ def shadow_figures(chosen: Sequence[ChosenRow]) -> dict[str, Any]:
     compared.sort(key=lambda pair: (-pair[1].not_finite, -pair[1].largest_kl, pair[0].row.index))
     return {
         "rows": {"chosen": len(chosen), "compared": len(compared)},
+        "same_operations": same_operations,
         **_figures(total),
         "mean_kl": total.mean_kl,
         "greedy": {
@@ -35,13 +37,28 @@ def shadow_figures(chosen: Sequence[ChosenRow]) -> dict[str, Any]:
     }
 
 
-def shadow_sentence(figures: Mapping[str, Any]) -> str:
-    """Return the figures of ``shadow_figures`` in one line."""
+def shadow_sentence(figures: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """Return the figures of ``shadow_figures`` in one line, with what ``ShadowRun`` says."""
     rows, greedy, mean = figures["rows"], figures["greedy"], figures["mean_kl"]
+    if not rows["chosen"]:
+        return (
+            "no row was chosen; only rows of at most 4,096 tokens that were answered with --shadow "
+            "are compared"
+        )
     parts = [f"{rows['compared']} of {rows['chosen']} chosen rows compared"]
+    missing = []
+    if run["skipped"]:
+        why = "comparing was ended" if run["ended_early"] else "2 % of the time was used"
+        missing.append(f"{run['skipped']} skipped: {why}")
+    if run["failed"]:
+        missing.append(f"{run['failed']} failed")
+    if missing:
+        parts[0] += f" ({', '.join(missing)})"
     if not rows["compared"]:
         return parts[0]
     parts[0] += f", {figures['tokens']} tokens"
+    if figures["same_operations"]:
+        parts.append("on a CPU both are the reference")
     parts.append(
         f"the best token is the same for {percentage(figures['top1_agreement'])}, "
         f"KL {'-' if mean is None else format(mean, '.2g')} on average and at most "

@@ -35,12 +35,14 @@ class ShadowRun(NamedTuple):
         compared: Rows that were compared.
         failed: Rows that could not be.
         skipped: Rows for which there was no time.
+        ended_early: Whether an interrupt or an error ended the comparison.
     """
 
     seconds: float = 0.0
     compared: int = 0
     failed: int = 0
     skipped: int = 0
+    ended_early: bool = False
 
 
 class ShadowRows(JobObserver):
@@ -53,6 +55,7 @@ class ShadowRows(JobObserver):
         size: How many rows are chosen.
         seed: The job's seed.
         fingerprint: The job's fingerprint.
+        same_operations: Whether the engine's operations are the reference.
         files: Calls of the operating system.
         clock: Seconds that only grow.
 
@@ -67,6 +70,7 @@ class ShadowRows(JobObserver):
         *,
         seed: int,
         fingerprint: str,
+        same_operations: bool = False,
         files: FileOperations | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -74,6 +78,7 @@ class ShadowRows(JobObserver):
         self._folder = job_path(out)
         self._choice = RowChoice(size, seed)
         self._fingerprint = fingerprint
+        self._same_operations = same_operations
         self._files = files
         self._clock = clock
         self._file: ShadowFile | None = None
@@ -133,6 +138,7 @@ class ShadowRows(JobObserver):
         begins: dict[str | int, float] = {}
         longest = 0.0
         compared = failed = 0
+        is_broken = False
 
         def rows() -> Iterator[AnsweredRow]:
             for one in open_rows:
@@ -162,8 +168,12 @@ class ShadowRows(JobObserver):
                 tick()
         except Exception:
             _logger.exception("comparing rows with the reference ended early")
+            is_broken = True
         skipped = len(open_rows) - compared - failed
-        self.run = ShadowRun(self._clock() - begin, compared, failed, skipped)
+        self.run = ShadowRun(
+            *(self._clock() - begin, compared, failed, skipped),
+            ended_early=is_broken or self._is_stopped,
+        )
 
     def stop(self) -> bool:
         """Compare no further row; return whether this is the first call. Any thread may call it."""
@@ -172,4 +182,4 @@ class ShadowRows(JobObserver):
 
     def figures(self) -> dict[str, Any]:
         """Return what was found, as JSON data of the summary."""
-        return shadow_figures(self._choice.rows())
+        return shadow_figures(self._choice.rows(), same_operations=self._same_operations)

@@ -11,6 +11,7 @@ from idefics2_engine.jobs.store.job_lock import Holder, read_holder
 from idefics2_engine.jobs.store.job_outputs import WrittenOutput, read_outputs, recognize_output
 from idefics2_engine.jobs.store.journal import journal_segments, scan_segments
 from idefics2_engine.jobs.store.journal_index import JournalIndex
+from idefics2_engine.model_files import printable_path
 
 
 class JobStatus(NamedTuple):
@@ -39,6 +40,10 @@ def read_status(out: Path) -> JobStatus:
         OSError: A file cannot be read.
     """
     folder = job_path(out)
+    if not folder.is_dir():
+        raise JobError(
+            f"there is no job for {printable_path(out)}: no folder {printable_path(folder)}"
+        )
     job = read_description(folder)
     index = JournalIndex()
     damaged, _ = scan_segments(journal_segments(folder), FileOperations(), index)

@@ -117,7 +117,7 @@ def _shadow(summary: Mapping[str, Any]) -> Table | None:
         )
         cells = [[Text(str(one["id"]), "strong")], *([Text(value)] for value in values)]
         rows.append(TableRow(cells, is_bad=one["not_finite"] > 0))
-    note = f"{shadow_sentence(shadow)}. The rows that differ most:"
+    note = f"{shadow_sentence(shadow, summary['run']['shadow'])}. The rows that differ most:"
     return Table("Compared with the reference path", columns, rows, note)
 
 

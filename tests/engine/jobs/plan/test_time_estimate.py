@@ -108,7 +108,7 @@ RECORDED = {
     "h200-offline.json": (
         "h200-latency-d1d3656.json",
         "h200-latency.json",
-        "h200-latency-a8116f3.json",
+        "h200-latency-compiled.json",
     ),
 }
 

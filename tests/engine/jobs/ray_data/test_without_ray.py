@@ -21,7 +21,7 @@ def test_ray_is_not_imported_with_the_modules() -> None:
 
 def test_a_missing_ray_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'idefics2-engine\[ray\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[ray\]'"):
         build_processor(Idefics2ProcessorConfig())
 
 

@@ -345,7 +345,7 @@ class TestBrokenParquet:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-        with pytest.raises(ConfigError, match=r"pip install 'idefics2-engine\[parquet\]'"):
+        with pytest.raises(ConfigError, match=r"pip install '\.\[parquet\]'"):
             ParquetSource((tmp_path / "a",), ALL)
 
 

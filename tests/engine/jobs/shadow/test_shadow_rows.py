@@ -16,6 +16,7 @@ from idefics2_engine.jobs.job_result import Ending, JobResult, RowCounts
 from idefics2_engine.jobs.runner import JobRunner
 from idefics2_engine.jobs.shadow import shadow_rows
 from idefics2_engine.jobs.shadow.row_choice import row_rank
+from idefics2_engine.jobs.shadow.shadow_figures import shadow_sentence
 from idefics2_engine.jobs.shadow.shadow_file import SHADOW
 from idefics2_engine.jobs.shadow.shadow_rows import MAX_TOKENS, ShadowRows
 from idefics2_engine.jobs.shadow.shadow_size import shadow_size
@@ -107,7 +108,7 @@ def test_chosen_rows_are_compared_on_their_tokens(out: Path) -> None:
     assert result.shadow["mean_kl"] == pytest.approx(sum(found.values()) / 5)
     worst = sorted(found, key=lambda id: -found[id])
     assert [one["id"] for one in result.shadow["worst"]] == worst
-    assert shadow.run[1:] == (5, 0, 0)
+    assert shadow.run[1:] == (5, 0, 0, False)
 
 
 @pytest.mark.usefixtures("no_limit")
@@ -204,6 +205,8 @@ def test_time_ends_the_comparison_but_one_row_is_compared(
     shadow.end()
     assert shadow.run.compared == wanted
     assert shadow.run.skipped == 5 - wanted
+    said = shadow_sentence(shadow.figures(), shadow.run._asdict())
+    assert (f"({5 - wanted} skipped: 2 % of the time was used)" in said) == (wanted < 5)
 
 
 def test_interrupt_ends_the_comparison_and_not_the_job(out: Path) -> None:
@@ -221,6 +224,10 @@ def test_interrupt_ends_the_comparison_and_not_the_job(out: Path) -> None:
     assert said == [True, False]
     assert (result.ending, compared(result)) == (Ending.COMPLETE, 1)
     assert out.read_bytes() == expected(ROWS)
+    assert result.shadow is not None
+    assert result.shadow_run is not None
+    sentence = shadow_sentence(result.shadow, result.shadow_run)
+    assert "skipped: comparing was ended)" in sentence
 
 
 @pytest.mark.usefixtures("no_limit")

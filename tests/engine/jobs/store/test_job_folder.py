@@ -301,7 +301,7 @@ def test_description_without_json_makes_nothing(out: Path) -> None:
 
 
 def test_status_of_a_running_job(out: Path) -> None:
-    with pytest.raises(JobError, match=r"job\.json"):
+    with pytest.raises(JobError, match=r"there is no job for .*: no folder .*out\.jsonl\.job"):
         read_status(out)
     run_job(out, ROWS[:4])
     with JobFolder(out, JobDescription({})) as folder:

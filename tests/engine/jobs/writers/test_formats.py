@@ -233,7 +233,7 @@ def test_saved_fields_have_a_place() -> None:
 def test_missing_library_is_named(name: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (library, f"{library}.parquet"):
         monkeypatch.setitem(sys.modules, module, None)
-    wanted = rf"{library} must be installed .*pip install 'idefics2-engine\[parquet\]'"
+    wanted = rf"{library} must be installed .*pip install '\.\[parquet\]'"
     with pytest.raises(ConfigError, match=wanted):
         format_of(name)
 

@@ -17,6 +17,7 @@ from idefics2_engine.images.loader import media_config
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.shadow.row_choice import ChosenRow
 from idefics2_engine.jobs.shadow.shadow_figures import shadow_figures
+from idefics2_engine.jobs.shadow.shadow_rows import ShadowRun
 from idefics2_engine.jobs.writers.report import write_report
 from idefics2_engine.jobs.writers.row_error import make_row_error
 from idefics2_engine.jobs.writers.row_output import SaveOptions, encode_answer, encode_error
@@ -175,21 +176,27 @@ def compared(**agreement: Any) -> dict[str, Any]:
     return shadow_figures([chosen, ChosenRow(0.2, job_row(4), ((5,),))])
 
 
+def with_shadow(figures: dict[str, Any]) -> dict[str, Any]:
+    found = summary(1) | {"shadow": figures}
+    found["run"]["shadow"] = ShadowRun(seconds=1.0, compared=1, skipped=1)._asdict()
+    return found
+
+
 def test_rows_on_the_reference_path_are_shown(tmp_path: Path) -> None:
     figures = compared(tokens=30_000, same_best=29_999, largest_kl=0.125, largest_margin=0.0625)
-    page = report(tmp_path, [answered(0, "?")], summary(1) | {"shadow": figures})
+    page = report(tmp_path, [answered(0, "?")], with_shadow(figures))
     for text in ("Reference agrees", "on 30,000 tokens", "Compared with the reference path"):
         assert text in page
     # It is all of them only if it is 1
     assert "&gt; 99.99% of 30,000" in page
-    assert "1 of 2 chosen rows compared, 30000 tokens" in page
+    assert "1 of 2 chosen rows compared (1 skipped: 2 % of the time was used), 30000 tokens" in page
     assert '<div class="bad"><dt>Reference' not in page
     broken = compared(tokens=2, not_finite=2)
-    page = report(tmp_path, [answered(0, "?")], summary(1) | {"shadow": broken})
+    page = report(tmp_path, [answered(0, "?")], with_shadow(broken))
     assert '<div class="bad"><dt>Reference' in page
     assert "2 tokens have logits that are not finite" in page
 
 
 def test_without_compared_rows_there_is_no_table(tmp_path: Path) -> None:
-    page = report(tmp_path, [answered(0, "?")], summary(1) | {"shadow": shadow_figures([])})
+    page = report(tmp_path, [answered(0, "?")], with_shadow(shadow_figures([])))
     assert "eference" not in page
