@@ -19,7 +19,7 @@ from idefics2_engine.prompts.tokenizer import Tokenizer
 _NAMED_TOKENS = ("bos", "eos", "pad", "unk")
 # Renderings with slots are kept for so many structures, each of so many roles and parts
 _KEPT_STRUCTURES = 256
-_MOST_PARTS = 64
+MOST_PARTS = 64
 
 Structure = tuple[tuple[str, ...], ...]
 """The role and the kinds of parts of each message: all that a template gets besides texts."""
@@ -59,7 +59,7 @@ class ChatTemplate:
         self._tokens = {name: token for name, token in names.items() if token is not None}
         # What a template draws at random differs between conversations of one structure
         self._may_share = "random" not in source
-        self._slotted = lru_cache(_KEPT_STRUCTURES)(self._find_slotted)
+        self.slotted = lru_cache(_KEPT_STRUCTURES)(self.find_slotted)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
@@ -93,10 +93,10 @@ class ChatTemplate:
         texts = [self._tokenizer.mark_typed(text) for text in given]
         if (
             self._may_share
-            and sum(map(len, structure)) <= _MOST_PARTS
+            and sum(map(len, structure)) <= MOST_PARTS
             and max(map(len, texts), default=0) <= LONGEST_TEXT
         ):
-            slotted = self._slotted(structure, add_generation_prompt)
+            slotted = self.slotted(structure, add_generation_prompt)
             if slotted is not None:
                 return slotted.fill(texts)
         try:
@@ -109,9 +109,7 @@ class ChatTemplate:
             said = self._tokenizer.unmark(str(error))
             raise PromptError(f"chat template: {type(error).__name__}: {said:.500}") from error
 
-    def _find_slotted(
-        self, structure: Structure, add_generation_prompt: bool
-    ) -> SlottedText | None:
+    def find_slotted(self, structure: Structure, add_generation_prompt: bool) -> SlottedText | None:
         """Return what the template writes for all texts, ``None`` if it looks at them."""
         slots = map(Slot, itertools.count())
         variables = self._variables(structure, slots, add_generation_prompt)

@@ -120,7 +120,7 @@ def test_texts_in_slots_are_written_as_by_the_template(
     slotted = ChatTemplate(source, tokenizer())
     pairs = list(itertools.product(TEXTS, TEXTS[:3]))
     found = [rendered(slotted, pair) for pair in pairs]
-    monkeypatch.setattr(chat_template, "_MOST_PARTS", -1)
+    monkeypatch.setattr(chat_template, "MOST_PARTS", -1)
     assert found == [rendered(slotted, pair) for pair in pairs]
 
 
@@ -142,14 +142,14 @@ def test_a_structure_is_rendered_once(source: str, monkeypatch: pytest.MonkeyPat
 def test_a_text_that_the_template_looks_at_has_no_slot(source: str) -> None:
     template = ChatTemplate(source, tokenizer())
     structure = (("user", "image", "text", "text"), ("assistant", "text"))
-    assert template._find_slotted(structure, True) is None
+    assert template.find_slotted(structure, True) is None
 
 
 def test_a_template_that_draws_at_random_is_rendered_each_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     template = ChatTemplate("{{ [1, 2] | random }}{{ messages[0].content[0].text }}", tokenizer())
-    monkeypatch.setattr(template, "_slotted", None)
+    monkeypatch.setattr(template, "slotted", None)
     found = {template.render(conversation(("a",))[1:], True) for _ in range(100)}
     assert found == {"1a", "2a"}
 
@@ -158,7 +158,7 @@ def test_a_slot_counts_as_the_longest_text_that_it_may_hold() -> None:
     """A rendering with slots is refused where one with texts could be."""
     many = every_part("{% for i in range(COUNT) %}{{ part.text }}{% endfor %}")
     few, most = (
-        ChatTemplate(many.replace("COUNT", str(count)), tokenizer())._find_slotted(
+        ChatTemplate(many.replace("COUNT", str(count)), tokenizer()).find_slotted(
             (("user", "text"),), True
         )
         for count in (10, 2**20 // LONGEST_TEXT + 1)
