@@ -2,8 +2,9 @@
 
 In: transformers' classes, or padded ids, masks, pixels and labels. Out: transformers' outputs, or
 logits and the loss. ``model`` has the class and ``accelerate`` the function that patches a loaded
-model. ``attention`` and ``blocks`` are what is patched, and ``padded_forward`` is the packed model
-on padded inputs. All but the last need transformers, so their names are imported on first use.
+model. ``attention`` and ``blocks`` are what is patched, ``paged_cache`` is the cache of ``generate``,
+and ``padded_forward`` is the packed model on padded inputs. All but the last need transformers, so
+their names are imported on first use.
 Must not import ``llm`` or the runtime.
 """
 

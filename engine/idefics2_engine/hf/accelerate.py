@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
-from idefics2_engine.hf import blocks
+from idefics2_engine.hf import blocks, paged_cache
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import Operations, set_operations
 from idefics2_kernels import Ops
@@ -28,6 +28,9 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_idefics2.Idefics2Encoder: blocks.Idefics2Encoder,
     modeling_idefics2.Idefics2Connector: blocks.Idefics2Connector,
     nn.LayerNorm: blocks.LayerNorm,
+    modeling_idefics2.Idefics2ForConditionalGeneration: (
+        paged_cache.Idefics2ForConditionalGeneration
+    ),
 }
 
 
@@ -35,8 +38,9 @@ def accelerate_model(model: Model, ops: Ops | None = None) -> Model:
     """Let an Idefics2 of transformers compute with this package's operations.
 
     Its ``attn_implementation`` becomes ``"idefics2"``, and its norms, MLPs, rotary positions and NF4
-    layers get ``forward`` of this package. Parameters, their names and all other models of the
-    process are unchanged. Calling it again changes nothing but ``ops``.
+    layers get ``forward`` of this package. ``generate`` makes a ``PagedCache`` unless another cache
+    is asked for. Parameters, their names and all other models of the process are unchanged. Calling
+    it again changes nothing but ``ops``.
 
     Args:
         model: transformers' ``Idefics2ForConditionalGeneration`` or ``Idefics2Model``, or a module

@@ -16,6 +16,7 @@ from transformers.models.mistral import modeling_mistral
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
+from idefics2_engine.hf.paged_cache import PagedCache
 
 
 class MistralRMSNorm(modeling_mistral.MistralRMSNorm):
@@ -172,11 +173,38 @@ class MistralAttention(modeling_mistral.MistralAttention):
             layer(hidden_states).view(B, S, -1, self.head_dim)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        rotated = ops.rotary(
-            q.flatten(0, 1), k.flatten(0, 1), table.rows, table.cos_sin.flatten(0, 1)
-        )
-        q, k = (t.unflatten(0, (B, S)) for t in rotated)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        cos_sin = table.cos_sin.flatten(0, 1)
+        window = getattr(self.config, "sliding_window", None)
+        dropout = self.attention_dropout if self.training else 0.0
+        step = None
+        if (
+            isinstance(past_key_values, PagedCache)
+            and self.config._attn_implementation == NAME
+            and not dropout
+            # ``attend`` refuses them
+            and not kwargs.get("output_attentions")
+        ):
+            step = past_key_values.begin_step(self.layer_idx, k, attention_mask)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        if step is not None:
+            memory, tables = step
+            q = ops.rotary_and_cache(
+                q, k, v, table.rows, cos_sin, memory.keys, memory.values, tables.slots
+            )
+            out = ops.paged_attention(
+                q,
+                memory.key_pages,
+                memory.value_pages,
+                tables.block_table,
+                tables.context_lens,
+                tables.cu_seqlens,
+                S,
+                window=window,
+                scale=self.scaling,
+            )
+            return self.o_proj(out.view(B, S, -1)), None
+        q, k = ops.rotary(q, k, table.rows, cos_sin)
+        q, k, v = (t.unflatten(0, (B, S)).transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -188,9 +216,9 @@ class MistralAttention(modeling_mistral.MistralAttention):
             k,
             v,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
-            sliding_window=getattr(self.config, "sliding_window", None),
+            sliding_window=window,
             **kwargs,
         )
         return self.o_proj(out.reshape(B, S, -1)), weights

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import transformers
-
+from idefics2_engine.hf import paged_cache
 from idefics2_engine.hf.accelerate import patch_blocks
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import Operations
@@ -12,17 +11,18 @@ _ALIASES = (None, "flash_attention_2")
 
 
 class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
-    transformers.Idefics2ForConditionalGeneration
+    paged_cache.Idefics2ForConditionalGeneration
 ):
     """transformers' class of the same name, computed by this package's operations.
 
-    Parameters, their names, config, inputs, outputs and files are transformers'. Two things differ:
+    Parameters, their names, config, inputs, outputs and files are transformers'. These differ:
 
     - ``attn_implementation`` is ``"idefics2"`` unless given. ``"flash_attention_2"`` is another name
       for it, so that code for flash-attn runs without flash-attn. ``"sdpa"`` and ``"eager"`` are
       transformers'.
     - Norms, MLPs, rotary positions and NF4 products call ``Ops``: ``TRITON`` on CUDA and
       ``REFERENCE`` elsewhere. ``accelerate_model(model, ops)`` sets others.
+    - ``generate`` makes a ``PagedCache`` unless another cache is asked for.
     """
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:

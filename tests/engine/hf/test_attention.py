@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from hf_models import MIXED, batch, build_own, build_peer, kept_logits, worst_row
+from hf_models import GREEDY, MIXED, batch, build_own, build_peer, kept_logits, worst_row
 from idefics2_engine.hf.attention import NAME, attend, make_mask
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_kernels import REFERENCE, TRITON, Ops
-from oracle import CASES, IMAGE_TOKEN, TinyCase
+from oracle import CASES, TinyCase
 
 BY_NAME = {case.name: case for case in CASES}
 TINY = TinyCase(
@@ -25,12 +25,6 @@ TINY = TinyCase(
     perceiver={"resampler_depth": 1},
     text={"num_hidden_layers": 2, "sliding_window": 5},
 )
-# An image token of the answer would want an image
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 12,
-    "do_sample": False,
-    "suppress_tokens": [IMAGE_TOKEN],
-}
 
 
 def assert_as_close_as_eager(
@@ -87,20 +81,12 @@ def test_logits_are_as_close_to_float64_as_transformers(
 
 @pytest.mark.parametrize(
     "how",
-    [
-        {},
-        {"num_beams": 3},
-        {"cache_implementation": "static"},
-        {"num_beams": 2, "num_return_sequences": 2, "use_cache": False},
-        {"prompt_lookup_num_tokens": 2},
-    ],
-    ids=["greedy", "beams", "static-cache", "without-cache", "assisted"],
+    [{"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False}],
+    ids=["static-cache", "transformers-cache", "without-cache"],
 )
 def test_generated_tokens_equal_transformers(how: dict[str, Any]) -> None:
+    """With the cache of this package they do as well (``test_paged_cache``)."""
     inputs, peer = batch(MIXED), build_peer(MIXED)
-    if "prompt_lookup_num_tokens" in how:
-        # transformers assists one row only
-        inputs = {name: tensor[:1] for name, tensor in inputs.items()}
     wanted = peer.generate(**inputs, **GREEDY, **how)
     assert torch.equal(build_own(peer, MIXED).generate(**inputs, **GREEDY, **how), wanted)
 
