@@ -150,6 +150,7 @@ class TestTokens:
         assert torch.equal(got, wanted)
         assert calls["paged_attention"] > 0
 
+    @pytest.mark.long
     def test_a_compiled_model_keeps_other_memory(self) -> None:
         inputs, settings, peer = batch(TINY), GREEDY | {"max_new_tokens": 2}, build_peer(TINY)
         wanted = peer.generate(**inputs, **settings)
@@ -257,6 +258,27 @@ class TestCache:
             assert capacities == wanted
             capacities.clear()
 
+    def test_room_and_reach(self) -> None:
+        config: Any = MIXED.config().text_config
+        config.sliding_window = None
+        tokens = torch.randn(1, 2, 1000, 16)
+        whole = PagedCache(config)
+        whole.update(tokens, tokens, 0)
+        step = whole.begin_step(0, tokens[:, :, :1].transpose(1, 2), None)
+        assert step is not None
+        # A quarter more, in whole pages
+        assert step.memory.capacity == 20 * PAGE
+        assert whole.get_seq_length() == 1001
+        # Kernels do not compile for each number of pages
+        assert step.tables.block_table.shape == (1, 64)
+        # While a crop may follow, all are kept, and as many are seen as before
+        recording: Any = PagedCache(MIXED.config())
+        recording.activate_past_recording()
+        recording.update(tokens, tokens, 0)
+        seen, _ = recording.update(tokens[:, :, :1], tokens[:, :, :1], 0)
+        assert recording.layers[0].keys.shape[2] == 1001
+        assert torch.equal(seen, torch.cat([tokens[:, :, -6:], tokens[:, :, :1]], 2))
+
     def test_methods_of_transformers(self, peer: Any, own: Any) -> None:
         inputs = text_of(batch(MIXED))
 
@@ -271,7 +293,8 @@ class TestCache:
             lambda cache: cache.batch_repeat_interleave(2),
             lambda cache: cache.batch_select_indices(torch.tensor([1, 4, 5])),
             lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
-            lambda cache: cache.batch_select_indices(slice(1, 3)),
+            lambda cache: cache.batch_select_indices(torch.tensor([2, 0, 1])),
+            lambda cache: cache.batch_select_indices(slice(0, 2)),
             lambda cache: cache.reset(),
         ]
         caches: list[Any] = [DynamicCache(config=peer.config), PagedCache(own.config)]
