@@ -144,7 +144,9 @@ class TestTokens:
     def test_an_assistant_generates_with_one(self, peer: Any) -> None:
         inputs = text_of({name: tensor[:1, -9:] for name, tensor in batch(MIXED).items()})
         own, calls = patched(peer), Counter[str]()
-        assistant = patched(build_peer(TINY), counted(REFERENCE, calls))
+        # Tokens that are not accepted are taken back behind the window
+        case = replace(TINY, text={"num_hidden_layers": 1, "sliding_window": 5})
+        assistant = patched(build_peer(case), counted(REFERENCE, calls))
         wanted = peer.generate(**inputs, **GREEDY)
         got = own.generate(**inputs, **GREEDY, assistant_model=assistant)
         assert torch.equal(got, wanted)
@@ -370,6 +372,9 @@ class TestCache:
                 own(input_ids=tokens[:, :3].expand(3, -1), past_key_values=cache)
             with pytest.raises(ValueError, match="output_attentions"):
                 own(input_ids=tokens[:, :1], past_key_values=cache, output_attentions=True)
+            # transformers' attention refuses another dtype
+            with pytest.raises(RuntimeError, match="dtype"):
+                own.double()(input_ids=tokens[:, :1], past_key_values=cache)
 
     def test_a_mask_of_four_axes_is_transformers(self, peer: Any, own: Any) -> None:
         seen = torch.ones(1, 1, 1, 7, dtype=torch.bool)
