@@ -5,6 +5,7 @@ class itself finds it: PEFT's ``target_modules``, ``_no_split_modules``, ``isins
 are unchanged. ``forward`` is transformers' own where ``Operations.for_call`` returns none.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -267,3 +268,14 @@ class Idefics2Connector(modeling_idefics2.Idefics2Connector):
         features = rows.unpack(self.modality_projection(rows.pack(image_hidden_states)))
         out = self.perceiver_resampler(context=features, attention_mask=attention_mask)
         return out
+
+
+def nf4_layers() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return the classes of bitsandbytes' layers, and what they are patched to."""
+    # A model has such layers only if bitsandbytes was imported
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    from idefics2_engine.hf import nf4
+
+    library: Any = sys.modules["bitsandbytes"]
+    return {library.nn.Linear4bit: nf4.Linear4bit, library.nn.LinearNF4: nf4.Linear4bit}

@@ -109,8 +109,15 @@ class LeftPadding:
         kept, (B, _, Q, S) = self._sources[mask], mask.shape
         if kept is None:
             return torch.zeros(B, dtype=torch.int64, device=mask.device)
-        if kept.shape != (B, S):
-            return None
-        padding: Tensor = S - kept.sum(1)
-        is_left = (kept == (torch.arange(S, device=kept.device) >= padding[:, None])).all()
-        return padding if is_left & (padding <= S - Q).all() else None
+        return count_left_padding(kept, Q) if kept.shape == (B, S) else None
+
+
+def count_left_padding(kept: Tensor, Q: int) -> Tensor | None:
+    """Return the padding (B,) int64 on the left of rows, of which ``kept`` (B, S) keeps the rest.
+
+    The result is ``None`` if a row has padding behind a kept token, or among the last Q tokens.
+    """
+    S = kept.shape[1]
+    padding: Tensor = S - kept.sum(1)
+    is_left = (kept == (torch.arange(S, device=kept.device) >= padding[:, None])).all()
+    return padding if is_left & (padding <= S - Q).all() else None

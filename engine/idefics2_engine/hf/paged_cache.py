@@ -5,6 +5,8 @@ text model's attention (``blocks``) begins a step of each layer, writes its keys
 attends to its pages. All other operations, transformers' own among them, call ``update``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from idefics2_engine.hf.attention import NAME
-from idefics2_engine.hf.paged_memory import PAGE, LastTables, Memory, Step
+from idefics2_engine.hf.paged_memory import PAGE, LastTables, Memory, Step, Tables
 
 
 class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -27,7 +29,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         init: Any = super().__init__
         init(**kwargs)
         self._last = tables
-        self._memory: Memory | None = None
+        self.memory: Memory | None = None
 
     @property
     def reach(self) -> int | None:
@@ -45,7 +47,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         B, H_KV, _, D = key_states.shape
         self.keys = key_states.new_empty(B, H_KV, 0, D)
         self.values = value_states.new_empty(B, H_KV, 0, D)
-        self._memory = None
+        self.memory = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -97,16 +99,36 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         memory, begin, end = self._append(Q)
         return Step(memory, self._last.get(memory, begin, end, Q))
 
+    @property
+    def memory_with_room(self) -> Memory | None:
+        """The memory of all tokens, if it has a slot for one more."""
+        memory, keys = self.memory, self.keys
+        if memory is None or keys is None:
+            return None
+        end = memory.end_of(keys)
+        return memory if end is not None and end < memory.capacity else None
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens before the next one that it sees."""
+        past = 0 if self.keys is None else self.keys.shape[2]
+        return past if self.reach is None else min(past, self.reach)
+
+    def append_slot(self) -> tuple[int, int]:
+        """Add a slot, which the caller writes; return the first that it sees, and the next free."""
+        _, begin, end = self._append(1)
+        return begin, end
+
     def reorder_cache(self, beam_idx: Any) -> None:
         """Reorder the rows for beam search, with the free slots behind them."""
-        memory, keys = self._memory, self.keys
+        memory, keys = self.memory, self.keys
         if memory is None or keys is None or memory.end_of(keys) is None:
             super().reorder_cache(beam_idx)
             return
         rows = beam_idx.to(keys.device)
-        self._memory = Memory.allocate(keys, len(rows), memory.capacity)
-        torch.index_select(memory.keys, 0, rows, out=self._memory.keys)
-        torch.index_select(memory.values, 0, rows, out=self._memory.values)
+        self.memory = Memory.allocate(keys, len(rows), memory.capacity)
+        torch.index_select(memory.keys, 0, rows, out=self.memory.keys)
+        torch.index_select(memory.values, 0, rows, out=self.memory.values)
         end = memory.end_of(keys)
         assert end is not None
         self._set_slices(end - keys.shape[2], end)
@@ -119,13 +141,13 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         past, limit = keys.shape[2], self.kept
         # The first tokens of a prompt that is longer than the window are not stored
         added = Q if past or limit is None else min(Q, limit)
-        memory = self._memory
+        memory = self.memory
         end = None if memory is None else memory.end_of(keys)
         if memory is None or end is None or end + added > memory.capacity:
             needed = past + added
             # Room for a quarter more, and for a page at least
             capacity = -(-(needed + max(PAGE, needed // 4)) // PAGE) * PAGE
-            memory = self._memory = Memory.allocate(keys, len(keys), capacity)
+            memory = self.memory = Memory.allocate(keys, len(keys), capacity)
             memory.keys[:, :, :past] = keys
             memory.values[:, :, :past] = values
             end = past
@@ -136,9 +158,9 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return memory, end - added - seen, end
 
     def _set_slices(self, begin: int, end: int) -> None:
-        assert self._memory is not None
-        self.keys = self._memory.keys[:, :, begin:end]
-        self.values = self._memory.values[:, :, begin:end]
+        assert self.memory is not None
+        self.keys = self.memory.keys[:, :, begin:end]
+        self.values = self.memory.values[:, :, begin:end]
 
 
 class PagedSlidingWindowLayer(  # type: ignore[no-untyped-call]
@@ -169,6 +191,9 @@ class PagedCache(DynamicCache):
 
     Args:
         config: The model's config, or that of its text model.
+
+    Attributes:
+        graph: The step of the model that decodes with it, where that is a graph (``decode_graph``).
     """
 
     def __init__(self, config: Any) -> None:
@@ -180,11 +205,25 @@ class PagedCache(DynamicCache):
             else PagedLayer(tables)
             for layer in self.layers
         ]
+        self.graph: Any = None
+        self._fixed: Tables | None = None
+
+    @contextmanager
+    def fixed(self, tables: Tables) -> Iterator[None]:
+        """Begin no steps meanwhile: all are in slots that were added, at the places ``tables``."""
+        self._fixed = tables
+        try:
+            yield
+        finally:
+            self._fixed = None
 
     def begin_step(self, layer_idx: int, key_states: Tensor, mask: Tensor | None) -> Step | None:
         """Begin the step of one layer, as ``PagedLayer.begin_step``."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, PagedLayer)
+        if self._fixed is not None:
+            assert layer.memory is not None
+            return Step(layer.memory, self._fixed)
         return layer.begin_step(key_states, mask)
 
 

@@ -103,26 +103,32 @@ class LastTables:
         return mask is None or self._padding is not None
 
     def get(self, memory: Memory, begin: int, end: int, Q: int) -> Tables:
-        """Return the tables of rows in the slots from ``begin`` to ``end``, of which ``Q`` are new.
-
-        The padding is that of the mask that was accepted last.
-        """
+        """Return the tables of rows in the slots from ``begin`` to ``end``, of which ``Q`` are new."""
         made_for = (memory.keys.shape, memory.keys.device, begin, end, Q)
         if self._tables is None or self._made_for != made_for:
-            B, H_KV, capacity, _ = memory.keys.shape
-            # Kernels compile for the width. It is constant up to 4,096 tokens, and then seldom grows
-            width = max(64, 1 << (-(-capacity // PAGE) - 1).bit_length())
-            rows, pages, new = (
-                torch.arange(*bounds, device=memory.keys.device)
-                for bounds in ((B,), (begin, begin + width * PAGE, PAGE), (end - Q, end))
-            )
-            padding = torch.zeros_like(rows) if self._padding is None else self._padding
-            first = rows * (H_KV * capacity) + padding
-            self._tables = Tables(
-                (rows[:, None] * capacity + new).flatten(),
-                (first[:, None] + pages).int(),
-                (end - begin - padding).int(),
-                torch.arange(0, (B + 1) * Q, Q, dtype=torch.int32, device=rows.device),
-            )
+            self._tables = make_tables(memory, self._padding, begin, end, Q)
             self._made_for = made_for
         return self._tables
+
+
+def make_tables(memory: Memory, padding: Tensor | None, begin: int, end: int, Q: int) -> Tables:
+    """Return the places of rows in the slots from ``begin`` to ``end``, of which ``Q`` are new.
+
+    The first of ``padding`` (B,) of these slots are padding, or none if it is ``None``.
+    """
+    B, H_KV, capacity, _ = memory.keys.shape
+    # Kernels compile for the width. It is constant up to 4,096 tokens, and then seldom grows
+    width = max(64, 1 << (-(-capacity // PAGE) - 1).bit_length())
+    rows, pages, new = (
+        torch.arange(*bounds, device=memory.keys.device)
+        for bounds in ((B,), (begin, begin + width * PAGE, PAGE), (end - Q, end))
+    )
+    if padding is None:
+        padding = torch.zeros_like(rows)
+    first = rows * (H_KV * capacity) + padding
+    return Tables(
+        (rows[:, None] * capacity + new).flatten(),
+        (first[:, None] + pages).int(),
+        (end - begin - padding).int(),
+        torch.arange(0, (B + 1) * Q, Q, dtype=torch.int32, device=rows.device),
+    )
