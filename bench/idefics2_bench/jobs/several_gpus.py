@@ -51,6 +51,7 @@ def run_workers(
     Returns:
         ``ms`` from the first worker's first row to the last answer, and what each worker did:
         ``rows_of_worker``, and ``longest_gap_s``, the longest time between two of its answers.
+        ``has_killed`` is false if the job was over before a worker could be killed.
 
     Raises:
         Idefics2Error: A row has no answer, or the command fails.
@@ -61,11 +62,11 @@ def run_workers(
     with open(f"{out}.log", "w+", encoding="utf-8") as log:
         process = start_apart("idefics2_engine", arguments, stdout=log, stderr=log)
         try:
-            if kill:
-                _kill_in_the_middle(process, stats, rows.count)
+            has_killed = kill and _kill_in_the_middle(process, stats, rows.count)
             process.wait()
         finally:
             process.kill()
+            process.wait()
         if process.returncode:
             log.seek(0)
             raise Idefics2Error(
@@ -81,6 +82,7 @@ def run_workers(
     for one in answered:
         times.setdefault(one["worker"] or 0, []).append(one["time"])
     return {
+        **({"has_killed": has_killed} if kill else {}),
         "new_tokens": run["tokens"]["completion"],
         "ms": 1e3 * (max(one["time"] for one in answered) - begin),
         "rows_of_worker": {worker: len(some) for worker, some in sorted(times.items())},
@@ -167,25 +169,25 @@ class _Build:
         return llm
 
 
-def _kill_in_the_middle(process: "subprocess.Popen[str]", stats: Path, count: int) -> None:
-    """Kill a worker when half of the rows have statistics."""
+def _kill_in_the_middle(process: "subprocess.Popen[str]", stats: Path, count: int) -> bool:
+    """Kill a worker when half of the rows have statistics; return whether there still was one."""
     while process.poll() is None:
         if stats.exists() and stats.read_bytes().count(b"\n") >= count // 2:
-            os.kill(_workers_of(process.pid)[0], signal.SIGKILL)
-            return
+            workers = _workers_of(process.pid)
+            if workers:
+                os.kill(workers[0], signal.SIGKILL)
+            return bool(workers)
         time.sleep(_POLL_SECONDS)
+    return False
 
 
 def _workers_of(process: int) -> list[int]:
     """Return the worker processes of a running ``idefics2 run``."""
-    found = [
+    return [
         child
         for child in children(process)
         if b"worker_main" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
-    if not found:
-        raise Idefics2Error("idefics2 run must have worker processes, got none")
-    return found
 
 
 def _longest_gap(times: Sequence[float]) -> float:
