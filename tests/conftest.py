@@ -14,8 +14,10 @@ from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(SMALL_MODEL_THREADS))
 ROOT = Path(__file__).parents[1]
+_GIVEN_PATH = os.environ.get("PYTHONPATH", "")
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    str(ROOT / root) for root in ("engine", "kernels", "bench")
+    # Packages in older versions are on the path in CI
+    filter(None, [*(str(ROOT / root) for root in ("engine", "kernels", "bench")), _GIVEN_PATH])
 )
 
 import torch  # noqa: E402
