@@ -11,6 +11,7 @@ from idefics2_bench.jobs import several_gpus
 from idefics2_bench.jobs.apart import run_apart
 from idefics2_bench.jobs.first_row import first_row
 from idefics2_bench.jobs.journal_cost import journal_cost
+from idefics2_bench.jobs.parent_cost import parent_cost
 from idefics2_bench.jobs.rows_on_disk import write_rows
 from idefics2_bench.jobs.stand_in import read_input, write_input
 from idefics2_engine.cli.main import main
@@ -135,6 +136,13 @@ def test_unknown_cases_are_refused(case: str, capsys: pytest.CaptureFixture[str]
     assert (
         f"--case must be one of --help, such as run-2000, got '{case}'" in capsys.readouterr().err
     )
+
+
+def test_the_parent_of_workers_is_measured(tmp_path: Path) -> None:
+    figures = parent_cost(tmp_path, 40, workers=2)
+    assert (figures["rows"], figures["workers"]) == (40, 2)
+    assert figures["rows_per_s"] == pytest.approx(4e4 / figures["ms"])
+    assert figures["parent_cpu_us_per_row"] > 0
 
 
 @pytest.mark.long
