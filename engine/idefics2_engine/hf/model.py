@@ -64,9 +64,7 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
             transformers' loop is an error that says why.
     """
 
-    def __init__(
-        self, config: Any, *inputs: Any, rules: Rules = TRAINED, **kwargs: Any
-    ) -> None:
+    def __init__(self, config: Any, *inputs: Any, rules: Rules = TRAINED, **kwargs: Any) -> None:
         parts = {"": config} | {name: getattr(config, name) for name in config.sub_configs}
         config._attn_implementation = _own_name(
             {name: part._attn_implementation for name, part in parts.items()}
@@ -106,7 +104,7 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
 
     @rules.setter
     def rules(self, rules: Rules) -> None:
-        self.model.vision_model.embeddings.rules = check_rules(rules)  # type: ignore[assignment]
+        self.model.vision_model.embeddings.rules = check_rules(rules)
         if self._lacks_eps:
             config: Any = self.config
             default: float = type(config.perceiver_config)().rms_norm_eps
@@ -122,8 +120,7 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
     def generation_backend(self, backend: Backend) -> None:
         if backend not in get_args(Backend):
             raise ValueError(
-                "generation_backend must be 'auto', 'engine' or 'transformers', "
-                f"got {backend!r}"
+                f"generation_backend must be 'auto', 'engine' or 'transformers', got {backend!r}"
             )
         self._generation_backend = backend
 
@@ -142,16 +139,17 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
         super().set_attn_implementation(_own_name(attn_implementation), *args, **kwargs)
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Generate as transformers' ``generate``, on the engine or in transformers' loop."""
         call = inspect.signature(GenerationMixin.generate).bind_partial(self, *args, **kwargs)
         given = {**call.arguments, **call.arguments.get("kwargs", {})}
         obstacle = self._obstacle(given)
         if obstacle is not None:
             self._refuse_if_engine(obstacle)
+        theirs: Any = super()
         before = _CALL.set(_Call(given, obstacle))
         try:
-            return super().generate(*args, **kwargs)
+            return theirs.generate(*args, **kwargs)
         finally:
             _CALL.reset(before)
 
@@ -171,32 +169,32 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
         call = _CALL.get()
         if call is not None and call.obstacle is None:
             return False
-        theirs: Callable[[], bool] = super()._supports_mm_encoder_outputs
-        return theirs()
+        theirs: Any = super()
+        return bool(theirs._supports_mm_encoder_outputs())
 
     # transformers calls these with all that it has prepared, by the mode of generation
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         call = _CALL.get()
-        own_loop: Callable[..., Any] = super()._sample
+        theirs: Any = super()
         if call is None or call.obstacle is not None:
-            return own_loop(*args, **kwargs)
+            return theirs._sample(*args, **kwargs)
         try:
             return generate_on_engine(self, call.arguments, *args, **kwargs)
         except NotOnEngineError as error:
             self._refuse_if_engine(error)
             _log.info("generate runs in transformers' loop: %s", error)
-        return own_loop(*args, **kwargs)
+        return theirs._sample(*args, **kwargs)
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_if_engine(NotOnEngineError("num_beams is transformers'"))
-        own_loop: Callable[..., Any] = super()._beam_search
-        return own_loop(*args, **kwargs)
+        theirs: Any = super()
+        return theirs._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_if_engine(NotOnEngineError("assistant_model is transformers'"))
-        own_loop: Callable[..., Any] = super()._assisted_decoding
-        return own_loop(*args, **kwargs)
+        theirs: Any = super()
+        return theirs._assisted_decoding(*args, **kwargs)
 
     def _refuse_if_engine(self, reason: NotOnEngineError) -> None:
         if self._generation_backend == "engine":
@@ -207,8 +205,8 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Each view would get a memory of its own. They are made anew by the next call that needs them
         self.engine.forget_weights()
-        applied: Self = super()._apply(fn, recurse)
-        return applied
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 def _own_name(requested: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from idefics2_engine.checkpoint.loader import build_model
+from idefics2_engine.checkpoint.loader import build_with_nf4
 from idefics2_engine.checkpoint.tensor_mapping import (
     EMBEDDING,
     HEAD,
@@ -122,7 +122,7 @@ class SharedWeights:
                 "config.tie_word_embeddings must say whether the head is the embedding, "
                 f"got {config.tie_word_embeddings}"
             )
-        packed = build_model(config, ops, "meta", head.dtype, self._layers)
+        packed = build_with_nf4(config, ops, "meta", head.dtype, self._layers)
         self.packed = packed
         self._nf4: dict[str, NF4Weight] = {}
         self._fuse(tensor_places(packed), head.device)

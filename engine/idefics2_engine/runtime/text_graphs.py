@@ -108,9 +108,8 @@ class TextGraphs:
     def can_run(self, packed: PackedStep) -> bool:
         """Return whether ``packed`` fits a graph."""
         sizes = self.decode_sizes if packed.is_decode else self.token_sizes
-        return (
-            len(packed.context_lens) <= self.decode_sizes[-1]
-            and len(packed.input_ids) <= max(sizes, default=0)
+        return len(packed.context_lens) <= self.decode_sizes[-1] and len(packed.input_ids) <= max(
+            sizes, default=0
         )
 
     def shape(self, packed: PackedStep) -> StepShape:

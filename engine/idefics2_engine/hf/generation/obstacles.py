@@ -15,10 +15,17 @@ class NotOnEngineError(ValueError):
 
 
 # The arguments of the model that the engine takes, and those that transformers adds
-_INPUTS = frozenset(
-    "attention_mask position_ids past_key_values use_cache cache_position logits_to_keep "
-    "pixel_values pixel_attention_mask".split()
-)
+_INPUTS = {
+    "attention_mask",
+    "cache_position",
+    "logits_to_keep",
+    "past_key_values",
+    "pixel_attention_mask",
+    "pixel_values",
+    "position_ids",
+    "tokenizer",
+    "use_cache",
+}
 # The caller's arguments that keep their meaning in transformers' loop alone
 _CALLERS = (
     "logits_processor",

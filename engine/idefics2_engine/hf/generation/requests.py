@@ -75,9 +75,7 @@ def make_requests(
     ]
 
 
-def _rows(
-    input_ids: Tensor, attention_mask: Tensor | None, config: ModelConfig
-) -> list[list[int]]:
+def _rows(input_ids: Tensor, attention_mask: Tensor | None, config: ModelConfig) -> list[list[int]]:
     """Return the tokens of each row without its padding."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -105,9 +103,7 @@ def _pictures(
     if pixel_values is None:
         return [None] * num_rows
     try:
-        cut = cut_patches(
-            config.vision.patch_size, model.dtype, pixel_values, pixel_attention_mask
-        )
+        cut = cut_patches(config.vision.patch_size, model.dtype, pixel_values, pixel_attention_mask)
     except ValueError as error:
         raise NotOnEngineError(str(error)) from error
     if len(cut.is_real) != num_rows:
@@ -135,9 +131,7 @@ def _fingerprint(patches: Tensor, positions: Tensor, grid: tuple[int, int]) -> b
     return digest.digest()
 
 
-def _items(
-    row: list[int], pictures: list[Picture] | None, config: ModelConfig
-) -> list[ImageItem]:
+def _items(row: list[int], pictures: list[Picture] | None, config: ModelConfig) -> list[ImageItem]:
     """Return the places of ``pictures`` in ``row``."""
     if pictures is None:
         # An image token without a picture keeps its own embedding

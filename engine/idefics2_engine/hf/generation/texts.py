@@ -9,7 +9,7 @@ class NoTexts:
     """No tokenizer: nothing asked for the text of an answer."""
 
     control_ids: frozenset[int] = frozenset()
-    byte_values: Mapping[int, bytes] = {}  # noqa: RUF012
+    byte_values: Mapping[int, bytes] = {}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return no text."""

@@ -1,0 +1,341 @@
+"""``generate`` on the engine: transformers' tokens, and what goes to transformers' loop."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.generation import streamers
+
+from hf_models import MIXED, batch, build_own, build_peer
+from idefics2_engine.demo import DEMO_MODEL
+from idefics2_engine.hf import Idefics2ForConditionalGeneration
+from idefics2_kernels import REFERENCE, TRITON
+from oracle import IMAGE_TOKEN, TinyCase
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+TEXT = TinyCase("text-alone", ((),) * 3, (9, 17, 11), text={"sliding_window": 7})
+# Rows of one length, and one picture each
+EVEN = TinyCase("even-rows", (((56, 70),), ((28, 42),)), (9, 9))
+
+
+@pytest.fixture(scope="module")
+def peer() -> Any:
+    return build_peer(MIXED)
+
+
+@pytest.fixture
+def own(peer: Any) -> Any:
+    model = build_own(peer, MIXED)
+    model.generation_config = copy.deepcopy(peer.generation_config)
+    model.generation_backend = "engine"
+    return model
+
+
+def ends_of(peer: Any, inputs: dict[str, Tensor]) -> list[int]:
+    """Return a token that ends the first answer early, and the others later or never."""
+    tokens = peer.generate(**inputs, **GREEDY)
+    return [int(tokens[0, inputs["input_ids"].shape[1] + 3])]
+
+
+class TestTokensOfTransformers:
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {},
+            {"min_new_tokens": 6, "eos": True},
+            {"eos": True},
+            {"min_length": 30, "eos": True},
+            {"max_length": 40, "max_new_tokens": None},
+            {"max_new_tokens": None},
+            {"bad_words_ids": "answers"},
+        ],
+        ids=["plain", "least", "end", "min-length", "max-length", "no-length", "bad-words"],
+    )
+    @pytest.mark.filterwarnings("ignore:Using the model-agnostic default `max_length`:UserWarning")
+    def test_greedy(self, asked: dict[str, Any], peer: Any, own: Any) -> None:
+        inputs = batch(MIXED)
+        asked = GREEDY | asked
+        if asked.pop("eos", False):
+            asked["eos_token_id"] = ends_of(peer, inputs)
+        if "bad_words_ids" in asked:
+            answers = peer.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+            asked["bad_words_ids"] = [answers[0, :1].tolist(), answers[1, 2:4].tolist()]
+        wanted = peer.generate(**inputs, **asked)
+        got = own.generate(**inputs, **asked)
+        assert got.dtype == wanted.dtype
+        assert got.tolist() == wanted.tolist()
+
+    @pytest.mark.parametrize("case", [TEXT, EVEN], ids=lambda case: case.name)
+    def test_other_batches(self, case: TinyCase) -> None:
+        peer = build_peer(case)
+        own = build_own(peer, case)
+        own.generation_backend = "engine"
+        inputs = batch(case)
+        assert (
+            own.generate(**inputs, **GREEDY).tolist() == peer.generate(**inputs, **GREEDY).tolist()
+        )
+
+    def test_repetition_penalty(self) -> None:
+        peer = build_peer(EVEN)
+        own = build_own(peer, EVEN)
+        own.generation_backend = "engine"
+        asked = GREEDY | {"repetition_penalty": 1.7, "bad_words_ids": [[IMAGE_TOKEN]]}
+        inputs = batch(EVEN)
+        wanted = peer.generate(**inputs, **asked)
+        assert own.generate(**inputs, **asked).tolist() == wanted.tolist()
+        assert wanted.tolist() != peer.generate(**inputs, **GREEDY).tolist()
+
+    def test_stop_strings(self) -> None:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
+        load: Callable[..., Any] = Idefics2ForConditionalGeneration.from_pretrained
+        own = load(DEMO_MODEL, dtype=torch.float32)
+        own.generation_backend = "engine"
+        inputs = tokenizer(
+            ["User: What is on the left?", "User: a"], padding=True, return_tensors="pt"
+        )
+        inputs.pop("token_type_ids", None)
+        # The end token of answers is none of these
+        plain = GREEDY | {"eos_token_id": tokenizer.eos_token_id}
+        free = own.generate(**inputs, **plain)
+        text = tokenizer.decode(free[0, inputs["input_ids"].shape[1] :])
+        middle = len(text) // 2
+        asked = plain | {"stop_strings": [text[middle : middle + 3]], "tokenizer": tokenizer}
+        got = own.generate(**inputs, **asked)
+        own.generation_backend = "transformers"
+        assert got.tolist() == own.generate(**inputs, **asked).tolist()
+        assert got.tolist() != free.tolist()
+
+    def test_triton(self, peer: Any) -> None:
+        own = build_own(peer, MIXED, TRITON)
+        own.generation_backend = "engine"
+        inputs, asked = batch(MIXED), GREEDY | {"max_new_tokens": 3}
+        assert own.generate(**inputs, **asked).tolist() == peer.generate(**inputs, **asked).tolist()
+
+    def test_a_streamer_gets_each_token(self, own: Any) -> None:
+        calls: list[list[int] | None] = []
+
+        class Streamer(streamers.BaseStreamer):
+            def put(self, value: Tensor) -> None:
+                calls.append(value.flatten().tolist())
+
+            def end(self) -> None:
+                calls.append(None)
+
+        inputs = {name: tensor[1:2] for name, tensor in batch(MIXED).items()}
+        tokens = own.generate(**inputs, **GREEDY, streamer=Streamer())[0].tolist()
+        theirs, calls = calls, []
+        own.generation_backend = "transformers"
+        own.generate(**inputs, **GREEDY, streamer=Streamer())
+        assert theirs == calls
+        assert tokens[-12:] == [token for (token,) in theirs[1:-1]]  # type: ignore[misc]
+
+
+class TestSampling:
+    def test_answers_to_one_prompt(self, own: Any) -> None:
+        inputs = batch(MIXED)
+        asked = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 3}
+        torch.manual_seed(3)
+        first = own.generate(**inputs, **asked)
+        torch.manual_seed(3)
+        again = own.generate(**inputs, **asked)
+        other = own.generate(**inputs, **asked)
+        width = inputs["input_ids"].shape[1]
+        assert first[:, :width].tolist() == inputs["input_ids"].repeat_interleave(3, 0).tolist()
+        assert first.shape == (9, width + 8)
+        assert first.tolist() == again.tolist() != other.tolist()
+        assert len({tuple(row) for row in first.tolist()}) == 9
+        # A prompt and its pictures are computed once
+        assert own.engine.engine.stats.encoded_tiles == 3 * 4
+
+    def test_narrow_choices_are_greedy(self, peer: Any, own: Any) -> None:
+        wanted = peer.generate(**batch(MIXED), **GREEDY).tolist()
+        for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-5}):
+            asked = {"max_new_tokens": 12, "do_sample": True, **narrow}
+            assert own.generate(**batch(MIXED), **asked).tolist() == wanted
+
+
+def penalize(ids: Tensor, scores: Tensor) -> Tensor:
+    return scores - 1e3 * (torch.arange(scores.shape[-1]) % 2)
+
+
+LOOP: dict[str, dict[str, Any]] = {
+    "num_beams": {"num_beams": 3},
+    "LogitsProcessor": {"logits_processor": [penalize]},
+    "StoppingCriteria": {"stopping_criteria": [lambda ids, _: torch.tensor([False] * len(ids))]},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda row, ids: [5, 6, 7]},
+    "output_scores": {"return_dict_in_generate": True, "output_scores": True},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "cache_implementation": {"cache_implementation": "static", "disable_compile": True},
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "past_key_values": {"past_key_values": "new"},
+    "max_time": {"max_time": 1e6},
+}
+NAMED = {
+    "LogitsProcessor": "logits_processor",
+    "StoppingCriteria": "stopping_criteria",
+    "output_scores": "return_dict_in_generate",
+    "no_repeat_ngram_size": "NoRepeatNGramLogitsProcessor",
+    "max_time": "MaxTimeCriteria",
+}
+
+
+class TestTransformersLoop:
+    @pytest.mark.parametrize("name", LOOP)
+    def test_what_the_engine_has_not(self, name: str, peer: Any, own: Any) -> None:
+        def asked() -> dict[str, Any]:
+            values = GREEDY | LOOP[name]
+            if "past_key_values" in values:
+                values["past_key_values"] = transformers.DynamicCache(config=peer.config)
+            return values
+
+        def tokens(model: Any) -> Any:
+            out = model.generate(**batch(MIXED), **asked())
+            return getattr(out, "sequences", out).tolist()
+
+        with pytest.raises(ValueError, match=NAMED.get(name, name)):
+            own.generate(**batch(MIXED), **asked())
+        assert own.engine.engine is None
+        own.generation_backend = "auto"
+        assert tokens(own) == tokens(peer)
+        assert own.engine.engine is None
+
+    @pytest.mark.parametrize("change", ["right-padding", "position_ids", "positions", "attention"])
+    def test_inputs_and_models(self, change: str, peer: Any, own: Any) -> None:
+        inputs, asked = batch(MIXED), dict(GREEDY)
+        named = "padding"
+        if change == "right-padding":
+            inputs = batch(MIXED, "right")
+        elif change == "position_ids":
+            named = "position_ids"
+            inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).repeat(3, 1)
+        elif change == "positions":
+            asked["max_new_tokens"], named = 250, "positions"
+        else:
+            own.set_attn_implementation("sdpa")
+            named = "attn_implementation='sdpa'"
+        with pytest.raises(ValueError, match=named):
+            own.generate(**inputs, **asked)
+        own.generation_backend = "auto"
+        assert own.generate(**inputs, **asked).tolist() == peer.generate(**inputs, **asked).tolist()
+
+    def test_the_log_says_why(self, own: Any, caplog: pytest.LogCaptureFixture) -> None:
+        own.generation_backend = "auto"
+        with caplog.at_level(logging.INFO, "idefics2_engine.hf.model"):
+            own.generate(**batch(MIXED), **GREEDY, no_repeat_ngram_size=2)
+        assert "NoRepeatNGramLogitsProcessor" in caplog.text
+
+    def test_hooks_are_called(self, own: Any) -> None:
+        calls = []
+        own.model.text_model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+        with pytest.raises(ValueError, match=r"a hook of model\.text_model\.layers\.0\.mlp"):
+            own.generate(**batch(MIXED), **GREEDY)
+        own.generation_backend = "auto"
+        own.generate(**batch(MIXED), **GREEDY)
+        assert calls
+
+    def test_hooks_of_transformers_do_nothing(self, own: Any) -> None:
+        with torch.no_grad():
+            own(**batch(MIXED), output_hidden_states=True)
+        own.generate(**batch(MIXED), **GREEDY)
+
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+    def test_an_active_adapter(self, peer: Any, own: Any) -> None:
+        plain = peer.generate(**batch(MIXED), **GREEDY).tolist()
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        torch.manual_seed(1)
+        wrapped: Any = peft.get_peft_model(own, config)
+        with pytest.raises(ValueError, match="adapter"):
+            wrapped.generate(**batch(MIXED), **GREEDY)
+        with wrapped.disable_adapter():
+            assert wrapped.generate(**batch(MIXED), **GREEDY).tolist() == plain
+        own.generation_backend = "auto"
+        adapted = wrapped.generate(**batch(MIXED), **GREEDY).tolist()
+        assert adapted != plain
+        own.generation_backend = "engine"
+        wrapped.merge_adapter()
+        assert wrapped.generate(**batch(MIXED), **GREEDY).tolist() == adapted
+        wrapped.unmerge_adapter()
+        with pytest.raises(ValueError, match="adapter"):
+            wrapped.generate(**batch(MIXED), **GREEDY)
+
+    def test_autocast(self, own: Any) -> None:
+        with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
+            own.generate(**batch(MIXED), **GREEDY)
+
+    def test_unknown_backends(self, own: Any) -> None:
+        with pytest.raises(ValueError, match="generation_backend must be .*, got 'vllm'"):
+            own.generation_backend = "vllm"
+
+
+class TestBadInput:
+    """transformers' errors, where transformers checks."""
+
+    @pytest.mark.parametrize(
+        ("change", "error"),
+        [
+            ({"max_new_tokens": 0}, "max_new_tokens"),
+            ({"max_new_token": 3}, "max_new_token"),
+            ({"temperature": -1.0, "do_sample": True}, "temperature"),
+            ({"bad_words_ids": [[-1]]}, "positive integers"),
+            ({"stop_strings": ["a"]}, "tokenizer"),
+        ],
+        ids=["no-room", "unknown", "temperature", "bad-words", "no-tokenizer"],
+    )
+    def test_arguments(self, change: dict[str, Any], error: str, peer: Any, own: Any) -> None:
+        own.generation_backend = "auto"
+        raised = []
+        for model in (peer, own):
+            with pytest.raises(ValueError, match=error) as caught:
+                model.generate(**batch(MIXED), **GREEDY | change)
+            raised.append(str(caught.value))
+        assert raised[0] == raised[1]
+
+    def test_pictures_without_their_tokens(self, peer: Any, own: Any) -> None:
+        inputs = batch(MIXED)
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, 5)
+        with pytest.raises(ValueError, match="5 image tokens for each of its 1 pictures, got 0"):
+            own.generate(**inputs, **GREEDY)
+
+    def test_a_failed_call_leaves_the_engine_usable(self, peer: Any, own: Any) -> None:
+        class Broken(streamers.BaseStreamer):
+            def put(self, value: Tensor) -> None:
+                if value.numel() == 1:
+                    raise KeyError("a caller's mistake")
+
+            def end(self) -> None:
+                pass
+
+        inputs = {name: tensor[1:2] for name, tensor in batch(MIXED).items()}
+        with pytest.raises(KeyError, match="a caller's mistake"):
+            own.generate(**inputs, **GREEDY, streamer=Broken())
+        assert (
+            own.generate(**inputs, **GREEDY).tolist() == peer.generate(**inputs, **GREEDY).tolist()
+        )
+
+
+class TestEngine:
+    def test_it_grows_with_the_call_and_closes(self, peer: Any, own: Any) -> None:
+        assert own.engine.engine is None
+        own.generate(**batch(MIXED), **GREEDY)
+        first = own.engine.engine
+        assert first.config.kv_cache_tokens == 3 * 64
+        own.generate(**batch(MIXED), **GREEDY)
+        assert own.engine.engine is first
+        longer = {**GREEDY, "max_new_tokens": 80}
+        wanted = peer.generate(**batch(MIXED), **longer)
+        assert own.generate(**batch(MIXED), **longer).tolist() == wanted.tolist()
+        assert own.engine.engine.config.kv_cache_tokens == 6 * 64
+        own.engine.close()
+        assert own.engine.engine is None
+        assert own.generate(**batch(MIXED), **longer).tolist() == wanted.tolist()
+
+    def test_steps_are_bounded_by_rows_and_not_by_the_model(self, own: Any) -> None:
+        own.generate(**batch(MIXED), **GREEDY)
+        config = own.engine.engine.config
+        assert (config.max_num_seqs, config.max_cached_images) == (3, 4)
