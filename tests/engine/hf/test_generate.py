@@ -15,7 +15,7 @@ from transformers.generation import streamers
 from hf_models import MIXED, batch, build_own, build_peer
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.hf import Idefics2ForConditionalGeneration
-from idefics2_kernels import REFERENCE, TRITON
+from idefics2_kernels import TRITON
 from oracle import IMAGE_TOKEN, TinyCase
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -269,7 +269,7 @@ class TestTransformersLoop:
             own.generate(**batch(MIXED), **GREEDY)
 
     def test_unknown_backends(self, own: Any) -> None:
-        with pytest.raises(ValueError, match="generation_backend must be .*, got 'vllm'"):
+        with pytest.raises(ValueError, match=r"generation_backend must be .*, got 'vllm'"):
             own.generation_backend = "vllm"
 
 

@@ -172,7 +172,7 @@ def test_another_dtype_of_products_is_not_the_engines(dense: Path) -> None:
     model = load(Idefics2ForConditionalGeneration, dense)
     model.model.text_model.layers[0].mlp.up_proj.compute_dtype = torch.bfloat16
     model.generation_backend = "engine"
-    with pytest.raises(ValueError, match="bnb_4bit_compute_dtype torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"bnb_4bit_compute_dtype torch\.bfloat16"):
         model.generate(**batch(CASE), max_new_tokens=2, do_sample=False)
 
 

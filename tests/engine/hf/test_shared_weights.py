@@ -182,7 +182,7 @@ def test_other_weights_are_named(change: str, own: Any) -> None:
         layer.weight = Strange(layer.weight.data)
     else:
         layer.weight = nn.Parameter(layer.weight.data[:-1].clone())
-    with pytest.raises(NotShareableError, match="layers.0.mlp.down_proj"):
+    with pytest.raises(NotShareableError, match=r"layers\.0\.mlp\.down_proj"):
         SharedWeights(own, config_of(own), REFERENCE)
 
 
