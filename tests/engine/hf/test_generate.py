@@ -37,6 +37,11 @@ def own(peer: Any) -> Any:
     return model
 
 
+def engine_of(model: Any) -> Any:
+    """Return the engine that ``model`` has made, or ``None``."""
+    return model.engine.engine
+
+
 def ends_of(peer: Any, inputs: dict[str, Tensor]) -> list[int]:
     """Return a token that ends the first answer early, and the others later or never."""
     tokens = peer.generate(**inputs, **GREEDY)
@@ -151,7 +156,7 @@ class TestSampling:
         assert first.tolist() == again.tolist() != other.tolist()
         assert len({tuple(row) for row in first.tolist()}) == 9
         # A prompt and its pictures are computed once
-        assert own.engine.engine.stats.encoded_tiles == 3 * 4
+        assert engine_of(own).stats.encoded_tiles == 3 * 4
 
     def test_narrow_choices_are_greedy(self, peer: Any, own: Any) -> None:
         wanted = peer.generate(**batch(MIXED), **GREEDY).tolist()
@@ -200,10 +205,10 @@ class TestTransformersLoop:
 
         with pytest.raises(ValueError, match=NAMED.get(name, name)):
             own.generate(**batch(MIXED), **asked())
-        assert own.engine.engine is None
+        assert engine_of(own) is None
         own.generation_backend = "auto"
         assert tokens(own) == tokens(peer)
-        assert own.engine.engine is None
+        assert engine_of(own) is None
 
     @pytest.mark.parametrize("change", ["right-padding", "position_ids", "positions", "attention"])
     def test_inputs_and_models(self, change: str, peer: Any, own: Any) -> None:
@@ -321,21 +326,27 @@ class TestBadInput:
 
 class TestEngine:
     def test_it_grows_with_the_call_and_closes(self, peer: Any, own: Any) -> None:
-        assert own.engine.engine is None
+        assert engine_of(own) is None
         own.generate(**batch(MIXED), **GREEDY)
-        first = own.engine.engine
-        assert first.config.kv_cache_tokens == 3 * 64
+        first = engine_of(own)
+        assert first.config.kv_cache_tokens == 3 * 2 * 64
         own.generate(**batch(MIXED), **GREEDY)
-        assert own.engine.engine is first
+        assert engine_of(own) is first
         longer = {**GREEDY, "max_new_tokens": 80}
         wanted = peer.generate(**batch(MIXED), **longer)
         assert own.generate(**batch(MIXED), **longer).tolist() == wanted.tolist()
-        assert own.engine.engine.config.kv_cache_tokens == 6 * 64
+        assert engine_of(own).config.kv_cache_tokens == 10 * 64
         own.engine.close()
-        assert own.engine.engine is None
+        assert engine_of(own) is None
         assert own.generate(**batch(MIXED), **longer).tolist() == wanted.tolist()
+
+    def test_all_rows_run_at_once(self, own: Any) -> None:
+        ids = torch.randint(5, 90, (40, 30), generator=torch.Generator().manual_seed(0))
+        own.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+        stats = engine_of(own).stats
+        assert stats.text_steps + stats.decode_steps == GREEDY["max_new_tokens"]
 
     def test_steps_are_bounded_by_rows_and_not_by_the_model(self, own: Any) -> None:
         own.generate(**batch(MIXED), **GREEDY)
-        config = own.engine.engine.config
+        config = engine_of(own).config
         assert (config.max_num_seqs, config.max_cached_images) == (3, 4)

@@ -117,11 +117,16 @@ class TestEpsilon:
         assert load(tmp_path, rules="transformers").config.perceiver_config.rms_norm_eps == 1e-5
 
 
+def embeddings_of(case: TinyCase) -> Any:
+    config: Any = case.config()
+    return modeling_idefics2.Idefics2VisionEmbeddings(config.vision_config)
+
+
 class TestPositions:
     @pytest.mark.parametrize("count", range(1, 71))
     def test_trained(self, count: int) -> None:
-        embeddings = modeling_idefics2.Idefics2VisionEmbeddings(PAGE.config().vision_config)
-        embeddings.rules = "trained"  # type: ignore[assignment]
+        embeddings = embeddings_of(PAGE)
+        embeddings.rules = "trained"
         kept = torch.zeros(1, 70, 70, dtype=torch.bool)
         kept[0, :count, :7] = True
         got = patch_positions(embeddings, kept, torch.bfloat16).view(70, 70)
@@ -141,10 +146,10 @@ class TestPositions:
         assert torch.equal(patch_positions(embeddings, kept, torch.float32), seen[0])
 
     def test_larger_images_than_trained_ones(self) -> None:
-        embeddings = modeling_idefics2.Idefics2VisionEmbeddings(PAGE.config().vision_config)
+        embeddings = embeddings_of(PAGE)
         kept = torch.ones(1, 71, 2, dtype=torch.bool)
         theirs = patch_positions(embeddings, kept, torch.float32)
-        embeddings.rules = "trained"  # type: ignore[assignment]
+        embeddings.rules = "trained"
         assert torch.equal(patch_positions(embeddings, kept, torch.float32), theirs)
 
 

@@ -1,5 +1,6 @@
 """The engine on the memory of transformers' model, and its answers to one call of ``generate``."""
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Sequence
@@ -75,7 +76,6 @@ class ModelEngine:
             self._weights = SharedWeights(model, config, ops)
         return self._weights.packed
 
-    @torch_defaults()
     def answer(
         self,
         packed: Idefics2,
@@ -95,7 +95,26 @@ class ModelEngine:
             ConfigError: The KV cache does not fit into memory.
             RequestFailedError: The model cannot run on a request.
         """
-        engine = self._fitting(packed, requests)
+        # The caller's default device would also slow down every operation
+        is_plain = torch.get_default_device().type == "cpu"
+        with contextlib.nullcontext() if is_plain else torch_defaults():
+            self._run(self._fitting(packed, requests), requests, tokenizer, on_step)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
+        return [
+            sequence.token_ids[len(request.prompt_token_ids) :]
+            for request in requests
+            for sequence in request.sequences
+        ]
+
+    @staticmethod
+    def _run(
+        engine: Engine,
+        requests: Sequence[Request],
+        tokenizer: Any,
+        on_step: Callable[[], None] | None,
+    ) -> None:
         engine.tokenizer = NoTexts() if tokenizer is None else Texts(tokenizer)  # type: ignore[assignment]
         # The weights may have changed since the last call, and what is cached with them
         engine.reset()
@@ -111,14 +130,6 @@ class ModelEngine:
         except BaseException:
             engine.reset()
             raise
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-        return [
-            sequence.token_ids[len(request.prompt_token_ids) :]
-            for request in requests
-            for sequence in request.sequences
-        ]
 
     def _fitting(self, packed: Idefics2, requests: Sequence[Request]) -> Engine:
         """Return an engine with room for ``requests``."""
@@ -146,7 +157,8 @@ class ModelEngine:
 def _config(packed: Idefics2, requests: Sequence[Request]) -> EngineConfig:
     """Return the sizes that ``requests`` need."""
     on_cuda = packed.device.type == "cuda"
-    pages = sum(_pages(request) * request.params.n for request in requests)
+    # The scheduler keeps a page free for each running sequence
+    pages = sum((_pages(request) + 1) * request.params.n for request in requests)
     answers = sum(request.params.n for request in requests)
     pictures = sum(len(request.images) for request in requests)
     most = max(len(request.images) for request in requests)

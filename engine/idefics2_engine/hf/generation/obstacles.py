@@ -26,8 +26,7 @@ _INPUTS = {
     "tokenizer",
     "use_cache",
 }
-# The caller's arguments that keep their meaning in transformers' loop alone
-_CALLERS = (
+CALLERS = (
     "logits_processor",
     "stopping_criteria",
     "prefix_allowed_tokens_fn",
@@ -40,13 +39,15 @@ _CALLERS = (
     "position_ids",
     "synced_gpus",
 )
-_OUTPUTS = (
+"""The caller's arguments that keep their meaning in transformers' loop alone."""
+OUTPUTS = (
     "return_dict_in_generate",
     "output_scores",
     "output_logits",
     "output_attentions",
     "output_hidden_states",
 )
+"""What a config can ask for besides tokens."""
 
 
 def check_caller(arguments: Mapping[str, Any], own_config: Any) -> None:
@@ -55,7 +56,7 @@ def check_caller(arguments: Mapping[str, Any], own_config: Any) -> None:
     Raises:
         NotOnEngineError: One of them is for transformers' loop.
     """
-    for name in _CALLERS:
+    for name in CALLERS:
         value = arguments.get(name)
         is_given = bool(value) if isinstance(value, bool | list) else value is not None
         if is_given:
@@ -73,7 +74,7 @@ def check_config(generation_config: Any, synced_gpus: bool) -> None:
     Raises:
         NotOnEngineError: It asks for more than tokens, or for a cache of transformers.
     """
-    for name in _OUTPUTS:
+    for name in OUTPUTS:
         if getattr(generation_config, name, None):
             raise NotOnEngineError(f"{name} is transformers'")
     for name in ("cache_implementation", "prefill_chunk_size", "watermarking_config"):
