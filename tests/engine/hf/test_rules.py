@@ -17,22 +17,23 @@ from idefics2_engine.hf.rules import patch_positions
 from idefics2_engine.images.tiling import position_ids
 from oracle import IMAGE_TOKEN, LATENTS, PATCH, TinyCase, build_oracle
 
-# An A4 page of 980 pixels has 70 x 49 patches
+# (height, width) in pixels: an A4 page has 70 x 49 patches, and a strip of it 2 x 49
+A4, STRIP = (980, 686), (28, 686)
 PAGE = TinyCase(
-    "page", (((980, 686),),), (6,), vision={"image_size": 980}, perceiver={"rms_norm_eps": 1e-6}
+    "page", ((A4,),), (6,), vision={"image_size": 980}, perceiver={"rms_norm_eps": 1e-6}
 )
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
-def page() -> dict[str, Tensor]:
+def page(size: tuple[int, int]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
-    pixels = torch.randn(1, 1, 3, 980, 686, generator=generator)
+    pixels = torch.randn(1, 1, 3, *size, generator=generator)
     ids = torch.tensor([[5, *[IMAGE_TOKEN] * LATENTS, 6, 7, 8]])
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": pixels,
-        "pixel_attention_mask": torch.ones(1, 1, 980, 686, dtype=torch.int64),
+        "pixel_attention_mask": torch.ones(1, 1, *size, dtype=torch.int64),
     }
 
 
@@ -62,40 +63,43 @@ def peer_of(folder: Path) -> Any:
     return library.from_pretrained(folder, attn_implementation="sdpa")
 
 
-def tokens(model: Any, backend: str) -> list[list[int]]:
+def tokens(model: Any, backend: str, size: tuple[int, int]) -> list[list[int]]:
     model.generation_backend = backend
-    out: list[list[int]] = model.generate(**page(), **GREEDY).tolist()
+    out: list[list[int]] = model.generate(**page(size), **GREEDY).tolist()
     return out
 
 
 class TestOneObjectAgreesWithItself:
+    @pytest.mark.parametrize(
+        "size", [pytest.param(A4, marks=pytest.mark.long), STRIP], ids=["a4", "strip"]
+    )
     @pytest.mark.parametrize("rules", ["trained", "transformers"])
-    def test_page(self, rules: Any, checkpoint: Path) -> None:
+    def test_page(self, rules: Any, size: tuple[int, int], checkpoint: Path) -> None:
         model = load(checkpoint, rules=rules)
-        logits = kept_logits(model, page())
+        logits = kept_logits(model, page(size))
         last = int(logits[-1].argmax())
-        assert tokens(model, "engine") == tokens(model, "transformers")
-        assert tokens(model, "engine")[0][page()["input_ids"].shape[1]] == last
+        assert tokens(model, "engine", size) == tokens(model, "transformers", size)
+        assert tokens(model, "engine", size)[0][page(size)["input_ids"].shape[1]] == last
         packed = model.engine.engine.runner.model
         if rules == "trained":
             with torch.no_grad():
-                wanted = forward_padded(packed, **page()).logits[0]
+                wanted = forward_padded(packed, **page(size)).logits[0]
         else:
-            wanted = kept_logits(peer_of(checkpoint), page())
+            wanted = kept_logits(peer_of(checkpoint), page(size))
         torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
 
     def test_the_rules_differ(self, checkpoint: Path) -> None:
         model = load(checkpoint)
         assert model.rules == "trained"
-        trained = kept_logits(model, page())
+        trained = kept_logits(model, page(STRIP))
         model.rules = "transformers"
-        theirs = kept_logits(model, page())
+        theirs = kept_logits(model, page(STRIP))
         assert (trained - theirs).abs().max() > 1e-3
         # The engine follows a switch
-        assert tokens(model, "engine") == tokens(model, "transformers")
+        assert tokens(model, "engine", STRIP) == tokens(model, "transformers", STRIP)
         model.rules = "trained"
-        assert torch.equal(kept_logits(model, page()), trained)
-        assert tokens(model, "engine") == tokens(model, "transformers")
+        assert torch.equal(kept_logits(model, page(STRIP)), trained)
+        assert tokens(model, "engine", STRIP) == tokens(model, "transformers", STRIP)
 
 
 class TestEpsilon:
