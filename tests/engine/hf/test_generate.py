@@ -141,6 +141,20 @@ class TestTokensOfTransformers:
         assert theirs == calls
         assert tokens[-12:] == [token for (token,) in theirs[1:-1]]  # type: ignore[misc]
 
+    def test_equal_pictures_are_encoded_once(self) -> None:
+        peer = build_peer(EVEN)
+        own = build_own(peer, EVEN)
+        own.generation_backend = "engine"
+        inputs = {name: tensor[[0, 1, 0]] for name, tensor in batch(EVEN).items()}
+        assert (
+            own.generate(**inputs, **GREEDY).tolist() == peer.generate(**inputs, **GREEDY).tolist()
+        )
+        assert engine_of(own).stats.encoded_tiles == 2
+        # They are another picture with another size or other values
+        inputs["pixel_values"][2, 0, 0, 0, 0] += 1.0
+        own.generate(**inputs, **GREEDY)
+        assert engine_of(own).stats.encoded_tiles == 2 + 3
+
 
 class TestSampling:
     def test_answers_to_one_prompt(self, own: Any) -> None:
