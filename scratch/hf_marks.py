@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import idefics2_engine.llm
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.hf import Idefics2ForConditionalGeneration
+from idefics2_engine.hf.accelerate import patch_blocks
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.shared_weights import config_of, model_on
-from idefics2_engine.hf.accelerate import patch_blocks
 
 FOLDER = Path("tests/data/idefics2-8b")
 NO_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -45,7 +45,9 @@ MARKS = {
 parser = argparse.ArgumentParser()
 parser.add_argument("--out", default="hf_marks.json")
 parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
-parser.add_argument("--only", nargs="*", default=["forward", "generate", "compiled", "memory", "nf4"])
+parser.add_argument(
+    "--only", nargs="*", default=["forward", "generate", "compiled", "memory", "nf4"]
+)
 options = parser.parse_args()
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_gpu = device.type == "cuda"
@@ -137,7 +139,9 @@ own.requires_grad_(False)
 own.rules = "transformers"
 greedy = transformers.GenerationConfig(do_sample=False, max_new_tokens=NEW, pad_token_id=0)
 own.generation_config = copy.deepcopy(greedy)
-packed = own.engine.share_weights(own, config_of(own), operations_of(own.model.connector).on(device))
+packed = own.engine.share_weights(
+    own, config_of(own), operations_of(own.model.connector).on(device)
+)
 peer = model_on(packed, transformers.Idefics2ForConditionalGeneration, copy.deepcopy(own.config),
                 attn_implementation="sdpa", dtype=dtype)  # fmt: skip
 peer.generation_config = copy.deepcopy(greedy)
@@ -162,9 +166,13 @@ def forward():
     generator = torch.Generator().manual_seed(1)
     sides = torch.randint(27, 71, (2 if SMALL else 16, 2), generator=generator) * 14
     mixed = pictures([tuple(s) for s in sides.tolist()])
-    compare("mixed_pictures", lambda m: torch.cat(list(m.get_image_features(**mixed).pooler_output)), 5)
+    compare(
+        "mixed_pictures", lambda m: torch.cat(list(m.get_image_features(**mixed).pooler_output)), 5
+    )
     full = pictures([(980, 980)] * (1 if SMALL else 8))
-    compare("full_pictures", lambda m: torch.cat(list(m.get_image_features(**full).pooler_output)), 5)
+    compare(
+        "full_pictures", lambda m: torch.cat(list(m.get_image_features(**full).pooler_output)), 5
+    )
 
 
 def run_peer(model=peer, rows=texts, **more):
@@ -237,7 +245,7 @@ def memory():
 
 
 def compiled():
-    """transformers compiles its decode step by itself if the cache is static."""
+    """Transformers compiles its decode step by itself if the cache is static."""
     own.engine.close()
     start = time.perf_counter()
     run_peer(cache_implementation="static")
@@ -245,7 +253,9 @@ def compiled():
     making = time.perf_counter() - start
     times["compiled"] = seconds(lambda: run_peer(cache_implementation="static"), 1)
     if "engine" in times:
-        row("generate_engine_over_compiled", times["engine"], times["compiled"], first_call_s=making)
+        row(
+            "generate_engine_over_compiled", times["engine"], times["compiled"], first_call_s=making
+        )
     else:
         add({"compiled_s": times["compiled"], "first_call_s": making})
 

@@ -187,19 +187,19 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
         return theirs._sample(*args, **kwargs)
 
     def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_engine(NotOnEngineError("num_beams is transformers'"))
+        self._refuse_if_engine(NotOnEngineError("num_beams needs transformers' loop"))
         theirs: Any = super()
         return theirs._beam_search(*args, **kwargs)
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_if_engine(NotOnEngineError("assistant_model is transformers'"))
+        self._refuse_if_engine(NotOnEngineError("assistant_model needs transformers' loop"))
         theirs: Any = super()
         return theirs._assisted_decoding(*args, **kwargs)
 
     def _refuse_if_engine(self, reason: NotOnEngineError) -> None:
         if self._generation_backend == "engine":
             raise NotOnEngineError(
-                f"generation_backend 'engine' must be asked for what the engine has: {reason}"
+                f"generation_backend 'engine' must be asked for what the engine has, but {reason}"
             ) from reason
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

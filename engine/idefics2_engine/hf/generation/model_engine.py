@@ -97,7 +97,11 @@ class ModelEngine:
         """
         # The caller's default device would also slow down every operation
         is_plain = torch.get_default_device().type == "cpu"
-        with contextlib.nullcontext() if is_plain else torch_defaults():
+        with (
+            contextlib.nullcontext() if is_plain else torch_defaults(),
+            # Triton launches on the current device
+            torch.cuda.device(packed.device if packed.device.type == "cuda" else -1),
+        ):
             self._run(self._fitting(packed, requests), requests, tokenizer, on_step)
         for request in requests:
             if request.error is not None:
@@ -201,6 +205,8 @@ def _within_memory(
     if packed.device.type != "cuda":
         return wanted
     free, _ = torch.cuda.mem_get_info(packed.device)
+    # PyTorch keeps what was freed
+    free += torch.cuda.memory_reserved(packed.device) - torch.cuda.memory_allocated(packed.device)
     each = bytes_per_token(packed.config.text, packed.dtype) * PAGE_SIZE
     pages = max(int(_SHARE * free) // each, *map(_pages, requests))
     return replace(wanted, kv_cache_tokens=min(wanted.kv_cache_tokens, pages * PAGE_SIZE))

@@ -60,11 +60,11 @@ def check_caller(arguments: Mapping[str, Any], own_config: Any) -> None:
         value = arguments.get(name)
         is_given = bool(value) if isinstance(value, bool | list) else value is not None
         if is_given:
-            raise NotOnEngineError(f"{name} is transformers'")
+            raise NotOnEngineError(f"{name} needs transformers' loop")
     for source in (arguments, vars(arguments.get("generation_config") or own_config)):
         if source.get("num_beams") is not None:
             if source["num_beams"] != 1:
-                raise NotOnEngineError("num_beams is transformers'")
+                raise NotOnEngineError("num_beams needs transformers' loop")
             break
 
 
@@ -76,14 +76,14 @@ def check_config(generation_config: Any, synced_gpus: bool) -> None:
     """
     for name in OUTPUTS:
         if getattr(generation_config, name, None):
-            raise NotOnEngineError(f"{name} is transformers'")
+            raise NotOnEngineError(f"{name} needs transformers' loop")
     for name in ("cache_implementation", "prefill_chunk_size", "watermarking_config"):
         if getattr(generation_config, name, None) is not None:
-            raise NotOnEngineError(f"{name} is transformers'")
+            raise NotOnEngineError(f"{name} needs transformers' loop")
     if generation_config.use_cache is False:
-        raise NotOnEngineError("use_cache=False is transformers'")
+        raise NotOnEngineError("use_cache=False needs transformers' loop")
     if synced_gpus:
-        raise NotOnEngineError("synced_gpus is transformers'")
+        raise NotOnEngineError("synced_gpus needs transformers' loop")
 
 
 def check_inputs(model_kwargs: Mapping[str, Any]) -> None:
@@ -94,7 +94,7 @@ def check_inputs(model_kwargs: Mapping[str, Any]) -> None:
     """
     unknown = [k for k, v in model_kwargs.items() if k not in _INPUTS and v is not None]
     if unknown:
-        raise NotOnEngineError(f"{unknown[0]} is transformers'")
+        raise NotOnEngineError(f"{unknown[0]} needs transformers' loop")
 
 
 def check_model(model: Any) -> None:
@@ -107,11 +107,13 @@ def check_model(model: Any) -> None:
     parts = [config, *(getattr(config, name) for name in config.sub_configs)]
     for part in parts:
         if part._attn_implementation != NAME:
-            raise NotOnEngineError(f"attn_implementation={part._attn_implementation!r} is not ours")
+            raise NotOnEngineError(
+                f"attn_implementation={part._attn_implementation!r} needs transformers' loop"
+            )
         if model.training and getattr(part, "attention_dropout", 0.0):
             raise NotOnEngineError("a model in training has dropout")
     if torch.is_autocast_enabled(model.device.type):
-        raise NotOnEngineError("torch.autocast is transformers'")
+        raise NotOnEngineError("torch.autocast needs transformers' loop")
     for name, module in model.named_modules():
         if _has_hooks(module):
             raise NotOnEngineError(f"a hook of {name or 'the model'} would not be called")

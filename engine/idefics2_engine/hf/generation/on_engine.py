@@ -1,7 +1,6 @@
 """One call of ``generate``: whether the engine serves it, and its result in transformers' form."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ def generate_on_engine(
     check_config(generation_config, synced_gpus)
     check_inputs(model_kwargs)
     if streamer is not None and len(input_ids) > 1:
-        raise NotOnEngineError("a streamer of several rows is transformers'")
+        raise NotOnEngineError("a streamer of several rows needs transformers' loop")
     try:
         config = config_of(model)
     except NotShareableError as error:
@@ -64,8 +63,7 @@ def generate_on_engine(
         config.text.vocab_size,
     )
     # transformers has repeated each row for its answers
-    answers = generation_config.num_return_sequences or 1
-    sampling = replace(sampling, params=replace(sampling.params, n=answers))
+    answers = sampling.params.n
     rows = {
         name: None if model_kwargs.get(name) is None else model_kwargs[name][::answers]
         for name in ("attention_mask", "pixel_values", "pixel_attention_mask")

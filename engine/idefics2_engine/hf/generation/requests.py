@@ -49,15 +49,15 @@ def make_requests(
             f"{longest} tokens are more than the model's {config.text.max_positions} positions"
         )
     if sampling.params.stop and not sampling.has_end and len(rows) > 1:
-        raise NotOnEngineError("stop_strings without an end token are transformers'")
+        raise NotOnEngineError("stop_strings without an end token need transformers' loop")
     if sampling.params.repetition_penalty != 1.0:
         # transformers also penalizes the tokens of padding and of images
         if any(len(row) < input_ids.shape[1] for row in rows):
-            raise NotOnEngineError("repetition_penalty with padding is transformers'")
+            raise NotOnEngineError("repetition_penalty with padding needs transformers' loop")
         if any(config.image_token_id in row for row in rows) and (
             (config.image_token_id,) not in sampling.bad_words_ids
         ):
-            raise NotOnEngineError("repetition_penalty of image tokens is transformers'")
+            raise NotOnEngineError("repetition_penalty of image tokens needs transformers' loop")
     seeds = torch.randint(2**62, (len(rows),)).tolist()
     numbers = count()
     return [
@@ -85,7 +85,7 @@ def _rows(input_ids: Tensor, attention_mask: Tensor | None, config: ModelConfig)
         )
     ids, kept = input_ids.cpu(), attention_mask.bool().cpu()
     if not bool(kept[:, -1].all()) or bool((kept[:, :-1] & ~kept[:, 1:]).any()):
-        raise NotOnEngineError("padding that is not on the left is transformers'")
+        raise NotOnEngineError("padding that is not on the left needs transformers' loop")
     vocab_size = config.text.vocab_size
     if bool(((ids < 0) | (ids >= vocab_size)).any()):
         raise NotOnEngineError(f"input_ids must be from 0 to {vocab_size - 1}")
@@ -109,7 +109,7 @@ def _pictures(
     if len(cut.is_real) != num_rows:
         raise NotOnEngineError(f"pixel_values must have {num_rows} rows, got {len(cut.is_real)}")
     if any(0 in grid for grid in cut.grids):
-        raise NotOnEngineError("a picture without a whole patch is transformers'")
+        raise NotOnEngineError("a picture without a whole patch needs transformers' loop")
     embeddings = model.model.vision_model.embeddings
     positions = patch_positions(embeddings, cut.kept, model.dtype)[cut.kept.flatten(1)]
     counts = [rows * columns for rows, columns in cut.grids]

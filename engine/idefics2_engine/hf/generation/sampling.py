@@ -67,14 +67,15 @@ def read_sampling(
         elif kind is processors.MinNewTokensLengthLogitsProcessor:
             least = max(least, int(one.min_new_tokens))
         else:
-            raise NotOnEngineError(f"{kind.__name__} is transformers'")
+            raise NotOnEngineError(f"{kind.__name__} needs transformers' loop")
     longest, ends, stops = _ends(stopping_criteria)
     if longest is None:
-        raise NotOnEngineError("a call without a length is transformers'")
+        raise NotOnEngineError("a call without a length needs transformers' loop")
     if stops and least:
-        raise NotOnEngineError("stop_strings before min_new_tokens are transformers'")
+        raise NotOnEngineError("stop_strings before min_new_tokens need transformers' loop")
     try:
         params = SamplingParams(
+            n=config.num_return_sequences or 1,
             max_tokens=None,
             min_tokens=max(least, 0),
             stop=stops,
@@ -101,5 +102,5 @@ def _ends(found: Iterable[Any]) -> tuple[int | None, list[int] | None, tuple[str
         elif kind is criteria.StopStringCriteria:
             stops = tuple(one.stop_strings)
         else:
-            raise NotOnEngineError(f"{kind.__name__} is transformers'")
+            raise NotOnEngineError(f"{kind.__name__} needs transformers' loop")
     return longest, ends, stops
