@@ -6,7 +6,7 @@ are another. transformers' parameters are views of their rows.
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import NF4Linear
 from idefics2_kernels import NF4Weight, Ops
+
+Modules = Mapping[str, nn.Module]
+"""The modules of transformers' model by name."""
 
 
 class NotShareableError(ValueError):
@@ -110,14 +113,15 @@ class SharedWeights:
     """
 
     def __init__(self, model: Any, config: ModelConfig, ops: Ops) -> None:
-        head = _parameter(model, HEAD)
-        self._layers = _nf4_layers(model, config, head.dtype)
+        modules = dict(model.named_modules())
+        head = _parameter(modules, HEAD)
+        self._layers = _nf4_layers(modules, config, head.dtype)
         self._owners: dict[str, nn.Parameter] = {}
         for place in hub_tensors(config):
             if place.name not in self._layers:
-                self._owners[place.name] = _parameter(model, place.name)
+                self._owners[place.name] = _parameter(modules, place.name)
                 _check(place, self._owners[place.name], head)
-        if config.tie_word_embeddings != (_parameter(model, EMBEDDING) is head):
+        if config.tie_word_embeddings != (_parameter(modules, EMBEDDING) is head):
             raise NotShareableError(
                 "config.tie_word_embeddings must say whether the head is the embedding, "
                 f"got {config.tie_word_embeddings}"
@@ -127,20 +131,21 @@ class SharedWeights:
         self._nf4: dict[str, NF4Weight] = {}
         self._fuse(tensor_places(packed), head.device)
         packed.requires_grad_(False)
+        self._views = dict(views(packed))
 
     def is_current(self, model: Any, config: ModelConfig, ops: Ops) -> bool:
         """Return whether the weights of ``model`` are still the views, and all else is the same."""
         if self.packed.config != config or self.packed.ops is not ops:
             return False
+        modules = dict(model.named_modules())
         try:
-            found = _nf4_layers(model, config, self.packed.dtype)
-            own = dict(views(self.packed))
-            dense = {name: _parameter(model, name) for name in own}
+            found = _nf4_layers(modules, config, self.packed.dtype)
+            dense = {name: _parameter(modules, name) for name in self._views}
         except NotShareableError:
             return False
         return (
             found.keys() == self._layers.keys()
-            and all(_is_same(dense[name], view) for name, view in own.items())
+            and all(_is_same(dense[name], view) for name, view in self._views.items())
             and all(self._is_shared(name, layer) for name, layer in found.items())
         )
 
@@ -220,20 +225,19 @@ def _is_same(parameter: Tensor, view: Tensor) -> bool:
     )
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _owner(modules: Modules, name: str) -> tuple[nn.Module, str]:
     """Return the module that owns the tensor ``name``, below PEFT's layers, and the last name."""
     module, _, leaf = name.rpartition(".")
-    try:
-        owner: Any = model.get_submodule(module)
-    except AttributeError as error:
-        raise NotShareableError(f"{name} must be a weight of the model, got none") from error
-    while isinstance(inner := getattr(owner, "base_layer", None), nn.Module):
+    owner: Any = modules.get(module)
+    if owner is None:
+        raise NotShareableError(f"{name} must be a weight of the model, got none")
+    while (inner := owner._modules.get("base_layer")) is not None:
         owner = inner
     return owner, leaf
 
 
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    owner, leaf = _owner(model, name)
+def _parameter(modules: Modules, name: str) -> nn.Parameter:
+    owner, leaf = _owner(modules, name)
     parameter = owner._parameters.get(leaf)
     # Quantized and distributed weights are of types of their own
     if type(parameter) is not nn.Parameter:
@@ -252,7 +256,7 @@ def _check(place: HubTensor, parameter: Tensor, head: Tensor) -> None:
         )
 
 
-def _nf4_layers(model: nn.Module, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _nf4_layers(modules: Modules, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the layers whose weights are in NF4, by the names of the weights."""
     # A model has such layers only if bitsandbytes was imported
     if "bitsandbytes" not in sys.modules:
@@ -263,7 +267,7 @@ def _nf4_layers(model: nn.Module, config: ModelConfig, dtype: torch.dtype) -> di
     for place in hub_tensors(config):
         if not place.is_linear:
             continue
-        layer, _ = _owner(model, place.name)
+        layer, _ = _owner(modules, place.name)
         if not isinstance(layer, Linear4bit):
             continue
         weight = layer.nf4_weight(dtype)
