@@ -16,6 +16,7 @@ from transformers.models.mistral import modeling_mistral
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
+from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
 
 
 class MistralRMSNorm(modeling_mistral.MistralRMSNorm):
@@ -74,10 +75,25 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     # Both products are written to one memory, which saves a copy
     width = gate.out_features
     rows = x.flatten(0, -2)
+    stacked = _stacked(gate.weight, up.weight)
+    if stacked is not None:
+        return ops.silu_mul(rows @ stacked.t()).view(*x.shape[:-1], width)
     gate_up = x.new_empty(len(rows), 2 * width)
     torch.mm(rows, gate.weight.t(), out=gate_up[:, :width])
     torch.mm(rows, up.weight.t(), out=gate_up[:, width:])
     return ops.silu_mul(gate_up).view(*x.shape[:-1], width)
+
+
+def _stacked(gate: Tensor, up: Tensor) -> Tensor | None:
+    """Return ``gate`` and ``up`` (N, K) as one (2 * N, K), if the engine has fused them."""
+    if (
+        gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr()
+        or gate.data_ptr() + gate.nbytes != up.data_ptr()
+        or not (gate.is_contiguous() and up.is_contiguous())
+        or gate.shape != up.shape
+    ):
+        return None
+    return gate.as_strided((2 * len(gate), gate.shape[1]), gate.stride())
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -194,6 +210,23 @@ class MistralAttention(modeling_mistral.MistralAttention):
             **kwargs,
         )
         return self.o_proj(out.reshape(B, S, -1)), weights
+
+
+class Idefics2VisionEmbeddings(modeling_idefics2.Idefics2VisionEmbeddings):
+    """The embeddings of patches, at the positions of ``rules``."""
+
+    rules: Rules = TRANSFORMERS
+
+    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+        """Embed pixels (N, 3, H, W), of which a mask (N, R, C) of patches is kept, (N, R * C, hidden)."""
+        if self.rules == TRANSFORMERS:
+            transformers_own: Any = super().forward
+            out: Tensor = transformers_own(pixel_values, patch_attention_mask)
+            return out
+        ids = patch_positions(self, patch_attention_mask.bool(), pixel_values.dtype)
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        out = patches + self.position_embedding(ids)
+        return out
 
 
 class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
