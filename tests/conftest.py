@@ -1,6 +1,7 @@
 """Settings for the whole suite; without a GPU the tests run the kernels in Triton's interpreter."""
 
 import os
+import signal
 import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -14,9 +15,15 @@ from idefics2_engine.cpu_threads import SMALL_MODEL_THREADS
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", str(SMALL_MODEL_THREADS))
 ROOT = Path(__file__).parents[1]
+_GIVEN_PATH = os.environ.get("PYTHONPATH", "")
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    str(ROOT / root) for root in ("engine", "kernels", "bench")
+    # Packages in older versions are on the path in CI
+    filter(None, [*(str(ROOT / root) for root in ("engine", "kernels", "bench")), _GIVEN_PATH])
 )
+
+# A script's background processes ignore it, and those that tests start would too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 

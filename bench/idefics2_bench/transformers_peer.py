@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from idefics2_engine.checkpoint.tensor_mapping import hub_tensors
 from idefics2_engine.images.tiling import ImageConfig, Tile, normalize
 from idefics2_engine.json_file import read_json
 from idefics2_engine.model.idefics2 import Idefics2
@@ -32,6 +31,8 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
     """
     import transformers
 
+    from idefics2_engine.hf.shared_weights import model_on
+
     # transformers is only partly typed
     library: Any = transformers
 
@@ -42,24 +43,8 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
     config = library.Idefics2Config(
         **{**values, "perceiver_config": {**perceiver, "rms_norm_eps": eps}}
     )
-    with torch.device("meta"):
-        peer: Any = library.Idefics2ForConditionalGeneration._from_config(
-            config, attn_implementation="sdpa"
-        )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for place in hub_tensors(model.config):
-        rows = parameters[place.parameter][place.first_row : place.first_row + place.shape[0]]
-        view = nn.Parameter(rows.detach().view(place.shape), requires_grad=False)
-        owner, _, name = place.name.rpartition(".")
-        setattr(peer.get_submodule(owner), name, view)
-    if model.config.tie_word_embeddings:
-        peer.lm_head.weight = peer.model.text_model.embed_tokens.weight
-    text = peer.model.text_model
-    text.rotary_emb = type(text.rotary_emb)(config.text_config).to(model.device)
-    left = [n for n, t in [*peer.named_parameters(), *peer.named_buffers()] if t.is_meta]
-    if left:
-        raise RuntimeError(f"transformers' model has tensors that ours lacks: {', '.join(left)}")
-    return peer.eval()
+    kind = library.Idefics2ForConditionalGeneration
+    return model_on(model, kind, config, attn_implementation="sdpa")
 
 
 def padded_images(

@@ -7,9 +7,11 @@ import pytest
 
 from bench_command import bench
 from idefics2_bench import machine
+from idefics2_bench.jobs import several_gpus
 from idefics2_bench.jobs.apart import run_apart
 from idefics2_bench.jobs.first_row import first_row
 from idefics2_bench.jobs.journal_cost import journal_cost
+from idefics2_bench.jobs.parent_cost import parent_cost
 from idefics2_bench.jobs.rows_on_disk import write_rows
 from idefics2_bench.jobs.stand_in import read_input, write_input
 from idefics2_engine.cli.main import main
@@ -134,3 +136,24 @@ def test_unknown_cases_are_refused(case: str, capsys: pytest.CaptureFixture[str]
     assert (
         f"--case must be one of --help, such as run-2000, got '{case}'" in capsys.readouterr().err
     )
+
+
+def test_the_parent_of_workers_is_measured(tmp_path: Path) -> None:
+    figures = parent_cost(tmp_path, 40, workers=2)
+    assert (figures["rows"], figures["workers"]) == (40, 2)
+    assert figures["rows_per_s"] == pytest.approx(4e4 / figures["ms"])
+    assert figures["parent_cpu_us_per_row"] > 0
+
+
+@pytest.mark.long
+def test_several_workers_answer_all_rows(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--device", "cpu", "--rows", "80", "--shrink", "16", "--folder", str(tmp_path)]
+    options += ["--kind", "workers", "--kind", "killed", "--json", str(out)]
+    assert several_gpus.main(options) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["workers-80-x1", "workers-80-x2", "killed-80-x2"]
+    for row in rows:
+        assert sum(row["rows_of_worker"].values()) == 80
+        assert row["new_tokens"] == rows[0]["new_tokens"]
+        assert row["requests_per_s"] == pytest.approx(8e4 / row["ms"])

@@ -38,6 +38,15 @@ GREEDY: dict[str, Any] = {
 }
 
 
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+"""Arguments of ``generate`` that leave nothing to chance."""
+
+
+def engine_of(model: Any) -> Any:
+    """Return the engine that ``model`` has made, or ``None``."""
+    return model.engine.engine
+
+
 def batch(case: TinyCase, side: str = "left") -> dict[str, Tensor]:
     """Return the batch of ``case`` padded on one side, as arguments of the model."""
     input_ids, attention_mask = padded_ids(case, side)

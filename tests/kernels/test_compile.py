@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -58,16 +59,15 @@ NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x409
 def test_model_shapes_compile_and_fit(arch: int) -> None:
     # A separate process is needed, because the import of a kernel decides whether Triton interprets
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # COMPILE_PYTHON may name the Python of an environment with another version of Triton
-    python = os.environ.get("COMPILE_PYTHON", sys.executable)
     script = TESTS / "tools" / "compile_catalog.py"
     done = subprocess.run(
-        [python, str(script), str(arch)], env=environment, capture_output=True, text=True
+        [sys.executable, str(script), str(arch)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert reports
     for report in reports:
+        assert report["triton"] == version("triton")
         assert report["shared"] <= SHARED_MEMORY[arch], report
         assert report["spills"] == 0, report
         assert report["waits_first"] or not report["is_dependent"], report

@@ -1,4 +1,4 @@
-"""The memory of a process as Linux counts it. Elsewhere it is 0.
+"""The memory of a process and its children, as Linux counts it. Elsewhere it is 0.
 
 ``ru_maxrss`` does not serve, because a process begins with its parent's.
 """
@@ -18,14 +18,19 @@ def peak_bytes(process: int | str = "self") -> int:
 
 def family_peak_bytes(process: int) -> int:
     """Return the sum of ``peak_bytes`` of a process and of all that it started."""
+    return peak_bytes(process) + sum(map(family_peak_bytes, children(process)))
+
+
+def children(process: int) -> list[int]:
+    """Return the ids of the processes that a process has started and that have not ended."""
     started: list[str] = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
+    for of_thread in Path(f"/proc/{process}/task").glob("*/children"):
         try:
-            started += children.read_text(encoding="utf-8").split()
+            started += of_thread.read_text(encoding="utf-8").split()
         except OSError:
             # The thread has ended
             continue
-    return peak_bytes(process) + sum(family_peak_bytes(int(one)) for one in started)
+    return sorted(map(int, started))
 
 
 def _status(process: int | str, name: str) -> int:

@@ -34,9 +34,10 @@ class StandInEngine:
 
     Args:
         rate: Most answers a second. If ``None``, as many as are asked for.
+        max_num_seqs: What the spec of workers says.
     """
 
-    def __init__(self, rate: float | None = None) -> None:
+    def __init__(self, rate: float | None = None, max_num_seqs: int = 64) -> None:
         self._rate = rate
 
     def __call__(self) -> Self:

@@ -14,10 +14,12 @@ Cases, where N is a number of rows:
 - ``resume-N``: from the start of a job with N journalled rows to its first new row, with a stand-in
 - ``plan-N``, ``plan-N-headers``: ``idefics2 plan``, without and with headers of images
 - ``check-N``: the check before a job, with the existence of images
+- ``parent-N``: what the process costs that gives rows to 16 workers, at 5,000 rows a second and at
+  full speed, with a stand-in for the model of each
 - ``first-row``: from the start of ``idefics2 run`` to the first journalled row, with the demo
   checkpoint on a CPU
 
-The last four run in processes of their own. Their inputs have one image a row, of 4,000 small files.
+The last four, and the workers, run in processes of their own. Their inputs have one image a row, of 4,000 small files.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from idefics2_bench import machine, model_suite
 from idefics2_bench.jobs.first_row import first_row
 from idefics2_bench.jobs.input_reading import check_row, plan_row
 from idefics2_bench.jobs.journal_cost import journal_cost
+from idefics2_bench.jobs.parent_cost import parent_cost
 from idefics2_bench.jobs.resume import resume_row
 from idefics2_bench.jobs.whole_runs import WholeRuns, run_lines
 from idefics2_bench.offline import Results
@@ -40,7 +43,7 @@ from idefics2_engine.jobs.plan.image_check import ImageCheck
 Row = dict[str, Any]
 
 _FIRST_ROW = "first-row"
-_CASE = re.compile(r"(run|journal|resume|plan|check)-([1-9]\d{0,8})(-one-thread|-headers)?")
+_CASE = re.compile(r"(run|journal|resume|plan|check|parent)-([1-9]\d{0,8})(-one-thread|-headers)?")
 _VARIANTS = {"run": "-one-thread", "plan": "-headers"}
 _GPU_RUN, _CPU_RUN = 2000, 16
 _OTHERS = (
@@ -49,6 +52,7 @@ _OTHERS = (
     "plan-1000000",
     "plan-1000000-headers",
     "check-1000000",
+    "parent-100000",
     _FIRST_ROW,
 )
 
@@ -84,6 +88,7 @@ class Cases:
             "resume": lambda count, _: [resume_row(self._folder / f"resume-{count}", count)],
             "plan": self._plan,
             "check": lambda count, _: [check_row(self._folder / f"input-{count}", count)],
+            "parent": lambda count, _: [parent_cost(self._folder / f"parent-{count}", count)],
         }
         return kinds[kind]
 

@@ -64,7 +64,7 @@ def build_model(
         raise ConfigError(
             "config.json: quantization_config must be absent where no weights are read: ask for quantization instead"
         )
-    return _build(config, ops, device, dtype, _chosen(config, quantization))
+    return build_with_nf4(config, ops, device, dtype, _chosen(config, quantization))
 
 
 def load_checkpoint(
@@ -109,7 +109,7 @@ def load_checkpoint(
     changes = (
         None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
     )
-    model = _build(config, ops, device, dtype, stored_nf4 | _chosen(config, quantization))
+    model = build_with_nf4(config, ops, device, dtype, stored_nf4 | _chosen(config, quantization))
     filler = ParameterFiller(
         model,
         changes,
@@ -157,7 +157,7 @@ def _chosen(config: ModelConfig, quantization: Quantization | None) -> frozenset
     return frozenset(place.name for place in places if place.is_linear and place.part in parts)
 
 
-def _build(
+def build_with_nf4(
     config: ModelConfig,
     ops: Ops,
     device: torch.device | str,

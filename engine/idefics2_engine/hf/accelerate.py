@@ -24,9 +24,11 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_idefics2.Idefics2RMSNorm: blocks.Idefics2RMSNorm,
     modeling_idefics2.Idefics2MLP: blocks.Idefics2MLP,
     modeling_idefics2.Idefics2VisionMLP: blocks.Idefics2VisionMLP,
+    modeling_idefics2.Idefics2VisionEmbeddings: blocks.Idefics2VisionEmbeddings,
     modeling_idefics2.Idefics2Encoder: blocks.Idefics2Encoder,
     modeling_idefics2.Idefics2Connector: blocks.Idefics2Connector,
     nn.LayerNorm: blocks.LayerNorm,
+    modeling_mistral.MistralDecoderLayer: blocks.MistralDecoderLayer,
     modeling_mistral.MistralModel: decode_graph.MistralModel,
     modeling_idefics2.Idefics2ForConditionalGeneration: (
         paged_cache.Idefics2ForConditionalGeneration

@@ -18,6 +18,7 @@ from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_engine.hf.paged_cache import PagedCache
+from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
 
 
 class MistralRMSNorm(modeling_mistral.MistralRMSNorm):
@@ -50,7 +51,8 @@ class LayerNorm(nn.LayerNorm):
         ops = operations_of(self).for_call(input, self.weight, self.bias)
         if ops is None:
             return super().forward(input)
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+        # The embeddings of one image are a transposed convolution's
+        return ops.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
 
 
 class Idefics2VisionMLP(modeling_idefics2.Idefics2VisionMLP):
@@ -76,10 +78,40 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     # Both products are written to one memory, which saves a copy
     width = gate.out_features
     rows = x.flatten(0, -2)
+    stacked = _stacked(gate.weight, up.weight)
+    if stacked is not None:
+        return ops.silu_mul(rows @ stacked.t()).view(*x.shape[:-1], width)
     gate_up = x.new_empty(len(rows), 2 * width)
     torch.mm(rows, gate.weight.t(), out=gate_up[:, :width])
     torch.mm(rows, up.weight.t(), out=gate_up[:, width:])
     return ops.silu_mul(gate_up).view(*x.shape[:-1], width)
+
+
+def _stacked(*weights: Tensor) -> Tensor | None:
+    """Return ``weights`` (N, K) as one, if the engine has fused them."""
+    first = weights[0]
+    end = first.data_ptr()
+    for weight in weights:
+        if (
+            weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or weight.data_ptr() != end
+            or weight.shape[1] != first.shape[1]
+            or not weight.is_contiguous()
+        ):
+            return None
+        end += weight.nbytes
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+def _products(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """Return what ``layers`` make of ``x`` (..., K), as one product if their weights are fused."""
+    if all(map(_is_plain, layers)):
+        stacked = _stacked(*(layer.weight for layer in layers))
+        if stacked is not None:
+            widths = [layer.out_features for layer in layers]
+            product: Tensor = nn.functional.linear(x, stacked)
+            return tuple(torch.split(product, widths, dim=-1))
+    return tuple(layer(x) for layer in layers)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -89,10 +121,17 @@ def _is_plain(layer: nn.Module) -> bool:
         and layer.bias is None
         # Quantized and distributed weights are of types of their own
         and type(layer.weight) is nn.Parameter
+        and is_unhooked(layer)
+    )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Return whether nobody sees or changes what ``module`` computes."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
         # accelerate's hooks set a ``forward`` of their own
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -171,8 +210,8 @@ class MistralAttention(modeling_mistral.MistralAttention):
             return super().forward(hidden_states, table, attention_mask, past_key_values, **kwargs)
         B, S, _ = hidden_states.shape
         q, k, v = (
-            layer(hidden_states).view(B, S, -1, self.head_dim)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            product.unflatten(-1, (-1, self.head_dim))
+            for product in _products(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )
         cos_sin = table.cos_sin.flatten(0, 1)
         window = getattr(self.config, "sliding_window", None)
@@ -223,6 +262,42 @@ class MistralAttention(modeling_mistral.MistralAttention):
             **kwargs,
         )
         return self.o_proj(out.reshape(B, S, -1)), weights
+
+
+class Idefics2VisionEmbeddings(modeling_idefics2.Idefics2VisionEmbeddings):
+    """The embeddings of patches, at the positions of ``rules``."""
+
+    rules: Rules = TRANSFORMERS
+
+    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+        """Embed pixels (N, 3, H, W), of which a mask (N, R, C) of patches is kept, (N, R * C, hidden)."""
+        if self.rules == TRANSFORMERS:
+            transformers_own: Any = super().forward
+            out: Tensor = transformers_own(pixel_values, patch_attention_mask)
+            return out
+        ids = patch_positions(self, patch_attention_mask.bool(), pixel_values.dtype)
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        out = patches + self.position_embedding(ids)
+        return out
+
+
+class MistralDecoderLayer(  # type: ignore[no-untyped-call]
+    modeling_mistral.MistralDecoderLayer
+):
+    """A layer of the text model, in which the sum in the middle is normalized as it is formed."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``hidden_states`` (B, S, hidden) to the same shape, as transformers' ``forward``."""
+        norm = self.post_attention_layernorm
+        ops = operations_of(self).for_call(hidden_states, norm.weight, module=self)
+        if ops is None or args or type(norm) is not MistralRMSNorm or not is_unhooked(norm):
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normed, total = ops.add_rms_norm(
+            attended, hidden_states, norm.weight, norm.variance_epsilon
+        )
+        out: Tensor = total + self.mlp(normed)
+        return out
 
 
 class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):

@@ -28,7 +28,7 @@ from idefics2_engine.hf.paged_memory import Memory, Tables, make_tables
 _FIRST_STEPS = 4
 # Modules of the text model whose forward passes launch kernels and do nothing else
 _KNOWN = {
-    modeling_mistral.MistralDecoderLayer,
+    blocks.MistralDecoderLayer,
     blocks.MistralAttention,
     blocks.MistralMLP,
     blocks.MistralRMSNorm,
@@ -173,11 +173,7 @@ class DecodeGraph:
             and not torch.is_grad_enabled()
             and not self.model.training
             and self.model.config._attn_implementation == NAME
-            # Somebody wants to see or to change what they compute
-            and not any(
-                module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-                for module in self._modules
-            )
+            and all(map(blocks.is_unhooked, self._modules))
         )
 
     def _padding(self, attention_mask: Tensor | None, B: int) -> Tensor | None:

@@ -17,14 +17,14 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc, name-defined
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., K) to (..., N) in the layer's ``compute_dtype``, if it has one."""
         ops = operations_of(self).for_call(x, module=self)
-        weight = None if ops is None else self._nf4(self.compute_dtype or x.dtype)
+        weight = None if ops is None else self.nf4_weight(self.compute_dtype or x.dtype)
         if ops is None or weight is None:
             out: Tensor = super().forward(x)
             return out
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         return ops.nf4_matmul(x.to(weight.dtype), weight, bias).to(x.dtype)
 
-    def _nf4(self, dtype: torch.dtype) -> NF4Weight | None:
+    def nf4_weight(self, dtype: torch.dtype) -> NF4Weight | None:
         """Return the weight to multiply in ``dtype``, or ``None`` if it is in another format."""
         state: Any = getattr(self.weight, "quant_state", None)
         known: NF4Weight | None = self.__dict__.get("_known_nf4")
@@ -39,6 +39,15 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc, name-defined
         self.__dict__["_known_nf4"] = None if state is None else _weight(self.weight, state, dtype)
         found: NF4Weight | None = self.__dict__["_known_nf4"]
         return found
+
+    def share(self, weight: NF4Weight) -> None:
+        """Let the layer's tensors be those of ``weight``, which has the same values."""
+        self.weight.data = weight.codes.view(self.weight.shape)
+        state: Any = self.weight.quant_state
+        state.absmax = weight.absmax
+        if state.state2 is not None:
+            state.state2.absmax = weight.nested_absmax
+        self.__dict__["_known_nf4"] = weight
 
 
 def _weight(codes: Tensor, state: Any, dtype: torch.dtype) -> NF4Weight | None:

@@ -36,14 +36,16 @@ class Operations:
         """
         reason = self._obstacle(tensors, module)
         if reason is None:
-            if self._ops is not None:
-                return self._ops
-            return TRITON if tensors[0].is_cuda else REFERENCE
+            return self.on(tensors[0].device)
         # The log has locks, which cannot be traced
         if reason != COMPILED and reason not in self._logged:
             self._logged.add(reason)
             _log.warning("A forward that %s uses transformers' own operations", reason)
         return None
+
+    def on(self, device: torch.device) -> Ops:
+        """Return the operations for tensors on ``device``."""
+        return self._ops or (TRITON if device.type == "cuda" else REFERENCE)
 
     @staticmethod
     def _obstacle(tensors: tuple[Tensor, ...], module: nn.Module | None) -> str | None:

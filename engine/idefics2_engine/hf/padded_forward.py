@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from idefics2_engine.images.tiling import position_ids
-from idefics2_engine.model.batch import TextBatch
+from idefics2_engine.model.batch import TextBatch, cumulative
 from idefics2_engine.model.idefics2 import IGNORED_LABEL, Idefics2, next_token_loss
 
 
@@ -122,7 +122,44 @@ def encode_padded(
         ValueError: Shapes differ, an image's mask is no rectangle from its top left corner, or
             there is no image.
     """
-    size = model.config.vision.patch_size
+    cut = cut_patches(
+        model.config.vision.patch_size, model.dtype, pixel_values, pixel_attention_mask
+    )
+    grids = [grid for grid in cut.grids if grid[0]]
+    if not grids:
+        raise ValueError("pixel_attention_mask must keep a whole patch of some image, got none")
+    counts = [rows * columns for rows, columns in grids]
+    ids = [position_ids(*grid, model.config.vision.grid) for grid in grids]
+    device = cut.patches.device
+    return model.encode(
+        cut.patches,
+        torch.cat([torch.from_numpy(i) for i in ids]).to(device),
+        cumulative(counts).to(device),
+        max(counts),
+    )
+
+
+@dataclass(frozen=True)
+class CutPatches:
+    """The N real images of a padded batch in P patches, without padding."""
+
+    patches: Tensor  # (P, channels x rows x columns of a patch)
+    kept: Tensor  # (N, R, C), the patches of each image
+    grids: list[tuple[int, int]]  # rows and columns of each image
+    is_real: Tensor  # (B, images), which images are there
+
+
+def cut_patches(
+    size: int,
+    dtype: torch.dtype,
+    pixel_values: Tensor,
+    pixel_attention_mask: Tensor | None = None,
+) -> CutPatches:
+    """Cut the real images of a padded batch into patches of ``size`` pixels, in ``dtype``.
+
+    Raises:
+        ValueError: Shapes differ, or an image's mask is no rectangle from its top left corner.
+    """
     if pixel_values.ndim != 5:
         raise ValueError(
             f"pixel_values must be (B, images, 3, height, width), got {tuple(pixel_values.shape)}"
@@ -135,7 +172,7 @@ def encode_padded(
             f"pixel_attention_mask must be {tuple(wanted)} for these pixel_values, "
             f"got {tuple(pixel_attention_mask.shape)}"
         )
-    pixels = pixel_values.flatten(0, 1).to(model.dtype)
+    pixels = pixel_values.flatten(0, 1).to(dtype)
     # transformers drops black images, with a mask and without
     is_real = (pixels != 0).flatten(1).any(1)
     pixels = pixels[is_real]
@@ -155,15 +192,5 @@ def encode_padded(
             "pixel_attention_mask must keep a rectangle of patches from the top left corner of each "
             "image, got another shape"
         )
-    grids = [grid for grid in zip(rows.tolist(), columns.tolist(), strict=True) if grid[0]]
-    if not grids:
-        raise ValueError("pixel_attention_mask must keep a whole patch of some image, got none")
-    counts = [rows * columns for rows, columns in grids]
-    ids = [position_ids(*grid, model.config.vision.grid) for grid in grids]
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    return model.encode(
-        patches,
-        torch.cat([torch.from_numpy(i) for i in ids]).to(pixels.device),
-        offsets.to(pixels.device),
-        max(counts),
-    )
+    grids = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    return CutPatches(patches, mask, grids, is_real.view(pixel_values.shape[:2]))

@@ -88,6 +88,26 @@ class ImageBatch(_Movable):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture in normalized patches, which the engine takes in place of a tile.
+
+    Attributes:
+        patches: Values of each patch, channels x rows x columns, in the model's dtype.
+        position_ids: row * grid + column on the trained grid.
+        fingerprint: 128-bit hash; pictures with the same hash have the same embeddings.
+    """
+
+    patches: Tensor  # (P, patch_dim)
+    position_ids: Tensor  # (P,) int64
+    fingerprint: bytes
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches."""
+        return len(self.patches)
+
+
 @dataclass(frozen=True)
 class PagedView(_Movable):
     """Places in the KV cache: where new tokens are written and what each sequence reads.

@@ -36,6 +36,8 @@ class EngineConfig:
         prefix_caching: Whether prompts with a common prefix share its KV cache.
         page_size: Tokens of a page.
         cuda_graphs: Whether steps are captured as CUDA graphs and replayed.
+        prompt_graphs: Whether, with ``cuda_graphs``, steps with prompts and images are captured too,
+            not decode steps alone. Without them an engine starts faster and takes less memory.
         share_prefix_reads: Whether decode steps read the pages of shared prefixes once for several
             sequences.
         run_ahead: Whether a step is launched before the previous step's tokens are read.
@@ -50,6 +52,7 @@ class EngineConfig:
     prefix_caching: bool = True
     page_size: int = PAGE_SIZE
     cuda_graphs: bool = False
+    prompt_graphs: bool = True
     share_prefix_reads: bool = False
     run_ahead: bool = False
 

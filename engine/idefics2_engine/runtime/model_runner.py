@@ -1,5 +1,6 @@
 """The forward pass of a step on the device."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from idefics2_engine.device import to_device
 from idefics2_engine.images.tiling import ImageConfig, Tile
-from idefics2_engine.model.batch import ImageBatch
+from idefics2_engine.model.batch import ImageBatch, Picture, cumulative
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.runtime.config import EngineConfig
 from idefics2_engine.runtime.cuda_graphs import GraphPool
@@ -26,6 +27,7 @@ from idefics2_engine.runtime.shared_prefix_tables import SharedPrefixTables
 from idefics2_engine.runtime.step_gate import StepGate
 from idefics2_engine.runtime.text_graphs import TextGraphs
 from idefics2_engine.runtime.warm_up import warm_up_model
+from idefics2_engine.scheduling.placeholders import Encodable
 from idefics2_engine.scheduling.sequence import Request
 from idefics2_engine.scheduling.step import Step
 
@@ -53,8 +55,9 @@ class Runner:
         self.image_config = image_config
         self.kv_cache = kv_cache
         latents, hidden = model.config.perceiver.num_latents, model.config.text.hidden_size
+        has_image_graphs = config.cuda_graphs and config.prompt_graphs
         # The graphs write the embeddings of padding images to the last entry
-        shape = (config.max_cached_images + config.cuda_graphs, latents, hidden)
+        shape = (config.max_cached_images + has_image_graphs, latents, hidden)
         self.image_features = torch.empty(shape, device=model.device, dtype=model.dtype)
         self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int32, device=model.device)
         self._uploader = PixelUploader(model.device)
@@ -67,22 +70,23 @@ class Runner:
         self._image_graphs: ImageGraphs | None = None
         if config.cuda_graphs:
             pool = GraphPool(model.device)
-            self._image_graphs = ImageGraphs(
-                model,
-                image_config,
-                self.image_features,
-                config.max_patches,
-                self._uploader,
-                pool,
-                gate,
-            )
+            if has_image_graphs:
+                self._image_graphs = ImageGraphs(
+                    model,
+                    image_config,
+                    self.image_features,
+                    config.max_patches,
+                    self._uploader,
+                    pool,
+                    gate,
+                )
             self._text_graphs = TextGraphs(
                 model,
                 kv_cache,
                 self.image_features,
                 self._last_tokens,
                 -(-config.max_model_len // config.page_size),
-                config.max_num_batched_tokens,
+                config.max_num_batched_tokens if config.prompt_graphs else 0,
                 pool,
                 self._shared_prefixes,
             )
@@ -144,14 +148,30 @@ class Runner:
         return self.model.logits(hidden[sampled]), hidden
 
     @torch.inference_mode()
-    def encode(self, encodes: list[tuple[Tile, int]]) -> None:
-        """Encode tiles into their entries of ``image_features``."""
-        if self._image_graphs is not None:
-            self._image_graphs.run(encodes)
-            return
-        tiles, entries = zip(*encodes, strict=True)
-        device = self.model.device
-        pixels = self._uploader.upload(tiles)
-        images = ImageBatch.from_tiles(tiles, self.image_config, pixels).to(device)
-        (places,) = to_device([np.array(entries, np.int64)], device)
-        self.image_features[places] = self.model.image_features(images)
+    def encode(self, encodes: Sequence[tuple[Encodable, int]]) -> None:
+        """Encode tiles, and pictures in patches, into their entries of ``image_features``."""
+        tiles = [(one, entry) for one, entry in encodes if isinstance(one, Tile)]
+        pictures = [(one, entry) for one, entry in encodes if isinstance(one, Picture)]
+        if pictures:
+            batch, entries = zip(*pictures, strict=True)
+            self._store(self._encode_pictures(batch), entries)
+        if tiles and self._image_graphs is not None:
+            self._image_graphs.run(tiles)
+        elif tiles:
+            batch_of_tiles, entries = zip(*tiles, strict=True)
+            pixels = self._uploader.upload(batch_of_tiles)
+            images = ImageBatch.from_tiles(batch_of_tiles, self.image_config, pixels)
+            self._store(self.model.image_features(images.to(self.model.device)), entries)
+
+    def _encode_pictures(self, pictures: Sequence[Picture]) -> Tensor:
+        counts = [picture.num_patches for picture in pictures]
+        return self.model.encode(
+            torch.cat([picture.patches for picture in pictures]),
+            torch.cat([picture.position_ids for picture in pictures]),
+            cumulative(counts).to(self.model.device),
+            max(counts),
+        )
+
+    def _store(self, features: Tensor, entries: Sequence[int]) -> None:
+        (places,) = to_device([np.array(entries, np.int64)], self.model.device)
+        self.image_features[places] = features

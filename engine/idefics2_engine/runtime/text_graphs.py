@@ -45,7 +45,7 @@ class TextGraphs:
         image_features: (entries, latents, hidden) encoder cache that the graphs read.
         last_tokens: (sequences,) int32, tokens of the previous step, to which inputs may refer.
         max_pages: Most pages of a sequence.
-        max_tokens: Most tokens of a step.
+        max_tokens: Most tokens of a step with prompts. 0 captures decode steps alone.
         pool: Captures the graphs.
         shared_prefixes: Says which decode steps have a table of shared prefixes. ``None`` if none.
     """
@@ -67,7 +67,7 @@ class TextGraphs:
         self.last_tokens = last_tokens
         sequences = min(len(last_tokens), MAX_SEQUENCES)
         self.decode_sizes = decode_sizes(sequences)
-        self.token_sizes = token_sizes(max_tokens)
+        self.token_sizes = token_sizes(max_tokens) if max_tokens else []
         # Decode steps apart, whose time hardly depends on padding
         self.num_padded_tokens = 0
         shapes = [
@@ -92,9 +92,10 @@ class TextGraphs:
         length = max(packed_length(padded(NOTHING, shape).arrays()) for shape in shapes)
         self._inputs = empty(1, length, torch.int32)[0]
         self._logits = empty(self.decode_sizes[-1], text.padded_vocab_size, model.dtype)
-        self.hidden = empty(self.token_sizes[-1], text.hidden_size, model.dtype)
+        most = max(self.token_sizes, default=0)
+        self.hidden = empty(most, text.hidden_size, model.dtype)
         """(tokens, hidden) of the last step that was not a decode step."""
-        most, largest = self.token_sizes[-1], self.decode_sizes[-1]
+        largest = self.decode_sizes[-1]
         # The largest graph is captured first, and the others reuse its memory
         self._captured = {
             (shape.tokens, shape.has_images): pool.capture(
@@ -106,9 +107,9 @@ class TextGraphs:
 
     def can_run(self, packed: PackedStep) -> bool:
         """Return whether ``packed`` fits a graph."""
-        return (
-            len(packed.context_lens) <= self.decode_sizes[-1]
-            and len(packed.input_ids) <= self.token_sizes[-1]
+        sizes = self.decode_sizes if packed.is_decode else self.token_sizes
+        return len(packed.context_lens) <= self.decode_sizes[-1] and len(packed.input_ids) <= max(
+            sizes, default=0
         )
 
     def shape(self, packed: PackedStep) -> StepShape:

@@ -3,21 +3,32 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from idefics2_engine.images.tiling import Tile
+
+class Encodable(Protocol):
+    """What the vision tower encodes: a ``Tile``, or a ``Picture`` in patches."""
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Hash of the content."""
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageItem:
     """A tile and the tokens [``begin``, ``end``) of the prompt that its embeddings replace."""
 
-    tile: Tile
+    tile: Encodable
     begin: int
     end: int
 
 
 def image_items(
-    token_ids: Sequence[int], tiles: Sequence[Tile], image_token_id: int, num_latents: int
+    token_ids: Sequence[int], tiles: Sequence[Encodable], image_token_id: int, num_latents: int
 ) -> list[ImageItem]:
     """Find the placeholders of ``tiles``, each of ``num_latents`` consecutive image tokens."""
     items, end = [], 0

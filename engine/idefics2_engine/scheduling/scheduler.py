@@ -22,11 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from idefics2_engine.images.tiling import Tile
 from idefics2_engine.scheduling.admission import AT_ONCE, AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
 from idefics2_engine.scheduling.page_allocator import NO_PAGE, PageAllocator, most_pages
-from idefics2_engine.scheduling.placeholders import items_between
+from idefics2_engine.scheduling.placeholders import Encodable, items_between
 from idefics2_engine.scheduling.sampling_columns import SAMPLING, sampling_record
 from idefics2_engine.scheduling.sequence import Sequence
 from idefics2_engine.scheduling.sequence_table import Entry, Ints, SequenceTable
@@ -502,7 +501,7 @@ class _Plan:
         self.tokens = tokens
         self.patches = patches
         self.chunks: list[Chunk] = []
-        self.encodes: list[tuple[Tile, int]] = []
+        self.encodes: list[tuple[Encodable, int]] = []
         self.copies: list[tuple[int, int]] = []
         # Names of the pages that prompts fill in this step
         self.page_names: set[bytes] = set()

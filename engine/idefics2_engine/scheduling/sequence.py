@@ -71,8 +71,8 @@ class Request:
 
     @property
     def tiles(self) -> list[Tile]:
-        """Tiles in the order of their placeholders."""
-        return [image.tile for image in self.images]
+        """Tiles in the order of their placeholders, without pictures that came in patches."""
+        return [image.tile for image in self.images if isinstance(image.tile, Tile)]
 
     @property
     def finished(self) -> bool:

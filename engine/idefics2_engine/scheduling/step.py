@@ -7,8 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from idefics2_engine.images.tiling import Tile
-from idefics2_engine.scheduling.placeholders import ImageItem
+from idefics2_engine.scheduling.placeholders import Encodable, ImageItem
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from idefics2_engine.scheduling.sequence_table import Ints, Owners
 
@@ -76,7 +75,7 @@ class Step:
 
     decodes: Decodes
     chunks: list[Chunk]
-    encodes: list[tuple[Tile, int]]
+    encodes: list[tuple[Encodable, int]]
     copies: list[tuple[int, int]]
     cached_tokens: int = 0
     cached_tiles: int = 0

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from idefics2_engine.cli.main import main
-from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.job_input import JobInput
+from idefics2_engine.jobs.readers.row_builder import IdentifiedRow
 from paths import EIGHT_B, ROOT
 from pictures import file, noise
 
@@ -212,11 +212,11 @@ def test_bad_usage_is_one_line(
 def test_input_that_is_lost_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rows(*_arguments: object) -> Iterator[JobRow]:
+    def rows(*_arguments: object) -> Iterator[IdentifiedRow]:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
         yield
 
-    monkeypatch.setattr(JobInput, "rows", rows)
+    monkeypatch.setattr(JobInput, "identified_rows", rows)
     assert main(["plan", "-i", write(folder, ROWS)]) == 2
     assert "the input cannot be read: Input/output error" in capsys.readouterr().err
 

@@ -36,6 +36,13 @@ class Captures:
         return replay, output
 
 
+def looping(case: TinyCase, peer: Any) -> Any:
+    """Return this package's class, which generates in transformers' loop."""
+    own = build_own(peer, case)
+    own.generation_backend = "transformers"
+    return own
+
+
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     made = Captures()
@@ -59,14 +66,14 @@ def test_tokens_equal_transformers(case: TinyCase, graphs: int, captures: Captur
     inputs, peer = batch(case), build_peer(case)
     settings = GREEDY | {"max_new_tokens": 110 if graphs > 1 else 30}
     wanted = peer.generate(**inputs, **settings)
-    assert torch.equal(build_own(peer, case).generate(**inputs, **settings), wanted)
+    assert torch.equal(looping(case, peer).generate(**inputs, **settings), wanted)
     # Each memory that is kept for a while has one
     assert captures.captures == graphs
     assert captures.replays > 20
 
 
 def test_short_answers_have_no_graph(captures: Captures) -> None:
-    own = build_own(build_peer(NO_IMAGE), NO_IMAGE)
+    own = looping(NO_IMAGE, build_peer(NO_IMAGE))
     own.generate(**batch(NO_IMAGE), **GREEDY | {"max_new_tokens": 4})
     assert captures.captures == 0
 
@@ -77,7 +84,7 @@ def test_other_loops_answer_the_same(how: dict[str, Any], captures: Captures) ->
     inputs = {name: tensor[:1] for name, tensor in batch(NO_IMAGE).items()}
     settings = GREEDY | {"max_new_tokens": 20} | how
     wanted = peer.generate(**inputs, **settings)
-    assert torch.equal(build_own(peer, NO_IMAGE).generate(**inputs, **settings), wanted)
+    assert torch.equal(looping(NO_IMAGE, peer).generate(**inputs, **settings), wanted)
 
 
 def decode(own: Any, inputs: dict[str, Tensor], steps: int, cache: Any) -> Tensor:
@@ -100,7 +107,7 @@ def decode(own: Any, inputs: dict[str, Tensor], steps: int, cache: Any) -> Tenso
 
 @pytest.fixture
 def own() -> Any:
-    return build_own(build_peer(NO_IMAGE), NO_IMAGE)
+    return looping(NO_IMAGE, build_peer(NO_IMAGE))
 
 
 def test_a_hook_sees_every_step(own: Any, captures: Captures) -> None:

@@ -19,6 +19,7 @@ from idefics2_engine import LLM
 from idefics2_engine.demo import DEMO_MODEL
 from idefics2_engine.hf import Idefics2ForConditionalGeneration, accelerate_model
 from idefics2_engine.hf.operations import Operations, set_operations
+from idefics2_engine.model.linear import NF4Linear
 from idefics2_kernels import REFERENCE, TRITON
 from oracle import TinyCase
 
@@ -133,6 +134,46 @@ def test_weights_have_no_second_copy(dense: Path) -> None:
         layer.compute_dtype = torch.bfloat16
         layer(torch.randn(1, 192))
         assert seen[-1].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("double_quant", [True, False], ids=["double-quant", "single-quant"])
+def test_generate_on_the_engine_shares_the_layers(double_quant: bool, dense: Path) -> None:
+    model = load(Idefics2ForConditionalGeneration, dense, double_quant=double_quant)
+    before = {name: layer.weight.data.clone() for name, layer in nf4_layers(model).items()}
+    inputs = batch(CASE)
+    asked = {"max_new_tokens": 8, "do_sample": False}
+    model.generation_backend = "transformers"
+    wanted = model.generate(**inputs, **asked)
+    model.generation_backend = "engine"
+    assert model.generate(**inputs, **asked).tolist() == wanted.tolist()
+    engine = model.engine.engine
+    packed = engine.runner.model
+    layers = nf4_layers(model)
+    ours = {
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+        for module in packed.modules()
+        if isinstance(module, NF4Linear)
+        for part in (module.weight.codes, module.weight.absmax)
+    }
+    for name, layer in layers.items():
+        state = layer.weight.quant_state
+        assert torch.equal(layer.weight.data, before[name])
+        assert {layer.weight.untyped_storage().data_ptr()} <= ours.keys()
+        assert {state.absmax.untyped_storage().data_ptr()} <= ours.keys()
+    # Queries, keys and values are one product where their blocks are whole
+    assert len(ours) < 2 * len(layers)
+    assert model.generate(**inputs, **asked).tolist() == wanted.tolist()
+    assert model.engine.engine is engine
+    model.generation_backend = "transformers"
+    assert model.generate(**inputs, **asked).tolist() == wanted.tolist()
+
+
+def test_another_dtype_of_products_is_not_the_engines(dense: Path) -> None:
+    model = load(Idefics2ForConditionalGeneration, dense)
+    model.model.text_model.layers[0].mlp.up_proj.compute_dtype = torch.bfloat16
+    model.generation_backend = "engine"
+    with pytest.raises(ValueError, match=r"bnb_4bit_compute_dtype torch\.bfloat16"):
+        model.generate(**batch(CASE), max_new_tokens=2, do_sample=False)
 
 
 def test_other_formats_are_bitsandbytes(dense: Path) -> None:

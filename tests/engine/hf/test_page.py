@@ -1,7 +1,7 @@
 """The programs of transformers' documentation of Idefics2, of which one import is changed.
 
 Each program is run with transformers' classes and with this package's. Only the addresses of the
-pictures and the texts differ from the documentation. The hub's id is a folder of that name here.
+pictures and the texts differ from the documentation, and that ``generate`` must run on the engine. The hub's id is a folder of that name here.
 """
 
 import io
@@ -65,6 +65,8 @@ def inference(library: Any, **loading: Any) -> tuple[Tensor, str]:
     text = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
     inputs = processor(images=images, text=text, return_tensors="pt").to(device)
 
+    if library is not transformers:
+        model.generation_backend = "engine"
     generated_text = model.generate(**inputs, max_new_tokens=500)
     return generated_text, processor.batch_decode(generated_text, skip_special_tokens=True)[0]
 

@@ -33,9 +33,7 @@ def compilations(*cases: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     folders = environment["PYTHONPATH"], str(TESTS / "helpers")
     environment["PYTHONPATH"] = os.pathsep.join(folders)
-    # The oldest supported version is in an environment of its own
-    python = os.environ.get("COMPILE_PYTHON", sys.executable)
-    command = [python, str(TESTS / "tools" / "compilations.py"), *cases]
+    command = [sys.executable, str(TESTS / "tools" / "compilations.py"), *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

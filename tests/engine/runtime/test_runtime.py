@@ -214,6 +214,7 @@ def expected(alone: tuple[list[list[list[int]]], torch.Tensor]) -> list[list[lis
         {"max_patches": 1},
         {"run_ahead": False},
         {"cuda_graphs": False},
+        {"prompt_graphs": False},
         {"share_prefix_reads": True},
     ],
     ids=str,

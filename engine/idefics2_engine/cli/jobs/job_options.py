@@ -131,7 +131,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     for name, metavar, kind, text in (
         ("max-model-len", "N", int, "tokens of a prompt with its answer (default: the model's)"),
-        ("max-num-seqs", "N", int, "answers that are generated at once (default: 64)"),
+        (
+            "max-num-seqs",
+            "N",
+            int,
+            "answers that are generated at once (default: 256 on a GPU, 64 on a CPU)",
+        ),
         ("max-num-batched-tokens", "N", int, "tokens of a forward pass (default: 8192)"),
         ("kv-cache-tokens", "N", int, "size of the KV cache (default: what the memory allows)"),
         ("gpu-memory-utilization", "F", float, "share of the GPU's memory to use (default: 0.9)"),

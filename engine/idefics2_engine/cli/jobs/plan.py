@@ -112,7 +112,7 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
         rates = MeasuredRates.load(args.rates, config.vision.patch_size, quantization)
     hashes = IdHashes()
     # On a terminal only
-    rows = tqdm(job_input.rows(hashes.add), unit="row", leave=False, disable=None)
+    rows = tqdm(job_input.identified_rows(hashes.add), unit="row", leave=False, disable=None)
     plan = plan_job(plan_in_processes(rows, recipe, usable_cores()), options)
     repeated = job_input.find_repeated_ids(hashes, _SHOWN_IDS)
     time = None if rates is None else plan.estimate(rates)
@@ -155,6 +155,7 @@ def _prepared(
         arguments["split_images"],
         job_options.job_media(args, job_input.media_root),
         engine.max_model_len,
+        job_input.options,
         defaults=params,
         check=ImageCheck(args.check_images),
     )

@@ -69,12 +69,11 @@ class Failures:
         assert row.error is not None
         self.rows += 1
         if len(self.examples) < _EXAMPLES:
-            source = row.row
             self.examples.append(
                 {
-                    "row": source.number,
-                    "id": source.id,
-                    "place": source.place,
+                    "row": row.number,
+                    "id": row.id,
+                    "place": row.place,
                     "message": row.error.message,
                 }
             )

@@ -1,4 +1,4 @@
-"""Processes that plan the rows of a long job, of which this process reads and counts the rows."""
+"""Processes that plan the rows of a long job; this process reads and counts the rows."""
 
 import gc
 import multiprocessing
@@ -6,20 +6,21 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from idefics2_engine.errors import InternalError
 from idefics2_engine.images.loader import MediaConfig
-from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.jobs.plan.row_batches import row_batches
 from idefics2_engine.jobs.plan.row_planner import PlannedRow, RowPlanner
+from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.row_builder import IdentifiedRow, RowBuilder
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.sampling.generation_config import GenerationConfig
@@ -29,11 +30,8 @@ from idefics2_engine.sampling_params import SamplingParams
 _FIRST_BATCHES = 32
 # Batches for each process, one of which it plans
 _AT_ONCE = 3
-# Reading rows takes a third of the time of planning them, so more processes would wait
+# Reading and counting rows takes a fifth of the time of planning them, so more would wait
 _MOST_PROCESSES = 8
-
-Sent = tuple[int, str | int, Any, SamplingParams | None]
-Counted = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class PlannerRecipe:
         split: Whether images are split. If ``None``, the checkpoint decides.
         media: Rules for images.
         max_model_len: Most tokens of a prompt and its answer together.
+        options: How the rows are read.
         defaults: Parameters of rows that have none.
         check: What to look at of an image.
     """
@@ -53,18 +52,19 @@ class PlannerRecipe:
     split: bool | None
     media: MediaConfig
     max_model_len: int
+    options: InputOptions
     defaults: SamplingParams
     check: ImageCheck
 
-    def build(self) -> RowPlanner:
+    def build(self) -> "BatchPlanner":
         """Return a planner.
 
         Raises:
-            ConfigError: A file of the checkpoint is invalid.
+            ConfigError: A file of the checkpoint, or the prompt's template, is invalid.
         """
         config = ModelConfig.load(self.folder)
         processor = Processor.load(self.folder, config, self.split, self.media)
-        return RowPlanner(
+        planner = RowPlanner(
             processor,
             config,
             GenerationConfig.of_checkpoint(self.folder, processor.tokenizer),
@@ -72,6 +72,20 @@ class PlannerRecipe:
             defaults=self.defaults,
             check=self.check,
         )
+        root = processor.media.allowed_media_root
+        assert root is not None, "a job has a media root"
+        return BatchPlanner(RowBuilder.of(self.options, root, self.defaults), planner)
+
+
+class BatchPlanner(NamedTuple):
+    """Builds rows and plans them, in any process."""
+
+    builder: RowBuilder
+    planner: RowPlanner
+
+    def plan(self, rows: Sequence[IdentifiedRow]) -> list[PlannedRow]:
+        """Plan a batch."""
+        return self.planner.plan_batch([self.builder.build(row) for row in rows])
 
 
 def usable_cores() -> int:
@@ -81,7 +95,7 @@ def usable_cores() -> int:
 
 
 def plan_in_processes(
-    rows: Iterable[JobRow],
+    rows: Iterable[IdentifiedRow],
     recipe: PlannerRecipe,
     count: int,
     first_batches: int = _FIRST_BATCHES,
@@ -100,7 +114,7 @@ def plan_in_processes(
     planner = recipe.build()
     batches = row_batches(rows)
     for batch in batches if count < 2 else islice(batches, first_batches):
-        yield from planner.plan_batch(batch)
+        yield from planner.plan(batch)
     following = next(batches, None)
     if following is None:
         return
@@ -108,30 +122,20 @@ def plan_in_processes(
         count, multiprocessing.get_context("spawn"), initializer=_start, initargs=(recipe,)
     )
     try:
-        planned: deque[tuple[list[JobRow], Future[list[Counted]]]] = deque()
+        planned: deque[Future[list[PlannedRow]]] = deque()
         for batch in chain([following], batches):
-            planned.append((batch, pool.submit(_plan, [_sent(row) for row in batch])))
+            planned.append(pool.submit(_plan, batch))
             if len(planned) > _AT_ONCE * count:
-                yield from _received(*planned.popleft())
+                yield from planned.popleft().result()
         while planned:
-            yield from _received(*planned.popleft())
+            yield from planned.popleft().result()
     except BrokenProcessPool as error:
         raise InternalError("plan: a process that planned rows ended") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _sent(row: JobRow) -> Sent | None:
-    """Return what a plan depends on, ``None`` for a row with an error."""
-    return None if row.error else (row.number, row.id, row.prompt, row.sampling_params)
-
-
-def _received(rows: list[JobRow], planned: "Future[list[Counted]]") -> Iterator[PlannedRow]:
-    for row, counted in zip(rows, planned.result(), strict=True):
-        yield PlannedRow(row, *counted) if counted else PlannedRow(row, row.error)
-
-
-_planner: RowPlanner
+_planner: BatchPlanner
 """That of a process started here."""
 
 
@@ -155,7 +159,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _plan(rows: list[Sent | None]) -> list[Counted]:
-    good = [JobRow(0, number, id, "", "", *rest) for number, id, *rest in filter(None, rows)]
-    planned = iter(_planner.plan_batch(good))
-    return [() if row is None else next(planned)[1:] for row in rows]
+def _plan(rows: list[IdentifiedRow]) -> list[PlannedRow]:
+    return _planner.plan(rows)

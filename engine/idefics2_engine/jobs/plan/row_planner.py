@@ -1,6 +1,6 @@
 """What the engine will compute for one row, found by the engine's own preparation of rows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -8,7 +8,6 @@ from idefics2_engine.errors import PromptTooLongError
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.header_reader import HeaderReader, UnreadTile
 from idefics2_engine.jobs.plan.image_check import ImageCheck
-from idefics2_engine.jobs.plan.row_batches import row_batches
 from idefics2_engine.jobs.writers.row_error import row_error_of
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
@@ -39,10 +38,12 @@ class PlannedTile(NamedTuple):
 
 
 class PlannedRow(NamedTuple):
-    """One row and what it takes.
+    """One row and what it takes. It is small, and travels between processes.
 
     Attributes:
-        row: The row.
+        number: Place of the row in the input, from 0.
+        id: Identifier of the row.
+        place: Where the row is, for messages to the operator.
         error: Why it will fail. The other fields are empty then.
         longest: Tokens of a prompt that does not fit.
         num_images: Images of the prompt.
@@ -54,7 +55,9 @@ class PlannedRow(NamedTuple):
         page_names: Names of the prompt's full pages. Equal prefixes have equal names.
     """
 
-    row: JobRow
+    number: int
+    id: str | int
+    place: str
     error: RowError | None = None
     longest: int = 0
     num_images: int = 0
@@ -111,11 +114,6 @@ class RowPlanner:
         """Prepare a row as the engine does, without decoding its images."""
         return self.plan_batch([row])[0]
 
-    def plan_all(self, rows: Iterable[JobRow]) -> Iterator[PlannedRow]:
-        """Plan ``rows``, lazily and in order."""
-        for batch in row_batches(rows):
-            yield from self.plan_batch(batch)
-
     def plan_batch(self, rows: Sequence[JobRow]) -> list[PlannedRow]:
         """Plan ``rows``, whose headers are read in threads."""
         good = [row for row in rows if row.error is None]
@@ -123,7 +121,7 @@ class RowPlanner:
             [(row.to_engine(), row.number) for row in good], self._defaults
         )
         planned = iter(self._finish(list(zip(good, drafts, strict=True))))
-        return [next(planned) if row.error is None else PlannedRow(row, row.error) for row in rows]
+        return [_failed(row, row.error) if row.error else next(planned) for row in rows]
 
     def _finish(self, drafts: Sequence[tuple[JobRow, RowDraft | Exception]]) -> list[PlannedRow]:
         threads = min(self._reader.num_threads, -(-len(drafts) // _ROWS_OF_THREAD))
@@ -143,12 +141,12 @@ class RowPlanner:
         except Exception as raised:
             error = row_error(raised)
             longest = error.got if isinstance(error, PromptTooLongError) else 0
-            return PlannedRow(row, row_error_of(error, self._media_root), longest)
+            return _failed(row, row_error_of(error, self._media_root), longest)
         num_images = len(draft.prompt.images)
         num_unread = sum([isinstance(item.tile, UnreadTile) for item in request.images])
         per_image = len(request.images) // max(1, num_images)
         return PlannedRow(
-            row,
+            *_named(row),
             num_images=num_images,
             num_unread=num_unread // max(1, per_image),
             tiles=[
@@ -160,6 +158,14 @@ class RowPlanner:
             num_answers=request.params.n,
             page_names=_page_names(request),
         )
+
+
+def _named(row: JobRow) -> tuple[int, str | int, str]:
+    return row.number, row.id, row.place
+
+
+def _failed(row: JobRow, error: RowError, longest: int = 0) -> PlannedRow:
+    return PlannedRow(*_named(row), error, longest)
 
 
 def _page_names(request: Request) -> list[bytes]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_row import JobRow
-from idefics2_engine.jobs.readers.columns_form import ColumnsForm
 from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.input_paths import (
     HUB_FORMAT,
@@ -19,9 +18,7 @@ from idefics2_engine.jobs.readers.input_paths import (
     media_root,
 )
 from idefics2_engine.jobs.readers.open_sources import open_sources
-from idefics2_engine.jobs.readers.openai_form import OpenAIForm
-from idefics2_engine.jobs.readers.row_builder import RowBuilder
-from idefics2_engine.jobs.readers.row_content import RowForm
+from idefics2_engine.jobs.readers.row_builder import IdentifiedRow, RowBuilder
 from idefics2_engine.jobs.readers.row_ids import (
     IdHashes,
     IdSuffixes,
@@ -30,7 +27,6 @@ from idefics2_engine.jobs.readers.row_ids import (
     RowId,
     find_repeated,
 )
-from idefics2_engine.jobs.readers.row_images import RowImages
 from idefics2_engine.jobs.readers.row_selection import (
     NumberedRow,
     sampled_numbers,
@@ -78,20 +74,23 @@ class JobInput:
         self.files: tuple[Path, ...] = tuple(
             path for source in self._sources for path in source.files
         )
-        images = RowImages(self.media_root, options.hash_media, options.max_media_bytes)
         if template is not None and any(source.form == "openai" for source in self._sources):
             raise ConfigError("prompt must be in the rows of OpenAI lines, got one for the job")
-        forms: dict[str, RowForm] = {
-            "plain": ColumnsForm(options, template, images, is_table=False),
-            "columns": ColumnsForm(options, template, images, is_table=True),
-            "openai": OpenAIForm(options, images),
-        }
-        self._builder = RowBuilder(forms, defaults, options.keep)
+        self._builder = RowBuilder.of(options, self.media_root, defaults)
 
     def rows(
         self, on_id: Callable[[RowId], None] | None = None, *, begin: int = 0
     ) -> Iterator[JobRow]:
         """Yield the rows of the job, or of its shard, from index ``begin`` on.
+
+        Takes and raises what ``identified_rows`` does.
+        """
+        return map(self._builder.build, self.identified_rows(on_id, begin=begin))
+
+    def identified_rows(
+        self, on_id: Callable[[RowId], None] | None = None, *, begin: int = 0
+    ) -> Iterator[IdentifiedRow]:
+        """Yield the same rows as ``rows``, for a ``RowBuilder`` to look at their content.
 
         Repeated identifiers are replaced if the options say so, and otherwise not looked for.
 
@@ -121,9 +120,7 @@ class JobInput:
                 if on_id is not None:
                     on_id(row_id)
                 if is_wanted:
-                    yield builder.build(
-                        row.raw, row.form, index=index, number=row.number, row_id=row_id
-                    )
+                    yield IdentifiedRow(index, row.number, row_id, row.form, row.raw)
 
     @property
     def can_skip(self) -> bool:

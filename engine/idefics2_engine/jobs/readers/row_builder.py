@@ -2,19 +2,47 @@
 
 from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from idefics2_engine.errors import short_repr
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.bad_row import BadRowError
+from idefics2_engine.jobs.readers.columns_form import ColumnsForm
+from idefics2_engine.jobs.readers.input_options import InputOptions
 from idefics2_engine.jobs.readers.json_line import json_type
+from idefics2_engine.jobs.readers.openai_form import OpenAIForm
 from idefics2_engine.jobs.readers.row_content import RowForm
+from idefics2_engine.jobs.readers.row_images import RowImages
 from idefics2_engine.jobs.readers.row_sampling import RowSampling
 from idefics2_engine.jobs.readers.source import RawRow
 from idefics2_engine.jobs.store.canonical_json import canonical_json
 from idefics2_engine.sampling_params import SamplingParams
 
 _PLAIN = (str, int, type(None))
+
+
+class IdentifiedRow(NamedTuple):
+    """A row whose identifier is known, and whose content has not been looked at.
+
+    Attributes:
+        position: Place among the rows of this job (of its shard), from 0 without gaps.
+        number: Place in the input, from 0.
+        id: Identifier of the row, unique in the job.
+        form: How the columns become a prompt.
+        raw: The row as its file has it.
+    """
+
+    position: int
+    number: int
+    id: str | int
+    form: str
+    raw: RawRow
+
+    @property
+    def place(self) -> str:
+        """Where the row is, such as ``questions.jsonl: line 12``."""
+        return self.raw.place
 
 
 class RowBuilder:
@@ -33,6 +61,27 @@ class RowBuilder:
         self._sampling = RowSampling(defaults)
         self._keep = keep
 
+    @classmethod
+    def of(cls, options: InputOptions, media_root: Path, defaults: SamplingParams) -> "RowBuilder":
+        """Return the builder of an input.
+
+        Args:
+            options: How the input is read.
+            media_root: Folder of the images that rows name.
+            defaults: Sampling parameters of the job.
+
+        Raises:
+            ConfigError: The prompt's template cannot be read.
+        """
+        template = options.read_template()
+        images = RowImages(media_root, options.hash_media, options.max_media_bytes)
+        forms: dict[str, RowForm] = {
+            "plain": ColumnsForm(options, template, images, is_table=False),
+            "columns": ColumnsForm(options, template, images, is_table=True),
+            "openai": OpenAIForm(options, images),
+        }
+        return cls(forms, defaults, options.keep)
+
     def row_id(self, raw: RawRow, form: str, number: int) -> str | int:
         """Return the row's identifier, or the one that it gets if it has none or a bad one."""
         try:
@@ -41,10 +90,9 @@ class RowBuilder:
             found = None
         return _default_id(raw, number) if found is None else found
 
-    def build(
-        self, raw: RawRow, form: str, *, index: int, number: int, row_id: str | int
-    ) -> JobRow:
+    def build(self, row: IdentifiedRow) -> JobRow:
         """Return the row, which has an error if it cannot be answered."""
+        index, number, row_id, form, raw = row
         keep: dict[str, Any] = {}
         error = raw.error
         if raw.columns is not None:

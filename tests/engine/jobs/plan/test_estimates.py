@@ -70,7 +70,7 @@ def test_repeated_images_and_prefixes_are_cached() -> None:
         question(common + "three", second),
         question(common + "one", first),
     ]
-    planned = list(planner(DEMO, MediaConfig(), split=False).plan_all(job_rows(prompts)))
+    planned = list(planner(DEMO, MediaConfig(), split=False).plan_batch(job_rows(prompts)))
     caches = CacheEstimate(num_pages=100, num_tiles=10)
     found = [caches.add(row) for row in planned]
     cached = [tokens for tokens, _ in found]

@@ -64,7 +64,7 @@ def test_counts_are_those_of_the_run(split: bool, tmp_path: Path) -> None:
     media: dict[str, Any] = {"allowed_media_root": tmp_path, "max_image_pixels": 500 * 500}
     rules = MediaConfig(**media)
     plan = plan_job(
-        planner(DEMO, rules, split=split, max_model_len=2048).plan_all(rows), plan_options()
+        planner(DEMO, rules, split=split, max_model_len=2048).plan_batch(rows), plan_options()
     )
     sizes: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 4, "kv_cache_tokens": 8192}
     with LLM(DEMO, device="cpu", split_images=split, **sizes, **media) as llm:
@@ -95,7 +95,7 @@ def test_counts_are_those_of_the_run(split: bool, tmp_path: Path) -> None:
 def test_examples_name_place_and_id(tmp_path: Path) -> None:
     rows = job_rows([question("?", str(tmp_path / "none.png"))] * 5)
     media = MediaConfig(allowed_media_root=tmp_path)
-    found = plan_job(planner(DEMO, media).plan_all(rows), plan_options()).to_dict()["failures"][
+    found = plan_job(planner(DEMO, media).plan_batch(rows), plan_options()).to_dict()["failures"][
         "image"
     ]
     assert found["rows"] == 5
@@ -107,7 +107,7 @@ def test_examples_name_place_and_id(tmp_path: Path) -> None:
 def test_longest_prompt_that_does_not_fit_is_told() -> None:
     rows = job_rows([question("word " * n) for n in (10, 5000, 6000)])
     plan = plan_job(
-        planner(DEMO, MediaConfig(), max_model_len=2048).plan_all(rows), plan_options()
+        planner(DEMO, MediaConfig(), max_model_len=2048).plan_batch(rows), plan_options()
     ).to_dict()
     assert plan["rows"]["failing"] == 2
     assert plan["longest_unfit_prompt"] > 6000
@@ -119,7 +119,7 @@ def test_expected_tokens_shorten_answers_but_not_the_bound() -> None:
     short = PlanOptions(options.text, options.engine, "float32", expected_tokens=3)
     rows = job_rows([question(f"Row {n}?") for n in range(8)], SamplingParams(max_tokens=600))
     whole, brief = (
-        plan_job(planner(DEMO, MediaConfig()).plan_all(rows), one) for one in (options, short)
+        plan_job(planner(DEMO, MediaConfig()).plan_batch(rows), one) for one in (options, short)
     )
     assert whole.work.answers == {600: 8}
     assert brief.work.answers == {3: 8}
@@ -130,7 +130,7 @@ def test_expected_tokens_shorten_answers_but_not_the_bound() -> None:
 
 def test_bytes_follow_from_the_model_and_the_dtype() -> None:
     (row,) = job_rows([question("?")])
-    kv = plan_job(planner(DEMO, MediaConfig()).plan_all([row]), plan_options()).to_dict()[
+    kv = plan_job(planner(DEMO, MediaConfig()).plan_batch([row]), plan_options()).to_dict()[
         "kv_cache"
     ]
     text = ModelConfig.load(DEMO).text
@@ -146,13 +146,13 @@ def test_a_job_without_rows_has_a_plan() -> None:
 
 
 def test_memory_does_not_grow_with_rows() -> None:
-    (row,) = job_rows(["a"])
     plan = JobPlan(plan_options())
 
     def add(count: int) -> None:
         for number in range(count):
             names = [number.to_bytes(16, "little")]
-            plan.add(PlannedRow(row, num_prompt=100 + number % 50, max_tokens=9, page_names=names))
+            length = 100 + number % 50
+            plan.add(PlannedRow(number, "a", "", num_prompt=length, max_tokens=9, page_names=names))
 
     add(2000)
     tracemalloc.start()

@@ -137,10 +137,12 @@ def check_equal(planned: PlannedRow, request: Request) -> None:
 
 def test_good_rows_have_the_counts_of_the_engine(llm: LLM, folder: Path, split: bool) -> None:
     rows = job_rows(good_prompts(folder))
-    planned = list(planner(DEMO, media(folder), split=split).plan_all(rows))
-    assert [one.row for one in planned] == rows
-    for one in planned:
-        request = prepared(llm, one.row)
+    planned = list(planner(DEMO, media(folder), split=split).plan_batch(rows))
+    assert [(one.number, one.id, one.place) for one in planned] == [
+        (row.number, row.id, row.place) for row in rows
+    ]
+    for one, row in zip(planned, rows, strict=True):
+        request = prepared(llm, row)
         assert isinstance(request, Request), request
         check_equal(one, request)
         assert one.num_unread == 0
@@ -150,9 +152,10 @@ def test_good_rows_have_the_counts_of_the_engine(llm: LLM, folder: Path, split: 
 def test_bad_rows_have_the_errors_of_the_engine(llm: LLM, folder: Path, split: bool) -> None:
     rows = job_rows(bad_prompts(folder))
     codes = set()
-    for one in planner(DEMO, media(folder), split=split).plan_all(rows):
-        assert one.error is not None, one.row.prompt
-        assert one.error == prepared(llm, one.row)
+    planned = planner(DEMO, media(folder), split=split).plan_batch(rows)
+    for one, row in zip(planned, rows, strict=True):
+        assert one.error is not None, row.prompt
+        assert one.error == prepared(llm, row)
         codes.add(one.error.code)
     assert codes == {"image", "media_not_allowed", "prompt", "prompt_too_long"}
 

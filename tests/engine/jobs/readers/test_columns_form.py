@@ -7,7 +7,7 @@ import pytest
 
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.readers.columns_form import ColumnsForm
-from idefics2_engine.jobs.readers.row_builder import RowBuilder
+from idefics2_engine.jobs.readers.row_builder import IdentifiedRow, RowBuilder
 from idefics2_engine.jobs.readers.row_images import RowImages
 from job_inputs import (
     DEFAULTS,
@@ -45,7 +45,7 @@ def table_rows(root: Path, rows: list[dict[str, Any]], **given: Any) -> list[Job
     builder = RowBuilder({"columns": form}, DEFAULTS, options.keep)
     return [
         builder.build(
-            raw, "columns", index=number, number=number, row_id=builder.row_id(raw, "columns", 0)
+            IdentifiedRow(number, number, builder.row_id(raw, "columns", 0), "columns", raw)
         )
         for number, raw in enumerate(TableSource(rows))
     ]
