@@ -144,12 +144,15 @@ class TestTokens:
     def test_an_assistant_generates_with_one(self, peer: Any) -> None:
         inputs = text_of({name: tensor[:1, -9:] for name, tensor in batch(MIXED).items()})
         own, calls = patched(peer), Counter[str]()
-        assistant = patched(build_peer(TINY), counted(REFERENCE, calls))
+        # Tokens that are not accepted are taken back behind the window
+        case = replace(TINY, text={"num_hidden_layers": 1, "sliding_window": 5})
+        assistant = patched(build_peer(case), counted(REFERENCE, calls))
         wanted = peer.generate(**inputs, **GREEDY)
         got = own.generate(**inputs, **GREEDY, assistant_model=assistant)
         assert torch.equal(got, wanted)
         assert calls["paged_attention"] > 0
 
+    @pytest.mark.long
     def test_a_compiled_model_keeps_other_memory(self) -> None:
         inputs, settings, peer = batch(TINY), GREEDY | {"max_new_tokens": 2}, build_peer(TINY)
         wanted = peer.generate(**inputs, **settings)
@@ -257,6 +260,27 @@ class TestCache:
             assert capacities == wanted
             capacities.clear()
 
+    def test_room_and_reach(self) -> None:
+        config: Any = MIXED.config().text_config
+        config.sliding_window = None
+        tokens = torch.randn(1, 2, 1000, 16)
+        whole = PagedCache(config)
+        whole.update(tokens, tokens, 0)
+        step = whole.begin_step(0, tokens[:, :, :1].transpose(1, 2), None)
+        assert step is not None
+        # A quarter more, in whole pages
+        assert step.memory.capacity == 20 * PAGE
+        assert whole.get_seq_length() == 1001
+        # Kernels do not compile for each number of pages
+        assert step.tables.block_table.shape == (1, 64)
+        # While a crop may follow, all are kept, and as many are seen as before
+        recording: Any = PagedCache(MIXED.config())
+        recording.activate_past_recording()
+        recording.update(tokens, tokens, 0)
+        seen, _ = recording.update(tokens[:, :, :1], tokens[:, :, :1], 0)
+        assert recording.layers[0].keys.shape[2] == 1001
+        assert torch.equal(seen, torch.cat([tokens[:, :, -6:], tokens[:, :, :1]], 2))
+
     def test_methods_of_transformers(self, peer: Any, own: Any) -> None:
         inputs = text_of(batch(MIXED))
 
@@ -271,7 +295,8 @@ class TestCache:
             lambda cache: cache.batch_repeat_interleave(2),
             lambda cache: cache.batch_select_indices(torch.tensor([1, 4, 5])),
             lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
-            lambda cache: cache.batch_select_indices(slice(1, 3)),
+            lambda cache: cache.batch_select_indices(torch.tensor([2, 0, 1])),
+            lambda cache: cache.batch_select_indices(slice(0, 2)),
             lambda cache: cache.reset(),
         ]
         caches: list[Any] = [DynamicCache(config=peer.config), PagedCache(own.config)]
@@ -347,6 +372,27 @@ class TestCache:
                 own(input_ids=tokens[:, :3].expand(3, -1), past_key_values=cache)
             with pytest.raises(ValueError, match="output_attentions"):
                 own(input_ids=tokens[:, :1], past_key_values=cache, output_attentions=True)
+            # transformers' attention refuses another dtype
+            with pytest.raises(RuntimeError, match="dtype"):
+                own.double()(input_ids=tokens[:, :1], past_key_values=cache)
+
+    @pytest.mark.parametrize("how", ["eager", "sdpa", "dropout"])
+    def test_another_attention_reads_the_same_memory(self, how: str) -> None:
+        text = MIXED.text | {"attention_dropout": 0.5 * (how == "dropout")}
+        case, calls = replace(MIXED, text=text), Counter[str]()
+        peer, inputs = build_peer(case), text_of(batch(case))
+        own = patched(peer, counted(REFERENCE, calls))
+        for model in (peer, own):
+            if how == "dropout":
+                model.train()
+            else:
+                model.set_attn_implementation(how)
+        torch.manual_seed(0)
+        wanted = four_steps(peer, inputs, DynamicCache(config=peer.config))
+        torch.manual_seed(0)
+        got = four_steps(own, inputs, PagedCache(own.config))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert calls["rotary"] > calls["paged_attention"] == 0
 
     def test_a_mask_of_four_axes_is_transformers(self, peer: Any, own: Any) -> None:
         seen = torch.ones(1, 1, 1, 7, dtype=torch.bool)
