@@ -30,15 +30,10 @@ MIXED = TinyCase(
     (9, 17, 11),
     text={"sliding_window": 7},
 )
-# Of generate. An image token of the answer would want an image
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 12,
-    "do_sample": False,
-    "suppress_tokens": [IMAGE_TOKEN],
-}
-
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+# These are computed in transformers' loop. An image token of the answer would want an image
+LOOPED: dict[str, Any] = GREEDY | {"suppress_tokens": [IMAGE_TOKEN]}
 """Arguments of ``generate`` that leave nothing to chance."""
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_models import GREEDY, MIXED, batch, build_own, build_peer
+from hf_models import LOOPED, MIXED, batch, build_own, build_peer
 from idefics2_engine.hf import decode_graph
 from idefics2_engine.hf.paged_cache import PagedCache
 from oracle import CASES, TinyCase
@@ -64,7 +64,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 )
 def test_tokens_equal_transformers(case: TinyCase, graphs: int, captures: Captures) -> None:
     inputs, peer = batch(case), build_peer(case)
-    settings = GREEDY | {"max_new_tokens": 110 if graphs > 1 else 30}
+    settings = LOOPED | {"max_new_tokens": 110 if graphs > 1 else 30}
     wanted = peer.generate(**inputs, **settings)
     assert torch.equal(looping(case, peer).generate(**inputs, **settings), wanted)
     # Each memory that is kept for a while has one
@@ -74,7 +74,7 @@ def test_tokens_equal_transformers(case: TinyCase, graphs: int, captures: Captur
 
 def test_short_answers_have_no_graph(captures: Captures) -> None:
     own = looping(NO_IMAGE, build_peer(NO_IMAGE))
-    own.generate(**batch(NO_IMAGE), **GREEDY | {"max_new_tokens": 4})
+    own.generate(**batch(NO_IMAGE), **LOOPED | {"max_new_tokens": 4})
     assert captures.captures == 0
 
 
@@ -82,7 +82,7 @@ def test_short_answers_have_no_graph(captures: Captures) -> None:
 def test_other_loops_answer_the_same(how: dict[str, Any], captures: Captures) -> None:
     peer = build_peer(NO_IMAGE)
     inputs = {name: tensor[:1] for name, tensor in batch(NO_IMAGE).items()}
-    settings = GREEDY | {"max_new_tokens": 20} | how
+    settings = LOOPED | {"max_new_tokens": 20} | how
     wanted = peer.generate(**inputs, **settings)
     assert torch.equal(looping(NO_IMAGE, peer).generate(**inputs, **settings), wanted)
 
@@ -141,7 +141,7 @@ def test_other_parameters_have_another_graph(
 
 def test_states_that_are_asked_for_are_returned(own: Any, captures: Captures) -> None:
     inputs = batch(NO_IMAGE)
-    settings = GREEDY | {"max_new_tokens": 10, "return_dict_in_generate": True}
+    settings = LOOPED | {"max_new_tokens": 10, "return_dict_in_generate": True}
     out = own.generate(**inputs, **settings, output_hidden_states=True)
     assert len(out.hidden_states) == 10
     assert captures.replays == 0

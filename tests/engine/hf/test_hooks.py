@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
-from hf_models import GREEDY, MIXED, batch, build_own, build_peer
+from hf_models import LOOPED, MIXED, batch, build_own, build_peer
 from idefics2_engine.hf import attention, blocks, nf4, paged_cache
 from idefics2_engine.hf.attention import NAME
 
@@ -111,7 +111,7 @@ def test_masks_are_asked_for_with_these_arguments(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, look)
     own = build_own(build_peer(MIXED), MIXED)
-    own.generate(**batch(MIXED), **GREEDY | {"max_new_tokens": 3})
+    own.generate(**batch(MIXED), **LOOPED | {"max_new_tokens": 3})
     images, prompt, first, second = calls[-4:]
     assert images["allow_is_bidirectional_skip"] is True
     # The window is seven

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from hf_models import GREEDY, MIXED, batch, build_own, build_peer, counted, worst_row
+from hf_models import LOOPED, MIXED, batch, build_own, build_peer, counted, worst_row
 from idefics2_engine.hf import accelerate_model
 from idefics2_engine.hf.paged_cache import PagedCache
 from idefics2_engine.hf.paged_memory import PAGE, Memory
@@ -89,11 +89,11 @@ class TestTokens:
     )
     def test_greedy_tokens_equal_transformers(self, case: TinyCase) -> None:
         inputs, peer, calls = batch(case), build_peer(case), Counter[str]()
-        wanted = peer.generate(**inputs, **GREEDY)
+        wanted = peer.generate(**inputs, **LOOPED)
         own = patched(peer, counted(REFERENCE, calls))
-        assert torch.equal(own.generate(**inputs, **GREEDY), wanted)
+        assert torch.equal(own.generate(**inputs, **LOOPED), wanted)
         # The prompt makes the first token
-        steps = LAYERS * (GREEDY["max_new_tokens"] - 1)
+        steps = LAYERS * (LOOPED["max_new_tokens"] - 1)
         assert calls["paged_attention"] == calls["rotary_and_cache"] == steps
         assert calls["rotary"] == calls["flash_attention"] - 2 * any(case.tiles) == LAYERS
 
@@ -101,7 +101,7 @@ class TestTokens:
         peer = build_peer(TINY).to(device)
         inputs = {name: tensor.to(device) for name, tensor in batch(TINY).items()}
         # Three queries a row, then one
-        settings = GREEDY | {"max_new_tokens": 3, "prefill_chunk_size": 18}
+        settings = LOOPED | {"max_new_tokens": 3, "prefill_chunk_size": 18}
         wanted = peer.generate(**inputs, **settings)
         calls: Counter[str] = Counter()
         own = patched(peer, counted(TRITON, calls)).to(device)
@@ -129,7 +129,7 @@ class TestTokens:
         results = []
         for model in (peer, own):
             torch.manual_seed(0)
-            results.append(model.generate(**inputs, **GREEDY | how))
+            results.append(model.generate(**inputs, **LOOPED | how))
         if "return_dict_in_generate" in how:
             caches = [result.past_key_values for result in results]
             results = [result.sequences for result in results]
@@ -147,14 +147,14 @@ class TestTokens:
         # Tokens that are not accepted are taken back behind the window
         case = replace(TINY, text={"num_hidden_layers": 1, "sliding_window": 5})
         assistant = patched(build_peer(case), counted(REFERENCE, calls))
-        wanted = peer.generate(**inputs, **GREEDY)
-        got = own.generate(**inputs, **GREEDY, assistant_model=assistant)
+        wanted = peer.generate(**inputs, **LOOPED)
+        got = own.generate(**inputs, **LOOPED, assistant_model=assistant)
         assert torch.equal(got, wanted)
         assert calls["paged_attention"] > 0
 
     @pytest.mark.long
     def test_a_compiled_model_keeps_other_memory(self) -> None:
-        inputs, settings, peer = batch(TINY), GREEDY | {"max_new_tokens": 2}, build_peer(TINY)
+        inputs, settings, peer = batch(TINY), LOOPED | {"max_new_tokens": 2}, build_peer(TINY)
         wanted = peer.generate(**inputs, **settings)
         own, compile = patched(peer), cast(Any, torch.compile)
         own.forward = compile(own.forward, backend="eager", fullgraph=True)
@@ -188,7 +188,7 @@ class TestTokens:
 class TestWhoHasOne:
     def cache_of(self, model: Any, **settings: Any) -> Any:
         inputs = text_of(batch(BY_NAME["no-image"]))
-        settings = GREEDY | {"max_new_tokens": 2} | settings
+        settings = LOOPED | {"max_new_tokens": 2} | settings
         return model.generate(**inputs, **settings, return_dict_in_generate=True).past_key_values
 
     def test_generate_unless_another_was_asked_for(self, peer: Any) -> None:
@@ -212,10 +212,10 @@ class TestWhoHasOne:
         assert calls["paged_attention"] == LAYERS
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         wrapped: Any = peft.get_peft_model(copy.deepcopy(peer), config).eval()
-        tokens = wrapped.generate(**batch(MIXED), **GREEDY)
+        tokens = wrapped.generate(**batch(MIXED), **LOOPED)
         accelerate_model(wrapped, counted(REFERENCE, calls))
         assert type(self.cache_of(wrapped)) is PagedCache
-        assert torch.equal(wrapped.generate(**batch(MIXED), **GREEDY), tokens)
+        assert torch.equal(wrapped.generate(**batch(MIXED), **LOOPED), tokens)
 
     def test_not_where_gradients_may_be_wanted(self, peer: Any) -> None:
         own = build_own(peer, MIXED)
@@ -236,10 +236,10 @@ class TestCache:
         prompt = PagedCache(own.config)
         with torch.no_grad():
             own(**first, past_key_values=prompt)
-        wanted = peer.generate(**inputs, **GREEDY)
+        wanted = peer.generate(**inputs, **LOOPED)
         for _ in range(2):
             cache = copy.deepcopy(prompt)
-            assert torch.equal(own.generate(**inputs, **GREEDY, past_key_values=cache), wanted)
+            assert torch.equal(own.generate(**inputs, **LOOPED, past_key_values=cache), wanted)
         assert prompt.get_seq_length() == 20
 
     def test_memory_moves_seldom_and_is_bounded_by_the_window(
@@ -256,7 +256,7 @@ class TestCache:
         for window, wanted in ((None, [192, 320]), (40, [128] * 3)):
             case = replace(LONG, text={"sliding_window": window, "num_hidden_layers": 1})
             own = patched(build_peer(case))
-            own.generate(**batch(case), **GREEDY | {"max_new_tokens": 180})
+            own.generate(**batch(case), **LOOPED | {"max_new_tokens": 180})
             assert capacities == wanted
             capacities.clear()
 
@@ -375,6 +375,24 @@ class TestCache:
             # transformers' attention refuses another dtype
             with pytest.raises(RuntimeError, match="dtype"):
                 own.double()(input_ids=tokens[:, :1], past_key_values=cache)
+
+    @pytest.mark.parametrize("how", ["eager", "sdpa", "dropout"])
+    def test_another_attention_reads_the_same_memory(self, how: str) -> None:
+        text = MIXED.text | {"attention_dropout": 0.5 * (how == "dropout")}
+        case, calls = replace(MIXED, text=text), Counter[str]()
+        peer, inputs = build_peer(case), text_of(batch(case))
+        own = patched(peer, counted(REFERENCE, calls))
+        for model in (peer, own):
+            if how == "dropout":
+                model.train()
+            else:
+                model.set_attn_implementation(how)
+        torch.manual_seed(0)
+        wanted = four_steps(peer, inputs, DynamicCache(config=peer.config))
+        torch.manual_seed(0)
+        got = four_steps(own, inputs, PagedCache(own.config))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert calls["rotary"] > calls["paged_attention"] == 0
 
     def test_a_mask_of_four_axes_is_transformers(self, peer: Any, own: Any) -> None:
         seen = torch.ones(1, 1, 1, 7, dtype=torch.bool)
