@@ -13,7 +13,7 @@ from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2I
 
 from idefics2_engine.hf import Idefics2ForConditionalGeneration, accelerate_model
 from idefics2_kernels import REFERENCE, Ops
-from oracle import TinyCase, build_oracle, oracle_inputs, padded_ids
+from oracle import IMAGE_TOKEN, TinyCase, build_oracle, oracle_inputs, padded_ids
 
 # Some releases hide every image processor of theirs if torchvision is missing
 needs_processor = pytest.mark.skipif(
@@ -31,8 +31,9 @@ MIXED = TinyCase(
     text={"sliding_window": 7},
 )
 
-
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+# These are computed in transformers' loop. An image token of the answer would want an image
+LOOPED: dict[str, Any] = GREEDY | {"suppress_tokens": [IMAGE_TOKEN]}
 """Arguments of ``generate`` that leave nothing to chance."""
 
 

@@ -4,7 +4,9 @@ In: transformers' classes, or padded ids, masks, pixels and labels. Out: transfo
 logits and the loss. ``model`` has the class and ``accelerate`` the function that patches a loaded
 model. ``attention`` and ``blocks`` are what is patched, and ``padded_forward`` is the packed model
 on padded inputs. ``generation`` runs ``generate`` on the engine, and ``shared_weights`` gives both
-one memory. All but ``padded_forward`` need transformers, so their names are imported on first use.
+one memory. In transformers' loop, ``paged_cache`` is the cache of ``generate``, and ``decode_graph``
+makes graphs of its steps. All but ``padded_forward`` need transformers, so their names are imported
+on first use.
 Must not import ``llm``.
 """
 

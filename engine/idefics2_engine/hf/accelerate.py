@@ -1,7 +1,6 @@
 """Patching a loaded Idefics2 of transformers, this instance alone."""
 
 import copy
-import sys
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -10,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
-from idefics2_engine.hf import blocks
+from idefics2_engine.hf import blocks, decode_graph, paged_cache
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import Operations, set_operations
 from idefics2_kernels import Ops
@@ -29,6 +28,11 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_idefics2.Idefics2Encoder: blocks.Idefics2Encoder,
     modeling_idefics2.Idefics2Connector: blocks.Idefics2Connector,
     nn.LayerNorm: blocks.LayerNorm,
+    modeling_mistral.MistralDecoderLayer: blocks.MistralDecoderLayer,
+    modeling_mistral.MistralModel: decode_graph.MistralModel,
+    modeling_idefics2.Idefics2ForConditionalGeneration: (
+        paged_cache.Idefics2ForConditionalGeneration
+    ),
 }
 
 
@@ -36,8 +40,9 @@ def accelerate_model(model: Model, ops: Ops | None = None) -> Model:
     """Let an Idefics2 of transformers compute with this package's operations.
 
     Its ``attn_implementation`` becomes ``"idefics2"``, and its norms, MLPs, rotary positions and NF4
-    layers get ``forward`` of this package. Parameters, their names and all other models of the
-    process are unchanged. Calling it again changes nothing but ``ops``.
+    layers get ``forward`` of this package. ``generate`` makes a ``PagedCache`` unless another cache
+    is asked for. Parameters, their names and all other models of the process are unchanged. Calling
+    it again changes nothing but ``ops``.
 
     Args:
         model: transformers' ``Idefics2ForConditionalGeneration`` or ``Idefics2Model``, or a module
@@ -69,7 +74,7 @@ def accelerate_model(model: Model, ops: Ops | None = None) -> Model:
 
 def patch_blocks(model: nn.Module, operations: Operations) -> None:
     """Give the modules of ``model`` this package's ``forward`` and ``operations``."""
-    replacements = _BLOCKS | _nf4_layers()
+    replacements = _BLOCKS | blocks.nf4_layers()
     for module in model.modules():
         set_operations(module, operations)
         replacement = replacements.get(type(module))
@@ -79,16 +84,6 @@ def patch_blocks(model: nn.Module, operations: Operations) -> None:
         # accelerate calls the ``forward`` that it found
         if "_old_forward" in module.__dict__:
             module.__dict__["_old_forward"] = MethodType(replacement.forward, module)
-
-
-def _nf4_layers() -> dict[type[nn.Module], type[nn.Module]]:
-    # A model has such layers only if bitsandbytes was imported
-    if "bitsandbytes" not in sys.modules:
-        return {}
-    from idefics2_engine.hf import nf4
-
-    library: Any = sys.modules["bitsandbytes"]
-    return {library.nn.Linear4bit: nf4.Linear4bit, library.nn.LinearNF4: nf4.Linear4bit}
 
 
 def _is_computed_here(module: Any) -> bool:

@@ -13,6 +13,9 @@ makes. Padding is removed, and an operation of ``Ops`` computes the rest:
 transformers' ``sdpa`` masks serve all else, so a cache of any kind is attended to as in
 transformers. Importing this module registers both functions. A model without a registered mask
 would get ``None`` for every mask, and would attend to padding without an error.
+
+Decoding with a ``PagedCache`` does not call that function. The text model's attention (``blocks``)
+calls ``paged_attention``, for rows that begin behind the ``left_padding`` of the mask.
 """
 
 from typing import Any
@@ -25,13 +28,14 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverAttention
 
 from idefics2_engine.hf.operations import operations_of
-from idefics2_engine.hf.packed_rows import PackedRows, RowsOfMasks
+from idefics2_engine.hf.packed_rows import LeftPadding, PackedRows, RowsOfMasks
 from idefics2_kernels import Ops
 
 NAME = "idefics2"
 """The value of ``attn_implementation``."""
 
 _MASKS = RowsOfMasks()
+_LEFT_PADDING = LeftPadding()
 
 
 def make_mask(q_length: int, kv_length: int, **arguments: Any) -> Tensor | None:
@@ -54,9 +58,42 @@ def make_mask(q_length: int, kv_length: int, **arguments: Any) -> Tensor | None:
         )
     make: Any = flash_attention_mask if is_plain else sdpa_mask
     mask: Tensor | None = make(q_length=q_length, kv_length=kv_length, **arguments)
-    if mask is not None and mask.ndim == 2:
+    # What is remembered cannot be traced
+    if mask is None or torch.compiler.is_compiling():
+        return mask
+    if mask.ndim == 2:
         _MASKS.remember(mask)
+    elif _ends_with_queries(q_length, kv_length, **arguments):
+        kept = arguments.get("attention_mask")
+        _LEFT_PADDING.remember(mask, None if kept is None else kept[:, -kv_length:])
     return mask
+
+
+def _ends_with_queries(
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    allow_is_causal_skip: bool = True,
+    **_: Any,
+) -> bool:
+    """Return whether queries have the last keys, and only padding and what follows is masked.
+
+    The offset of a static cache is a tensor, and such a cache has keys behind the queries'.
+    """
+    return (
+        allow_is_causal_skip
+        and isinstance(q_offset, int)
+        and q_offset + q_length == kv_offset + kv_length
+    )
+
+
+def left_padding(mask: Tensor) -> Tensor | None:
+    """Return how much of each row's left is padding, (B,) int64, for a mask of ``make_mask``.
+
+    The result is ``None`` if ``mask`` hides more than that and what follows each query.
+    """
+    return _LEFT_PADDING.of(mask)
 
 
 def attend(

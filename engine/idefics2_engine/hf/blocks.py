@@ -5,6 +5,7 @@ class itself finds it: PEFT's ``target_modules``, ``_no_split_modules``, ``isins
 are unchanged. ``forward`` is transformers' own where ``Operations.for_call`` returns none.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from transformers.models.mistral import modeling_mistral
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
+from idefics2_engine.hf.paged_cache import PagedCache
 from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
 
 
@@ -49,7 +51,8 @@ class LayerNorm(nn.LayerNorm):
         ops = operations_of(self).for_call(input, self.weight, self.bias)
         if ops is None:
             return super().forward(input)
-        return ops.layer_norm(input, self.weight, self.bias, self.eps)
+        # The embeddings of one image are a transposed convolution's
+        return ops.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
 
 
 class Idefics2VisionMLP(modeling_idefics2.Idefics2VisionMLP):
@@ -84,16 +87,31 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     return ops.silu_mul(gate_up).view(*x.shape[:-1], width)
 
 
-def _stacked(gate: Tensor, up: Tensor) -> Tensor | None:
-    """Return ``gate`` and ``up`` (N, K) as one (2 * N, K), if the engine has fused them."""
-    if (
-        gate.untyped_storage().data_ptr() != up.untyped_storage().data_ptr()
-        or gate.data_ptr() + gate.nbytes != up.data_ptr()
-        or not (gate.is_contiguous() and up.is_contiguous())
-        or gate.shape != up.shape
-    ):
-        return None
-    return gate.as_strided((2 * len(gate), gate.shape[1]), gate.stride())
+def _stacked(*weights: Tensor) -> Tensor | None:
+    """Return ``weights`` (N, K) as one, if the engine has fused them."""
+    first = weights[0]
+    end = first.data_ptr()
+    for weight in weights:
+        if (
+            weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or weight.data_ptr() != end
+            or weight.shape[1] != first.shape[1]
+            or not weight.is_contiguous()
+        ):
+            return None
+        end += weight.nbytes
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
+def _products(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """Return what ``layers`` make of ``x`` (..., K), as one product if their weights are fused."""
+    if all(map(_is_plain, layers)):
+        stacked = _stacked(*(layer.weight for layer in layers))
+        if stacked is not None:
+            widths = [layer.out_features for layer in layers]
+            product: Tensor = nn.functional.linear(x, stacked)
+            return tuple(torch.split(product, widths, dim=-1))
+    return tuple(layer(x) for layer in layers)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -103,10 +121,17 @@ def _is_plain(layer: nn.Module) -> bool:
         and layer.bias is None
         # Quantized and distributed weights are of types of their own
         and type(layer.weight) is nn.Parameter
+        and is_unhooked(layer)
+    )
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Return whether nobody sees or changes what ``module`` computes."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
         # accelerate's hooks set a ``forward`` of their own
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
+        or "forward" in module.__dict__
     )
 
 
@@ -185,14 +210,41 @@ class MistralAttention(modeling_mistral.MistralAttention):
             return super().forward(hidden_states, table, attention_mask, past_key_values, **kwargs)
         B, S, _ = hidden_states.shape
         q, k, v = (
-            layer(hidden_states).view(B, S, -1, self.head_dim)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            product.unflatten(-1, (-1, self.head_dim))
+            for product in _products(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         )
-        rotated = ops.rotary(
-            q.flatten(0, 1), k.flatten(0, 1), table.rows, table.cos_sin.flatten(0, 1)
-        )
-        q, k = (t.unflatten(0, (B, S)) for t in rotated)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        cos_sin = table.cos_sin.flatten(0, 1)
+        window = getattr(self.config, "sliding_window", None)
+        dropout = self.attention_dropout if self.training else 0.0
+        step = None
+        if (
+            isinstance(past_key_values, PagedCache)
+            and self.config._attn_implementation == NAME
+            and not dropout
+            # ``attend`` refuses them
+            and not kwargs.get("output_attentions")
+        ):
+            step = past_key_values.begin_step(self.layer_idx, k, attention_mask)
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        if step is not None:
+            memory, tables = step
+            q = ops.rotary_and_cache(
+                q, k, v, table.rows, cos_sin, memory.keys, memory.values, tables.slots
+            )
+            out = ops.paged_attention(
+                q,
+                memory.key_pages,
+                memory.value_pages,
+                tables.block_table,
+                tables.context_lens,
+                tables.cu_seqlens,
+                S,
+                window=window,
+                scale=self.scaling,
+            )
+            return self.o_proj(out.view(B, S, -1)), None
+        q, k = ops.rotary(q, k, table.rows, cos_sin)
+        q, k, v = (t.unflatten(0, (B, S)).transpose(1, 2) for t in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -204,9 +256,9 @@ class MistralAttention(modeling_mistral.MistralAttention):
             k,
             v,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
-            sliding_window=getattr(self.config, "sliding_window", None),
+            sliding_window=window,
             **kwargs,
         )
         return self.o_proj(out.reshape(B, S, -1)), weights
@@ -226,6 +278,25 @@ class Idefics2VisionEmbeddings(modeling_idefics2.Idefics2VisionEmbeddings):
         ids = patch_positions(self, patch_attention_mask.bool(), pixel_values.dtype)
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         out = patches + self.position_embedding(ids)
+        return out
+
+
+class MistralDecoderLayer(  # type: ignore[no-untyped-call]
+    modeling_mistral.MistralDecoderLayer
+):
+    """A layer of the text model, in which the sum in the middle is normalized as it is formed."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map ``hidden_states`` (B, S, hidden) to the same shape, as transformers' ``forward``."""
+        norm = self.post_attention_layernorm
+        ops = operations_of(self).for_call(hidden_states, norm.weight, module=self)
+        if ops is None or args or type(norm) is not MistralRMSNorm or not is_unhooked(norm):
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normed, total = ops.add_rms_norm(
+            attended, hidden_states, norm.weight, norm.variance_epsilon
+        )
+        out: Tensor = total + self.mlp(normed)
         return out
 
 
@@ -272,3 +343,14 @@ class Idefics2Connector(modeling_idefics2.Idefics2Connector):
         features = rows.unpack(self.modality_projection(rows.pack(image_hidden_states)))
         out = self.perceiver_resampler(context=features, attention_mask=attention_mask)
         return out
+
+
+def nf4_layers() -> dict[type[nn.Module], type[nn.Module]]:
+    """Return the classes of bitsandbytes' layers, and what they are patched to."""
+    # A model has such layers only if bitsandbytes was imported
+    if "bitsandbytes" not in sys.modules:
+        return {}
+    from idefics2_engine.hf import nf4
+
+    library: Any = sys.modules["bitsandbytes"]
+    return {library.nn.Linear4bit: nf4.Linear4bit, library.nn.LinearNF4: nf4.Linear4bit}

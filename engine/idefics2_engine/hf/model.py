@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
+from idefics2_engine.hf import paged_cache
 from idefics2_engine.hf.accelerate import patch_blocks
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.blocks import Idefics2VisionEmbeddings
@@ -44,7 +44,7 @@ _CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
 
 
 class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
-    transformers.Idefics2ForConditionalGeneration
+    paged_cache.Idefics2ForConditionalGeneration
 ):
     """transformers' class of the same name, computed by this package's operations.
 
@@ -55,8 +55,9 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
       transformers'.
     - Norms, MLPs, rotary positions and NF4 products call ``Ops``: ``TRITON`` on CUDA and
       ``REFERENCE`` elsewhere. ``accelerate_model(model, ops)`` sets others.
-    - ``generate`` runs on the engine if all that was asked for is what the engine has, and in
-      transformers' loop otherwise. The engine shares the model's memory.
+    - ``generate`` runs on the engine if all that was asked for is what the engine has. The engine
+      shares the model's memory. In transformers' loop it makes a ``PagedCache`` unless another
+      cache is asked for.
     - ``rules`` are the trained ones unless given (``idefics2_engine.hf.rules``).
 
     Attributes:

@@ -85,3 +85,39 @@ class RowsOfMasks:
         if length not in known:
             known[length] = PackedRows.from_mask(mask[:, :length])
         return known[length]
+
+
+class LeftPadding:
+    """The padding on the left of rows that masks (B, 1, Q, S) of decoding were made from."""
+
+    def __init__(self) -> None:
+        self._sources: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def remember(self, mask: Tensor, kept: Tensor | None) -> None:
+        """Remember that ``mask`` hides what follows, and what ``kept`` (B, S) does not keep."""
+        self._sources[mask] = kept
+
+    def of(self, mask: Tensor) -> Tensor | None:
+        """Return the padding (B,) int64 of the rows of ``mask``.
+
+        The result is ``None`` if ``mask`` is none of the remembered, if a row has padding behind a
+        kept token, or if one of the last Q tokens is padding.
+        """
+        return self._count(mask) if mask in self._sources else None
+
+    def _count(self, mask: Tensor) -> Tensor | None:
+        kept, (B, _, Q, S) = self._sources[mask], mask.shape
+        if kept is None:
+            return torch.zeros(B, dtype=torch.int64, device=mask.device)
+        return count_left_padding(kept, Q) if kept.shape == (B, S) else None
+
+
+def count_left_padding(kept: Tensor, Q: int) -> Tensor | None:
+    """Return the padding (B,) int64 on the left of rows, of which ``kept`` (B, S) keeps the rest.
+
+    The result is ``None`` if a row has padding behind a kept token, or among the last Q tokens.
+    """
+    S = kept.shape[1]
+    padding: Tensor = S - kept.sum(1)
+    is_left = (kept == (torch.arange(S, device=kept.device) >= padding[:, None])).all()
+    return padding if is_left & (padding <= S - Q).all() else None

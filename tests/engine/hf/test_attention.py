@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from hf_models import MIXED, batch, build_own, build_peer, kept_logits, worst_row
-from idefics2_engine.hf.attention import NAME, attend, make_mask
+from hf_models import LOOPED, MIXED, batch, build_own, build_peer, kept_logits, worst_row
+from idefics2_engine.hf.attention import NAME, attend, left_padding, make_mask
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_kernels import REFERENCE, TRITON, Ops
-from oracle import CASES, IMAGE_TOKEN, TinyCase
+from oracle import CASES, TinyCase
 
 BY_NAME = {case.name: case for case in CASES}
 TINY = TinyCase(
@@ -25,12 +25,6 @@ TINY = TinyCase(
     perceiver={"resampler_depth": 1},
     text={"num_hidden_layers": 2, "sliding_window": 5},
 )
-# An image token of the answer would want an image
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": 12,
-    "do_sample": False,
-    "suppress_tokens": [IMAGE_TOKEN],
-}
 
 
 def assert_as_close_as_eager(
@@ -87,22 +81,14 @@ def test_logits_are_as_close_to_float64_as_transformers(
 
 @pytest.mark.parametrize(
     "how",
-    [
-        {},
-        {"num_beams": 3},
-        {"cache_implementation": "static"},
-        {"num_beams": 2, "num_return_sequences": 2, "use_cache": False},
-        {"prompt_lookup_num_tokens": 2},
-    ],
-    ids=["greedy", "beams", "static-cache", "without-cache", "assisted"],
+    [{"cache_implementation": "static"}, {"cache_implementation": "dynamic"}, {"use_cache": False}],
+    ids=["static-cache", "transformers-cache", "without-cache"],
 )
 def test_generated_tokens_equal_transformers(how: dict[str, Any]) -> None:
+    """With the cache of this package they do as well (``test_paged_cache``)."""
     inputs, peer = batch(MIXED), build_peer(MIXED)
-    if "prompt_lookup_num_tokens" in how:
-        # transformers assists one row only
-        inputs = {name: tensor[:1] for name, tensor in inputs.items()}
-    wanted = peer.generate(**inputs, **GREEDY, **how)
-    assert torch.equal(build_own(peer, MIXED).generate(**inputs, **GREEDY, **how), wanted)
+    wanted = peer.generate(**inputs, **LOOPED, **how)
+    assert torch.equal(build_own(peer, MIXED).generate(**inputs, **LOOPED, **how), wanted)
 
 
 def test_a_prompt_may_be_computed_in_two_parts() -> None:
@@ -135,6 +121,33 @@ def test_the_mask_is_plain_if_only_padding_and_the_future_are_masked() -> None:
     assert shape(6, allow_is_causal_skip=True, q_offset=3) == (1, 1, 6, 6)
     assert shape(2, allow_is_causal_skip=True, q_offset=4) == (1, 1, 2, 6)
     assert shape(4, allow_is_causal_skip=False) == (1, 1, 4, 6)
+
+
+def test_left_padding_is_known_of_masks_that_hide_nothing_else() -> None:
+    kept = torch.ones(2, 6, dtype=torch.bool)
+    kept[0, :2] = False
+    gap = kept.clone()
+    gap[1, 3] = False
+
+    def padding(Q: int, **settings: Any) -> list[int] | None:
+        arguments = {"q_offset": 6 - Q, "attention_mask": kept, "device": kept.device} | settings
+        mask = make_mask(batch_size=2, q_length=Q, kv_length=6, **arguments)
+        assert mask is not None
+        found = left_padding(mask)
+        return None if found is None else found.tolist()
+
+    assert padding(1) == padding(4) == [2, 0]
+    assert padding(2, attention_mask=None) == [0, 0]
+    # A window sees the last columns
+    longer = torch.cat([torch.zeros_like(kept), kept], 1)
+    assert padding(1, attention_mask=longer, kv_offset=6, q_offset=11) == [2, 0]
+    # A query is padding, keys follow the queries, more is hidden, padding is behind a token
+    assert padding(5) is None
+    assert padding(2, q_offset=3) is None
+    assert padding(2, q_offset=torch.tensor(4)) is None
+    assert padding(2, allow_is_causal_skip=False) is None
+    assert padding(2, attention_mask=gap) is None
+    assert left_padding(torch.ones(2, 1, 1, 6, dtype=torch.bool)) is None
 
 
 def test_masks_are_read_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
