@@ -29,6 +29,8 @@ _IMAGES = ImageConfig(980, 378, False, 2, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 # More rows wait for their turn
 _MOST_SEQS = 512
 _MOST_CACHED_IMAGES = 256
+# A step of 8,192 tokens, the default elsewhere, would be 1 % faster and take 1 GB more beside training
+_STEP_TOKENS = 2048
 # Of the memory that is free. The rest is for the steps themselves
 _SHARE = 0.8
 
@@ -170,6 +172,7 @@ def _config(packed: Idefics2, requests: Sequence[Request]) -> EngineConfig:
         max_model_len=packed.config.text.max_positions,
         max_num_seqs=min(_rounded(answers), _MOST_SEQS),
         kv_cache_tokens=_rounded(pages) * PAGE_SIZE,
+        max_num_batched_tokens=_STEP_TOKENS,
         max_cached_images=max(min(_rounded(pictures), _MOST_CACHED_IMAGES), most, 1),
         cuda_graphs=on_cuda and packed.ops is not REFERENCE,
         prompt_graphs=False,
