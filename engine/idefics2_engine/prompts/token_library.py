@@ -60,6 +60,14 @@ class TokenLibrary:
         assert spelled is not None
         self._spelled[spelled] = id
 
+    def description(self) -> dict[str, Any]:
+        """Return the parsed ``tokenizer.json`` of the library, without other spellings."""
+        description: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        description["added_tokens"] = [
+            token for token in description["added_tokens"] if token["id"] not in self._spelled
+        ]
+        return description
+
     def id_of(self, token: str) -> int | None:
         """Return the id of ``token``."""
         return self._tokenizer.token_to_id(token)
