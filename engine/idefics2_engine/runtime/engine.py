@@ -285,9 +285,7 @@ class Engine:
         table, rows, logits = self.scheduler.table, launched.rows, launched.logits
         batch = DrawBatch.of_rows(table, rows)
         if not len(rows):
-            return _Flight(
-                launched.step, rows, launched.serials, batch, None, launched.failed
-            )
+            return _Flight(launched.step, rows, launched.serials, batch, None, launched.failed)
         if not np.array_equal(launched.places, np.arange(len(logits))):
             (there,) = to_device([launched.places], logits.device)
             logits = logits[there]

@@ -1,13 +1,12 @@
 """Constraints compiled for one checkpoint's tokenizer, within limits; any thread may compile."""
 
-import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +27,7 @@ from idefics2_engine.structured.shortest import fewest_tokens, fewest_tokens_of_
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-_logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 Words = npt.NDArray[np.int32]
 """Bits of tokens, 32 a word, the lowest first."""
 
@@ -110,14 +109,10 @@ class Compiler:
             raise SamplingError(str(result))
         return result
 
-    def _result(
-        self, params: StructuredOutputsParams, spaced: bool
-    ) -> Constraint | SamplingError:
+    def _result(self, params: StructuredOutputsParams, spaced: bool) -> Constraint | SamplingError:
         try:
             within(self._most_seconds, lambda: self._llguidance, "its tokenizer")
-            return within(
-                self._most_seconds, lambda: self._compile(params, spaced), params.kind
-            )
+            return within(self._most_seconds, lambda: self._compile(params, spaced), params.kind)
         except SamplingError as error:
             return error
 
@@ -134,7 +129,9 @@ class Compiler:
         elif spaced:
             start = self._start(params, grammar_of(params, MAY_SPACE))
         mask = np.frombuffer(start.deep_copy().compute_bitmask(), np.int32)
-        if not (start.is_accepting() or (mask[: len(self._tokens.usable)] & self._tokens.usable).any()):
+        if not (
+            start.is_accepting() or (mask[: len(self._tokens.usable)] & self._tokens.usable).any()
+        ):
             raise SamplingError(f"{params.kind} must allow an answer, got one that allows none")
         if params.choice is None:
             fewest = fewest_tokens(start, self._token_texts, self._tokens.usable)
@@ -184,14 +181,14 @@ class Compiler:
         return [self._llguidance.decode_bytes([id]) for id in range(self._vocab_size)]
 
 
-def within(most_seconds: float, function: Callable[[], Any], name: str) -> Any:
+def within(most_seconds: float, function: Callable[[], Result], name: str) -> Result:
     """Return what ``function`` returns, run on a thread of its own.
 
     Raises:
         SamplingError: It takes more than ``most_seconds`` of CPU time. It goes on, and its result
             is dropped.
     """
-    results: list[Any] = []
+    results: list[Result | BaseException] = []
     clocks: list[int] = []
 
     def run() -> None:
@@ -214,9 +211,10 @@ def within(most_seconds: float, function: Callable[[], Any], name: str) -> Any:
         raise SamplingError(
             f"{name} must compile within {most_seconds:g} s of CPU time, got one that takes longer"
         )
-    if isinstance(results[0], BaseException):
-        raise results[0]
-    return results[0]
+    result = results[0]
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 def _cpu_seconds(clock: int) -> float:

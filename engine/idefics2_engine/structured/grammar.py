@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 from idefics2_engine.errors import SamplingError, short_repr
 from idefics2_engine.structured.json_schema import enforceable
@@ -47,9 +48,9 @@ def plain_regex(params: StructuredOutputsParams) -> str | None:
     return _of_regex(_without_anchors(params.regex))
 
 
-def _guided(schema: dict[str, object], params: StructuredOutputsParams) -> str:
+def _guided(schema: dict[str, Any], params: StructuredOutputsParams) -> str:
     """Return the schema as text with llguidance's options in it."""
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "whitespace_flexible": not params.disable_any_whitespace,
         "lenient": False,
         "coerce_one_of": False,

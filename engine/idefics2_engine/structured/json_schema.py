@@ -41,9 +41,7 @@ _STRING = _kind("a string", lambda v: isinstance(v, str))
 _ANYTHING = _kind("anything", lambda v: True)
 _NAMES = _kind(
     "a list of strings, each once",
-    lambda v: (
-        isinstance(v, list) and all(isinstance(s, str) for s in v) and len(set(v)) == len(v)
-    ),
+    lambda v: isinstance(v, list) and all(isinstance(s, str) for s in v) and len(set(v)) == len(v),
 )
 _TYPE = _kind(
     f"one of {', '.join(_TYPES)}, or a list of some",
@@ -136,7 +134,9 @@ def read_schema(schema: str | Mapping[str, Any], most_bytes: int) -> str:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         length = len(text.encode())
     except (TypeError, ValueError) as error:
-        raise SamplingError(f"json must be a JSON schema, got a value that is not JSON: {error}") from None
+        raise SamplingError(
+            f"json must be a JSON schema, got a value that is not JSON: {error}"
+        ) from None
     if length > most_bytes:
         raise SamplingError(f"json must be at most {most_bytes} bytes, got {length}")
     return text
@@ -149,7 +149,9 @@ def check_schema(schema: dict[str, Any]) -> None:
         SamplingError: The message names the keyword and its path.
     """
     nodes = dict(_subschemas(schema, "#"))
-    names = {f"#{node['$anchor']}" for node in nodes.values() if isinstance(node.get("$anchor"), str)}
+    names = {
+        f"#{node['$anchor']}" for node in nodes.values() if isinstance(node.get("$anchor"), str)
+    }
     for path, node in nodes.items():
         for keyword, value in node.items():
             _check_keyword(path, keyword, value)
@@ -205,7 +207,9 @@ def _subschemas(schema: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if kind is _ONE:
                 waiting.append((f"{path}/{keyword}", value))
                 continue
-            fits = isinstance(value, dict) if kind is _MAPPING else isinstance(value, list) and value
+            fits = (
+                isinstance(value, dict) if kind is _MAPPING else isinstance(value, list) and value
+            )
             if not fits:
                 raise _error(path, keyword, kind, value)
             several = value.items() if kind is _MAPPING else enumerate(value)
@@ -270,7 +274,9 @@ def _check_levels(schema: Any) -> None:
             if isinstance(parent, Mapping):
                 for key in parent:
                     if not isinstance(key, str):
-                        raise SamplingError(f"json must have strings as keys, got {short_repr(key)}")
+                        raise SamplingError(
+                            f"json must have strings as keys, got {short_repr(key)}"
+                        )
             children = parent.values() if isinstance(parent, Mapping) else parent
             below += [one for one in children if isinstance(one, Mapping | list | tuple)]
         if not below:
@@ -285,7 +291,9 @@ def _parse(text: str) -> dict[str, Any]:
     except RecursionError:
         raise SamplingError(f"json must have at most {MOST_LEVELS} levels, got more") from None
     except ValueError as error:
-        raise SamplingError(f"json must be a JSON schema, got text that is not JSON: {error}") from None
+        raise SamplingError(
+            f"json must be a JSON schema, got text that is not JSON: {error}"
+        ) from None
     if not isinstance(parsed, dict):
         raise SamplingError(f"json must be a JSON object, got {short_repr(parsed)}")
     return parsed

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from idefics2_engine.errors import SamplingError, short_repr
@@ -87,7 +87,6 @@ class StructuredOutputsParams:
         disable_any_whitespace: For JSON, whether there are no blanks between its tokens. By default
             that is so unless there is a ``whitespace_pattern``.
         whitespace_pattern: For JSON, a regex of the blanks that may be there.
-        model: The class of pydantic that ``json`` was, ``None`` if it was none.
 
     Raises:
         SamplingError: None or several of the five are given, or one cannot be enforced.
@@ -100,12 +99,10 @@ class StructuredOutputsParams:
     json_object: bool = checked(flag, False)
     disable_any_whitespace: bool | None = checked(OrNone(flag), None)
     whitespace_pattern: str | None = checked(OrNone(_blanks), None)
-    model: Any = field(init=False, default=None, metadata={"kind": lambda value: value})
 
     def __post_init__(self) -> None:
         """Check every field and make the schema a text."""
-        if is_model(self.json):
-            object.__setattr__(self, "model", self.json)
+        object.__setattr__(self, "_model", self.json if is_model(self.json) else None)
         check_fields(self, SamplingError)
         given = [name for name in _KINDS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
@@ -135,9 +132,12 @@ class StructuredOutputsParams:
                 f"got {short_repr(pattern)}"
             )
         if strict is None:
-            object.__setattr__(
-                self, "disable_any_whitespace", self.is_json and pattern is None
-            )
+            object.__setattr__(self, "disable_any_whitespace", self.is_json and pattern is None)
+
+    @property
+    def model(self) -> Any:
+        """The class of pydantic that ``json`` was, ``None`` if it was none."""
+        return self.__dict__["_model"]
 
     @property
     def is_json(self) -> bool:
@@ -156,7 +156,7 @@ class StructuredOutputsParams:
         Raises:
             SamplingError: A name is unknown, or the constraint is refused.
         """
-        known = [one.name for one in fields(cls) if one.init]
+        known = [one.name for one in fields(cls)]
         for name, value in values.items():
             if name not in known:
                 raise SamplingError(
@@ -165,21 +165,12 @@ class StructuredOutputsParams:
                 )
         return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``from_dict`` reads, with a class of pydantic as its schema."""
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
-        given = {name: value for name, value in values.items() if value not in (None, False)}
-        if self.choice is not None:
-            given["choice"] = list(self.choice)
-        if self.is_json and not self.disable_any_whitespace and self.whitespace_pattern is None:
-            given["disable_any_whitespace"] = False
-        return given
-
 
 def is_model(value: object) -> bool:
     """Return whether ``value`` is a class that gives and validates JSON as pydantic's do."""
     return isinstance(value, type) and all(
-        callable(getattr(value, name, None)) for name in ("model_json_schema", "model_validate_json")
+        callable(getattr(value, name, None))
+        for name in ("model_json_schema", "model_validate_json")
     )
 
 

@@ -35,9 +35,7 @@ def fewest_tokens(
 
 def fewest_tokens_of_choice(choices: Sequence[str], tokenizer: "LLTokenizer") -> float:
     """Return the fewest tokens of any of ``choices``."""
-    return min(
-        len(tokenizer.tokenize_str(one)) for one in sorted(choices, key=len)[:_MOST_CHOICES]
-    )
+    return min(len(tokenizer.tokenize_str(one)) for one in sorted(choices, key=len)[:_MOST_CHOICES])
 
 
 def _answer(

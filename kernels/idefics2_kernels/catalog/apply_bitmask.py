@@ -43,9 +43,7 @@ def _cases() -> tuple[Case, ...]:
     ]
     cases += [_case(layout, 4, 77, 3, layout=layout) for layout in LAYOUTS[1:3]]
     cases += [
-        _case(
-            f"gpu-{V}-{R}-{dtype}".replace("torch.", ""), 67, V, R, dtype=dtype, where="gpu"
-        )
+        _case(f"gpu-{V}-{R}-{dtype}".replace("torch.", ""), 67, V, R, dtype=dtype, where="gpu")
         for V in (32003, 65537)
         for R in (1, 22, 67)
         for dtype in _FLOATS
@@ -78,7 +76,7 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
 def _bits(R: int, V: int, allowed: float | str, device: torch.device) -> Tensor:
     """Draw bits (R, W) of which a share ``allowed``, or one of each row, is 1."""
     width = -(-V // 32) * 32
-    if allowed == "one":
+    if isinstance(allowed, str):
         is_allowed = torch.zeros(R, width, dtype=torch.bool, device=device)
         is_allowed[torch.arange(R), torch.arange(R) * 31 % V] = True
     else:
