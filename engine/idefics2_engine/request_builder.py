@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -395,11 +394,10 @@ class RequestBuilder:
         raise PromptTooLongError(len(token_ids), self.max_model_len)
 
 
-def too_few_tokens(fewest: float, max_tokens: int) -> str:
-    """Say that ``max_tokens`` cuts off every answer that satisfies a constraint."""
-    number = "more than 1,024" if fewest == math.inf else f"about {fewest:.0f}"
+def too_few_tokens(fewest: int, max_tokens: int) -> str:
+    """Say that ``max_tokens`` may cut off every answer that satisfies a constraint."""
     return (
-        f"max_tokens should be at least the {number} tokens of a shortest answer that satisfies "
+        f"max_tokens should be at least the {fewest} tokens or so of a short answer that satisfies "
         f"structured_outputs, got {max_tokens}"
     )
 

@@ -111,7 +111,7 @@ class Tokenizer:
         return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
 
     def description(self) -> str:
-        """Return a ``tokenizer.json`` of this tokenizer."""
+        """Return a ``tokenizer.json`` that reads text alone, without control tokens."""
         return json.dumps(self._library.description())
 
     def mark_typed(self, text: str) -> str:

@@ -40,15 +40,17 @@ _MOST_STATES = 100_000
 
 @dataclass(frozen=True, eq=False)
 class TokenSets:
-    """Sets of a vocabulary's tokens, each as bits.
+    """Sets of a vocabulary's tokens, as bits and as ids.
 
     Attributes:
         usable: Tokens that may be in an answer: all but control tokens.
         ends: End tokens of the checkpoint.
+        control_ids: The tokens that are not usable.
     """
 
     usable: Words
     ends: Words
+    control_ids: frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +60,16 @@ class Constraint:
     Attributes:
         start: A matcher before the first token, which is never advanced.
         tokens: Sets of tokens.
-        fewest_tokens: About how many tokens a shortest answer has, its end included.
+        fewest_tokens: About how many tokens a shortest answer has, its end included; 0 if unknown.
     """
 
     start: "LLMatcher"
     tokens: TokenSets
-    fewest_tokens: float
+    fewest_tokens: int
 
     def matcher(self) -> Matcher:
         """Return a matcher for one answer."""
-        return Matcher(self.start.deep_copy())
+        return Matcher(self.start.deep_copy(), self.tokens.control_ids)
 
 
 class Compiler:
@@ -122,19 +124,18 @@ class Compiler:
         if plain is not None:
             self._start(params, plain)
         start = self._start(params, grammar_of(params, NO_SPACE))
+        mask = np.frombuffer(start.deep_copy().compute_bitmask(), np.int32)
+        usable = self._tokens.usable
+        if not (start.is_accepting() or (mask[: len(usable)] & usable).any()):
+            raise SamplingError(f"{params.kind} must allow an answer, got one that allows none")
         space = llguidance.tokenize_bytes(b" ")
         if start.validate_tokens(space):
             # The text would lose a space that belongs to it
             start = self._start(params, grammar_of(params, MUST_SPACE))
         elif spaced:
             start = self._start(params, grammar_of(params, MAY_SPACE))
-        mask = np.frombuffer(start.deep_copy().compute_bitmask(), np.int32)
-        if not (
-            start.is_accepting() or (mask[: len(self._tokens.usable)] & self._tokens.usable).any()
-        ):
-            raise SamplingError(f"{params.kind} must allow an answer, got one that allows none")
         if params.choice is None:
-            fewest = fewest_tokens(start, self._token_texts, self._tokens.usable)
+            fewest = fewest_tokens(start, self._token_texts, usable)
         else:
             fewest = fewest_tokens_of_choice(params.choice, llguidance)
         return Constraint(start, self._tokens, fewest)
@@ -174,7 +175,8 @@ class Compiler:
         ends = np.zeros_like(usable)
         ends[self._eos_token_ids] = True
         usable[self._eos_token_ids] = False
-        return TokenSets(_words(usable), _words(ends))
+        control = self._tokenizer.control_ids | {*self._eos_token_ids}
+        return TokenSets(_words(usable), _words(ends), control)
 
     @cached_property
     def _token_texts(self) -> list[bytes]:
