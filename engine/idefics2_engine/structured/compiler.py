@@ -40,17 +40,15 @@ _MOST_STATES = 100_000
 
 @dataclass(frozen=True, eq=False)
 class TokenSets:
-    """Sets of a vocabulary's tokens, as bits and as ids.
+    """Sets of a vocabulary's tokens, each as bits.
 
     Attributes:
         usable: Tokens that may be in an answer: all but control tokens.
         ends: End tokens of the checkpoint.
-        control_ids: The tokens that are not usable.
     """
 
     usable: Words
     ends: Words
-    control_ids: frozenset[int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +67,7 @@ class Constraint:
 
     def matcher(self) -> Matcher:
         """Return a matcher for one answer."""
-        return Matcher(self.start.deep_copy(), self.tokens.control_ids)
+        return Matcher(self.start.deep_copy())
 
 
 class Compiler:
@@ -175,8 +173,7 @@ class Compiler:
         ends = np.zeros_like(usable)
         ends[self._eos_token_ids] = True
         usable[self._eos_token_ids] = False
-        control = self._tokenizer.control_ids | {*self._eos_token_ids}
-        return TokenSets(_words(usable), _words(ends), control)
+        return TokenSets(_words(usable), _words(ends))
 
     @cached_property
     def _token_texts(self) -> list[bytes]:

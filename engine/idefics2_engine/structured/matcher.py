@@ -1,6 +1,5 @@
 """How far one answer has satisfied its constraint."""
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from idefics2_engine.errors import StructuredOutputError
@@ -17,12 +16,10 @@ class Matcher:
 
     Args:
         state: The matcher of llguidance, which is advanced.
-        control_ids: Tokens that are in no answer, whatever its text.
     """
 
-    def __init__(self, state: "LLMatcher", control_ids: Collection[int]) -> None:
+    def __init__(self, state: "LLMatcher") -> None:
         self.state = state
-        self._control_ids = control_ids
         # Tokens of the last text that was the only one, which were not consumed yet
         self._forced: list[int] = []
 
@@ -36,14 +33,8 @@ class Matcher:
         if not self.state.consume_token(token_id):
             self.check()
         if not (self._forced or self.state.is_stopped()):
-            self._forced = self._only_tokens()
+            self._forced = self.state.compute_ff_tokens()
         self.check()
-
-    def _only_tokens(self) -> list[int]:
-        """Return the tokens of the one text that may follow, up to the spelling of a control token."""
-        tokens = self.state.compute_ff_tokens()
-        ends = (place for place, token in enumerate(tokens) if token in self._control_ids)
-        return tokens[: next(ends, len(tokens))]
 
     @property
     def forced(self) -> list[int]:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 # A search of so many tokens takes a tenth of a second
-_MOST_TOKENS = 1024
+_MOST_TOKENS = 512
 _CLOSING = frozenset(b'"}] ')
 # The shortest of many choices are looked at
 _MOST_CHOICES = 32
@@ -20,7 +20,7 @@ def fewest_tokens(start: "LLMatcher", texts: Sequence[bytes], usable: npt.NDArra
     """Return the tokens of the shorter of two answers from ``start`` on.
 
     Both close what is open as early as they can. One takes long tokens otherwise, the other short
-    ones. A pattern may have a shorter answer. If neither ends within 1,024 tokens, nothing is known
+    ones. A pattern may have a shorter answer. If neither ends within 512 tokens, nothing is known
     and the result is 0.
     """
     closes = np.array([bool(text.strip()) and set(text) <= _CLOSING for text in texts])
