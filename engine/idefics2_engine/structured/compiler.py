@@ -1,18 +1,16 @@
 """Constraints compiled for one checkpoint's tokenizer, within limits; any thread may compile."""
 
-import math
-import threading
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from idefics2_engine.errors import SamplingError, install_extras
+from idefics2_engine.errors import SamplingError
 from idefics2_engine.prompts.tokenizer import Tokenizer
+from idefics2_engine.structured.check import import_llguidance
 from idefics2_engine.structured.grammar import (
     MAY_SPACE,
     MUST_SPACE,
@@ -20,22 +18,18 @@ from idefics2_engine.structured.grammar import (
     grammar_of,
     plain_regex,
 )
+from idefics2_engine.structured.limits import MOST_SECONDS, limits, reason, within
 from idefics2_engine.structured.matcher import Matcher
 from idefics2_engine.structured.params import StructuredOutputsParams
 from idefics2_engine.structured.shortest import fewest_tokens, fewest_tokens_of_choice
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
-Result = TypeVar("Result")
 Words = npt.NDArray[np.int32]
 """Bits of tokens, 32 a word, the lowest first."""
 
 _MOST_CONSTRAINTS = 256
-# Of CPU time, so that a busy machine refuses no constraint
-_MOST_SECONDS = 2.0
-# A lexer's state has 1 to 2 kB
-_MOST_STATES = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +79,7 @@ class Compiler:
         tokenizer: Tokenizer,
         vocab_size: int,
         eos_token_ids: Collection[int],
-        most_seconds: float = _MOST_SECONDS,
+        most_seconds: float = MOST_SECONDS,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -141,24 +135,19 @@ class Compiler:
     def _start(self, params: StructuredOutputsParams, grammar: str) -> "LLMatcher":
         from llguidance import LLMatcher
 
-        start = LLMatcher(self._llguidance, grammar, log_level=0, limits=_limits())
+        start = LLMatcher(self._llguidance, grammar, log_level=0, limits=limits())
         if not start.is_error():
             # Only this finds a grammar without any answer
             start.deep_copy().compute_bitmask()
         for said in [start.get_error()] if start.is_error() else start.get_grammar_warnings():
-            raise SamplingError(
-                f"{params.kind} must be a constraint that can be enforced whole, got: {_reason(said)}"
-            )
+            raise SamplingError(reason(params.kind, said))
         return start
 
     @cached_property
     def _llguidance(self) -> "LLTokenizer":
-        try:
-            from llguidance import LLTokenizer
-        except ImportError:
-            raise SamplingError(
-                f"structured_outputs needs llguidance, got none: {install_extras('structured')}"
-            ) from None
+        import_llguidance()
+        from llguidance import LLTokenizer
+
         return LLTokenizer(
             self._tokenizer.description(),
             n_vocab=self._vocab_size,
@@ -180,63 +169,5 @@ class Compiler:
         return [self._llguidance.decode_bytes([id]) for id in range(self._vocab_size)]
 
 
-def within(most_seconds: float, function: Callable[[], Result], name: str) -> Result:
-    """Return what ``function`` returns, run on a thread of its own.
-
-    Raises:
-        SamplingError: It takes more than ``most_seconds`` of CPU time. It goes on, and its result
-            is dropped.
-    """
-    results: list[Result | BaseException] = []
-    clocks: list[int] = []
-
-    def run() -> None:
-        clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
-        try:
-            results.append(function())
-        except BaseException as error:
-            results.append(error)
-
-    thread = threading.Thread(target=run, name="idefics2-constraint", daemon=True)
-    thread.start()
-    left = most_seconds
-    while True:
-        thread.join(max(left, 1e-3))
-        if results or left <= 0:
-            break
-        used = _cpu_seconds(clocks[0]) if clocks else 0.0
-        left = most_seconds - used
-    if not results:
-        raise SamplingError(
-            f"{name} must compile within {most_seconds:g} s of CPU time, got one that takes longer"
-        )
-    result = results[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
-
-
-def _cpu_seconds(clock: int) -> float:
-    try:
-        return time.clock_gettime(clock)
-    except OSError:
-        # The thread has ended, so its result is there
-        return -math.inf
-
-
-def _limits() -> "LLParserLimits":
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=_MOST_STATES, verbose_errors=False)
-
-
 def _words(bits: npt.NDArray[np.bool_]) -> Words:
     return np.packbits(bits, bitorder="little").view(np.int32)
-
-
-def _reason(said: str) -> str:
-    """Return the first lines of a message of llguidance, without its place in our grammar."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    text = " ".join(line for line in lines if " | " not in line)
-    begin = text.find("): ")
-    return f"{text[begin + 3 :] if text.startswith('at ') and begin > 0 else text:.400}"
