@@ -42,11 +42,17 @@ def compiled(*, spaced: bool = True, **constraint: Any) -> Constraint:
     return compiler().constraint(StructuredOutputsParams(**constraint), spaced=spaced)
 
 
+class _StandIn:
+    """Has what is read of a sequence."""
+
+
 def allowed_tokens(constraint: Constraint, matcher: Any) -> list[int]:
     """Return the tokens that the sampler would leave."""
-    stand_in: Any = SimpleNamespace(request=SimpleNamespace(constraint=constraint), matcher=matcher)
+    stand_in: Any = _StandIn()
+    stand_in.request, stand_in.matcher = SimpleNamespace(constraint=constraint), matcher
     bits, failed = _MASKS.compute([stand_in])
-    assert not failed
+    for error in failed.values():
+        raise error
     places = np.unpackbits(bits[0].view(np.uint8), bitorder="little")[:VOCAB]
     found: list[int] = np.flatnonzero(places).tolist()
     return found
