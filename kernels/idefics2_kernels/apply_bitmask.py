@@ -59,7 +59,7 @@ def _apply_bitmask_kernel(
 
 
 def apply_bitmask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
-    """Add -inf to the logits (B, V) of the tokens whose bit is 0, in place.
+    """Bar the tokens of some rows of `logits` (B, V) whose bit is 0, by adding -inf, in place.
 
     Row ``rows[r]`` of the logits has the bits ``bits[r]``. Other rows are neither read nor written.
     The last axes of ``logits`` and ``bits`` must be contiguous.
