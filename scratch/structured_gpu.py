@@ -39,14 +39,26 @@ def schema():
         {"type": "boolean"},
     )
     names = (
-        "image_quality", "number_of_objects", "has_text", "main_color_temperature",
-        "number_of_people", "is_outdoors", "level_of_detail", "estimated_year", "is_photograph",
-        "amount_of_motion", "number_of_colors", "needs_review",
+        "image_quality",
+        "number_of_objects",
+        "has_text",
+        "main_color_temperature",
+        "number_of_people",
+        "is_outdoors",
+        "level_of_detail",
+        "estimated_year",
+        "is_photograph",
+        "amount_of_motion",
+        "number_of_colors",
+        "needs_review",
     )
     keys = {name: kinds[i % 3] for i, name in enumerate(names)}
     keys["main_color_temperature"] = {"enum": ["cold", "neutral", "warm"]}
     return {
-        "type": "object", "properties": keys, "required": list(keys), "additionalProperties": False,
+        "type": "object",
+        "properties": keys,
+        "required": list(keys),
+        "additionalProperties": False,
     }
 
 
@@ -65,13 +77,20 @@ def main():
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     begin = time.perf_counter()
     llm = LLM(
-        options.folder, load_format="dummy", device=options.device,
-        max_model_len=512, max_num_seqs=max(batches), max_num_batched_tokens=2048,
-        kv_cache_tokens=512 * max(batches), enable_prefix_caching=False,
+        options.folder,
+        load_format="dummy",
+        device=options.device,
+        max_model_len=512,
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=2048,
+        kv_cache_tokens=512 * max(batches),
+        enable_prefix_caching=False,
     )
     found = {
         "gpu": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__, "load_seconds": time.perf_counter() - begin, "steps": [],
+        "torch": torch.__version__,
+        "load_seconds": time.perf_counter() - begin,
+        "steps": [],
     }
     print(found, flush=True)
 
@@ -87,8 +106,11 @@ def main():
         after = llm.stats
         forced = getattr(after, "forced_tokens", 0) - getattr(before, "forced_tokens", 0)
         return (
-            seconds, after.steps - before.steps,
-            after.generated_tokens - before.generated_tokens, forced, outputs,
+            seconds,
+            after.steps - before.steps,
+            after.generated_tokens - before.generated_tokens,
+            forced,
+            outputs,
         )
 
     def params(kind, tokens):
@@ -144,14 +166,15 @@ def main():
             Sequence.append_forced = lambda self: 0
             drawn = ran(count, params("constrained", 400))
             Sequence.append_forced = append_forced
-            texts = [
-                [output.outputs[0].token_ids for output in one[4]] for one in (forced, drawn)
-            ]
+            texts = [[output.outputs[0].token_ids for output in one[4]] for one in (forced, drawn)]
             row["whole"] = {
-                "tokens_a_sequence": forced[2] / count, "passes": forced[1],
+                "tokens_a_sequence": forced[2] / count,
+                "passes": forced[1],
                 "tokens_a_sequence_and_pass": forced[2] / count / forced[1],
-                "forced_share": forced[3] / forced[2], "seconds": forced[0],
-                "seconds_without_forced": drawn[0], "passes_without_forced": drawn[1],
+                "forced_share": forced[3] / forced[2],
+                "seconds": forced[0],
+                "seconds_without_forced": drawn[0],
+                "passes_without_forced": drawn[1],
                 "same_tokens": sum(a == b for a, b in zip(*texts, strict=True)) / count,
                 "answer": forced[4][0].outputs[0].text,
                 "ends": forced[4][0].outputs[0].finish_reason,

@@ -139,3 +139,7 @@ def test_plan_counts_refused_constraints(
     plan = json.loads(capsys.readouterr().out)
     assert "'uniqueItems' at # cannot be enforced" in json.dumps(plan)
     assert "look-around" in json.dumps(plan)
+    # The row of 3 tokens
+    assert plan["short_max_tokens"] == 1
+    assert main(["plan", *options]) == 3
+    assert "satisfies structured_outputs: 1" in capsys.readouterr().out
