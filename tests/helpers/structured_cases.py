@@ -158,7 +158,7 @@ REFUSED: dict[str, Schema] = {
 }
 """Keywords of draft 2020-12 that are refused, each in a schema."""
 
-OTHER_DIALECTS = {
+OTHER_DIALECTS: dict[str, Schema] = {
     "dependencies": {"type": "object", "dependencies": {"a": ["b"]}},
     "additionalItems": {"type": "array", "additionalItems": False},
     "nullable": {"type": "string", "nullable": True},

@@ -81,7 +81,8 @@ def draw_answer(constraint: Constraint, seed: int, most: int = 120) -> Answer:
     All allowed tokens are equally likely, except that every third draw prefers those that close
     something, so that answers end.
     """
-    rng, matcher, tokens = random.Random(seed), constraint.matcher(), []
+    rng, matcher = random.Random(seed), constraint.matcher()
+    tokens: list[int] = []
     is_whole = False
     while len(tokens) < most:
         allowed = allowed_tokens(constraint, matcher)

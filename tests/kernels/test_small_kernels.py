@@ -180,6 +180,23 @@ def test_inputs_are_not_changed(name: str, device: torch.device) -> None:
         assert torch.equal(inputs[argument], was) != changes, argument
 
 
+def test_bitmask_of_many_shapes(device: torch.device) -> None:
+    for seed in range(200):
+        torch.manual_seed(seed)
+        B, V = int(torch.randint(1, 6, ())), int(torch.randint(1, 700, ()))
+        rows = torch.randperm(B, device=device)[: seed % (B + 1)]
+        bits = torch.randint(-(2**31), 2**31, (len(rows), -(-V // 32)), device=device).int()
+        bits *= seed % 7 != 0
+        logits = torch.randn(B, V, device=device)
+        if seed % 3 == 0:
+            for value in (math.nan, math.inf, -math.inf):
+                logits[torch.rand(B, V, device=device) < 0.1] = value
+        ours, theirs = logits.clone(), logits.clone()
+        TRITON.apply_bitmask(ours, rows, bits)
+        reference.apply_bitmask(theirs, rows, bits)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _philox_kernel(seed_ptr, index_ptr, out_ptr, N, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     offs_n = tl.arange(0, BLOCK_N)

@@ -28,10 +28,10 @@ def within(most_seconds: float, function: Callable[[], Result], name: str) -> Re
             is dropped.
     """
     results: list[Result | BaseException] = []
-    clocks: list[int] = []
+    clocks: list[Callable[[], float]] = []
 
     def run() -> None:
-        clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
+        clocks.append(_thread_clock())
         try:
             results.append(function())
         except BaseException as error:
@@ -44,8 +44,7 @@ def within(most_seconds: float, function: Callable[[], Result], name: str) -> Re
         thread.join(max(left, 1e-3))
         if results or left <= 0:
             break
-        used = _cpu_seconds(clocks[0]) if clocks else 0.0
-        left = most_seconds - used
+        left = most_seconds - (clocks[0]() if clocks else 0.0)
     if not results:
         raise SamplingError(
             f"{name} must compile within {most_seconds:g} s of CPU time, got one that takes longer"
@@ -56,12 +55,21 @@ def within(most_seconds: float, function: Callable[[], Result], name: str) -> Re
     return result
 
 
-def _cpu_seconds(clock: int) -> float:
-    try:
-        return time.clock_gettime(clock)
-    except OSError:
-        # The thread has ended, so its result is there
-        return -math.inf
+def _thread_clock() -> Callable[[], float]:
+    """Return a clock of this thread's CPU time, for other threads; of time where there is none."""
+    begin = time.monotonic()
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return lambda: time.monotonic() - begin
+    clock = time.pthread_getcpuclockid(threading.get_ident())
+
+    def seconds() -> float:
+        try:
+            return time.clock_gettime(clock)
+        except OSError:
+            # The thread has ended, so its result is there
+            return -math.inf
+
+    return seconds
 
 
 def limits() -> "LLParserLimits":

@@ -128,7 +128,7 @@ def test_cases_cover_every_keyword() -> None:
 
 @pytest.mark.parametrize("keyword", [*REFUSED, *OTHER_DIALECTS])
 def test_keyword_is_refused_with_its_path(keyword: str) -> None:
-    inner = {**REFUSED, **OTHER_DIALECTS}[keyword]
+    inner: Schema = {**REFUSED, **OTHER_DIALECTS}[keyword]
     named = rf"json: '{re.escape(keyword)}' at #/properties/a~1b cannot be enforced"
     schema = {"type": "object", "properties": {"a/b": {keyword: inner[keyword]}}}
     with pytest.raises(SamplingError, match=named):
@@ -165,7 +165,7 @@ def test_schema_is_refused_when_it_is_compiled(schema: Schema, message: str) -> 
     ],
     ids=lambda constraint: next(iter(constraint.values())),
 )  # fmt: skip
-def test_text_that_is_no_constraint_is_refused(constraint: dict[str, str]) -> None:
+def test_text_that_is_no_constraint_is_refused(constraint: dict[str, Any]) -> None:
     (kind,) = constraint
     with pytest.raises(SamplingError, match=f"^{kind} must "):
         compiled(**constraint)

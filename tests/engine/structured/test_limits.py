@@ -111,5 +111,11 @@ def test_check_without_a_tokenizer_refuses(values: dict[str, Any]) -> None:
 
 
 def test_check_without_a_tokenizer_accepts() -> None:
-    for values in ({"regex": "^a$"}, {"choice": ["a"]}, {"json_object": True}, {"json": {}}):
+    accepted: list[dict[str, Any]] = [
+        {"regex": "^a$"},
+        {"choice": ["a"]},
+        {"json_object": True},
+        {"json": {}},
+    ]
+    for values in accepted:
         check_constraint(StructuredOutputsParams(**values))
