@@ -138,6 +138,9 @@ class Engine:
             min_p_first=min_p_first,
         )
         self.masks = TokenMasks()
+        # Constraints never allow a control token, but could force any other bad word
+        control_ids = tokenizer.control_ids
+        self._may_force = all(control_ids & {*word} for word in generation.bad_words_ids)
         if model.device.type == "cuda":
             warm_up_sampling(model, min_p_first=min_p_first)
 
@@ -370,7 +373,7 @@ class Engine:
                 continue
             try:
                 sequence.append(choice.token_id, choice.logprobs)
-                forced += sequence.append_forced()
+                forced += sequence.append_forced() if self._may_force else 0
             except StructuredOutputError as error:
                 self._fail(sequence.request, str(error), error)
             except Exception as error:

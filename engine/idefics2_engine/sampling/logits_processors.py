@@ -2,8 +2,8 @@
 
 The host lists (row, token) pairs, and the device applies each list to all rows at once. Only listed
 elements are read and written, so a row without edits costs nothing. The order is: allowed ids, bad
-words, end tokens before ``min_tokens``, constraints, bias, penalties. Neither bias nor penalty changes -inf, so
-a barred token stays barred.
+words, end tokens before ``min_tokens``, constraints, bias, penalties. Neither bias nor penalty
+changes -inf, so a barred token stays barred.
 
 A token is barred by adding -inf to its logit, not by assigning it. NaN stays NaN and infinity
 becomes NaN, so the largest edited logit shows whether all of the model's logits were finite.

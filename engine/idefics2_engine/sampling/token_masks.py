@@ -18,7 +18,7 @@ from idefics2_engine.structured.compiler import Words
 if TYPE_CHECKING:
     from llguidance import LLExecutor
 
-# More threads than this are slower to start than the bits of 128 sequences are to compute
+# 128 sequences take two threads 1.4 ms
 _MOST_THREADS = 8
 
 

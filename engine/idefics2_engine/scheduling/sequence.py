@@ -309,13 +309,15 @@ class Sequence:
     def append_forced(self) -> int:
         """Append the tokens of the one text with which the answer can go on; return their number.
 
-        There are none if the answer's tokens need log probabilities.
+        There are none if the answer's tokens need log probabilities or may be barred: then they are
+        drawn.
 
         Raises:
             StructuredOutputError: The answer cannot satisfy its constraint.
         """
-        number = 0
-        if self.matcher is None or self.request.params.logprobs is not None:
+        number, params = 0, self.request.params
+        is_barred = params.allowed_token_ids is not None or bool(self.request.bad_words_ids)
+        if self.matcher is None or params.logprobs is not None or is_barred:
             return number
         while self.matcher.forced and not self.finish_reason:
             self.append(self.matcher.forced[0])

@@ -1,6 +1,5 @@
 """Limits of what comes from outside: time and size of compiling a constraint."""
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def _thread_clock() -> Callable[[], float]:
             return time.clock_gettime(clock)
         except OSError:
             # The thread has ended, so its result is there
-            return -math.inf
+            return 0.0
 
     return seconds
 

@@ -388,7 +388,7 @@ def test_min_tokens_hold(llm: LLM) -> None:
 @pytest.mark.parametrize(
     "params",
     [
-        {"bad_words": ["cat", "c"], "structured_outputs": {"regex": "c"}},
+        {"bad_words": ["at", "t"], "structured_outputs": {"choice": ["cat"]}},
         {"allowed_token_ids": [20, 21], "structured_outputs": {"choice": ["dog"]}},
         {"min_tokens": 9, "structured_outputs": {"choice": ["dog"]}},
     ],
@@ -397,13 +397,9 @@ def test_min_tokens_hold(llm: LLM) -> None:
 def test_request_without_a_token_fails_alone(llm: LLM, params: dict[str, Any]) -> None:
     free = SamplingParams(max_tokens=6, seed=3)
     (alone,) = llm.generate(["Other:"], free)
-    # Choices that no bad word could leave are spelled by bytes as well, so these fail later
     wrong = SamplingParams(max_tokens=12, **params)
     failed, other = llm.generate(["Q:", "Other:"], [wrong, free])
     assert other.outputs[0].token_ids == alone.outputs[0].token_ids
-    if failed.error is None:
-        assert failed.outputs[0].text == params["structured_outputs"].get("regex")
-        return
     assert isinstance(failed.error, StructuredOutputError)
     assert isinstance(failed.error, RequestFailedError)
     assert failed.error.code == "structured"
