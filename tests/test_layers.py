@@ -21,6 +21,7 @@ json_file demo device report_page
 images
 model
 agreement checkpoint prompts
+structured
 outputs sampling_params
 row
 scheduling
@@ -37,7 +38,7 @@ __main__
 """
 KERNELS = """
 gpu
-attention norms activation rotary patches sample reference
+attention norms activation rotary patches apply_bitmask sample reference
 matmul
 nf4
 ops variants
@@ -83,7 +84,7 @@ NO_TORCH = [
     "idefics2_bench.results.page",
     "idefics2_bench.steps.parts",
 ]
-NO_TORCH_WHOLE = ["charts", "images", "jobs", "prompts", "scheduling"]
+NO_TORCH_WHOLE = ["charts", "images", "jobs", "prompts", "scheduling", "structured"]
 PACKAGES = {
     "idefics2_engine": ROOT / "engine/idefics2_engine",
     "idefics2_kernels": ROOT / "kernels/idefics2_kernels",

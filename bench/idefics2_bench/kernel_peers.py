@@ -174,6 +174,21 @@ def _gelu_tanh(x: Tensor, bias: Tensor) -> Tensor:
     return functional.gelu(x + bias, approximate="tanh")
 
 
+def _apply_bitmask(inputs: Inputs) -> Call:
+    """Unpack the bits and fill, as far as PyTorch can do it without waiting for the device."""
+    logits, rows, bits = inputs["logits"], inputs["rows"], inputs["bits"]
+    places = torch.arange(32, device=bits.device, dtype=torch.int32)
+
+    def call() -> Tensor:
+        is_barred = (bits[:, :, None] >> places & 1).flatten(1)[:, : logits.shape[1]] == 0
+        filled: Tensor = logits.index_copy_(
+            0, rows, logits[rows].masked_fill(is_barred, float("-inf"))
+        )
+        return filled
+
+    return call
+
+
 def _sample(inputs: Inputs) -> Call:
     """Sample by sorting all logits. min-p is left out, because no timed case uses it."""
 
@@ -217,6 +232,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "add_layer_norm": {"torch": _torch(_add_layer_norm, "x", "residual", "weight", "bias", "eps")},
     "silu_mul": {"torch": _torch(_silu_mul, "gate_up")},
     "gelu_tanh": {"torch": _torch(_gelu_tanh, "x", "bias")},
+    "apply_bitmask": {"torch": _apply_bitmask},
     "sample": {"torch-sort": _sample},
     "rotary": {"torch": _torch(rotary, "q", "k", "positions", "cos_sin")},
 }

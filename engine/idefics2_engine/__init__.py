@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from idefics2_engine.llm import LLM
     from idefics2_engine.row import Row
     from idefics2_engine.sampling_params import SamplingParams
+    from idefics2_engine.structured.params import StructuredOutputsParams
 
 __version__ = "0.1.0"
 # Without a handler, Python would print warnings to standard error
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-__all__ = ["LLM", "Row", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Row", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
-_HOMES = {"LLM": "llm", "Row": "row", "SamplingParams": "sampling_params"}
+_HOMES = {
+    "LLM": "llm",
+    "Row": "row",
+    "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "structured.params",
+}
 
 
 def __getattr__(name: str) -> object:

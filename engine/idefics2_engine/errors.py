@@ -126,6 +126,12 @@ class RequestFailedError(Idefics2Error):
     code = "request_failed"
 
 
+class StructuredOutputError(RequestFailedError):
+    """The answer cannot satisfy its constraint: no token is left, or a limit is exceeded."""
+
+    code = "structured"
+
+
 class WorkerLostError(Idefics2Error):
     """The worker process of a job ended each time this row ran, the last time with no other row."""
 

@@ -43,6 +43,8 @@ class CompletionOutput:
         logprobs: Log probabilities of each token. None if none were requested.
         finish_reason: None while the answer is unfinished.
         stop_reason: Stop token or stop string. None for an end token of the checkpoint.
+        parsed: The value of an answer in JSON (``structured_outputs``), as an object of the class of
+            pydantic if one was given. None for other answers and for one that was cut off.
     """
 
     index: int
@@ -52,6 +54,7 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    parsed: Any = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,19 @@ class RequestOutput:
         ``None``, because JSON has no infinity.
         """
         error = None if self.error is None else self.error.to_dict()
-        data: dict[str, Any] = _without_infinity(asdict(replace(self, error=None)))
+        # ``asdict`` would copy objects of the caller's class
+        outputs = [replace(output, parsed=None) for output in self.outputs]
+        plain = asdict(replace(self, error=None, outputs=outputs))
+        data: dict[str, Any] = _without_infinity(plain)
+        for written, output in zip(data["outputs"], self.outputs, strict=True):
+            written["parsed"] = _plain(output.parsed)
         return {**data, "error": error}
+
+
+def _plain(parsed: Any) -> Any:
+    """Return an object of a class of pydantic as data for JSON, and other data as it is."""
+    dump = getattr(parsed, "model_dump", None)
+    return _without_infinity(dump(mode="json") if callable(dump) else parsed)
 
 
 def _without_infinity(value: Any) -> Any:

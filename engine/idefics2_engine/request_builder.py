@@ -1,6 +1,7 @@
 """Conversion of prompts, conversations and parameters to requests for the engine."""
 
 import itertools
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +34,9 @@ from idefics2_engine.sampling.logprob_bounds import check_entries
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import image_items
 from idefics2_engine.scheduling.sequence import Request
+from idefics2_engine.structured.compiler import Compiler, Constraint
 
+_logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -95,6 +98,11 @@ class RequestBuilder:
         self._ids = itertools.count()
         # Rows of a job often share their parameters, which are checked once
         self._last_checked: tuple[SamplingParams | None, tuple[tuple[int, ...], ...]] = (None, ())
+        self._compiler = Compiler(
+            processor.tokenizer, config.text.vocab_size, generation.eos_token_ids
+        )
+        # The last constraint whose answers ``max_tokens`` may cut off
+        self._warned: Constraint | None = None
 
     def draw_seed(self) -> int:
         """Draw the seed of a request that has none."""
@@ -304,6 +312,7 @@ class RequestBuilder:
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
         check_entries(params, len(prompt.token_ids), max_tokens, self.config.text.vocab_size)
+        constraint = self._constraint(params, prompt, max_tokens)
         # A seed is drawn even if the request has its own, so that the seeds of other requests do
         # not depend on it
         drawn = self.draw_seed() if seed is None else seed
@@ -321,6 +330,7 @@ class RequestBuilder:
             seed=drawn if params.seed is None else params.seed,
             max_tokens=max_tokens,
             bad_words_ids=bad_words,
+            constraint=constraint,
             image_info=prompt.image_info,
         )
 
@@ -361,6 +371,20 @@ class RequestBuilder:
             self._last_checked = params, bad_words
         return bad_words
 
+    def _constraint(
+        self, params: SamplingParams, prompt: ProcessedPrompt, max_tokens: int
+    ) -> Constraint | None:
+        """Compile the constraint of ``params``, if there is one."""
+        if params.constraint is None:
+            return None
+        # An answer begins with a space that its text has not, unless it goes on with a word
+        spaced = not prompt.prompt[-1:].isalnum()
+        constraint = self._compiler.constraint(params.constraint, spaced=spaced)
+        if constraint.fewest_tokens > max_tokens and constraint is not self._warned:
+            self._warned = constraint
+            _logger.warning("%s", too_few_tokens(constraint.fewest_tokens, max_tokens))
+        return constraint
+
     def _check_length(self, token_ids: Sequence[int], num_images: int) -> None:
         """Raise ``PromptTooLongError`` if a prompt leaves no room for an answer."""
         if len(token_ids) < self.max_model_len:
@@ -368,6 +392,14 @@ class RequestBuilder:
         if token_ids.count(self.config.image_token_id) >= self.max_model_len:
             raise TooManyImagesError(len(token_ids), self.max_model_len, num_images)
         raise PromptTooLongError(len(token_ids), self.max_model_len)
+
+
+def too_few_tokens(fewest: int, max_tokens: int) -> str:
+    """Say that ``max_tokens`` may cut off every answer that satisfies a constraint."""
+    return (
+        f"max_tokens should be at least the {fewest} tokens or so of a short answer that satisfies "
+        f"structured_outputs, got {max_tokens}"
+    )
 
 
 def read_params(params: object) -> SamplingParams:

@@ -16,6 +16,7 @@ from idefics2_engine.field_checks import (
     checked,
     flag,
 )
+from idefics2_engine.structured.params import StructuredOutputsParams, read_structured_outputs
 
 # Dividing or multiplying by far larger numbers would overflow fp32 logits
 _LARGEST = 1e6
@@ -101,6 +102,8 @@ class SamplingParams:
             values are from the model's logits, before the parameters above. If ``None``, no log
             probabilities are reported.
         prompt_logprobs: The same for each position of the prompt except the first.
+        structured_outputs: What the answer must be, or a mapping of it: JSON of a schema, one of
+            some texts, a regex or a grammar. If ``None``, any text.
 
     Raises:
         SamplingError: A value is out of range or of the wrong type.
@@ -129,6 +132,9 @@ class SamplingParams:
     skip_special_tokens: bool = checked(flag, True)
     logprobs: int | None = checked(OrNone(Whole(-1)), None)
     prompt_logprobs: int | None = checked(OrNone(Whole(-1)), None)
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = checked(
+        OrNone(read_structured_outputs), None
+    )
 
     def __post_init__(self) -> None:
         """Check every bound and convert numbers of other libraries to Python's types."""
@@ -138,6 +144,21 @@ class SamplingParams:
                 f"min_tokens must be at most max_tokens {short_repr(self.max_tokens)}, "
                 f"got {short_repr(self.min_tokens)}"
             )
+        if self.structured_outputs is not None:
+            # With them an answer could end before it satisfies the constraint, or be another text
+            for name in ("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos"):
+                if getattr(self, name):
+                    raise SamplingError(
+                        f"{name} must be absent with structured_outputs, "
+                        f"got {short_repr(getattr(self, name))}"
+                    )
+
+    @property
+    def constraint(self) -> StructuredOutputsParams | None:
+        """``structured_outputs``, which is no mapping any more."""
+        constraint = self.structured_outputs
+        assert constraint is None or isinstance(constraint, StructuredOutputsParams)
+        return constraint
 
     @property
     def penalizes(self) -> bool:

@@ -214,6 +214,15 @@ class Patches(Protocol):
     ) -> Tensor: ...
 
 
+class ApplyBitmask(Protocol):
+    """Barred tokens: ``logits`` (B, V), ``rows`` (R,), ``bits`` (R, W) int32; in place.
+
+    W is ceil(V / 32). Token v of row ``rows[r]`` is barred if bit v % 32 of ``bits[r, v // 32]`` is 0.
+    """
+
+    def __call__(self, logits: Tensor, rows: Tensor, bits: Tensor) -> None: ...  # noqa: D102
+
+
 class Sample(Protocol):
     """Sampling: ``logits`` (B, V) -> one token a row (B,) int64.
 
@@ -256,6 +265,7 @@ class Ops:
     paged_attention: PagedAttention
     perceiver_attention: PerceiverAttention
     patches: Patches
+    apply_bitmask: ApplyBitmask
     sample: Sample
 
 
@@ -290,7 +300,7 @@ def triton_kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel by name, or none without Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import activation, patches, rotary, sample
+    from idefics2_kernels import activation, apply_bitmask, patches, rotary, sample
     from idefics2_kernels.attention import flash_attention, paged_attention, perceiver_attention
     from idefics2_kernels.matmul import linear
     from idefics2_kernels.nf4 import nf4_matmul, nf4_quantize
@@ -314,6 +324,7 @@ def triton_kernels() -> dict[str, Any]:
         "paged_attention": paged_attention.paged_attention,
         "perceiver_attention": perceiver_attention.perceiver_attention,
         "patches": patches.patches,
+        "apply_bitmask": apply_bitmask.apply_bitmask,
         "sample": sample.sample,
     }
 

@@ -87,6 +87,26 @@ def test_one_kernel_is_near_float64(
     assert 0 < float(printed.split()[-1]) < 1e-5
 
 
+def test_receipts_become_objects(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(monkeypatch, "receipts.py", "--device", "cpu", "--count", 2)
+    assert ended.value.code == 0
+    assert "2 of 2 answers are receipts" in capsys.readouterr().out
+
+
+def test_structured_lines_of_the_docs_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = snippets("docs/structured-output.md")
+    names: dict[str, Any] = {"__name__": "docs"}
+    exec(code, names)
+    assert isinstance(names["answer"].parsed, names["Scene"])
+    assert "shape=" in capsys.readouterr().out
+
+
 def test_training_lines_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (code, *_) = snippets("docs/training.md")

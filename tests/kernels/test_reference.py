@@ -400,7 +400,7 @@ def test_every_operation_is_tested() -> None:
     names = {field.name for field in dataclasses.fields(Ops)}
     # These are tested in test_nf4
     nf4 = {"nf4_quantize", "nf4_dequantize", "nf4_matmul"}
-    assert names == {*FLOAT64_CALLS, "sample", *nf4}
+    assert names == {*FLOAT64_CALLS, "apply_bitmask", "sample", *nf4}
 
 
 def test_kernels_refuse_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ SMALL = (
     "rotary",
     "rotary_and_cache",
     "patches",
+    "apply_bitmask",
     "sample",
 )
 
@@ -58,6 +59,7 @@ WRONG: list[tuple[str, str, Callable[[Tensor], object], type[Exception]]] = [
             "gelu_tanh": ("x", "bias"),
             "rotary": ("q", "k", "cos_sin"),
             "rotary_and_cache": ("q", "k", "v", "cos_sin", "k_cache", "v_cache"),
+            "apply_bitmask": ("logits",),
             "sample": ("logits", "temperature", "top_p", "min_p"),
         }.items()
         for argument in arguments
@@ -74,6 +76,7 @@ WRONG: list[tuple[str, str, Callable[[Tensor], object], type[Exception]]] = [
             "gelu_tanh": ("x",),
             "rotary": ("q", "k", "cos_sin"),
             "rotary_and_cache": ("q", "k", "v", "cos_sin", "k_cache", "v_cache"),
+            "apply_bitmask": ("logits", "bits"),
             "sample": ("logits",),
         }.items()
         for argument in arguments
@@ -89,6 +92,7 @@ WRONG: list[tuple[str, str, Callable[[Tensor], object], type[Exception]]] = [
             "rotary": ("k", "positions"),
             "rotary_and_cache": ("k", "v", "v_cache", "positions", "slots"),
             "patches": ("pixels", "cu_seqlens"),
+            "apply_bitmask": ("bits",),
             "sample": ("temperature", "top_k", "top_p", "min_p", "seed", "index"),
         }.items()
         for argument in arguments
@@ -104,6 +108,7 @@ WRONG: list[tuple[str, str, Callable[[Tensor], object], type[Exception]]] = [
             "rotary": ("k", "positions", "cos_sin"),
             "rotary_and_cache": ("k", "v", "positions", "cos_sin", "k_cache", "v_cache", "slots"),
             "patches": ("cu_seqlens", "widths"),
+            "apply_bitmask": ("rows", "bits"),
             "sample": ("temperature", "top_k", "top_p", "min_p", "seed", "index"),
         }.items()
         for argument in arguments
@@ -116,6 +121,10 @@ WRONG: list[tuple[str, str, Callable[[Tensor], object], type[Exception]]] = [
     ("patches", "pixels", Tensor.float, TypeError),
     ("patches", "widths", Tensor.float, TypeError),
     ("patches", "cu_seqlens", Tensor.float, TypeError),
+    ("apply_bitmask", "logits", lambda t: t[0], ValueError),
+    ("apply_bitmask", "rows", Tensor.float, TypeError),
+    ("apply_bitmask", "bits", Tensor.long, TypeError),
+    ("apply_bitmask", "bits", lambda t: t[:, :-1], ValueError),
     ("sample", "logits", lambda t: t[0], ValueError),
     ("sample", "logits", lambda t: t[:, :0], ValueError),
     ("sample", "seed", Tensor.int, TypeError),
@@ -167,7 +176,25 @@ def test_inputs_are_not_changed(name: str, device: torch.device) -> None:
     before = {k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)}
     getattr(TRITON, name)(**inputs)
     for argument, was in before.items():
-        assert torch.equal(inputs[argument], was) != argument.endswith("_cache"), argument
+        changes = argument.endswith("_cache") or (name, argument) == ("apply_bitmask", "logits")
+        assert torch.equal(inputs[argument], was) != changes, argument
+
+
+def test_bitmask_of_many_shapes(device: torch.device) -> None:
+    for seed in range(200):
+        torch.manual_seed(seed)
+        B, V = int(torch.randint(1, 6, ())), int(torch.randint(1, 700, ()))
+        rows = torch.randperm(B, device=device)[: seed % (B + 1)]
+        bits = torch.randint(-(2**31), 2**31, (len(rows), -(-V // 32)), device=device).int()
+        bits *= seed % 7 != 0
+        logits = torch.randn(B, V, device=device)
+        if seed % 3 == 0:
+            for value in (math.nan, math.inf, -math.inf):
+                logits[torch.rand(B, V, device=device) < 0.1] = value
+        ours, theirs = logits.clone(), logits.clone()
+        TRITON.apply_bitmask(ours, rows, bits)
+        reference.apply_bitmask(theirs, rows, bits)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from idefics2_engine.cli import streams
+from idefics2_engine.cli.structured import add_structured_options, structured_outputs
 from idefics2_engine.errors import ImageError, SamplingError
 from idefics2_engine.model.quantization import PARTS
 
@@ -304,6 +305,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> "argparse._Argument
         default=[],
         help="end the answer at this token; repeatable",
     )
+    add_structured_options(group)
     return group
 
 
@@ -316,13 +318,14 @@ def sampling_params(
         SamplingError: A value is out of range, or has no effect without ``--temperature``.
     """
     from idefics2_engine import SamplingParams
+    from idefics2_engine.structured.check import check_constraint
 
     filters = {name: value for name in _FILTERS if (value := getattr(args, name)) is not None}
     drawn = [*filters, *(["n above 1"] if n > 1 else [])]
     if drawn and args.temperature == 0:
         option = "--" + drawn[0].replace("_", "-")
         raise SamplingError(f"{option} has no effect without --temperature above 0")
-    return SamplingParams(
+    params = SamplingParams(
         temperature=args.temperature,
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
@@ -332,5 +335,9 @@ def sampling_params(
         stop_token_ids=tuple(args.stop_token_ids),
         n=n,
         logprobs=logprobs,
+        structured_outputs=structured_outputs(args),
         **filters,
     )
+    if params.constraint is not None:
+        check_constraint(params.constraint)
+    return params

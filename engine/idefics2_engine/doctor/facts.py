@@ -12,6 +12,7 @@ EXTRAS = {
     "parquet": {"pyarrow": "18.0", "zstandard": "0.23"},
     "remote": {"fsspec": "2024.10"},
     "datasets": {"datasets": "4.0"},
+    "structured": {"llguidance": "1.9"},
     "ray": {"ray": "2.60"},
 }
 """Optional packages by extra, with their oldest versions, as in ``pyproject.toml``."""

@@ -46,6 +46,9 @@ def sampling_parts(params: SamplingParams) -> dict[str, Any]:
     # JSON has no integers as keys
     if params.logit_bias is not None:
         parts["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
+    # Jobs that were begun before there were constraints go on
+    if params.structured_outputs is None:
+        del parts["structured_outputs"]
     return parts
 
 

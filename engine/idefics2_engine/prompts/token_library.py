@@ -60,6 +60,24 @@ class TokenLibrary:
         assert spelled is not None
         self._spelled[spelled] = id
 
+    def description(self) -> dict[str, Any]:
+        """Return the parsed ``tokenizer.json`` of the library, for text alone.
+
+        It adds nothing to a text, and its control tokens have names that no text has, so that it
+        finds none in one.
+        """
+        description: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        tokens = [t for t in description["added_tokens"] if t["id"] not in self._spelled]
+        vocab = description["model"]["vocab"]
+        for token in (t for t in tokens if t["special"]):
+            name = f"\ufdd0{token['id']}\ufdd0"
+            if token["content"] in vocab:
+                vocab[name] = vocab.pop(token["content"])
+            if description["model"].get("unk_token") == token["content"]:
+                description["model"]["unk_token"] = name
+            token["content"] = name
+        return {**description, "added_tokens": tokens, "post_processor": None}
+
     def id_of(self, token: str) -> int | None:
         """Return the id of ``token``."""
         return self._tokenizer.token_to_id(token)

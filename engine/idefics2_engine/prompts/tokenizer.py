@@ -8,6 +8,7 @@ into pieces, so marked text has exactly the ids of the unmarked text. Added toke
 control tokens are also recognized with marks.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -108,6 +109,10 @@ class Tokenizer:
         """Bytes of the pieces that stand for one byte each, by id."""
         ids = {byte: self._library.id_of(f"<0x{byte:02X}>") for byte in range(256)}
         return {id: bytes([byte]) for byte, id in ids.items() if id is not None}
+
+    def description(self) -> str:
+        """Return a ``tokenizer.json`` that reads text alone, without control tokens."""
+        return json.dumps(self._library.description())
 
     def mark_typed(self, text: str) -> str:
         """Return ``text`` such that ``encode_marked`` finds no control token that starts in it."""

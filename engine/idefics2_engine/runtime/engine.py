@@ -3,17 +3,25 @@
 With ``run_ahead``, the next step is launched before the host has read the tokens of the previous
 one, so the device never waits for the host. The next step reads those tokens on the device. If a
 sequence had already ended, one extra step was computed for it.
+
+A step with constrained sequences (``structured_outputs``) draws its tokens only after the previous
+step has landed, because what a sequence may draw depends on its last token. Its forward pass is
+launched before that, as always, so the device computes while the host reads tokens and computes
+the bits of those allowed. Sequences that turn out to have ended, or whose next tokens are forced, do
+not draw.
 """
 
 import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from idefics2_engine.device import to_device
-from idefics2_engine.errors import RequestFailedError
+from idefics2_engine.errors import RequestFailedError, StructuredOutputError
 from idefics2_engine.images.tiling import ImageConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.prompts.detokenizer import Detokenizer
@@ -30,6 +38,7 @@ from idefics2_engine.sampling.draw_batch import DrawBatch
 from idefics2_engine.sampling.generation_config import GenerationConfig
 from idefics2_engine.sampling.logprobs import TokenTexts
 from idefics2_engine.sampling.sampler import NO_CHOICES, Drawn, Sampler
+from idefics2_engine.sampling.token_masks import TokenMasks
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.admission import AdmissionPolicy
 from idefics2_engine.scheduling.encoder_cache import EncoderCache
@@ -38,9 +47,35 @@ from idefics2_engine.scheduling.scheduler import Scheduler
 from idefics2_engine.scheduling.sequence import Request, Sequence
 from idefics2_engine.scheduling.sequence_table import Ints
 from idefics2_engine.scheduling.step import Step
+from idefics2_engine.structured.compiler import Words
 
 _logger = logging.getLogger(__name__)
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A launched forward pass whose sequences have not drawn a token.
+
+    Attributes:
+        step: The step.
+        logits: (L, V) logits of the sequences that move on and of the chunks that sample.
+        rows: (B,) rows of the table whose sequences draw a token.
+        serials: (B,) their serial numbers.
+        lengths: (B,) their tokens, pending ones included.
+        places: (B,) rows of ``logits``.
+        failed: Requests whose prompts cannot be scored, each with the reason.
+        is_constrained: Whether what a sequence may draw depends on its last token.
+    """
+
+    step: Step
+    logits: Tensor
+    rows: Ints
+    serials: Ints
+    lengths: Ints
+    places: Ints
+    failed: list[tuple[Request, str]]
+    is_constrained: bool
 
 
 @dataclass(frozen=True)
@@ -102,6 +137,10 @@ class Engine:
             TokenTexts(tokenizer),
             min_p_first=min_p_first,
         )
+        self.masks = TokenMasks()
+        # Constraints never allow a control token, but could force any other bad word
+        control_ids = tokenizer.control_ids
+        self._may_force = all(control_ids & {*word} for word in generation.bad_words_ids)
         if model.device.type == "cuda":
             warm_up_sampling(model, min_p_first=min_p_first)
 
@@ -134,6 +173,8 @@ class Engine:
             AdmissionPolicy.for_slots(config.max_num_seqs),
         )
         self._flight: _Flight | None = None
+        # A forward pass of constrained sequences, which draw when the step before has landed
+        self._pass: _Pass | None = None
         # Requests of a failed step that have not been in a successful step since
         self._suspects: set[Request] = set()
         # Requests that the next return of step() contains
@@ -189,6 +230,7 @@ class Engine:
         meanwhile()
         self.clock.lap("output")
         self._land(before)
+        self._draw_constrained()
         if not self.config.run_ahead:
             landing, self._flight = self._flight, None
             self._land(landing)
@@ -199,13 +241,17 @@ class Engine:
             return None
         try:
             self.clock.begin_launches(step.kind)
-            self._flight = self._launch(step)
-            self.clock.end_launches()
+            launched = self._launch(step)
+            if launched.is_constrained:
+                self._pass = launched
+            else:
+                self._flight = self._draw(launched)
+                self.clock.end_launches()
         except Exception as error:
             return error
         return None
 
-    def _launch(self, step: Step) -> _Flight:
+    def _launch(self, step: Step) -> _Pass:
         logits, prompts = self.runner.run(step)
         failed = []
         for request, prompt_logits in prompts:
@@ -226,16 +272,71 @@ class Engine:
             more += [sequence.row for sequence in drawn]
             places += [place] * len(drawn)
         rows = np.concatenate([step.decodes.rows, np.array(more, np.int64)])
-        batch, serials = DrawBatch.of_rows(table, rows), table.serials[rows]
-        if not places:
-            return _Flight(step, rows, serials, batch, None, failed)
-        if len(places) > len(logits):
-            (there,) = to_device([np.array(places, np.int64)], logits.device)
+        return _Pass(
+            step,
+            logits,
+            rows,
+            table.serials[rows],
+            table.lengths[rows],
+            np.array(places, np.int64),
+            failed,
+            bool(table.records["constrained"][rows].any()),
+        )
+
+    def _draw(self, launched: _Pass, bits: Words | None = None) -> _Flight:
+        """Launch the draws of ``launched``, with ``bits`` of tokens for constrained sequences."""
+        table, rows, logits = self.scheduler.table, launched.rows, launched.logits
+        batch = DrawBatch.of_rows(table, rows)
+        if not len(rows):
+            return _Flight(launched.step, rows, launched.serials, batch, None, launched.failed)
+        if not np.array_equal(launched.places, np.arange(len(logits))):
+            (there,) = to_device([launched.places], logits.device)
             logits = logits[there]
-        tokens = self.sampler.draw(logits, batch)
+        tokens = self.sampler.draw(logits, batch, bits)
         self.runner.store_last_tokens(tokens.token_ids)
         table.drew(rows)
-        return _Flight(step, rows, serials, batch, tokens, failed)
+        return _Flight(launched.step, rows, launched.serials, batch, tokens, launched.failed)
+
+    def _draw_constrained(self) -> None:
+        """Launch the draws of a pass of constrained sequences, if one waits for them.
+
+        The step before has landed, so all tokens are known.
+        """
+        launched, self._pass = self._pass, None
+        if launched is None:
+            return
+        launched = self._still_drawing(launched)
+        table = self.scheduler.table
+        is_constrained = table.records["constrained"][launched.rows]
+        constrained: list[Sequence] = [*table.owners[launched.rows[is_constrained]]]
+        try:
+            bits = None
+            if constrained:
+                bits, failed = self.masks.compute(constrained)
+                for sequence, error in failed.items():
+                    if not sequence.request.error:
+                        self._fail(sequence.request, str(error), error)
+                if failed:
+                    # Other answers of a request are dropped with it
+                    bits = bits[[s.table is not None for s in constrained]]
+                    launched = self._still_drawing(launched)
+            self._flight = self._draw(launched, bits if bits is not None and len(bits) else None)
+            self.clock.end_launches()
+            self.clock.lap("launch", launched.step.kind)
+        except Exception as error:
+            self._recover(launched.step, error)
+
+    def _still_drawing(self, launched: _Pass) -> _Pass:
+        """Return ``launched`` without sequences that have ended or got further tokens since."""
+        table, rows = self.scheduler.table, launched.rows
+        kept = (table.serials[rows] == launched.serials) & (table.lengths[rows] == launched.lengths)
+        return replace(
+            launched,
+            rows=rows[kept],
+            serials=launched.serials[kept],
+            lengths=launched.lengths[kept],
+            places=launched.places[kept],
+        )
 
     def _land(self, flight: _Flight | None) -> None:
         """Wait for a step and append its tokens to the sequences that are still unfinished."""
@@ -252,7 +353,7 @@ class Engine:
             for lost in (flight, self._flight):
                 for sequence in lost.batch.sequences if lost else ():
                     sequence.num_pending = 0
-            self._flight = None
+            self._flight = self._pass = None
             self._recover(flight.step, error)
             return
         for request, reason in flight.failed:
@@ -262,18 +363,19 @@ class Engine:
             flight.rows, flight.serials, choices.token_ids, choices.is_finite
         ).tolist()
         got: list[Sequence] = []
+        forced = 0
         for place in rest:
             sequence, choice = flight.batch.sequences[place], choices[place]
             if not sequence.num_pending:
                 continue
             if not choice.is_finite:
-                largest = choice.largest_logit
-                self._fail(
-                    sequence.request, f"logits must be finite, got {largest} for the largest"
-                )
+                self._fail_of_logits(sequence, choice.largest_logit)
                 continue
             try:
                 sequence.append(choice.token_id, choice.logprobs)
+                forced += sequence.append_forced() if self._may_force else 0
+            except StructuredOutputError as error:
+                self._fail(sequence.request, str(error), error)
             except Exception as error:
                 self._fail(sequence.request, _failure("its tokens must have a text", error), error)
             else:
@@ -285,7 +387,8 @@ class Engine:
             self._warn_of_length(got)
         if self._suspects:
             self._clear(flight.step.requests)
-        self._count(flight.step, len(choices) - len(rest) + len(got))
+        self.stats.forced_tokens += forced
+        self._count(flight.step, len(choices) - len(rest) + len(got) + forced)
         self.clock.lap("land", kind)
 
     def _warn_of_length(self, sequences: list[Sequence]) -> None:
@@ -334,12 +437,25 @@ class Engine:
 
     def _fail(self, request: Request, reason: str, cause: Exception | None = None) -> None:
         """Fail one request and remove its pages and images from the caches."""
-        request.error = RequestFailedError(f"request {request.request_id}: {reason}")
-        request.error.__cause__ = cause
+        is_structured = isinstance(cause, StructuredOutputError)
+        kind = StructuredOutputError if is_structured else RequestFailedError
+        request.error = kind(f"request {request.request_id}: {reason}")
+        request.error.__cause__ = None if is_structured else cause
         _logger.warning("%s", request.error)
         self.cancel(request)
         self.scheduler.forget(request.sequences)
         self._changed[request] = None
+
+    def _fail_of_logits(self, sequence: Sequence, largest: float) -> None:
+        """Fail the request of a sequence that has no token to draw."""
+        reason, cause = f"logits must be finite, got {largest} for the largest", None
+        if sequence.request.constraint is not None and largest == -math.inf:
+            reason = (
+                "structured_outputs must leave a token beside allowed_token_ids, bad_words and "
+                "min_tokens, got none"
+            )
+            cause = StructuredOutputError(reason)
+        self._fail(sequence.request, reason, cause)
 
     def _clear(self, requests: set[Request]) -> None:
         self._suspects -= requests

@@ -19,6 +19,7 @@ class EngineStats:
         image_steps: Image steps.
         computed_tokens: Tokens of prompts and answers, including image tokens and recomputed ones.
         generated_tokens: Tokens of answers.
+        forced_tokens: Those of them that a constraint left no choice for, and that were not drawn.
         cached_tokens: Tokens that the prefix cache had when a sequence was admitted.
         encoded_tiles: Tiles that were encoded. Hits of the encoder cache do not count.
         encoded_patches: Patches of these tiles.
@@ -48,6 +49,7 @@ class EngineStats:
     image_steps: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
+    forced_tokens: int = 0
     cached_tokens: int = 0
     encoded_tiles: int = 0
     encoded_patches: int = 0

@@ -51,11 +51,15 @@ def warm_up_sampling(model: Idefics2, *, min_p_first: bool = True) -> None:
     text = model.config.text
     ones = torch.ones(1, dtype=torch.float32, device=model.device)
     zeros, integers = torch.zeros_like(ones), torch.zeros_like(ones, dtype=torch.int64)
+    words = -(-text.vocab_size // 32)
+    bits = torch.full((1, words), -1, dtype=torch.int32, device=model.device)
     for dtype in {model.dtype, torch.float32}:
         for width in {text.padded_vocab_size, text.vocab_size}:
             logits = torch.zeros((1, width), dtype=dtype, device=model.device)
+            logits = logits[:, : text.vocab_size]
+            model.ops.apply_bitmask(logits, integers, bits)
             model.ops.sample(
-                logits[:, : text.vocab_size],
+                logits,
                 ones,
                 integers,
                 ones,

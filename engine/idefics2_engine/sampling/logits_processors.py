@@ -2,13 +2,14 @@
 
 The host lists (row, token) pairs, and the device applies each list to all rows at once. Only listed
 elements are read and written, so a row without edits costs nothing. The order is: allowed ids, bad
-words, end tokens before ``min_tokens``, bias, penalties. Neither bias nor penalty changes -inf, so
-a barred token stays barred.
+words, end tokens before ``min_tokens``, constraints, bias, penalties. Neither bias nor penalty
+changes -inf, so a barred token stays barred.
 
 A token is barred by adding -inf to its logit, not by assigning it. NaN stays NaN and infinity
 becomes NaN, so the largest edited logit shows whether all of the model's logits were finite.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -58,8 +59,10 @@ class LogitEdits:
         pairs = [(ids[i], ids[i + 1]) for i in range(1, 9, 2)]
         return cls(ids[0], *pairs, *values)  # type: ignore[arg-type]
 
-    def apply(self, logits: Tensor) -> Tensor:
+    def apply(self, logits: Tensor, bar: Callable[[Tensor], None] | None = None) -> Tensor:
         """Return the edited ``logits`` (B, V), possibly in place.
+
+        ``bar`` bars further tokens in place, before the bias.
 
         They are fp32 or wider if there is a bias or a penalty.
         """
@@ -71,6 +74,8 @@ class LogitEdits:
             logits[self.allowed] = kept
         if len(self.barred[0]):
             logits[self.barred] = logits[self.barred] + NEVER
+        if bar is not None:
+            bar(logits)
         if len(self.bias):
             logits[self.biased] = logits[self.biased] + self.bias
         if len(self.repetition):

@@ -3,8 +3,9 @@
 The order is vLLM's:
 
 1. log probabilities of the model's unmodified logits (``logprobs``);
-2. allowed ids, bad words, end tokens before ``min_tokens``, bias, then the penalties for
-   repetition, frequency and presence (``logits_processors``);
+2. allowed ids, bad words, end tokens before ``min_tokens``, the bits of constraints
+   (``Ops.apply_bitmask``), bias, then the penalties for repetition, frequency and presence
+   (``logits_processors``);
 3. temperature, min-p, top-k, top-p and the draw (``Ops.sample``). With ``min_p_first=False``,
    min-p is applied last, as in transformers.
 
@@ -20,6 +21,7 @@ computes it anyway; for a draw, the logits are read once more.
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Items
+from functools import partial
 from math import isfinite
 from typing import NamedTuple
 
@@ -42,6 +44,7 @@ from idefics2_engine.sampling.logprobs import (
 )
 from idefics2_engine.scheduling.sampling_columns import NO_LOGPROBS
 from idefics2_engine.scheduling.sequence import Sequence
+from idefics2_engine.structured.compiler import Words
 from idefics2_kernels import Ops
 
 
@@ -142,7 +145,7 @@ class Sampler:
     """Chooses the next token of every sequence of a step.
 
     Args:
-        ops: Operations, of which ``sample`` is used.
+        ops: Operations, of which ``apply_bitmask`` and ``sample`` are used.
         bad_words_ids: Token sequences that no answer may contain, even if they begin in the prompt.
         image_token_id: The image token, which is never penalized.
         text: Returns the text of a token, for log probabilities.
@@ -180,8 +183,11 @@ class Sampler:
         return [*self.draw(logits, DrawBatch.of(sequences)).choices()]
 
     @torch.inference_mode()
-    def draw(self, logits: Tensor, batch: DrawBatch) -> Drawn:
-        """Launch the sampling of ``logits`` (B, V), possibly overwriting them, without waiting."""
+    def draw(self, logits: Tensor, batch: DrawBatch, bits: Words | None = None) -> Drawn:
+        """Launch the sampling of ``logits`` (B, V), possibly overwriting them, without waiting.
+
+        ``bits`` (R, W) are those of the rows that have a constraint, in order.
+        """
         V, number = logits.shape[1], batch.columns["logprobs"]
         rows = np.flatnonzero(number != NO_LOGPROBS)
         tops = {row: likeliest(int(number[row]), V) for row in rows.tolist()}
@@ -196,7 +202,8 @@ class Sampler:
         split_ids, split_values = 1 + len(edit_ids), len(edit_values)
 
         raw = padded_rows(logits, ids[0]) if len(rows) else None
-        logits = LogitEdits.of(ids[1:split_ids], values[:split_values]).apply(logits)
+        bar = None if bits is None else partial(self._bar, batch=batch, bits=bits)
+        logits = LogitEdits.of(ids[1:split_ids], values[:split_values]).apply(logits, bar)
         if greedy:
             largest, tokens = logits.max(-1)
         else:
@@ -216,6 +223,12 @@ class Sampler:
         most = max(tops.values(), default=0)
         scores = None if raw is None else score(raw, tokens[ids[0]], most, V)
         return Drawn(tokens, largest, tops, scores, self.text)
+
+    def _bar(self, logits: Tensor, batch: DrawBatch, bits: Words) -> None:
+        """Bar the tokens that constraints do not allow."""
+        (rows,) = to_device([np.flatnonzero(batch.columns["constrained"])], logits.device)
+        (words,) = to_device([bits.reshape(-1)], logits.device)
+        self.ops.apply_bitmask(logits, rows, words.view(bits.shape))
 
     @torch.inference_mode()
     def prompt_logprobs(

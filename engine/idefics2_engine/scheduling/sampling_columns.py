@@ -27,6 +27,8 @@ SAMPLING = np.dtype(
         ("edits", np.bool_),
         # Whether these edits depend on earlier tokens of the answer
         ("reads_answer", np.bool_),
+        # Whether a constraint allows some tokens alone, which depend on earlier ones
+        ("constrained", np.bool_),
     ]
 )
 """The parameters that the sampler needs in every step. They never change."""
@@ -50,6 +52,7 @@ def sampling_record(sequence: Sequence) -> tuple[float | bool, ...]:
         params.min_tokens,
         edits_logits(sequence.request),
         reads_answer(sequence.request),
+        sequence.request.constraint is not None,
     )
 
 

@@ -4,6 +4,7 @@ import time
 from array import array
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 
 from idefics2_engine.errors import Idefics2Error
@@ -20,6 +21,9 @@ from idefics2_engine.prompts.detokenizer import Detokenizer
 from idefics2_engine.sampling_params import SamplingParams
 from idefics2_engine.scheduling.placeholders import ImageItem, items_between
 from idefics2_engine.scheduling.sequence_table import SequenceTable
+from idefics2_engine.structured.compiler import Constraint
+from idefics2_engine.structured.matcher import Matcher
+from idefics2_engine.structured.parsing import parse_answer
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class Request:
         seed: Seed of the first sequence. Each further sequence adds one.
         max_tokens: Most generated tokens of each sequence, within the model's length.
         bad_words_ids: Token ids of ``params.bad_words``.
+        constraint: The compiled ``params.structured_outputs``. None if there are none.
         key: The caller's key of the row. None if it has none.
         image_info: What is known of each image of the prompt, in order.
         prompt_logprobs: Log probabilities of prompt tokens, from the second token.
@@ -57,6 +62,7 @@ class Request:
     seed: int
     max_tokens: int
     bad_words_ids: Items[tuple[int, ...]] = ()
+    constraint: Constraint | None = None
     key: str | int | None = None
     image_info: tuple[ImageInfo, ...] = ()
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -197,7 +203,18 @@ class Sequence:
     def asks(self) -> bool:
         """Whether each token is more than a number for this sequence."""
         params = self.request.params
-        return bool(params.stop) or params.logprobs is not None or self.request.every_token
+        return (
+            bool(params.stop)
+            or params.logprobs is not None
+            or self.request.every_token
+            or self.request.constraint is not None
+        )
+
+    @cached_property
+    def matcher(self) -> Matcher | None:
+        """How far the answer has satisfied the request's constraint, if there is one."""
+        constraint = self.request.constraint
+        return None if constraint is None else constraint.matcher()
 
     @property
     def num_generated(self) -> int:
@@ -255,7 +272,11 @@ class Sequence:
         return self._page_names
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Append a token, with ``logprobs`` if requested, and apply the stop rules."""
+        """Append a token, with ``logprobs`` if requested, and apply the stop rules.
+
+        Raises:
+            StructuredOutputError: The answer cannot satisfy its constraint.
+        """
         params = self.request.params
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
@@ -266,11 +287,14 @@ class Sequence:
             self.table.append_one(self.row, token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if token_id in self.end_token_ids and self.num_generated >= params.min_tokens:
+        may_end = self.num_generated >= params.min_tokens
+        if token_id in self.end_token_ids and may_end:
             self.finish_reason = "stop"
             self._end_is_hidden = not params.include_stop_str_in_output
             if token_id in params.stop_token_ids:
                 self.stop_reason = token_id
+        elif self._completes(token_id) and may_end:
+            self.finish_reason = "stop"
         elif self.num_generated == self.request.max_tokens:
             self.finish_reason = "length"
         if params.stop:
@@ -281,6 +305,31 @@ class Sequence:
         if self.finish_reason:
             self.finished_time = now
             self.num_pending = 0
+
+    def append_forced(self) -> int:
+        """Append the tokens of the one text with which the answer can go on; return their number.
+
+        There are none if the answer's tokens need log probabilities or may be barred: then they are
+        drawn.
+
+        Raises:
+            StructuredOutputError: The answer cannot satisfy its constraint.
+        """
+        number, params = 0, self.request.params
+        is_barred = params.allowed_token_ids is not None or bool(self.request.bad_words_ids)
+        if self.matcher is None or params.logprobs is not None or is_barred:
+            return number
+        while self.matcher.forced and not self.finish_reason:
+            self.append(self.matcher.forced[0])
+            number += 1
+        return number
+
+    def _completes(self, token_id: int) -> bool:
+        """Advance the matcher; return whether the answer now satisfies its constraint for good."""
+        if self.matcher is None:
+            return False
+        self.matcher.consume(token_id)
+        return self.matcher.is_complete
 
     @property
     def text(self) -> str:
@@ -337,6 +386,11 @@ class Sequence:
             logprobs=[dict(place) for place in self.logprobs] if scored else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            parsed=(
+                parse_answer(self.request.params.constraint, text)
+                if self.finish_reason == "stop"
+                else None
+            ),
         )
 
     def _held_back(self) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from idefics2_kernels.catalog.activation import ACTIVATIONS
+from idefics2_kernels.catalog.apply_bitmask import APPLY_BITMASK
 from idefics2_kernels.catalog.flash_attention import FLASH_ATTENTION
 from idefics2_kernels.catalog.norms import NORMS
 from idefics2_kernels.catalog.paged_attention import PAGED_ATTENTION
@@ -25,6 +26,7 @@ CATALOG: tuple[KernelSpec, ...] = (
     *ACTIVATIONS,
     *ROTARY,
     *PATCHES,
+    *APPLY_BITMASK,
     *SAMPLE,
 )
 

@@ -1,9 +1,25 @@
-"""Reference of ``sample`` in plain PyTorch: filters of the logits, then a draw by Philox."""
+"""Reference of ``apply_bitmask`` and ``sample`` in plain PyTorch.
+
+``sample`` filters the logits, then draws by Philox.
+"""
 
 import torch
 from torch import Tensor
 
 from idefics2_kernels.reference.precision import widen
+
+
+def apply_bitmask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Add -inf to the logits (B, V) of the tokens whose bit is 0, in place.
+
+    Row ``rows[r]`` has the bits ``bits[r]``, of ``bits`` (R, W) int32 with W = ceil(V / 32). Token v
+    is bit v % 32 of word v // 32, bit 0 being the lowest. A logit that is NaN stays NaN, and one
+    that is infinite becomes NaN.
+    """
+    places = torch.arange(32, device=bits.device, dtype=torch.int32)
+    is_allowed = (bits[:, :, None] >> places & 1).flatten(1)[:, : logits.shape[1]] == 1
+    chosen = logits[rows]
+    logits[rows] = torch.where(is_allowed, chosen, chosen + float("-inf"))
 
 
 def philox_uniform(seed: Tensor, index: Tensor) -> Tensor:

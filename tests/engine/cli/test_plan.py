@@ -72,6 +72,7 @@ SCHEMA: dict[str, Any] = {
         COUNT,
     ),
     "unread_images": int,
+    "short_max_tokens": int,
     "cached_prompt_tokens": int,
     "encoded": {"tiles": int, "patches": int},
     "kv_cache": {

@@ -667,3 +667,35 @@ def test_gpu_chooses_as_the_cpu_without_waiting(device: torch.device) -> None:
             mine = cast(Any, have.logprobs)[token]
             assert (mine.rank, mine.decoded_token) == (entry.rank, entry.decoded_token)
             assert mine.logprob == pytest.approx(entry.logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_bits_give_the_conditional_distribution(temperature: float) -> None:
+    # Without bits, draws of other tokens are left out: both must be the same distribution
+    rows, rounds, width = 20_000, 10, 64
+    torch.manual_seed(0)
+    logits = torch.randn(width)
+    allowed = [*range(3, width, 5)]
+    word = np.zeros(2, np.uint32)
+    for token in allowed:
+        word[token // 32] |= np.uint32(1 << token % 32)
+    bits = torch.from_numpy(np.tile(word.view(np.int32), (rows, 1)))
+    counts = torch.zeros(2, width, dtype=torch.float64)
+    column = torch.full((rows,), temperature)
+    ones, zeros = torch.ones(rows), torch.zeros(rows)
+    for turn in range(rounds):
+        for kind in range(2):
+            batch = logits.expand(rows, -1).clone()
+            if kind:
+                REFERENCE.apply_bitmask(batch, torch.arange(rows), bits)
+            seeds = torch.arange(rows) + (turn + rounds * kind) * rows
+            drawn = REFERENCE.sample(batch, column, zeros.long(), ones, zeros, seeds, zeros.long())
+            counts[kind] += torch.bincount(drawn, minlength=width)
+    outside = [token for token in range(width) if token not in allowed]
+    assert counts[1].sum() == rows * rounds
+    assert counts[1, outside].sum() == 0
+    assert counts[0, outside].sum() > 0
+    both = counts[:, allowed]
+    wanted = both.sum(0) * both.sum(1, keepdim=True) / both.sum()
+    # 12 degrees of freedom: this is passed once in a hundred thousand runs
+    assert ((both - wanted) ** 2 / wanted).sum() < 46.0

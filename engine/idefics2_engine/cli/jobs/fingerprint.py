@@ -42,7 +42,11 @@ def fingerprint_parts(
         },
         "sampling": sampling_parts(params),
         "input": job_input.fingerprint_parts(),
-        "output": {"format": args.output_format, "save": asdict(save)},
+        "output": {
+            "format": args.output_format,
+            "save": asdict(save),
+            **({} if args.on_incomplete == "error" else {"on_incomplete": args.on_incomplete}),
+        },
         "version": version_parts(),
     }
 

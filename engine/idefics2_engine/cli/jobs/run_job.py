@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     parts = fingerprint_parts(args, job_input, params, save)
     model = "demo" if args.model is None else str(args.model)
     job = JobDescription(parts, job_input.identify(), {"model": model})
-    encoding = OutputEncoding(save, format_of(out, job), job_input.media_root)
+    encoding = OutputEncoding(save, format_of(out, job), job_input.media_root, args.on_incomplete)
     shadow = None
     if size is not None:
         shadow = ShadowRows(

@@ -37,6 +37,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="more fields of the output: token_ids, logprobs, prompt, image_info",
     )
     group.add_argument(
+        "--on-incomplete",
+        choices=("error", "keep"),
+        default="error",
+        help="what a row is whose answer has to satisfy a schema, a regex, choices or a grammar and "
+        "is cut off by --max-tokens: the error 'structured' with its text (the default), or an "
+        "answer",
+    )
+    group.add_argument(
         "--stats", action="store_true", help="write times and worker of each row to OUT.stats.jsonl"
     )
     group.add_argument(

@@ -90,6 +90,7 @@ class JobPlan:
         failures: Rows that will fail, by code.
         longest_unfit: Tokens of the longest prompt that does not fit.
         num_unread: Images whose size is not known, which count as the largest ones.
+        num_short: Rows whose ``max_tokens`` may cut off an answer that has to satisfy a constraint.
         counts: The distribution of each of ``QUANTITIES`` over the rows that will be answered.
         kv: Pages of the KV cache.
         num_cached: Prompt tokens that the prefix cache will have.
@@ -102,6 +103,7 @@ class JobPlan:
         self.failures: dict[str, Failures] = {}
         self.longest_unfit = 0
         self.num_unread = 0
+        self.num_short = 0
         self.counts = {name: Distribution() for name in QUANTITIES}
         self.kv = KvEstimate(
             engine.max_num_seqs, options.text.sliding_window, engine.max_num_batched_tokens
@@ -122,6 +124,7 @@ class JobPlan:
             self.longest_unfit = max(self.longest_unfit, row.longest)
             return
         self.num_unread += row.num_unread
+        self.num_short += row.is_short
         num_image = row.num_image
         values = (
             row.num_images,
@@ -176,6 +179,7 @@ class JobPlan:
             "max_model_len": engine.max_model_len,
             "counts": {name: counts.to_dict() for name, counts in self.counts.items()},
             "unread_images": self.num_unread,
+            "short_max_tokens": self.num_short,
             "cached_prompt_tokens": self.num_cached,
             "encoded": {"tiles": self._encoded.total(), "patches": self.work.patches},
             "kv_cache": {

@@ -54,6 +54,11 @@ def _cache_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"images whose size was not read, and which count as the largest ones: "
             f"{plan['unread_images']:,}"
         )
+    if plan["short_max_tokens"]:
+        yield (
+            "rows whose max_tokens are fewer than a short answer has that satisfies "
+            f"structured_outputs: {plan['short_max_tokens']:,}"
+        )
     prompts, patches = (plan["counts"][name]["total"] for name in ("prompt_tokens", "patches"))
     encoded = plan["encoded"]["patches"]
     yield (

@@ -53,6 +53,8 @@ class PlannedRow(NamedTuple):
         max_tokens: Most tokens of each answer.
         num_answers: Answers.
         page_names: Names of the prompt's full pages. Equal prefixes have equal names.
+        is_short: Whether ``max_tokens`` are fewer than a short answer has that satisfies the row's
+            constraint.
     """
 
     number: int
@@ -67,6 +69,7 @@ class PlannedRow(NamedTuple):
     max_tokens: int = 0
     num_answers: int = 1
     page_names: Sequence[bytes] = ()
+    is_short: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -157,6 +160,10 @@ class RowPlanner:
             max_tokens=request.max_tokens,
             num_answers=request.params.n,
             page_names=_page_names(request),
+            is_short=(
+                request.constraint is not None
+                and request.constraint.fewest_tokens > request.max_tokens
+            ),
         )
 
 

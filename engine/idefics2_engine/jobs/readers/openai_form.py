@@ -27,7 +27,15 @@ _SAME_NAMES = frozenset(
     ]
 )
 _OTHERS = frozenset(
-    ["messages", "model", "stream", "max_completion_tokens", "logprobs", "top_logprobs"]
+    [
+        "messages",
+        "model",
+        "stream",
+        "max_completion_tokens",
+        "logprobs",
+        "top_logprobs",
+        "response_format",
+    ]
 )
 _MOST_LOGPROBS = 20
 
@@ -113,4 +121,33 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
         raise BadRowError("sampling", "top_logprobs must come with logprobs, got it alone")
     if wants:
         given["logprobs"] = most
+    if "response_format" in body and (constraint := _constraint(body["response_format"])):
+        given["structured_outputs"] = constraint
     return given
+
+
+def _constraint(given: Any) -> dict[str, Any] | None:
+    """Return what ``response_format`` asks for, by the names of ``StructuredOutputsParams``."""
+    if not isinstance(given, Mapping):
+        raise BadRowError("schema", f"response_format must be an object, got {json_type(given)}")
+    kind = given.get("type")
+    if kind == "json_schema":
+        _check_keys(given, {"type", "json_schema"}, "response_format")
+        schema = given.get("json_schema")
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("schema"), Mapping):
+            raise BadRowError(
+                "sampling", "response_format must have an object at json_schema.schema, got none"
+            )
+        # An answer always follows the schema, also where that is not asked for
+        _check_keys(schema, {"name", "description", "schema", "strict"}, "json_schema")
+        return {"json": schema["schema"]}
+    _check_keys(given, {"type"}, "response_format")
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "text":
+        raise BadRowError(
+            "sampling",
+            "response_format must have a type of text, json_object or json_schema, "
+            f"got {short_repr(kind)}",
+        )
+    return None

@@ -10,6 +10,7 @@ from idefics2_engine.jobs.readers.bad_row import BadRowError
 from idefics2_engine.jobs.readers.json_line import json_type
 from idefics2_engine.jobs.store.canonical_json import canonical_json
 from idefics2_engine.sampling_params import SamplingParams
+from idefics2_engine.structured.check import check_constraint
 
 # Rows with seeds of their own are all different
 _MOST_KEPT = 1024
@@ -50,7 +51,10 @@ class RowSampling:
         except (TypeError, ValueError):
             return BadRowError("sampling", "sampling must be JSON data, got another value")
         try:
-            return SamplingParams.from_dict({**self._values, **given.values})
+            params = SamplingParams.from_dict({**self._values, **given.values})
+            if params.constraint is not None:
+                check_constraint(params.constraint)
+            return params
         except SamplingError as error:
             return BadRowError(error.code, str(error))
 

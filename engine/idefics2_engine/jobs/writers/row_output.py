@@ -49,8 +49,10 @@ class SaveOptions:
         return cls(**dict.fromkeys(names, True))
 
 
-def encode_answer(row: JobRow, output: RequestOutput, save: SaveOptions) -> bytes:
-    """Return the JSON object of an answered row.
+def encode_answer(
+    row: JobRow, output: RequestOutput, save: SaveOptions, error: RowError | None = None
+) -> bytes:
+    """Return the JSON object of an answered row, which is an error row if there is an ``error``.
 
     Raises:
         ValueError: A kept column has a number that is not finite, or a key that is no string.
@@ -69,7 +71,7 @@ def encode_answer(row: JobRow, output: RequestOutput, save: SaveOptions) -> byte
         saved["prompt"] = output.prompt
     if save.image_info:
         saved["image_info"] = [_image_info(info) for info in output.image_info]
-    return _encode(row, answers, usage, None, saved)
+    return _encode(row, answers, usage, error, saved)
 
 
 def encode_error(row: JobRow, error: RowError) -> bytes:

@@ -92,9 +92,9 @@ def _question(row: JobRow) -> tuple[list[Text], list[ImageSource]]:
 
 
 def _answers(out: Mapping[str, Any]) -> list[Text]:
-    if (error := out["error"]) is not None:
-        return [Text(error["code"], "badge error"), Text(error["message"], "error")]
     parts = []
+    if (error := out["error"]) is not None:
+        parts = [Text(error["code"], "badge error"), Text(error["message"], "error")]
     for index, answer in enumerate(out["outputs"]):
         if len(out["outputs"]) > 1:
             parts.append(Text(f"answer {index + 1}", "muted"))

@@ -56,6 +56,20 @@ def test_a_line_is_a_row(tmp_path: Path) -> None:
         ({"stop": ["x", "y"]}, {"stop": ("x", "y")}),
         ({"max_tokens": 9}, {"max_tokens": 9}),
         ({"max_completion_tokens": 9}, {"max_tokens": 9}),
+        ({"response_format": {"type": "text"}}, {}),
+        (
+            {"response_format": {"type": "json_object"}},
+            {"structured_outputs": {"json_object": True}},
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": {"type": "null"}},
+                }
+            },
+            {"structured_outputs": {"json": {"type": "null"}}},
+        ),
         ({"logprobs": True}, {"logprobs": 0}),
         ({"logprobs": False}, {}),
         ({"logprobs": True, "top_logprobs": 20}, {"logprobs": 20}),
@@ -82,7 +96,7 @@ def test_keys_of_the_body_that_are_honored(
     "key",
     [
         "audio", "function_call", "functions", "metadata", "modalities", "parallel_tool_calls",
-        "prediction", "prompt", "reasoning_effort", "response_format", "service_tier", "store",
+        "prediction", "prompt", "reasoning_effort", "service_tier", "store",
         "stream_options", "tool_choice", "tools", "top_k", "user", "web_search_options", "Temperature",
     ],
 )  # fmt: skip
@@ -160,3 +174,36 @@ def test_auto_reads_batch_files(tmp_path: Path) -> None:
     codes = [error_of(row).code for row in read_rows(path, input_format="jsonl")]
     assert codes == ["unknown_key"] * 2
     assert all(row.sampling_params is DEFAULTS for row in read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        (7, "schema", "response_format must be an object, got a number"),
+        ({"type": "xml"}, "sampling", "response_format must have a type of text, json_object or"),
+        ({}, "sampling", "response_format must have a type"),
+        ({"type": "text", "x": 1}, "unknown_key", "response_format must have supported keys"),
+        ({"type": "json_schema"}, "sampling", "must have an object at json_schema.schema"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {}, "mode": 1}},
+            "unknown_key",
+            "json_schema must have supported keys, got 'mode'",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}},
+            "sampling",
+            "json: 'uniqueItems' at # cannot be enforced",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"schema": {"format": "color"}}},
+            "sampling",
+            "Unknown format: color",
+        ),
+    ],
+)
+def test_response_format_that_cannot_be_honored_is_an_error(
+    tmp_path: Path, given: Any, code: str, message: str
+) -> None:
+    error = error_of(one(tmp_path, with_key("response_format", given)))
+    assert error.code == code
+    assert message in error.message

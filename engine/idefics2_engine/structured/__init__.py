@@ -1,0 +1,1 @@
+"""Structured output: constraints on answers, and which tokens they allow."""
