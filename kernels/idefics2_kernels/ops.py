@@ -133,7 +133,7 @@ class RotaryAndCache(Protocol):
 class FlashAttention(Protocol):
     """Attention within packed sequences: ``q`` (T, H, D) -> (T, H, D).
 
-    ``k`` and ``v`` are (T, H_KV, D), ``cu_seqlens`` is (B + 1,).
+    ``k`` and ``v`` are (T, H_KV, D), ``cu_seqlens`` is (B + 1,). ``lse`` (H, T) is written.
     """
 
     def __call__(  # noqa: D102
@@ -147,6 +147,7 @@ class FlashAttention(Protocol):
         causal: bool,
         window: int | None = None,
         scale: float | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor: ...
 
 
