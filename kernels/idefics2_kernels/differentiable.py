@@ -185,9 +185,7 @@ class _Joined:
             y, total = self.ops.add_rms_norm(x, residual, weight, eps)
             return (y, total), (total, weight)
 
-        def backward(
-            needs: Needs, saved: Saved, dy: Tensor | None, dsum: Tensor | None
-        ) -> Found:
+        def backward(needs: Needs, saved: Saved, dy: Tensor | None, dsum: Tensor | None) -> Found:
             if dy is None:
                 return dsum, dsum, None
             dx, dweight = self.gradients.rms_norm(dy, *saved, eps, dsum, weight_grad=needs[2])
@@ -211,9 +209,7 @@ class _Joined:
             y, total = self.ops.add_layer_norm(x, residual, weight, bias, eps)
             return (y, total), (total, weight, bias)
 
-        def backward(
-            needs: Needs, saved: Saved, dy: Tensor | None, dsum: Tensor | None
-        ) -> Found:
+        def backward(needs: Needs, saved: Saved, dy: Tensor | None, dsum: Tensor | None) -> Found:
             if dy is None:
                 return dsum, dsum, None, None
             dx, dweight, dbias = self.gradients.layer_norm(
@@ -242,9 +238,7 @@ class _Joined:
     def rotary(
         self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        def backward(
-            _needs: Needs, saved: Saved, dq: Tensor | None, dk: Tensor | None
-        ) -> Found:
+        def backward(_needs: Needs, saved: Saved, dq: Tensor | None, dk: Tensor | None) -> Found:
             zeros = (torch.zeros(x, dtype=q_dtype, device=cos_sin.device) for x in shapes)
             dq, dk = (z if d is None else d for d, z in zip((dq, dk), zeros, strict=True))
             return self.gradients.rotary(dq, dk, *saved)

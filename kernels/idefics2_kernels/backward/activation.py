@@ -110,7 +110,9 @@ def silu_mul_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     if dgate_up.numel():
         rows, drows = gate_up.reshape(-1, 2 * F), dy.reshape(-1, F)
         M, config = rows.shape[0], launch_config()
-        _silu_mul_backward_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(F, config.BLOCK_N),)](
+        _silu_mul_backward_kernel[
+            (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(F, config.BLOCK_N),)
+        ](
             drows,
             rows,
             dgate_up,
@@ -146,7 +148,9 @@ def gelu_tanh_backward(dy: Tensor, x: Tensor, bias: Tensor | None = None) -> Ten
     if dx.numel():
         rows, drows = x.reshape(-1, N), dy.reshape(-1, N)
         M, config = rows.shape[0], launch_config()
-        _gelu_tanh_backward_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
+        _gelu_tanh_backward_kernel[
+            (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+        ](
             drows,
             rows,
             None if bias is None else bias.contiguous(),

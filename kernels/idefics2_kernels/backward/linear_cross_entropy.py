@@ -48,7 +48,8 @@ def _cross_entropy_kernel(
     target = tl.load(targets_ptr + row)
     logits_ptr += row * stride_logits
     target_logit = tl.load(logits_ptr + target).to(tl.float32)
-    m_i = tl.full([], LOWEST, tl.float32)
+    # Half of the lowest number, so that its product with log2(e) is finite.
+    m_i = tl.full([], LOWEST / 2, tl.float32)
     l_i = tl.zeros([], tl.float32)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)

@@ -42,7 +42,9 @@ def launch_config(N: int) -> LaunchConfig:
 
 
 @triton.jit
-def load_columns(ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def load_columns(
+    ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):
     """Load columns ``FIRST`` to ``FIRST + WIDTH`` of rows; columns past N are 0 if MASKED."""
     offs_n = FIRST + tl.arange(0, WIDTH)[None, :]
     mask = mask_m & (offs_n < N) if MASKED else mask_m
