@@ -32,6 +32,15 @@ NATURAL_SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 SATURATED = tl.constexpr(16.0)
 
 
+@triton.jit
+def _sigmoid(x):
+    """Return 1 / (1 + 2^-x) and 1 minus that, both without cancellation or overflow."""
+    power = tl.exp2(-tl.abs(x))
+    large = 1.0 / (1.0 + power)
+    small = power * large
+    return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _silu_mul_backward_kernel(
     dy_ptr,  # (M, F)
@@ -50,8 +59,8 @@ def _silu_mul_backward_kernel(
     up = tl.load(gate_ptrs + F, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     dy_ptrs = dy_ptr + offs_m * stride_dy + offs_f
     dy = tl.load(dy_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    share = 1.0 / (1.0 + tl.exp2(gate * -LOG2_E))
-    dgate = dy * up * (share * (1.0 + gate * (1.0 - share)))
+    share, rest = _sigmoid(gate * LOG2_E)
+    dgate = dy * up * (share * (1.0 + gate * rest))
     dgate_ptrs = dgate_up_ptr + offs_m * (2 * F) + offs_f
     tl.store(dgate_ptrs, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
     dup = dy * (gate * share)
@@ -82,9 +91,9 @@ def _gelu_tanh_backward_kernel(
     # Comparisons leave NaN as it is.
     x = tl.where(x > SATURATED, SATURATED, tl.where(x < -SATURATED, -SATURATED, x))
     square = x * x
-    share = 1.0 / (1.0 + tl.exp2(x * -GELU_SLOPE * (square * GELU_CUBIC + 1.0)))
+    share, rest = _sigmoid(x * GELU_SLOPE * (square * GELU_CUBIC + 1.0))
     slope = NATURAL_SLOPE * (1.0 + 3.0 * GELU_CUBIC * square)
-    dx = dy * (share * (1.0 + x * (1.0 - share) * slope))
+    dx = dy * (share * (1.0 + x * rest * slope))
     tl.store(dx_ptr + offs_m * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

@@ -85,7 +85,7 @@ def _layer_norm_backward_kernel(
     dbias, dbias_rest = dweight, dweight_rest
     count = tl.cast(N, tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        offs_m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        offs_m = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         mask_m = offs_m < M
         rows_x, rows_dy = offs_m * stride_x, offs_m * stride_dy
         x = load_columns(x_ptr, rows_x, mask_m, N, 0, BLOCK_N, False)

@@ -36,6 +36,15 @@ BLOCK_V = 4096
 
 
 @triton.jit
+def _exp(x, logits_ptr):
+    """Return e^x in fp32; for logits in fp32 the argument of 2^x is not rounded to fp32."""
+    if logits_ptr.dtype.element_ty == tl.float32:
+        return tl.exp2(x.to(tl.float64) * LOG2_E).to(tl.float32)
+    else:
+        return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,  # (R, V), replaced by its gradient
     targets_ptr,  # (R,)
@@ -55,14 +64,14 @@ def _cross_entropy_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
         m_new = tl.maximum(m_i, tl.max(x, axis=0))
-        l_i = l_i * tl.exp2((m_i - m_new) * LOG2_E) + tl.sum(tl.exp2((x - m_new) * LOG2_E), axis=0)
+        l_i = l_i * tl.exp2((m_i - m_new) * LOG2_E) + tl.sum(_exp(x - m_new, logits_ptr), axis=0)
         m_i = m_new
-    lse = m_i + tl.log2(l_i) * LN_2
-    tl.store(losses_ptr + row, lse - target_logit)
+    tl.store(losses_ptr + row, tl.log2(l_i) * LN_2 - (target_logit - m_i))
+    inverse = tl.div_rn(1.0, l_i)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
-        gradient = tl.exp2((x - lse) * LOG2_E) - tl.where(offs_v == target, 1.0, 0.0)
+        gradient = _exp(x - m_i, logits_ptr) * inverse - tl.where(offs_v == target, 1.0, 0.0)
         tl.store(logits_ptr + offs_v, gradient.to(logits_ptr.dtype.element_ty), mask=offs_v < V)
 
 

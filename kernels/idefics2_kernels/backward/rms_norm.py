@@ -64,7 +64,7 @@ def _rms_norm_backward_kernel(
     dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     count = tl.cast(N, tl.float32)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        offs_m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        offs_m = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         mask = (offs_m < M) & mask_n
         # Each row is read once. It must not evict the weight, which every program reads.
         x = tl.load(

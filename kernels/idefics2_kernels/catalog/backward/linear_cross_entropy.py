@@ -44,7 +44,7 @@ def _cases() -> tuple[Case, ...]:
     cases += [
         Case(case_name("gpu", T, K, V, share, dtype), _dims(T, K, V, share), dtype, "gpu")
         for (T, K, V), share, dtype in product(
-            ((1, 64, 100), (257, 128, 32003), (1031, 96, 4096), (700, 1000, 131)),
+            ((1, 64, 100), (64, 40, 4097), (257, 128, 32003), (1031, 96, 4096), (700, 1000, 131)),
             (_ALL, 0.15),
             DTYPES,
         )
