@@ -31,7 +31,7 @@ def launch_config(N: int) -> LaunchConfig:
     """Return the tile for rows of ``N`` columns."""
     BLOCK_N = 1 << (N.bit_length() - 1)
     BLOCK_REST = triton.next_power_of_2(N - BLOCK_N) if BLOCK_N < N else 0
-    BLOCK_M = max(1, min(16, 4096 // BLOCK_N))
+    BLOCK_M = max(1, min(16, 2048 // BLOCK_N))
     return LaunchConfig(
         BLOCK_M, BLOCK_N, BLOCK_REST, 4 if BLOCK_N <= 2048 else 8 if BLOCK_N <= 4096 else 16
     )

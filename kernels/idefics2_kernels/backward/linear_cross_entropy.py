@@ -36,15 +36,6 @@ BLOCK_V = 4096
 
 
 @triton.jit
-def _exp(x, logits_ptr):
-    """Return e^x in fp32; for logits in fp32 the argument of 2^x is not rounded to fp32."""
-    if logits_ptr.dtype.element_ty == tl.float32:
-        return tl.exp2(x.to(tl.float64) * LOG2_E).to(tl.float32)
-    else:
-        return tl.exp2(x * LOG2_E)
-
-
-@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,  # (R, V), replaced by its gradient
     targets_ptr,  # (R,)
@@ -53,26 +44,30 @@ def _cross_entropy_kernel(
     V,
     BLOCK_V: tl.constexpr,
 ):
+    # In fp32, errors of a row's sum or exponents would count in all its gradients.
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    WIDE: tl.constexpr = tl.float64 if dtype == tl.float32 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     logits_ptr += row * stride_logits
-    target_logit = tl.load(logits_ptr + target).to(tl.float32)
+    target_logit = tl.load(logits_ptr + target).to(WIDE)
     # Half of the lowest number, so that its product with log2(e) is finite.
-    m_i = tl.full([], LOWEST / 2, tl.float32)
-    l_i = tl.zeros([], tl.float32)
+    m_i = tl.full([], LOWEST / 2, WIDE)
+    l_i = tl.zeros([], WIDE)
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(WIDE)
         m_new = tl.maximum(m_i, tl.max(x, axis=0))
-        l_i = l_i * tl.exp2((m_i - m_new) * LOG2_E) + tl.sum(_exp(x - m_new, logits_ptr), axis=0)
+        l_i = l_i * tl.exp2((m_i - m_new) * LOG2_E) + tl.sum(tl.exp2((x - m_new) * LOG2_E), axis=0)
         m_i = m_new
-    tl.store(losses_ptr + row, tl.log2(l_i) * LN_2 - (target_logit - m_i))
-    inverse = tl.div_rn(1.0, l_i)
+    tl.store(losses_ptr + row, (tl.log2(l_i) * LN_2 - (target_logit - m_i)).to(tl.float32))
+    inverse = 1.0 / l_i
     for start in range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(tl.float32)
-        gradient = _exp(x - m_i, logits_ptr) * inverse - tl.where(offs_v == target, 1.0, 0.0)
-        tl.store(logits_ptr + offs_v, gradient.to(logits_ptr.dtype.element_ty), mask=offs_v < V)
+        x = tl.load(logits_ptr + offs_v, mask=offs_v < V, other=float("-inf")).to(WIDE)
+        p = tl.exp2((x - m_i) * LOG2_E) * inverse
+        gradient = tl.where(offs_v == target, p - 1.0, p)
+        tl.store(logits_ptr + offs_v, gradient.to(dtype), mask=offs_v < V)
 
 
 def chunk_rows(V: int, itemsize: int, *, weight_grad: bool) -> int:
