@@ -71,20 +71,6 @@ def time_case(spec, case):
         )
 
 
-# 1. The marks, correctness first (bench_case checks). Attention's large cases come in the sweep.
-for spec in SPECS:
-    if spec.name == "flash_attention_backward":
-        continue
-    for case in spec.cases:
-        if case.where == "model":
-            try:
-                time_case(spec, case)
-            except Exception:
-                failed(f"{spec.name} {case.name}")
-            torch.cuda.empty_cache()
-save()
-print(f"{left():.0f} s left", flush=True)
-
 # 2. Attention: marks with peers, then tiles.
 (flash,) = [spec for spec in SPECS if spec.name == "flash_attention_backward"]
 CASES = {case.name: case for case in flash.cases}
@@ -177,7 +163,7 @@ for name in ("text-causal-4k", "vision-4900", "text-causal-16k"):
         kept = getattr(attention, option)
         share = 0.8 if kernel == "_dk_dv_kernel" else 0.6
         for tile in tiles[width] if name != "text-causal-16k" else tiles[width][:2]:
-            if left() < 45:
+            if left() < 95:
                 break
             setattr(attention, option, lambda *a, tile=tile: LaunchConfig(*tile))
             try:
@@ -195,6 +181,20 @@ for name in ("text-causal-4k", "vision-4900", "text-causal-16k"):
     torch.cuda.empty_cache()
 print(f"{left():.0f} s left", flush=True)
 
+
+# 1. The marks, correctness first (bench_case checks). Attention's large cases come in the sweep.
+for spec in SPECS:
+    if spec.name == "flash_attention_backward":
+        continue
+    for case in spec.cases:
+        if case.where == "model" and left() > 40:
+            try:
+                time_case(spec, case)
+            except Exception:
+                failed(f"{spec.name} {case.name}")
+            torch.cuda.empty_cache()
+save()
+print(f"{left():.0f} s left", flush=True)
 
 # 3. Options of the others.
 def sweep(spec_name, case_name, module, option, values):
