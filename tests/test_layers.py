@@ -41,6 +41,9 @@ attention norms activation rotary patches sample reference
 matmul
 nf4
 ops variants
+backward
+gradients
+differentiable
 catalog
 """
 # Of jobs, these packages stand on each other in this order

@@ -126,6 +126,18 @@ def _silu_mul(inputs: Inputs) -> Call:
 
 
 def _gelu_tanh(inputs: Inputs) -> Call:
+    """Return torch's gradient from the same tensors, of which ``x`` is without the bias."""
+    x, bias = inputs["x"], inputs["bias"]
+
+    def call() -> object:
+        total = x if bias is None else x + bias
+        return aten.gelu_backward(inputs["dy"], total, approximate="tanh")
+
+    return call
+
+
+def _gelu_tanh_of_sum(inputs: Inputs) -> Call:
+    """Return torch's gradient from a sum with the bias that the forward pass has kept."""
     x, bias = inputs["x"], inputs["bias"]
     total = x if bias is None else x + bias
     return lambda: aten.gelu_backward(inputs["dy"], total, approximate="tanh")
@@ -159,7 +171,7 @@ GRADIENT_PEERS: dict[str, dict[str, Peer]] = {
     "rms_norm_backward": {"torch": _rms_norm},
     "layer_norm_backward": {"torch": _layer_norm},
     "silu_mul_backward": {"torch": _silu_mul},
-    "gelu_tanh_backward": {"torch": _gelu_tanh},
+    "gelu_tanh_backward": {"torch": _gelu_tanh, "torch-kept-sum": _gelu_tanh_of_sum},
     "rotary_backward": {"torch": _rotary},
     "linear_cross_entropy": {"torch": _linear_cross_entropy},
 }

@@ -3,9 +3,9 @@
 A program computes a tile of a few rows and 512 columns, as the forward kernels do. With
 s(x) = 1 / (1 + e^-x):
 
-- silu(x) = x s(x) has the derivative s(x) (1 + x (1 - s(x))).
+- silu(x) = x s(x) has the derivative s(x) + x s(x) (1 - s(x)).
 - gelu(x) = x s(u(x)) with u(x) = 2 sqrt(2 / pi) (x + 0.044715 x^3) has the derivative
-  s(u) (1 + x (1 - s(u)) u'(x)).
+  s(u) + x s(u) (1 - s(u)) u'(x).
 
 Nothing is kept from the forward pass but its input.
 """
@@ -34,11 +34,11 @@ SATURATED = tl.constexpr(16.0)
 
 @triton.jit
 def _sigmoid(x):
-    """Return 1 / (1 + 2^-x) and 1 minus that, both without cancellation or overflow."""
+    """Return s = 1 / (1 + 2^-x) and s (1 - s), both without cancellation or overflow."""
     power = tl.exp2(-tl.abs(x))
     large = 1.0 / (1.0 + power)
     small = power * large
-    return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
+    return tl.where(x < 0.0, small, large), small * large
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,8 +59,8 @@ def _silu_mul_backward_kernel(
     up = tl.load(gate_ptrs + F, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     dy_ptrs = dy_ptr + offs_m * stride_dy + offs_f
     dy = tl.load(dy_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    share, rest = _sigmoid(gate * LOG2_E)
-    dgate = dy * up * (share * (1.0 + gate * rest))
+    share, change = _sigmoid(gate * LOG2_E)
+    dgate = dy * up * (share + gate * change)
     dgate_ptrs = dgate_up_ptr + offs_m * (2 * F) + offs_f
     tl.store(dgate_ptrs, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
     dup = dy * (gate * share)
@@ -88,12 +88,11 @@ def _gelu_tanh_backward_kernel(
     dy = tl.load(dy_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
-    # Comparisons leave NaN as it is.
-    x = tl.where(x > SATURATED, SATURATED, tl.where(x < -SATURATED, -SATURATED, x))
+    x = tl.clamp(x, -SATURATED, SATURATED, propagate_nan=tl.PropagateNan.ALL)
     square = x * x
-    share, rest = _sigmoid(x * GELU_SLOPE * (square * GELU_CUBIC + 1.0))
+    share, change = _sigmoid(x * GELU_SLOPE * (square * GELU_CUBIC + 1.0))
     slope = NATURAL_SLOPE * (1.0 + 3.0 * GELU_CUBIC * square)
-    dx = dy * (share * (1.0 + x * rest * slope))
+    dx = dy * (share + x * slope * change)
     tl.store(dx_ptr + offs_m * N + offs_n, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

@@ -59,9 +59,11 @@ def dk_dv_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
         return LaunchConfig(BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=1)
     if arch != 90:
         return LaunchConfig(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
+    # On an H200, text-causal-4k takes 2.24 ms, and 2.64 with 128 keys and 8 warps.
     if width > 96:
-        return LaunchConfig(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
-    return LaunchConfig(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=2)
+        return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    # On an H200, vision-4900 takes 2.59 ms, and 3.09 with 128 keys and 8 warps.
+    return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3)
 
 
 def dq_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
@@ -71,9 +73,11 @@ def dq_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
         return LaunchConfig(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=1)
     if arch != 90:
         return LaunchConfig(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=2)
+    # On an H200, text-causal-4k takes 1.55 ms, and 1.93 with two stages.
     if width > 96:
-        return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
-    return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2)
+        return LaunchConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+    # On an H200, vision-4900 takes 1.70 ms, and 2.12 with 128 queries and 8 warps.
+    return LaunchConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=4)
 
 
 @triton.jit(do_not_specialize=["T", "length"])

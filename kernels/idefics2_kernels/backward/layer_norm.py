@@ -31,10 +31,10 @@ def launch_config(N: int) -> LaunchConfig:
     """Return the tile for rows of ``N`` columns."""
     BLOCK_N = 1 << (N.bit_length() - 1)
     BLOCK_REST = triton.next_power_of_2(N - BLOCK_N) if BLOCK_N < N else 0
-    BLOCK_M = max(1, min(16, 2048 // BLOCK_N))
-    return LaunchConfig(
-        BLOCK_M, BLOCK_N, BLOCK_REST, 4 if BLOCK_N <= 2048 else 8 if BLOCK_N <= 4096 else 16
-    )
+    # On an H200, 39200 x 1152 takes 99.8 us with a row a warp, 117 us with a row two warps, and
+    # 220 us with four rows four warps.
+    num_warps = 1 if BLOCK_N <= 1024 else 4 if BLOCK_N <= 2048 else 8 if BLOCK_N <= 4096 else 16
+    return LaunchConfig(max(1, min(16, 512 // BLOCK_N)), BLOCK_N, BLOCK_REST, num_warps)
 
 
 @triton.jit
@@ -190,5 +190,8 @@ def _launch(
         eps,
         HAS_SUM=rows.dsum is not None,
         WEIGHT_GRAD=parts is not None,
+        # With one column, g is its own mean. A fused multiply-add would subtract the rounded mean
+        # from the exact product, and 1 / sqrt(eps) would scale the rounding up.
+        enable_fp_fusion=rows.x.dtype != torch.float32,
         **asdict(launch_config(N)),
     )

@@ -19,8 +19,9 @@ from torch import Tensor
 from idefics2_kernels.backward.column_sums import column_sums
 from idefics2_kernels.backward.norm_gradients import NormGradients, make_norm_gradients
 
-# Programs that sum the weight's gradient, at most: four on each SM of an H100.
-PROGRAMS = 528
+# Programs that sum the weight's gradient, at most: two on each SM of an H100 or H200. On an H200
+# 8192 x 4096 takes 98.9 us, and 102 us with 528.
+PROGRAMS = 264
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def launch_config(N: int) -> LaunchConfig:
     """Return the tile for rows of ``N`` columns."""
     BLOCK_N = max(128, triton.next_power_of_2(N))
     BLOCK_M = max(1, min(16, 2048 // BLOCK_N))
-    return LaunchConfig(BLOCK_M, BLOCK_N, 4 if BLOCK_N <= 2048 else 8 if BLOCK_N <= 4096 else 16)
+    # On an H200, 8192 x 4096 takes 74.7 us with 4 warps, and 81.2 us with 8.
+    return LaunchConfig(BLOCK_M, BLOCK_N, 4 if BLOCK_N <= 4096 else 8 if BLOCK_N <= 8192 else 16)
 
 
 @triton.jit(do_not_specialize=["M"])
