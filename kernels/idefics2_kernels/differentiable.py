@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from idefics2_kernels.gradients import Gradients
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
@@ -41,16 +40,21 @@ class _Recorded(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *douts: Tensor | None) -> Any:
         """Return the gradients of the inputs."""
+        # Autograd enables gradients here only if the gradient is to be differentiated itself.
+        if torch.is_grad_enabled():
+            raise NoGradientError(
+                "operations of differentiable have no second derivative: "
+                "create_graph must be False, got True"
+            )
         rows = (_with_rows(dout) for dout in douts)
         return None, None, *ctx.rule(ctx.needs_input_grad[2:], ctx.saved_tensors, *rows)
 
 
 def _with_rows(dout: Tensor | None) -> Tensor | None:
     """Return ``dout`` with a contiguous last axis, which an expanded gradient does not have."""
-    if dout is None or dout.stride(-1) == 1 or dout.shape[-1] <= 1:
+    if dout is None or not dout.ndim or dout.stride(-1) == 1 or dout.shape[-1] <= 1:
         return dout
     return dout.contiguous()
 

@@ -264,5 +264,6 @@ def normalize(state, dtype: tl.constexpr):
 def log_sum_exp(state):
     """Return the natural logarithm of the sum of exponentials of rows: -inf if they saw no key."""
     _, _, m_i, l_i = state
-    lse = (m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i))) * LN_2
-    return tl.where(l_i == 0.0, float("-inf"), lse)
+    is_empty = l_i == 0.0
+    lse = (m_i + tl.log2(tl.where(is_empty, 1.0, l_i))) * LN_2
+    return tl.where(is_empty, float("-inf"), lse)
