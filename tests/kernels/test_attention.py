@@ -46,9 +46,7 @@ def test_flash_attention_writes_the_log_sum_exp(
     lse = torch.full((4, 51), float("nan"), device=device)
     out = flash_attention(q, k, v, *packed, **options, lse=lse)
     wanted = torch.empty_like(lse, dtype=torch.float64)
-    reference.flash_attention(
-        q.double(), k.double(), v.double(), *packed, **options, lse=wanted
-    )
+    reference.flash_attention(q.double(), k.double(), v.double(), *packed, **options, lse=wanted)
     torch.testing.assert_close(lse.double(), wanted, rtol=1e-6, atol=1e-6)
     assert torch.equal(out, flash_attention(q, k, v, *packed, **options, plain=True))
 

@@ -153,7 +153,9 @@ def test_missing_gradients_raise_by_name() -> None:
     inputs = [torch.randn(shape) for shape in CALLS["perceiver_attention"][1]]
     inputs[0].requires_grad_()
     out = KERNELS.perceiver_attention(*inputs, offsets(4, 3), 4)
-    with pytest.raises(MissingOperationError, match="TRITON_GRADIENTS has no 'perceiver_attention'"):
+    with pytest.raises(
+        MissingOperationError, match="TRITON_GRADIENTS has no 'perceiver_attention'"
+    ):
         out.sum().backward()  # type: ignore[no-untyped-call]
 
 

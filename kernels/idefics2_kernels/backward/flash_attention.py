@@ -104,8 +104,8 @@ def _row_statistics_kernel(
     dout = tl.load(dout_ptrs, mask=mask, other=0.0).to(tl.float32)
     out = tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + head * T + offs_t, mask=offs_t < T, other=float("inf"))
-    # A query that saw no key has weights of zero, and not exp2(-inf + inf).
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    # Rows past the last token have weights of zero.
+    lse *= LOG2_E
     mask_t = offs_t < length
     tl.store(lse_two_ptr + head * length + offs_t, lse, mask=mask_t)
     tl.store(delta_ptr + head * length + offs_t, tl.sum(dout * out, axis=1), mask=mask_t)

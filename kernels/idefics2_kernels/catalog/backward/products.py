@@ -32,6 +32,15 @@ def _cases(rows: tuple[int, ...]) -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def _linear_cases() -> tuple[Case, ...]:
+    """Return the cases of a dense product, and of sums of rows in several parts and in a view."""
+    return (
+        *_cases((512, 4096)),
+        Case("many-rows", {"M": 4200, "N": 3, "K": 2, "bias": True}, torch.float32),
+        Case("view", {"M": 70, "N": 40, "K": 2, "bias": True, "layout": "sliced"}, torch.float32),
+    )
+
+
 def _dy(case: Case, device: torch.device) -> Tensor:
     M, N = case.dims["M"], case.dims["N"]
     lead = (case.dims["B"], M) if "B" in case.dims else (M,)
@@ -73,7 +82,7 @@ PRODUCT_GRADIENTS = (
     KernelSpec(
         name="linear_backward",
         make_inputs=_linear_inputs,
-        cases=_cases((512, 4096)),
+        cases=_linear_cases(),
         cost=_linear_cost,
         implementations={"triton": products.linear_backward},
         outputs=_wanted,
