@@ -18,14 +18,15 @@ from idefics2_kernels.ops import NoGradientError, Ops
 
 Needs = tuple[bool, ...]
 Saved = tuple[Tensor, ...]
-Found = tuple[Tensor | None, ...]
+# A gradient or None for each input. The table's functions return tuples of fixed lengths.
+Found = Any
 
 
 class _Recorded(torch.autograd.Function):
     """A call whose backward pass is a function of the saved tensors and the results' gradients."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         run: Callable[[], tuple[Any, Saved]],
         backward: Callable[..., Found],
@@ -141,7 +142,8 @@ class _Joined:
 
     def __init__(self, ops: Ops, gradients: Gradients) -> None:
         self.ops = ops
-        self.gradients = gradients
+        # The saved tensors are arguments in the order of each gradient's signature.
+        self.gradients: Any = gradients
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         def run() -> tuple[Tensor, Saved]:

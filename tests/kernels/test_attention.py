@@ -42,7 +42,7 @@ def test_flash_attention_writes_the_log_sum_exp(
 ) -> None:
     q, k, v = torch.randn(51, 8, D, device=device).split((4, 2, 2), 1)
     packed = (cumulative(device, 40, 0, 1, 10), 40)
-    options = {"causal": causal, "window": window}
+    options: dict[str, Any] = {"causal": causal, "window": window}
     lse = torch.full((4, 51), float("nan"), device=device)
     out = flash_attention(q, k, v, *packed, **options, lse=lse)
     wanted = torch.empty_like(lse, dtype=torch.float64)

@@ -7,6 +7,7 @@ log-sum-exp, as the kernel's is, so that both can be compared with float64 on th
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,8 +184,10 @@ def perceiver_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of ``q`` (N, L, H, D) and of keys and values of patches and latents."""
 
-    def forward(*inputs: Tensor) -> Tensor:
-        return attention.perceiver_attention(*inputs, cu_seqlens, max_seqlen, scale=scale)
+    def forward(*inputs: Any) -> Tensor:
+        attend: Any = attention.perceiver_attention
+        out: Tensor = attend(*inputs, cu_seqlens, max_seqlen, scale=scale)
+        return out
 
     dq, dk_context, dv_context, dk_latents, dv_latents = _autograd(
         forward, (q, k_context, v_context, k_latents, v_latents), dout

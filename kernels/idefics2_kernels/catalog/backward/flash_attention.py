@@ -117,7 +117,7 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
 
 def _cases() -> tuple[Case, ...]:
     """Return the cases of the forward pass, a few of them changed."""
-    changed = {
+    changed: dict[str, dict[str, Any]] = {
         # The interpreter takes long for products in fp32.
         "ragged-float32": {"lengths": (35, 1, 0, 40)},
         "causal-float32": {"lengths": (50, 17)},
