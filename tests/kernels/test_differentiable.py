@@ -18,6 +18,7 @@ from idefics2_kernels import (
     Ops,
     differentiable,
 )
+from idefics2_kernels.backward import linear_cross_entropy as kernel
 from idefics2_kernels.differentiable import linear_cross_entropy
 
 JOINED = differentiable(REFERENCE, REFERENCE_GRADIENTS)
@@ -204,6 +205,20 @@ def test_loss_without_targets_is_zero(table: Any) -> None:
     assert loss.item() == 0
     got = torch.autograd.grad(loss, [hidden, weight])
     assert not any(bool(one.any()) for one in got)
+
+
+@pytest.mark.parametrize("weight_grad", [False, True])
+def test_loss_in_several_chunks(weight_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for name in ("CHUNK_BYTES", "CHUNK_BYTES_WEIGHT"):
+        monkeypatch.setattr(kernel, name, 1)
+    assert kernel.chunk_rows(19, 4, weight_grad=weight_grad) == kernel.CHUNK_ROWS
+    hidden, weight = torch.randn(300, 16), torch.randn(19, 16)
+    targets = torch.randint(19, (300,)).masked_fill(torch.rand(300) < 0.1, -100)
+    call = {"weight_grad": weight_grad}
+    got = TRITON_GRADIENTS.linear_cross_entropy(hidden, weight, targets, **call)
+    wanted = REFERENCE_GRADIENTS.linear_cross_entropy(hidden, weight, targets, **call)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_loss_of_a_frozen_head_computes_no_gradient_of_it() -> None:

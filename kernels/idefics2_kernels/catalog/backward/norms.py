@@ -23,7 +23,8 @@ def _cases(model_n: int, M: int) -> tuple[Case, ...]:
     # More rows than programs that sum the weight's gradient.
     many = {"sum": True, "weight_grad": True}
     cases += [
-        Case("many-rows", {"shape": (2200, 8), **many}, torch.float32),
+        Case("many-rows", {"shape": (600, 515), **many}, torch.float32),
+        Case("view", {"shape": (3, 5, 72), "layout": "sliced", **many}, torch.float16),
         Case("gpu-many-rows", {"shape": (8192, 321), **many}, torch.bfloat16, "gpu"),
     ]
     model = {"shape": (M, model_n), "sum": True}
@@ -37,11 +38,13 @@ def _cases(model_n: int, M: int) -> tuple[Case, ...]:
 def _with_gradients(case: Case, inputs: Inputs) -> Inputs:
     x = inputs["x"]
 
-    def draw() -> Tensor:
-        return normal(*x.shape, dtype=x.dtype, device=x.device)
-
-    dsum = draw() if case.dims["sum"] else None
-    return {"dy": draw(), **inputs, "dsum": dsum, "weight_grad": case.dims["weight_grad"]}
+    # A view is that of x and dy alone, so that the strides of all three differ.
+    layout = "plain" if case.where == "huge" else case.dims.get("layout", "plain")
+    dsum = None
+    if case.dims["sum"]:
+        dsum = normal(*x.shape, dtype=x.dtype, device=x.device)
+    dy = normal(*x.shape, dtype=x.dtype, device=x.device, layout=layout)
+    return {"dy": dy, **inputs, "dsum": dsum, "weight_grad": case.dims["weight_grad"]}
 
 
 def _wanted(_inputs: Inputs, result: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
