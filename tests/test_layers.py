@@ -42,6 +42,9 @@ attention norms activation rotary patches apply_bitmask sample reference
 matmul
 nf4
 ops variants
+backward
+gradients
+differentiable
 catalog
 """
 # Of jobs, these packages stand on each other in this order

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from idefics2_bench.gradient_peers import GRADIENT_PEERS
 from idefics2_kernels import REFERENCE
 from idefics2_kernels.catalog import Inputs
 from idefics2_kernels.reference.operations import rotary
@@ -235,6 +236,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "apply_bitmask": {"torch": _apply_bitmask},
     "sample": {"torch-sort": _sample},
     "rotary": {"torch": _torch(rotary, "q", "k", "positions", "cos_sin")},
+    **GRADIENT_PEERS,
 }
 """The peers of each operation, by name. An operation without an entry is timed alone."""
 
@@ -243,16 +245,19 @@ def prepared(kernel: str, inputs: Inputs) -> dict[str, Call]:
     """Return the calls of the peers of operation ``kernel`` that can run ``inputs``, by name."""
     found = {}
     for name, peer in PEERS.get(kernel, {}).items():
-        call = peer(inputs)
-        if call is not None and _runs(call):
+        call = _runnable(peer, inputs)
+        if call is not None:
             found[name] = call
     return found
 
 
-def _runs(call: Call) -> bool:
+def _runnable(peer: Peer, inputs: Inputs) -> Call | None:
     try:
-        call()
-    # A backend that does not support the shape raises "No available kernel"
+        call = peer(inputs)
+        if call is not None:
+            call()
+    # A backend that does not support the shape raises "No available kernel", and an operation that
+    # this device does not have NotImplementedError
     except RuntimeError:
-        return False
-    return True
+        return None
+    return call

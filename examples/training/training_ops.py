@@ -62,7 +62,10 @@ def _flash_attention(
     causal: bool,
     window: int | None = None,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
+    if lse is not None:
+        raise ValueError("lse must be None: autograd records this attention")
     S = max_seqlen
     if (cu_seqlens.shape[0] - 1) * S != q.shape[0]:
         raise ValueError(f"sequences must be of equal length {S}, got {q.shape[0]} tokens in all")

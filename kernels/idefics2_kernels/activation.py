@@ -42,7 +42,7 @@ def launch_config() -> LaunchConfig:
 
 
 @triton.jit
-def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return this program's rows (BLOCK_M, 1), columns (1, BLOCK_N) and mask.
 
     Neighboring programs share rows.
@@ -67,7 +67,7 @@ def _silu_mul_kernel(
 ):
     gdc_launch_dependents(IS_DEPENDENT)
     gdc_wait(IS_DEPENDENT)
-    offs_m, offs_f, mask = _tile(M, F, BLOCK_M, BLOCK_N)
+    offs_m, offs_f, mask = tile_of_program(M, F, BLOCK_M, BLOCK_N)
     gate_ptrs = gate_up_ptr + offs_m * stride_gate_up + offs_f
     gate = tl.load(gate_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     up = tl.load(gate_ptrs + F, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -87,7 +87,7 @@ def _gelu_tanh_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    offs_m, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    offs_m, offs_n, mask = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     x_ptrs = x_ptr + offs_m * stride_x + offs_n
     x = tl.load(x_ptrs, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if HAS_BIAS:

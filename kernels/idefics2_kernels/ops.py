@@ -6,10 +6,11 @@ logit, replace one at a time:
 ``dataclasses.replace(TRITON, flash_attention=REFERENCE.flash_attention)``.
 The package ``reference`` defines what each operation computes. The shapes are repeated here.
 
-``REFERENCE`` is for training, ``TRITON`` for inference. ``ROW_BY_ROW`` is the reference, except that
-no row of a product depends on the others in its last bits, which is slow. Autograd does not record kernels, so the
-gradient would stop at one without an error. Every operation of ``TRITON`` therefore rejects inputs
-that require a gradient, even for shapes that PyTorch's own operations would compute.
+``ROW_BY_ROW`` is the reference, except that no row of a product depends on the others in its last
+bits, which is slow. Autograd does not record kernels, so the gradient would stop at one without an
+error. Every operation of ``TRITON`` therefore rejects inputs that require a gradient, even for
+shapes that PyTorch's own operations would compute. ``differentiable`` joins ``TRITON`` and
+``TRITON_GRADIENTS`` to a table whose operations have a gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -133,7 +134,7 @@ class RotaryAndCache(Protocol):
 class FlashAttention(Protocol):
     """Attention within packed sequences: ``q`` (T, H, D) -> (T, H, D).
 
-    ``k`` and ``v`` are (T, H_KV, D), ``cu_seqlens`` is (B + 1,).
+    ``k`` and ``v`` are (T, H_KV, D), ``cu_seqlens`` is (B + 1,). ``lse`` (H, T) is written.
     """
 
     def __call__(  # noqa: D102
@@ -147,6 +148,7 @@ class FlashAttention(Protocol):
         causal: bool,
         window: int | None = None,
         scale: float | None = None,
+        lse: Tensor | None = None,
     ) -> Tensor: ...
 
 
@@ -269,10 +271,13 @@ class Ops:
     sample: Sample
 
 
-def _make_missing(name: str) -> Any:
+def make_missing(name: str, table: str = "TRITON", reference: str = "REFERENCE") -> Any:
+    """Return a function that raises: ``table`` does not have the operation ``name``."""
+
     def raise_missing(*_args: object, **_kwargs: object) -> NoReturn:
         raise MissingOperationError(
-            f"TRITON has no {name!r} here: use REFERENCE, or dataclasses.replace(TRITON, {name}=REFERENCE.{name})"
+            f"{table} has no {name!r} here: use {reference}, or "
+            f"dataclasses.replace({table}, {name}={reference}.{name})"
         )
 
     return raise_missing
@@ -333,7 +338,7 @@ def make_triton_ops() -> Ops:
     """Return the table of kernels, which raise for inputs that require a gradient."""
     kernels = {name: _inference_only(name, kernel) for name, kernel in triton_kernels().items()}
     return Ops(
-        **{field.name: kernels.get(field.name, _make_missing(field.name)) for field in fields(Ops)}
+        **{field.name: kernels.get(field.name, make_missing(field.name)) for field in fields(Ops)}
     )
 
 

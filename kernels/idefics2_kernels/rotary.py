@@ -49,7 +49,7 @@ def launch_config(half: int) -> LaunchConfig:
 
 
 @triton.jit
-def _rotate_heads(
+def rotate_heads(
     x_ptr,  # (H, D)
     out_ptr,  # (H, D), contiguous columns
     stride_x,
@@ -61,6 +61,7 @@ def _rotate_heads(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Rotate the heads of one token, block by block."""
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     for begin in range(0, H, BLOCK_H):
         offs_h = begin + tl.arange(0, BLOCK_H)[:, None]
@@ -143,7 +144,7 @@ def _rotary_kernel(
 
     q_row = q_ptr + token * q_strides[0]
     q_out_row = q_out_ptr + token * q_out_strides[0]
-    _rotate_heads(
+    rotate_heads(
         q_row, q_out_row, q_strides[1], q_out_strides[1], cos, sin, H, HALF, BLOCK_H, BLOCK_D
     )
 
@@ -154,7 +155,7 @@ def _rotary_kernel(
         if slot >= 0:
             page, offset = slot // P, slot % P
             k_out_row = k_out_ptr + page * k_out_strides[0] + offset * k_out_strides[2]
-            _rotate_heads(
+            rotate_heads(
                 k_row,
                 k_out_row,
                 k_strides[1],
@@ -180,7 +181,7 @@ def _rotary_kernel(
             )
     else:
         k_out_row = k_out_ptr + token * k_out_strides[0]
-        _rotate_heads(
+        rotate_heads(
             k_row, k_out_row, k_strides[1], k_out_strides[1], cos, sin, H_KV, HALF, BLOCK_H, BLOCK_D
         )
 
@@ -197,7 +198,7 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Te
         TypeError: A dtype is none of bf16, fp16, fp32, ``q`` and ``k`` differ in dtype, or
             ``positions`` are not integers.
     """
-    _check(q, k, positions, cos_sin)
+    check_rotary(positions, cos_sin, q=q, k=k)
     check_device(q=q, k=k, positions=positions, cos_sin=cos_sin)
     q_out, k_out = (torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device) for x in (q, k))
     _launch(q, k, None, positions, cos_sin, None, q_out, k_out, None)
@@ -226,7 +227,7 @@ def rotary_and_cache(
         TypeError: A dtype is none of bf16, fp16, fp32, queries, keys, values and caches differ in
             dtype, or ``positions`` or ``slots`` are not integers.
     """
-    _check(q, k, positions, cos_sin)
+    check_rotary(positions, cos_sin, q=q, k=k)
     T, H_KV, D = k.shape
     check_shape("v", v, (T, H_KV, D))
     check_shape("k_cache", k_cache, (None, H_KV, None, D))
@@ -251,19 +252,29 @@ def rotary_and_cache(
     return q_out
 
 
-def _check(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    check_shape("q", q, (None, None, None))
-    T, _, D = q.shape
+def check_rotary(positions: Tensor, cos_sin: Tensor, **heads: Tensor) -> None:
+    """Check the arguments of a rotation of ``heads``, (T, number of heads, D) each.
+
+    Raises:
+        ValueError: A shape or stride does not fit.
+        TypeError: A dtype is none of bf16, fp16, fp32, heads differ in dtype, or ``positions`` are
+            not integers.
+    """
+    (first, x), *others = heads.items()
+    check_shape(first, x, (None, None, None))
+    T, _, D = x.shape
     if D % 2:
-        raise ValueError(f"q must have an even last axis, got {tuple(q.shape)}")
-    check_shape("k", k, (T, None, D))
+        raise ValueError(f"{first} must have an even last axis, got {tuple(x.shape)}")
+    for name, other in others:
+        check_shape(name, other, (T, None, D))
     check_shape("positions", positions, (T,))
     check_shape("cos_sin", cos_sin, (None, D))
-    check_dtype("q", q, *FLOATS)
-    check_dtype("k", k, q.dtype)
+    check_dtype(first, x, *FLOATS)
+    for name, other in others:
+        check_dtype(name, other, x.dtype)
     check_dtype("positions", positions, *INTS)
     check_dtype("cos_sin", cos_sin, *FLOATS)
-    for name, tensor in (("q", q), ("k", k), ("cos_sin", cos_sin)):
+    for name, tensor in (*heads.items(), ("cos_sin", cos_sin)):
         check_rows(name, tensor)
 
 

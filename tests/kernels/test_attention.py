@@ -35,6 +35,32 @@ def flash_call(device: torch.device) -> Call:
     return {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "max_seqlen": 4, "causal": True}
 
 
+@pytest.mark.parametrize("D", [16, 72, 128])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (True, 3)])
+def test_flash_attention_writes_the_log_sum_exp(
+    D: int, causal: bool, window: int | None, device: torch.device
+) -> None:
+    q, k, v = torch.randn(51, 8, D, device=device).split((4, 2, 2), 1)
+    packed = (cumulative(device, 40, 0, 1, 10), 40)
+    options: dict[str, Any] = {"causal": causal, "window": window}
+    lse = torch.full((4, 51), float("nan"), device=device)
+    out = flash_attention(q, k, v, *packed, **options, lse=lse)
+    wanted = torch.empty_like(lse, dtype=torch.float64)
+    reference.flash_attention(q.double(), k.double(), v.double(), *packed, **options, lse=wanted)
+    torch.testing.assert_close(lse.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out, flash_attention(q, k, v, *packed, **options, plain=True))
+
+
+def test_log_sum_exp_of_another_form_is_refused(device: torch.device) -> None:
+    call = flash_call(device)
+    with pytest.raises(ValueError, match="lse"):
+        flash_attention(**call, lse=torch.empty(6, 4, device=device))
+    with pytest.raises(ValueError, match="lse must be contiguous"):
+        flash_attention(**call, lse=torch.empty(6, 4, device=device).t())
+    with pytest.raises(TypeError, match="lse"):
+        flash_attention(**call, lse=torch.empty(4, 6, device=device, dtype=torch.float64))
+
+
 def paged_call(device: torch.device) -> Call:
     k_cache, v_cache = torch.randn(2, 3, 2, 16, 16, device=device)
     return {

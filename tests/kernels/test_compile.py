@@ -20,6 +20,8 @@ WGMMA = {
     "flash_attention-plain-vision-4900": ["64x16x16", "64x64x16"],
     "flash_attention-triton-text-causal-16k": ["64x128x16"],
     "flash_attention-triton-vision-4900": ["64x128x16", "64x16x16", "64x64x16"],
+    "flash_attention_backward-triton-text-causal-16k": ["64x128x16", "64x64x16"],
+    "flash_attention_backward-triton-vision-4900": ["64x16x16", "64x64x16"],
     "perceiver_attention-triton-perceiver-4964": ["64x32x16", "64x64x16"],
     "paged_attention-plain-chunk-512": ["64x128x16", "64x64x16"],
     "paged_attention-triton-chunk-512": ["64x128x16"],

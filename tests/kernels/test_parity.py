@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, missing, rows
+from idefics2_kernels.catalog import CATALOG, Case, KernelSpec, gradient_of, missing, rows
 from idefics2_kernels.catalog.spec import copy_inputs, widen_inputs
+from idefics2_kernels.gradients import TRITON_GRADIENTS
 from idefics2_kernels.ops import TRITON
 from parity import check
 
@@ -59,7 +60,11 @@ def test_catalog_has_every_operation() -> None:
 
 @pytest.mark.parametrize("spec", CATALOG, ids=_ids)
 def test_first_implementation_is_the_one_in_triton(spec: KernelSpec) -> None:
-    assert next(iter(spec.implementations.values())) is getattr(TRITON, spec.name).__wrapped__
+    first = next(iter(spec.implementations.values()))
+    if (gradient := gradient_of(spec)) is not None:
+        assert first is getattr(TRITON_GRADIENTS, gradient)
+    else:
+        assert first is getattr(TRITON, spec.name).__wrapped__
 
 
 @pytest.mark.parametrize("spec", CATALOG, ids=_ids)

@@ -24,11 +24,13 @@ from idefics2_kernels.attention.tiles import (
     base_two,
     can_have_descriptors,
     check_heads,
+    check_lse,
     check_window,
     descriptors,
     empty_state,
     head_parts,
     load_head,
+    log_sum_exp,
     normalize,
     store_head,
 )
@@ -61,7 +63,7 @@ def launch_config(D: int, itemsize: int, arch: int) -> LaunchConfig:
 
 
 @triton.jit(
-    do_not_specialize=["H_KV", "GROUPS", "tiles_m", "left", "right"],
+    do_not_specialize=["tokens", "H_KV", "GROUPS", "tiles_m", "left", "right"],
     do_not_specialize_on_alignment=["cu_seqlens_ptr"],
 )
 def _flash_attention_kernel(
@@ -69,6 +71,7 @@ def _flash_attention_kernel(
     k_ptr,  # (T, H_KV, D)
     v_ptr,  # (T, H_KV, D)
     out_ptr,  # (T, H, D), contiguous
+    lse_ptr,  # (H, T) fp32, contiguous, if HAS_LSE
     k_desc,  # (BLOCK_N, 1, D_MAIN) tiles, if HAS_DESCRIPTORS
     k_rest_desc,  # (BLOCK_N, 1, D_REST) tiles
     v_desc,  # (BLOCK_N, 1, D_MAIN) tiles
@@ -78,6 +81,8 @@ def _flash_attention_kernel(
     q_strides,  # (token, head)
     k_strides,  # (token, head)
     v_strides,  # (token, head)
+    # Tokens of all sequences.
+    tokens,
     H_KV,
     # Query heads of a key head.
     GROUPS,
@@ -94,6 +99,7 @@ def _flash_attention_kernel(
     D_REST: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_DESCRIPTORS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -164,6 +170,9 @@ def _flash_attention_kernel(
         visible = mask_n[None, :] & (distance >= -left) & (distance <= right)
         state = attend(state, q, k, v, visible, qk_scale, D_REST, True)
 
+    if HAS_LSE:
+        lse_row = lse_ptr + head.to(tl.int64) * tokens + begin
+        tl.store(lse_row + offs_m, log_sum_exp(state), mask=mask_m)
     out_rows = (begin + offs_m).to(tl.int64) * (H_KV * GROUPS) + head
     store_head(
         out_ptr,
@@ -186,6 +195,7 @@ def flash_attention(
     causal: bool,
     window: int | None = None,
     scale: float | None = None,
+    lse: Tensor | None = None,
     plain: bool = False,
 ) -> Tensor:
     """Attend within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
@@ -194,8 +204,9 @@ def flash_attention(
     ``max_seqlen`` is at least the length of the longest sequence. Query i sees key j of its own
     sequence if |i - j| < ``window`` and, if ``causal``, j <= i. Scores are multiplied by ``scale``,
     1 / sqrt(D) by default. D is at most 256. The last axes must be contiguous. Other strides are
-    free. On Hopper a faster kernel computes the shapes that ``flash_attention_hopper.supports``,
-    unless ``plain``.
+    free. ``lse`` (H, T) fp32, contiguous, receives the natural logarithm of each query's sum of
+    exponentials, which the gradient needs. On Hopper a faster kernel computes the shapes that
+    ``flash_attention_hopper.supports``, unless ``plain`` or with ``lse``.
 
     Raises:
         ValueError: A shape, stride, device, ``window`` or ``scale`` does not fit.
@@ -211,16 +222,18 @@ def flash_attention(
     check_dtype("cu_seqlens", cu_seqlens, torch.int32)
     check_window(window)
     qk_scale = base_two(scale, D)
-    check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    if lse is not None:
+        check_lse(lse, q)
+    check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, lse=lse)
     out = torch.empty((T, H, D), dtype=q.dtype, device=q.device)
     if not out.numel() or cu_seqlens.shape[0] < 2:
         return out
     left = UNBOUNDED if window is None else min(window - 1, UNBOUNDED)
     arguments = (q, k, v, cu_seqlens, max_seqlen, out, left, 0 if causal else left, qk_scale)
-    if not plain and is_hopper() and supports(q, k, v):
+    if not plain and lse is None and is_hopper() and supports(q, k, v):
         flash_attention_hopper(*arguments)
     else:
-        _flash_attention_plain(*arguments)
+        _flash_attention_plain(*arguments, lse)
     return out
 
 
@@ -234,8 +247,9 @@ def _flash_attention_plain(
     left: int,
     right: int,
     qk_scale: float,
+    lse: Tensor | None,
 ) -> None:
-    H, D = q.shape[1:]
+    T, H, D = q.shape
     H_KV, B = k.shape[1], cu_seqlens.shape[0] - 1
     config = launch_config(D, q.itemsize, current_arch())
     ALIGN = alignment(q, k, v)
@@ -247,12 +261,14 @@ def _flash_attention_plain(
         k,
         v,
         out,
+        lse,
         *descriptors(k, config.BLOCK_N, 1, wanted=has_descriptors),
         *descriptors(v, config.BLOCK_N, 1, wanted=has_descriptors),
         cu_seqlens,
         q.stride()[:2],
         k.stride()[:2],
         v.stride()[:2],
+        T,
         H_KV,
         H // H_KV,
         tiles_m,
@@ -264,5 +280,6 @@ def _flash_attention_plain(
         D_REST=D_REST,
         ALIGN=ALIGN,
         HAS_DESCRIPTORS=has_descriptors,
+        HAS_LSE=lse is not None,
         **asdict(config),
     )

@@ -9,13 +9,14 @@ fp32 and in base two.
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_rows
-from idefics2_kernels.gpu.primitives import LOWEST, dot
+from idefics2_kernels.gpu.checks import FLOATS, check_dtype, check_rows, check_shape
+from idefics2_kernels.gpu.primitives import LN_2, LOWEST, dot
 
 MAX_HEAD_DIM = 256
 # The number of visible keys on one side without a window. Its sum with a position fits into int32.
@@ -79,6 +80,19 @@ def check_heads(q: Tensor, H_KV: int, **keys: Tensor) -> None:
         raise ValueError(f"q must have a head dim from 1 to {MAX_HEAD_DIM}, got {D}")
     if H_KV < 1 or H % H_KV:
         raise ValueError(f"q must have a multiple of the {H_KV} key heads, got {H} heads")
+
+
+def check_lse(lse: Tensor, q: Tensor) -> None:
+    """Check the log-sum-exp ``lse`` (H, T) of queries ``q`` (T, H, D).
+
+    Raises:
+        ValueError: It has another shape, or is not contiguous.
+        TypeError: It is not fp32.
+    """
+    check_shape("lse", lse, (q.shape[1], q.shape[0]))
+    check_dtype("lse", lse, torch.float32)
+    if not lse.is_contiguous():
+        raise ValueError(f"lse must be contiguous, got strides {lse.stride()}")
 
 
 def check_window(window: int | None) -> None:
@@ -187,7 +201,7 @@ def empty_state(ROWS: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
 
 
 @triton.jit
-def _scores(
+def scores(
     q,  # (ROWS, D_MAIN), (ROWS, D_REST)
     k,  # (KEYS, D_MAIN), (KEYS, D_REST)
     D_REST: tl.constexpr,
@@ -222,7 +236,7 @@ def attend(
 ):
     """Return the softmax state after a further tile of keys and values."""
     acc, acc_rest, m_i, l_i = state
-    qk = _scores(q, k, D_REST)
+    qk = scores(q, k, D_REST)
     if MASKED:
         qk = tl.where(visible, qk, float("-inf"))
     m_new = tl.maximum(m_i, tl.max(qk, axis=1) * qk_scale)
@@ -244,3 +258,12 @@ def normalize(state, dtype: tl.constexpr):
     # The plain operator may be off by two units in the last place, which matters in fp32.
     inverse = tl.div_rn(1.0, l_i) if dtype == tl.float32 else 1.0 / l_i
     return acc * inverse[:, None], acc_rest * inverse[:, None]
+
+
+@triton.jit
+def log_sum_exp(state):
+    """Return the natural logarithm of the sum of exponentials of rows: -inf if they saw no key."""
+    _, _, m_i, l_i = state
+    is_empty = l_i == 0.0
+    lse = (m_i + tl.log2(tl.where(is_empty, 1.0, l_i))) * LN_2
+    return tl.where(is_empty, float("-inf"), lse)

@@ -11,19 +11,27 @@ from idefics2_kernels.catalog.spec import Case, Inputs, KernelSpec, copy_inputs,
 RATIO = 2.0
 
 
-def worst_error(actual: Tensor, same_dtype: Tensor, exact: Tensor) -> float:
+def worst_error(
+    actual: Tensor, same_dtype: Tensor, exact: Tensor, terms: Tensor | None = None
+) -> float:
     """Return the largest error of a row as a share of the error allowed: at most 1 is correct.
 
     A row is the last axis. The error max|actual - exact| of a row may be at most
     ``RATIO`` * (max|same_dtype - exact| + eps * max|exact|). Here ``exact`` is the reference in
     float64, and ``same_dtype`` is the reference in the kernel's dtype. A bound on the whole tensor
     would not notice one missing tile of keys among thousands. NaN anywhere gives infinity.
+
+    ``terms`` are the sums of the absolute values of the terms of ``exact``. A row may be wrong by
+    the rounding of such a sum in fp32 as well: 1.2e-7 * max|terms| is added to the bracket. In a
+    row whose terms cancel nothing else is left.
     """
     if not actual.numel():
         return 0.0
     if actual.isnan().any():
         return float("inf")
     floor = torch.finfo(actual.dtype).eps * exact.abs().amax(-1)
+    if terms is not None:
+        floor = floor + torch.finfo(torch.float32).eps * terms.amax(-1)
     budget = RATIO * ((same_dtype - exact).abs().amax(-1) + floor)
     error = (actual - exact).abs().amax(-1)
     # A row without error needs no budget, and that of a row of zeros is 0.
@@ -54,5 +62,9 @@ def case_error(
     if spec.exact:
         equal = all(torch.equal(*pair) for pair in zip(actual, same_dtype, strict=True))
         return 0.0 if equal else float("inf")
-    exact = spec.expected(widen_inputs(inputs), checked)
-    return max(worst_error(*each) for each in zip(actual, same_dtype, exact, strict=True))
+    wide = widen_inputs(inputs)
+    exact = spec.expected(wide, checked)
+    terms: tuple[Tensor | None, ...] = (None,) * len(exact)
+    if spec.terms is not None:
+        terms = spec.terms(**wide, **({} if checked is None else {"rows": checked}))
+    return max(worst_error(*each) for each in zip(actual, same_dtype, exact, terms, strict=True))

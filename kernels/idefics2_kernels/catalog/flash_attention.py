@@ -81,7 +81,8 @@ def _attend_head(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) 
     return (scores.softmax(-1) @ v.to(wide)).to(q.dtype)
 
 
-def _flash_inputs(case: Case, device: torch.device) -> Inputs:
+def flash_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the arguments of ``flash_attention``."""
     dims = case.dims
     lengths, H, H_KV, D = dims["lengths"], dims["H"], dims["H_KV"], dims["D"]
     T, layout = sum(lengths), dims.get("layout", "fused")
@@ -120,7 +121,8 @@ def _flash_cost(case: Case) -> Cost:
     )
 
 
-def _flash_rows(case: Case, inputs: Inputs) -> Tensor | None:
+def flash_rows(case: Case, inputs: Inputs) -> Tensor | None:
+    """Return the rows to check of a case that is too large for a whole score matrix."""
     lengths, device = case.dims["lengths"], inputs["q"].device
     if case.dims["H"] * sum(n * n for n in lengths) <= _WHOLE:
         return None
@@ -142,7 +144,8 @@ def _flash(
     return {"lengths": lengths, "H": H, "H_KV": H_KV, "D": D, "causal": causal, **dims}
 
 
-def _flash_cases() -> tuple[Case, ...]:
+def flash_cases() -> tuple[Case, ...]:
+    """Return the cases of attention within packed sequences."""
     half = torch.float16
     cases = [
         Case(case_name("ragged", dtype), _flash((67, 1, 0, 130), 2, 1, 72, False), dtype)
@@ -290,11 +293,11 @@ def _has_gluon(case: Case) -> bool:
 
 FLASH_ATTENTION = KernelSpec(
     name="flash_attention",
-    make_inputs=_flash_inputs,
-    cases=_flash_cases(),
+    make_inputs=flash_inputs,
+    cases=flash_cases(),
     cost=_flash_cost,
     implementations={"triton": flash_attention.flash_attention, "plain": _plain},
     only={"plain": _has_gluon},
-    checked_rows=_flash_rows,
+    checked_rows=flash_rows,
     reference=flash_attention_rows,
 )

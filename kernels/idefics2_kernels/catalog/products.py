@@ -55,7 +55,8 @@ def _name(*parts: Any) -> str:
     return "-".join(str(part) for part in parts).replace("torch.", "")
 
 
-def _product_cases() -> tuple[Case, ...]:
+def product_cases() -> tuple[Case, ...]:
+    """Return the cases of a product."""
     cases = []
     dims: dict[str, Any]
     for i, (M, N, K, dtype) in enumerate(_TINY):
@@ -128,7 +129,8 @@ def _bias(case: Case, device: torch.device) -> Tensor | None:
     return normal(case.dims["N"], dtype=case.dtype, device=device) if case.dims["bias"] else None
 
 
-def _linear_inputs(case: Case, device: torch.device) -> Inputs:
+def linear_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the arguments of ``linear``."""
     weight = _weight(case, device, integers=1)
     # Only x has the layout, so that the strides of x and weight differ.
     if case.dims.get("layout") == "offset":
@@ -136,7 +138,8 @@ def _linear_inputs(case: Case, device: torch.device) -> Inputs:
     return {"x": _x(case, device), "weight": weight, "bias": _bias(case, device)}
 
 
-def _nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
+def nf4_matmul_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the arguments of ``nf4_matmul``."""
     dense = _weight(case, device, integers=2)
     # NF4 represents -2, 0 and 2 exactly: as the codes of -1, 0 and 1 with an absmax of 2. Double
     # quantization would round the absmax.
@@ -207,7 +210,7 @@ def _suits_dequantized(case: Case) -> bool:
     return case.where != "any" or case.dims["N"] * case.dims["K"] <= 10_000
 
 
-def _nf4_bytes(elements: int) -> int:
+def nf4_bytes(elements: int) -> int:
     """Return the bytes of ``elements`` in NF4, 0.5159 each.
 
     An element has half a byte, a block has one byte, and a nested block has four bytes.
@@ -227,7 +230,7 @@ def _linear_cost(case: Case) -> Cost:
 
 
 def _nf4_matmul_cost(case: Case) -> Cost:
-    return _product_cost(case, _nf4_bytes(case.dims["N"] * case.dims["K"]))
+    return _product_cost(case, nf4_bytes(case.dims["N"] * case.dims["K"]))
 
 
 _SHAPES = ((1,), (7,), (64,), (65,), (3, 21), (5, 72), (8, 130), (2, 3, 50), (260, 64))
@@ -296,14 +299,14 @@ def _dequantize_inputs(case: Case, device: torch.device) -> Inputs:
 
 def _quantize_cost(case: Case) -> Cost:
     elements = math.prod(case.dims["shape"])
-    return Cost(bytes=elements * case.dtype.itemsize + _nf4_bytes(elements), flops=2 * elements)
+    return Cost(bytes=elements * case.dtype.itemsize + nf4_bytes(elements), flops=2 * elements)
 
 
 PRODUCTS = (
     KernelSpec(
         name="linear",
-        make_inputs=_linear_inputs,
-        cases=_product_cases(),
+        make_inputs=linear_inputs,
+        cases=product_cases(),
         cost=_linear_cost,
         implementations={
             "triton": linear.linear,
@@ -313,10 +316,10 @@ PRODUCTS = (
     ),
     KernelSpec(
         name="linear_gelu",
-        make_inputs=_linear_inputs,
+        make_inputs=linear_inputs,
         cases=tuple(
             case
-            for case in _product_cases()
+            for case in product_cases()
             if case.where in ("any", "gpu") or case.name == "vision-fc1"
         ),
         cost=_linear_cost,
@@ -324,8 +327,8 @@ PRODUCTS = (
     ),
     KernelSpec(
         name="nf4_matmul",
-        make_inputs=_nf4_matmul_inputs,
-        cases=_product_cases(),
+        make_inputs=nf4_matmul_inputs,
+        cases=product_cases(),
         cost=_nf4_matmul_cost,
         implementations={
             "triton": nf4_matmul.nf4_matmul,

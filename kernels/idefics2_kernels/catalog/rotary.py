@@ -25,7 +25,8 @@ def _named(T: int, H: int, H_KV: int, D: int) -> dict[str, int]:
     return {"T": T, "H": H, "H_KV": H_KV, "D": D}
 
 
-def _cases() -> tuple[Case, ...]:
+def rotary_cases() -> tuple[Case, ...]:
+    """Return the cases of a rotation."""
     cases = [
         Case("-".join(map(str, (*sizes, dtype))).replace("torch.", ""), _named(*sizes), dtype)
         for sizes in _ANY
@@ -75,7 +76,8 @@ def _heads(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _rotary_inputs(case: Case, device: torch.device) -> Inputs:
+def rotary_inputs(case: Case, device: torch.device) -> Inputs:
+    """Draw the arguments of ``rotary``."""
     T, D = case.dims["T"], case.dims["D"]
     q, k, _ = _heads(case, device)
     return {"q": q, "k": k, **_positions(case, T, D, device)}
@@ -125,7 +127,8 @@ def _result_and_caches(inputs: Inputs, result: Tensor) -> Outputs:
     return result, inputs["k_cache"], inputs["v_cache"]
 
 
-def _cost(case: Case, copied_heads: int) -> Cost:
+def rotary_cost(case: Case, copied_heads: int) -> Cost:
+    """Return the cost of a rotation and of ``copied_heads`` copies of the key heads."""
     T, H, H_KV, D = (case.dims[name] for name in ("T", "H", "H_KV", "D"))
     rotated = T * (H + H_KV) * D
     moved = 2 * (rotated + T * copied_heads * H_KV * D) * case.dtype.itemsize
@@ -135,16 +138,16 @@ def _cost(case: Case, copied_heads: int) -> Cost:
 ROTARY = (
     KernelSpec(
         name="rotary",
-        make_inputs=_rotary_inputs,
-        cases=_cases(),
-        cost=lambda case: _cost(case, copied_heads=0),
+        make_inputs=rotary_inputs,
+        cases=rotary_cases(),
+        cost=lambda case: rotary_cost(case, copied_heads=0),
         implementations={"triton": rotary.rotary},
     ),
     KernelSpec(
         name="rotary_and_cache",
         make_inputs=_rotary_and_cache_inputs,
-        cases=_cases(),
-        cost=lambda case: _cost(case, copied_heads=1),
+        cases=rotary_cases(),
+        cost=lambda case: rotary_cost(case, copied_heads=1),
         implementations={"triton": rotary.rotary_and_cache},
         outputs=_result_and_caches,
     ),

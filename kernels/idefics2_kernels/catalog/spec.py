@@ -51,7 +51,7 @@ class KernelSpec:
     """A row of the catalog: an operation with its cases and implementations.
 
     Attributes:
-        name: The field of ``Ops``.
+        name: The field of ``Ops``, or that of ``Gradients`` with the ending ``_backward``.
         make_inputs: Draws the arguments of a case on a device. Its only source of randomness is
             torch's global generator.
         cases: The cases that are tested and timed.
@@ -66,6 +66,8 @@ class KernelSpec:
             axis of every output to check. Otherwise ``None``.
         reference: The reference implementation, by default the field of ``REFERENCE``. If there are
             ``checked_rows``, it receives them as the argument ``rows`` and returns only those.
+        terms: For an operation whose results may be zero because terms cancel, a function of the
+            same arguments (and of ``rows``) that returns the sums of the terms' absolute values.
     """
 
     name: str
@@ -80,6 +82,7 @@ class KernelSpec:
     )
     reference: Callable[..., Any] | None = None
     only: Mapping[str, Callable[[Case], bool]] = field(default_factory=dict)
+    terms: Callable[..., Outputs] | None = None
 
     def run(self, implementation: Callable[..., Any], inputs: Inputs) -> Outputs:
         """Call ``implementation`` on ``inputs`` and return all its outputs."""

@@ -6,6 +6,7 @@ import triton.language as tl
 from idefics2_kernels.gpu import checks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # The lowest finite number of fp32.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

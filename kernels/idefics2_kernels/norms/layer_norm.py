@@ -42,7 +42,9 @@ def launch_config(N: int) -> LaunchConfig:
 
 
 @triton.jit
-def _load(ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def load_columns(
+    ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
+):
     """Load columns ``FIRST`` to ``FIRST + WIDTH`` of rows; columns past N are 0 if MASKED."""
     offs_n = FIRST + tl.arange(0, WIDTH)[None, :]
     mask = mask_m & (offs_n < N) if MASKED else mask_m
@@ -52,7 +54,8 @@ def _load(ptr, rows, mask_m, N, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED
 
 
 @triton.jit
-def _store(ptr, rows, x, mask_m, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+def store_columns(ptr, rows, x, mask_m, N, FIRST: tl.constexpr, MASKED: tl.constexpr):
+    """Store columns ``FIRST`` to ``FIRST`` + the width of ``x``, but not those past N if MASKED."""
     offs_n = FIRST + tl.arange(0, x.shape[1])[None, :]
     mask = mask_m & (offs_n < N) if MASKED else mask_m
     tl.store(ptr + rows + offs_n, x.to(ptr.dtype.element_ty), mask=mask)
@@ -91,19 +94,19 @@ def _layer_norm_kernel(
     mask_m = offs_m < M
     rows = offs_m * N
 
-    x = _load(x_ptr, offs_m * stride_x, mask_m, N, 0, BLOCK_N, False)
+    x = load_columns(x_ptr, offs_m * stride_x, mask_m, N, 0, BLOCK_N, False)
     rest = x
     if BLOCK_REST > 0:
-        rest = _load(x_ptr, offs_m * stride_x, mask_m, N, BLOCK_N, BLOCK_REST, True)
+        rest = load_columns(x_ptr, offs_m * stride_x, mask_m, N, BLOCK_N, BLOCK_REST, True)
     if HAS_RESIDUAL:
         rows_r = offs_m * stride_residual
-        x += _load(residual_ptr, rows_r, mask_m, N, 0, BLOCK_N, False)
+        x += load_columns(residual_ptr, rows_r, mask_m, N, 0, BLOCK_N, False)
         x = x.to(total_ptr.dtype.element_ty).to(tl.float32)
-        _store(total_ptr, rows, x, mask_m, N, 0, False)
+        store_columns(total_ptr, rows, x, mask_m, N, 0, False)
         if BLOCK_REST > 0:
-            rest += _load(residual_ptr, rows_r, mask_m, N, BLOCK_N, BLOCK_REST, True)
+            rest += load_columns(residual_ptr, rows_r, mask_m, N, BLOCK_N, BLOCK_REST, True)
             rest = rest.to(total_ptr.dtype.element_ty).to(tl.float32)
-            _store(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
+            store_columns(total_ptr, rows, rest, mask_m, N, BLOCK_N, True)
 
     # The plain operators may be off by two units in the last place. Correct rounding is cheap for
     # one number a row.
@@ -121,10 +124,10 @@ def _layer_norm_kernel(
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
 
     out = _scale_and_shift(x * rstd, weight_ptr, bias_ptr, N, 0, False)
-    _store(out_ptr, rows, out, mask_m, N, 0, False)
+    store_columns(out_ptr, rows, out, mask_m, N, 0, False)
     if BLOCK_REST > 0:
         out = _scale_and_shift(rest * rstd, weight_ptr, bias_ptr, N, BLOCK_N, True)
-        _store(out_ptr, rows, out, mask_m, N, BLOCK_N, True)
+        store_columns(out_ptr, rows, out, mask_m, N, BLOCK_N, True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -5,6 +5,8 @@ start of each sequence and the end of the last. Sequences of equal length are co
 so no score matrix spans two sequences.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
     return (weights @ values).permute(0, 3, 1, 2, 4).reshape(B, S, H, D).to(q.dtype)
 
 
-def _make_mask(
+def make_mask(
     S: int, T: int, causal: bool, window: int | None, device: torch.device
 ) -> Tensor | None:
     """Return which of T keys each of the last S queries sees: (S, T), or ``None`` for all."""
@@ -76,17 +78,21 @@ def flash_attention(
     causal: bool,
     window: int | None = None,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend within packed sequences: ``q`` (T, H, D), ``k`` and ``v`` (T, H_KV, D) -> (T, H, D).
 
     Query i sees key j of its own sequence if |i - j| < ``window`` and, if ``causal``, j <= i.
     Scores are multiplied by ``scale``, 1 / sqrt(D) by default. Query head h reads key head
-    h // (H // H_KV).
+    h // (H // H_KV). ``lse`` (H, T), in fp32 or wider, receives the logarithm of each query's sum
+    of exponentials.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if lse is not None:
+        _write_lse(lse, q, k, cu_seqlens, causal, window, scale)
     parts, rows = [], []
     for length, members in _group_by_length(cu_seqlens, max_seqlen, q.shape[0]):
-        visible = _make_mask(length, length, causal, window, q.device)
+        visible = make_mask(length, length, causal, window, q.device)
         if members is None:
             B = cu_seqlens.shape[0] - 1
             batched = [t.reshape(B, length, *t.shape[1:]) for t in (q, k, v)]
@@ -95,6 +101,27 @@ def flash_attention(
         parts.append(_attend(q[rows[-1]], k[rows[-1]], v[rows[-1]], visible, scale))
     order = torch.cat([r.flatten() for r in rows]).argsort()
     return torch.cat([part.flatten(0, 1) for part in parts])[order]
+
+
+def _write_lse(
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> None:
+    """Write the log-sum-exp of each query's scores within its sequence to ``lse`` (H, T)."""
+    groups = q.shape[1] // k.shape[1]
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        queries = widen(q[begin:end].detach()).transpose(0, 1)
+        keys = widen(k[begin:end].detach()).permute(1, 2, 0).repeat_interleave(groups, 0)
+        scores = queries @ keys * scale
+        visible = make_mask(end - begin, end - begin, causal, window, q.device)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        lse[:, begin:end] = scores.logsumexp(-1)
 
 
 def perceiver_attention(
@@ -180,6 +207,6 @@ def paged_attention(
             cache[pages].transpose(1, 2).flatten(0, 1)[None, : T - first * P]
             for cache in (k_cache, v_cache)
         )
-        visible = _make_mask(S, T - first * P, True, window, q.device)
+        visible = make_mask(S, T - first * P, True, window, q.device)
         outs.append(_attend(q[None, offsets[b] : offsets[b + 1]], k, v, visible, scale)[0])
     return torch.cat(outs) if outs else torch.zeros_like(q)

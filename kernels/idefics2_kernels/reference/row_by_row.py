@@ -47,6 +47,7 @@ def flash_attention(
     causal: bool,
     window: int | None = None,
     scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend within packed sequences, as the reference does."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -59,6 +60,9 @@ def flash_attention(
             if window is not None:
                 last = min(last, row + window)
             out[row] = _attend(q[row], k[first:last], v[first:last], scale)
+            if lse is not None:
+                keys = widen(k[first:last]).repeat_interleave(q.shape[1] // k.shape[1], 1)
+                lse[:, row] = ((widen(q[row]) * keys).sum(-1) * scale).logsumexp(0)
     return out
 
 

@@ -23,6 +23,14 @@ from idefics2_engine.parity.recording.recorder import Recorder
 from idefics2_engine.parity.recording.transformers_stages import tile_rows, transformers_taps
 from idefics2_engine.parity.stages import unit
 from idefics2_engine.prompts.processor import Processor
+from idefics2_kernels import (
+    REFERENCE,
+    REFERENCE_GRADIENTS,
+    TRITON,
+    TRITON_GRADIENTS,
+    Ops,
+    differentiable,
+)
 from oracle import (
     CASES,
     TinyCase,
@@ -92,9 +100,29 @@ def test_stages_and_logits(case: TinyCase, tmp_path: Path) -> None:
                 assert relative_error(own, other) < RELATIVE, stage
 
 
+@pytest.mark.parametrize(
+    "ops",
+    [REFERENCE, differentiable(REFERENCE, REFERENCE_GRADIENTS)],
+    ids=["autograd", "gradients"],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_loss_and_gradients(case: TinyCase, tmp_path: Path) -> None:
+def test_loss_and_gradients(case: TinyCase, ops: Ops, tmp_path: Path) -> None:
+    check_gradients(case, ops, tmp_path)
+
+
+def test_loss_and_gradients_of_the_kernels(tmp_path: Path) -> None:
+    # The perceiver's gradient has no kernel
+    gradients = replace(
+        TRITON_GRADIENTS, perceiver_attention=REFERENCE_GRADIENTS.perceiver_attention
+    )
+    case = next(case for case in CASES if case.name == "row-without-image")
+    check_gradients(case, differentiable(TRITON, gradients), tmp_path)
+
+
+def check_gradients(case: TinyCase, ops: Ops, tmp_path: Path) -> None:
+    """Compare the gradient of each parameter with transformers', both against float64."""
     oracle, model = make_pair(case, tmp_path)
+    model = model.with_ops(ops)
     inputs = oracle_inputs(case)
     labels = make_labels(inputs, model.config.image_token_id)
     expected = oracle(**inputs, labels=labels).loss
