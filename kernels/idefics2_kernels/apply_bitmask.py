@@ -1,7 +1,7 @@
 """Bars tokens in rows of logits, by one bit a token.
 
 A program bars 2,048 tokens of one of the listed rows, so that a few rows use many SMs. It reads the
-bits of its tokens, and reads and writes only the logits that are barred. A logit is barred by adding
+bits of its tokens, and reads and writes all their logits, in wide accesses. A logit is barred by adding
 -inf to it, so NaN stays NaN, and infinity becomes NaN.
 """
 
@@ -24,15 +24,15 @@ from idefics2_kernels.gpu.checks import (
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tokens of a program, and the warps that share them."""
+    """Words of 32 tokens of a program, and the warps that share them."""
 
-    BLOCK_V: int
+    BLOCK_W: int
     num_warps: int
 
 
 def launch_config(V: int) -> LaunchConfig:
     """Return the launch options for a vocabulary of ``V``."""
-    return LaunchConfig(BLOCK_V=256, num_warps=1) if V <= 1024 else LaunchConfig(2048, 4)
+    return LaunchConfig(BLOCK_W=8, num_warps=1) if V <= 1024 else LaunchConfig(64, 4)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr", "bits_ptr"])
@@ -43,19 +43,31 @@ def _apply_bitmask_kernel(
     stride_logits,
     stride_bits,
     V,
-    BLOCK_V: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64)
-    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = offs_v < V
+    words_begin = tl.program_id(1) * BLOCK_W
+    offs_w = words_begin + tl.arange(0, BLOCK_W)
+    offs_bit = tl.arange(0, 32)
     row = tl.load(rows_ptr + place).to(tl.int64)
-    words = tl.load(bits_ptr + place * stride_bits + offs_v // 32, mask=mask_v, other=-1)
-    barred = mask_v & (((words >> (offs_v % 32)) & 1) == 0)
+    words = tl.load(bits_ptr + place * stride_bits + offs_w, mask=offs_w * 32 < V, other=-1)
+    barred = ((words[:, None] >> offs_bit[None, :]) & 1) == 0
+    offs_v = offs_w[:, None] * 32 + offs_bit[None, :]
     logits_ptrs = logits_ptr + row * stride_logits + offs_v
-    logits = tl.load(logits_ptrs, mask=barred, other=0.0).to(tl.float32)
+    # A mask would keep the accesses of a whole block from being wide
+    if (words_begin + BLOCK_W) * 32 <= V:
+        logits = tl.load(logits_ptrs).to(tl.float32)
+        tl.store(logits_ptrs, tl.where(barred, _barred(logits), logits))
+    else:
+        mask = barred & (offs_v < V)
+        logits = tl.load(logits_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(logits_ptrs, _barred(logits), mask=mask)
+
+
+@triton.jit
+def _barred(logits):
     # What the sum with -inf is.
-    out = tl.where(logits < float("inf"), float("-inf"), float("nan"))
-    tl.store(logits_ptrs, out, mask=barred)
+    return tl.where(logits < float("inf"), float("-inf"), float("nan"))
 
 
 def apply_bitmask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
@@ -87,7 +99,7 @@ def apply_bitmask(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     check_device(logits=logits, rows=rows, bits=bits)
     if R and V:
         config = launch_config(V)
-        _apply_bitmask_kernel[(R, triton.cdiv(V, config.BLOCK_V))](
+        _apply_bitmask_kernel[(R, triton.cdiv(V, 32 * config.BLOCK_W))](
             logits,
             rows.contiguous(),
             bits,

@@ -190,7 +190,11 @@ class DecodeGraph:
     def _may_capture(self) -> bool:
         """Return whether the cache's memory has been the same for a few steps, and has room."""
         memories = [layer.memory_with_room for layer in self._layers]
-        self._num_steps = self._num_steps + 1 if _are_same(memories, self._memories) else 0
+        if _are_same(memories, self._memories):
+            self._num_steps += 1
+        else:
+            # The graph would keep the memory that the cache has left
+            self._num_steps, self._captured = 0, None
         self._memories = memories
         return None not in memories and self._num_steps >= _FIRST_STEPS
 

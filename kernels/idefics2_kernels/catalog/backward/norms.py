@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.backward import layer_norm, rms_norm
-from idefics2_kernels.catalog.layouts import normal
+from idefics2_kernels.catalog.layouts import Layout, normal
 from idefics2_kernels.catalog.norms import layer_norm_inputs, norm_cases, rms_norm_inputs
 from idefics2_kernels.catalog.rowwise import rowwise_cost
 from idefics2_kernels.catalog.spec import Case, Cost, Inputs, KernelSpec
@@ -39,7 +39,7 @@ def _with_gradients(case: Case, inputs: Inputs) -> Inputs:
     x = inputs["x"]
 
     # A view is that of x and dy alone, so that the strides of all three differ.
-    layout = "plain" if case.where == "huge" else case.dims.get("layout", "plain")
+    layout: Layout = "plain" if case.where == "huge" else case.dims.get("layout", "plain")
     dsum = None
     if case.dims["sum"]:
         dsum = normal(*x.shape, dtype=x.dtype, device=x.device)
