@@ -168,7 +168,7 @@ class DecodeGraph:
         """Return whether a step with ``first`` (B, Q, ...) is one that a graph may compute."""
         return (
             first.shape[1] == 1
-            and _has_graphs(first.device)
+            and has_graphs(first.device)
             and self._is_known
             and not torch.is_grad_enabled()
             and not self.model.training
@@ -265,7 +265,8 @@ def _are_same(some: list[Memory | None], others: list[Memory | None]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
-def _has_graphs(device: torch.device) -> bool:
+def has_graphs(device: torch.device) -> bool:
+    """Return whether steps on ``device`` may be graphs."""
     return device.type == "cuda"
 
 

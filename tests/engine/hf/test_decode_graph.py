@@ -47,7 +47,7 @@ def looping(case: TinyCase, peer: Any) -> Any:
 def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     made = Captures()
     monkeypatch.setattr(decode_graph, "capture", made)
-    monkeypatch.setattr(decode_graph, "_has_graphs", lambda _device: True)
+    monkeypatch.setattr(decode_graph, "has_graphs", lambda _device: True)
     return made
 
 
@@ -124,7 +124,7 @@ def test_other_parameters_have_another_graph(
     layer, logits = own.model.text_model.layers[0].mlp.down_proj, []
     first = layer.weight
     for has_graphs in (True, False):
-        monkeypatch.setattr(decode_graph, "_has_graphs", lambda _device, has=has_graphs: has)
+        monkeypatch.setattr(decode_graph, "has_graphs", lambda _device, has=has_graphs: has)
         layer.weight = first
         cache = PagedCache(own.config)
         decode(own, batch(NO_IMAGE), 8, cache)
@@ -155,7 +155,7 @@ def test_padding_behind_a_kept_token_is_not_attended_to(
     mask[:, -3] = 0
     step = {"input_ids": torch.full_like(mask[:, :1], 7), "attention_mask": mask}
     for has_graphs in (True, False):
-        monkeypatch.setattr(decode_graph, "_has_graphs", lambda _device, has=has_graphs: has)
+        monkeypatch.setattr(decode_graph, "has_graphs", lambda _device, has=has_graphs: has)
         cache = PagedCache(own.config)
         decode(own, inputs, 8, cache)
         before = captures.replays
@@ -171,5 +171,5 @@ def test_a_graph_computes_what_steps_compute(
 ) -> None:
     got = decode(own, batch(NO_IMAGE), 12, PagedCache(own.config))
     assert captures.replays > 5
-    monkeypatch.setattr(decode_graph, "_has_graphs", lambda _device: False)
+    monkeypatch.setattr(decode_graph, "has_graphs", lambda _device: False)
     assert torch.equal(got, decode(own, batch(NO_IMAGE), 12, PagedCache(own.config)))

@@ -39,6 +39,7 @@ def compilations(*cases: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_only_a_size_without_a_warm_up_has_a_variant_of_its_own() -> None:
     # The last case shows that a missing size is noticed
     *totals, late, with_late = compilations(*CASES, f"90,8b,bf16,{_NO_PREFETCH}")

@@ -278,6 +278,7 @@ def draw_request(rng: random.Random, longest: int) -> Request:
     )
 
 
+@pytest.mark.long
 def test_fuzz() -> None:
     """Run 20,000 steps of 50 machines of all sizes.
 
