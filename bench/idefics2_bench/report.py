@@ -67,6 +67,8 @@ def whole_line(row: Row) -> str:
     head = f"{row['kernel']:8} {row['case']:20} {row['impl']:22}"
     if "error" in row:
         return f"{head} FAILED: {row['error']}"
+    if "beside_GB" in row:
+        return f"{head} {row['beside_GB']:10.2f} GB beside weights and KV cache"
     if "ms" not in row:
         return f"{head} WRONG: the result is not finite"
     spread = f" ({row['ms_p20']:.2f}-{row['ms_p80']:.2f})" if "ms_p20" in row else ""
@@ -91,6 +93,12 @@ def whole_table(about: dict[str, Any], rows: list[Row]) -> str:
         head = (
             f"| {row['kernel']} | {row['case']} | {row['impl']} | {row['model']}, {row['dtype']} |"
         )
+        if "beside_GB" in row:
+            lines.append(
+                f"{head} | {row['beside_GB']:.2f} GB beside weights and KV cache "
+                f"| {row['peak_GB']:.1f} | | |"
+            )
+            continue
         if "ms" not in row:
             lines.append(f"{head} {'failed' if 'error' in row else 'wrong'} | | | | |")
             continue

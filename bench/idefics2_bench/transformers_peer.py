@@ -3,7 +3,8 @@
 Its parameters are views of the engine's fused ones, so it needs no memory for weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,22 @@ def transformers_model(model: Idefics2, folder: Path) -> Any:
 
     # transformers is only partly typed
     library: Any = transformers
+    kind = library.Idefics2ForConditionalGeneration
+    return model_on(model, kind, transformers_config(model, folder), attn_implementation="sdpa")
 
+
+def transformers_config(model: Idefics2, folder: Path) -> Any:
+    """Return transformers' config of ``folder``, with the perceiver's epsilon of ``model``."""
+    import transformers
+
+    library: Any = transformers
     values = read_json(folder / "config.json")
     perceiver = values.get("perceiver_config") or {}
     # transformers' default differs from the value that the checkpoint was trained with
     eps = model.config.perceiver.rms_norm_eps
-    config = library.Idefics2Config(
+    return library.Idefics2Config(
         **{**values, "perceiver_config": {**perceiver, "rms_norm_eps": eps}}
     )
-    kind = library.Idefics2ForConditionalGeneration
-    return model_on(model, kind, config, attn_implementation="sdpa")
 
 
 def padded_images(
@@ -91,6 +98,25 @@ def generation_inputs(
     return inputs
 
 
+@contextmanager
+def decoding_without_cudnn() -> Iterator[Any]:
+    """Yield the ``logits_processor`` of one ``generate`` whose decode steps run without cuDNN."""
+    import transformers
+
+    library: Any = transformers
+
+    def leave_out_cudnn(_input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The prompts have been computed when the first scores are processed
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return scores
+
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield library.LogitsProcessorList([leave_out_cudnn])
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+
+
 def generate(peer: Any, inputs: dict[str, Tensor], pad_id: int, max_new_tokens: int) -> Tensor:
     """Continue ``inputs`` greedily, also after end tokens; return ids (B, ``max_new_tokens``).
 
@@ -108,20 +134,10 @@ def generate(peer: Any, inputs: dict[str, Tensor], pad_id: int, max_new_tokens: 
     # The model's own config would add an end token to ``greedy``
     peer.generation_config = greedy
 
-    def leave_out_cudnn(_input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The prompts have been computed when the first scores are processed
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return scores
-
-    processors = library.LogitsProcessorList([leave_out_cudnn])
-    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        with torch.inference_mode():
-            tokens: Tensor = peer.generate(
-                **inputs, generation_config=greedy, logits_processor=processors
-            )
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
+    with decoding_without_cudnn() as processors, torch.inference_mode():
+        tokens: Tensor = peer.generate(
+            **inputs, generation_config=greedy, logits_processor=processors
+        )
     new = tokens[:, inputs["input_ids"].shape[1] :]
     if new.shape[1] != max_new_tokens:
         raise RuntimeError(f"transformers generated {new.shape[1]} tokens, not {max_new_tokens}")

@@ -151,8 +151,8 @@ def test_a_second_derivative_raises() -> None:
         torch.autograd.grad(JOINED.silu_mul(x).sum(), x, create_graph=True)
 
 
-def test_missing_gradients_raise_by_name() -> None:
-    inputs = [torch.randn(shape) for shape in CALLS["perceiver_attention"][1]]
+def test_missing_gradients_raise_by_name(device: torch.device) -> None:
+    inputs = [torch.randn(shape, device=device) for shape in CALLS["perceiver_attention"][1]]
     inputs[0].requires_grad_()
     out: Any = perceiver(KERNELS)(*inputs)
     with pytest.raises(
@@ -199,22 +199,24 @@ def test_loss_is_that_of_whole_logits(labeled: str, num_items: int | None) -> No
 
 
 @pytest.mark.parametrize("table", [REFERENCE_GRADIENTS, TRITON_GRADIENTS], ids=["torch", "triton"])
-def test_loss_without_targets_is_zero(table: Any) -> None:
-    hidden, weight = torch.randn(4, 16, requires_grad=True), torch.randn(9, 16, requires_grad=True)
-    loss = linear_cross_entropy(table, hidden, weight, torch.full((4,), -100))
+def test_loss_without_targets_is_zero(table: Any, device: torch.device) -> None:
+    hidden, weight = (torch.randn(rows, 16, device=device, requires_grad=True) for rows in (4, 9))
+    loss = linear_cross_entropy(table, hidden, weight, torch.full((4,), -100, device=device))
     assert loss.item() == 0
     got = torch.autograd.grad(loss, [hidden, weight])
     assert not any(bool(one.any()) for one in got)
 
 
 @pytest.mark.parametrize("weight_grad", [False, True])
-def test_loss_in_several_chunks(weight_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_several_chunks(
+    weight_grad: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     torch.manual_seed(0)
     for name in ("CHUNK_BYTES", "CHUNK_BYTES_WEIGHT"):
         monkeypatch.setattr(kernel, name, 1)
     assert kernel.chunk_rows(19, 4, weight_grad=weight_grad) == kernel.CHUNK_ROWS
-    hidden, weight = torch.randn(300, 16), torch.randn(19, 16)
-    targets = torch.randint(19, (300,)).masked_fill(torch.rand(300) < 0.1, -100)
+    hidden, weight = (torch.randn(rows, 16, device=device) for rows in (300, 19))
+    targets = torch.randint(19, (300,)).masked_fill(torch.rand(300) < 0.1, -100).to(device)
     got, wanted = (
         gradients.linear_cross_entropy(hidden, weight, targets, weight_grad=weight_grad)
         for gradients in (TRITON_GRADIENTS, REFERENCE_GRADIENTS)

@@ -72,11 +72,11 @@ def run_workers(
             raise Idefics2Error(
                 f"idefics2 run ended with {process.returncode}: {log.read()[-999:]}"
             )
-    lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    lines = _objects(out)
     if [line["row"] for line in lines] != list(range(rows.count)):
         raise Idefics2Error(f"each of {rows.count} rows must be there once, got {len(lines)}")
     run = json.loads(Path(f"{out}.summary.json").read_text(encoding="utf-8"))["run"]
-    answered = [json.loads(line) for line in stats.read_text(encoding="utf-8").splitlines()]
+    answered = _objects(stats)
     begin = min(one["time"] - one["seconds"] for one in answered)
     times: dict[int, list[float]] = {}
     for one in answered:
@@ -100,7 +100,7 @@ def run_ray(model: str, rows: RowsOnDisk, workers: int, kwargs: dict[str, Any]) 
 
     from idefics2_engine.jobs.ray_data import Idefics2ProcessorConfig, build_processor
 
-    lines = (rows.folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    items = _objects(rows.folder / "rows.jsonl")
     config = Idefics2ProcessorConfig(
         model_source=model,
         engine_kwargs=kwargs,
@@ -125,10 +125,8 @@ def run_ray(model: str, rows: RowsOnDisk, workers: int, kwargs: dict[str, Any]) 
             },
         )
         blocks = max(1, rows.count // _ROWS_OF_BLOCK)
-        items = ray.data.from_items(
-            [json.loads(line) for line in lines], override_num_blocks=blocks
-        )
-        answered = process(items).materialize()
+        dataset = ray.data.from_items(items, override_num_blocks=blocks)
+        answered = process(dataset).materialize()
         end = time.time()
         answers = answered.take_all()
     finally:
@@ -188,6 +186,12 @@ def _workers_of(process: int) -> list[int]:
         for child in children(process)
         if b"worker_main" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
+
+
+def _objects(path: Path) -> list[dict[str, Any]]:
+    # Answers of random weights have all kinds of line separators
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
 
 
 def _longest_gap(times: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ _SUITES = {
     "load": "checkpoint_loading",
     "offline": "offline",
     "jobs": "jobs.suite",
+    "hf": "hf.suite",
     "report": "results.page",
     "compare": "results.compare",
 }
@@ -24,8 +25,9 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         "bench",
         help="time the kernels or the whole model on this machine",
         description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), "
-        "steps (divided by operation), load (a checkpoint), offline (many requests) or jobs "
-        "(idefics2 run). Or show results files: report (a page) and compare (what got slower). "
+        "steps (divided by operation), load (a checkpoint), offline (many requests), jobs "
+        "(idefics2 run) or hf (transformers' classes). Or show results files: report (a page) and "
+        "compare (what got slower). "
         "`idefics2 bench SUITE --help` lists its options. -v and --log-level may come before or "
         "after the suite.",
         allow_abbrev=False,

@@ -51,7 +51,6 @@ class LayerNorm(nn.LayerNorm):
         ops = operations_of(self).for_call(input, self.weight, self.bias)
         if ops is None:
             return super().forward(input)
-        # The embeddings of one image are a transposed convolution's
         return ops.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
 
 
@@ -310,6 +309,8 @@ class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
 
         Padding of the result is zero.
         """
+        # Of one image they are a transposed convolution's, and so would be all sums with them
+        inputs_embeds = inputs_embeds.contiguous()
         config = self.config
         wants_states = kwargs.get("output_hidden_states", config.output_hidden_states)
         if (

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from idefics2_kernels.backward.column_sums import column_sums
 from idefics2_kernels.backward.norm_gradients import NormGradients, make_norm_gradients
+from idefics2_kernels.gpu.target import current_arch
 from idefics2_kernels.norms.layer_norm import LaunchConfig, load_columns, store_columns
 
 # Programs that sum the gradients of weight and bias, at most: four on each SM of an H100.
@@ -27,13 +28,21 @@ PROGRAMS = 528
 
 
 @cache
-def launch_config(N: int) -> LaunchConfig:
+def launch_config(N: int, arch: int) -> LaunchConfig:
     """Return the tile for rows of ``N`` columns."""
     BLOCK_N = 1 << (N.bit_length() - 1)
     BLOCK_REST = triton.next_power_of_2(N - BLOCK_N) if BLOCK_N < N else 0
     # On an H200, 39200 x 1152 takes 99.8 us with a row a warp, 117 us with a row two warps, and
-    # 220 us with four rows four warps.
-    num_warps = 1 if BLOCK_N <= 1024 else 4 if BLOCK_N <= 2048 else 8 if BLOCK_N <= 4096 else 16
+    # 220 us with four rows four warps. For sm_80 a row a warp does not fit the registers.
+    num_warps = (
+        (1 if arch >= 90 else 2)
+        if BLOCK_N <= 1024
+        else 4
+        if BLOCK_N <= 2048
+        else 8
+        if BLOCK_N <= 4096
+        else 16
+    )
     return LaunchConfig(max(1, min(16, 512 // BLOCK_N)), BLOCK_N, BLOCK_REST, num_warps)
 
 
@@ -161,7 +170,7 @@ def layer_norm_backward(
     """
     rows = make_norm_gradients(dy, x, dsum, weight=weight, bias=bias)
     N = x.shape[-1]
-    tiles = triton.cdiv(rows.x.shape[0], launch_config(N).BLOCK_M)
+    tiles = triton.cdiv(rows.x.shape[0], launch_config(N, current_arch()).BLOCK_M)
     if not weight_grad:
         if rows.dx.numel():
             _launch(rows, weight, eps, None, tiles)
@@ -193,5 +202,5 @@ def _launch(
         # With one column, g is its own mean. A fused multiply-add would subtract the rounded mean
         # from the exact product, and 1 / sqrt(eps) would scale the rounding up.
         enable_fp_fusion=rows.x.dtype != torch.float32,
-        **asdict(launch_config(N)),
+        **asdict(launch_config(N, current_arch())),
     )
