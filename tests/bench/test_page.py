@@ -209,7 +209,7 @@ def test_page_of_all_recorded_results_needs_nothing_else(tmp_path: Path) -> None
     charts = {path.stem for path in folder.iterdir()}
     steps = {path for path in charts if path.startswith("step-")}
     assert charts - steps == {
-        *("roofline-1", "roofline-2", "kernels-beside-peers", "model-beside-peers"),
+        *("roofline-1", "roofline-2", "roofline-3", "kernels-beside-peers", "model-beside-peers"),
         *("decode-step", "decode-tokens", "decode-context", "prefill-tokens", "image-size"),
         *("steps", "offline-time", "memory"),
     }

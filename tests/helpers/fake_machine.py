@@ -22,6 +22,7 @@ VERSIONS = {
     "zstandard": "0.25.0",
     "fsspec": "2026.9.0",
     "datasets": "5.2.0",
+    "llguidance": "1.9.1",
     "ray": "2.60.0",
 }
 
