@@ -226,8 +226,8 @@ class Sampler:
 
     def _bar(self, logits: Tensor, batch: DrawBatch, bits: Words) -> None:
         """Bar the tokens that constraints do not allow."""
-        (rows,) = to_device([np.flatnonzero(batch.columns["constrained"])], logits.device)
-        (words,) = to_device([bits.reshape(-1)], logits.device)
+        places = np.flatnonzero(batch.columns["constrained"]).astype(np.int32)
+        rows, words = to_device([places, bits.reshape(-1)], logits.device)
         self.ops.apply_bitmask(logits, rows, words.view(bits.shape))
 
     @torch.inference_mode()
