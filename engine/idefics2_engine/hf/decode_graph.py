@@ -2,8 +2,8 @@
 
 A step of one token a row launches several hundred kernels. That takes the host longer than running
 them takes the device, so the first steps of a cache are computed as usual, and the next one is
-captured. A graph reads its inputs from fixed tensors, and it holds for one memory of the cache. A
-step that needs more memory is computed as usual, and then the next one is captured anew.
+captured. A graph reads its inputs from fixed tensors, and it holds for one memory of the cache. When
+the cache takes new memory, steps are computed as usual again, and a few later one is captured anew.
 """
 
 import operator
@@ -140,8 +140,11 @@ class DecodeGraph:
             return None
         x = self.model.embed_tokens(input_ids) if embeds is None else embeds
         ops = operations_of(self.model).for_call(x, module=self.model)
+        if ops is None or not self._may_capture():
+            return None
+        # It waits for the device, so steps that are computed as usual do not ask for it twice
         padding = self._padding(attention_mask, len(x))
-        if ops is None or padding is None or not self._may_capture():
+        if padding is None:
             return None
         ((begin, end),) = {layer.append_slot() for layer in self._layers}
         memory = self._memories[0]
