@@ -57,7 +57,7 @@ def warm_up_sampling(model: Idefics2, *, min_p_first: bool = True) -> None:
         for width in {text.padded_vocab_size, text.vocab_size}:
             logits = torch.zeros((1, width), dtype=dtype, device=model.device)
             logits = logits[:, : text.vocab_size]
-            model.ops.apply_bitmask(logits, integers, bits)
+            model.ops.apply_bitmask(logits, integers.int(), bits)
             model.ops.sample(
                 logits,
                 ones,
