@@ -74,12 +74,12 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     gate, up = mlp.gate_proj, mlp.up_proj
     if not (_is_plain(gate) and _is_plain(up)):
         return ops.silu_mul(torch.cat([gate(x), up(x)], dim=-1))
-    # Both products are written to one memory, which saves a copy
     width = gate.out_features
     rows = x.flatten(0, -2)
     stacked = _stacked(gate.weight, up.weight)
     if stacked is not None:
         return ops.silu_mul(rows @ stacked.t()).view(*x.shape[:-1], width)
+    # Both products are written to one memory, which saves a copy
     gate_up = x.new_empty(len(rows), 2 * width)
     torch.mm(rows, gate.weight.t(), out=gate_up[:, :width])
     torch.mm(rows, up.weight.t(), out=gate_up[:, width:])
@@ -309,7 +309,7 @@ class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
 
         Padding of the result is zero.
         """
-        # Of one image they are a transposed convolution's, and so would be all sums with them
+        # The convolution's output is transposed in memory. Every sum with it would be too, and slow
         inputs_embeds = inputs_embeds.contiguous()
         config = self.config
         wants_states = kwargs.get("output_hidden_states", config.output_hidden_states)
