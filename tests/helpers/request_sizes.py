@@ -59,9 +59,10 @@ def draw(model: Idefics2, count: int, dtype: torch.dtype, *, padded: bool) -> No
     ones = shifted(torch.ones(count), model.device, count % 4)
     zeros = shifted(torch.zeros(count), model.device, count % 4)
     integers = shifted(torch.zeros(count, dtype=torch.int64), model.device, count % 4)
+    rows = shifted(torch.arange(count, dtype=torch.int32), model.device, count % 4)
     words = -(-text.vocab_size // 32)
     bits = shifted(torch.full((count, words), -1, dtype=torch.int32), model.device, count % 4)
-    model.ops.apply_bitmask(logits, integers, bits)
+    model.ops.apply_bitmask(logits, rows, bits)
     model.ops.sample(logits, ones, integers, ones, zeros, integers, integers)
 
 
