@@ -15,6 +15,7 @@ from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
 from idefics2_engine.hf.attention import NAME
+from idefics2_engine.hf.hooks import is_unhooked
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_engine.hf.paged_cache import PagedCache
@@ -121,16 +122,6 @@ def _is_plain(layer: nn.Module) -> bool:
         # Quantized and distributed weights are of types of their own
         and type(layer.weight) is nn.Parameter
         and is_unhooked(layer)
-    )
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Return whether nobody sees or changes what ``module`` computes."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        # accelerate's hooks set a ``forward`` of their own
-        or "forward" in module.__dict__
     )
 
 

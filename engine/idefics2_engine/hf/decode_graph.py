@@ -19,6 +19,7 @@ from transformers.utils import output_capturing
 
 from idefics2_engine.hf import blocks
 from idefics2_engine.hf.attention import NAME
+from idefics2_engine.hf.hooks import is_recording, is_unhooked
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import count_left_padding
 from idefics2_engine.hf.paged_cache import PagedCache, PagedLayer
@@ -81,7 +82,8 @@ dict.__setitem__(_can_record, str(MistralModel), modeling_mistral.MistralModel._
 def _wants_more(config: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether a forward is asked for more than the last hidden states."""
     return (
-        config.output_attentions
+        is_recording()
+        or config.output_attentions
         or config.output_hidden_states
         or any(value for name, value in kwargs.items() if name.startswith("output_"))
     )
@@ -176,7 +178,7 @@ class DecodeGraph:
             and not torch.is_grad_enabled()
             and not self.model.training
             and self.model.config._attn_implementation == NAME
-            and all(map(blocks.is_unhooked, self._modules))
+            and all(map(is_unhooked, self._modules))
         )
 
     def _padding(self, attention_mask: Tensor | None, B: int) -> Tensor | None:

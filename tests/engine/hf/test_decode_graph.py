@@ -145,6 +145,10 @@ def test_states_that_are_asked_for_are_returned(own: Any, captures: Captures) ->
     out = own.generate(**inputs, **settings, output_hidden_states=True)
     assert len(out.hidden_states) == 10
     assert captures.replays == 0
+    # The hooks that transformers leaves behind do nothing now
+    again = own.generate(**inputs, **settings)
+    assert torch.equal(again.sequences, out.sequences)
+    assert captures.captures == 1
 
 
 def test_padding_behind_a_kept_token_is_not_attended_to(

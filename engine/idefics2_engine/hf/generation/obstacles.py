@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from idefics2_engine.hf.attention import NAME
+from idefics2_engine.hf.hooks import is_unhooked
 
 
 class NotOnEngineError(ValueError):
@@ -115,23 +115,10 @@ def check_model(model: Any) -> None:
     if torch.is_autocast_enabled(model.device.type):
         raise NotOnEngineError("torch.autocast needs transformers' loop")
     for name, module in model.named_modules():
-        if _has_hooks(module):
+        if not is_unhooked(module):
             raise NotOnEngineError(f"a hook of {name or 'the model'} would not be called")
         if _has_active_adapter(module):
             raise NotOnEngineError(f"an adapter of {name} is active and not merged")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    # accelerate's hooks set a ``forward`` of their own
-    if "forward" in module.__dict__:
-        return True
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # transformers leaves its own behind, which do nothing outside a forward that records
-    return any(not _home(hook).startswith("transformers.") for hook in hooks)
-
-
-def _home(hook: Any) -> str:
-    return str(getattr(hook, "__module__", "") or type(hook).__module__)
 
 
 def _has_active_adapter(module: Any) -> bool:
