@@ -53,7 +53,12 @@ class MistralModel(modeling_mistral.MistralModel):  # type: ignore[no-untyped-ca
     ) -> Any:
         """Map tokens (B, Q) or ``inputs_embeds`` (B, Q, hidden) as transformers' ``forward``."""
         hidden = None
-        if isinstance(past_key_values, PagedCache) and not _wants_more(self.config, kwargs):
+        if (
+            isinstance(past_key_values, PagedCache)
+            # Dynamo cannot trace what follows, and makes graphs of its own
+            and not torch.compiler.is_compiling()
+            and not _wants_more(self.config, kwargs)
+        ):
             graph = past_key_values.graph
             if not isinstance(graph, DecodeGraph) or graph.model is not self:
                 graph = past_key_values.graph = DecodeGraph(self, past_key_values)

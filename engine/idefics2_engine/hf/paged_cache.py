@@ -23,12 +23,18 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     ``keys`` and ``values`` are slices of the memory. If another method made other tensors of them,
     or no slot is free behind them, the next tokens are written to new memory.
+
+    Args:
+        tables: What the layers of a cache share.
+        max_length: Tokens beyond which no room is made ahead. ``None`` if not known.
+        **kwargs: transformers' arguments.
     """
 
-    def __init__(self, tables: LastTables, **kwargs: Any) -> None:
+    def __init__(self, tables: LastTables, max_length: int | None, **kwargs: Any) -> None:
         init: Any = super().__init__
         init(**kwargs)
         self._last = tables
+        self._max_length = max_length
         self.memory: Memory | None = None
 
     @property
@@ -146,8 +152,10 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if memory is None or end is None or end + added > memory.capacity:
             needed = past + added
             # Room for a quarter more, and for a page at least
-            capacity = -(-(needed + max(PAGE, needed // 4)) // PAGE) * PAGE
-            memory = self.memory = Memory.allocate(keys, len(keys), capacity)
+            room = needed + max(PAGE, needed // 4)
+            if self._max_length is not None:
+                room = max(needed, min(room, self._max_length))
+            memory = self.memory = Memory.allocate(keys, len(keys), -(-room // PAGE) * PAGE)
             memory.keys[:, :, :past] = keys
             memory.values[:, :, :past] = values
             end = past
@@ -191,18 +199,19 @@ class PagedCache(DynamicCache):
 
     Args:
         config: The model's config, or that of its text model.
+        max_length: The most tokens that are expected. More are stored too.
 
     Attributes:
         graph: The step of the model that decodes with it, where that is a graph (``decode_graph``).
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, max_length: int | None = None) -> None:
         super().__init__(config=config)
         tables = LastTables()
         self.layers = [
-            PagedSlidingWindowLayer(tables, sliding_window=layer.sliding_window)
+            PagedSlidingWindowLayer(tables, max_length, sliding_window=layer.sliding_window)
             if isinstance(layer, DynamicSlidingWindowLayer)
-            else PagedLayer(tables)
+            else PagedLayer(tables, max_length)
             for layer in self.layers
         ]
         self.graph: Any = None
@@ -233,12 +242,19 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
     """transformers' class of the same name, which generates with a ``PagedCache``."""
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         given = model_kwargs.get("past_key_values")
         parent: Any = super()
         prepare: Any = parent._prepare_cache_for_generation
-        result = prepare(generation_config, model_kwargs, *args, **kwargs)
+        result = prepare(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         config = self.config.get_text_config(decoder=True)
         if (
             given is None
@@ -248,7 +264,7 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
             # Without no_grad, gradients through the cache may be wanted
             and not torch.is_grad_enabled()
         ):
-            cache: Any = PagedCache(config)
+            cache: Any = PagedCache(config, max_cache_length)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache

@@ -414,6 +414,32 @@ class TestCache:
         assert (logits[0] - logits[1]).abs().max() > 0.1
 
 
+def test_no_room_is_made_beyond_the_longest_answer(
+    peer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacities, allocate = [], Memory.allocate
+
+    def counted_allocate(like: Tensor, B: int, capacity: int) -> Memory:
+        capacities.append(capacity)
+        return allocate(like, B, capacity)
+
+    monkeypatch.setattr(Memory, "allocate", counted_allocate)
+    inputs = text_of(batch(MIXED))
+    inputs = {name: tensor[:, -60:] for name, tensor in inputs.items()}
+    model = build_own(peer, MIXED)
+    model.generation_backend = "transformers"
+    model.generate(**inputs, **LOOPED | {"max_new_tokens": 2 * PAGE - 59})
+    # The last token is not stored, so two pages hold all
+    assert max(capacities) == 2 * PAGE
+
+
+def test_more_tokens_than_expected_are_stored(peer: Any) -> None:
+    inputs = text_of(batch(LONG))
+    model = patched(build_peer(LONG))
+    short, long = (PagedCache(model.config, max_length=most) for most in (3, None))
+    assert torch.equal(four_steps(model, inputs, short), four_steps(model, inputs, long))
+
+
 def test_pages_begin_at_every_slot() -> None:
     memory = Memory.allocate(torch.empty(1, 3, 1, 4), 2, 2 * PAGE)
     assert memory.capacity == 2 * PAGE
