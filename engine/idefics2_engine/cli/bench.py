@@ -14,6 +14,7 @@ _SUITES = {
     "offline": "offline",
     "jobs": "jobs.suite",
     "hf": "hf.suite",
+    "structured": "structured",
     "report": "results.page",
     "compare": "results.compare",
 }
@@ -26,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[Any]") -> None:
         help="time the kernels or the whole model on this machine",
         description="Run a suite of benchmarks: kernels, latency (decode steps, images, prefill), "
         "steps (divided by operation), load (a checkpoint), offline (many requests), jobs "
-        "(idefics2 run) or hf (transformers' classes). Or show results files: report (a page) and "
+        "(idefics2 run), hf (transformers' classes) or structured (constrained answers). Or show results files: report (a page) and "
         "compare (what got slower). "
         "`idefics2 bench SUITE --help` lists its options. -v and --log-level may come before or "
         "after the suite.",
