@@ -34,7 +34,7 @@ from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.policy import ImagePolicy
 from idefics2_engine.images.reader import ImageReader
 from idefics2_engine.images.tiling import ImageConfig
-from idefics2_engine.images.worker_pool import WorkerPool
+from idefics2_engine.images.workers.worker_pool import WorkerPool
 
 SIZES = ((640, 480), (980, 735))
 _HALF = (0.5, 0.5, 0.5)

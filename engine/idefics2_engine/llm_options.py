@@ -36,8 +36,8 @@ from idefics2_engine.images.loader import (
     media_config,
 )
 from idefics2_engine.images.policy import ImagePolicy
-from idefics2_engine.images.worker import aligned
-from idefics2_engine.images.worker_pool import WorkerPool, default_workers
+from idefics2_engine.images.workers.worker import aligned
+from idefics2_engine.images.workers.worker_pool import WorkerPool, default_workers
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.quantization import PARTS, Quantization

@@ -12,7 +12,7 @@ from typing import Any
 from idefics2_bench.jobs.apart import Ended, run_apart
 from idefics2_bench.jobs.stand_in import MODEL, NUM_IMAGES, input_path, read_input, write_input
 from idefics2_engine.images.loader import MediaConfig
-from idefics2_engine.images.source_check import SourceCheck
+from idefics2_engine.images.sources.source_check import SourceCheck
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error
 from idefics2_engine.jobs.readers.validation import validate
 

@@ -16,7 +16,7 @@ from idefics2_bench.offline_workloads import offline_requests
 from idefics2_bench.time_report import time_figures
 from idefics2_bench.timing import synchronize
 from idefics2_engine import LLM, Row, SamplingParams, llm_options
-from idefics2_engine.images.source_check import SourceCheck
+from idefics2_engine.images.sources.source_check import SourceCheck
 from idefics2_engine.jobs.fingerprint_parts import sampling_parts
 from idefics2_engine.jobs.job_options import JobOptions
 from idefics2_engine.jobs.job_result import JobResult

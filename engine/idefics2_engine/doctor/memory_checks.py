@@ -14,7 +14,7 @@ from idefics2_engine.doctor.model_memory import (
     memory_need,
     weight_bytes,
 )
-from idefics2_engine.images.worker_pool import POOL_BYTES
+from idefics2_engine.images.workers.worker_pool import POOL_BYTES
 from idefics2_engine.model.config import ModelConfig
 
 # A shorter context has no room for a few split images, of 326 tokens each, and an answer

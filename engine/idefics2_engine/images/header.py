@@ -29,7 +29,7 @@ from idefics2_engine.images.policy import (
     loaded_orientation,
     refuse_doubtful,
 )
-from idefics2_engine.images.sources import plain_source
+from idefics2_engine.images.sources.source_forms import plain_source
 
 # An image with these orientations is stored on its side
 _TURNED = range(5, 9)

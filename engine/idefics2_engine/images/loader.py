@@ -18,17 +18,17 @@ from PIL import Image
 from idefics2_engine.errors import ConfigError, ImageError, MediaNotAllowedError
 from idefics2_engine.images.arrays import array_rgb, is_tensor, tensor_rgb
 from idefics2_engine.images.decoder import check_size, decode
-from idefics2_engine.images.download import (
+from idefics2_engine.images.parallel import alone_with
+from idefics2_engine.images.pillow_guard import guard_pillow
+from idefics2_engine.images.policy import ImagePolicy, upright_rgb
+from idefics2_engine.images.sources.download import (
     FetchRules,
     Network,
     check_url,
     fetch,
     scheme_and_host,
 )
-from idefics2_engine.images.parallel import alone_with
-from idefics2_engine.images.pillow_guard import guard_pillow
-from idefics2_engine.images.policy import ImagePolicy, upright_rgb
-from idefics2_engine.images.sources import (
+from idefics2_engine.images.sources.source_forms import (
     check_bytes,
     data_uri_bytes,
     file_url_path,

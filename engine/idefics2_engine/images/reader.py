@@ -16,9 +16,9 @@ from idefics2_engine.images.file_cache import FileCache
 from idefics2_engine.images.file_tiles import FileTiles, TileRules, file_tiles
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource, MediaConfig, load_image, named_bytes
-from idefics2_engine.images.sources import plain_source
+from idefics2_engine.images.sources.source_forms import plain_source
 from idefics2_engine.images.tiling import Tile, make_tiles
-from idefics2_engine.images.worker_pool import WorkerPool
+from idefics2_engine.images.workers.worker_pool import WorkerPool
 
 # With fewer images a job is done before workers have helped
 MANY_IMAGES = 32

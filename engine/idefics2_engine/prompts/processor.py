@@ -23,7 +23,7 @@ from idefics2_engine.images.parallel import read_all
 from idefics2_engine.images.reader import ImageJob, ImageReader
 from idefics2_engine.images.settings import PROCESSOR, image_settings
 from idefics2_engine.images.tiling import ImageConfig, Tile, make_tiles
-from idefics2_engine.images.worker_pool import WorkerPool
+from idefics2_engine.images.workers.worker_pool import WorkerPool
 from idefics2_engine.json_file import read_json_if_there
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.chat_template import ChatTemplate

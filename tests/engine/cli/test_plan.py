@@ -13,7 +13,7 @@ import pytest
 
 from idefics2_engine.cli.main import main
 from idefics2_engine.jobs.readers.job_input import JobInput
-from idefics2_engine.jobs.readers.row_builder import IdentifiedRow
+from idefics2_engine.jobs.readers.rows.row_builder import IdentifiedRow
 from paths import EIGHT_B, ROOT
 from pictures import file, noise
 

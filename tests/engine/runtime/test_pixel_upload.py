@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from idefics2_engine.device import pin_memory
-from idefics2_engine.images.shared_memory import SharedMemory
 from idefics2_engine.images.tiling import Tile
+from idefics2_engine.images.workers.shared_memory import SharedMemory
 from idefics2_engine.model.batch import ImageBatch
 from idefics2_engine.runtime.pixel_upload import PixelUploader, pinned_tensor
 

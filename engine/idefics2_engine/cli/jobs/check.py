@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from idefics2_engine.cli.jobs import job_options
 from idefics2_engine.cli.jobs.progress import JobTotals, answer_tokens
-from idefics2_engine.images.source_check import SourceCheck
+from idefics2_engine.images.sources.source_check import SourceCheck
 from idefics2_engine.jobs.job_row import JobRow
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.job_input import JobInput

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from idefics2_engine.jobs.plan.job_plan import PlanOptions
     from idefics2_engine.jobs.plan.plan_workers import PlannerRecipe
     from idefics2_engine.jobs.readers.job_input import JobInput
-    from idefics2_engine.jobs.readers.row_ids import RepeatedIds
+    from idefics2_engine.jobs.readers.rows.row_ids import RepeatedIds
     from idefics2_engine.model.config import ModelConfig
     from idefics2_engine.runtime.config import EngineConfig
     from idefics2_engine.sampling_params import SamplingParams
@@ -100,7 +100,7 @@ def _print_plan(args: argparse.Namespace, job_input: "JobInput", params: "Sampli
     from idefics2_engine.jobs.plan.plan_table import plan_lines
     from idefics2_engine.jobs.plan.plan_workers import plan_in_processes, usable_cores
     from idefics2_engine.jobs.plan.time_estimate import MeasuredRates
-    from idefics2_engine.jobs.readers.row_ids import IdHashes
+    from idefics2_engine.jobs.readers.rows.row_ids import IdHashes
     from idefics2_engine.model.config import ModelConfig
 
     folder = DEMO_MODEL if args.model is None else find_model_config(args.model)

@@ -20,7 +20,7 @@ from idefics2_engine.images.header import ImageHeader, read_header
 from idefics2_engine.images.image_info import ImageInfo
 from idefics2_engine.images.loader import ImageSource
 from idefics2_engine.images.reader import ImageReader
-from idefics2_engine.images.source_check import SourceCheck
+from idefics2_engine.images.sources.source_check import SourceCheck
 from idefics2_engine.images.tiling import ImageConfig, Tile, tile_sizes
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.prompts.processor import Processor

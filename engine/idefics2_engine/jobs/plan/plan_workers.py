@@ -20,7 +20,7 @@ from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.jobs.plan.row_batches import row_batches
 from idefics2_engine.jobs.plan.row_planner import PlannedRow, RowPlanner
 from idefics2_engine.jobs.readers.input_options import InputOptions
-from idefics2_engine.jobs.readers.row_builder import IdentifiedRow, RowBuilder
+from idefics2_engine.jobs.readers.rows.row_builder import IdentifiedRow, RowBuilder
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
 from idefics2_engine.sampling.generation_config import GenerationConfig

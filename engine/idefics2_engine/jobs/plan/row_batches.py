@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from idefics2_engine.jobs.readers.row_builder import IdentifiedRow
+from idefics2_engine.jobs.readers.rows.row_builder import IdentifiedRow
 
 _MOST_ROWS = 256
 _MOST_SIZE = 1 << 22

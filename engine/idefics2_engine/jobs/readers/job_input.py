@@ -10,27 +10,27 @@ from typing import Any
 
 from idefics2_engine.errors import ConfigError
 from idefics2_engine.jobs.job_row import JobRow
-from idefics2_engine.jobs.readers.input_options import InputOptions
-from idefics2_engine.jobs.readers.input_paths import (
+from idefics2_engine.jobs.readers.formats.input_paths import (
     HUB_FORMAT,
     find_inputs,
     identify_input,
     media_root,
 )
-from idefics2_engine.jobs.readers.open_sources import open_sources
-from idefics2_engine.jobs.readers.row_builder import IdentifiedRow, RowBuilder
-from idefics2_engine.jobs.readers.row_ids import (
+from idefics2_engine.jobs.readers.formats.open_sources import open_sources
+from idefics2_engine.jobs.readers.input_options import InputOptions
+from idefics2_engine.jobs.readers.row_selection import (
+    NumberedRow,
+    sampled_numbers,
+    select,
+)
+from idefics2_engine.jobs.readers.rows.row_builder import IdentifiedRow, RowBuilder
+from idefics2_engine.jobs.readers.rows.row_ids import (
     IdHashes,
     IdSuffixes,
     PlacedId,
     RepeatedIds,
     RowId,
     find_repeated,
-)
-from idefics2_engine.jobs.readers.row_selection import (
-    NumberedRow,
-    sampled_numbers,
-    select,
 )
 from idefics2_engine.jobs.readers.source import SkippingSource, rows_behind
 from idefics2_engine.jobs.store.input_files import InputFile

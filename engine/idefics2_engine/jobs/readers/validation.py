@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.readers.job_input import JobInput
-from idefics2_engine.jobs.readers.row_ids import IdHashes, RepeatedId
+from idefics2_engine.jobs.readers.rows.row_ids import IdHashes, RepeatedId
 
 _MOST_SHOWN = 20
 

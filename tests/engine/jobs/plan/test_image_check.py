@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from idefics2_engine.images.loader import MediaConfig
-from idefics2_engine.images.source_check import SourceCheck
+from idefics2_engine.images.sources.source_check import SourceCheck
 from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.image_check import ImageCheck, image_error, images_of
 from idefics2_engine.jobs.readers.input_options import InputOptions

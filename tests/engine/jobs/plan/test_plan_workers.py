@@ -14,7 +14,7 @@ from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.jobs.plan.plan_workers import PlannerRecipe, plan_in_processes
 from idefics2_engine.jobs.plan.row_batches import row_batches
 from idefics2_engine.jobs.readers.job_input import JobInput
-from idefics2_engine.jobs.readers.row_builder import IdentifiedRow
+from idefics2_engine.jobs.readers.rows.row_builder import IdentifiedRow
 from idefics2_engine.jobs.readers.source import RawRow
 from job_inputs import job_input, write_rows
 from paths import DEMO

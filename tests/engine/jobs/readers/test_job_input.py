@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idefics2_engine.errors import ConfigError
-from idefics2_engine.jobs.readers import jsonl_source
+from idefics2_engine.jobs.readers.formats import jsonl_source
 from idefics2_engine.jobs.readers.job_input import JobInput
 from idefics2_engine.jobs.readers.json_line import parse_line
 from idefics2_engine.sampling_params import SamplingParams

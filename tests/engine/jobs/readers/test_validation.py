@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from idefics2_engine.jobs.readers.row_ids import RepeatedId
+from idefics2_engine.jobs.readers.rows.row_ids import RepeatedId
 from idefics2_engine.jobs.readers.validation import validate
 from job_inputs import job_input, write_rows
 
