@@ -23,7 +23,8 @@ def is_unhooked(module: nn.Module) -> bool:
 
 def is_recording() -> bool:
     """Return whether transformers records states or weights of layers in this call."""
-    return bool(output_capturing._active_collector.get())
+    collector: Any = output_capturing._active_collector
+    return bool(collector.get())
 
 
 def _home(hook: Any) -> str:
