@@ -44,7 +44,7 @@ wheel: $(INSTALLED)  ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-mutants: $(INSTALLED)  ## break every kernel on purpose and see its tests fail
+mutants: $(INSTALLED)  ## break every plain Triton kernel on purpose and see its tests fail
 	$(BIN)/python tests/tools/mutants.py --jobs $(WORKERS)
 
 sanitize: $(INSTALLED)  ## run every kernel under compute-sanitizer (needs a GPU)

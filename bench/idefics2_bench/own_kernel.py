@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,12 +34,14 @@ class Check:
         error: The error as a share of the allowed error, which is 1. Infinite where the result has
             NaN or another shape or dtype.
         problem: What was raised.
+        trace: Where it was raised.
     """
 
     case: Case
     verdict: Literal["right", "wrong", "unsupported", "failed"]
     error: float = 0.0
     problem: str = ""
+    trace: str = ""
 
 
 def load_function(name: str) -> Callable[..., Any]:
@@ -87,7 +90,8 @@ def check(spec: KernelSpec, cases: Iterable[Case], device: torch.device) -> Iter
             yield Check(case, "unsupported", problem=_described(refusal))
         # A user's function may raise anything, and the other cases still count
         except Exception as problem:
-            yield Check(case, "failed", problem=_described(problem))
+            trace = "".join(traceback.format_exception(problem))
+            yield Check(case, "failed", problem=_described(problem), trace=trace)
         else:
             yield Check(case, "right" if error <= 1 else "wrong", error)
 
@@ -108,20 +112,31 @@ def print_checks(
     """
     where = ("any", "gpu", "model") if has_gpu else ("any",)
     cases = [case for case in spec.cases if case.where in where]
-    if case_names:
-        cases = [case for case in cases if case.name in case_names]
     if not has_gpu and os.environ.get("TRITON_INTERPRET") == "1":
         num_cases = len(cases)
         cases = [case for case in cases if case.dtype is not torch.bfloat16]
         if left_out := num_cases - len(cases):
             print(f"left out: {left_out} cases in bfloat16, which Triton's interpreter gets wrong")
-    if not cases:
-        raise Idefics2Error(f"--case: {spec.name} has no such case that can be checked here")
+    every = cases
+    if case_names:
+        cases = [case for case in cases if case.name in case_names]
+    missing = sorted({*(case_names or ())} - {case.name for case in cases})
+    if missing:
+        raise Idefics2Error(
+            f"--case: {missing[0]!r} of {spec.name} cannot be checked here; those that can are "
+            f"{', '.join(case.name for case in every)}"
+        )
     checks = []
     for one in check(spec, cases, torch.device("cuda" if has_gpu else "cpu")):
         checks.append(one)
         if one.verdict != "right":
             print(_line(one), flush=True)
+    failed = [one for one in checks if one.verdict == "failed"]
+    if failed:
+        print(f"The first failure:\n{failed[0].trace}", end="", file=sys.stderr)
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if failed and not has_gpu and not is_interpreted:
+        print("Without a GPU, Triton kernels run with TRITON_INTERPRET=1", file=sys.stderr)
     verdicts = [one.verdict for one in checks]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(["right", *verdicts]))
     print(f"{name}: {counts} of {len(checks)} cases of {spec.name}", flush=True)

@@ -80,6 +80,18 @@ def test_raising_is_unsupported_or_failed() -> None:
     assert sum(found.values()) == ALL
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times kernels on a GPU")
+def test_the_first_failure_is_shown_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    write_module("def rms_norm(x, weight, eps):\n    raise KeyError('a bug')\n")
+    assert run(["bench", "kernels", "--mine", "my_kernels:rms_norm", "--kernel", "rms_norm"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("raise KeyError('a bug')") == 1
+    assert "Triton kernels run with TRITON_INTERPRET=1" in err
+
+
 @pytest.mark.parametrize("name", ["my_kernels:rms_norm", "my_kernels.py:rms_norm"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times kernels on a GPU")
 def test_command_checks_without_a_gpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +135,10 @@ def test_function_that_cannot_be_found_is_refused(
     [
         ([], "--mine needs the operation that it computes: one --kernel"),
         (["--kernel", "norm"], "--kernel must be one of flash_attention"),
-        (["--kernel", "rms_norm", "--case", "none"], "--case: rms_norm has no such case"),
+        (
+            ["--kernel", "rms_norm", "--case", "none"],
+            "--case: 'none' of rms_norm cannot be checked here",
+        ),
     ],
 )
 def test_operation_must_be_one_of_the_catalog(

@@ -472,7 +472,7 @@ def test_images_without_a_question_are_refused_before_a_job_is_made(
     Image.new("RGB", (8, 8)).save(tmp_path / "images/a.png")
     out = tmp_path / "out.jsonl"
     assert main(["run", "-i", str(tmp_path / "images"), "-o", str(out)]) == 2
-    assert "must come with a question for all of them" in capsys.readouterr().err
+    assert "need a question for all of them" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl.job").exists()
 
 

@@ -69,7 +69,9 @@ class JobInput:
         template = options.read_template()
         self.template = None if template is None else template.text
         if template is None and any(one.format == "images" for one in inputs):
-            raise ConfigError("images must come with a question for all of them, got no prompt")
+            raise ConfigError(
+                "images of a folder need a question for all of them (prompt or --prompt), got none"
+            )
         self._sources = open_sources(inputs, options)
         self.files: tuple[Path, ...] = tuple(
             path for source in self._sources for path in source.files
