@@ -14,7 +14,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import idefics2_engine
-from idefics2_bench import report
 from idefics2_kernels.catalog import CATALOG
 from paths import ROOT
 
@@ -51,15 +50,6 @@ def test_wheel(tmp_path: Path) -> None:
     assert f"\nVersion: {idefics2_engine.__version__}\n" in metadata
     assert "\nRequires-Python: >=3.11\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
-
-
-def test_kernel_pages_have_the_current_tables() -> None:
-    pages = report.renewed_pages()
-    assert set(pages) == set((ROOT / "docs/kernels").glob("*.md"))
-    for path, renewed in pages.items():
-        assert path.read_text(encoding="utf-8") == renewed, (
-            f"{path}: run bench/idefics2_bench/report.py"
-        )
 
 
 @pytest.mark.parametrize("name", [spec.name for spec in CATALOG])
@@ -127,4 +117,4 @@ class TestConstraints:
 
     def test_pins_have_no_local_versions(self) -> None:
         # 2.13.0+cpu is on PyTorch's own index only
-        assert all(re.fullmatch(r"[0-9.]+", version) for version in self.PINS.values())
+        assert [v for v in self.PINS.values() if not re.fullmatch(r"[0-9.]+(\.post\d+)?", v)] == []

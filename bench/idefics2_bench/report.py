@@ -1,8 +1,6 @@
 """Results as a table, as JSON, and as the tables of ``docs/kernels``.
 
-    PYTHONPATH=kernels python bench/idefics2_bench/report.py
-
-This command renews the tables of ``docs/kernels`` from the catalog and the recorded results.
+``make docs-generate`` renews the tables from the catalog and the recorded results.
 """
 
 import json
@@ -223,8 +221,3 @@ def renewed_pages() -> dict[Path, str]:
         page = _PAGES / f"{spec.name}.md"
         renewed[page] = with_figures(page.read_text(encoding="utf-8"))
     return renewed
-
-
-if __name__ == "__main__":
-    for path, text in renewed_pages().items():
-        path.write_text(text, encoding="utf-8")

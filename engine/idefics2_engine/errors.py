@@ -12,6 +12,8 @@ _WRITTEN_BITS = 4096
 class Idefics2Error(ValueError):
     """Base class of errors caused by bad input, whose messages name argument, wanted and got.
 
+    With ``--json`` its code is also that of a wrong command line.
+
     Attributes:
         code: Stable short name of the class for machines, in ``--json`` and in ``to_dict``.
     """
@@ -24,7 +26,10 @@ class Idefics2Error(ValueError):
 
 
 class ConfigError(Idefics2Error):
-    """A checkpoint's JSON files are missing, unreadable or describe an impossible model."""
+    """A checkpoint's JSON files or chat template, or an argument of ``LLM``, do not fit.
+
+    They are missing, unreadable, or describe an impossible model.
+    """
 
     code = "config"
 
@@ -36,7 +41,7 @@ class CheckpointError(Idefics2Error):
 
 
 class ImageError(Idefics2Error):
-    """An image cannot be read or used."""
+    """An image cannot be read or used, or the process that decoded it was killed."""
 
     code = "image"
 
@@ -58,7 +63,11 @@ class ImageWarning(UserWarning):
 
 
 class PromptError(Idefics2Error):
-    """A prompt or a conversation cannot be converted to token ids."""
+    """A prompt or a conversation cannot be converted to token ids.
+
+    It has the wrong shape or does not fit its images, the tokenizer fails on it, or the chat
+    template refuses it or exceeds its limits.
+    """
 
     code = "prompt"
 
@@ -106,13 +115,16 @@ class TooManyImagesError(PromptTooLongError):
 
 
 class SamplingError(Idefics2Error):
-    """A sampling parameter is invalid."""
+    """A sampling parameter is unknown, out of range, or does not fit the model."""
 
     code = "sampling"
 
 
 class InternalError(Idefics2Error):
-    """Preparing a prompt failed for an internal reason, which is chained."""
+    """A row of ``iterate`` or ``submit`` could not be prepared for an internal reason.
+
+    The row is not at fault. The cause is chained.
+    """
 
     code = "internal"
 
@@ -127,13 +139,19 @@ class RequestFailedError(Idefics2Error):
 
 
 class StructuredOutputError(RequestFailedError):
-    """The answer cannot satisfy its constraint: no token is left, or a limit is exceeded."""
+    """The answer cannot satisfy its constraint: no token is left, or a limit is exceeded.
+
+    The constraint is ``structured_outputs``. Other parameters may leave no token.
+    """
 
     code = "structured"
 
 
 class WorkerLostError(Idefics2Error):
-    """The worker process of a job ended each time this row ran, the last time with no other row."""
+    """The worker process of a job ended each time this row ran, the last time with no other row.
+
+    Other rows continue.
+    """
 
     code = "worker_lost"
 

@@ -1,7 +1,4 @@
-"""Write the table of keywords into ``docs/structured-output.md``, from the cases of the tests.
-
-PYTHONPATH=engine:tests/helpers python tests/tools/structured_keywords.py
-"""
+"""The table of keywords in ``docs/structured-output.md``, from the cases of the tests."""
 
 import re
 from pathlib import Path
@@ -26,7 +23,3 @@ def renewed_page() -> str:
         lines.append(f"| {quoted} | {kind} | {why} |")
     table = "\n".join(lines)
     return _TABLE.sub(lambda found: f"{found[1]}{table}\n{found[2]}", PAGE.read_text("utf-8"))
-
-
-if __name__ == "__main__":
-    PAGE.write_text(renewed_page(), encoding="utf-8")

@@ -4,7 +4,7 @@ from idefics2_engine.errors import Idefics2Error, short_repr
 
 
 class JobError(Idefics2Error):
-    """The job's folder, its input or its output cannot be used."""
+    """The job's folder, its input or its output cannot be used, or shards cannot be merged."""
 
     code = "job"
 
@@ -28,7 +28,7 @@ class InputLostError(JobError):
 
 
 class OutputLostError(JobError):
-    """The journal or the output cannot be written; the job can be resumed."""
+    """The journal or the output cannot be written; the same command continues the job."""
 
     code = "output_lost"
 
