@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-long lint types wheel mutants sanitize clean
+.PHONY: help demo test test-long lint types docs docs-generate wheel mutants sanitize clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ lint: $(INSTALLED)  ## check style and format
 types: $(INSTALLED)  ## check types
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## build site/ from docs/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-generate: $(INSTALLED)  ## write the tables of the pages from code and results
+	PYTHONPATH=engine:kernels:bench:tests/helpers:tests/tools $(BIN)/python tests/tools/generate_docs.py
+
 wheel: $(INSTALLED)  ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -51,5 +57,5 @@ sanitize: $(INSTALLED)  ## run every kernel under compute-sanitizer (needs a GPU
 	$(BIN)/python tests/tools/sanitize.py
 
 clean:  ## remove everything that was built, the environment too
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find engine kernels bench examples tests -name __pycache__ -type d -exec rm -rf {} +
