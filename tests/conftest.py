@@ -79,7 +79,7 @@ def _tokenizers(request: pytest.FixtureRequest) -> Iterator[None]:
     parts = request.path.relative_to(ROOT / "tests").parts
     # Kernels are tested where this package is missing
     if (
-        parts[0] in ("engine", "bench", "demo")
+        parts[0] in ("engine", "bench", "demo", "docs")
         and "prompts" not in parts
         and find_spec("tokenizers")
     ):

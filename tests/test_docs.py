@@ -79,12 +79,14 @@ def test_prose_is_wrapped(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_point_to_files_and_headings(page: Path) -> None:
-    assert broken_links(page) == []
+    broken = broken_links(page)
+    assert not broken, f"{page.name}: {broken} lead nowhere: correct the file's name or the heading"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_modules_named_on_pages_exist(page: Path) -> None:
-    assert missing_modules(page) == []
+    missing = missing_modules(page)
+    assert not missing, f"{page.name}: there is no {missing}: write the names that the files have"
 
 
 def test_missing_modules_are_found(tmp_path: Path) -> None:

@@ -9,20 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from console_blocks import commands
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.cli.command import build_parser
 from idefics2_engine.jobs.ray_data import Idefics2ProcessorConfig
+from page_blocks import blocks_of
 from paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
 
 
 def rows(page: str, heading: str) -> dict[str, str]:
@@ -51,15 +47,18 @@ def command_parser(name: str) -> ArgumentParser:
 
 @every_page
 def test_python_blocks_compile(page: Path) -> None:
-    for code in blocks(page, "python"):
-        compile(code, page.name, "exec")
+    for block in blocks_of(page):
+        if block.language == "python":
+            compile(block.text, page.name, "exec")
 
 
 @every_page
 def test_parser_accepts_every_documented_command(page: Path) -> None:
-    for block in blocks(page, "sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            _, found, arguments = line.partition("idefics2 ")
+    for block in blocks_of(page):
+        if block.language != "console":
+            continue
+        for command, _ in commands(block):
+            _, found, arguments = command.partition("idefics2 ")
             if not found:
                 continue
             # A folder must exist, and a hub id must not

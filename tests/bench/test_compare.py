@@ -1,7 +1,6 @@
 """``idefics2 bench compare``: what is beyond the spread, peers apart, and the exit code."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from idefics2_bench.results.compare import compare
 from idefics2_bench.results.results_file import ResultsFile
 from idefics2_engine.cli.command import run
-from paths import ROOT
 
 Row = dict[str, Any]
 
@@ -132,15 +130,3 @@ def test_files_without_common_rows_and_bad_options_are_refused(
     a, b = results(tmp_path, "a", row("c", 1)), results(tmp_path, "b", *rows)
     assert run(["bench", "compare", a, b, *options]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_documented_comparison_is_that_of_the_recorded_results(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
-    (command, shown) = re.findall(
-        r"^idefics2 (bench compare bench/results.+)\n```\n\n```\n(.*?)^```$", page, re.M | re.S
-    )[0]
-    assert run(command.split()) == 0
-    assert capsys.readouterr().out == shown

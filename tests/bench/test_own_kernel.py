@@ -179,6 +179,6 @@ def test_documented_kernel_is_right(capsys: pytest.CaptureFixture[str]) -> None:
     cases = ("window-17", "head-dim-8", "empty", "sliced", "scale-and-slack")
     options = [option for case in cases for option in ("--case", case)]
     joined = page.replace("\\\n", "")
-    (command,) = re.findall(r"^TRITON_INTERPRET=1 idefics2 (.+)$", joined, re.MULTILINE)
+    (command,) = re.findall(r"^\$ TRITON_INTERPRET=1 idefics2 (.+)$", joined, re.MULTILINE)
     assert run([*command.split(), *options]) == 0
     assert f"{len(cases)} right of {len(cases)} cases" in capsys.readouterr().out

@@ -224,7 +224,9 @@ def test_page_of_all_recorded_results_needs_nothing_else(tmp_path: Path) -> None
 def test_charts_of_the_docs_are_those_of_the_recorded_results(tmp_path: Path) -> None:
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[.+?\]\(charts/(.+?)\)", page)
-    (command,) = re.findall(r"^idefics2 (bench report .+ --svg) docs/charts$", page, re.MULTILINE)
+    (command,) = re.findall(
+        r"^\$ idefics2 (bench report .+ --svg) docs/charts$", page, re.MULTILINE
+    )
     words = command.replace("bench/results", str(ROOT / "bench/results")).split()
     words[words.index("-o") + 1] = str(tmp_path / "report.html")
     assert run([*words, str(tmp_path / "charts")]) == 0

@@ -96,17 +96,6 @@ def test_receipts_become_objects(
     assert "2 of 2 answers are receipts" in capsys.readouterr().out
 
 
-def test_structured_lines_of_the_docs_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    (code,) = snippets("docs/structured-output.md")
-    names: dict[str, Any] = {"__name__": "docs"}
-    exec(code, names)
-    assert isinstance(names["answer"].parsed, names["Scene"])
-    assert "shape=" in capsys.readouterr().out
-
-
 def test_training_lines_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     (code, *_) = snippets("docs/training.md")
@@ -115,15 +104,6 @@ def test_training_lines_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.Monk
     exec(code, names)
     assert 0 < names["loss"].item() < 20
     assert ask(tmp_path / "tuned", "What color is the heart?") != ""
-
-
-def test_raw_prompt_of_the_docs_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    (code,) = [code for code in snippets("docs/offline.md") if "multi_modal_data" in code]
-    with LLM() as llm:
-        names: dict[str, Any] = {"llm": llm, "SamplingParams": SamplingParams}
-        exec(code, names)
-    assert names["output"].outputs[0].text == "at the top right."
 
 
 def test_jsonl_loop_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
