@@ -183,7 +183,9 @@ def test_the_first_scored_position_is_never_cached(llm: LLM) -> None:
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=start)
         (output,) = llm.generate({"prompt_token_ids": tokens}, params)
         places = output.prompt_logprobs or []
-        assert [place is None for place in places] == [place < start for place in range(len(tokens))]
+        assert [place is None for place in places] == [
+            place < start for place in range(len(tokens))
+        ]
 
 
 def test_logprobs_do_not_depend_on_the_batch_or_change_the_answer(llm: LLM) -> None:
