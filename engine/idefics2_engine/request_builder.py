@@ -311,6 +311,11 @@ class RequestBuilder:
                 f"min_tokens must be at most the {room} tokens that the prompt leaves of "
                 f"{self.max_model_len}, got {short_repr(params.min_tokens)}"
             )
+        if params.prompt_logprobs_start >= len(prompt.token_ids):
+            raise SamplingError(
+                f"prompt_logprobs_start must be below the prompt's {len(prompt.token_ids)} tokens, "
+                f"got {short_repr(params.prompt_logprobs_start)}"
+            )
         check_entries(params, len(prompt.token_ids), max_tokens, self.config.text.vocab_size)
         constraint = self._constraint(params, prompt, max_tokens)
         # A seed is drawn even if the request has its own, so that the seeds of other requests do

@@ -102,6 +102,8 @@ class SamplingParams:
             values are from the model's logits, before the parameters above. If ``None``, no log
             probabilities are reported.
         prompt_logprobs: The same for each position of the prompt except the first.
+        prompt_logprobs_start: First position of the prompt to report, from 0. What the prefix cache
+            has of earlier positions is not computed again.
         structured_outputs: What the answer must be, or a mapping of it: JSON of a schema, one of
             some texts, a regex or a grammar. If ``None``, any text.
 
@@ -132,6 +134,7 @@ class SamplingParams:
     skip_special_tokens: bool = checked(flag, True)
     logprobs: int | None = checked(OrNone(Whole(-1)), None)
     prompt_logprobs: int | None = checked(OrNone(Whole(-1)), None)
+    prompt_logprobs_start: int = checked(Whole(0), 0)
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = checked(
         OrNone(read_structured_outputs), None
     )
@@ -143,6 +146,11 @@ class SamplingParams:
             raise SamplingError(
                 f"min_tokens must be at most max_tokens {short_repr(self.max_tokens)}, "
                 f"got {short_repr(self.min_tokens)}"
+            )
+        if self.prompt_logprobs_start and self.prompt_logprobs is None:
+            raise SamplingError(
+                "prompt_logprobs_start must be 0 without prompt_logprobs, "
+                f"got {short_repr(self.prompt_logprobs_start)}"
             )
         if self.structured_outputs is not None:
             # With them an answer could end before it satisfies the constraint, or be another text

@@ -80,6 +80,7 @@ BAD: dict[str, list[Any]] = {
     "bad_words": [[""], ["  "], [1], ["a", None], "", " ", None, {"a"}, b"a", ["\ud800"]],
     "logprobs": [-2, 1.5, 2.0, True, "5", math.nan, -HUGE, [1]],
     "prompt_logprobs": [-2, 0.0, False, "all", math.inf, np.bool_(True)],
+    "prompt_logprobs_start": [-1, 0.0, False, None, "1"],
     "include_stop_str_in_output": [1, None, "true", np.bool_(True)],
     "ignore_eos": [0, None, "no"],
     "skip_special_tokens": ["yes", 1, None],
@@ -104,6 +105,8 @@ GOOD: dict[str, list[Any]] = {
     "bad_words": [(), "red", ["a"], ("a b", " c", "🦩", "\n")],
     "logprobs": [None, 0, -1, 20, 10**6, np.int32(3)],
     "prompt_logprobs": [None, 0, -1, 20],
+    # Other places need prompt_logprobs
+    "prompt_logprobs_start": [0, np.int32(0)],
     "include_stop_str_in_output": [True],
     "ignore_eos": [True],
     "skip_special_tokens": [False],
@@ -248,6 +251,13 @@ def test_min_tokens_above_max_tokens_are_refused() -> None:
         SamplingParams(min_tokens=HUGE)
     SamplingParams(min_tokens=5, max_tokens=None)
     SamplingParams(min_tokens=5, max_tokens=5)
+
+
+def test_a_first_position_of_no_log_probabilities_is_refused() -> None:
+    message = "prompt_logprobs_start must be 0 without prompt_logprobs, got 3"
+    with pytest.raises(SamplingError, match=message):
+        SamplingParams(prompt_logprobs_start=3)
+    SamplingParams(prompt_logprobs_start=3, prompt_logprobs=0)
 
 
 def test_unknown_keyword_is_a_type_error() -> None:

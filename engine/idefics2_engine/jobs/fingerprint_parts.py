@@ -46,9 +46,11 @@ def sampling_parts(params: SamplingParams) -> dict[str, Any]:
     # JSON has no integers as keys
     if params.logit_bias is not None:
         parts["logit_bias"] = {str(token): bias for token, bias in params.logit_bias.items()}
-    # Jobs that were begun before there were constraints go on
+    # Jobs that were begun before there were these parameters go on
     if params.structured_outputs is None:
         del parts["structured_outputs"]
+    if params.prompt_logprobs_start == 0:
+        del parts["prompt_logprobs_start"]
     return parts
 
 

@@ -22,7 +22,8 @@ def check_entries(params: SamplingParams, prompt_tokens: int, new_tokens: int, v
         SamplingError: More than 20 likeliest tokens per position are requested, and all positions
             together would have too many entries.
     """
-    places = {"logprobs": params.n * new_tokens, "prompt_logprobs": prompt_tokens - 1}
+    scored = prompt_tokens - max(1, params.prompt_logprobs_start)
+    places = {"logprobs": params.n * new_tokens, "prompt_logprobs": scored}
     for name, count in places.items():
         number = getattr(params, name) or 0
         top = likeliest(number, vocab)

@@ -42,7 +42,8 @@ class Request:
         constraint: The compiled ``params.structured_outputs``. None if there are none.
         key: The caller's key of the row. None if it has none.
         image_info: What is known of each image of the prompt, in order.
-        prompt_logprobs: Log probabilities of prompt tokens, from the second token.
+        prompt_logprobs: Log probabilities of prompt tokens, from the second token. None for tokens
+            before ``params.prompt_logprobs_start``.
         arrival_time: Time of ``time.monotonic``, in seconds.
         every_token: Whether the engine reports the request after every token, not only at its end.
         may_wait: Whether the request may be held back and overtaken, because its caller reads no
@@ -65,7 +66,7 @@ class Request:
     constraint: Constraint | None = None
     key: str | int | None = None
     image_info: tuple[ImageInfo, ...] = ()
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = field(init=False)
     arrival_time: float = field(default_factory=time.monotonic)
     every_token: bool = False
     may_wait: bool = False
@@ -74,6 +75,11 @@ class Request:
     num_started: int = 0
     num_cached_tokens: int | None = None
     error: Idefics2Error | None = None
+
+    def __post_init__(self) -> None:
+        """Begin with the tokens that need no log probability."""
+        # The list has no place for the first token of the prompt
+        self.prompt_logprobs = [None] * (self.params.prompt_logprobs_start - 1)
 
     @property
     def tiles(self) -> list[Tile]:
@@ -96,7 +102,7 @@ class Request:
             prompt_logprobs=(
                 None
                 if self.params.prompt_logprobs is None
-                else [None, *map(dict, self.prompt_logprobs)]
+                else [None, *(known and dict(known) for known in self.prompt_logprobs)]
             ),
             outputs=[sequence.output() for sequence in self.sequences],
             finished=self.finished,

@@ -126,6 +126,7 @@ def make_requests(llm: LLM) -> list[Request]:
             min_tokens=2,
             logprobs=0,
             prompt_logprobs=0 if i % 4 == 3 else None,
+            prompt_logprobs_start=i if i % 8 == 7 else 0,
         )
         requests.append(llm.request_builder.build(processed, params))
     return requests

@@ -1,5 +1,6 @@
 """Log probabilities, penalties and barred words through ``LLM``, on a tiny model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from idefics2_engine import LLM, SamplingParams
 from idefics2_engine.errors import ConfigError, SamplingError
 from idefics2_engine.model.batch import ImageBatch, TextBatch
+from idefics2_engine.runtime.config import PAGE_SIZE
 from idefics2_engine.sampling.bad_words import bad_words_ids
 from idefics2_engine.sampling.logprobs import TokenTexts
 from oracle import random_image
@@ -126,6 +128,10 @@ def test_probabilities_of_the_whole_vocabulary_sum_to_one(llm: LLM) -> None:
         ({"logprobs": 20, "n": 3000, "max_tokens": 16}, 5, None),
         ({"prompt_logprobs": -1}, 17, None),
         ({"prompt_logprobs": -1}, 18, "prompt_logprobs must be at most 30839 for 17 tokens"),
+        ({"prompt_logprobs": -1, "prompt_logprobs_start": 1}, 18, "at most 30839 for 17 tokens"),
+        ({"prompt_logprobs": -1, "prompt_logprobs_start": 2}, 18, None),
+        ({"prompt_logprobs": 0, "prompt_logprobs_start": 17}, 18, None),
+        ({"prompt_logprobs": 0, "prompt_logprobs_start": 18}, 18, "below the prompt's 18 .* got 18"),
         ({"prompt_logprobs": 20, "logprobs": 20, "max_tokens": 12}, 500, None),
     ],
 )  # fmt: skip
@@ -141,6 +147,45 @@ def test_number_of_logprobs_of_a_request_is_bounded(
         return
     with pytest.raises(SamplingError, match=message):
         llm.request_builder.build(prompt, asked)
+
+
+def test_prompts_scored_from_a_later_position_share_their_beginning(llm: LLM) -> None:
+    beginning = [*range(300, 300 + 3 * PAGE_SIZE + 5)]
+    prompts = [{"prompt_token_ids": [*beginning, end, 7]} for end in (11, 12, 13)]
+    start = len(beginning)
+    whole = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=1)
+    ends = replace(whole, prompt_logprobs_start=start)
+    for known, scored in zip(
+        llm.generate(prompts, whole), llm.generate(prompts, ends), strict=True
+    ):
+        assert known.num_cached_tokens == 0
+        assert scored.num_cached_tokens == 3 * PAGE_SIZE
+        assert scored.outputs[0].token_ids == known.outputs[0].token_ids
+        assert known.prompt_logprobs is not None
+        assert scored.prompt_logprobs is not None
+        assert scored.prompt_logprobs[:start] == [None] * start
+        assert len(scored.prompt_logprobs) == len(known.prompt_logprobs)
+        for one, two in zip(
+            scored.prompt_logprobs[start:], known.prompt_logprobs[start:], strict=True
+        ):
+            assert one is not None
+            assert two is not None
+            assert one.keys() == two.keys()
+            for token in one:
+                assert one[token].logprob == pytest.approx(two[token].logprob, abs=1e-5)
+                assert one[token].rank == two[token].rank
+
+
+def test_the_first_scored_position_is_never_cached(llm: LLM) -> None:
+    """The token before it is computed also where it ends a page."""
+    tokens = [*range(400, 400 + 2 * PAGE_SIZE + 2)]
+    for start in (2 * PAGE_SIZE - 1, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 1):
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, prompt_logprobs_start=start)
+        (output,) = llm.generate({"prompt_token_ids": tokens}, params)
+        places = output.prompt_logprobs or []
+        assert [place is None for place in places] == [
+            place < start for place in range(len(tokens))
+        ]
 
 
 def test_logprobs_do_not_depend_on_the_batch_or_change_the_answer(llm: LLM) -> None:

@@ -176,10 +176,10 @@ def _failed(row: JobRow, error: RowError, longest: int = 0) -> PlannedRow:
 
 
 def _page_names(request: Request) -> list[bytes]:
+    # The last token of a prompt is always computed, and so are those whose successor is scored
+    end = len(request.prompt_token_ids) - 1
     if request.params.prompt_logprobs is not None:
-        # Their prompts are computed, whatever a cache has
-        return []
+        end = max(0, request.params.prompt_logprobs_start - 1)
     names: list[bytes] = []
-    # The last token of a prompt is always computed
-    add_page_names(names, request.prompt_token_ids[:-1], request.images, PAGE_SIZE)
+    add_page_names(names, request.prompt_token_ids[:end], request.images, PAGE_SIZE)
     return names

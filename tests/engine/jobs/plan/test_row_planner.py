@@ -17,6 +17,7 @@ from idefics2_engine.jobs.job_row import JobRow, RowError
 from idefics2_engine.jobs.plan.image_check import ImageCheck
 from idefics2_engine.jobs.plan.row_planner import PlannedRow
 from idefics2_engine.jobs.writers.row_error import row_error_of
+from idefics2_engine.runtime.config import PAGE_SIZE
 from idefics2_engine.scheduling.sequence import Request
 from paths import DEMO
 from pictures import FORMATS, MODES, file, frames, noise, oriented, png_file
@@ -240,6 +241,10 @@ def test_equal_prefixes_have_equal_page_names(folder: Path) -> None:
     # All positions of a prompt are computed if their log probabilities are wanted
     (scored,) = job_rows(texts[:1], SamplingParams(prompt_logprobs=1))
     assert planner(DEMO, MediaConfig(), split=False).plan(scored).page_names == []
+    params = SamplingParams(prompt_logprobs=1, prompt_logprobs_start=2 * PAGE_SIZE + 1)
+    (scored,) = job_rows(texts[:1], params)
+    planned_end = planner(DEMO, MediaConfig(), split=False).plan(scored)
+    assert planned_end.page_names == names[0][:2]
 
 
 def test_rows_of_a_batch_are_planned_as_alone(folder: Path, split: bool) -> None:
