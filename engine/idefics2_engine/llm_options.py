@@ -194,9 +194,7 @@ class LLMOptions:
         """Check every argument, then combinations of arguments."""
         check_fields(self, ConfigError)
         if self.adapter is None and self.merge_adapter is not None:
-            raise ConfigError(
-                f"merge_adapter must come with an adapter, got {self.merge_adapter}"
-            )
+            raise ConfigError(f"merge_adapter must come with an adapter, got {self.merge_adapter}")
         reads_weights = self.adapter is not None or self.verify or self.check_finite
         if self.load_format == "dummy" and reads_weights:
             raise ConfigError(

@@ -9,7 +9,6 @@ and b is block-diagonal.
 
 from dataclasses import asdict, dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 # Rows of ``a`` are padded to a multiple of this, so that cuBLAS has its fast kernels
