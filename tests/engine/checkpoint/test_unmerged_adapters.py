@@ -219,7 +219,9 @@ class TestRefused:
 
     def test_dora(self, dense: Path, dora: Path) -> None:
         for options in ({"quantization": NF4}, {"merge_adapter": False}):
-            with pytest.raises(ConfigError, match=r"use_dora must be merged, got 'model\.connector"):
+            with pytest.raises(
+                ConfigError, match=r"use_dora must be merged, got 'model\.connector"
+            ):
                 load_checkpoint(dense, adapter=dora, **options)  # type: ignore[arg-type]
         assert not unmerged(load_checkpoint(dense, adapter=dora))
         load_checkpoint(dense, adapter=dora, quantization=NF4, merge_adapter=True)
