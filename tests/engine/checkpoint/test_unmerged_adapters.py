@@ -12,6 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -147,6 +149,29 @@ def test_beside_nf4(kind: str, double_quant: bool, dense: Path, tmp_path: Path) 
     )
     assert worst_row(logits_of(merged), theirs) > 0.01
     assert calls["lora_linear"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_beside_nf4(dtype: torch.dtype, dense: Path, tmp_path: Path) -> None:
+    """Our distance from float64 is at most twice that of PEFT, whose pairs stay in fp32."""
+    inputs = batch(CASE)
+    quantized = in_bitsandbytes(dense, dtype, bnb_4bit_use_double_quant=True)
+    with_adapter(in_bitsandbytes(dense), tmp_path, **KINDS["notebook"])
+    results = []
+    for wide in (torch.float64, dtype):
+        same = build_oracle(CASE)
+        for name, layer in quantized.named_modules():
+            if isinstance(layer, Linear4bit):
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                same.get_submodule(name).weight.data.copy_(weight)
+        peer = peft.PeftModel.from_pretrained(same.to(wide), str(tmp_path))
+        if wide is torch.float64:
+            peer.double()
+        results.append(kept_logits(peer, inputs))
+    exact, theirs = results
+    ours = logits_of(load_checkpoint(dense, dtype=dtype, adapter=tmp_path, quantization=NF4))
+    assert worst_row(ours, exact) <= 2 * (worst_row(theirs, exact) + torch.finfo(dtype).eps)
 
 
 def test_layers_that_were_skipped(dense: Path, tmp_path: Path) -> None:
@@ -335,8 +360,9 @@ def test_trained_adapter_answers_as_it_was_trained(trained: Any) -> None:
     effect = (theirs - logits()).norm()
     assert effect > 50
     assert (theirs - logits(adapter=adapter)).norm() < 1e-4 * effect
-    # Merged first, and then quantized, a third of the effect is lost
-    assert (theirs - logits(adapter=adapter, merge_adapter=True)).norm() > 0.1 * effect
+    # Merged first and then quantized, it was wrong by 15 % of its effect
+    lost = (theirs - logits(adapter=adapter, merge_adapter=True)).norm()
+    assert lost > 0.1 * effect
 
 
 def test_tokens_of_a_trained_adapter(trained: Any) -> None:
