@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from idefics2_kernels import REFERENCE, TRITON
+from idefics2_kernels import REFERENCE, TRITON, TRITON_GRADIENTS
 from idefics2_kernels import lora_linear as module
 from idefics2_kernels.reference.nf4 import nf4_quantize
 
@@ -134,3 +134,32 @@ def test_graph_replays_the_same_bits(M: int, device: torch.device) -> None:
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, expected)
+
+
+BAD_GRADIENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "scalar": ({"dy": torch.tensor(1.0)}, ValueError, "dy must have an axis"),
+    "dy-dtype": ({"dy": torch.zeros(2, 5).int()}, TypeError, "dy must be bfloat16"),
+    "dy-strides": ({"dy": torch.zeros(5, 2).t()}, ValueError, "dy must have a contiguous"),
+    "no-x": ({"x": None}, ValueError, "x must be given with pair_grad, got None"),
+    "x-rows": ({"x": torch.zeros(3, 64)}, ValueError, r"x must have shape \(2, 64\)"),
+    "x-dtype": ({"x": torch.zeros(2, 64).half()}, TypeError, "x must be float32"),
+    "base": ({"base": torch.zeros(5, 63)}, ValueError, r"base must have shape \(5, 64\)"),
+    "base-dtype": ({"base": torch.zeros(5, 64).half()}, TypeError, "base must be float32"),
+    "a-dtype": ({"a": torch.zeros(8, 64).half()}, TypeError, "a must be float32"),
+    "a-axes": ({"a": torch.zeros(64)}, ValueError, r"a must have shape \(\*, \*\)"),
+    "b-rank": ({"b": torch.zeros(5, 7)}, ValueError, r"b must have shape \(5, 8\)"),
+    "b-device": ({"b": torch.zeros(5, 8, device="meta")}, ValueError, "b must be on"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+def test_wrong_arguments_of_the_gradient_are_refused(name: str, device: torch.device) -> None:
+    changes, error, message = BAD_GRADIENTS[name]
+    # ``to`` would not keep the strides
+    moved = {
+        key: value if value is None or value.is_meta or device.type == "cpu" else value.to(device)
+        for key, value in changes.items()
+    }
+    inputs = inputs_of(device) | {"dy": torch.zeros(2, 5, device=device)} | moved
+    with pytest.raises(error, match=message):
+        TRITON_GRADIENTS.lora_linear(**inputs, pair_grad=True)
