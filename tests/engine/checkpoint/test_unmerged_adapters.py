@@ -229,6 +229,10 @@ def test_another_table_and_device(dense: Path, tmp_path: Path) -> None:
     assert isinstance(own, LowRank)
     assert isinstance(other, LowRank)
     assert other.a is own.a
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        layers: Any = (m.get_submodule("text.layers.0.mlp.gate_up_proj") for m in (model, twin))
+        torch.testing.assert_close(*(layer(x) for layer in layers), rtol=1e-5, atol=1e-5)
     model.double()
     assert own.b.dtype is torch.float64
     model.to("meta")
