@@ -106,7 +106,7 @@ def _bitsandbytes_lora(inputs: Inputs) -> Call | None:
     def call() -> object:
         scaled = dy * scale
         dxa = scaled @ b
-        return base() + dxa @ a, dxa.t() @ x, scaled.t() @ xa  # type: ignore[operator]
+        return base() + dxa @ a, dxa.t() @ x, scaled.t() @ xa
 
     return call
 

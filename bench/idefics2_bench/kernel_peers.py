@@ -156,7 +156,7 @@ def _cublas_lora(inputs: Inputs) -> Call:
 
 def _beside(product: Call, inputs: Inputs) -> Call:
     x, a, b, scale = (inputs[name] for name in ("x", "a", "b", "scale"))
-    return lambda: product() + functional.linear(functional.linear(x, a), b) * scale  # type: ignore[operator]
+    return lambda: product() + functional.linear(functional.linear(x, a), b) * scale
 
 
 def _torch(function: Callable[..., object], *names: str) -> Peer:

@@ -72,7 +72,8 @@ class _Pair:
         ``magnitude`` has a number for each row of b.
         """
         rows = weight.T if self.is_embedding else weight
-        factors = magnitude.to(weight.device, weight.dtype) / torch.linalg.norm(rows, dim=1)
+        norms: Tensor = torch.linalg.norm(rows, dim=1)
+        factors = magnitude.to(weight.device, weight.dtype) / norms
         return weight * (factors if self.is_embedding else factors[:, None])
 
 

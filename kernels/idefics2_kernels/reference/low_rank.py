@@ -21,7 +21,6 @@ def lora_linear(
     ``a`` is (R, K), ``b`` (N, R), and ``bias`` (N,) is added to the product with ``base``. That
     product and x @ a.T are rounded, as two layers would. The rest is fp32 or wider, rounded once.
     """
-    product = nf4_matmul if isinstance(base, NF4Weight) else linear
-    out = product(x, base, bias)  # type: ignore[operator]
+    out = nf4_matmul(x, base, bias) if isinstance(base, NF4Weight) else linear(x, base, bias)
     update = linear(widen(linear(x, a)), widen(b))
     return (widen(out) + update * scale).to(x.dtype)

@@ -46,8 +46,7 @@ def lora_linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return ``x`` (..., K) times ``base`` (N, K), plus ``scale`` times x @ a.T @ b.T: (..., N)."""
-    product = nf4_matmul if isinstance(base, NF4Weight) else linear
-    out = product(x, base, bias)  # type: ignore[operator]
+    out = nf4_matmul(x, base, bias) if isinstance(base, NF4Weight) else linear(x, base, bias)
     update = linear(widen(linear(x, a)), widen(b))
     return (widen(out) + update * scale).to(x.dtype)
 
