@@ -130,7 +130,8 @@ def lora_linear(
             b,
             out,
             b.stride(0),
-            scale,
+            # A whole number would be specialized.
+            float(scale),
             M,
             N,
             R,

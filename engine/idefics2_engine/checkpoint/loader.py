@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from idefics2_engine.checkpoint.lora import Adapter
+from idefics2_engine.checkpoint.adapter_loading import describe, load_adapter, weights_beside
 from idefics2_engine.checkpoint.nf4_tensors import (
     check_headers,
     is_in_nf4,
@@ -21,11 +21,10 @@ from idefics2_engine.checkpoint.nf4_tensors import (
     tensor_names,
     weight_name,
 )
-from idefics2_engine.checkpoint.parameter_filler import ParameterFiller, require_finite
+from idefics2_engine.checkpoint.parameter_filler import ParameterFiller
 from idefics2_engine.checkpoint.safetensors_header import FLOATS, StoredTensor
 from idefics2_engine.checkpoint.shards import find_weights, join_names
 from idefics2_engine.checkpoint.tensor_mapping import (
-    EMBEDDING,
     HEAD,
     HubTensor,
     hub_tensors,
@@ -98,8 +97,8 @@ def load_checkpoint(
 
     Raises:
         ConfigError: A config of the model or the adapter is missing or invalid. Or the checkpoint
-            is quantized and ``quantization`` or ``merge_adapter`` is given, or ``dtype`` does not
-            allow quantization. Or the adapter is DoRA and not merged.
+            is quantized and ``quantization`` is given or ``merge_adapter`` is true, or ``dtype``
+            does not allow quantization. Or the adapter is DoRA and not merged.
         CheckpointError: A file or tensor is missing, unreadable, unexpected, or of another shape or
             dtype. Or, with ``check_finite``, a value is not finite.
     """
@@ -110,11 +109,9 @@ def load_checkpoint(
     config, stored = resolve_tied_head(config, in_our_names(config, find_weights(folder)))
     places = {place.name: place for place in hub_tensors(config)}
     stored_nf4 = _check_fit(folder, config, places, stored)
-    changes = (
-        None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
-    )
+    changes = None if adapter is None else load_adapter(Path(adapter), config, places, check_finite)
     in_nf4 = stored_nf4 | _chosen(config, quantization)
-    beside = _kept_beside(changes, places, stored_nf4, in_nf4, merge_adapter)
+    beside = weights_beside(changes, places, stored_nf4, in_nf4, merge_adapter)
     model = build_with_nf4(config, ops, device, dtype, in_nf4)
     filler = ParameterFiller(
         model,
@@ -132,7 +129,7 @@ def load_checkpoint(
         time.perf_counter() - begin,
         len({tensor.file for tensor in stored.values()}),
         sum(tensor.num_bytes for tensor in stored.values()) / 1e6,
-        None if adapter is None or changes is None else _describe(Path(adapter), changes, beside),
+        None if adapter is None or changes is None else describe(Path(adapter), changes, beside),
         "nf4" if stored_nf4 or quantization is not None else None,
         str(model.dtype).removeprefix("torch."),
         model.device,
@@ -275,55 +272,3 @@ def _weights(
         if len(tensors) == len(tensor_names(name, stored)):
             shape = places[name].shape
             yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
-
-
-def _kept_beside(
-    adapter: Adapter | None,
-    places: Mapping[str, HubTensor],
-    stored_nf4: Collection[str],
-    in_nf4: Collection[str],
-    merge: bool | None,
-) -> frozenset[str]:
-    """Return the names of the weights beside which ``adapter`` keeps its pairs.
-
-    Embeddings and the head are not among them: they are never in NF4, and their pairs are merged.
-    """
-    if adapter is None:
-        return frozenset()
-    for name in sorted(adapter.whole & set(stored_nf4)):
-        if places[name].is_linear:
-            raise CheckpointError(
-                f"{adapter.file}: must not hold {name!r} whole, as the checkpoint has it in NF4"
-            )
-    if merge:
-        return frozenset()
-    linear = (name for name in adapter.paired if places[name].is_linear)
-    beside = frozenset(name for name in linear if merge is False or name in in_nf4)
-    if beside and adapter.is_dora:
-        raise ConfigError(
-            f"{adapter.file}: use_dora must be merged, got {min(beside)!r:.200} to be kept unmerged: merge it into "
-            "16-bit weights, or use merge_adapter=True, which merges before quantization"
-        )
-    return beside
-
-
-def _describe(folder: Path, adapter: Adapter, beside: Collection[str]) -> str:
-    """Return the adapter's ``folder``, and how many weights it changes in which way."""
-    merged = len(adapter.changed) - len(beside)
-    return f"{printable_path(folder)} (weights merged or replaced {merged}, unmerged {len(beside)})"
-
-
-def _load_adapter(
-    folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
-) -> Adapter:
-    """Read the adapter in ``folder`` and check that it fits the checkpoint's ``places``."""
-    adapter = Adapter.load(folder)
-    if config.tie_word_embeddings and adapter.changed & {EMBEDDING, HEAD}:
-        raise CheckpointError(
-            f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
-        )
-    adapter.check(places)
-    if check_finite:
-        for name, tensor in adapter.values.items():
-            require_finite(adapter.stored[name], tensor)
-    return adapter

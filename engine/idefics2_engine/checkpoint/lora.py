@@ -219,16 +219,17 @@ class Adapter:
 
     def factors(
         self, name: str, dtype: torch.dtype, device: torch.device
-    ) -> tuple[StoredTensor, Tensor, Tensor]:
-        """Return the pair of the tensor called ``name`` in ``dtype``: b's header, a (r, in), b (out, r).
+    ) -> list[tuple[StoredTensor, Tensor]]:
+        """Return a (r, in) and b (out, r) of the tensor called ``name``, each after its header.
 
-        b is multiplied by the scale first, in fp32 or wider, and rounded once.
+        They are rounded to ``dtype``, b after it was multiplied by the scale in fp32 or wider.
         """
         pair = self._pairs[name]
         wide = torch.promote_types(torch.promote_types(pair.b.dtype, dtype), torch.float32)
         b = pair.b.to(device, wide) * self._config.scale(pair.module)
-        source = self.stored[f"{_PREFIX}{pair.module}{_PARTNERS[pair.end]}"]
-        return source, pair.a.to(device, dtype), b.to(dtype)
+        ends = (pair.end, _PARTNERS[pair.end])
+        headers = [self.stored[f"{_PREFIX}{pair.module}{end}"] for end in ends]
+        return list(zip(headers, (pair.a.to(device, dtype), b.to(dtype)), strict=True))
 
     def _sort(self, name: str) -> None:
         """Note what the tensor ``name`` changes. A pair is noted once, at its A."""

@@ -104,9 +104,11 @@ class ParameterFiller:
             changes = []
             for place in places:
                 if self._adapter is not None and place.name in self._beside:
-                    source, a, b = self._adapter.factors(place.name, model.dtype, model.device)
+                    factors = self._adapter.factors(place.name, model.dtype, model.device)
                     if self._check_finite:
-                        require_finite(source, b, f" in {model.dtype}")
+                        for source, factor in factors:
+                            require_finite(source, factor, f" in {model.dtype}")
+                    (_, a), (_, b) = factors
                     changes.append((place.first_row, a, b))
             if changes:
                 layer = model.get_submodule(module)

@@ -161,11 +161,11 @@ def test_sixteen_bits_beside_nf4(dtype: torch.dtype, dense: Path, tmp_path: Path
     results = []
     for wide in (torch.float64, dtype):
         same = build_oracle(CASE)
-        named: Any = quantized.named_modules()
-        for name, layer in named:
+        for name, layer in quantized.named_modules():
             if isinstance(layer, Linear4bit):
-                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-                same.get_submodule(name).weight.data.copy_(weight)
+                weight: Any = layer.weight
+                wide_weight = dequantize_4bit(weight.data, weight.quant_state)
+                same.get_submodule(name).weight.data.copy_(wide_weight)
         peer = peft.PeftModel.from_pretrained(same.to(wide), str(tmp_path))
         if wide is torch.float64:
             peer.double()
@@ -282,13 +282,14 @@ class TestRefused:
         with_adapter(build_oracle(CASE), tmp_path, r=4, target_modules=["o_proj"])
         file = tmp_path / "adapter_model.safetensors"
         tensors = load_file(file)
-        name = next(name for name in tensors if "lora_B" in name)
-        tensors[name][0, 0] = 5e4
-        save_file(tensors, file)
         options: dict[str, Any] = {"adapter": tmp_path, "quantization": NF4, "dtype": torch.float16}
-        with pytest.raises(CheckpointError) as caught:
-            load_checkpoint(dense, check_finite=True, **options)
-        assert f"'{name}' must be finite in torch.float16, got 1 values" in str(caught.value)
+        # The scale is 2
+        for side, value in (("lora_B", 5e4), ("lora_A", 7e4)):
+            name = next(name for name in tensors if side in name)
+            save_file(tensors | {name: torch.full_like(tensors[name], value)}, file)
+            with pytest.raises(CheckpointError) as caught:
+                load_checkpoint(dense, check_finite=True, **options)
+            assert f"'{name}' must be finite in torch.float16, got" in str(caught.value)
         tensors[name][0, 0] = math.nan
         save_file(tensors, file)
         with pytest.raises(CheckpointError, match="must be finite, got 1 values"):
