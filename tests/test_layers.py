@@ -41,6 +41,7 @@ gpu
 attention norms activation rotary patches apply_bitmask sample reference
 matmul
 nf4
+lora_linear
 ops variants
 backward
 gradients

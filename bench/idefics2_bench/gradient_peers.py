@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idefics2_kernels import REFERENCE, REFERENCE_GRADIENTS
+from idefics2_kernels import REFERENCE, REFERENCE_GRADIENTS, NF4Weight
 from idefics2_kernels.catalog import Inputs
 
 Call = Callable[[], object]
@@ -92,6 +92,25 @@ def _bitsandbytes(inputs: Inputs) -> Call | None:
     return lambda: inputs["dy"] @ bnb.dequantize_4bit(codes, state)
 
 
+def _bitsandbytes_lora(inputs: Inputs) -> Call | None:
+    """Compute the gradients as PEFT does on bitsandbytes' layers."""
+    if not isinstance(inputs["base"], NF4Weight):
+        return None
+    base = _bitsandbytes({"dy": inputs["dy"], "weight": inputs["base"]})
+    if base is None:
+        return None
+    dy, x, a, b, scale = (inputs[name] for name in ("dy", "x", "a", "b", "scale"))
+    # Autograd keeps what the first layer returned
+    xa = x @ a.t()
+
+    def call() -> object:
+        scaled = dy * scale
+        dxa = scaled @ b
+        return base() + dxa @ a, dxa.t() @ x, scaled.t() @ xa
+
+    return call
+
+
 def _rms_norm(inputs: Inputs) -> Call:
     x, weight, dy, dsum = (inputs[name] for name in ("x", "weight", "dy", "dsum"))
     rstd = aten._fused_rms_norm(x, list(weight.shape), weight, inputs["eps"])[1]
@@ -167,6 +186,7 @@ def _linear_cross_entropy(inputs: Inputs) -> Call:
 GRADIENT_PEERS: dict[str, dict[str, Peer]] = {
     "flash_attention_backward": {"torch-flash2": _flash, "torch-cudnn": _cudnn},
     "linear_backward": {"cublas": _linear},
+    "lora_linear_backward": {"bitsandbytes": _bitsandbytes_lora},
     "nf4_matmul_backward": {"cublas": _dense_product, "bitsandbytes": _bitsandbytes},
     "rms_norm_backward": {"torch": _rms_norm},
     "layer_norm_backward": {"torch": _layer_norm},

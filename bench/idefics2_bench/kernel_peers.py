@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from idefics2_bench.gradient_peers import GRADIENT_PEERS
-from idefics2_kernels import REFERENCE
+from idefics2_kernels import REFERENCE, NF4Weight
 from idefics2_kernels.catalog import Inputs
 from idefics2_kernels.reference.operations import rotary
 
@@ -139,6 +139,26 @@ def _bitsandbytes_matmul(inputs: Inputs) -> Call | None:
     return lambda: matmul_4bit(inputs["x"], codes.t(), quant_state=state)
 
 
+def _bitsandbytes_lora(inputs: Inputs) -> Call | None:
+    """Compute the product as PEFT does on bitsandbytes' layers."""
+    if not isinstance(inputs["base"], NF4Weight):
+        return None
+    product = _bitsandbytes_matmul({"x": inputs["x"], "weight": inputs["base"]})
+    return None if product is None else _beside(product, inputs)
+
+
+def _cublas_lora(inputs: Inputs) -> Call:
+    """Compute the product of a 16-bit base, which an NF4 base is dequantized to beforehand."""
+    base = inputs["base"]
+    weight = REFERENCE.nf4_dequantize(base) if isinstance(base, NF4Weight) else base
+    return _beside(lambda: functional.linear(inputs["x"], weight, inputs["bias"]), inputs)
+
+
+def _beside(product: Call, inputs: Inputs) -> Call:
+    x, a, b, scale = (inputs[name] for name in ("x", "a", "b", "scale"))
+    return lambda: product() + functional.linear(functional.linear(x, a), b) * scale
+
+
 def _torch(function: Callable[..., object], *names: str) -> Peer:
     def prepare(inputs: Inputs) -> Call:
         return lambda: function(*(inputs[name] for name in names))
@@ -227,6 +247,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     "linear": {"cublas": _cublas},
     "linear_gelu": {"cublas": _cublas_gelu},
     "nf4_matmul": {"bitsandbytes": _bitsandbytes_matmul},
+    "lora_linear": {"bitsandbytes": _bitsandbytes_lora, "cublas": _cublas_lora},
     "rms_norm": {"torch": _torch(_rms_norm, "x", "weight", "eps")},
     "add_rms_norm": {"torch": _torch(_add_rms_norm, "x", "residual", "weight", "eps")},
     "layer_norm": {"torch": _torch(_layer_norm, "x", "weight", "bias", "eps")},

@@ -89,6 +89,7 @@ class LLM:
         *,
         revision: str | None = None,
         adapter: str | Path | None = None,
+        merge_adapter: bool | None = None,
         verify: bool = False,
         check_finite: bool = False,
         load_format: str = "auto",

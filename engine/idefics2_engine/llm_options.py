@@ -96,7 +96,10 @@ class LLMOptions:
             ``org/name@revision``, which is downloaded unless the hub's cache has it. If ``None``,
             the demo checkpoint.
         revision: Branch, tag or commit of a hub id.
-        adapter: A LoRA adapter in PEFT's format to merge: its folder or its hub id.
+        adapter: A LoRA or DoRA adapter in PEFT's format: its folder or its hub id.
+        merge_adapter: Whether to merge the adapter into the weights, before quantization. If
+            ``False``, it is kept unmerged beside all linear layers. If ``None``, it is kept beside
+            weights in NF4 and merged into 16-bit weights (docs/checkpoints.md).
         verify: Compare the files with their published checksums first. Weights without a checksum
             are rejected.
         check_finite: Check every weight for NaN, infinity, and overflow in ``dtype``.
@@ -155,6 +158,7 @@ class LLMOptions:
     model: str | Path | None = checked(OrNone(path), None)
     revision: str | None = checked(OrNone(text), None)
     adapter: str | Path | None = checked(OrNone(path), None)
+    merge_adapter: bool | None = checked(OrNone(flag), None)
     verify: bool = checked(flag, False)
     check_finite: bool = checked(flag, False)
     load_format: str = checked(OneOf("auto", "dummy"), "auto")
@@ -189,6 +193,8 @@ class LLMOptions:
     def __post_init__(self) -> None:
         """Check every argument, then combinations of arguments."""
         check_fields(self, ConfigError)
+        if self.adapter is None and self.merge_adapter is not None:
+            raise ConfigError(f"merge_adapter must come with an adapter, got {self.merge_adapter}")
         reads_weights = self.adapter is not None or self.verify or self.check_finite
         if self.load_format == "dummy" and reads_weights:
             raise ConfigError(
@@ -304,6 +310,7 @@ def load_model(
         device,
         dtype,
         adapter=adapter,
+        merge_adapter=options.merge_adapter,
         check_finite=options.check_finite,
         quantization=quantization,
     )

@@ -90,6 +90,7 @@ def differentiable(ops: Ops, gradients: Gradients) -> Ops:
         linear=joined.linear,
         linear_gelu=joined.linear_gelu,
         nf4_matmul=joined.nf4_matmul,
+        lora_linear=joined.lora_linear,
         rms_norm=joined.rms_norm,
         add_rms_norm=joined.add_rms_norm,
         layer_norm=joined.layer_norm,
@@ -174,6 +175,30 @@ class _Joined:
 
         _refuse("nf4_matmul", "bias", bias)
         y: Tensor = _record(lambda: (self.ops.nf4_matmul(x, weight, bias), ()), backward, x)
+        return y
+
+    def lora_linear(
+        self,
+        x: Tensor,
+        base: Tensor | NF4Weight,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        def run() -> tuple[Tensor, Saved]:
+            saved = (a, b, x) if trains else (a, b)
+            return self.ops.lora_linear(x, base, a, b, scale, bias), saved
+
+        def backward(_needs: Needs, saved: Saved, dy: Tensor) -> Found:
+            kept = saved[2] if trains else None
+            return self.gradients.lora_linear(dy, kept, base, *saved[:2], scale, pair_grad=trains)
+
+        if isinstance(base, Tensor):
+            _refuse("lora_linear", "base", base)
+        _refuse("lora_linear", "bias", bias)
+        trains = _needs_gradient(a, b)
+        y: Tensor = _record(run, backward, x, a, b)
         return y
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -33,6 +33,25 @@ class NF4MatmulGradient(Protocol):
     def __call__(self, dy: Tensor, weight: NF4Weight) -> Tensor: ...  # noqa: D102
 
 
+class LoraLinearGradient(Protocol):
+    """``lora_linear``: ``dy`` (..., N), ``x`` (..., K) -> dx, da (R, K), db (N, R).
+
+    The last two are ``None`` without ``pair_grad``, and then ``x`` may be. The base does not train.
+    """
+
+    def __call__(  # noqa: D102
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        base: Tensor | NF4Weight,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        *,
+        pair_grad: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+
 class RmsNormGradient(Protocol):
     """``rms_norm``: ``dy``, ``x``, ``dsum`` (..., N), ``weight`` (N,) -> dx, dweight or ``None``.
 
@@ -154,6 +173,7 @@ class Gradients:
 
     linear: LinearGradient
     nf4_matmul: NF4MatmulGradient
+    lora_linear: LoraLinearGradient
     rms_norm: RmsNormGradient
     layer_norm: LayerNormGradient
     silu_mul: SiluMulGradient
@@ -174,6 +194,7 @@ def triton_gradients() -> dict[str, Any]:
         flash_attention,
         layer_norm,
         linear_cross_entropy,
+        lora_linear,
         products,
         rms_norm,
         rotary,
@@ -182,6 +203,7 @@ def triton_gradients() -> dict[str, Any]:
     return {
         "linear": products.linear_backward,
         "nf4_matmul": products.nf4_matmul_backward,
+        "lora_linear": lora_linear.lora_linear_backward,
         "rms_norm": rms_norm.rms_norm_backward,
         "layer_norm": layer_norm.layer_norm_backward,
         "silu_mul": activation.silu_mul_backward,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from idefics2_kernels.nf4.nf4_weight import NF4Weight
-from idefics2_kernels.reference import attention, nf4, operations, row_by_row, sampling
+from idefics2_kernels.reference import attention, low_rank, nf4, operations, row_by_row, sampling
 
 
 class MissingOperationError(RuntimeError):
@@ -56,6 +56,23 @@ class NF4Matmul(Protocol):
     """Product with NF4: ``x`` (..., K), ``weight`` (N, K), ``bias`` (N,) -> (..., N)."""
 
     def __call__(self, x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor: ...  # noqa: D102
+
+
+class LoraLinear(Protocol):
+    """Product with a low-rank one beside it: ``x`` (..., K), ``base`` (N, K) -> (..., N).
+
+    ``base`` is dense or in NF4, ``a`` (R, K), ``b`` (N, R), ``bias`` (N,).
+    """
+
+    def __call__(  # noqa: D102
+        self,
+        x: Tensor,
+        base: Tensor | NF4Weight,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class RmsNorm(Protocol):
@@ -255,6 +272,7 @@ class Ops:
     nf4_quantize: NF4Quantize
     nf4_dequantize: NF4Dequantize
     nf4_matmul: NF4Matmul
+    lora_linear: LoraLinear
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm
     layer_norm: LayerNorm
@@ -305,7 +323,7 @@ def triton_kernels() -> dict[str, Any]:
     """Return the operations that have a Triton kernel by name, or none without Triton."""
     if find_spec("triton") is None:
         return {}
-    from idefics2_kernels import activation, apply_bitmask, patches, rotary, sample
+    from idefics2_kernels import activation, apply_bitmask, lora_linear, patches, rotary, sample
     from idefics2_kernels.attention import flash_attention, paged_attention, perceiver_attention
     from idefics2_kernels.matmul import linear
     from idefics2_kernels.nf4 import nf4_matmul, nf4_quantize
@@ -317,6 +335,7 @@ def triton_kernels() -> dict[str, Any]:
         "nf4_quantize": nf4_quantize.nf4_quantize,
         "nf4_dequantize": nf4_quantize.nf4_dequantize,
         "nf4_matmul": nf4_matmul.nf4_matmul,
+        "lora_linear": lora_linear.lora_linear,
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
         "layer_norm": layer_norm.layer_norm,
@@ -343,7 +362,7 @@ def make_triton_ops() -> Ops:
 
 
 def _make_reference_ops() -> Ops:
-    functions = vars(operations) | vars(attention) | vars(sampling) | vars(nf4)
+    functions = vars(operations) | vars(attention) | vars(sampling) | vars(nf4) | vars(low_rank)
     return Ops(**{field.name: functions[field.name] for field in fields(Ops)})
 
 
@@ -353,6 +372,7 @@ ROW_BY_ROW = replace(
     linear=row_by_row.linear,
     linear_gelu=row_by_row.linear_gelu,
     nf4_matmul=row_by_row.nf4_matmul,
+    lora_linear=row_by_row.lora_linear,
     flash_attention=row_by_row.flash_attention,
     perceiver_attention=row_by_row.perceiver_attention,
     paged_attention=row_by_row.paged_attention,

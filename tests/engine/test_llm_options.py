@@ -27,6 +27,7 @@ BAD: dict[str, list[Any]] = {
     "model": [7, b"x", ["x"], True],
     "revision": NO_TEXT,
     "adapter": [7, b"x", ["x"], False],
+    "merge_adapter": FLAG,
     "verify": [*FLAG, None],
     "check_finite": [*FLAG, None],
     "load_format": ["pickle", "", None, *NO_TEXT],
@@ -137,3 +138,10 @@ def test_at_least_one_refuses_other_values(value: Any) -> None:
 def test_at_least_one_accepts_numpy_integers() -> None:
     assert at_least_one("in_flight", np.int64(3)) == 3  # type: ignore[arg-type]
     assert at_least_one("in_flight", 10**12) == 10**12
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_merge_adapter_must_come_with_an_adapter(merge: bool) -> None:
+    with pytest.raises(ConfigError, match=f"merge_adapter must come with an adapter, got {merge}"):
+        LLMOptions(merge_adapter=merge)
+    assert LLMOptions(adapter="org/lora", merge_adapter=merge).merge_adapter is merge

@@ -33,6 +33,7 @@ WGMMA = {
 }
 # These kernels may start before the previous kernel has ended
 DEPENDENT = {
+    "_add_low_rank_kernel",
     "_combine_kernel",
     "_decode_attention_kernel",
     "_few_rows_hopper_kernel",

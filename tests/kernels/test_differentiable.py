@@ -48,6 +48,11 @@ def rotary(ops: Ops) -> Call:
     return lambda q, k: ops.rotary(q, k, torch.tensor([3, 0, 6, 1]), table)
 
 
+def low_rank(ops: Ops) -> Call:
+    base, bias = (torch.linspace(-1, 1, n, dtype=torch.float64) for n in (20, 4))
+    return lambda x, a, b: ops.lora_linear(x, base.view(4, 5), a, b, 1.5, bias)
+
+
 def perceiver(ops: Ops) -> Call:
     attend: Any = ops.perceiver_attention
     return lambda *inputs: attend(*inputs, offsets(4, 3), 4)
@@ -57,6 +62,7 @@ def perceiver(ops: Ops) -> Call:
 CALLS: dict[str, tuple[Callable[[Ops], Call], list[tuple[int, ...]]]] = {
     "linear": (lambda ops: ops.linear, [(2, 3, 5), (4, 5), (4,)]),
     "linear_gelu": (lambda ops: ops.linear_gelu, [(3, 5), (4, 5), (4,)]),
+    "lora_linear": (low_rank, [(2, 3, 5), (2, 5), (4, 2)]),
     "rms_norm": (lambda ops: lambda x, w: ops.rms_norm(x, w, 1e-2), [(2, 3, 8), (8,)]),
     "add_rms_norm": (
         lambda ops: lambda x, y, w: ops.add_rms_norm(x, y, w, 1e-2),
@@ -145,6 +151,34 @@ def test_nf4_keeps_nothing() -> None:
     torch.testing.assert_close(x.grad, wanted)
 
 
+def test_projections_that_share_an_input_keep_it_once() -> None:
+    x, base = torch.randn(3, 64, requires_grad=True), REFERENCE.nf4_quantize(torch.randn(64, 64))
+    pairs = [(torch.randn(2, 64), torch.randn(64, 2)) for _ in range(3)]
+
+    def project() -> list[Tensor]:
+        return [JOINED.lora_linear(x, base, a, b, 2.0) for a, b in pairs]
+
+    matrices = {matrix.data_ptr() for pair in pairs for matrix in pair}
+    assert {tensor.data_ptr() for tensor in kept(project)} == matrices
+    for a, _ in pairs:
+        a.requires_grad_()
+    # The input has one place in memory, and nothing of the outputs' size is kept
+    assert {tensor.data_ptr() for tensor in kept(project)} == matrices | {x.data_ptr()}
+
+
+def test_low_rank_gradients_beside_nf4() -> None:
+    torch.manual_seed(0)
+    base = REFERENCE.nf4_quantize(torch.randn(64, 64))
+    results = []
+    for ops in (REFERENCE, JOINED):
+        torch.manual_seed(1)
+        leaves = [torch.randn(shape, requires_grad=True) for shape in ((3, 64), (2, 64), (64, 2))]
+        x, a, b = leaves
+        ops.lora_linear(x, base, a, b, 2.0).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
+
+
 def test_a_second_derivative_raises() -> None:
     x = draw(3, 8).requires_grad_()
     with pytest.raises(NoGradientError, match="create_graph must be False, got True"):
@@ -166,6 +200,12 @@ def test_what_has_no_gradient_raises_by_name() -> None:
     x, vector = torch.randn(3, 64), torch.randn(64, requires_grad=True)
     with pytest.raises(NoGradientError, match="'nf4_matmul' has no gradient of bias"):
         JOINED.nf4_matmul(x, weight, vector)
+    pair = torch.randn(2, 64), torch.randn(64, 2)
+    with pytest.raises(NoGradientError, match="'lora_linear' has no gradient of bias"):
+        JOINED.lora_linear(x, weight, *pair, 1.0, vector)
+    dense = torch.randn(64, 64, requires_grad=True)
+    with pytest.raises(NoGradientError, match="'lora_linear' has no gradient of base"):
+        JOINED.lora_linear(x, dense, *pair, 1.0)
     with pytest.raises(NoGradientError, match="'gelu_tanh' has no gradient of bias"):
         JOINED.gelu_tanh(x, vector)
     with pytest.raises(NoGradientError, match="TRITON's 'patches' has no gradient"):

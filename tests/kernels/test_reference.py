@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
 from idefics2_kernels import REFERENCE, MissingOperationError, NoGradientError, Ops, ops
-from idefics2_kernels.reference import attention, operations, sampling
+from idefics2_kernels.reference import attention, low_rank, operations, sampling
 
 D, H, H_KV = 24, 6, 2
 
@@ -355,6 +355,7 @@ def test_equal_lengths_read_nothing_back_from_the_device() -> None:
 FLOAT64_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: operations.linear(x, x),
     "linear_gelu": lambda x: operations.linear_gelu(x, x),
+    "lora_linear": lambda x: low_rank.lora_linear(x, x, x, x, 0.5),
     "rms_norm": lambda x: operations.rms_norm(x, x[0], 1e-5),
     "add_rms_norm": lambda x: operations.add_rms_norm(x, x, x[0], 1e-5)[0],
     "layer_norm": lambda x: operations.layer_norm(x, x[0], x[1], 1e-5),

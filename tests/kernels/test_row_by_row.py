@@ -41,6 +41,16 @@ def test_nf4_product() -> None:
     assert equal_bits(out[3:4], ROW_BY_ROW.nf4_matmul(x[3:4], weight))
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_low_rank_product(is_quantized: bool) -> None:
+    x, a, b = torch.randn(5, 128), torch.randn(8, 128), torch.randn(64, 8)
+    weight = torch.randn(64, 128)
+    base = REFERENCE.nf4_quantize(weight) if is_quantized else weight
+    out = ROW_BY_ROW.lora_linear(x, base, a, b, 0.5)
+    torch.testing.assert_close(out, REFERENCE.lora_linear(x, base, a, b, 0.5), rtol=1e-4, atol=1e-4)
+    assert equal_bits(out[3:4], ROW_BY_ROW.lora_linear(x[3:4], base, a, b, 0.5))
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_attention(causal: bool, window: int | None) -> None:

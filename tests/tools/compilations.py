@@ -3,7 +3,7 @@
     PYTHONPATH=engine:kernels:tests/helpers python tests/tools/compilations.py 90,8b,nf4 80,demo,nf4
 
 An argument is an architecture, a model and its weights, and perhaps a number of rows that the
-warm-up leaves out. Each argument has a process of its own, forked after the imports.
+warm-up leaves out. The weights ``nf4-lora`` are those of ``nf4`` with an adapter beside them. Each argument has a process of its own, forked after the imports.
 
 No GPU is needed. The model runs on meta tensors, which have no memory. Compilations and launches
 are left out; only the keys are computed under which Triton looks for compiled kernels. The program
@@ -24,9 +24,11 @@ from triton.runtime.jit import JITFunction
 
 from absent_gpu import AbsentGPU
 from idefics2_engine.checkpoint.loader import build_model
+from idefics2_engine.checkpoint.tensor_mapping import tensor_places
 from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.model.idefics2 import Idefics2
-from idefics2_engine.model.linear import NF4Linear
+from idefics2_engine.model.linear import NF4Linear, SideBySide
+from idefics2_engine.model.low_rank import LowRank
 from idefics2_engine.model.quantization import Quantization
 from idefics2_engine.runtime.kv_cache import KVCache
 from idefics2_engine.runtime.warm_up import warm_up_model, warm_up_sampling
@@ -90,6 +92,18 @@ def make_model(name: str, dtype: torch.dtype, *, is_quantized: bool) -> Idefics2
     return model
 
 
+def add_adapter(model: Idefics2) -> None:
+    """Keep a change of rank 8 beside every weight in NF4."""
+    for place in tensor_places(model):
+        layer = model.get_submodule(place.module.rpartition(".layers.")[0])
+        if not isinstance(layer, SideBySide):
+            layer = model.get_submodule(place.module)
+        if isinstance(layer, NF4Linear | SideBySide):
+            N, K = layer.shape
+            a, b = (torch.empty(n, k, dtype=model.dtype, device=META) for n, k in ((8, K), (N, 8)))
+            layer.low_rank = LowRank.combine((N, K), [(0, a, b)])
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
@@ -112,7 +126,9 @@ def main(arch: int, name: str, weights: str, left_out: int | None = None) -> Non
             count for count in row_counts(is_quantized=is_quantized) if count != left_out
         )
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
-    model = make_model(name, dtype, is_quantized=weights == "nf4")
+    model = make_model(name, dtype, is_quantized=weights.startswith("nf4"))
+    if weights == "nf4-lora":
+        add_adapter(model)
     kv_cache = KVCache(model.config.text, 4, PAGE_SIZE, META, dtype)
     warm_up_model(model, kv_cache)
     warm_up_sampling(model)

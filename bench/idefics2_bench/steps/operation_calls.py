@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from idefics2_kernels import REFERENCE, Ops
+from idefics2_kernels import REFERENCE, NF4Weight, Ops
 from idefics2_kernels.catalog import CATALOG, Case, Cost
 
 Around = Callable[[str, tuple[Any, ...], dict[str, Any]], AbstractContextManager[object]]
@@ -105,6 +105,13 @@ def _product(at: Arguments) -> _Described:
     return f"{N}x{K}", dims, x.dtype
 
 
+def _lora_linear(at: Arguments) -> _Described:
+    x, base, R = at["x"], at["base"], at["a"].shape[0]
+    N, K = base.shape
+    dims = {"M": x.numel() // K, "N": N, "K": K, "R": R, "bias": at["bias"] is not None}
+    return f"{N}x{K}-r{R}", {**dims, "nf4": isinstance(base, NF4Weight)}, x.dtype
+
+
 def _rows(at: Arguments) -> _Described:
     x = at["x"]
     return str(x.shape[-1]), {"shape": tuple(x.shape)}, x.dtype
@@ -156,6 +163,7 @@ _CASES: dict[str, Callable[[Arguments], _Described]] = {
     "linear": _product,
     "linear_gelu": _product,
     "nf4_matmul": _product,
+    "lora_linear": _lora_linear,
     "rms_norm": _rows,
     "add_rms_norm": _rows,
     "layer_norm": _rows,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from idefics2_engine.checkpoint.lora import Adapter
+from idefics2_engine.checkpoint.adapter_loading import describe, load_adapter, weights_beside
 from idefics2_engine.checkpoint.nf4_tensors import (
     check_headers,
     is_in_nf4,
@@ -21,11 +21,10 @@ from idefics2_engine.checkpoint.nf4_tensors import (
     tensor_names,
     weight_name,
 )
-from idefics2_engine.checkpoint.parameter_filler import ParameterFiller, require_finite
+from idefics2_engine.checkpoint.parameter_filler import ParameterFiller
 from idefics2_engine.checkpoint.safetensors_header import FLOATS, StoredTensor
 from idefics2_engine.checkpoint.shards import find_weights, join_names
 from idefics2_engine.checkpoint.tensor_mapping import (
-    EMBEDDING,
     HEAD,
     HubTensor,
     hub_tensors,
@@ -74,6 +73,7 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     *,
     adapter: Path | str | None = None,
+    merge_adapter: bool | None = None,
     check_finite: bool = False,
     quantization: Quantization | None = None,
 ) -> Idefics2:
@@ -88,43 +88,48 @@ def load_checkpoint(
         ops: Implementation of the operations.
         device: Device of the parameters.
         dtype: Dtype of the parameters, and of computing with NF4 weights.
-        adapter: Folder of a LoRA adapter in PEFT's format to merge before quantization.
+        adapter: Folder of a LoRA adapter in PEFT's format.
+        merge_adapter: Whether to merge the adapter's pairs into the weights, before quantization.
+            If false, they are kept beside all linear layers. If ``None``, they are kept beside
+            weights in NF4 and merged into others.
         check_finite: Check every value for NaN, infinity, and overflow in ``dtype``.
         quantization: Parts to quantize on ``device``. Each tensor is first rounded to ``dtype``.
 
     Raises:
         ConfigError: A config of the model or the adapter is missing or invalid. Or the checkpoint
-            is quantized and ``quantization`` or ``adapter`` is given, or ``dtype`` does not allow
-            quantization.
+            is quantized and ``quantization`` is given or ``merge_adapter`` is true, or ``dtype``
+            does not allow quantization. Or the adapter is DoRA and not merged.
         CheckpointError: A file or tensor is missing, unreadable, unexpected, or of another shape or
             dtype. Or, with ``check_finite``, a value is not finite.
     """
     begin = time.perf_counter()
     folder = Path(folder)
     config = ModelConfig.load(folder)
-    _check_not_quantized_before(folder, config, adapter, quantization)
+    _check_not_quantized_before(folder, config, adapter, quantization, merge_adapter)
     config, stored = resolve_tied_head(config, in_our_names(config, find_weights(folder)))
     places = {place.name: place for place in hub_tensors(config)}
     stored_nf4 = _check_fit(folder, config, places, stored)
-    changes = (
-        None if adapter is None else _load_adapter(Path(adapter), config, places, check_finite)
-    )
-    model = build_with_nf4(config, ops, device, dtype, stored_nf4 | _chosen(config, quantization))
+    changes = None if adapter is None else load_adapter(Path(adapter), config, places, check_finite)
+    in_nf4 = stored_nf4 | _chosen(config, quantization)
+    beside = weights_beside(changes, places, stored_nf4, in_nf4, merge_adapter)
+    model = build_with_nf4(config, ops, device, dtype, in_nf4)
     filler = ParameterFiller(
         model,
         changes,
+        beside,
         check_finite=check_finite,
         double_quant=quantization is None or quantization.double_quant,
     )
     for source, value in _weights(stored, filler.places, stored_nf4, dtype):
         filler.fill(source, value)
+    filler.add_low_rank()
     _logger.info(
         "loaded %s in %.2f s: files %d, %.1f MB; adapter %s, quantization %s, %s on %s",
         printable_path(folder),
         time.perf_counter() - begin,
         len({tensor.file for tensor in stored.values()}),
         sum(tensor.num_bytes for tensor in stored.values()) / 1e6,
-        None if adapter is None else printable_path(Path(adapter)),
+        None if adapter is None or changes is None else describe(Path(adapter), changes, beside),
         "nf4" if stored_nf4 or quantization is not None else None,
         str(model.dtype).removeprefix("torch."),
         model.device,
@@ -137,16 +142,17 @@ def _check_not_quantized_before(
     config: ModelConfig,
     adapter: Path | str | None,
     quantization: Quantization | None,
+    merge_adapter: bool | None,
 ) -> None:
     """Raise ``ConfigError`` if a quantized checkpoint is to be quantized or merged."""
     if config.is_quantized and quantization is not None:
         raise ConfigError(
             f"{printable_path(folder)}: is quantized already: load it without quantization, or quantize the checkpoint it was made from"
         )
-    if config.is_quantized and adapter is not None:
+    if config.is_quantized and adapter is not None and merge_adapter:
         raise ConfigError(
-            f"{printable_path(folder)}: is quantized, and an adapter must be merged before that: "
-            "load the checkpoint that this was made from, with the adapter and quantization"
+            f"{printable_path(folder)}: is quantized, and an adapter must be merged before that: load it with "
+            "merge_adapter=False, or the checkpoint that this was made from with the adapter and quantization"
         )
 
 
@@ -266,19 +272,3 @@ def _weights(
         if len(tensors) == len(tensor_names(name, stored)):
             shape = places[name].shape
             yield stored[name], read_weight(stored[name], shape, waiting.pop(name), dtype)
-
-
-def _load_adapter(
-    folder: Path, config: ModelConfig, places: dict[str, HubTensor], check_finite: bool
-) -> Adapter:
-    """Read the adapter in ``folder`` and check that it fits the checkpoint's ``places``."""
-    adapter = Adapter.load(folder)
-    if config.tie_word_embeddings and adapter.changed & {EMBEDDING, HEAD}:
-        raise CheckpointError(
-            f"{adapter.file}: changes the embedding or the head, which are one in this model: not supported"
-        )
-    adapter.check(places)
-    if check_finite:
-        for name, tensor in adapter.values.items():
-            require_finite(adapter.stored[name], tensor)
-    return adapter

@@ -1,9 +1,10 @@
-"""LoRA adapters in PEFT's format, merged into a checkpoint's tensors during loading.
+"""LoRA and DoRA adapters in PEFT's format: what they change in a checkpoint's tensors.
 
 An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. The second
 file has two kinds of tensors. A pair A, B is added to a weight: W + B @ A * alpha / r (Hu et al.,
-2021). A whole tensor replaces one of the checkpoint's. The adapter's names are the checkpoint's
-with a prefix and, in a module with a pair, another ending.
+2021). With DoRA (Liu et al., 2024) the rows of the sum are scaled to trained magnitudes. A whole
+tensor replaces one of the checkpoint's. The adapter's names are the checkpoint's with a prefix and,
+in a module with a pair, another ending.
 """
 
 from collections.abc import Mapping, Set
@@ -33,7 +34,9 @@ _PARTNERS = {
     ".lora_embedding_A": ".lora_embedding_B",
     ".lora_embedding_B": ".lora_embedding_A",
 }
+_MAGNITUDE = ".lora_magnitude_vector"
 _Change = TypeVar("_Change")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class _Pair:
         """Compute the change on ``device`` in ``dtype``, in the shape of the weight."""
         product = (self.b.to(device, dtype) @ self.a.to(device, dtype)) * scale
         return product.T if self.is_embedding else product
+
+    def scaled(self, weight: Tensor, magnitude: Tensor) -> Tensor:
+        """Scale the rows of ``weight``, or the columns of an embedding, to norms of ``magnitude``.
+
+        ``magnitude`` has a number for each row of b.
+        """
+        rows = weight.T if self.is_embedding else weight
+        norms: Tensor = torch.linalg.norm(rows, dim=1)
+        factors = magnitude.to(weight.device, weight.dtype) / norms
+        return weight * (factors if self.is_embedding else factors[:, None])
 
 
 class Adapter:
@@ -93,6 +106,7 @@ class Adapter:
         # Keys are the checkpoint's names
         self._whole: dict[str, Tensor] = {}
         self._pairs: dict[str, _Pair] = {}
+        self._magnitudes: dict[str, Tensor] = {}
         # The whole tensors whose module must have a pair, because PEFT stores them below _BASE
         self._based: set[str] = set()
         for name in stored:
@@ -103,7 +117,7 @@ class Adapter:
         """Read the config and all tensors of the adapter in ``folder``, without merging them.
 
         Raises:
-            ConfigError: The config is missing, malformed or not that of plain LoRA.
+            ConfigError: The config is missing, malformed or not that of LoRA or DoRA.
             CheckpointError: The weights are missing, unreadable, pickled or not floats, or their
                 names do not fit together.
         """
@@ -134,6 +148,21 @@ class Adapter:
         """Names of the checkpoint's tensors that this adapter changes."""
         return self._whole.keys() | self._pairs.keys()
 
+    @property
+    def paired(self) -> Set[str]:
+        """Names of the checkpoint's tensors that have a pair."""
+        return self._pairs.keys()
+
+    @property
+    def whole(self) -> Set[str]:
+        """Names of the checkpoint's tensors that this adapter replaces."""
+        return self._whole.keys()
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether pairs have magnitudes."""
+        return self._config.dora
+
     def check(self, places: Mapping[str, HubTensor]) -> None:
         """Check that the adapter fits the checkpoint's tensors, which are ``places`` by name.
 
@@ -141,7 +170,7 @@ class Adapter:
             CheckpointError: A change is for a tensor that is not in ``places``, or has another
                 shape or rank. Or a pair for an embedding has the names for a linear layer, or the
                 reverse. Or a whole tensor must be stored with a pair and is not, or the reverse. Or
-                a tensor of ``modules_to_save`` is missing.
+                a tensor of ``modules_to_save`` or a magnitude of DoRA is missing.
         """
         for name, tensor in self._whole.items():
             if name not in places:
@@ -161,6 +190,7 @@ class Adapter:
                     f"{self.file}: changes {name!r:.200}, which is not part of this model"
                 )
             self._check_pair(places[name], pair)
+        self._check_magnitudes()
         for name in places:
             if self._config.saves(name) and name not in self._whole:
                 raise CheckpointError(
@@ -173,13 +203,33 @@ class Adapter:
         A pair is added on ``device`` in fp32, or in fp64 if ``tensor`` or ``dtype`` is fp64. The
         caller rounds the sum to ``dtype``. Without a pair, the dtype and device are unchanged.
         """
-        tensor = self._whole.get(name, tensor)
+        tensor = self.replace(name, tensor)
         pair = self._pairs.get(name)
         if pair is None:
             return tensor
         wide = torch.promote_types(torch.promote_types(tensor.dtype, dtype), torch.float32)
         scale = self._config.scale(pair.module)
-        return tensor.to(device, wide) + pair.delta(scale, device, wide)
+        total = tensor.to(device, wide) + pair.delta(scale, device, wide)
+        magnitude = self._magnitudes.get(name)
+        return total if magnitude is None else pair.scaled(total, magnitude)
+
+    def replace(self, name: str, tensor: _Value) -> Tensor | _Value:
+        """Return the whole tensor that replaces the checkpoint's ``tensor`` called ``name``, if any."""
+        return self._whole.get(name, tensor)
+
+    def factors(
+        self, name: str, dtype: torch.dtype, device: torch.device
+    ) -> list[tuple[StoredTensor, Tensor]]:
+        """Return a (r, in) and b (out, r) of the tensor called ``name``, each after its header.
+
+        They are rounded to ``dtype``, b after it was multiplied by the scale in fp32 or wider.
+        """
+        pair = self._pairs[name]
+        wide = torch.promote_types(torch.promote_types(pair.b.dtype, dtype), torch.float32)
+        b = pair.b.to(device, wide) * self._config.scale(pair.module)
+        ends = (pair.end, _PARTNERS[pair.end])
+        headers = [self.stored[f"{_PREFIX}{pair.module}{end}"] for end in ends]
+        return list(zip(headers, (pair.a.to(device, dtype), b.to(dtype)), strict=True))
 
     def _sort(self, name: str) -> None:
         """Note what the tensor ``name`` changes. A pair is noted once, at its A."""
@@ -198,6 +248,10 @@ class Adapter:
                     pair = _Pair(module, self.values[name], self.values[other], end)
                     self._note(f"{module}.weight", pair, self._pairs)
                 return
+        if self.is_dora and inner.endswith(_MAGNITUDE):
+            module = inner.removesuffix(_MAGNITUDE)
+            self._magnitudes[f"{module}.weight"] = self.values[name]
+            return
         module, base, own = inner.rpartition(_BASE)
         target = f"{module}.{own}" if base else own
         self._note(target, self.values[name], self._whole)
@@ -223,6 +277,19 @@ class Adapter:
                 f"as in {ADAPTER_CONFIG}, got {tuple(a)} and {tuple(b)}"
             )
         self._check_shape(place, pair.shape)
+
+    def _check_magnitudes(self) -> None:
+        """Check that each pair of DoRA, and nothing else, has a magnitude of its b's rows."""
+        if self.is_dora and (alone := self._pairs.keys() ^ self._magnitudes.keys()):
+            raise CheckpointError(
+                f"{self.file}: must hold a pair and a {_MAGNITUDE[1:]} for {min(alone)!r:.200}, got one of them"
+            )
+        for name, magnitude in self._magnitudes.items():
+            shape = (self._pairs[name].b.shape[0],)
+            if magnitude.shape != shape:
+                raise CheckpointError(
+                    f"{self.file}: the {_MAGNITUDE[1:]} for {name!r} must have shape {shape}, got {tuple(magnitude.shape)}"
+                )
 
     def _check_shape(self, place: HubTensor, shape: tuple[int, ...]) -> None:
         if shape != place.shape:

@@ -1,4 +1,4 @@
-"""The ``adapter_config.json`` of a plain LoRA adapter in PEFT's format."""
+"""The ``adapter_config.json`` of a LoRA or DoRA adapter in PEFT's format."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -54,6 +54,7 @@ _READ = frozenset(
         "peft_type",
         "r",
         "rank_pattern",
+        "use_dora",
         "use_rslora",
     ]
 )
@@ -68,6 +69,7 @@ class AdapterConfig:
         r: Rank of the modules that no pattern of ``ranks`` fits.
         alpha: Numerator of the scale of the modules that no pattern of ``alphas`` fits.
         rank_stabilized: Whether the scale is alpha / sqrt(r), not alpha / r.
+        dora: Whether rows of changed weights are scaled to trained magnitudes.
         ranks: Ranks by pattern of a module's name. The first pattern that fits counts.
         alphas: Numerators by pattern, in the same way.
         saved: Endings of the names of modules that were trained whole.
@@ -77,6 +79,7 @@ class AdapterConfig:
     r: int
     alpha: float
     rank_stabilized: bool
+    dora: bool
     ranks: Sequence[tuple[NamePattern, int]]
     alphas: Sequence[tuple[NamePattern, float]]
     saved: Sequence[str]
@@ -87,7 +90,7 @@ class AdapterConfig:
 
         Raises:
             ConfigError: The file is missing, is not a JSON object, has an invalid value, or is not
-                that of plain LoRA.
+                that of LoRA or DoRA.
         """
         if mistaken := why_no_adapter(folder):
             raise ConfigError(f"{printable_path(folder)}: {mistaken}")
@@ -100,10 +103,10 @@ class AdapterConfig:
         section.require("bias", "none")
         section.require("init_lora_weights", *_INITS)
         for key, value in values.items():
-            # An unknown key that is null, false or empty asks for nothing beyond plain LoRA
+            # An unknown key that is null, false or empty asks for nothing beyond LoRA
             if key not in _SILENT | _READ and value:
                 raise ConfigError(
-                    f"{path}: {printable(key)} is not supported, only plain LoRA is, got {short_repr(value)}: "
+                    f"{path}: {printable(key)} is not supported, only LoRA and DoRA are, got {short_repr(value)}: "
                     "merge the adapter with PEFT's merge_and_unload, and save and load that model instead"
                 )
         ranks = section.section("rank_pattern")
@@ -113,6 +116,7 @@ class AdapterConfig:
             section.size("r", 8, _MOST_RANK),
             section.positive("lora_alpha", 8),
             section.flag("use_rslora"),
+            section.flag("use_dora"),
             _patterns(ranks, lambda key: ranks.size(key, 8, _MOST_RANK)),
             _patterns(alphas, lambda key: alphas.positive(key, 8)),
             _names(section, "modules_to_save"),

@@ -15,6 +15,7 @@ from idefics2_engine.checkpoint.shards import INDEX, SINGLE
 from idefics2_engine.checkpoint.tensor_mapping import HubTensor, dense_modules, tensor_places
 from idefics2_engine.model.idefics2 import Idefics2
 from idefics2_engine.model.linear import NF4Linear
+from idefics2_engine.model.low_rank import LowRank
 from idefics2_engine.model.quantization import bitsandbytes_config
 from idefics2_engine.model_files import CONFIG, is_there
 from idefics2_kernels.gpu.checks import FLOATS as NF4_DTYPES
@@ -46,8 +47,13 @@ def save_checkpoint(
     Raises:
         ConfigError: A file to copy cannot be read, in which case nothing is written. Or the
             ``config.json`` to update is malformed, which is found after the weights are written.
-        ValueError: The model has NF4 weights and the dtype is not bf16, fp16 or fp32.
+        ValueError: The model has NF4 weights and the dtype is not bf16, fp16 or fp32. Or it has an
+            adapter that is not merged, for which the format has no place.
     """
+    if any(isinstance(module, LowRank) for module in model.modules()):
+        raise ValueError(
+            "model must have no unmerged adapter: load it without, or with merge_adapter=True"
+        )
     folder = Path(folder)
     dtype = dtype or model.dtype
     places = tensor_places(model)

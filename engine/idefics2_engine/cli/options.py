@@ -134,6 +134,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     add_loading_options(group)
     group.add_argument(
+        "--merge-adapter",
+        action=argparse.BooleanOptionalAction,
+        help="merge the adapter into the weights, before quantization, or keep it unmerged "
+        "(default: merged into 16-bit weights, unmerged beside weights in NF4)",
+    )
+    group.add_argument(
         "--dtype", choices=_DTYPES, default="auto", help="what to compute in (default: %(default)s)"
     )
     group.add_argument(
@@ -162,7 +168,7 @@ def add_loading_options(group: "argparse._ArgumentGroup") -> None:
         "--adapter",
         metavar="ADAPTER",
         type=folder_or_hub_id,
-        help="a LoRA adapter to merge, in PEFT's format: its folder or its id on the hub",
+        help="a LoRA or DoRA adapter in PEFT's format: its folder or its id on the hub",
     )
     group.add_argument(
         "--verify",
@@ -232,6 +238,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": args.model,
         "adapter": args.adapter,
+        "merge_adapter": args.merge_adapter,
         "verify": args.verify,
         "check_finite": args.check_finite,
         "device": args.device,

@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         dtype=torch_dtype(args.dtype, device),
         adapter=adapter,
+        # The new checkpoint has no place for an unmerged adapter
+        merge_adapter=True,
         check_finite=args.check_finite,
         quantization=Quantization.from_arguments("nf4", args.quantized_parts, args.double_quant),
     )

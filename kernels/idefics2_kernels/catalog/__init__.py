@@ -6,6 +6,7 @@ from idefics2_kernels.catalog.activation import ACTIVATIONS
 from idefics2_kernels.catalog.apply_bitmask import APPLY_BITMASK
 from idefics2_kernels.catalog.backward import GRADIENT_CATALOG
 from idefics2_kernels.catalog.flash_attention import FLASH_ATTENTION
+from idefics2_kernels.catalog.lora_linear import LORA_LINEAR
 from idefics2_kernels.catalog.norms import NORMS
 from idefics2_kernels.catalog.paged_attention import PAGED_ATTENTION
 from idefics2_kernels.catalog.patches import PATCHES
@@ -24,6 +25,7 @@ CATALOG: tuple[KernelSpec, ...] = (
     PAGED_ATTENTION,
     PERCEIVER_ATTENTION,
     *PRODUCTS,
+    LORA_LINEAR,
     *NORMS,
     *ACTIVATIONS,
     *ROTARY,

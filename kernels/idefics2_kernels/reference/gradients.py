@@ -50,6 +50,33 @@ def nf4_matmul(dy: Tensor, weight: NF4Weight) -> Tensor:
     return dy @ nf4.nf4_dequantize(weight).to(dy.dtype)
 
 
+def lora_linear(
+    dy: Tensor,
+    x: Tensor | None,
+    base: Tensor | NF4Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    pair_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of x (..., K), ``a`` (R, K) and ``b`` (N, R) from ``dy`` (..., N).
+
+    The last two are ``None`` without ``pair_grad``, and ``x`` may be. dy @ base, dy @ b and x @ a.T
+    are rounded. The rest is fp32 or wider, rounded once.
+    """
+    dxa = dy @ b
+    dx = nf4_matmul(dy, base) if isinstance(base, NF4Weight) else dy @ base
+    dx = (widen(dx) + widen(dxa) @ widen(a) * scale).to(dy.dtype)
+    if not pair_grad:
+        return dx, None, None
+    assert x is not None
+    rows, kept = widen(dy.flatten(0, -2)), x.flatten(0, -2)
+    da = widen(dxa.flatten(0, -2)).t() @ widen(kept) * scale
+    db = rows.t() @ widen(kept @ a.t()) * scale
+    return dx, da.to(dy.dtype), db.to(dy.dtype)
+
+
 def rms_norm(
     dy: Tensor,
     x: Tensor,

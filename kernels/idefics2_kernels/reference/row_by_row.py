@@ -37,6 +37,20 @@ def nf4_matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     return linear(x, nf4_dequantize(weight).to(x.dtype), bias)
 
 
+def lora_linear(
+    x: Tensor,
+    base: Tensor | NF4Weight,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return ``x`` (..., K) times ``base`` (N, K), plus ``scale`` times x @ a.T @ b.T: (..., N)."""
+    out = nf4_matmul(x, base, bias) if isinstance(base, NF4Weight) else linear(x, base, bias)
+    update = linear(widen(linear(x, a)), widen(b))
+    return (widen(out) + update * scale).to(x.dtype)
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,

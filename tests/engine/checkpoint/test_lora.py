@@ -105,6 +105,18 @@ KINDS: dict[str, dict[str, Any]] = {
     "orthogonal": {"r": 4, "target_modules": ["k_proj"], "init_lora_weights": "orthogonal"},
     "fan in, fan out": {"r": 4, "target_modules": ["o_proj"], "fan_in_fan_out": True},
     "dropout": {"r": 4, "target_modules": ["o_proj"], "lora_dropout": 0.3},
+    "dora": {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True},
+    "rank-stabilized dora": {
+        "r": 4,
+        "target_modules": ["q_proj", "fc1"],
+        "use_dora": True,
+        "use_rslora": True,
+    },
+    "dora of embedding and head": {
+        "r": 4,
+        "target_modules": ["embed_tokens", "lm_head", "v_proj"],
+        "use_dora": True,
+    },
 }
 
 
@@ -179,9 +191,10 @@ class TestConfig:
             ({"peft_type": "ADALORA"}, "peft_type must be 'LORA', got 'ADALORA'"),
             ({"peft_type": None}, "peft_type must be 'LORA', got None"),
             (
-                {"use_dora": True},
-                "use_dora is not supported, only plain LoRA is, got True: merge the adapter with PEFT's merge_and_unload",
+                {"use_bdlora": True},
+                "use_bdlora is not supported, only LoRA and DoRA are, got True: merge the adapter with PEFT's merge_and_unload",
             ),
+            ({"use_dora": "yes"}, "use_dora must be true or false, got 'yes'"),
             ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names"),
             ({"modules_to_save": ["lm_head", 1]}, "modules_to_save must be a list of names"),
             ({"modules_to_save": [""]}, "modules_to_save must be a list of names"),
@@ -292,6 +305,23 @@ class TestWeights:
     ) -> None:
         self.change(adapter, **{name: torch.zeros(4)})
         assert "is no part of plain LoRA" in self.refusal(base, adapter)
+
+    def test_magnitude_of_another_size_is_refused(self, base: Path, tmp_path: Path) -> None:
+        train(tmp_path, r=4, target_modules=["q_proj"], use_dora=True)
+        self.change(tmp_path, lora_magnitude_vector=torch.ones(1))
+        said = self.refusal(base, tmp_path)
+        assert "q_proj.weight' must have shape (64,), got (1,)" in said
+
+    def test_dora_without_a_magnitude_is_refused(self, base: Path, tmp_path: Path) -> None:
+        train(tmp_path, r=4, target_modules=["q_proj"], use_dora=True)
+        self.change(tmp_path, lora_magnitude_vector=None)
+        said = self.refusal(base, tmp_path)
+        assert f"must hold a pair and a lora_magnitude_vector for '{Q_PROJ[17:]}.weight'" in said
+
+    def test_magnitude_without_a_pair_is_refused(self, base: Path, tmp_path: Path) -> None:
+        train(tmp_path, r=4, target_modules=["q_proj"], use_dora=True)
+        self.change(tmp_path, lora_A__weight=None, lora_B__weight=None)
+        assert "must hold a pair and a lora_magnitude_vector" in self.refusal(base, tmp_path)
 
     def test_other_prefix_is_refused(self, base: Path, adapter: Path) -> None:
         file = adapter / "adapter_model.safetensors"

@@ -449,7 +449,7 @@ class TestLoading:
         save_checkpoint(merged, tmp_path / "merged", config_from=dense)
         ours, wanted, plain = (
             load_checkpoint(
-                folder, dtype=torch.bfloat16, adapter=each, quantization=NF4
+                folder, dtype=torch.bfloat16, adapter=each, merge_adapter=True, quantization=NF4
             ).get_submodule("text.layers.1.attention.qkv_proj.layers.0")
             for folder, each in ((dense, adapter), (tmp_path / "merged", None), (dense, None))
         )
@@ -558,7 +558,7 @@ class TestRefused:
             load_checkpoint(transformers_checkpoint, quantization=NF4)
         adapter = make_adapter(tmp_path / "adapter")
         with pytest.raises(ConfigError, match="an adapter must be merged before that"):
-            load_checkpoint(transformers_checkpoint, adapter=adapter)
+            load_checkpoint(transformers_checkpoint, adapter=adapter, merge_adapter=True)
         with pytest.raises(ConfigError, match="quantization_config must be absent"):
             build_model(ModelConfig.load(transformers_checkpoint))
         with pytest.raises(ConfigError, match=r"dtype must be .* got torch.float64"):

@@ -305,6 +305,7 @@ class TestGenerate:
         assert main(["generate", "--prompt", "x"]) == 0
         settings = {
             "adapter": None,
+            "merge_adapter": None,
             "verify": False,
             "check_finite": False,
             "device": "auto",
@@ -322,7 +323,7 @@ class TestGenerate:
         assert FakeLLM.built[1]["seed"] != seed, "drawn answers differ from run to run"
 
     def test_every_option_is_passed_on(self, tmp_path: Path) -> None:
-        checks = ["--adapter", "org/lora@main", "--verify", "--check-finite"]
+        checks = ["--adapter", "org/lora@main", "--no-merge-adapter", "--verify", "--check-finite"]
         model = [
             "--model",
             str(tmp_path),
@@ -350,6 +351,7 @@ class TestGenerate:
             tmp_path,
             {
                 "adapter": "org/lora@main",
+                "merge_adapter": False,
                 "verify": True,
                 "check_finite": True,
                 "device": "cuda:1",

@@ -85,6 +85,21 @@ def test_finished_job_says_so(
     assert engine.loads == 1
 
 
+@pytest.mark.usefixtures("engine")
+def test_merging_of_the_adapter_is_part_of_the_job(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    named = ("--adapter", str(adapter))
+    assert command(source, *named, "--no-merge-adapter") == 0
+    assert command(source, *named, "--no-merge-adapter") == 0
+    assert command(source, *named) == 2
+    assert "merge_adapter" in capsys.readouterr().err
+
+
 def test_bad_rows_become_error_rows(
     tmp_path: Path, engine: StandInEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,7 +22,7 @@ from request_sizes import PAGE_SIZE, ROWS, draw, image_batches, text_batches
 _NO_PREFETCH = 133
 
 
-CASES = ["90,8b,bf16", "90,8b,nf4", "90,demo,fp32", "80,demo,nf4"]
+CASES = ["90,8b,bf16", "90,8b,nf4", "90,8b,nf4-lora", "90,demo,fp32", "80,demo,nf4-lora"]
 
 
 def compilations(*cases: str) -> list[dict[str, Any]]:

@@ -73,6 +73,7 @@ def _engine_parts(args: argparse.Namespace) -> dict[str, Any]:
         "quantization": args.quantization,
         "quantized_parts": args.quantized_parts,
         "double_quant": args.double_quant,
+        **({} if args.merge_adapter is None else {"merge_adapter": args.merge_adapter}),
         "max_model_len": args.max_model_len,
         "sampling_order": args.sampling_order or "vllm",
         "seed": args.seed or 0,
