@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -98,3 +99,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU for itself: -m huge"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish() -> None:
+    # Tests that need no kernel need not load Triton
+    if not HAS_GPU and "triton.runtime.interpreter" in sys.modules:
+        from quick_interpreter import make_quick
+
+        make_quick()

@@ -90,7 +90,9 @@ def run_cases(folder: str, kernels: list[str]) -> int:
     import idefics2_kernels
     from idefics2_kernels.catalog import rows
     from parity import check
+    from quick_interpreter import make_quick
 
+    make_quick()
     assert Path(idefics2_kernels.__file__).is_relative_to(folder)
     for spec, implementation, case in rows("any"):
         if spec.name in kernels:

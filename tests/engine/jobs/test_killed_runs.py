@@ -30,7 +30,7 @@ def stand_in(*arguments: object) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kills", "rows"), [(30, 300), pytest.param(200, 2000, marks=pytest.mark.long)]
+    ("kills", "rows"), [(30, 300), pytest.param(100, 2000, marks=pytest.mark.long)]
 )
 def test_killed_runs_lose_and_repeat_nothing(tmp_path: Path, kills: int, rows: int) -> None:
     printed = stand_in("kill", tmp_path, kills, rows)
@@ -89,7 +89,7 @@ def test_killed_job_of_the_demo_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path / "whole.jsonl", 0) == 3
     out = tmp_path / "killed.jsonl"
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         assert run(out, rng.randrange(4, 20), rng.random()) == -9
     assert run(out, 0) == 3
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -19,8 +19,8 @@ ENVIRONMENT = os.environ | {
 
 @pytest.mark.long
 def test_large_images_stay_within_their_bound(tmp_path: Path) -> None:
-    """All 2,000 images would take 5.8 GB."""
-    rows, bound = 2000, 256 << 20
+    """All 700 images would take 2 GB."""
+    rows, bound = 700, 256 << 20
     program = str(ROOT / "tests/helpers/prepared_rows.py")
     command = [sys.executable, program, str(tmp_path / "out.jsonl"), str(rows), str(bound)]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)

@@ -31,15 +31,16 @@ class Descriptor:
 
     def _places(self, corner: list[int]) -> tuple[Any, Any]:
         """Return each element's index in the storage, and whether it is inside the shape."""
-        places = np.zeros(self.block_type.shape, dtype=object)
+        # Addresses are of 64 bits, and so is this arithmetic
+        places = np.zeros(self.block_type.shape, dtype=np.uint64)
         inside = np.ones(self.block_type.shape, dtype=bool)
         for axis, (first, size) in enumerate(zip(corner, self.block_type.shape, strict=True)):
             along = [1] * len(corner)
             along[axis] = size
-            index = np.array([int(first) + i for i in range(size)], dtype=object).reshape(along)
+            index = (int(first) + np.arange(size)).reshape(along)
             inside &= (index >= 0) & (index < self.shape[axis])
-            places = places + index * self.strides[axis]
-        return places % (2**64 // self.base.itemsize), inside
+            places = places + index.astype(np.uint64) * np.uint64(self.strides[axis] % 2**64)
+        return places & np.uint64(2**64 // self.base.itemsize - 1), inside
 
     def load(self, corner: list[int]) -> Any:
         places, inside = self._places(corner)
@@ -55,7 +56,9 @@ class Descriptor:
 
     @staticmethod
     def _indices(places: Any) -> Tensor:
-        return torch.tensor([int(place) for place in places], dtype=torch.int64)
+        if (places >= 2**63).any():
+            raise IndexError("an address before a tensor")
+        return torch.from_numpy(places.astype(np.int64))
 
 
 class CopyEngine:
