@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
+from transformers.utils import output_capturing
 
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.hooks import is_unhooked
-from idefics2_engine.hf.operations import operations_of
+from idefics2_engine.hf.operations import needs_gradients, operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_engine.hf.paged_cache import PagedCache
 from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
+from idefics2_engine.hf.training.kept_attention import CheckpointedLayer
 
 
 class MistralRMSNorm(modeling_mistral.MistralRMSNorm):
@@ -80,6 +82,9 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     stacked = _stacked(gate.weight, up.weight)
     if stacked is not None:
         return ops.silu_mul(rows @ stacked.t()).view(*x.shape[:-1], width)
+    if needs_gradients(x, gate.weight, up.weight):
+        # Autograd does not record products that are written to given memory
+        return ops.silu_mul(torch.cat([gate(x), up(x)], dim=-1))
     # Both products are written to one memory, which saves a copy
     gate_up = x.new_empty(len(rows), 2 * width)
     torch.mm(rows, gate.weight.t(), out=gate_up[:, :width])
@@ -88,7 +93,9 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
 
 
 def _stacked(*weights: Tensor) -> Tensor | None:
-    """Return ``weights`` (N, K) as one, if the engine has fused them."""
+    """Return ``weights`` (N, K) as one, if the engine has fused them and none needs a gradient."""
+    if needs_gradients(*weights):
+        return None
     first = weights[0]
     end = first.data_ptr()
     for weight in weights:
@@ -211,6 +218,7 @@ class MistralAttention(modeling_mistral.MistralAttention):
             isinstance(past_key_values, PagedCache)
             and self.config._attn_implementation == NAME
             and not dropout
+            and not needs_gradients(hidden_states, module=self)
             # ``attend`` refuses them
             and not kwargs.get("output_attentions")
         ):
@@ -272,7 +280,7 @@ class Idefics2VisionEmbeddings(modeling_idefics2.Idefics2VisionEmbeddings):
 
 
 class MistralDecoderLayer(  # type: ignore[no-untyped-call]
-    modeling_mistral.MistralDecoderLayer
+    CheckpointedLayer, modeling_mistral.MistralDecoderLayer
 ):
     """A layer of the text model, in which the sum in the middle is normalized as it is formed."""
 
@@ -288,6 +296,35 @@ class MistralDecoderLayer(  # type: ignore[no-untyped-call]
         )
         out: Tensor = total + self.mlp(normed)
         return out
+
+
+class Idefics2VisionTransformer(  # type: ignore[no-untyped-call]
+    modeling_idefics2.Idefics2VisionTransformer
+):
+    """The vision tower, which has no history while it is frozen."""
+
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Encode ``pixel_values`` (N, 3, H, W), as transformers' ``forward``."""
+        transformers_own: Any = super().forward
+        # For its checkpoints transformers lets embeddings need gradients, those of patches as well
+        is_needed = needs_gradients(pixel_values, module=self)
+        with torch.set_grad_enabled(is_needed):
+            return transformers_own(pixel_values, *args, **kwargs)
+
+
+# transformers finds what a class can record by the class's name
+_can_record: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
+dict.__setitem__(
+    _can_record,
+    str(Idefics2VisionTransformer),
+    modeling_idefics2.Idefics2VisionTransformer._can_record_outputs,
+)
+
+
+class Idefics2EncoderLayer(  # type: ignore[no-untyped-call]
+    CheckpointedLayer, modeling_idefics2.Idefics2EncoderLayer
+):
+    """A layer of the vision tower, whose checkpoints keep its attention."""
 
 
 class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
@@ -311,7 +348,7 @@ class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
             # Hooks would record the states of packed rows
             or wants_states
             # Dropout is transformers', on padded rows
-            or self.training
+            or (self.training and config.attention_dropout)
             or operations_of(self).for_call(inputs_embeds, module=self) is None
         ):
             return super().forward(inputs_embeds, attention_mask, **kwargs)
