@@ -22,12 +22,12 @@ from idefics2_kernels import (
 _log = logging.getLogger(__name__)
 
 GRADIENTS = "needs gradients"
-AUTOCAST = "runs under torch.autocast"
+AUTOCAST = "runs under torch.autocast to another dtype"
 COMPILED = "is compiled by torch.compile"
 MIXED = "mixes dtypes"
 
-# The perceiver's attention is a small part of a step and has no kernel for its gradient
-_KERNELS = replace(TRITON_GRADIENTS, perceiver_attention=REFERENCE_GRADIENTS.perceiver_attention)
+KERNELS = replace(TRITON_GRADIENTS, perceiver_attention=REFERENCE_GRADIENTS.perceiver_attention)
+"""The gradients on CUDA. The perceiver's attention is a small part of a step and has no kernel."""
 
 Table = TypeVar("Table", Ops, Gradients)
 
@@ -70,22 +70,21 @@ class Operations:
             _log.warning("A forward that %s uses transformers' own operations", reason)
         return None
 
-    def gradients_for(self, *tensors: Tensor) -> Gradients | None:
+    def gradients_for_call(self, *tensors: Tensor) -> Gradients | None:
         """Return the gradients for ``tensors``, or ``None`` where transformers' own must run."""
-        device = tensors[0].device
-        gradients = None if _obstacle(tensors) else self._gradients_on(device)
-        if gradients is None or not torch.is_autocast_enabled(device.type):
-            return gradients
-        return _without_autocast(gradients, device.type)
+        return None if _obstacle(tensors) else self._gradients_on(tensors[0].device)
 
     def on(self, device: torch.device) -> Ops:
         """Return the operations for tensors on ``device``."""
         return self._ops or (TRITON if device.type == "cuda" else REFERENCE)
 
     def _gradients_on(self, device: torch.device) -> Gradients | None:
-        if self._gradients is not None or self._ops is not None:
-            return self._gradients
-        return _KERNELS if device.type == "cuda" else REFERENCE_GRADIENTS
+        gradients = self._gradients
+        if gradients is None and self._ops is None:
+            gradients = KERNELS if device.type == "cuda" else REFERENCE_GRADIENTS
+        if gradients is None or not torch.is_autocast_enabled(device.type):
+            return gradients
+        return _without_autocast(gradients, device.type)
 
     def _table(self, device: torch.device, is_recorded: bool) -> Ops:
         kind = device.type, is_recorded, torch.is_autocast_enabled(device.type)

@@ -18,8 +18,8 @@ from idefics2_kernels.differentiable import linear_cross_entropy
 
 _IGNORED_LABEL = -100
 _FORWARD = inspect.signature(transformers.Idefics2ForConditionalGeneration.forward)
-# Arguments with which transformers computes another loss, or logits of some tokens
-_OTHERS = ("logits_to_keep", "shift_labels", "ignore_index")
+# Arguments with which transformers computes another loss
+_OTHERS = ("shift_labels", "ignore_index")
 
 
 class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
@@ -42,8 +42,11 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
         given = {**bound, **bound.pop("kwargs", {})}
         given.pop("self")
         wanted = not return_logits and given.get("labels") is not None
-        gradients = _gradients(self) if wanted else None
-        if gradients is None or any(given.get(name) not in (None, 0) for name in _OTHERS):
+        # Logits of some tokens are another loss as well
+        few = given.pop("logits_to_keep", 0)
+        has_others = torch.is_tensor(few) or few != 0 or any(name in given for name in _OTHERS)
+        gradients = None if has_others or not wanted else _gradients(self)
+        if gradients is None:
             return transformers_own(*args, **kwargs)
         return self._forward_without_logits(gradients=gradients, **given)
 
@@ -53,7 +56,6 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
         gradients: Gradients,
         labels: Tensor,
         num_items_in_batch: int | Tensor | None = None,
-        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> Idefics2CausalLMOutputWithPast:
         out: Any = self.model(**kwargs)
@@ -89,4 +91,4 @@ def _gradients(model: Any) -> Gradients | None:
         or model.loss_function is not ForCausalLMLoss
     ):
         return None
-    return operations_of(model).gradients_for(head.weight)
+    return operations_of(model).gradients_for_call(head.weight)
