@@ -2,8 +2,8 @@
 
 It follows the notebook of transformers' page of Idefics2: weights in NF4, adapters beside them, a
 collator that makes labels. Only the import of the classes differs, so that the steps run on this
-package's kernels. Without arguments the demo checkpoint learns in a minute on a CPU which bin a
-drawn part belongs in. Replace ``Parts`` to train on data of your own.
+package's kernels. The demo checkpoint learns in a minute on a CPU on which belt a drawn part
+belongs, which its color decides. Replace ``Parts`` to train on data of your own.
 
     python examples/finetune/qlora.py adapter
     python examples/finetune/qlora.py adapter --resume    # after an interruption
@@ -28,11 +28,12 @@ from idefics2_engine.hf import (
     Idefics2Processor,
 )
 
-BINS = {
-    "A": ((214, 40, 40), (245, 130, 25), (245, 215, 40)),
-    "B": ((35, 150, 60), (35, 85, 205), (125, 45, 165)),
+# The colors of the parts on each belt
+BELTS = {
+    "on the left.": ((214, 40, 40), (245, 130, 25), (245, 215, 40)),
+    "on the right.": ((35, 150, 60), (35, 85, 205), (125, 45, 165)),
 }
-QUESTION = "Which bin?"
+QUESTION = "Which belt?"
 # As in the notebook: all products of text model, projection and perceiver
 TARGETS = (
     r".*(text_model|modality_projection|perceiver_resampler)"
@@ -42,34 +43,42 @@ IGNORED_LABEL = -100
 
 
 class Parts(torch.utils.data.Dataset[dict[str, Any]]):
-    """Pictures of parts, of which the color decides the bin. Each seed is another picture."""
+    """Pictures of parts, of which the color decides the belt. Each seed is another picture."""
 
     def __init__(self, first_seed: int, count: int) -> None:
         self.first_seed, self.count = first_seed, count
 
     def __len__(self) -> int:
+        """Return the number of pictures."""
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        """Draw a picture, and return it with its question and answer."""
         rng = random.Random(self.first_seed + index)
-        name = rng.choice(tuple(BINS))
+        answer = rng.choice(tuple(BELTS))
         image = Image.new("RGB", (112, 112), rng.choice(((250, 250, 250), (190, 220, 245))))
         left, top, side = rng.randrange(8, 56), rng.randrange(8, 56), rng.randrange(24, 48)
         draw = ImageDraw.Draw(image)
         shape = rng.choice((draw.ellipse, draw.rectangle))
-        shape((left, top, left + side, top + side), fill=rng.choice(BINS[name]))
-        return {"image": image, "question": QUESTION, "answer": f"Bin {name}."}
+        shape((left, top, left + side, top + side), fill=rng.choice(BELTS[answer]))
+        return {"image": image, "question": QUESTION, "answer": answer}
 
 
 class Collator:
-    """Makes a batch of examples, whose labels leave out image tokens and padding."""
+    """Makes a batch of examples, whose labels are the answers.
+
+    The notebook's leave out image tokens and padding alone. Without the question as well, all that
+    is learned is the answer, and few rows of the head's product are computed.
+    """
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+        # Answers are then at the end of all rows
+        processor.tokenizer.padding_side = "left"
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        texts, images = [], []
+        """Return the processor's tensors, padded on the left, with ``labels``."""
+        texts, images, lengths = [], [], []
         for example in examples:
             content = [{"type": "image"}, {"type": "text", "text": example["question"]}]
             answer = [{"type": "text", "text": example["answer"]}]
@@ -77,20 +86,22 @@ class Collator:
                 {"role": "user", "content": content},
                 {"role": "assistant", "content": answer},
             ]
+            prompt = self.processor.apply_chat_template(messages[:1], add_generation_prompt=True)
             texts.append(self.processor.apply_chat_template(messages).strip())
+            whole, asked = self.processor.tokenizer([texts[-1], prompt])["input_ids"]
+            lengths.append(len(whole) - len(asked))
             images.append([example["image"]])
         batch = self.processor(text=texts, images=images, return_tensors="pt", padding=True)
-        labels = batch["input_ids"].clone()
-        labels[labels == self.processor.tokenizer.pad_token_id] = IGNORED_LABEL
-        labels[labels == self.image_token_id] = IGNORED_LABEL
-        batch["labels"] = labels
+        batch["labels"] = batch["input_ids"].clone()
+        for labels, length in zip(batch["labels"], lengths, strict=True):
+            # Padding, image tokens and the question
+            labels[:-length] = IGNORED_LABEL
         return batch
 
 
 def load(folder: str) -> tuple[Any, Any]:
     """Return the processor, and the model in NF4 with adapters that train."""
     processor = Idefics2Processor.from_pretrained(folder, do_image_splitting=False)
-    processor.tokenizer.padding_side = "left"
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     quantization: Any = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -149,6 +160,7 @@ def main() -> None:
 
     transformers.set_seed(0)
     processor, model = load(args.model)
+    collator = Collator(processor)
     held_out = Parts(1_000_000, args.held_out)
     before = accuracy(model, processor, held_out)
     trainer: Any = transformers.Trainer(
@@ -163,13 +175,13 @@ def main() -> None:
             logging_steps=10,
             save_strategy="steps",
             save_steps=args.save_steps,
-            save_total_limit=1,
+            save_total_limit=2,
             gradient_checkpointing=torch.cuda.is_available(),
             remove_unused_columns=False,
             label_names=["labels"],
             report_to=[],
         ),
-        data_collator=Collator(processor),
+        data_collator=collator,
         train_dataset=Parts(0, args.steps * args.batch),
         callbacks=[FiniteGradients()],
     )

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,41 @@ def test_batch_jsonl_writes_an_answer_or_error_for_each_line(
         assert by_id[name]["error"] == {"code": "prompt", "message": message}
 
 
-def test_fine_tune_learns_its_answer(
+def test_all_weights_learn_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_script(monkeypatch, "fine_tune.py", tmp_path / "tuned")
+    run_script(monkeypatch, "finetune/all_weights.py", tmp_path / "tuned")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert losses[-1] < 0.01 < 1 < losses[0]
     assert ask(tmp_path / "tuned", STAR) == "At the top right."
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*pin_memory")
+def test_qlora_learns_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("transformers", "peft", "bitsandbytes", "accelerate"):
+        pytest.importorskip(name)
+    out = tmp_path / "adapter"
+    run_script(monkeypatch, "finetune/qlora.py", out)
+    shares = re.search(r"accuracy: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
+    assert shares is not None
+    before, after = map(float, shares.groups())
+    assert before <= 0.05
+    assert after >= 0.85
+    # The adapter is the engine's as well
+    with LLM(adapter=out, dtype="float32", split_images=False) as llm:
+        content = [{"type": "image", "image": SHAPES}, {"type": "text", "text": "Which belt?"}]
+        (output,) = llm.chat([{"role": "user", "content": content}])
+    assert output.outputs[0].text.startswith("on the ")
+    # The last third of the steps is the same after an interruption
+    shutil.rmtree(out / "checkpoint-60")
+    adapter = out / "adapter_model.safetensors"
+    whole = adapter.read_bytes()
+    adapter.unlink()
+    run_script(monkeypatch, "finetune/qlora.py", out, "--resume", "--held-out", 1)
+    assert adapter.read_bytes() == whole
 
 
 def test_one_kernel_is_near_float64(
