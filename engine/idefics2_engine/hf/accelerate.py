@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
-from idefics2_engine.hf import blocks, decode_graph
+from idefics2_engine.hf import blocks, decode_graph, vision_blocks
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import Operations, set_operations
 from idefics2_engine.hf.training import loss
@@ -24,15 +24,15 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_mistral.MistralAttention: blocks.MistralAttention,
     modeling_idefics2.Idefics2RMSNorm: blocks.Idefics2RMSNorm,
     modeling_idefics2.Idefics2MLP: blocks.Idefics2MLP,
-    modeling_idefics2.Idefics2VisionMLP: blocks.Idefics2VisionMLP,
-    modeling_idefics2.Idefics2VisionEmbeddings: blocks.Idefics2VisionEmbeddings,
-    modeling_idefics2.Idefics2Encoder: blocks.Idefics2Encoder,
-    modeling_idefics2.Idefics2Connector: blocks.Idefics2Connector,
-    nn.LayerNorm: blocks.LayerNorm,
+    modeling_idefics2.Idefics2VisionMLP: vision_blocks.Idefics2VisionMLP,
+    modeling_idefics2.Idefics2VisionEmbeddings: vision_blocks.Idefics2VisionEmbeddings,
+    modeling_idefics2.Idefics2Encoder: vision_blocks.Idefics2Encoder,
+    modeling_idefics2.Idefics2Connector: vision_blocks.Idefics2Connector,
+    nn.LayerNorm: vision_blocks.LayerNorm,
     modeling_mistral.MistralDecoderLayer: blocks.MistralDecoderLayer,
     modeling_mistral.MistralModel: decode_graph.MistralModel,
-    modeling_idefics2.Idefics2VisionTransformer: blocks.Idefics2VisionTransformer,
-    modeling_idefics2.Idefics2EncoderLayer: blocks.Idefics2EncoderLayer,
+    modeling_idefics2.Idefics2VisionTransformer: vision_blocks.Idefics2VisionTransformer,
+    modeling_idefics2.Idefics2EncoderLayer: vision_blocks.Idefics2EncoderLayer,
     modeling_idefics2.Idefics2ForConditionalGeneration: loss.Idefics2ForConditionalGeneration,
 }
 

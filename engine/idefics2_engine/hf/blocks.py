@@ -1,4 +1,4 @@
-"""transformers' modules with this package's operations.
+"""transformers' modules with this package's operations: norms, MLPs and the text model.
 
 Each class has the name of the class that it extends, so that whatever asks for a name or for the
 class itself finds it: PEFT's ``target_modules``, ``_no_split_modules``, ``isinstance``. Parameters
@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
-from transformers.utils import output_capturing
 
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.hooks import is_unhooked
 from idefics2_engine.hf.operations import needs_gradients, operations_of
-from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_engine.hf.paged_cache import PagedCache
-from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
 from idefics2_engine.hf.training.kept_attention import CheckpointedLayer
 
 
@@ -44,29 +41,6 @@ class Idefics2RMSNorm(modeling_idefics2.Idefics2RMSNorm):
         if ops is None:
             return super().forward(hidden_states)
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-class LayerNorm(nn.LayerNorm):
-    """The layer norm of the vision tower."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` (..., hidden)."""
-        ops = operations_of(self).for_call(input, self.weight, self.bias)
-        if ops is None:
-            return super().forward(input)
-        return ops.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
-
-
-class Idefics2VisionMLP(modeling_idefics2.Idefics2VisionMLP):
-    """The MLP of the vision tower."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map ``hidden_states`` (..., hidden) to (..., hidden)."""
-        inner = self.fc1(hidden_states)
-        ops = operations_of(self).for_call(inner)
-        inner = self.activation_fn(inner) if ops is None else ops.gelu_tanh(inner)
-        out: Tensor = self.fc2(inner)
-        return out
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor | None:
@@ -262,23 +236,6 @@ class MistralAttention(modeling_mistral.MistralAttention):
         return self.o_proj(out.reshape(B, S, -1)), weights
 
 
-class Idefics2VisionEmbeddings(modeling_idefics2.Idefics2VisionEmbeddings):
-    """The embeddings of patches, at the positions of ``rules``."""
-
-    rules: Rules = TRANSFORMERS
-
-    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
-        """Embed pixels (N, 3, H, W), of which a mask (N, R, C) of patches is kept, (N, R * C, hidden)."""
-        if self.rules == TRANSFORMERS:
-            transformers_own: Any = super().forward
-            out: Tensor = transformers_own(pixel_values, patch_attention_mask)
-            return out
-        ids = patch_positions(self, patch_attention_mask.bool(), pixel_values.dtype)
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        out = patches + self.position_embedding(ids)
-        return out
-
-
 class MistralDecoderLayer(  # type: ignore[no-untyped-call]
     CheckpointedLayer, modeling_mistral.MistralDecoderLayer
 ):
@@ -295,82 +252,6 @@ class MistralDecoderLayer(  # type: ignore[no-untyped-call]
             attended, hidden_states, norm.weight, norm.variance_epsilon
         )
         out: Tensor = total + self.mlp(normed)
-        return out
-
-
-class Idefics2VisionTransformer(  # type: ignore[no-untyped-call]
-    modeling_idefics2.Idefics2VisionTransformer
-):
-    """The vision tower, which has no history while it is frozen."""
-
-    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Encode ``pixel_values`` (N, 3, H, W), as transformers' ``forward``."""
-        transformers_own: Any = super().forward
-        # For its checkpoints transformers lets embeddings need gradients, those of patches as well
-        is_needed = needs_gradients(pixel_values, module=self)
-        with torch.set_grad_enabled(is_needed):
-            return transformers_own(pixel_values, *args, **kwargs)
-
-
-# transformers finds what a class can record by the class's name
-_can_record: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
-dict.__setitem__(
-    _can_record,
-    str(Idefics2VisionTransformer),
-    modeling_idefics2.Idefics2VisionTransformer._can_record_outputs,
-)
-
-
-class Idefics2EncoderLayer(  # type: ignore[no-untyped-call]
-    CheckpointedLayer, modeling_idefics2.Idefics2EncoderLayer
-):
-    """A layer of the vision tower, whose checkpoints keep its attention."""
-
-
-class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
-    """The layers of the vision tower, which compute no padding."""
-
-    def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Encode ``inputs_embeds`` (N, P, hidden), of which ``attention_mask`` (N, P) is kept.
-
-        Padding of the result is zero.
-        """
-        # The convolution's output is transposed in memory. Every sum with it would be too, and slow
-        inputs_embeds = inputs_embeds.contiguous()
-        config = self.config
-        wants_states = kwargs.get("output_hidden_states", config.output_hidden_states)
-        if (
-            attention_mask is None
-            or attention_mask.ndim != 2
-            or config._attn_implementation != NAME
-            # Hooks would record the states of packed rows
-            or wants_states
-            # Dropout is transformers', on padded rows
-            or (self.training and config.attention_dropout)
-            or operations_of(self).for_call(inputs_embeds, module=self) is None
-        ):
-            return super().forward(inputs_embeds, attention_mask, **kwargs)
-        rows = PackedRows.from_mask(attention_mask)
-        out: Any = super().forward(rows.pack(inputs_embeds)[None], rows, **kwargs)
-        out.last_hidden_state = rows.unpack(out.last_hidden_state[0])
-        return out
-
-
-class Idefics2Connector(modeling_idefics2.Idefics2Connector):
-    """The projection, which computes no padding, and the perceiver."""
-
-    def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map features (N, P, vision hidden), of which a mask (N, P) is kept, to (N, L, hidden)."""
-        transformers_own: Any = super().forward
-        out: Tensor
-        if operations_of(self).for_call(image_hidden_states, module=self) is None:
-            out = transformers_own(image_hidden_states, attention_mask)
-            return out
-        rows = PackedRows.from_mask(attention_mask)
-        features = rows.unpack(self.modality_projection(rows.pack(image_hidden_states)))
-        out = self.perceiver_resampler(context=features, attention_mask=attention_mask)
         return out
 
 

@@ -12,7 +12,6 @@ from transformers import GenerationMixin
 
 from idefics2_engine.hf.accelerate import patch_blocks
 from idefics2_engine.hf.attention import NAME
-from idefics2_engine.hf.blocks import Idefics2VisionEmbeddings
 from idefics2_engine.hf.generation.model_engine import ModelEngine
 from idefics2_engine.hf.generation.obstacles import (
     NotOnEngineError,
@@ -23,6 +22,7 @@ from idefics2_engine.hf.generation.on_engine import generate_on_engine
 from idefics2_engine.hf.operations import Operations
 from idefics2_engine.hf.rules import TRAINED, Rules, check_rules, set_perceiver_eps
 from idefics2_engine.hf.training import loss
+from idefics2_engine.hf.vision_blocks import Idefics2VisionEmbeddings
 
 _log = logging.getLogger(__name__)
 

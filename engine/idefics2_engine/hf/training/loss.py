@@ -12,6 +12,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from idefics2_engine.hf import paged_cache
+from idefics2_engine.hf.hooks import is_unhooked
 from idefics2_engine.hf.operations import operations_of
 from idefics2_kernels import Gradients
 from idefics2_kernels.differentiable import linear_cross_entropy
@@ -86,8 +87,7 @@ def _gradients(model: Any) -> Gradients | None:
         # An adapter of the head, a hook and a loss of the caller's own need logits
         or type(head) is not nn.Linear
         or head.bias is not None
-        or head._forward_hooks
-        or head._forward_pre_hooks
+        or not is_unhooked(head)
         or model.loss_function is not ForCausalLMLoss
     ):
         return None
