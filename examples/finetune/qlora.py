@@ -103,7 +103,7 @@ def load(folder: str) -> tuple[Any, Any]:
     """Return the processor, and the model in NF4 with adapters that train."""
     processor = Idefics2Processor.from_pretrained(folder, do_image_splitting=False)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    quantization: Any = transformers.BitsAndBytesConfig(
+    quantization: Any = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

@@ -93,11 +93,15 @@ def test_qlora_learns_and_resumes(
     before, after = map(float, shares.groups())
     assert before <= 0.05
     assert after >= 0.85
-    # The adapter is the engine's as well
+    # The adapter is the engine's as well, merged into weights that were not quantized
+    part = runpy.run_path(str(EXAMPLES / "finetune/qlora.py"))["Parts"](2_000_000, 1)[0]
+    content = [
+        {"type": "image", "image": part["image"]},
+        {"type": "text", "text": part["question"]},
+    ]
     with LLM(adapter=out, dtype="float32", split_images=False) as llm:
-        content = [{"type": "image", "image": SHAPES}, {"type": "text", "text": "Which belt?"}]
         (output,) = llm.chat([{"role": "user", "content": content}])
-    assert output.outputs[0].text.startswith("on the ")
+    assert output.outputs[0].text in ("on the left.", "on the right.")
     # The last third of the steps is the same after an interruption
     shutil.rmtree(out / "checkpoint-60")
     adapter = out / "adapter_model.safetensors"

@@ -24,7 +24,8 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc, name-defined
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         if bias is not None and needs_gradients(bias):
             # The operation has no gradient of a bias
-            return (ops.nf4_matmul(x.to(weight.dtype), weight) + bias).to(x.dtype)
+            out = ops.nf4_matmul(x.to(weight.dtype), weight) + bias
+            return out.to(x.dtype)
         return ops.nf4_matmul(x.to(weight.dtype), weight, bias).to(x.dtype)
 
     def nf4_weight(self, dtype: torch.dtype) -> NF4Weight | None:

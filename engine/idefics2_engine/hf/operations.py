@@ -126,7 +126,8 @@ def _without_autocast(table: Table, device_type: str) -> Table:
     """Return ``table``, whose sums in wider dtypes autocast does not narrow."""
 
     def switch(call: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.autocast(device_type, enabled=False)(call)
+        inside: Callable[..., Any] = torch.autocast(device_type, enabled=False)(call)
+        return inside
 
     changed: Any = {field.name: switch(getattr(table, field.name)) for field in fields(table)}
     return replace(table, **changed)

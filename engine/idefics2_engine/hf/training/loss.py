@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.idefics2.modeling_idefics2 import Idefics2CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from idefics2_engine.hf import paged_cache
 from idefics2_engine.hf.hooks import is_unhooked
@@ -51,7 +51,7 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
             return transformers_own(*args, **kwargs)
         return self._forward_without_logits(gradients=gradients, **given)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def _forward_without_logits(
         self,
         gradients: Gradients,

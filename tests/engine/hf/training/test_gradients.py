@@ -169,7 +169,8 @@ def test_a_gradient_that_is_missing_is_named() -> None:
 
 def test_operations_without_gradients_leave_training_to_transformers() -> None:
     peer = build_peer(MIXED)
-    own = build_own(peer, MIXED, counted(REFERENCE, calls := Counter()))
+    calls: Counter[str] = Counter()
+    own = build_own(peer, MIXED, counted(REFERENCE, calls))
     inputs = labeled(batch(MIXED))
     _, theirs = gradients(peer, inputs)
     _, ours = gradients(own, inputs)
