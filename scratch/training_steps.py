@@ -96,7 +96,7 @@ def rows_of(args, processor):
     draw = lambda count: random.integers(300, 900, count).tolist()  # noqa: E731
     image = [processor.tokenizer.image_id] * processor.image_seq_len
     side = processor.image_config.longest_edge
-    picture = np.zeros((side, side, 3), np.uint8)
+    picture = random.integers(0, 256, (side, side, 3), np.uint8)
     scale = 16 if args.small else 1
     if args.case in ("qlora-mixed-b8", "lora-b8"):
         requests = offline_requests("mixed", processor, 8, 0, scale)

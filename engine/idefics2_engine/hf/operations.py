@@ -72,33 +72,37 @@ class Operations:
 
     def gradients_for_call(self, *tensors: Tensor) -> Gradients | None:
         """Return the gradients for ``tensors``, or ``None`` where transformers' own must run."""
-        return None if _obstacle(tensors) else self._gradients_on(tensors[0].device)
+        device = tensors[0].device
+        gradients = None if _obstacle(tensors) else self._gradients_on(device)
+        if gradients is None or not torch.is_autocast_enabled(device.type):
+            return gradients
+        return _without_autocast(gradients, device.type)
 
     def on(self, device: torch.device) -> Ops:
         """Return the operations for tensors on ``device``."""
         return self._ops or (TRITON if device.type == "cuda" else REFERENCE)
 
     def _gradients_on(self, device: torch.device) -> Gradients | None:
-        gradients = self._gradients
-        if gradients is None and self._ops is None:
-            gradients = KERNELS if device.type == "cuda" else REFERENCE_GRADIENTS
-        if gradients is None or not torch.is_autocast_enabled(device.type):
-            return gradients
-        return _without_autocast(gradients, device.type)
+        if self._gradients is not None or self._ops is not None:
+            return self._gradients
+        return KERNELS if device.type == "cuda" else REFERENCE_GRADIENTS
 
     def _table(self, device: torch.device, is_recorded: bool) -> Ops:
         kind = device.type, is_recorded, torch.is_autocast_enabled(device.type)
         if kind not in self._tables:
-            ops, gradients = self.on(device), self._gradients_on(device)
-            if gradients is not None:
-                ops = keeping_attention(ops)
-            if kind[2]:
-                ops = _without_autocast(ops, device.type)
-            if is_recorded:
-                assert gradients is not None
-                ops = differentiable(ops, gradients)
-            self._tables[kind] = ops
+            self._tables[kind] = self._make_table(device, *kind[1:])
         return self._tables[kind]
+
+    def _make_table(self, device: torch.device, is_recorded: bool, is_autocast: bool) -> Ops:
+        ops, gradients = self.on(device), self._gradients_on(device)
+        if is_autocast:
+            ops = _without_autocast(ops, device.type)
+        if gradients is None:
+            return ops
+        if is_autocast:
+            gradients = _without_autocast(gradients, device.type)
+        ops = keeping_attention(ops)
+        return differentiable(ops, gradients) if is_recorded else ops
 
 
 def needs_gradients(*tensors: Tensor, module: nn.Module | None = None) -> bool:
