@@ -1,3 +1,4 @@
+# ruff: noqa: D103
 """Time steps of training of `idefics2_engine.hf` beside transformers, PEFT and bitsandbytes.
 
     PYTHONPATH=engine:kernels:bench python scratch/training_steps.py qlora-mixed-b8 --json a.json
@@ -29,7 +30,7 @@ from idefics2_engine.model.config import ModelConfig
 from idefics2_engine.prompts.processor import Processor
 
 CASES = ("qlora-mixed-b8", "qlora-equal-b8", "lora-b8", "full-b1", "qlora-memory")
-TARGETS = r".*(text_model|modality_projection|perceiver_resampler).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"  # noqa: E501
+TARGETS = r".*(text_model|modality_projection|perceiver_resampler).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"
 
 
 def parse():

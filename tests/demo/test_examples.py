@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,38 +76,6 @@ def test_all_weights_learn_an_answer(
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert losses[-1] < 0.01 < 1 < losses[0]
     assert ask(tmp_path / "tuned", STAR) == "At the top right."
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning", "ignore:.*pin_memory")
-def test_qlora_learns_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("transformers", "peft", "bitsandbytes", "accelerate"):
-        pytest.importorskip(name)
-    out = tmp_path / "adapter"
-    run_script(monkeypatch, "finetune/qlora.py", out)
-    shares = re.search(r"accuracy: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
-    assert shares is not None
-    before, after = map(float, shares.groups())
-    assert before <= 0.05
-    assert after >= 0.85
-    # The adapter is the engine's as well, merged into weights that were not quantized
-    part = runpy.run_path(str(EXAMPLES / "finetune/qlora.py"))["Parts"](2_000_000, 1)[0]
-    content = [
-        {"type": "image", "image": part["image"]},
-        {"type": "text", "text": part["question"]},
-    ]
-    with LLM(adapter=out, dtype="float32", split_images=False) as llm:
-        (output,) = llm.chat([{"role": "user", "content": content}])
-    assert output.outputs[0].text in ("on the left.", "on the right.")
-    # The last third of the steps is the same after an interruption
-    shutil.rmtree(out / "checkpoint-60")
-    adapter = out / "adapter_model.safetensors"
-    whole = adapter.read_bytes()
-    adapter.unlink()
-    run_script(monkeypatch, "finetune/qlora.py", out, "--resume", "--held-out", 1)
-    assert adapter.read_bytes() == whole
 
 
 def test_one_kernel_is_near_float64(
