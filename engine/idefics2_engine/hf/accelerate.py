@@ -27,6 +27,7 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_idefics2.Idefics2VisionMLP: vision_blocks.Idefics2VisionMLP,
     modeling_idefics2.Idefics2VisionEmbeddings: vision_blocks.Idefics2VisionEmbeddings,
     modeling_idefics2.Idefics2Encoder: vision_blocks.Idefics2Encoder,
+    modeling_idefics2.Idefics2PerceiverLayer: vision_blocks.Idefics2PerceiverLayer,
     modeling_idefics2.Idefics2Connector: vision_blocks.Idefics2Connector,
     nn.LayerNorm: vision_blocks.LayerNorm,
     modeling_mistral.MistralDecoderLayer: blocks.MistralDecoderLayer,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.utils import output_capturing
 
@@ -16,6 +17,20 @@ from idefics2_engine.hf.operations import needs_gradients, operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
 from idefics2_engine.hf.training.kept_attention import CheckpointedLayer
+
+# Patches of four images of 980 x 980. The inner rows of the projection are 12 times as wide as its
+# inputs, so a step of training computes them in chunks, which checkpoints do not keep
+TRAINED_ROWS = 4 * 70 * 70
+
+
+def _checkpoint(module: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``function``, and compute it again in the backward pass if ``module`` is to do so.
+
+    Reentrant checkpoints have no gradients where no input needs one, as behind a frozen tower.
+    """
+    if module.gradient_checkpointing and module.training and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+    return function(*args, **kwargs)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -120,8 +135,23 @@ class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
         return out
 
 
+class Idefics2PerceiverLayer(modeling_idefics2.Idefics2PerceiverLayer):
+    """A layer of the perceiver, which is checkpointed as those of the other parts are."""
+
+    # transformers sets it on all modules that have it
+    gradient_checkpointing = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Map latents and features to latents, as transformers' ``forward``."""
+        transformers_own: Any = super().forward
+        out: Tensor = _checkpoint(self, transformers_own, *args, **kwargs)
+        return out
+
+
 class Idefics2Connector(modeling_idefics2.Idefics2Connector):
     """The projection, which computes no padding, and the perceiver."""
+
+    gradient_checkpointing = False
 
     def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """Map features (N, P, vision hidden), of which a mask (N, P) is kept, to (N, L, hidden)."""
@@ -131,6 +161,16 @@ class Idefics2Connector(modeling_idefics2.Idefics2Connector):
             out = transformers_own(image_hidden_states, attention_mask)
             return out
         rows = PackedRows.from_mask(attention_mask)
-        features = rows.unpack(self.modality_projection(rows.pack(image_hidden_states)))
+        packed = rows.pack(image_hidden_states)
+        if needs_gradients(packed, module=self):
+            # Chunks with checkpoints and without, so that both have the same bits
+            chunks = [
+                _checkpoint(self, self.modality_projection, chunk)
+                for chunk in packed.split(TRAINED_ROWS)
+            ]
+            projected = torch.cat(chunks)
+        else:
+            projected = self.modality_projection(packed)
+        features = rows.unpack(projected)
         out = self.perceiver_resampler(context=features, attention_mask=attention_mask)
         return out

@@ -89,6 +89,6 @@ class CheckpointedLayer:
 def _checkpoint(given: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function`` by the checkpoint function that transformers was ``given``."""
     if not torch.is_grad_enabled():
-        # There will be no second pass
-        return given(function, *args)
+        # There will be no second pass, and reentrant checkpoints would warn of that
+        return function(*args)
     return given(partial(_Layer().run, function), *args)

@@ -3,12 +3,13 @@
 from collections import Counter
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
 from hf_models import MIXED, batch, build_own, build_peer, counted, counted_gradients, labeled
-from idefics2_engine.hf import accelerate_model
+from idefics2_engine.hf import accelerate_model, vision_blocks
 from idefics2_kernels import REFERENCE
 
 LAYERS = 5
@@ -47,9 +48,48 @@ def test_bits_and_calls(dtype: torch.dtype, use_reentrant: bool) -> None:
     # All other operations of a layer are computed again
     assert twice["add_rms_norm"] == 2 * once["add_rms_norm"]
     assert twice["gelu_tanh"] == 2 * once["gelu_tanh"]
+    assert twice["silu_mul"] == 2 * once["silu_mul"]
+    assert twice["perceiver_attention"] == 2 * once["perceiver_attention"]
     assert {k: n for k, n in twice.items() if "backward" in k} == {
         k: n for k, n in once.items() if "backward" in k
     }
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["hooks", "reentrant"])
+def test_adapters_behind_a_frozen_tower(use_reentrant: bool) -> None:
+    peer = build_peer(MIXED)
+    config = peft.LoraConfig(
+        r=2, target_modules=r".*(text_model|connector).*(k|down)_proj$", init_lora_weights=False
+    )
+    found = []
+    for settings in ({}, {"use_reentrant": use_reentrant}):
+        own = accelerate_model(build_own(peer, MIXED))
+        torch.manual_seed(0)
+        own.add_adapter(config)
+        own.enable_input_require_grads()
+        found.append(step(own, **settings))
+    (wanted, plain), (loss, checkpointed) = found
+    assert torch.equal(loss, wanted)
+    assert len(plain) == 2 * (2 * 3 + 2 * 2 + 1)
+    for name, gradient in plain.items():
+        assert torch.equal(checkpointed[name], gradient), name
+
+
+def test_projection_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = build_peer(MIXED)
+    own = accelerate_model(build_own(peer, MIXED))
+    wanted, plain = step(own)
+    own.zero_grad()
+    # The pictures have 78 patches
+    monkeypatch.setattr(vision_blocks, "TRAINED_ROWS", 20)
+    loss, chunked = step(own)
+    torch.testing.assert_close(loss, wanted)
+    own.zero_grad()
+    again, checkpointed = step(own, use_reentrant=False)
+    assert torch.equal(again, loss)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(chunked[name], gradient, rtol=1e-4, atol=1e-6)
+        assert torch.equal(checkpointed[name], chunked[name]), name
 
 
 def test_enabled_before_the_model_is_patched() -> None:
