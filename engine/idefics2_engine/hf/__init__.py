@@ -5,8 +5,8 @@ logits and the loss. ``model`` has the class and ``accelerate`` the function tha
 model. ``attention`` and ``blocks`` are what is patched, and ``padded_forward`` is the packed model
 on padded inputs. ``generation`` runs ``generate`` on the engine, and ``shared_weights`` gives both
 one memory. In transformers' loop, ``paged_cache`` is the cache of ``generate``, and ``decode_graph``
-makes graphs of its steps. ``training`` has the loss without logits and what checkpoints keep. All but ``padded_forward`` need transformers, so their names are imported
-on first use.
+makes graphs of its steps. ``training`` has the loss without logits and what checkpoints keep. All but
+``padded_forward`` need transformers, so their names are imported on first use.
 Must not import ``llm``.
 """
 

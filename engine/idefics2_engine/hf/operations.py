@@ -49,6 +49,10 @@ class Operations:
         # By device and whether autograd records them or autocast is on
         self._tables: dict[tuple[str, bool, bool], Ops] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled with a model: all but functions that are made here."""
+        return self.__dict__ | {"_tables": {}}
+
     def for_call(self, *tensors: Tensor, module: nn.Module | None = None) -> Ops | None:
         """Return the operations for ``tensors``, or ``None`` where transformers' own must run.
 
@@ -58,9 +62,9 @@ class Operations:
         The first time that a model meets one of these, the log says so.
         """
         device = tensors[0].device
-        is_recorded = needs_gradients(*tensors, module=module)
         reason = _obstacle(tensors)
-        if reason is None and is_recorded and self._gradients_on(device) is None:
+        is_recorded = reason is None and needs_gradients(*tensors, module=module)
+        if is_recorded and self._gradients_on(device) is None:
             reason = GRADIENTS
         if reason is None:
             return self._table(device, is_recorded)

@@ -83,9 +83,10 @@ class Idefics2VisionTransformer(  # type: ignore[no-untyped-call]
     ) -> Any:
         """Encode pixels (N, 3, H, W), of which a mask (N, R, C) of patches is kept."""
         transformers_own: Any = super().forward
+        if torch.compiler.is_compiling() or needs_gradients(pixel_values, module=self):
+            return transformers_own(pixel_values, patch_attention_mask, **kwargs)
         # For its checkpoints transformers lets embeddings need gradients, those of patches as well
-        is_needed = needs_gradients(pixel_values, module=self)
-        with torch.set_grad_enabled(is_needed):
+        with torch.no_grad():
             return transformers_own(pixel_values, patch_attention_mask, **kwargs)
 
 
