@@ -1,6 +1,7 @@
 """Gradients of transformers' class on operations with gradients: their values, and who computes."""
 
 import copy
+import pickle
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -176,6 +177,14 @@ def test_operations_without_gradients_leave_training_to_transformers() -> None:
     _, ours = gradients(own, inputs)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not calls
+
+
+def test_a_model_that_trained_can_be_pickled() -> None:
+    own = accelerate_model(build_own(build_peer(MIXED), MIXED))
+    inputs = labeled(batch(MIXED))
+    _, wanted = gradients(own, inputs)
+    _, got = gradients(pickle.loads(pickle.dumps(own)), inputs)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_autocast_to_the_dtype_of_the_model() -> None:
