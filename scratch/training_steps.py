@@ -59,11 +59,11 @@ def build(args, config):
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     attention = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
     with torch.device(args.device):
         kind = transformers.Idefics2ForConditionalGeneration
-        model = kind._from_config(config, attn_implementation=attention)
-    torch.set_default_dtype(torch.float32)
+        # The config's own dtype would be the model's otherwise
+        model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     if args.case.startswith("qlora"):
         quantize(model, dtype)
     if "lora" in args.case:
