@@ -65,7 +65,12 @@ def test_every_page_of_the_checkout_is_in_the_site(site: Path) -> None:
         moved = {"README.md": "index" if page.parent == ROOT else "contents"}
         name = moved.get(name, name.removesuffix(".md"))
         assert (site / f"{name.replace('README', 'index')}.html").is_file()
-    for name in ("design/index", "design/contributing", "changes", "source/examples/fine_tune.py"):
+    for name in (
+        "design/index",
+        "design/contributing",
+        "changes",
+        "source/examples/finetune/qlora.py",
+    ):
         assert (site / f"{name}.html").is_file()
 
 

@@ -1,4 +1,4 @@
-"""transformers' tiny model, the same on this package's operations, and counted operations."""
+"""transformers' tiny model, the same on this package's operations, and counted calls of these."""
 
 from collections import Counter
 from dataclasses import fields, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 
 from idefics2_engine.hf import Idefics2ForConditionalGeneration, accelerate_model
-from idefics2_kernels import REFERENCE, Ops
+from idefics2_kernels import REFERENCE, REFERENCE_GRADIENTS, Gradients, Ops
 from oracle import IMAGE_TOKEN, TinyCase, build_oracle, oracle_inputs, padded_ids
 
 # Some releases hide every image processor of theirs if torchvision is missing
@@ -95,3 +95,24 @@ def counted(ops: Ops, calls: Counter[str]) -> Ops:
         return call
 
     return replace(ops, **{f.name: count(f.name, getattr(ops, f.name)) for f in fields(ops)})
+
+
+def counted_gradients(calls: Counter[str]) -> Gradients:
+    """Return the reference gradients, of which each adds its calls to ``calls``."""
+
+    def count(name: str, gradient: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[f"{name} backward"] += 1
+            return gradient(*args, **kwargs)
+
+        return call
+
+    table = REFERENCE_GRADIENTS
+    return replace(table, **{f.name: count(f.name, getattr(table, f.name)) for f in fields(table)})
+
+
+def labeled(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Return ``inputs`` with labels: all tokens but padding and image tokens."""
+    ids = inputs["input_ids"]
+    ignored = (inputs["attention_mask"] == 0) | (ids == IMAGE_TOKEN)
+    return inputs | {"labels": ids.masked_fill(ignored, -100)}

@@ -5,8 +5,8 @@ logits and the loss. ``model`` has the class and ``accelerate`` the function tha
 model. ``attention`` and ``blocks`` are what is patched, and ``padded_forward`` is the packed model
 on padded inputs. ``generation`` runs ``generate`` on the engine, and ``shared_weights`` gives both
 one memory. In transformers' loop, ``paged_cache`` is the cache of ``generate``, and ``decode_graph``
-makes graphs of its steps. All but ``padded_forward`` need transformers, so their names are imported
-on first use.
+makes graphs of its steps. ``training`` has the loss without logits and what checkpoints keep. All but
+``padded_forward`` need transformers, so their names are imported on first use.
 Must not import ``llm``.
 """
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from idefics2_engine.hf.image_processor import Idefics2ImageProcessor
     from idefics2_engine.hf.model import Idefics2ForConditionalGeneration
     from idefics2_engine.hf.processor import Idefics2Processor
+    from idefics2_engine.hf.training.finite_gradients import FiniteGradients
 
 __all__ = [
+    "FiniteGradients",
     "Idefics2ForConditionalGeneration",
     "Idefics2ImageProcessor",
     "Idefics2Processor",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FiniteGradients": "training.finite_gradients",
     "Idefics2ForConditionalGeneration": "model",
     "Idefics2ImageProcessor": "image_processor",
     "Idefics2Processor": "processor",

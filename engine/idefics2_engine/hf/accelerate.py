@@ -9,10 +9,11 @@ from transformers.activations import ACT2FN
 from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
-from idefics2_engine.hf import blocks, decode_graph, paged_cache
+from idefics2_engine.hf import blocks, decode_graph, vision_blocks
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.operations import Operations, set_operations
-from idefics2_kernels import Ops
+from idefics2_engine.hf.training import loss
+from idefics2_kernels import Gradients, Ops
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,32 +24,37 @@ _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     modeling_mistral.MistralAttention: blocks.MistralAttention,
     modeling_idefics2.Idefics2RMSNorm: blocks.Idefics2RMSNorm,
     modeling_idefics2.Idefics2MLP: blocks.Idefics2MLP,
-    modeling_idefics2.Idefics2VisionMLP: blocks.Idefics2VisionMLP,
-    modeling_idefics2.Idefics2VisionEmbeddings: blocks.Idefics2VisionEmbeddings,
-    modeling_idefics2.Idefics2Encoder: blocks.Idefics2Encoder,
-    modeling_idefics2.Idefics2Connector: blocks.Idefics2Connector,
-    nn.LayerNorm: blocks.LayerNorm,
+    modeling_idefics2.Idefics2VisionMLP: vision_blocks.Idefics2VisionMLP,
+    modeling_idefics2.Idefics2VisionEmbeddings: vision_blocks.Idefics2VisionEmbeddings,
+    modeling_idefics2.Idefics2Encoder: vision_blocks.Idefics2Encoder,
+    modeling_idefics2.Idefics2PerceiverLayer: vision_blocks.Idefics2PerceiverLayer,
+    modeling_idefics2.Idefics2Connector: vision_blocks.Idefics2Connector,
+    nn.LayerNorm: vision_blocks.LayerNorm,
     modeling_mistral.MistralDecoderLayer: blocks.MistralDecoderLayer,
     modeling_mistral.MistralModel: decode_graph.MistralModel,
-    modeling_idefics2.Idefics2ForConditionalGeneration: (
-        paged_cache.Idefics2ForConditionalGeneration
-    ),
+    modeling_idefics2.Idefics2VisionTransformer: vision_blocks.Idefics2VisionTransformer,
+    modeling_idefics2.Idefics2EncoderLayer: vision_blocks.Idefics2EncoderLayer,
+    modeling_idefics2.Idefics2ForConditionalGeneration: loss.Idefics2ForConditionalGeneration,
 }
 
 
-def accelerate_model(model: Model, ops: Ops | None = None) -> Model:
+def accelerate_model(
+    model: Model, ops: Ops | None = None, gradients: Gradients | None = None
+) -> Model:
     """Let an Idefics2 of transformers compute with this package's operations.
 
     Its ``attn_implementation`` becomes ``"idefics2"``, and its norms, MLPs, rotary positions and NF4
     layers get ``forward`` of this package. ``generate`` makes a ``PagedCache`` unless another cache
     is asked for. Parameters, their names and all other models of the process are unchanged. Calling
-    it again changes nothing but ``ops``.
+    it again changes nothing but ``ops`` and ``gradients``.
 
     Args:
         model: transformers' ``Idefics2ForConditionalGeneration`` or ``Idefics2Model``, or a module
             around one, such as PEFT's.
         ops: The operations. If ``None``, ``TRITON`` on CUDA and ``REFERENCE`` elsewhere, whenever
             the model is called.
+        gradients: The gradients of ``ops``. If ``None``, those of the default operations; with
+            ``ops`` transformers' own operations then run where gradients are needed.
 
     Returns:
         ``model`` itself.
@@ -68,7 +74,7 @@ def accelerate_model(model: Model, ops: Ops | None = None) -> Model:
     if any(part._attn_implementation != NAME for part in parts):
         _copy_configs(model, config)
         inner.set_attn_implementation(NAME)
-    patch_blocks(model, Operations(ops))
+    patch_blocks(model, Operations(ops, gradients))
     return model
 
 

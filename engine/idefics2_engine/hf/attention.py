@@ -8,7 +8,7 @@ makes. Padding is removed, and an operation of ``Ops`` computes the rest:
 | vision: Q = S patches, not causal | ``flash_attention`` |
 | perceiver: Q latents, S = patches + latents | ``perceiver_attention`` |
 | text without past: Q = S tokens, causal | ``flash_attention`` with the window |
-| all else: decoding, masks of four axes, gradients, dropout | transformers' ``sdpa`` |
+| all else: decoding, masks of four axes, dropout | transformers' ``sdpa`` |
 
 transformers' ``sdpa`` masks serve all else, so a cache of any kind is attended to as in
 transformers. Importing this module registers both functions. A model without a registered mask

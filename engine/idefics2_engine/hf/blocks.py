@@ -1,4 +1,4 @@
-"""transformers' modules with this package's operations.
+"""transformers' modules with this package's operations: norms, MLPs and the text model.
 
 Each class has the name of the class that it extends, so that whatever asks for a name or for the
 class itself finds it: PEFT's ``target_modules``, ``_no_split_modules``, ``isinstance``. Parameters
@@ -16,10 +16,9 @@ from transformers.models.mistral import modeling_mistral
 
 from idefics2_engine.hf.attention import NAME
 from idefics2_engine.hf.hooks import is_unhooked
-from idefics2_engine.hf.operations import operations_of
-from idefics2_engine.hf.packed_rows import PackedRows
+from idefics2_engine.hf.operations import needs_gradients, operations_of
 from idefics2_engine.hf.paged_cache import PagedCache
-from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
+from idefics2_engine.hf.training.kept_attention import CheckpointedLayer
 
 
 class MistralRMSNorm(modeling_mistral.MistralRMSNorm):
@@ -44,29 +43,6 @@ class Idefics2RMSNorm(modeling_idefics2.Idefics2RMSNorm):
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class LayerNorm(nn.LayerNorm):
-    """The layer norm of the vision tower."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` (..., hidden)."""
-        ops = operations_of(self).for_call(input, self.weight, self.bias)
-        if ops is None:
-            return super().forward(input)
-        return ops.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
-
-
-class Idefics2VisionMLP(modeling_idefics2.Idefics2VisionMLP):
-    """The MLP of the vision tower."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map ``hidden_states`` (..., hidden) to (..., hidden)."""
-        inner = self.fc1(hidden_states)
-        ops = operations_of(self).for_call(inner)
-        inner = self.activation_fn(inner) if ops is None else ops.gelu_tanh(inner)
-        out: Tensor = self.fc2(inner)
-        return out
-
-
 def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     """Return silu(gate) * up of ``x`` (..., F), or ``None`` where transformers' own must run."""
     ops = operations_of(mlp).for_call(x, module=mlp)
@@ -80,6 +56,9 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
     stacked = _stacked(gate.weight, up.weight)
     if stacked is not None:
         return ops.silu_mul(rows @ stacked.t()).view(*x.shape[:-1], width)
+    if needs_gradients(x, gate.weight, up.weight):
+        # Autograd does not record products that are written to given memory
+        return ops.silu_mul(torch.cat([gate(x), up(x)], dim=-1))
     # Both products are written to one memory, which saves a copy
     gate_up = x.new_empty(len(rows), 2 * width)
     torch.mm(rows, gate.weight.t(), out=gate_up[:, :width])
@@ -88,7 +67,9 @@ def _gated(mlp: Any, x: Tensor) -> Tensor | None:
 
 
 def _stacked(*weights: Tensor) -> Tensor | None:
-    """Return ``weights`` (N, K) as one, if the engine has fused them."""
+    """Return ``weights`` (N, K) as one, if the engine has fused them and none needs a gradient."""
+    if needs_gradients(*weights):
+        return None
     first = weights[0]
     end = first.data_ptr()
     for weight in weights:
@@ -211,6 +192,7 @@ class MistralAttention(modeling_mistral.MistralAttention):
             isinstance(past_key_values, PagedCache)
             and self.config._attn_implementation == NAME
             and not dropout
+            and not needs_gradients(hidden_states, module=self)
             # ``attend`` refuses them
             and not kwargs.get("output_attentions")
         ):
@@ -254,25 +236,8 @@ class MistralAttention(modeling_mistral.MistralAttention):
         return self.o_proj(out.reshape(B, S, -1)), weights
 
 
-class Idefics2VisionEmbeddings(modeling_idefics2.Idefics2VisionEmbeddings):
-    """The embeddings of patches, at the positions of ``rules``."""
-
-    rules: Rules = TRANSFORMERS
-
-    def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
-        """Embed pixels (N, 3, H, W), of which a mask (N, R, C) of patches is kept, (N, R * C, hidden)."""
-        if self.rules == TRANSFORMERS:
-            transformers_own: Any = super().forward
-            out: Tensor = transformers_own(pixel_values, patch_attention_mask)
-            return out
-        ids = patch_positions(self, patch_attention_mask.bool(), pixel_values.dtype)
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        out = patches + self.position_embedding(ids)
-        return out
-
-
 class MistralDecoderLayer(  # type: ignore[no-untyped-call]
-    modeling_mistral.MistralDecoderLayer
+    CheckpointedLayer, modeling_mistral.MistralDecoderLayer
 ):
     """A layer of the text model, in which the sum in the middle is normalized as it is formed."""
 
@@ -287,53 +252,6 @@ class MistralDecoderLayer(  # type: ignore[no-untyped-call]
             attended, hidden_states, norm.weight, norm.variance_epsilon
         )
         out: Tensor = total + self.mlp(normed)
-        return out
-
-
-class Idefics2Encoder(modeling_idefics2.Idefics2Encoder):
-    """The layers of the vision tower, which compute no padding."""
-
-    def forward(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        """Encode ``inputs_embeds`` (N, P, hidden), of which ``attention_mask`` (N, P) is kept.
-
-        Padding of the result is zero.
-        """
-        # The convolution's output is transposed in memory. Every sum with it would be too, and slow
-        inputs_embeds = inputs_embeds.contiguous()
-        config = self.config
-        wants_states = kwargs.get("output_hidden_states", config.output_hidden_states)
-        if (
-            attention_mask is None
-            or attention_mask.ndim != 2
-            or config._attn_implementation != NAME
-            # Hooks would record the states of packed rows
-            or wants_states
-            # Dropout is transformers', on padded rows
-            or self.training
-            or operations_of(self).for_call(inputs_embeds, module=self) is None
-        ):
-            return super().forward(inputs_embeds, attention_mask, **kwargs)
-        rows = PackedRows.from_mask(attention_mask)
-        out: Any = super().forward(rows.pack(inputs_embeds)[None], rows, **kwargs)
-        out.last_hidden_state = rows.unpack(out.last_hidden_state[0])
-        return out
-
-
-class Idefics2Connector(modeling_idefics2.Idefics2Connector):
-    """The projection, which computes no padding, and the perceiver."""
-
-    def forward(self, image_hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Map features (N, P, vision hidden), of which a mask (N, P) is kept, to (N, L, hidden)."""
-        transformers_own: Any = super().forward
-        out: Tensor
-        if operations_of(self).for_call(image_hidden_states, module=self) is None:
-            out = transformers_own(image_hidden_states, attention_mask)
-            return out
-        rows = PackedRows.from_mask(attention_mask)
-        features = rows.unpack(self.modality_projection(rows.pack(image_hidden_states)))
-        out = self.perceiver_resampler(context=features, attention_mask=attention_mask)
         return out
 
 

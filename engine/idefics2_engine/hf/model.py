@@ -10,10 +10,8 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from idefics2_engine.hf import paged_cache
 from idefics2_engine.hf.accelerate import patch_blocks
 from idefics2_engine.hf.attention import NAME
-from idefics2_engine.hf.blocks import Idefics2VisionEmbeddings
 from idefics2_engine.hf.generation.model_engine import ModelEngine
 from idefics2_engine.hf.generation.obstacles import (
     NotOnEngineError,
@@ -23,6 +21,8 @@ from idefics2_engine.hf.generation.obstacles import (
 from idefics2_engine.hf.generation.on_engine import generate_on_engine
 from idefics2_engine.hf.operations import Operations
 from idefics2_engine.hf.rules import TRAINED, Rules, check_rules, set_perceiver_eps
+from idefics2_engine.hf.training import loss
+from idefics2_engine.hf.vision_blocks import Idefics2VisionEmbeddings
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ _CALL: ContextVar[_Call | None] = ContextVar("_CALL", default=None)
 
 
 class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
-    paged_cache.Idefics2ForConditionalGeneration
+    loss.Idefics2ForConditionalGeneration
 ):
     """transformers' class of the same name, computed by this package's operations.
 
@@ -58,6 +58,7 @@ class Idefics2ForConditionalGeneration(  # type: ignore[no-untyped-call]
     - ``generate`` runs on the engine if all that was asked for is what the engine has. The engine
       shares the model's memory. In transformers' loop it makes a ``PagedCache`` unless another
       cache is asked for.
+    - A step of training needs no logits (``idefics2_engine.hf.training``).
     - ``rules`` are the trained ones unless given (``idefics2_engine.hf.rules``).
 
     Attributes:

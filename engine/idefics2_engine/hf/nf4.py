@@ -6,7 +6,7 @@ import bitsandbytes
 import torch
 from torch import Tensor
 
-from idefics2_engine.hf.operations import operations_of
+from idefics2_engine.hf.operations import needs_gradients, operations_of
 from idefics2_kernels import NF4Weight
 from idefics2_kernels.nf4.nf4_weight import BLOCK
 
@@ -22,6 +22,10 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc, name-defined
             out: Tensor = super().forward(x)
             return out
         bias = None if self.bias is None else self.bias.to(weight.dtype)
+        if bias is not None and needs_gradients(bias):
+            # The operation has no gradient of a bias
+            out = ops.nf4_matmul(x.to(weight.dtype), weight) + bias
+            return out.to(x.dtype)
         return ops.nf4_matmul(x.to(weight.dtype), weight, bias).to(x.dtype)
 
     def nf4_weight(self, dtype: torch.dtype) -> NF4Weight | None:

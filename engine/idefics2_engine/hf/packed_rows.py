@@ -1,6 +1,7 @@
 """Rows of a padded batch without their padding, and their places in the batch."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,10 @@ class PackedRows:
     def pack(self, x: Tensor) -> Tensor:
         """Map ``x`` (B, S, ...) to its kept tokens (T, ...)."""
         flat: Tensor = x.flatten(0, 1)
-        return flat if self.places is None else flat[self.places]
+        if self.places is None:
+            return flat
+        packed: Tensor = _Pack.apply(flat, self.places)  # type: ignore[no-untyped-call]
+        return packed
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Map ``packed`` (T, ...) to (B, S, ...), with zeros for padding."""
@@ -67,6 +71,28 @@ class PackedRows:
             flat[self.places] = packed
             packed = flat
         return packed.view(B, S, *packed.shape[1:])
+
+
+class _Pack(torch.autograd.Function):
+    """The rows of a tensor at different places.
+
+    Autograd's own gradient of an index sorts the places, to add up those that repeat.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, places: Tensor) -> Tensor:
+        """Return the rows of ``flat`` (R, ...) at ``places`` (T,)."""
+        ctx.save_for_backward(places)
+        ctx.num_rows = flat.shape[0]
+        return flat[places]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of ``flat``, which is zero at all other places."""
+        (places,), (dpacked,) = ctx.saved_tensors, grads
+        dflat = dpacked.new_zeros(ctx.num_rows, *dpacked.shape[1:])
+        dflat[places] = dpacked
+        return dflat, None
 
 
 class RowsOfMasks:

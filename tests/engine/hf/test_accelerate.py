@@ -314,7 +314,8 @@ class TestTransformersOwn:
         with torch.autocast("cpu", torch.bfloat16):
             got, wanted = (kept_logits(m, batch(MIXED)) for m in (model, peer))
         torch.testing.assert_close(got, wanted, rtol=0.1, atol=0.1)
-        assert not calls
+        # What products return is in autocast's dtype already, and the rest is transformers'
+        assert calls == {"flash_attention": 2, "perceiver_attention": 2, "gelu_tanh": 2}
 
     def test_norms_of_another_dtype(self) -> None:
         peer = build_peer(MIXED, torch.bfloat16)

@@ -17,7 +17,7 @@ from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.mistral import modeling_mistral
 
 from hf_models import LOOPED, MIXED, batch, build_own, build_peer
-from idefics2_engine.hf import attention, blocks, nf4, paged_cache
+from idefics2_engine.hf import attention, blocks, nf4, paged_cache, vision_blocks
 from idefics2_engine.hf.attention import NAME
 
 
@@ -36,12 +36,14 @@ def names(function: Any) -> list[str]:
         (blocks.MistralMLP, modeling_mistral.MistralMLP, ["x"]),
         (blocks.Idefics2RMSNorm, modeling_idefics2.Idefics2RMSNorm, ["hidden_states"]),
         (blocks.Idefics2MLP, modeling_idefics2.Idefics2MLP, ["x"]),
-        (blocks.Idefics2VisionMLP, modeling_idefics2.Idefics2VisionMLP, ["hidden_states"]),
-        (blocks.Idefics2Encoder, modeling_idefics2.Idefics2Encoder, [
+        (vision_blocks.Idefics2VisionMLP, modeling_idefics2.Idefics2VisionMLP, ["hidden_states"]),
+        (vision_blocks.Idefics2Encoder, modeling_idefics2.Idefics2Encoder, [
             "inputs_embeds", "attention_mask", "kwargs"]),
-        (blocks.Idefics2Connector, modeling_idefics2.Idefics2Connector, [
+        (vision_blocks.Idefics2Connector, modeling_idefics2.Idefics2Connector, [
             "image_hidden_states", "attention_mask"]),
-        (blocks.LayerNorm, nn.LayerNorm, ["input"]),
+        (vision_blocks.Idefics2VisionTransformer, modeling_idefics2.Idefics2VisionTransformer, [
+            "pixel_values", "patch_attention_mask", "kwargs"]),
+        (vision_blocks.LayerNorm, nn.LayerNorm, ["input"]),
         (nf4.Linear4bit, Linear4bit, ["x"]),
     ],
     ids=lambda value: value.__module__.split(".")[0] if isinstance(value, type) else "",

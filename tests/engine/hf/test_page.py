@@ -114,8 +114,12 @@ def test_training() -> None:
     torch.testing.assert_close(loss, wanted)
     assert got.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        # Sums on a GPU have no order, so not all bits are the same there
-        assert (got[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        if name.startswith("model.vision_model") and name.endswith("k_proj.bias"):
+            # The true gradient is zero
+            continue
+        # The answer is nearly certain, so its gradients are differences of numbers near one: those
+        # of transformers itself are 4e-5 away from float64
+        assert (got[name] - gradient).abs().max() <= 2e-4 * gradient.abs().max(), name
 
 
 @pytest.mark.long

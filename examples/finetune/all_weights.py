@@ -3,7 +3,7 @@
 The demo checkpoint learns another answer about one image in seconds on a CPU. Replace ``ROWS`` to
 train on your own data.
 
-    python examples/fine_tune.py tuned
+    python examples/finetune/all_weights.py tuned
     idefics2 generate --model tuned --image examples/images/shapes.png --prompt "Where is the star?"
 """
 
