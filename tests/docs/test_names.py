@@ -25,7 +25,8 @@ OWNERS: dict[str, object] = {
 # Options of other programs
 FOREIGN = {"--extra-index-url", "--include", "--tensor-parallel-size"}
 _OWNED = re.compile(rf"\b({'|'.join(OWNERS)})\.(\w+)\b(?![*…])")
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+# Options of other programs have underscores
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-])")
 
 
 @cache
