@@ -33,7 +33,7 @@ demo: $(INSTALLED)  ## answer twelve questions about sample images, into build/d
 test: $(INSTALLED)  ## run the tests, on a GPU if there is one
 	$(PYTEST) -m "not long"
 
-test-long: $(INSTALLED)  ## run the tests that take long: the Gluon kernels in the emulator, interrupts, killed jobs
+test-long: $(INSTALLED)  ## run the tests that take long: the compiler, the Gluon kernels in the emulator, interrupts, killed jobs
 	$(PYTEST) -m long $$(grep -rl mark.long tests --include='test_*.py' | sort)
 
 lint: $(INSTALLED)  ## check style and format

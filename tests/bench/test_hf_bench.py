@@ -28,6 +28,7 @@ def models(tiny: Path) -> Models:
     return Models.on(load_checkpoint(tiny), tiny)
 
 
+@pytest.mark.long
 def test_every_case_runs_on_a_cpu(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

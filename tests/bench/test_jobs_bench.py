@@ -29,6 +29,7 @@ def _no_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "loop_seconds", lambda: 0.5)
 
 
+@pytest.mark.long
 def test_runs_answer_the_rows_of_iterate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +114,7 @@ def test_input_of_stand_in_rows_is_good(tmp_path: Path) -> None:
     assert [(row.id, row.error) for row in rows] == [(f"row {n}", None) for n in range(5)]
 
 
+@pytest.mark.long
 def test_first_row_is_that_of_the_command(tmp_path: Path) -> None:
     row = first_row(tmp_path / "first", rounds=1, count=2)
     assert (row["model"], row["rows"]) == ("demo", 2)

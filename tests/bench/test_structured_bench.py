@@ -10,6 +10,7 @@ from idefics2_engine.cli.main import main
 pytest.importorskip("llguidance")
 
 
+@pytest.mark.long
 def test_steps_and_whole_answers(tmp_path: Path) -> None:
     _, rows = bench(tmp_path / "out.json", "structured", "--batch", "2", "--rounds", "1")
     free, constrained, forced = rows

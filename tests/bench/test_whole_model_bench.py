@@ -91,6 +91,7 @@ def test_images_of_many_sizes_agree_with_padded_ones(tiny: Path) -> None:
     assert ours["peer_difference"] < 1e-4
 
 
+@pytest.mark.long
 def test_compiled_peer_is_timed_beside_the_eager_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +141,7 @@ def test_fastest_peer_is_quoted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (ours["peer"], ours["peer_ms"], ours["speedup"]) == ("transformers", 0.5, 0.5)
 
 
+@pytest.mark.long
 def test_peer_that_fails_to_compile_does_not_end_the_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

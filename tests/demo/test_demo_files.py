@@ -76,6 +76,7 @@ def test_demo_folder_is_a_small_checkpoint() -> None:
     assert sum(file.stat().st_size for file in files) <= 16_000_000
 
 
+@pytest.mark.long
 def test_tokenizer_equals_its_scripts_output() -> None:
     tokenizer = build_tokenizer.trained_tokenizer()
     assert tokenizer == json.loads((DEMO / "tokenizer.json").read_text())

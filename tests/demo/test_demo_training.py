@@ -180,6 +180,7 @@ def test_rounds_are_complete_on_a_gpu_while_steps_are_queued() -> None:
     assert [[total.item() for total in of_round] for of_round in sums] == wanted
 
 
+@pytest.mark.long
 def test_loss_falls(data: DataSet) -> None:
     trainer = new_trainer("--steps", "6", "--rate", "0.1", "--matrix-rate", "0.3")
     losses = [trainer.train(data.draw(0, step % 2, 2, False)).item() for step in range(6)]
@@ -235,6 +236,7 @@ def test_early_steps_use_unsplit_images() -> None:
     assert chosen[40:].count((16, False)) == 8
 
 
+@pytest.mark.long
 def test_interrupted_run_continues_from_its_last_state(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,8 +58,8 @@ NF4_TABLE = 64 * 1024
 NF4_WAITS = {"nf4_matmul-triton-28672x4096-m256": 4, "nf4_matmul-triton-6144x4096-m256": 4}
 
 
-# The kernels for sm_80 change less often, and take as long
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.long), 90])
+@pytest.mark.long
+@pytest.mark.parametrize("arch", [80, 90])
 def test_model_shapes_compile_and_fit(arch: int) -> None:
     # A separate process is needed, because the import of a kernel decides whether Triton interprets
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -354,6 +354,7 @@ def trained(
     return folder, inputs, kept_logits(wrapped, inputs), wrapped
 
 
+@pytest.mark.long
 def test_trained_adapter_answers_as_it_was_trained(trained: Any) -> None:
     adapter, inputs, theirs, _ = trained
 
@@ -371,6 +372,7 @@ def test_trained_adapter_answers_as_it_was_trained(trained: Any) -> None:
     assert lost > 0.1 * effect
 
 
+@pytest.mark.long
 def test_tokens_of_a_trained_adapter(trained: Any) -> None:
     adapter, _, _, peer = trained
     text = "User:<image>Where is the star?<end_of_utterance>\nAssistant:"

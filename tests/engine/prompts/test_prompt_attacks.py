@@ -156,7 +156,7 @@ def control_ids(ids: list[int]) -> list[int]:
     return [id for id in ids if id in processor().tokenizer.control_ids]
 
 
-@settings(PROPERTY, max_examples=1500)
+@settings(PROPERTY, max_examples=500)
 @given(conversation=st.lists(messages, min_size=1, max_size=3), split=st.booleans())
 def test_typed_text_stays_text_and_images_keep_their_place(
     conversation: list[dict[str, Any]], split: bool

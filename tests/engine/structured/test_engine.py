@@ -121,10 +121,10 @@ def alone(llm: LLM) -> list[list[list[int]]]:
     [
         {},
         {"run_ahead": False},
-        {"max_num_seqs": 3},
+        pytest.param({"max_num_seqs": 3}, marks=pytest.mark.long),
         {"max_num_batched_tokens": 5},
         {"kv_cache_tokens": 256, "max_num_batched_tokens": 32},
-        {"prefix_caching": False},
+        pytest.param({"prefix_caching": False}, marks=pytest.mark.long),
     ],
     ids=str,
 )
