@@ -208,7 +208,9 @@ def expected(alone: tuple[list[list[list[int]]], torch.Tensor]) -> list[list[lis
         pytest.param({"max_num_seqs": 3}, marks=pytest.mark.long),
         {"max_num_batched_tokens": 1},
         pytest.param({"max_num_batched_tokens": 7}, marks=pytest.mark.long),
-        pytest.param({"max_num_batched_tokens": 50, "prefix_caching": False}, marks=pytest.mark.long),
+        pytest.param(
+            {"max_num_batched_tokens": 50, "prefix_caching": False}, marks=pytest.mark.long
+        ),
         pytest.param({"kv_cache_tokens": 208}, marks=pytest.mark.long),
         {"kv_cache_tokens": 96, "max_num_batched_tokens": 32},
         {"max_cached_images": 1},
