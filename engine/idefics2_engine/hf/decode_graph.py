@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mistral import modeling_mistral
-from transformers.utils import output_capturing
 
 from idefics2_engine.hf import blocks
 from idefics2_engine.hf.attention import NAME
-from idefics2_engine.hf.hooks import is_recording, is_unhooked
+from idefics2_engine.hf.hooks import is_recording, is_unhooked, record_as
 from idefics2_engine.hf.operations import operations_of
 from idefics2_engine.hf.packed_rows import count_left_padding
 from idefics2_engine.hf.paged_cache import PagedCache, PagedLayer
@@ -79,9 +78,7 @@ class MistralModel(modeling_mistral.MistralModel):  # type: ignore[no-untyped-ca
         )
 
 
-# transformers finds what a class can record by the class's name
-_can_record: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
-dict.__setitem__(_can_record, str(MistralModel), modeling_mistral.MistralModel._can_record_outputs)
+record_as(MistralModel, modeling_mistral.MistralModel)
 
 
 def _wants_more(config: Any, kwargs: dict[str, Any]) -> bool:

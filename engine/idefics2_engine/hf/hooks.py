@@ -1,4 +1,4 @@
-"""Hooks on a model's modules."""
+"""Hooks on a model's modules, and what transformers records by its own."""
 
 from typing import Any
 
@@ -25,6 +25,15 @@ def is_recording() -> bool:
     """Return whether transformers records states or weights of layers in this call."""
     collector: Any = output_capturing._active_collector
     return bool(collector.get())
+
+
+def record_as(own: type[nn.Module], theirs: Any) -> None:
+    """Let transformers record of ``own`` what it records of ``theirs``, which ``own`` extends.
+
+    transformers finds what a class can record by the class's name.
+    """
+    registry: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
+    dict.__setitem__(registry, str(own), theirs._can_record_outputs)
 
 
 def _home(hook: Any) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.idefics2 import modeling_idefics2
-from transformers.utils import output_capturing
 
 from idefics2_engine.hf.attention import NAME
+from idefics2_engine.hf.hooks import record_as
 from idefics2_engine.hf.operations import needs_gradients, operations_of
 from idefics2_engine.hf.packed_rows import PackedRows
 from idefics2_engine.hf.rules import TRANSFORMERS, Rules, patch_positions
@@ -90,13 +90,7 @@ class Idefics2VisionTransformer(  # type: ignore[no-untyped-call]
             return transformers_own(pixel_values, patch_attention_mask, **kwargs)
 
 
-# transformers finds what a class can record by the class's name
-_can_record: dict[str, Any] = output_capturing._CAN_RECORD_REGISTRY
-dict.__setitem__(
-    _can_record,
-    str(Idefics2VisionTransformer),
-    modeling_idefics2.Idefics2VisionTransformer._can_record_outputs,
-)
+record_as(Idefics2VisionTransformer, modeling_idefics2.Idefics2VisionTransformer)
 
 
 class Idefics2EncoderLayer(  # type: ignore[no-untyped-call]
