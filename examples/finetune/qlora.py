@@ -8,7 +8,7 @@ belongs, which its color decides. Replace ``Parts`` to train on data of your own
     python examples/finetune/qlora.py adapter
     python examples/finetune/qlora.py adapter --resume    # after an interruption
 
-The adapter is in PEFT's format: ``LLM(model, adapter="adapter")`` answers with it.
+The adapter is in PEFT's format: ``LLM(model, quantization="nf4", adapter="adapter")`` answers with it.
 """
 
 import argparse
