@@ -7,6 +7,7 @@ likelihoods of answers need that, because it builds them for simple models alone
 import logging
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
@@ -172,13 +173,13 @@ class _Idefics2Engine(lmms):  # type: ignore[misc]
             self.llm.request_builder.generation.eos_token_ids,
         )
 
+    @abstractmethod
     def _generation(self, request: Instance) -> dict[str, Any]:
         """Return the arguments of a request's generation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _round(self, request: Instance, answers: list[str], note: Any) -> _Round | None:
         """Return what follows ``answers``, ``None`` if the request ends with them."""
-        raise NotImplementedError
 
 
 class Idefics2EngineChat(_Idefics2Engine):
